@@ -1,0 +1,25 @@
+"""Errors a user of ekko can meet. Each message says what was wrong, what was expected and what to do."""
+
+
+class EkkoError(Exception):
+    """Base of every error that ekko raises for a user's mistake or a failing environment."""
+
+
+class ConfigError(EkkoError):
+    """A setting is missing, malformed, contradictory or not available in this version."""
+
+
+class StoreError(EkkoError):
+    """The shared-memory store cannot do what was asked: no space, damaged, or a row that never settles."""
+
+
+class ModelError(EkkoError):
+    """An unknown model or table, or data that does not fit its table."""
+
+
+class PublishError(EkkoError):
+    """A batch was refused; nothing of it was published."""
+
+
+class NodeUnreachable(EkkoError):
+    """No node answers at the given address."""

@@ -1,0 +1,156 @@
+"""Models and tables: names, widths, shards, and how they become the p2p layer's keyspaces.
+
+A model is one p2p *keyspace*; its id is xxh32 of the model's name, a table's id is xxh32 of the table's name. The schema is
+a grow-only set of entries that nodes gossip; each entry is canonical msgpack, so that equal facts are equal bytes.
+
+Dense tensors are flattened into rows of `DENSE_DIM` float32 in the reserved table `_dense`,
+`key = (xxh64(name) << 20) | row`; their shape and dtype are schema entries.
+"""
+
+import re
+from dataclasses import dataclass, field
+from math import prod
+
+import msgpack
+import numpy as np
+import xxhash
+
+from ekko.errors import ModelError
+from p2p.errors import RemoteProtocolError
+from p2p.replica import SchemaEntry
+
+DENSE_TABLE = "_dense"
+DENSE_DIM = 256
+DENSE_ROWS_MAX = 1 << 20  # rows of one tensor; the key keeps 20 bits for them
+SHARDS_DEFAULT = 64
+SHARDS_MAX = 65_536
+DIM_MAX = 16_384
+TABLES_MAX = 4_096
+TENSORS_MAX = 65_536
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
+
+
+def model_id(name: str) -> int:
+    """uint32 id of a model; the p2p keyspace id."""
+    return int(xxhash.xxh32_intdigest(name.encode()))
+
+
+def table_id(name: str) -> int:
+    """uint32 id of a table inside its model."""
+    return int(xxhash.xxh32_intdigest(name.encode()))
+
+
+def check_name(kind: str, name: str) -> str:
+    """Return `name`, or refuse it.
+
+    Raises:
+        ModelError: not 1 to 100 of letters, digits, `_`, `-`, `.`; or it starts with `-` or `.`.
+    """
+    if not isinstance(name, str) or NAME_PATTERN.fullmatch(name) is None:
+        raise ModelError(f"{kind} name {name!r} is not usable: use 1 to 100 letters, digits, '_', '-' or '.', not starting with '-' or '.'")
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class TableSpec:
+    """One embedding table: `float32[dim]` to its users, stored as `codec` encodes it."""
+
+    name: str
+    dim: int
+    codec: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_name("table", self.name)
+        if not isinstance(self.dim, int) or not 1 <= self.dim <= DIM_MAX:
+            raise ModelError(f"table {self.name!r} has dim {self.dim!r}: expected a whole number from 1 to {DIM_MAX}")
+        if self.codec != "float32":
+            raise ModelError(f"table {self.name!r} asks for codec {self.codec!r}: only 'float32' is available in this version")
+
+    @property
+    def id(self) -> int:
+        return table_id(self.name)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one encoded row."""
+        return 4 * self.dim
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A dense tensor's shape and dtype (NumPy name)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def rows(self) -> int:
+        """Rows of `DENSE_DIM` float32 that hold it."""
+        return -(-prod(self.shape) // DENSE_DIM)
+
+    @property
+    def keys(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+        """uint64[rows]: the keys of its rows in `_dense`."""
+        base = (xxhash.xxh64_intdigest(self.name.encode()) << 20) & 0xFFFF_FFFF_FFFF_FFFF
+        return np.uint64(base) | np.arange(self.rows, dtype=np.uint64)
+
+
+@dataclass(slots=True)
+class ModelSpec:
+    """A model's schema: what exists, not what is in it. Grows; never shrinks."""
+
+    name: str
+    shards: int = SHARDS_DEFAULT
+    tables: dict[str, TableSpec] = field(default_factory=dict)
+    tensors: dict[str, TensorSpec] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name("model", self.name)
+        if not isinstance(self.shards, int) or not 1 <= self.shards <= SHARDS_MAX:
+            raise ModelError(f"model {self.name!r} has shards = {self.shards!r}: expected a whole number from 1 to {SHARDS_MAX}")
+
+    @property
+    def id(self) -> int:
+        return model_id(self.name)
+
+    def entries(self) -> list[SchemaEntry]:
+        """The model as schema entries, sorted by name."""
+        entries = [self._entry("model", [self.name, self.shards])]
+        entries += [self._entry(f"table:{t.name}", [t.name, t.dim, t.codec]) for t in self.tables.values()]
+        entries += [self._entry(f"tensor:{t.name}", [t.name, list(t.shape), t.dtype]) for t in self.tensors.values()]
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def _entry(self, name: str, body: list[object]) -> SchemaEntry:
+        return SchemaEntry(self.id, name, msgpack.packb(body))
+
+
+def parse_entry(entry: SchemaEntry) -> ModelSpec | TableSpec | TensorSpec:
+    """Understand one schema entry from a peer; a `ModelSpec` comes back without tables.
+
+    Raises:
+        RemoteProtocolError: it is not an entry that `ModelSpec.entries` could have made.
+    """
+    try:
+        body = msgpack.unpackb(entry.body)
+        match entry.name.split(":", 1):
+            case ["model"]:
+                name, shards = body
+                spec = ModelSpec(name, shards)
+                if spec.id != entry.keyspace:
+                    raise RemoteProtocolError(f"model {name!r} does not have id {entry.keyspace}")
+                return spec
+            case ["table", label]:
+                name, dim, codec = body
+                if name == label:
+                    return TableSpec(name, dim, codec)
+            case ["tensor", label]:
+                name, shape, dtype = body
+                tensor = TensorSpec(name, tuple(int(n) for n in shape), np.dtype(dtype).name)
+                if name == label and min(tensor.shape, default=1) >= 0 and tensor.rows <= DENSE_ROWS_MAX:
+                    return tensor
+    except RemoteProtocolError:
+        raise
+    except Exception as error:  # junk can fail in any way; all of it is the peer's fault
+        raise RemoteProtocolError(f"schema entry {entry.name!r} cannot be understood: {error}") from error
+    raise RemoteProtocolError(f"schema entry {entry.name!r} cannot be understood")

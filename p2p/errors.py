@@ -1,0 +1,22 @@
+"""What can go wrong in the protocol, by who is at fault.
+
+`LocalProtocolError`: our own caller misused the machine; it propagates to that caller. `RemoteProtocolError`: bytes of a
+peer are at fault. It is the only exception that a peer's bytes can raise; whoever catches it drops the message and counts
+the peer, and the state is as it was before the message.
+"""
+
+
+class ProtocolError(Exception):
+    """Base of both; never raised itself."""
+
+
+class LocalProtocolError(ProtocolError):
+    """We misused the machine: the call is refused and the state is unchanged."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """A peer misbehaved: its message is dropped and the state is unchanged."""
+
+
+class SchemaClashError(RemoteProtocolError):
+    """A peer's schema contradicts ours: same name, other shape."""

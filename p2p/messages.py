@@ -1,0 +1,390 @@
+"""Everything that crosses the machine's edge: messages between nodes, input events, and effects.
+
+The machine performs no I/O. Its owner turns sockets, timers and local requests into `Event`s, calls `Machine.handle`, and
+carries out every returned `Effect` in order.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2p.replica import U64, RowColumns, SchemaEntry
+from p2p.transport import Buffer
+
+NodeId = str
+
+# What we speak. A peer with another version is refused in one line.
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """One reading of both clocks. Time-outs use the monotonic one, stamps the wall clock (R14)."""
+
+    monotonic_ms: int
+    unix_ms: int
+
+
+# --- messages between nodes --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What every message between nodes carries (R3), rewritten at each hop; the body below it is not."""
+
+    sender_boot: int  # nonce of the sender's process life
+    receiver_boot: int  # the receiver's, as the sender knows it; 0 when it does not know yet
+    session: int = 0  # counts the sender's sessions on this link; 0: the message is outside any session
+    sequence: int = 0  # 1, 2, ... within the session
+    hops: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WriterRecord:
+    """A writer id in use: who writes with it in which keyspace, and how far it has come."""
+
+    keyspace: int
+    writer: int
+    nonce: int
+    last_stamp: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemberRecord:
+    """One node as the gossip tells it. A larger (boot_ms, heartbeat) is newer."""
+
+    node: NodeId
+    boot: int
+    boot_ms: int  # Unix milliseconds at which that life began; orders the lives of one node
+    region: str
+    role: str
+    address: str
+    heartbeat: int
+    left: bool = False
+    writers: tuple[WriterRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KeyspaceSummary:
+    """What one node holds of a keyspace, small enough for every heartbeat."""
+
+    keyspace: int
+    vector_digest: int  # 128 bits over the vector
+    stray_digest: int  # 128 bits over the rows held above it (R8)
+    frontier: tuple[tuple[int, int], ...]  # (writer, stamp): everything of it up to there is held
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Opens a link, and answers one: who we are and what we know of schema and members."""
+
+    protocol_version: int
+    cluster: int  # 64-bit cluster nonce (R12); 0: none yet
+    constants: tuple[int, ...]  # what all nodes must agree on for the trees to be equal
+    member: MemberRecord
+    members: tuple[MemberRecord, ...]
+    schema: tuple[SchemaEntry, ...]
+    answer_wanted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """We will not talk to this peer, and why, in one line for its log."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Sent to every known member each interval."""
+
+    member: MemberRecord
+    members: tuple[MemberRecord, ...]
+    schema_digest: int
+    unix_ms: int
+    summaries: tuple[KeyspaceSummary, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaUpdate:
+    """New schema entries."""
+
+    entries: tuple[SchemaEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The sender is going away on purpose."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardClaims:
+    """Per touched shard: `rows up to the batch's stamp follow directly on prev` (R6), and which part this is (R7)."""
+
+    shards: NDArray[np.uint32]  # [k], ascending, no repeats
+    prev: U64  # [k], the writer's previous stamp in that shard; 0: none
+    part: NDArray[np.uint16]  # [k], 0-based
+    parts: NDArray[np.uint16]  # [k], >= 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One optimiser step of one writer, or a part of it, under one stamp. `columns` have no stamps of their own.
+
+    A batch without shards and rows moves only the frontier: an idle writer says "nothing since".
+    """
+
+    keyspace: int
+    origin: NodeId
+    origin_region: str
+    writer: int
+    nonce: int
+    stamp: int
+    writer_prev: int  # the stamp of the writer's previous step, in any shard
+    shards_touched: int  # by the whole step, over all its messages (R7)
+    claims: ShardClaims
+    columns: tuple[RowColumns, ...]
+    published_ns: int = 0  # CLOCK_MONOTONIC at the entry of `publish`; 0: not measured
+    machine: int = 0  # hash of the machine whose clock that is; the difference means something only there
+    priority_class: int = 0
+    body: tuple[Buffer, ...] = field(default=(), repr=False)  # the frames it came in, forwarded unchanged (R17)
+    checksum: int = field(default=0, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PullRequest:
+    """Send me everything above this vector."""
+
+    keyspace: int
+    request: int
+    writers: NDArray[np.uint16]  # [w] columns of `vector`, ascending
+    vector: U64  # [shards, w]
+    frontier: U64  # [w], the asker's
+    shards: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PullReply:
+    """One chunk of the answer. Rows claim nothing; the claims ride in the last chunk and count only if all chunks came."""
+
+    keyspace: int
+    request: int
+    chunk: int  # 0-based
+    last: bool
+    columns: tuple[RowColumns, ...]  # with stamps
+    writers: NDArray[np.uint16]  # [w]; empty unless last
+    vector: U64  # [shards, w]; the answerer's vector, read before it selected the rows
+    frontier: U64  # [w]
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Everything of the peer's session up to `sequence` is applied."""
+
+    session: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionBroken:
+    """A hole or a stranger's message in the peer's session: start a new one (R3)."""
+
+    session: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ReachQuery:
+    """Tell me when your vector covers `stamp` of its writer in all these shards."""
+
+    keyspace: int
+    query: int
+    stamp: int
+    shards: NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """It does now, in this boot."""
+
+    query: int
+
+
+Message = (
+    Hello | Refusal | Heartbeat | SchemaUpdate | Leave | Batch | PullRequest | PullReply | Ack | SessionBroken | ReachQuery | Reached
+)
+
+
+# --- input events -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The transport is bound; our address is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    """A decoded message of a peer."""
+
+    envelope: Envelope
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class SendFailed:
+    """The transport did not take a message of this link (see `Send`)."""
+
+    address: str
+    envelope: Envelope
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """`Machine.deadline_ms` has come."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchReady:
+    """A batch that was forwarded and is now to be applied; comes back through `Continue`."""
+
+    sender_boot: int
+    envelope: Envelope
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PublishRequested:
+    """A local publisher's step. `columns` are checked by the caller against the schema; keys within one are unique."""
+
+    request: int
+    keyspace: int
+    columns: tuple[RowColumns, ...]
+    published_ns: int = 0
+
+
+class Scope(IntEnum):
+    """How far `wait` looks."""
+
+    LOCAL = 0
+    REGION = 1
+    ALL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class WaitRequested:
+    """Answer when `stamp` is visible at every live holder in scope, or name who lags after `timeout_ms`."""
+
+    request: int
+    keyspace: int
+    stamp: int
+    scope: Scope
+    timeout_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaChanged:
+    """The local node added schema entries; peers are to hear of them now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """The node shuts down; tell the peers."""
+
+
+Event = (
+    Started
+    | MessageReceived
+    | SendFailed
+    | TimerFired
+    | BatchReady
+    | PublishRequested
+    | WaitRequested
+    | SchemaChanged
+    | Leaving
+)
+
+
+# --- effects ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Send:
+    """Encode and send. When the transport refuses it, feed `SendFailed` back."""
+
+    address: str
+    envelope: Envelope
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Close the connection to this address."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Continue:
+    """Feed this event back once the effects before it are carried out: forward first, then apply (R17)."""
+
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Answer to `PublishRequested`: the step is stored on this node."""
+
+    request: int
+    stamp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Answer to a local request that cannot be done; nothing happened. `reason` is one line with the remedy."""
+
+    request: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WaitEnded:
+    """Answer to `WaitRequested`: `lagging` is empty when it is visible everywhere in scope, else names who lags."""
+
+    request: int
+    lagging: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchApplied:
+    """The last row of a batch (or part) was applied here; for delay metrics."""
+
+    keyspace: int
+    origin_region: str
+    stamp: int
+    published_ns: int
+    machine: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something for the log: `name` is a stable event name, `fields` its details; `alarm` marks what a person must see."""
+
+    name: str
+    fields: tuple[tuple[str, object], ...] = ()
+    alarm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fatal:
+    """The node must stop: going on would break an invariant (two live nodes with one id)."""
+
+    reason: str
+
+
+Reply = Published | Refused | WaitEnded
+Effect = Send | Forget | Continue | Published | Refused | WaitEnded | BatchApplied | Note | Fatal

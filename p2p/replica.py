@@ -1,0 +1,154 @@
+"""What a store must offer for the protocol machine to replicate it.
+
+The machine deals in *keyspaces*: a set of rows with its own shards, writers and vectors (in ekko, one generation of one
+model). Inside a keyspace, rows belong to tables, which the machine knows only as a number and a row width. All arrays are
+columns, one entry a row; nothing here is called once per row.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+U64 = NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowColumns:
+    """Versions of rows of one table, as columns.
+
+    The first `len(rows)` keys are live rows; the keys after them are tombstones, which have no value.
+    """
+
+    table: int
+    keys: U64  # [n]
+    rows: NDArray[np.uint8]  # [live, row_bytes], live <= n, as the table's codec encodes them
+    stamps: U64 | None = None  # [n]; None: all rows carry the stamp of the batch
+    significance: NDArray[np.float32] | None = None  # [n]; how much the row matters, from the publisher
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of keys, values and stamps: what a message carries for these rows."""
+        return self.keys.nbytes + self.rows.nbytes + (0 if self.stamps is None else self.stamps.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What one `Replica.apply` did, in rows."""
+
+    written: int = 0  # the row's version advanced, new rows included
+    inserted: int = 0  # of those, rows whose key was absent
+    stale: int = 0  # an equal or newer version was there already: nothing changed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """Rows chosen to be sent: slots, not values; `Replica.read` fetches the newest value when it is sent."""
+
+    table: int
+    row_bytes: int
+    slots: NDArray[np.int64]  # [n]
+
+
+@dataclass(frozen=True, slots=True)
+class WriterIdentity:
+    """A writer id bound to its nonce (R12), with the last stamp it minted (0: none yet)."""
+
+    writer: int
+    nonce: int
+    last_stamp: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaEntry:
+    """One fact of the grow-only schema; `body` is opaque here and byte-equal on all nodes."""
+
+    keyspace: int
+    name: str
+    body: bytes
+
+
+class Replica(Protocol):
+    """The rows and the knowledge of one keyspace on this node."""
+
+    @property
+    def keyspace(self) -> int:
+        """The keyspace's id, uint32."""
+
+    @property
+    def shards(self) -> int:
+        """How many shards keys are spread over; fixed for the life of the keyspace."""
+
+    @property
+    def vector(self) -> U64:
+        """Live uint64[shards, WRITERS_MAX]: V of protocol.md, a stamp per shard and writer. Written only through
+        `p2p.knowledge`. It lives where the rows live (shared memory), and is written after them (R4)."""
+
+    @property
+    def frontier(self) -> U64:
+        """Live uint64[WRITERS_MAX]: everything that writer wrote up to this stamp, in any shard, is here."""
+
+    @property
+    def writer(self) -> WriterIdentity | None:
+        """The writer id this node may resume (only on intact memory, R4), or None."""
+
+    @property
+    def stamp_max(self) -> int:
+        """The largest stamp of any row or vector entry held here; 0 when empty. The clock starts above it."""
+
+    def set_writer(self, identity: WriterIdentity) -> None:
+        """Bind this node's writer id, durably, before its first stamp is minted."""
+
+    def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:
+        """Record a local step as pending (its stamp and touched shards) before any of its rows is applied (R4)."""
+
+    def shards_of(self, keys: U64) -> NDArray[np.int64]:
+        """int64[n]: `mix64(key) mod shards` of each key."""
+
+    def check(self, columns: Sequence[RowColumns]) -> None:
+        """Refuse rows that do not fit the schema.
+
+        Raises:
+            RemoteProtocolError: an unknown table or another row width. Nothing is changed.
+        """
+
+    def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
+        """Write each row whose stamp is newer than what is held (last writer wins).
+
+        `stamp` counts for columns without stamps of their own. Keys are unique within a table. Rows are visible
+        to readers at once. Idempotent and commutative (theorem T3).
+        """
+
+    def changed_since(self, base: U64) -> list[Selection]:
+        """Every row (tombstones too) whose stamp exceeds `base[shard, writer]`; base: uint64[shards, WRITERS_MAX]."""
+
+    def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
+        """The newest version of each slot, with stamps; tombstones sorted to the end. Copies."""
+
+    def stray_digest(self) -> int:
+        """128-bit digest over (table, key, stamp) of all rows held above the vector (R8), in no particular order;
+        0 when there are none. May scan."""
+
+    def set_synced_until(self, unix_ms: int) -> None:
+        """Publish to readers the newest moment up to which this node has everything; 0: unknown."""
+
+
+class Host(Protocol):
+    """All keyspaces of one node, and the schema they come from."""
+
+    @property
+    def replicas(self) -> Mapping[int, Replica]:
+        """Live view: keyspace id -> replica, in the order they were created."""
+
+    def schema(self) -> list[SchemaEntry]:
+        """Every entry known, sorted by (keyspace, name)."""
+
+    def adopt(self, entries: Sequence[SchemaEntry]) -> bool:
+        """Merge a peer's entries; new keyspaces and tables exist afterwards. True when something was new.
+
+        Raises:
+            SchemaClashError: an entry contradicts one held. Nothing is changed.
+            RemoteProtocolError: an entry cannot be understood. Nothing is changed.
+        """

@@ -1,0 +1,51 @@
+"""Frames in, frames out: the contract that `zmq` (sockets) and `memory` (same process) both fulfil.
+
+A transport moves *messages* (a few frames each, best effort, in order while a connection lasts) between addresses. It
+knows nothing of their content. Loss is allowed and is counted; a silent drop is not: `send` says at once when a message
+was not taken.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+Frames = Sequence[Buffer]
+Receive = Callable[[list[memoryview]], None]
+
+# More frames than any message of ours has; a longer one is junk and is dropped before its frames are looked at.
+FRAMES_MAX = 512
+
+
+class Transport(Protocol):
+    """One node's end of the network. Not thread-safe: used from one event loop."""
+
+    @property
+    def address(self) -> str:
+        """The address that peers can dial, with the real port when 0 was asked for."""
+
+    async def start(self, receive: Receive) -> None:
+        """Bind, then call `receive(frames)` for each message that arrives, until `close`.
+
+        Raises:
+            OSError: the address is taken or malformed.
+        """
+
+    def send(self, address: str, frames: Frames) -> bool:
+        """Hand one message over without waiting; connects on first use.
+
+        Returns:
+            False when it was not taken: not connected yet, or the peer's queue is full. Nothing of it is then queued.
+            Frames must not be changed by the caller afterwards: large ones are not copied.
+        """
+
+    def connected(self, address: str) -> bool:
+        """Whether a connection to `address` is up now."""
+
+    def disconnect(self, address: str) -> None:
+        """Forget a peer: close its connection and drop what waits for it."""
+
+    def set_delay(self, address: str, seconds: float) -> None:
+        """Emulate a one-way delay towards `address` (order is kept); 0 removes it."""
+
+    async def close(self) -> None:
+        """Close all sockets; nothing is received afterwards."""
