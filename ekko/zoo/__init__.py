@@ -1,0 +1,5 @@
+"""Recommender models for the demo and the tests: small, plain PyTorch, and trained with sparse gradients."""
+
+from ekko.zoo.dlrm import DLRM, DLRMOptions
+
+__all__ = ["DLRM", "DLRMOptions"]
