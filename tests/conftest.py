@@ -1,0 +1,48 @@
+"""Hypothesis profiles, and the check that no test leaves a process behind."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Quick is what continuous integration runs; long is for a machine with time: HYPOTHESIS_PROFILE=long.
+# No deadline: a shared machine makes single examples slow, and that says nothing about the code.
+settings.register_profile("quick", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", max_examples=5_000, deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+# A child that was told to end is given this long to be gone.
+CHILD_EXIT_S_MAX = 5.0
+
+
+def child_processes() -> dict[int, str]:
+    """Pid -> command line of every living child of this process, the interpreter's own helper excepted."""
+    tracker = getattr(getattr(resource_tracker, "_resource_tracker", None), "_pid", None)
+    children: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != tracker:
+            with contextlib.suppress(OSError):  # it ended while we looked
+                state, parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+                if int(parent) == os.getpid() and state != "Z":
+                    children[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
+    return children
+
+
+@pytest.fixture(autouse=True)
+def no_process_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a child process running, and end it, so that it disturbs no later test."""
+    before = child_processes()
+    yield
+    deadline = time.monotonic() + CHILD_EXIT_S_MAX
+    while left := {pid: name for pid, name in child_processes().items() if pid not in before}:
+        if time.monotonic() > deadline:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"processes left running: {left}")
+        time.sleep(0.01)
