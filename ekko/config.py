@@ -1,0 +1,458 @@
+"""A node's configuration: typed TOML, checked before anything starts.
+
+Every mistake is one line that names the file, the line and the setting, says what was expected and, where there is one, the
+remedy. A setting that this version cannot honour is refused, never ignored. Variables `EKKO_<SECTION>__<KEY>` of the
+environment (`EKKO_NODE__HTTP=127.0.0.1:7905`) override the file; lists are written as JSON.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
+
+from ekko.errors import ConfigError, ModelError
+from ekko.model import DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, check_name
+
+ENVIRONMENT_PREFIX = "EKKO_"
+CONFIG_BYTES_MAX = 1 << 20  # a node's file has some dozens of lines; anything near this is not a configuration
+CAPACITY_ROWS_MAX = 1 << 40
+DELAY_MS_MAX = 60_000.0  # emulation of a link longer than this would look like a dead peer
+PORT_MAX = 65_535
+NOT_BUILT = "is not available in this version"
+ROLES = ("train", "serve", "baseline", "witness")
+ROLES_BUILT = ("train", "serve")
+
+KeyPath = tuple[str, ...]
+
+
+def _whole_number(value: object) -> object:
+    """Let digits in quotes pass for a whole number: the environment has nothing but text."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\d[\d_]*", value) else value
+
+
+def _number(value: object) -> object:
+    """The same for numbers with a fraction."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value) else value
+
+
+WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
+Number = Annotated[float, BeforeValidator(_number)]
+
+
+class Section(BaseModel):
+    """One table of the file: no conversions, no unknown keys, no changes afterwards."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class NodeSection(Section):
+    """`[node]`: who this node is and where it listens."""
+
+    id: str
+    region: str
+    role: Literal["train", "serve", "baseline", "witness"]
+    run_dir: Annotated[Path, Field(strict=False)]
+    peers: str
+    local: str
+    http: str
+    seeds: list[str] = []
+    advertise: str | None = None
+
+
+class ModelSection(Section):
+    """`[models.NAME]`: what exists from the start."""
+
+    shards: WholeNumber = SHARDS_DEFAULT
+    tables: dict[str, WholeNumber] = {}
+    capacity_rows: WholeNumber = 1_000_000
+    codec: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    partitions: WholeNumber = 1
+    hold: Literal["all"] | list[int] = "all"
+
+    def spec(self, name: str) -> ModelSpec:
+        """The schema that these settings ask for.
+
+        Raises:
+            ModelError: a name or a size is out of its limits.
+        """
+        return ModelSpec(name, self.shards, {table: TableSpec(table, dim, self.codec) for table, dim in self.tables.items()})
+
+
+class LinkSection(Section):
+    """`[links]`, one pair of regions, both directions."""
+
+    rate_mbps: Number | None = None
+    delay_ms: Number = 0.0
+
+
+class SecuritySection(Section):
+    """`[security]`: CURVE; refused until it is built."""
+
+    key_file: str | None = None
+    allow: str | None = None
+
+
+class NodeConfig(BaseSettings):
+    """A whole node.toml, checked."""
+
+    model_config = SettingsConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+    )
+
+    node: NodeSection
+    models: dict[str, ModelSection] = {}
+    links: dict[str, LinkSection] = {}
+    security: SecuritySection | None = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment before the file; nothing else."""
+        return env_settings, init_settings
+
+    @property
+    def http_address(self) -> tuple[str, int]:
+        """Host and port of the HTTP server."""
+        return split_host_port(self.node.http)
+
+    def delay_s(self, region: str, other: str) -> float:
+        """The one-way delay to emulate between two regions, in seconds."""
+        link = self.links.get(f"{region}/{other}") or self.links.get(f"{other}/{region}")
+        return link.delay_ms / 1000 if link else 0.0
+
+
+def load_config(path: Path | str) -> NodeConfig:
+    """Read and check one configuration file.
+
+    Relative `run_dir`s are taken from the folder of the file.
+
+    Raises:
+        ConfigError: with one line: file, line, setting, what is wrong, what to do.
+    """
+    path = Path(path)
+    text = _read(path)
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message, line = _syntax_error(str(error), text)
+        raise ConfigError(f"{path}:{line}: not valid TOML: {message}") from None
+    places = Places(path, text)
+    _check_environment_names()
+    try:
+        config = NodeConfig(**values)
+    except ValidationError as error:
+        raise places.error_of(error) from None
+    except SettingsError as error:
+        raise ConfigError(f"environment: {_one_line(error)}; lists and tables are written as JSON there") from None
+    _check(config, places)
+    run_dir = (path.parent / config.node.run_dir.expanduser()).absolute()
+    return config.model_copy(update={"node": config.node.model_copy(update={"run_dir": run_dir})})
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > CONFIG_BYTES_MAX:
+            raise ConfigError(f"{path}: larger than {CONFIG_BYTES_MAX} bytes: this is not a node's configuration")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start})") from None
+
+
+def _syntax_error(message: str, text: str) -> tuple[str, int]:
+    """Split tomllib's "... (at line 3, column 5)" into what and where."""
+    match = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
+    if match is None:
+        return message, 1
+    last_line = max(1, len(text.splitlines()))
+    return message[: match.start()], int(match[1]) if match[1] else last_line
+
+
+def _check_environment_names() -> None:
+    """Refuse a variable that looks like a setting of ours and would have no effect."""
+    for name in sorted(os.environ):
+        upper = name.upper()
+        for section in NodeConfig.model_fields:
+            stem = f"{ENVIRONMENT_PREFIX}{section.upper()}_"
+            if upper.startswith(stem) and not upper.startswith(stem + "_"):
+                hint = f"{stem}_{upper.removeprefix(stem)}"
+                raise ConfigError(
+                    f"environment variable {name} has no effect: section and key are joined by two underscores, as in {hint}"
+                )
+
+
+# --- where a setting stands ---------------------------------------------------------------------------------------------
+
+_BARE_OR_QUOTED = r"""(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')"""
+_KEY = rf"{_BARE_OR_QUOTED}(?:\s*\.\s*{_BARE_OR_QUOTED})*"
+_HEADER = re.compile(rf"\s*\[\[?\s*({_KEY})\s*\]\]?\s*(?:#.*)?$")
+_ASSIGNMENT = re.compile(rf"\s*({_KEY})\s*=")
+
+
+class Places:
+    """Finds the line of a setting in a file that is valid TOML, and words the errors."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self._path = path
+        self._lines: dict[KeyPath, int] = {}
+        table: KeyPath = ()
+        for number, line in enumerate(text.splitlines(), start=1):
+            if header := _HEADER.match(line):
+                table = _key_path(header[1])
+                self._note(table, number)
+            elif assignment := _ASSIGNMENT.match(line):
+                self._note(table + _key_path(assignment[1]), number)
+
+    def _note(self, path: KeyPath, number: int) -> None:
+        for length in range(1, len(path) + 1):
+            self._lines.setdefault(path[:length], number)
+
+    def error(self, path: KeyPath, message: str) -> ConfigError:
+        """A `ConfigError` about the setting at `path`; the nearest enclosing line stands for what is inside a line."""
+        variable = _environment_variable(path)
+        if variable is not None:
+            return ConfigError(f"environment variable {variable}: {message}")
+        line = next((self._lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self._lines), None)
+        place = str(self._path) if line is None else f"{self._path}:{line}"
+        return ConfigError(f"{place}: {_dotted(path)}: {message}")
+
+    def error_of(self, failure: ValidationError) -> ConfigError:
+        """The first of pydantic's complaints, in our words."""
+        errors = failure.errors(include_url=False)
+        # An unknown key is most often the misspelling of the one that is then missing: it is told first.
+        first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+        path = tuple(str(part) for part in first["loc"] if part != "[key]")
+        if first["type"] in ("literal_error", "list_type") and path[-1] in ("literal['all']", "list[int]"):
+            path = path[:-1]
+        message = _describe(str(first["type"]), path, first.get("input"), str(first["msg"]), first.get("ctx", {}))
+        more = f" ({len(errors) - 1} more to follow)" if len(errors) > 1 and first["type"] != "extra_forbidden" else ""
+        return self.error(path, message + more)
+
+
+def _key_path(text: str) -> KeyPath:
+    """The parts of a dotted key, as tomllib understands them."""
+    value: Any = tomllib.loads(f"{text} = 0")
+    path: list[str] = []
+    while isinstance(value, dict):
+        ((key, value),) = value.items()
+        path.append(key)
+    return tuple(path)
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"' for part in path)
+
+
+def _environment_variable(path: KeyPath) -> str | None:
+    """The variable that gave the value at `path`, if one did."""
+    names = {name.upper(): name for name in os.environ}
+    for length in range(len(path), 0, -1):
+        variable = names.get(ENVIRONMENT_PREFIX + "__".join(path[:length]).upper())
+        if variable is not None:
+            return variable
+    return None
+
+
+def _describe(kind: str, path: KeyPath, value: object, message: str, context: Mapping[str, object]) -> str:
+    match kind:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(path[-1], _names_at(path[:-1]), n=1)
+            known = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(_names_at(path[:-1]))}"
+            return f"unknown {'section' if len(path) == 1 else 'setting'}; {known}"
+        case "missing":
+            return (
+                f"missing; add the section [{path[0]}]"
+                if len(path) == 1
+                else f"missing; add `{path[-1]} = ...` to [{_dotted(path[:-1])}]"
+            )
+        case "literal_error":
+            return f"expected {context.get('expected')}, got {value!r}"
+        case "string_type":
+            return f"expected text in quotes, got {value!r}"
+        case "int_type" | "int_parsing" | "int_from_float":
+            return f"expected a whole number, got {value!r}"
+        case "float_type" | "float_parsing":
+            return f"expected a number, got {value!r}"
+        case "list_type":
+            return f'expected a list such as ["tcp://127.0.0.1:7800"], got {value!r}'
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return f"expected a table such as {{ key = value }}, got {value!r}"
+        case _:
+            return f"{message[:1].lower()}{message[1:]}, got {value!r}"
+
+
+def _names_at(path: KeyPath) -> list[str]:
+    """The settings that exist under `path`."""
+    sections: dict[str, type[Section]] = {
+        "node": NodeSection,
+        "models": ModelSection,
+        "links": LinkSection,
+        "security": SecuritySection,
+    }
+    return list(sections[path[0]].model_fields) if path and path[0] in sections else list(NodeConfig.model_fields)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+# --- what the values mean -----------------------------------------------------------------------------------------------
+
+
+def split_host_port(address: str) -> tuple[str, int]:
+    """`host:port` -> its parts; brackets around an IPv6 host are taken off.
+
+    Raises:
+        ValueError: in one line, with what was expected.
+    """
+    host, separator, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not separator or not host or not re.fullmatch(r"\d{1,5}", port) or not 1 <= int(port) <= PORT_MAX:
+        raise ValueError(f"expected HOST:PORT with a port from 1 to {PORT_MAX}, got {address!r}")
+    return host, int(port)
+
+
+def check_endpoint(address: str, *, ipc: bool) -> None:
+    """Refuse an address that is not `tcp://HOST:PORT` on loopback (or `ipc://PATH` where `ipc` allows it).
+
+    Raises:
+        ValueError: in one line, with what was expected.
+    """
+    scheme, separator, rest = address.partition("://")
+    expected = "tcp://HOST:PORT or ipc://PATH" if ipc else "tcp://HOST:PORT"
+    if separator and scheme == "ipc" and ipc:
+        if not rest.startswith("/"):
+            raise ValueError(f"expected ipc:// and an absolute path, got {address!r}")
+        return
+    if not separator or scheme != "tcp":
+        raise ValueError(f"expected {expected}, got {address!r}")
+    try:
+        host, _ = split_host_port(rest)
+    except ValueError:
+        raise ValueError(f"expected {expected} with a port from 1 to {PORT_MAX}, got {address!r}") from None
+    check_loopback(host)
+
+
+def check_loopback(host: str) -> None:
+    """Refuse a host that others than this machine can reach: the traffic is not yet encrypted.
+
+    Raises:
+        ValueError: in one line, with the remedy.
+    """
+    try:
+        loopback = host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise ValueError(f"host {host!r} is not loopback, and encryption {NOT_BUILT}: use 127.0.0.1")
+
+
+def _check(config: NodeConfig, places: Places) -> None:
+    """Everything that the types cannot say."""
+    if config.security is not None:
+        raise places.error(("security",), f"encryption {NOT_BUILT}: remove this section and use loopback addresses")
+    _check_node(config.node, places)
+    _check_addresses(config.node, places)
+    for name, model in config.models.items():
+        _check_model(name, model, places)
+    _check_links(config, places)
+
+
+def _check_node(node: NodeSection, places: Places) -> None:
+    for key, kind, value in (("id", "node", node.id), ("region", "region", node.region)):
+        try:
+            check_name(kind, value)
+        except ModelError as error:
+            raise places.error(("node", key), str(error)) from None
+    if node.role not in ROLES_BUILT:
+        raise places.error(("node", "role"), f"role {node.role!r} {NOT_BUILT}: use 'train' or 'serve'")
+
+
+def _addresses(node: NodeSection) -> Iterator[tuple[str, str]]:
+    yield "peers", node.peers
+    yield "local", node.local
+    yield from (("seeds", seed) for seed in node.seeds)
+    if node.advertise is not None:
+        yield "advertise", node.advertise
+
+
+def _check_addresses(node: NodeSection, places: Places) -> None:
+    for key, address in _addresses(node):
+        try:
+            check_endpoint(address, ipc=key == "local")
+        except ValueError as error:
+            raise places.error(("node", key), str(error)) from None
+    try:
+        host, port = split_host_port(node.http)
+        check_loopback(host)
+    except ValueError as error:
+        raise places.error(("node", "http"), str(error)) from None
+    bound = {"peers": node.peers, "local": node.local, "http": f"tcp://{host}:{port}"}
+    for key, address in list(bound.items())[1:]:
+        clash = next((other for other, taken in bound.items() if other != key and taken == address), None)
+        if clash is not None:
+            raise places.error(("node", key), f"uses the same address as node.{clash}: each needs a port of its own")
+
+
+def _check_model(name: str, model: ModelSection, places: Places) -> None:
+    def refuse(key: str, message: str) -> NoReturn:
+        raise places.error(("models", name, key), message)
+
+    if model.codec != "float32":
+        refuse("codec", f"codec {model.codec!r} {NOT_BUILT}: use 'float32'")
+    if model.partitions != 1:
+        refuse("partitions", f"more than one partition {NOT_BUILT}: use 1")
+    if model.hold != "all":
+        refuse("hold", f"holding single partitions {NOT_BUILT}: use 'all'")
+    if not 1 <= model.capacity_rows <= CAPACITY_ROWS_MAX:
+        refuse("capacity_rows", f"expected a whole number from 1 to {CAPACITY_ROWS_MAX}, got {model.capacity_rows}")
+    for table, dim in model.tables.items():
+        try:
+            if table == DENSE_TABLE:
+                raise ModelError(f"table name {table!r} is reserved for dense tensors: use another name")
+            TableSpec(table, dim)
+        except ModelError as error:
+            raise places.error(("models", name, "tables", table), str(error)) from None
+    try:
+        check_name("model", name)
+    except ModelError as error:
+        raise places.error(("models", name), str(error)) from None
+    try:
+        model.spec(name)
+    except ModelError as error:
+        refuse("shards", str(error))
+
+
+def _check_links(config: NodeConfig, places: Places) -> None:
+    for pair, link in config.links.items():
+        regions = pair.split("/")
+        if len(regions) != 2 or not all(regions):
+            raise places.error(("links", pair), 'expected a pair of regions such as "eu/us"')
+        if regions[0] != regions[1] and "/".join(reversed(regions)) in config.links:
+            raise places.error(("links", pair), "this pair is there twice, once in each order: links are symmetric, keep one")
+        if link.rate_mbps is not None:
+            raise places.error(("links", pair, "rate_mbps"), f"limiting a link's rate {NOT_BUILT}: remove it")
+        if not 0 <= link.delay_ms <= DELAY_MS_MAX:
+            raise places.error(
+                ("links", pair, "delay_ms"), f"expected 0 to {DELAY_MS_MAX:.0f} milliseconds, got {link.delay_ms}"
+            )

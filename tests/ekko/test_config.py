@@ -1,0 +1,159 @@
+"""Each mistake in a configuration is one line with file, line, setting and remedy; what is right is understood."""
+
+from pathlib import Path
+
+import pytest
+
+from ekko.config import load_config
+from ekko.errors import ConfigError
+
+GOOD = """\
+[node]
+id = "eu-1"
+region = "eu"
+role = "serve"
+run_dir = "state"
+peers = "tcp://127.0.0.1:7801"
+local = "tcp://127.0.0.1:7701"
+http = "127.0.0.1:7901"
+seeds = ["tcp://127.0.0.1:7800"]
+
+[models.ctr]
+shards = 32
+tables = { item = 16, user = 8 }
+capacity_rows = 1_000
+
+[links]
+"eu/us" = { delay_ms = 40 }
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "node.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_contract_is_understood(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD))
+    assert (config.node.id, config.node.region, config.node.role) == ("eu-1", "eu", "serve")
+    assert config.node.run_dir == tmp_path / "state"
+    assert config.http_address == ("127.0.0.1", 7901)
+    assert {t.name: t.dim for t in config.models["ctr"].spec("ctr").tables.values()} == {"item": 16, "user": 8}
+    assert config.delay_s("us", "eu") == config.delay_s("eu", "us") == 0.04
+    assert config.delay_s("eu", "ap") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "complaint"),
+    [
+        ('id = "eu-1"', "id = eu-1", ":2: ", "not valid TOML"),
+        ("[models.ctr]", "[models.ctr", ":11: ", "not valid TOML"),
+        ('"eu/us" = { delay_ms = 40 }', '"eu/us" = { delay_ms = 40', ":17: ", "not valid TOML"),
+        ('id = "eu-1"', "id = 5", ":2: node.id: ", "expected text in quotes, got 5"),
+        ('id = "eu-1"', 'id = "eu 1"', ":2: node.id: ", "is not usable"),
+        ('id = "eu-1"\n', "", ":1: node.id: ", "missing; add `id = ...` to [node]"),
+        ('role = "serve"', 'rolle = "serve"', ":4: node.rolle: ", "unknown setting; did you mean 'role'?"),
+        ("[links]", "[link]", ":16: link: ", "unknown section; did you mean 'links'?"),
+        (
+            'role = "serve"',
+            'role = "server"',
+            ":4: node.role: ",
+            "expected 'train', 'serve', 'baseline' or 'witness', got 'server'",
+        ),
+        ('role = "serve"', 'role = "witness"', ":4: node.role: ", "not available in this version"),
+        ('role = "serve"', 'role = "baseline"', ":4: node.role: ", "not available in this version"),
+        ("tcp://127.0.0.1:7801", "127.0.0.1:7801", ":6: node.peers: ", "expected tcp://HOST:PORT, got"),
+        ("tcp://127.0.0.1:7801", "tcp://127.0.0.1", ":6: node.peers: ", "with a port from 1 to 65535"),
+        ("tcp://127.0.0.1:7801", "tcp://127.0.0.1:70000", ":6: node.peers: ", "with a port from 1 to 65535"),
+        ("tcp://127.0.0.1:7801", "ipc:///tmp/x", ":6: node.peers: ", "expected tcp://HOST:PORT, got"),
+        ("tcp://127.0.0.1:7801", "tcp://0.0.0.0:7801", ":6: node.peers: ", "is not loopback"),
+        ("tcp://127.0.0.1:7801", "tcp://eu.example:7801", ":6: node.peers: ", "is not loopback"),
+        ("tcp://127.0.0.1:7701", "ipc://relative", ":7: node.local: ", "absolute path"),
+        ("tcp://127.0.0.1:7701", "tcp://127.0.0.1:7801", ":7: node.local: ", "same address as node.peers"),
+        ("127.0.0.1:7901", "127.0.0.1", ":8: node.http: ", "expected HOST:PORT"),
+        ("127.0.0.1:7901", "10.0.0.1:7901", ":8: node.http: ", "is not loopback"),
+        ('seeds = ["tcp://127.0.0.1:7800"]', 'seeds = "tcp://127.0.0.1:7800"', ":9: node.seeds: ", "expected a list"),
+        ('seeds = ["tcp://127.0.0.1:7800"]', 'seeds = ["tcp://10.0.0.1:7800"]', ":9: node.seeds: ", "is not loopback"),
+        ("shards = 32", "shards = 0", ":12: models.ctr.shards: ", "expected a whole number from 1"),
+        ("shards = 32", "shards = 1.5", ":12: models.ctr.shards: ", "expected a whole number, got 1.5"),
+        ("shards = 32", "shards = true", ":12: models.ctr.shards: ", "expected a whole number, got True"),
+        ("item = 16", "item = 0", ":13: models.ctr.tables.item: ", "has dim 0"),
+        ("item = 16", "_dense = 16", ":13: models.ctr.tables._dense: ", "reserved"),
+        ("item = 16", '"it em" = 16', ':13: models.ctr.tables."it em": ', "is not usable"),
+        ("capacity_rows = 1_000", "capacity_rows = 0", ":14: models.ctr.capacity_rows: ", "from 1 to"),
+        ("capacity_rows = 1_000", 'codec = "int8"', ":14: models.ctr.codec: ", "not available in this version"),
+        (
+            "capacity_rows = 1_000",
+            'codec = "int9"',
+            ":14: models.ctr.codec: ",
+            "expected 'float32', 'float16', 'bfloat16' or 'int8'",
+        ),
+        ("capacity_rows = 1_000", "partitions = 2", ":14: models.ctr.partitions: ", "not available in this version"),
+        ("capacity_rows = 1_000", "hold = [0]", ":14: models.ctr.hold: ", "not available in this version"),
+        ("capacity_rows = 1_000", 'hold = "some"', ":14: models.ctr.hold: ", "expected 'all', got 'some'"),
+        ("[models.ctr]", '[models."c t r"]', ':11: models."c t r": ', "is not usable"),
+        ("delay_ms = 40", "rate_mbps = 200", ':17: links."eu/us".rate_mbps: ', "not available in this version"),
+        ("delay_ms = 40", "delay_ms = -1", ':17: links."eu/us".delay_ms: ', "expected 0 to 60000"),
+        ("delay_ms = 40", "delai_ms = 40", ':17: links."eu/us".delai_ms: ', "did you mean 'delay_ms'?"),
+        ('"eu/us"', '"eu-us"', ":17: links.eu-us: ", "expected a pair of regions"),
+        ("[links]", '[links]\n"us/eu" = {}', ':17: links."us/eu": ', "there twice"),
+        (
+            "[links]",
+            '[security]\nkey_file = "node.key"\n[links]',
+            ":16: security: ",
+            "encryption is not available in this version",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_place(tmp_path: Path, old: str, new: str, place: str, complaint: str) -> None:
+    assert old in GOOD
+    path = write(tmp_path, GOOD.replace(old, new, 1))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}{place}")
+    assert complaint in message
+    assert "\n" not in message
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml: cannot be read: No such file"):
+        load_config(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "node.toml"
+    path.write_bytes(b'[node]\nid = "\xff"')
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_config(path)
+
+
+def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EKKO_NODE__HTTP", "127.0.0.1:7999")
+    monkeypatch.setenv("EKKO_MODELS__CTR__SHARDS", "8")
+    monkeypatch.setenv("EKKO_NODE__SEEDS", '["tcp://127.0.0.1:1"]')
+    config = load_config(write(tmp_path, GOOD))
+    assert config.http_address == ("127.0.0.1", 7999)
+    assert config.models["ctr"].shards == 8
+    assert config.models["ctr"].tables == {"item": 16, "user": 8}
+    assert config.node.seeds == ["tcp://127.0.0.1:1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "complaint"),
+    [
+        ("EKKO_NODE__HTTP", "nowhere", "environment variable EKKO_NODE__HTTP: expected HOST:PORT"),
+        ("EKKO_NODE__ROLLE", "serve", "environment variable EKKO_NODE__ROLLE: unknown setting; did you mean 'role'"),
+        ("EKKO_NODE_HTTP", "127.0.0.1:1", "environment variable EKKO_NODE_HTTP has no effect: .* EKKO_NODE__HTTP"),
+        ("EKKO_NODE__SEEDS", "[", "environment: .*written as JSON"),
+    ],
+)
+def test_a_mistake_in_the_environment_names_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, complaint: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=complaint):
+        load_config(write(tmp_path, GOOD))
