@@ -21,5 +21,5 @@ class PublishError(EkkoError):
     """A batch was refused; nothing of it was published."""
 
 
-class NodeUnreachable(EkkoError):
+class NodeUnreachable(EkkoError):  # noqa: N818 - the name is part of the contract
     """No node answers at the given address."""

@@ -1,0 +1,1 @@
+"""The training side: what hands changed rows to the local node."""

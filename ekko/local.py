@@ -1,0 +1,377 @@
+"""The local endpoint: how publishers and tools of one machine talk to their node.
+
+One request, one answer, over a ZeroMQ DEALER (client) and ROUTER (node) on loopback or a Unix socket. A message is a msgpack
+header and then raw column frames, which are not copied. This module owns the wire and the client's half; `ekko.endpoint` is
+the node's half.
+
+A client is synchronous: it has one request outstanding, so what a connection can hold in memory is bounded by one message.
+An answer that comes after its request timed out carries an old number and is dropped.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgpack
+import numpy as np
+import zmq
+
+from ekko.errors import EkkoError, ModelError, NodeUnreachable, PublishError
+from ekko.model import DENSE_ROWS_MAX, TABLES_MAX, TensorSpec
+from p2p.messages import Scope
+from p2p.replica import RowColumns
+from p2p.transport import Buffer
+
+LOCAL_PROTOCOL_VERSION: Final = 1
+# One step of one publisher. A step of this size is 4 million rows of float32[64]; larger ones are two steps.
+LOCAL_MESSAGE_BYTES_MAX: Final = 1 << 30
+HEADER_BYTES_MAX: Final = 4 << 20
+# Keys, rows and significance of every table, and the header.
+LOCAL_FRAMES_MAX: Final = 3 * TABLES_MAX + 1
+WAIT_MS_MAX: Final = 24 * 3_600_000
+RECONNECT_MS: Final = 20
+RECONNECT_MS_MAX: Final = 200
+ABANDON_S_MAX: Final = 10.0  # the I/O thread lets go of a closed socket's memory in milliseconds; a guess for a stopped machine
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Attach to a model; what is not there yet of it is added. `tables` None: the model must exist."""
+
+    model: str
+    tables: tuple[tuple[str, int], ...] | None = None
+    shards: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PublishStep:
+    """One optimiser step. Keys are unique within a table; rows are encoded as the table stores them."""
+
+    model: str
+    columns: tuple[RowColumns, ...]
+    tensors: tuple[TensorSpec, ...] = ()  # the dense tensors among the rows; new ones are added to the schema
+    published_ns: int = 0  # CLOCK_MONOTONIC at the entry of the user's call
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Answer when `stamp` is visible everywhere in scope, or after `timeout_ms`."""
+
+    model: str
+    stamp: int
+    scope: Scope
+    timeout_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Who is there?"""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The model as this node knows it now."""
+
+    node: str
+    region: str
+    shards: int
+    tables: dict[str, int]  # name -> dim
+    tensors: dict[str, TensorSpec] = field(default_factory=dict)
+    last_stamp: int = 0  # of this node's own steps; 0: none yet
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The step is in the local node's memory."""
+
+    stamp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waited:
+    """Empty: visible everywhere in scope. Else who lags."""
+
+    lagging: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """The node's answer to `Ping`."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request was refused and nothing happened. `kind` is a key of `FAILURES`, or `REOPEN`."""
+
+    kind: str
+    reason: str
+
+
+Request = Open | PublishStep | Wait | Ping
+Answer = Opened | Stored | Waited | Pong | Failed
+
+# The node does not know the model or a table (it lost its memory): the client opens it again and repeats the request.
+REOPEN: Final = "reopen"
+FAILURES: Final[dict[str, type[EkkoError]]] = {"model": ModelError, "publish": PublishError}
+
+
+class MalformedError(EkkoError):
+    """A message on the local endpoint is not of this protocol."""
+
+
+# --- encoding -----------------------------------------------------------------------------------------------------------
+
+
+def encode_request(number: int, request: Request) -> list[Buffer]:
+    """Frames of one request; `number` comes back in its answer."""
+    frames: list[Buffer] = []
+    match request:
+        case Open(model, tables, shards):
+            body: list[object] = ["open", model, tables, shards]
+        case PublishStep(model, columns, tensors, published_ns):
+            body = ["publish", model, [_column_header(c) for c in columns], [_tensor_body(t) for t in tensors], published_ns]
+            for column in columns:
+                frames += [_bytes_of(column.keys), _bytes_of(column.rows)]
+                frames += [] if column.significance is None else [_bytes_of(column.significance)]
+        case Wait(model, stamp, scope, timeout_ms):
+            body = ["wait", model, stamp, int(scope), timeout_ms]
+        case Ping():
+            body = ["ping"]
+    return [msgpack.packb([LOCAL_PROTOCOL_VERSION, number, *body]), *frames]
+
+
+def encode_answer(number: int, answer: Answer) -> bytes:
+    """The one frame of an answer."""
+    match answer:
+        case Opened(node, region, shards, tables, tensors, last_stamp):
+            specs = [_tensor_body(tensor) for tensor in tensors.values()]
+            body: list[object] = ["opened", node, region, shards, list(tables.items()), specs, last_stamp]
+        case Stored(stamp):
+            body = ["stored", stamp]
+        case Waited(lagging):
+            body = ["waited", lagging]
+        case Pong(node):
+            body = ["pong", node]
+        case Failed(kind, reason):
+            body = ["failed", kind, reason]
+    return bytes(msgpack.packb([LOCAL_PROTOCOL_VERSION, number, *body]))
+
+
+def frames_bytes(frames: Sequence[Buffer]) -> int:
+    """Payload bytes of a message."""
+    return sum(memoryview(frame).nbytes for frame in frames)
+
+
+def _column_header(column: RowColumns) -> list[object]:
+    live, row_bytes = column.rows.shape
+    return [column.table, len(column.keys), live, row_bytes, column.significance is not None]
+
+
+def _tensor_body(tensor: TensorSpec) -> list[object]:
+    return [tensor.name, list(tensor.shape), tensor.dtype]
+
+
+def _bytes_of(array: np.ndarray[Any, Any]) -> Buffer:
+    """The array's bytes, uncopied. An empty array has no memoryview of one dimension that ZeroMQ would take."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
+
+
+# --- decoding -----------------------------------------------------------------------------------------------------------
+
+
+def decode_request(frames: Sequence[Buffer]) -> tuple[int, Request]:
+    """One request with its number.
+
+    Raises:
+        MalformedError: it is not a request of this protocol and version.
+    """
+    number, body = _header(frames)
+    try:
+        match body:
+            case ["open", str(model), tables, shards] if len(frames) == 1:
+                pairs = None if tables is None else tuple((str(name), _whole(dim)) for name, dim in tables)
+                return number, Open(model, pairs, None if shards is None else _whole(shards))
+            case ["publish", str(model), list(headers), list(tensors), int(published_ns)]:
+                columns = _decode_columns(headers, list(frames[1:]))
+                return number, PublishStep(model, columns, tuple(_tensor_of(body) for body in tensors), published_ns)
+            case ["wait", str(model), int(stamp), int(scope), int(timeout_ms)] if len(frames) == 1:
+                if not 0 <= timeout_ms <= WAIT_MS_MAX or not 0 <= stamp < 1 << 64:
+                    raise MalformedError(f"a wait of {timeout_ms} ms for stamp {stamp} is out of range")
+                return number, Wait(model, stamp, Scope(scope), timeout_ms)
+            case ["ping"] if len(frames) == 1:
+                return number, Ping()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MalformedError(f"malformed request: {error}") from error
+    raise MalformedError("malformed request: not of this protocol")
+
+
+def decode_answer(frame: Buffer) -> tuple[int, Answer]:
+    """One answer with the number of its request.
+
+    Raises:
+        MalformedError: it is not an answer of this protocol and version.
+    """
+    number, body = _header([frame])
+    try:
+        match body:
+            case ["opened", str(node), str(region), int(shards), list(tables), list(tensors), int(last_stamp)]:
+                specs = [_tensor_of(tensor) for tensor in tensors]
+                dims = {str(name): _whole(dim) for name, dim in tables}
+                return number, Opened(node, region, shards, dims, {spec.name: spec for spec in specs}, last_stamp)
+            case ["stored", int(stamp)]:
+                return number, Stored(stamp)
+            case ["waited", list(lagging)]:
+                return number, Waited(tuple(str(name) for name in lagging))
+            case ["pong", str(node)]:
+                return number, Pong(node)
+            case ["failed", str(kind), str(reason)]:
+                return number, Failed(kind, reason)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise MalformedError(f"malformed answer: {error}") from error
+    raise MalformedError("malformed answer: not of this protocol")
+
+
+def _header(frames: Sequence[Buffer]) -> tuple[int, list[Any]]:
+    if not 1 <= len(frames) <= LOCAL_FRAMES_MAX:
+        raise MalformedError(f"a message of {len(frames)} frames; expected 1 to {LOCAL_FRAMES_MAX}")
+    if memoryview(frames[0]).nbytes > HEADER_BYTES_MAX:
+        raise MalformedError(f"a header over {HEADER_BYTES_MAX} bytes")
+    try:
+        header = msgpack.unpackb(frames[0])
+    except Exception as error:  # junk can fail in any way
+        raise MalformedError("a header that is not msgpack") from error
+    match header:
+        case [int(version), int(number), *body] if version == LOCAL_PROTOCOL_VERSION:
+            return number, body
+        case [int(version), int(_), *_]:
+            raise MalformedError(
+                f"local protocol version {version}; this node speaks {LOCAL_PROTOCOL_VERSION}: use one release of ekko"
+            )
+        case _:
+            raise MalformedError("a header that is not of this protocol")
+
+
+def _decode_columns(headers: list[Any], frames: list[Buffer]) -> tuple[RowColumns, ...]:
+    columns = []
+    position = 0
+    for table, count, live, row_bytes, has_significance in headers:
+        end = position + (3 if has_significance else 2)
+        if end > len(frames):
+            raise MalformedError("a step with fewer frames than its header says")
+        if not 0 <= _whole(live) <= _whole(count) or not 0 <= _whole(row_bytes) <= LOCAL_MESSAGE_BYTES_MAX:
+            raise MalformedError("a step whose header contradicts itself")
+        keys = _array(frames[position], np.dtype(np.uint64), count)
+        rows = _array(frames[position + 1], np.dtype(np.uint8), live * row_bytes).reshape(live, row_bytes)
+        significance = _array(frames[position + 2], np.dtype(np.float32), count) if has_significance else None
+        columns.append(RowColumns(_whole(table), keys, rows, None, significance))
+        position = end
+    if position != len(frames):
+        raise MalformedError("a step with more frames than its header says")
+    return tuple(columns)
+
+
+def _array(frame: Buffer, dtype: np.dtype[Any], count: int) -> np.ndarray[Any, Any]:
+    """`dtype[count]` over a frame's memory; copied only where the frame starts at an odd address."""
+    if memoryview(frame).nbytes != count * dtype.itemsize:
+        raise MalformedError(f"a frame of {memoryview(frame).nbytes} bytes where {count * dtype.itemsize} were announced")
+    array = np.frombuffer(frame, dtype=dtype) if count else np.empty(0, dtype)
+    return array if array.flags.aligned else array.copy()
+
+
+def _tensor_of(body: Any) -> TensorSpec:
+    name, shape, dtype = body
+    tensor = TensorSpec(str(name), tuple(_whole(n) for n in shape), np.dtype(dtype).name)
+    if min(tensor.shape, default=1) < 0 or tensor.rows > DENSE_ROWS_MAX:
+        raise MalformedError(f"tensor {name!r} of shape {tensor.shape} is too large")
+    return tensor
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise MalformedError(f"{value!r} where a whole number was expected")
+    return value
+
+
+# --- the client's half ----------------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """One synchronous connection to a node's local endpoint. Used by one thread at a time.
+
+    After any exception of `request` the connection must be closed: an answer may still be under way.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._number = 0
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.IMMEDIATE, 1),  # nothing is queued for a node that is not there: `request` sees it instead
+            (zmq.SNDHWM, 2),
+            (zmq.RCVHWM, 16),
+            (zmq.RECONNECT_IVL, RECONNECT_MS),
+            (zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX),
+            (zmq.MAXMSGSIZE, HEADER_BYTES_MAX),
+        ):
+            self._socket.setsockopt(option, value)
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            raise NodeUnreachable(f"cannot connect to {address}: {error}: expected tcp://HOST:PORT or ipc://PATH") from None
+
+    def request(self, request: Request, timeout_s: float) -> Answer:
+        """Ask and wait for the answer.
+
+        Raises:
+            NodeUnreachable: nobody took the request, or nobody answered, within `timeout_s`.
+            PublishError: the step is larger than one message may be; nothing was sent.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._number += 1
+        frames = encode_request(self._number, request)
+        size = frames_bytes(frames)
+        if size > LOCAL_MESSAGE_BYTES_MAX:
+            raise PublishError(
+                f"a step of {size} bytes: one step may have {LOCAL_MESSAGE_BYTES_MAX}: publish it as several steps"
+            )
+        if not self._socket.poll(_milliseconds_until(deadline), zmq.POLLOUT):
+            raise NodeUnreachable(
+                f"no node answers at {self._address} within {timeout_s:g} s: start it (ekko node --config node.toml) "
+                "or check [node].local in its configuration"
+            )
+        tracker = self._socket.send_multipart(frames, copy=False, track=True)
+        try:
+            while self._socket.poll(_milliseconds_until(deadline), zmq.POLLIN):
+                number, answer = decode_answer(self._socket.recv())
+                if number == self._number:
+                    return answer
+        except BaseException:
+            self._abandon(tracker)
+            raise
+        self._abandon(tracker)
+        raise NodeUnreachable(
+            f"the node at {self._address} did not answer within {timeout_s:g} s: it is busy or went away. "
+            "Whether a step was stored is not known; publishing it again is harmless"
+        )
+
+    def _abandon(self, tracker: zmq.MessageTracker | None) -> None:
+        """Close, and return only when ZeroMQ no longer reads the caller's arrays, which the caller may now change."""
+        self.close()
+        if tracker is not None:
+            with contextlib.suppress(zmq.NotDone):
+                tracker.wait(ABANDON_S_MAX)
+
+    def close(self) -> None:
+        """Drop the connection and whatever is under way on it."""
+        self._socket.close(linger=0)
+
+
+def _milliseconds_until(deadline: float) -> int:
+    return max(0, math.ceil((deadline - time.monotonic()) * 1000))
