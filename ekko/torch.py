@@ -1,0 +1,353 @@
+"""The public torch face: publish what a training step changed, and pool embeddings that a reader looks up.
+
+Training side: three lines, of which the last is
+
+    tracker = ekko.torch.track(model, optimizer, publisher, tables={"item_embedding": "item"})
+
+From then on every `optimizer.step()` publishes the rows it changed as one batch under one stamp. With sparse gradients the
+gradient itself says which rows those are, so nothing is compared or copied that did not change.
+
+Serving side: `EmbeddingBag(reader, "item")` stands where `torch.nn.EmbeddingBag` stood in training.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Final, Literal, Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from ekko.errors import ModelError
+
+# `publish_all` cuts a table into steps of about this size: large enough that the cost of a step does not count, small enough
+# that the node stays responsive to other publishers meanwhile.
+PUBLISH_ALL_BYTES_MAX: Final = 4 << 20
+
+Mode = Literal["sum", "mean", "max"]
+
+
+class PublishStep(Protocol):
+    """What `track` asks of a step; `ekko.train.publisher.Step` offers it."""
+
+    @property
+    def stamp(self) -> int: ...
+
+    def publish(
+        self, table: str, keys: NDArray[np.uint64], rows: NDArray[np.float32], significance: NDArray[np.float32] | None = None
+    ) -> None: ...
+
+    def publish_dense(self, name: str, array: NDArray[np.float32]) -> None: ...
+
+
+class StepPublisher(Protocol):
+    """What `track` asks of a publisher; `ekko.Publisher` offers it."""
+
+    @property
+    def tables(self) -> Mapping[str, int]: ...
+
+    def step(self) -> AbstractContextManager[PublishStep]: ...
+
+
+class RowReader(Protocol):
+    """What `EmbeddingBag` asks of a reader; `ekko.Reader` offers it."""
+
+    def lookup(self, table: str, keys: NDArray[np.uint64]) -> NDArray[np.float32]: ...
+
+
+def track(
+    model: nn.Module,
+    optimizer: Optimizer,
+    publisher: StepPublisher,
+    tables: Mapping[str, str],
+    dense_every: int | None = None,
+) -> "Tracker":
+    """Publish, after each `optimizer.step()`, the embedding rows that it changed.
+
+    A row's significance is the L1 norm of its gradient. All tables go in one batch under one stamp. A step that could not be
+    published raises out of `optimizer.step()`, after the parameters have changed; its rows go with the next one that can.
+
+    Args:
+        model: holds the tables; is trained by `optimizer`.
+        optimizer: changes only rows with a gradient: no weight decay and no momentum on the tables (SparseAdam, Adagrad and
+            plain SGD are fine).
+        publisher: an `ekko.Publisher` of a model that has the tables.
+        tables: module name (as in `model.named_modules()`) of an `nn.Embedding(sparse=True)` -> table it is published to;
+            the row index is the key.
+        dense_every: publish all other parameters too, under their parameter names, with every this many steps; None: never.
+
+    Returns:
+        The handle; `remove()` it, or use it in a `with` block, to stop.
+
+    Raises:
+        ModelError: no such module or table, not an `nn.Embedding`, dense gradients, another width, or an optimizer that
+            changes rows without a gradient. Nothing is tracked.
+    """
+    return Tracker(model, optimizer, publisher, tables, dense_every)
+
+
+class Tracker:
+    """Publishes a model's changes; made by `track`. Used by the thread that trains."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        publisher: StepPublisher,
+        tables: Mapping[str, str],
+        dense_every: int | None = None,
+    ) -> None:
+        if dense_every is not None and (not isinstance(dense_every, int) or dense_every < 1):
+            raise ModelError(f"dense_every is {dense_every!r}: expected a number of steps from 1, or None for never")
+        self._publisher = publisher
+        self._weights = _tracked_weights(model, optimizer, publisher, tables)
+        tracked = {id(weight) for weight in self._weights.values()}
+        self._dense = {name: value for name, value in model.named_parameters() if id(value) not in tracked}
+        self._dense_every = dense_every
+        if dense_every is not None:
+            _check_dense(self._dense)
+        self._touched: dict[str, _Touched] = {}
+        self._steps = 0
+        self._dense_due = False
+        self._stamp = 0
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+
+    @property
+    def stamp(self) -> int:
+        """The stamp of the last step published; 0: none yet."""
+        return self._stamp
+
+    @property
+    def dense_names(self) -> tuple[str, ...]:
+        """Names under which the dense parameters are published."""
+        return tuple(self._dense)
+
+    def publish_all(self) -> int:
+        """Publish every row of every table and all dense parameters, as a first state or after loading a checkpoint.
+
+        Returns:
+            The last stamp: once it is visible somewhere, so is the rest.
+        """
+        for table, weight in self._weights.items():
+            chunk = max(1, PUBLISH_ALL_BYTES_MAX // (weight.shape[1] * weight.element_size()))
+            for start in range(0, weight.shape[0], chunk):
+                keys = np.arange(start, min(start + chunk, weight.shape[0]), dtype=np.uint64)
+                with self._publisher.step() as step:
+                    step.publish(table, keys, weight.detach()[start : start + chunk].cpu().numpy())
+                self._stamp = step.stamp
+            self._touched.pop(table, None)
+        return self.publish_dense()
+
+    def publish_dense(self) -> int:
+        """Publish all dense parameters now; returns the stamp."""
+        _check_dense(self._dense)
+        self._dense_due = bool(self._dense)
+        return self._publish()
+
+    def remove(self) -> None:
+        """Stop tracking. What was published stays published."""
+        self._hook.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _after_step(self, *_: object) -> None:
+        for table, weight in self._weights.items():
+            touched = _touched_rows(table, weight)
+            if touched is not None:
+                held = self._touched.get(table)
+                self._touched[table] = touched if held is None else held.merged(touched)
+        self._steps += 1
+        if self._dense_every is not None and self._steps % self._dense_every == 0:
+            self._dense_due = True
+        self._publish()
+
+    def _publish(self) -> int:
+        """Publish what is due. Nothing is forgotten before the node has stored it."""
+        if not self._touched and not self._dense_due:
+            return self._stamp
+        with self._publisher.step() as step:
+            for table, touched in self._touched.items():
+                rows = _rows(self._weights[table], touched.ids)
+                step.publish(table, _keys(touched.ids), rows, touched.significance.cpu().numpy())
+            if self._dense_due:
+                for name, value in self._dense.items():
+                    step.publish_dense(name, value.detach().cpu().numpy())
+        self._stamp = step.stamp
+        self._touched = {}
+        self._dense_due = False
+        return self._stamp
+
+
+class _Touched:
+    """Rows of one table that changed and are not published yet."""
+
+    __slots__ = ("ids", "significance")
+
+    def __init__(self, ids: Tensor, significance: Tensor) -> None:
+        self.ids = ids  # int64[n], unique
+        self.significance = significance  # float32[n]
+
+    def merged(self, newer: "_Touched") -> "_Touched":
+        """Both, each row once; what a row moved by adds up."""
+        ids, place = torch.unique(torch.cat([self.ids, newer.ids]), return_inverse=True)
+        total = torch.zeros(len(ids), device=ids.device)
+        return _Touched(ids, total.index_add_(0, place, torch.cat([self.significance, newer.significance])))
+
+
+def _touched_rows(table: str, weight: nn.Parameter) -> _Touched | None:
+    """The rows that this step's gradient touches.
+
+    Raises:
+        ModelError: the gradient is dense after all, so it does not say which rows changed.
+    """
+    gradient = weight.grad
+    if gradient is None:
+        return None
+    if not gradient.is_sparse:
+        raise ModelError(
+            f"the gradient of table {table!r} is dense: its weight is also used outside of nn.Embedding(sparse=True); "
+            "in this version only sparse gradients can be tracked"
+        )
+    gradient = gradient.detach().coalesce()
+    ids, values = gradient.indices()[0], gradient.values()
+    return _Touched(ids, values.abs().sum(dim=1)) if len(ids) else None
+
+
+def _keys(ids: Tensor) -> NDArray[np.uint64]:
+    """uint64[n]: row indices are keys."""
+    return ids.cpu().numpy().view(np.uint64)
+
+
+def _rows(weight: nn.Parameter, ids: Tensor) -> NDArray[np.float32]:
+    """float32[n, dim] copies of the rows `ids`, in CPU memory."""
+    return np.asarray(weight.detach().index_select(0, ids).cpu().numpy())
+
+
+def _tracked_weights(
+    model: nn.Module, optimizer: Optimizer, publisher: StepPublisher, tables: Mapping[str, str]
+) -> dict[str, nn.Parameter]:
+    """Table -> its weight, checked."""
+    if not tables:
+        raise ModelError("tables is empty: name at least one nn.Embedding and the table it is published to")
+    modules = dict(model.named_modules())
+    known = publisher.tables
+    weights: dict[str, nn.Parameter] = {}
+    for name, table in tables.items():
+        weight = _table_weight(name, modules)
+        if table not in known:
+            raise ModelError(f"unknown table {table!r}: the publisher has {_listed(known)}; add it with Publisher(tables=...)")
+        if weight.shape[1] != known[table]:
+            raise ModelError(f"module {name!r} has rows of {weight.shape[1]} and table {table!r} has dim {known[table]}")
+        if table in weights:
+            raise ModelError(f"table {table!r} is named twice: give each module a table of its own")
+        _check_optimizer(name, weight, optimizer)
+        weights[table] = weight
+    return weights
+
+
+def _table_weight(name: str, modules: Mapping[str, nn.Module]) -> nn.Parameter:
+    if name not in modules:
+        embeddings = [found for found, module in modules.items() if isinstance(module, nn.Embedding)]
+        raise ModelError(f"the model has no module {name!r}: its nn.Embedding modules are {_listed(embeddings)}")
+    module = modules[name]
+    if not isinstance(module, nn.Embedding):
+        raise ModelError(f"module {name!r} is a {type(module).__name__}: only nn.Embedding can be tracked in this version")
+    if not module.sparse:
+        raise ModelError(
+            f"module {name!r} has dense gradients, which do not say which rows changed: make it nn.Embedding(..., sparse=True)"
+        )
+    if module.max_norm is not None:
+        raise ModelError(f"module {name!r} has max_norm, which changes rows outside of optimizer.step(): track it without")
+    if module.weight.dtype != torch.float32:
+        raise ModelError(f"module {name!r} has dtype {module.weight.dtype}: tables hold torch.float32")
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter):
+        raise ModelError(f"the weight of module {name!r} is computed from other parameters: remove the parametrization")
+    return weight
+
+
+def _check_optimizer(name: str, weight: nn.Parameter, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that does not train the table, or that changes rows without a gradient."""
+    group = next((group for group in optimizer.param_groups if any(value is weight for value in group["params"])), None)
+    if group is None:
+        raise ModelError(f"the optimizer does not have the weight of module {name!r}: pass it model.parameters()")
+    for setting in ("weight_decay", "momentum"):
+        if group.get(setting, 0) != 0:
+            raise ModelError(
+                f"the optimizer has {setting} = {group[setting]} on module {name!r}, which changes rows that have no gradient: "
+                f"put its weight into a parameter group with {setting} = 0"
+            )
+
+
+def _check_dense(parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, value in parameters.items():
+        if value.dtype != torch.float32:
+            raise ModelError(f"parameter {name!r} has dtype {value.dtype}: only torch.float32 is available in this version")
+
+
+def _listed(names: Iterator[str] | Mapping[str, object] | list[str]) -> str:
+    return ", ".join(repr(name) for name in names) or "none"
+
+
+class EmbeddingBag(nn.Module):
+    """`torch.nn.EmbeddingBag` over rows that a reader looks up in its node's shared memory; for inference only.
+
+    It has no parameters and yields no gradients. A key that the table does not have counts as a row of zeros.
+
+    Args:
+        reader: an `ekko.Reader` of the model.
+        table: the table's name.
+        mode: how the rows of a bag become one.
+        include_last_offset: as in `torch.nn.EmbeddingBag`: `offsets` ends with the number of indices.
+    """
+
+    def __init__(self, reader: RowReader, table: str, mode: Mode = "mean", *, include_last_offset: bool = False) -> None:
+        super().__init__()
+        if mode not in ("sum", "mean", "max"):
+            raise ModelError(f"mode is {mode!r}: expected 'sum', 'mean' or 'max'")
+        self.table = table
+        self.mode = mode
+        self.include_last_offset = include_last_offset
+        self._reader = reader
+
+    @torch.no_grad()
+    def forward(self, indices: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Pool the rows of each bag.
+
+        Args:
+            indices: int64[n] with `offsets`, or int64[bags, length] without; the bits of a key from 2^63 are those of a
+                negative number.
+            offsets: int64[bags], where each bag begins.
+            per_sample_weights: float32 of the shape of `indices`; mode "sum" only.
+
+        Returns:
+            float32[bags, dim]; an empty bag is zeros.
+
+        Raises:
+            ModelError: unknown table, or indices that are not whole numbers in CPU memory.
+        """
+        if indices.dtype not in (torch.int64, torch.int32):
+            raise ModelError(f"indices have dtype {indices.dtype}: expected torch.int64")
+        if indices.device.type != "cpu":
+            raise ModelError(f"indices are on device {indices.device}: rows are looked up in CPU memory; use .cpu()")
+        keys = indices.detach().to(torch.int64).contiguous().numpy().view(np.uint64)
+        rows = torch.from_numpy(self._reader.lookup(self.table, keys.reshape(-1)))
+        places = torch.arange(indices.numel()).reshape(indices.shape)
+        return functional.embedding_bag(
+            places,
+            rows,
+            None if offsets is None else offsets.to(torch.int64),
+            mode=self.mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.table!r}, mode={self.mode!r}"

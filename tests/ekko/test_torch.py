@@ -1,0 +1,265 @@
+"""`track` publishes exactly what a step changed; `EmbeddingBag` gives the numbers of torch's own."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import ekko.torch
+from ekko.errors import ModelError, PublishError
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    torch.sparse.check_sparse_tensor_invariants.disable()  # said aloud: torch warns when Adagrad meets sparse rows
+
+
+class RecordedStep:
+    """One batch as it was handed over."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[int, np.ndarray]] = {}
+        self.significance: dict[str, dict[int, float]] = {}
+        self.dense: dict[str, np.ndarray] = {}
+        self.stamp = 0
+
+    def publish(self, table: str, keys: np.ndarray, rows: np.ndarray, significance: np.ndarray | None = None) -> None:
+        assert keys.dtype == np.uint64
+        assert rows.dtype == np.float32
+        assert len(set(keys.tolist())) == len(keys) == len(rows)
+        self.rows[table] = {int(key): row.copy() for key, row in zip(keys, rows, strict=True)}
+        if significance is not None:
+            self.significance[table] = dict(zip(keys.tolist(), significance.tolist(), strict=True))
+
+    def publish_dense(self, name: str, array: np.ndarray) -> None:
+        self.dense[name] = array.copy()
+
+
+class Recorder:
+    """A publisher that keeps its batches; refuses them while `refuses` is set."""
+
+    def __init__(self, tables: Mapping[str, int]) -> None:
+        self.tables = tables
+        self.steps: list[RecordedStep] = []
+        self.refuses = False
+
+    @contextmanager
+    def step(self) -> Iterator[RecordedStep]:
+        step = RecordedStep()
+        yield step
+        if self.refuses:
+            raise PublishError("refused")
+        self.steps.append(step)
+        step.stamp = len(self.steps)
+
+    def state(self, table: str, shape: tuple[int, int]) -> np.ndarray:
+        """The table as a replica that applied every batch holds it."""
+        rows = np.full(shape, np.nan, np.float32)
+        for step in self.steps:
+            for key, row in step.rows.get(table, {}).items():
+                rows[key] = row
+        return rows
+
+
+class Toy(nn.Module):
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.user = nn.Embedding(9, 4, sparse=True)
+        self.item = nn.Embedding(12, 4, **{"sparse": True, **options})
+        self.top = nn.Linear(4, 1)
+
+    def forward(self, user: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
+        return self.top(self.user(user) * self.item(item)).sum()
+
+
+TABLES = {"user": "users", "item": "items"}
+
+
+def recorder() -> Recorder:
+    return Recorder({"users": 4, "items": 4})
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, user: list[int], item: list[int]) -> None:
+    optimizer.zero_grad()
+    model(torch.tensor(user), torch.tensor(item)).backward()
+    optimizer.step()
+
+
+def adagrad(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adagrad(model.parameters(), lr=0.1)
+
+
+def test_one_step_is_one_batch_of_the_touched_rows_after_the_step() -> None:
+    model, publisher = Toy(), recorder()
+    optimizer = adagrad(model)
+    tracker = ekko.torch.track(model, optimizer, publisher, TABLES)
+    train(model, optimizer, [3, 3, 5], [7, 7, 1])
+    [step] = publisher.steps
+    assert tracker.stamp == step.stamp == 1
+    assert {table: set(rows) for table, rows in step.rows.items()} == {"users": {3, 5}, "items": {7, 1}}
+    np.testing.assert_array_equal(step.rows["users"][3], model.user.weight[3].detach().numpy())
+    assert step.dense == {}
+
+
+def test_significance_is_the_l1_norm_of_the_rows_gradient() -> None:
+    model, publisher = Toy(), recorder()
+    optimizer = adagrad(model)
+    ekko.torch.track(model, optimizer, publisher, TABLES)
+    train(model, optimizer, [3, 3, 5], [7, 2, 1])
+    gradient = model.user.weight.grad.to_dense()
+    for key in (3, 5):
+        assert publisher.steps[0].significance["users"][key] == pytest.approx(gradient[key].abs().sum().item())
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 11)), min_size=1, max_size=5), max_size=8), st.data())
+def test_batches_reproduce_the_tables_whatever_the_optimizer_does(
+    steps: list[list[tuple[int, int]]], data: st.DataObject
+) -> None:
+    model, publisher = Toy(), recorder()
+    kind = data.draw(st.sampled_from(["sgd", "adagrad", "adam"]))
+    sparse = [model.user.weight, model.item.weight]
+    optimizer = {
+        "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.1),
+        "adagrad": lambda: adagrad(model),
+        "adam": lambda: torch.optim.SparseAdam(sparse, lr=0.1),
+    }[kind]()
+    tracker = ekko.torch.track(model, optimizer, publisher, TABLES)
+    tracker.publish_all()
+    for pairs in steps:
+        publisher.refuses = data.draw(st.booleans())
+        try:
+            train(model, optimizer, [user for user, _ in pairs], [item for _, item in pairs])
+        except PublishError:
+            assert publisher.refuses
+    publisher.refuses = False
+    train(model, optimizer, [0], [0])
+    np.testing.assert_array_equal(publisher.state("users", (9, 4)), model.user.weight.detach().numpy())
+    np.testing.assert_array_equal(publisher.state("items", (12, 4)), model.item.weight.detach().numpy())
+
+
+def test_rows_of_a_refused_step_go_with_the_next_and_their_significance_adds_up() -> None:
+    model, publisher = Toy(), recorder()
+    optimizer = adagrad(model)
+    tracker = ekko.torch.track(model, optimizer, publisher, TABLES)
+    publisher.refuses = True
+    with pytest.raises(PublishError):
+        train(model, optimizer, [3], [7])
+    first = model.user.weight.grad.to_dense()[3].abs().sum().item()
+    assert tracker.stamp == 0
+    publisher.refuses = False
+    train(model, optimizer, [3, 4], [1, 1])
+    second = model.user.weight.grad.to_dense()[3].abs().sum().item()
+    [step] = publisher.steps
+    assert set(step.rows["items"]) == {7, 1}
+    assert step.significance["users"][3] == pytest.approx(first + second)
+
+
+def test_dense_parameters_go_with_every_nth_step() -> None:
+    model, publisher = Toy(), recorder()
+    optimizer = adagrad(model)
+    tracker = ekko.torch.track(model, optimizer, publisher, TABLES, dense_every=2)
+    for _ in range(5):
+        train(model, optimizer, [1], [1])
+    assert [set(step.dense) for step in publisher.steps] == [set(), {"top.weight", "top.bias"}] * 2 + [set()]
+    assert tracker.dense_names == ("top.weight", "top.bias")
+    tracker.publish_dense()
+    np.testing.assert_array_equal(publisher.steps[-1].dense["top.weight"], model.top.weight.detach().numpy())
+
+
+def test_publish_all_covers_every_row_in_bounded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ekko.torch, "PUBLISH_ALL_BYTES_MAX", 5 * 4 * 4)  # five rows of four float32
+    model, publisher = Toy(), recorder()
+    tracker = ekko.torch.track(model, adagrad(model), publisher, TABLES)
+    assert tracker.publish_all() == len(publisher.steps) == 2 + 3 + 1
+    np.testing.assert_array_equal(publisher.state("users", (9, 4)), model.user.weight.detach().numpy())
+    np.testing.assert_array_equal(publisher.state("items", (12, 4)), model.item.weight.detach().numpy())
+    assert set(publisher.steps[-1].dense) == {"top.weight", "top.bias"}
+
+
+def test_nothing_is_published_after_remove_or_the_with_block() -> None:
+    model, publisher = Toy(), recorder()
+    optimizer = adagrad(model)
+    with ekko.torch.track(model, optimizer, publisher, TABLES) as tracker:
+        train(model, optimizer, [1], [1])
+    train(model, optimizer, [1], [1])
+    tracker.remove()
+    assert len(publisher.steps) == tracker.stamp == 1
+
+
+def test_a_step_without_gradients_of_tables_publishes_nothing() -> None:
+    model, publisher = Toy(), recorder()
+    optimizer = adagrad(model)
+    ekko.torch.track(model, optimizer, publisher, TABLES)
+    model.top(torch.ones(4)).sum().backward()
+    optimizer.step()
+    assert publisher.steps == []
+
+
+def test_a_gradient_that_turns_dense_is_refused() -> None:
+    model, publisher = Toy(), recorder()
+    optimizer = adagrad(model)
+    ekko.torch.track(model, optimizer, publisher, TABLES)
+    (model(torch.tensor([1]), torch.tensor([1])) + model.user.weight.sum()).backward()
+    with pytest.raises(ModelError, match="gradient of table 'users' is dense"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "tables", "complaint"),
+    [
+        pytest.param({}, {"itme": "items"}, "no module 'itme': its nn.Embedding modules are 'user', 'item'", id="no-module"),
+        pytest.param({}, {"top": "items"}, "'top' is a Linear", id="not-an-embedding"),
+        pytest.param({}, {"item": "item"}, "unknown table 'item': the publisher has 'users', 'items'", id="no-table"),
+        pytest.param({}, {"item": "items", "user": "items"}, "'items' is named twice", id="one-table-twice"),
+        pytest.param({}, {}, "tables is empty", id="empty"),
+        pytest.param({"sparse": False}, TABLES, "'item' has dense gradients", id="dense"),
+        pytest.param({"max_norm": 1.0}, TABLES, "'item' has max_norm", id="max-norm"),
+        pytest.param({"dtype": torch.float64}, TABLES, "'item' has dtype torch.float64", id="dtype"),
+    ],
+)
+def test_what_cannot_be_tracked_is_refused_by_name(options: dict[str, object], tables: dict[str, str], complaint: str) -> None:
+    model, publisher = Toy(**options), recorder()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ModelError, match=complaint):
+        ekko.torch.track(model, optimizer, publisher, tables)
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_another_width_is_refused() -> None:
+    model = Toy()
+    with pytest.raises(ModelError, match="'user' has rows of 4 and table 'users' has dim 8"):
+        ekko.torch.track(model, adagrad(model), Recorder({"users": 8, "items": 4}), TABLES)
+
+
+@pytest.mark.parametrize("setting", ["momentum", "weight_decay"])
+def test_an_optimizer_that_changes_untouched_rows_is_refused(setting: str) -> None:
+    model = Toy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, **{setting: 0.5})
+    with pytest.raises(ModelError, match=f"{setting} = 0.5 on module 'user'"):
+        ekko.torch.track(model, optimizer, recorder(), TABLES)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    model = Toy()
+    with pytest.raises(ModelError, match="does not have the weight of module 'user'"):
+        ekko.torch.track(model, adagrad(Toy()), recorder(), TABLES)
+
+
+@pytest.mark.parametrize("dense_every", [0, -1, 2.5])
+def test_dense_every_must_be_a_number_of_steps(dense_every: object) -> None:
+    model = Toy()
+    with pytest.raises(ModelError, match="dense_every is"):
+        ekko.torch.track(model, adagrad(model), recorder(), TABLES, dense_every=dense_every)
+
+
+def test_dense_parameters_must_be_float32() -> None:
+    model = Toy()
+    model.top.double()
+    with pytest.raises(ModelError, match=r"'top.weight' has dtype torch.float64"):
+        ekko.torch.track(model, adagrad(model), recorder(), TABLES, dense_every=1)
