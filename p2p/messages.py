@@ -196,14 +196,13 @@ class SessionBroken:
     session: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class ReachQuery:
-    """Tell me when your vector covers `stamp` of its writer in all these shards."""
+    """Tell me when everything that the stamp's writer wrote up to `stamp` is visible at your node."""
 
     keyspace: int
     query: int
     stamp: int
-    shards: NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +213,18 @@ class Reached:
 
 
 Message = (
-    Hello | Refusal | Heartbeat | SchemaUpdate | Leave | Batch | PullRequest | PullReply | Ack | SessionBroken | ReachQuery | Reached
+    Hello
+    | Refusal
+    | Heartbeat
+    | SchemaUpdate
+    | Leave
+    | Batch
+    | PullRequest
+    | PullReply
+    | Ack
+    | SessionBroken
+    | ReachQuery
+    | Reached
 )
 
 
@@ -223,7 +233,9 @@ Message = (
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The transport is bound; our address is known."""
+    """The transport is bound, and peers can dial us at `address`."""
+
+    address: str
 
 
 @dataclass(frozen=True, slots=True)

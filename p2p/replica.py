@@ -84,7 +84,8 @@ class Replica(Protocol):
     @property
     def vector(self) -> U64:
         """Live uint64[shards, WRITERS_MAX]: V of protocol.md, a stamp per shard and writer. Written only through
-        `p2p.knowledge`. It lives where the rows live (shared memory), and is written after them (R4)."""
+        `p2p.knowledge`. It lives where the rows live (shared memory), and is written after them (R4).
+        """
 
     @property
     def frontier(self) -> U64:
@@ -129,7 +130,8 @@ class Replica(Protocol):
 
     def stray_digest(self) -> int:
         """128-bit digest over (table, key, stamp) of all rows held above the vector (R8), in no particular order;
-        0 when there are none. May scan."""
+        0 when there are none. May scan.
+        """
 
     def set_synced_until(self, unix_ms: int) -> None:
         """Publish to readers the newest moment up to which this node has everything; 0: unknown."""

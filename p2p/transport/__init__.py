@@ -12,8 +12,9 @@ Buffer = bytes | bytearray | memoryview
 Frames = Sequence[Buffer]
 Receive = Callable[[list[memoryview]], None]
 
-# More frames than any message of ours has; a longer one is junk and is dropped before its frames are looked at.
-FRAMES_MAX = 512
+# A batch of 4,096 tables has at most 3 column frames a table, and a few for envelope, header and claims. A longer message is
+# junk and is dropped before its frames are looked at.
+FRAMES_MAX = 16_384
 
 
 class Transport(Protocol):

@@ -1,0 +1,110 @@
+"""What the parts of the machine share: who we are, who we know, and the effects of the event at hand."""
+
+import random
+from dataclasses import dataclass, field
+
+from p2p import messages as m
+from p2p.knowledge import Knowledge
+from p2p.links import Link
+from p2p.membership import Membership
+from p2p.replica import Host, Replica
+from p2p.stamps import StampClock
+from p2p.trees import Holder
+from p2p.writers import WriterBook
+
+
+@dataclass(frozen=True, slots=True)
+class MachineOptions:
+    """Who a node is. `boot` is a random 64-bit nonce of this life, `boot_ms` its start in Unix milliseconds."""
+
+    node: str
+    boot: int
+    boot_ms: int
+    region: str
+    role: str  # "train" | "serve"
+    seeds: tuple[str, ...] = ()
+    machine: int = 0  # hash of the machine, sent with `published_ns`
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the start; only ever grows."""
+
+    batches_published: int = 0
+    batches_received: int = 0
+    batches_forwarded: int = 0
+    batches_skipped: int = 0  # not forwarded to a child: no credit, no link, or refused by the transport
+    batches_repeated: int = 0
+    batches_circling: int = 0  # dropped at the hop limit
+    batches_unknown: int = 0  # of a keyspace whose schema had not arrived yet
+    rows_written: int = 0
+    rows_stale: int = 0
+    gaps: int = 0
+    pulls_started: int = 0
+    pulls_completed: int = 0
+    pulls_abandoned: int = 0
+    pulls_served: int = 0
+    pulls_refused: int = 0
+    pull_rows_received: int = 0
+    pull_rows_sent: int = 0
+    sessions_broken: int = 0
+    strangers: int = 0  # messages of another life of ours, or of a boot we were not introduced to
+    waits_refused: int = 0
+    peers_refused: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Keyspace:
+    """A replica and what the machine keeps beside it."""
+
+    replica: Replica
+    knowledge: Knowledge
+    synced: bool  # caught up with somebody at least once in this life
+    last_batch_ms: int = 0  # monotonic, of our own writer
+    gap_stamp: int = 0  # the oldest waiting step when we last looked
+    gap_since_ms: int = 0
+    gap_peer: str = ""  # who sent the batch that showed the gap
+    stray_digest: int = 0
+    stray_digest_ms: int = -1_000_000  # monotonic time of the scan that found it
+    strays_possible: bool = True  # rows may be held above the vector
+
+
+@dataclass(slots=True, eq=False)
+class Core:
+    """Shared state. `emit` collects effects; `Machine.handle` returns them."""
+
+    options: MachineOptions
+    host: Host
+    writers: WriterBook
+    rng: random.Random
+    membership: Membership
+    clock: StampClock = field(default_factory=StampClock)
+    counters: Counters = field(default_factory=Counters)
+    links: dict[str, Link] = field(default_factory=dict)  # by node id
+    keyspaces: dict[int, Keyspace] = field(default_factory=dict)
+    first: bool = False  # no seed but ourselves: nobody to catch up with
+    effects: list[m.Effect] = field(default_factory=list)
+
+    @property
+    def me(self) -> Holder:
+        return Holder(self.options.region, self.options.node)
+
+    def emit(self, effect: m.Effect) -> None:
+        """Add an effect of the event at hand."""
+        self.effects.append(effect)
+
+    def send(self, link: Link, message: m.Message) -> None:
+        """Send outside any session: small, repeated by nature, harmless to lose."""
+        self.emit(m.Send(link.address, link.envelope(), message))
+
+    def note(self, name: str, alarm: bool = False, **fields: object) -> None:
+        """Something for the log."""
+        self.emit(m.Note(name, tuple(fields.items()), alarm))
+
+    def refresh_keyspaces(self) -> None:
+        """Take up replicas that the host has gained."""
+        for keyspace, replica in self.host.replicas.items():
+            if keyspace not in self.keyspaces:
+                knowledge = Knowledge(replica.vector, replica.frontier)
+                self.keyspaces[keyspace] = Keyspace(replica, knowledge, synced=self.first)
+                self.clock.observe(max(replica.stamp_max, int(replica.frontier.max())))

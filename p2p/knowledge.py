@@ -1,0 +1,210 @@
+"""What a node knows it holds: vectors, claims, and the one function that merges claims into vectors.
+
+`V[shard][writer] = t` says: every update of that writer to that shard with a stamp up to t was delivered here, or a newer
+version of its row (invariant 3). A *claim* `(shard, writer, base, until]` says the same of an interval, so it may be merged
+only where `V >= base` (theorem T1); where V is still below, the claim waits until the gap is filled. Everything that moves
+knowledge, a pushed batch or a pull reply, ends in `merge_claims`; rows alone never do.
+
+The *frontier* is the same promise over all shards: everything a writer wrote up to that stamp is here. Batches chain it
+(`writer_prev`), so it tells a lagging node apart from an idle writer, which per-shard vectors cannot.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from p2p.replica import U64
+from p2p.stamps import WRITERS_MAX, writer_of
+
+# Steps whose claims wait for a gap. At 1,000 steps a second this is 4 s of a stream, longer than a repair takes; beyond it
+# the oldest is dropped, which is safe: the pull that fills the gap claims at least as much.
+OPEN_STEPS_MAX = 4_096
+
+
+def merge_claims(vector: U64, shards: NDArray[np.uint32], writer: int, base: U64, until: U64 | np.uint64) -> NDArray[np.bool_]:
+    """Merge claims of one writer: `V := max(V, until)` where `V >= base`.
+
+    Args:
+        vector: uint64[shards, WRITERS_MAX], changed in place.
+        shards: uint32[k], without repeats.
+        writer: the column.
+        base: uint64[k].
+        until: uint64[k], or one stamp for all.
+
+    Returns:
+        bool[k]: which claims held. The others must wait; nothing of them is merged.
+    """
+    column = vector[:, writer]
+    held = column[shards]
+    fits: NDArray[np.bool_] = held >= base
+    column[shards] = np.where(fits, np.maximum(held, until), held)
+    return fits
+
+
+@dataclass(slots=True, eq=False)
+class _OpenStep:
+    """A step that is not known whole yet: claims that wait for a gap (R6), or parts that are missing (R7)."""
+
+    stamp: int
+    writer_prev: int
+    shards_touched: int
+    shards: NDArray[np.uint32]  # whose rows of this step are all here, ascending
+    prev: U64
+    parts: dict[int, set[int]] = field(default_factory=dict)  # shard -> parts that came, while some are missing
+
+    def add(self, shards: NDArray[np.uint32], prev: U64) -> None:
+        """More shards are complete; repeats are harmless."""
+        self.shards, first = np.unique(np.concatenate([self.shards, shards]), return_index=True)
+        self.prev = np.concatenate([self.prev, prev])[first]
+
+
+class Knowledge:
+    """V, the frontier and the waiting claims of one keyspace on one node.
+
+    Args:
+        vector: live uint64[shards, WRITERS_MAX].
+        frontier: live uint64[WRITERS_MAX].
+    """
+
+    def __init__(self, vector: U64, frontier: U64) -> None:
+        assert vector.shape[1] == WRITERS_MAX == len(frontier)
+        self.vector = vector
+        self.frontier = frontier
+        self.dropped = 0  # open steps given up because there were too many
+        self._open: dict[int, _OpenStep] = {}  # by stamp
+        self._writers: set[int] = {int(w) for w in np.flatnonzero(vector.any(axis=0) | (frontier > 0))}
+        # Per writer, the shards in which some open step waits for a lower claim: only a merge there can unblock anything.
+        self._awaited: dict[int, NDArray[np.bool_]] = {}
+
+    @property
+    def shards(self) -> int:
+        return int(self.vector.shape[0])
+
+    @property
+    def writers(self) -> NDArray[np.uint16]:
+        """uint16[w]: every writer ever heard of here, ascending."""
+        return np.array(sorted(self._writers), np.uint16)
+
+    @property
+    def open_steps(self) -> int:
+        """Steps that wait for a gap or for parts."""
+        return len(self._open)
+
+    @property
+    def oldest_open(self) -> int:
+        """Stamp of the step that has waited longest; 0 when none waits."""
+        return next(iter(self._open), 0)
+
+    def digest(self) -> int:
+        """128 bits that are equal exactly when the vectors are."""
+        # Writers whose column is still empty must not count: a node that only heard of them knows nothing more.
+        ids = self.writers
+        columns = np.ascontiguousarray(self.vector[:, ids])
+        used = columns.any(axis=0)
+        body = xxhash.xxh3_128(ids[used].tobytes())
+        body.update(np.ascontiguousarray(columns[:, used]).tobytes())
+        return int(body.intdigest())
+
+    def learn_step(
+        self,
+        stamp: int,
+        writer_prev: int,
+        shards_touched: int,
+        shards: NDArray[np.uint32],
+        prev: U64,
+        part: NDArray[np.uint16],
+        parts: NDArray[np.uint16],
+    ) -> bool:
+        """Take the claims of one message of a step, whose rows are all applied (R6, R7).
+
+        Returns:
+            True when the whole step is known and nothing before it is missing; False: something waits, a gap is open.
+        """
+        writer = writer_of(stamp)
+        self._writers.add(writer)
+        complete = parts == 1
+        if not complete.all():
+            self._note_parts(self._step(stamp, writer_prev, shards_touched), shards, part, parts, complete)
+        shards, prev = shards[complete], prev[complete]
+        fits = merge_claims(self.vector, shards, writer, prev, np.uint64(stamp))
+        whole = bool(fits.all()) and len(shards) == shards_touched
+        advanced = whole and self._advance_frontier(writer, writer_prev, stamp)
+        if advanced:
+            self._open.pop(stamp, None)
+        elif int(self.frontier[writer]) < stamp:
+            step = self._step(stamp, writer_prev, shards_touched)
+            step.add(shards, prev)
+            self._await(writer, shards[~fits])
+        if self._open and (advanced or self._unblocks(writer, shards[fits])):
+            self._absorb(writer)
+        return int(self.frontier[writer]) >= stamp
+
+    def learn_reply(self, writers: NDArray[np.uint16], base: U64, until: U64, frontier: U64) -> None:
+        """Take the claims of a whole pull reply over all shards: the answerer's vector, from what we asked with.
+
+        Args:
+            writers: uint16[w], ascending.
+            base: uint64[shards, w], the vector the request carried (0 for writers unknown to us then).
+            until: uint64[shards, w], the answerer's vector.
+            frontier: uint64[w], the answerer's.
+        """
+        every = np.arange(self.shards, dtype=np.uint32)
+        for column, writer in enumerate(writers.tolist()):
+            self._writers.add(writer)
+            fits = merge_claims(self.vector, every, writer, base[:, column], until[:, column])
+            if fits.all() and frontier[column] > self.frontier[writer]:
+                self.frontier[writer] = frontier[column]
+            self._absorb(writer)
+
+    def _step(self, stamp: int, writer_prev: int, shards_touched: int) -> _OpenStep:
+        step = self._open.get(stamp)
+        if step is None:
+            while len(self._open) >= OPEN_STEPS_MAX:
+                del self._open[next(iter(self._open))]
+                self.dropped += 1
+            none = np.empty(0, np.uint32), np.empty(0, np.uint64)
+            step = self._open[stamp] = _OpenStep(stamp, writer_prev, shards_touched, *none)
+        return step
+
+    @staticmethod
+    def _note_parts(
+        step: _OpenStep,
+        shards: NDArray[np.uint32],
+        part: NDArray[np.uint16],
+        parts: NDArray[np.uint16],
+        complete: NDArray[np.bool_],
+    ) -> None:
+        """Mark in `complete` each shard of which the last missing part has come."""
+        for index in np.flatnonzero(parts > 1).tolist():
+            came = step.parts.setdefault(int(shards[index]), set())
+            came.add(int(part[index]))
+            complete[index] = len(came) == int(parts[index])
+
+    def _advance_frontier(self, writer: int, writer_prev: int, stamp: int) -> bool:
+        if writer_prev <= int(self.frontier[writer]) < stamp:
+            self.frontier[writer] = stamp
+            return True
+        return False
+
+    def _await(self, writer: int, shards: NDArray[np.uint32]) -> None:
+        if len(shards):
+            self._awaited.setdefault(writer, np.zeros(self.shards, np.bool_))[shards] = True
+
+    def _unblocks(self, writer: int, shards: NDArray[np.uint32]) -> bool:
+        awaited = self._awaited.get(writer)
+        return awaited is not None and bool(awaited[shards].any())
+
+    def _absorb(self, writer: int) -> None:
+        """Merge what no longer has to wait. One pass in stamp order is enough: a claim builds only on older ones."""
+        self._awaited.pop(writer, None)
+        for stamp in sorted(stamp for stamp in self._open if writer_of(stamp) == writer):
+            step = self._open[stamp]
+            fits = merge_claims(self.vector, step.shards, writer, step.prev, np.uint64(stamp))
+            if len(step.shards) == step.shards_touched and fits.all():
+                self._advance_frontier(writer, step.writer_prev, stamp)
+            if int(self.frontier[writer]) >= stamp:  # by this step, or by a pull that brought all of it
+                del self._open[stamp]
+            else:
+                self._await(writer, step.shards[~fits])

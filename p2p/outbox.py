@@ -1,0 +1,92 @@
+"""What still has to go to one peer: answers to its pulls, streamed as credit allows.
+
+A stream keeps which rows are due (slots), not their bytes: values are read when they are sent, so memory is bounded by rows
+and the newest version travels. The vector was read before the rows were selected, so rows written since may ride along,
+which is harmless, and none that the vector covers can be missing (theorem T5 has the same order).
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from p2p import messages as m
+from p2p.core import Core, Keyspace
+from p2p.links import Link
+from p2p.replica import U64, RowColumns, Selection
+
+# Payload of one chunk: large enough that a chunk's cost is its rows, small enough that batches slip in between.
+CHUNK_BYTES_MAX = 1 << 20
+# Chunks built per event, so that a joining node does not stall the stream of everyone else.
+CHUNKS_PER_EVENT = 2
+# Streams towards one peer, one a keyspace; a new request for a keyspace replaces the stream it makes pointless.
+STREAMS_MAX = 64
+
+
+@dataclass(slots=True, eq=False)
+class PullStream:
+    """The answer to one pull, as far as it was sent."""
+
+    keyspace: int
+    request: int
+    writers: np.ndarray[tuple[int], np.dtype[np.uint16]]
+    vector: U64  # [shards, w]
+    frontier: U64  # [w]
+    selections: deque[Selection]
+    next_chunk: int = 0
+    row_offset: int = 0  # into the first selection
+
+
+@dataclass(slots=True, eq=False)
+class Outbox:
+    """Streams waiting for credit towards one life of one peer."""
+
+    streams: dict[int, PullStream] = field(default_factory=dict)  # by keyspace
+
+    @property
+    def rows_due(self) -> int:
+        """Rows that are selected and not sent."""
+        return sum(len(s.slots) for stream in self.streams.values() for s in stream.selections) - sum(
+            stream.row_offset for stream in self.streams.values()
+        )
+
+    def pump(self, core: Core, link: Link) -> None:
+        """Send the next chunks, while there is credit; the timer comes back for more."""
+        for _ in range(CHUNKS_PER_EVENT):
+            if not self.streams or not link.has_credit():
+                return
+            stream = next(iter(self.streams.values()))
+            keyspace = core.keyspaces[stream.keyspace]
+            chunk = next_chunk(stream, keyspace)
+            payload = sum(section.payload_bytes for section in chunk.columns)
+            rows = sum(len(section.keys) for section in chunk.columns)
+            core.emit(m.Send(link.address, link.next_envelope(payload), chunk))
+            link.traffic.rows_out += rows
+            link.traffic.bytes_out += payload
+            core.counters.pull_rows_sent += rows
+            if chunk.last:
+                del self.streams[stream.keyspace]
+
+
+def next_chunk(stream: PullStream, keyspace: Keyspace) -> m.PullReply:
+    """Read the next rows of a stream into a chunk, and move past them."""
+    columns: list[RowColumns] = []
+    room = CHUNK_BYTES_MAX
+    while stream.selections and room > 0:
+        selection = stream.selections[0]
+        count = max(1, room // (16 + selection.row_bytes))  # key, stamp, value
+        slots = selection.slots[stream.row_offset : stream.row_offset + count]
+        if len(slots):
+            columns.append(keyspace.replica.read(selection.table, slots))
+            room -= len(slots) * (16 + selection.row_bytes)
+        stream.row_offset += len(slots)
+        if stream.row_offset >= len(selection.slots):
+            stream.selections.popleft()
+            stream.row_offset = 0
+    last = not stream.selections
+    shards = keyspace.knowledge.shards
+    nothing = np.empty(0, np.uint16), np.empty((shards, 0), np.uint64), np.empty(0, np.uint64)
+    writers, vector, frontier = (stream.writers, stream.vector, stream.frontier) if last else nothing
+    chunk = m.PullReply(stream.keyspace, stream.request, stream.next_chunk, last, tuple(columns), writers, vector, frontier)
+    stream.next_chunk += 1
+    return chunk

@@ -1,0 +1,232 @@
+"""Anti-entropy by version vector: repair, joins, and what push lost.
+
+The asker sends its vector; the answerer reads its own vector, selects every row above the asker's, streams the rows, and
+sends its vector last. The asker applies chunks as they come (rows claim nothing) and merges the vector only when every chunk
+of the answer was applied (theorem T1). Rows held above the answerer's own vector, its strays, are above the asker's too or
+known there already, so they travel by the same selection (R8).
+
+When is a pull due? Three signs: a batch's claim has waited for a gap longer than `GAP_GRACE_MS`; a peer said a heartbeat ago
+that a writer's frontier lies above what ours has reached by now; or digests of vector and strays differ although neither
+side moved between two heartbeats. In a busy cluster digests always differ for a moment, which is why the third sign waits.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from p2p import messages as m
+from p2p.core import Core, Keyspace
+from p2p.errors import RemoteProtocolError
+from p2p.links import Link
+from p2p.outbox import STREAMS_MAX, Outbox, PullStream
+from p2p.replica import U64
+from p2p.stamps import WRITERS_MAX, check_not_ahead
+
+# A batch overtaken by the next one, or a view that just changed, heals by itself within this; a pull costs a scan.
+GAP_GRACE_MS = 50
+# An answer that stands still this long is given up, and asked of somebody else.
+PULL_SILENCE_MS = 3_000
+# Finding strays is a scan of all rows; peers compare once a heartbeat, so more often would be wasted.
+STRAY_SCAN_MS = 450
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A pull on its way."""
+
+    node: str
+    boot: int
+    request: int
+    writers: np.ndarray[tuple[int], np.dtype[np.uint16]]
+    base: U64  # uint64[shards, w], our vector when we asked
+    next_chunk: int
+    deadline_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A peer's last summary of a keyspace, and our own state when it came."""
+
+    summary: m.KeyspaceSummary
+    own: tuple[int, int]  # digests of our vector and strays
+
+
+class Pull:
+    """The pulling part of the machine: asks, answers, and notices when to ask."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._asked: dict[int, _Asked] = {}  # by keyspace: one at a time
+        self._seen: dict[tuple[str, int, int], _Seen] = {}  # (node, boot, keyspace)
+        self.outboxes: dict[str, Outbox] = {}  # by node
+        self._requests = 0
+
+    @property
+    def asking(self) -> dict[int, str]:
+        """Keyspace -> node of the pull on its way."""
+        return {keyspace: asked.node for keyspace, asked in self._asked.items()}
+
+    # --- asking
+
+    def ask(self, keyspace: Keyspace, link: Link, now: m.Now, why: str) -> None:
+        """Pull a keyspace from a peer, unless a pull of it is on its way."""
+        number = keyspace.replica.keyspace
+        if number in self._asked:
+            return
+        self._requests += 1
+        writers = keyspace.knowledge.writers
+        base = np.ascontiguousarray(keyspace.knowledge.vector[:, writers])
+        frontier = keyspace.knowledge.frontier[writers]
+        self._asked[number] = _Asked(link.node, link.boot, self._requests, writers, base, 0, now.monotonic_ms + PULL_SILENCE_MS)
+        self._core.counters.pulls_started += 1
+        self._core.note("pull_started", peer=link.node, keyspace=number, why=why)
+        self._core.send(link, m.PullRequest(number, self._requests, writers, base, frontier, keyspace.knowledge.shards))
+
+    def on_reply(self, link: Link, reply: m.PullReply, now: m.Now) -> None:
+        """Apply one chunk; with the last one, merge the answerer's vector.
+
+        Raises:
+            RemoteProtocolError: rows that do not fit, or stamps from the future; the pull is given up.
+        """
+        core = self._core
+        asked = self._asked.get(reply.keyspace)
+        if asked is None or (asked.boot, asked.request) != (link.boot, reply.request):
+            return
+        if reply.chunk != asked.next_chunk:
+            self._abandon(reply.keyspace, "a chunk is missing")
+            return
+        keyspace = core.keyspaces[reply.keyspace]
+        try:
+            self._check_reply(keyspace, reply, now)
+        except RemoteProtocolError:
+            self._abandon(reply.keyspace, "a chunk was refused")
+            raise
+        asked.next_chunk += 1
+        asked.deadline_ms = now.monotonic_ms + PULL_SILENCE_MS
+        for section in reply.columns:
+            if section.stamps is not None and len(section.stamps):
+                core.clock.observe(int(section.stamps.max()))
+        applied = keyspace.replica.apply(reply.columns, 0)
+        keyspace.strays_possible = True
+        core.counters.rows_written += applied.written
+        core.counters.rows_stale += applied.stale
+        core.counters.pull_rows_received += sum(len(section.keys) for section in reply.columns)
+        if reply.last:
+            self._complete(keyspace, asked, reply)
+
+    def _complete(self, keyspace: Keyspace, asked: _Asked, reply: m.PullReply) -> None:
+        base = np.zeros_like(reply.vector)
+        ours = np.searchsorted(reply.writers, asked.writers)
+        for column, place in enumerate(ours.tolist()):
+            if place < len(reply.writers) and reply.writers[place] == asked.writers[column]:
+                base[:, place] = asked.base[:, column]
+        keyspace.knowledge.learn_reply(reply.writers, base, reply.vector, reply.frontier)
+        keyspace.synced = True
+        del self._asked[reply.keyspace]
+        self._core.counters.pulls_completed += 1
+        self._core.note("pull_completed", peer=asked.node, keyspace=reply.keyspace, chunks=asked.next_chunk)
+
+    def _check_reply(self, keyspace: Keyspace, reply: m.PullReply, now: m.Now) -> None:
+        keyspace.replica.check(reply.columns)
+        if reply.vector.shape[0] != keyspace.knowledge.shards:
+            raise RemoteProtocolError(f"vector of {reply.vector.shape[0]} shards, expected {keyspace.knowledge.shards}")
+        newest = [int(section.stamps.max()) for section in reply.columns if section.stamps is not None and len(section.stamps)]
+        newest += [int(reply.vector.max())] if reply.vector.size else []
+        newest += [int(reply.frontier.max())] if reply.frontier.size else []
+        check_not_ahead(max(newest, default=0), now.unix_ms)
+
+    def _abandon(self, keyspace: int, why: str) -> None:
+        asked = self._asked.pop(keyspace, None)
+        if asked is not None:
+            self._core.counters.pulls_abandoned += 1
+            self._core.note("pull_abandoned", peer=asked.node, keyspace=keyspace, why=why)
+
+    def abandon_from(self, node: str, why: str) -> None:
+        """Give up every pull from a peer whose session or life ended."""
+        for keyspace in [keyspace for keyspace, asked in self._asked.items() if asked.node == node]:
+            self._abandon(keyspace, why)
+
+    # --- noticing
+
+    def on_summary(self, link: Link, summary: m.KeyspaceSummary, now: m.Now) -> None:
+        """Compare a peer's heartbeat with what we hold, and pull when it shows that we lack something."""
+        keyspace = self._core.keyspaces.get(summary.keyspace)
+        if keyspace is None:
+            return
+        own = self.digests(keyspace, now)
+        key = (link.node, link.boot, summary.keyspace)
+        before = self._seen.get(key)
+        self._seen[key] = _Seen(summary, own)
+        equal = (summary.vector_digest, summary.stray_digest) == own
+        if equal:
+            keyspace.synced = True
+        elif not keyspace.synced:
+            self.ask(keyspace, link, now, "joining")
+        elif before is not None:
+            if any(stamp > int(keyspace.knowledge.frontier[writer]) for writer, stamp in before.summary.frontier):
+                self.ask(keyspace, link, now, "frontier behind")
+            else:
+                still = (before.summary.vector_digest, before.summary.stray_digest, before.own) == (
+                    summary.vector_digest,
+                    summary.stray_digest,
+                    own,
+                )
+                if still:
+                    self.ask(keyspace, link, now, "digests differ")
+
+    def check_gaps(self, now: m.Now) -> None:
+        """Pull where a claim has waited too long; give up pulls that stand still. Called on the timer."""
+        for number in [k for k, asked in self._asked.items() if now.monotonic_ms >= asked.deadline_ms]:
+            self._abandon(number, "no answer")
+        for keyspace in self._core.keyspaces.values():
+            oldest = keyspace.knowledge.oldest_open
+            if oldest != keyspace.gap_stamp:
+                keyspace.gap_stamp, keyspace.gap_since_ms = oldest, now.monotonic_ms
+            elif oldest and now.monotonic_ms - keyspace.gap_since_ms >= GAP_GRACE_MS:
+                link = self._core.links.get(keyspace.gap_peer)
+                if link is not None and keyspace.replica.keyspace not in self._asked:
+                    self._core.counters.gaps += 1
+                    self.ask(keyspace, link, now, "gap")
+
+    def digests(self, keyspace: Keyspace, now: m.Now) -> tuple[int, int]:
+        """Digests of our vector and of our strays; the scan for strays runs only when there may be some, and not often."""
+        if keyspace.strays_possible and now.monotonic_ms - keyspace.stray_digest_ms >= STRAY_SCAN_MS:
+            keyspace.stray_digest = keyspace.replica.stray_digest()
+            keyspace.stray_digest_ms = now.monotonic_ms
+            keyspace.strays_possible = keyspace.stray_digest != 0
+        return keyspace.knowledge.digest(), keyspace.stray_digest
+
+    # --- answering
+
+    def on_request(self, link: Link, request: m.PullRequest) -> None:
+        """Select what the asker lacks and start to stream it.
+
+        Raises:
+            RemoteProtocolError: the vector is not one of this keyspace.
+        """
+        core = self._core
+        keyspace = core.keyspaces.get(request.keyspace)
+        outbox = self.outboxes.setdefault(link.node, Outbox())
+        if keyspace is None or (len(outbox.streams) >= STREAMS_MAX and request.keyspace not in outbox.streams):
+            core.counters.pulls_refused += 1
+            return
+        if request.shards != keyspace.knowledge.shards:
+            raise RemoteProtocolError(f"pull of {request.shards} shards, the keyspace has {keyspace.knowledge.shards}")
+        writers = keyspace.knowledge.writers
+        # Read before the rows are selected: what is written meanwhile may be sent, and is not claimed.
+        vector = np.ascontiguousarray(keyspace.knowledge.vector[:, writers])
+        frontier = keyspace.knowledge.frontier[writers]
+        base = np.zeros((request.shards, WRITERS_MAX), np.uint64)
+        base[:, request.writers] = request.vector
+        selections = deque(keyspace.replica.changed_since(base))
+        outbox.streams.pop(request.keyspace, None)
+        outbox.streams[request.keyspace] = PullStream(request.keyspace, request.request, writers, vector, frontier, selections)
+        core.counters.pulls_served += 1
+
+    def forget(self, node: str) -> None:
+        """A peer's life ended: drop what was meant for it and what it had told us."""
+        self.outboxes.pop(node, None)
+        self.abandon_from(node, "the peer began a new life")
+        for key in [key for key in self._seen if key[0] == node]:
+            del self._seen[key]

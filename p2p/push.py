@@ -1,0 +1,352 @@
+"""Forwarding of fresh batches down the trees, from the publisher's step to the last leaf.
+
+A step is stamped, stored here, cut into messages when it is too big (R7), and sent to our children; a received batch is
+checked, forwarded, and only then applied (R17). What cannot be sent for want of credit is not queued: the child sees a gap
+and pulls. Push may lose everything; that costs latency only (theorem T7).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2p import messages as m
+from p2p import trees
+from p2p.core import Core, Keyspace
+from p2p.errors import LocalProtocolError, RemoteProtocolError
+from p2p.links import Link
+from p2p.replica import U64, RowColumns, WriterIdentity
+from p2p.stamps import check_not_ahead
+from p2p.wire import BATCH_BYTES_MAX
+
+# An idle writer says "nothing since" this often; it bounds how stale a node must assume itself to be, and how long the loss
+# of the very last batch goes unnoticed.
+IDLE_BEAT_MS = 200
+# Batches remembered to recognise repeats while views differ: 16 s of 1,000 batches a second.
+SEEN_MAX = 16_384
+# A shard's part number is 16 bits on the wire.
+PARTS_MAX = 65_535
+
+
+class Push:
+    """The pushing part of the machine."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._seen: dict[tuple[int, ...], None] = {}
+
+    @property
+    def seen(self) -> int:
+        """Batches remembered."""
+        return len(self._seen)
+
+    def publish(self, request: m.PublishRequested, now: m.Now) -> None:
+        """Stamp, store and send one step.
+
+        Raises:
+            LocalProtocolError: this node cannot write, or the keyspace is unknown. Nothing happened.
+        """
+        core = self._core
+        keyspace = core.keyspaces.get(request.keyspace)
+        if keyspace is None:
+            raise LocalProtocolError(f"keyspace {request.keyspace} does not exist on this node")
+        self._check_may_write(now)
+        replica = keyspace.replica
+        if replica.writer is None:
+            self._become_writer(keyspace)
+        assert replica.writer is not None
+        writer = replica.writer.writer
+        columns = tuple(section for section in request.columns if len(section.keys))
+        if not columns:
+            core.emit(m.Published(request.request, int(replica.frontier[writer])))
+            return
+        shard_of = [replica.shards_of(section.keys) for section in columns]
+        touched = _touched(replica.shards, shard_of)
+        prev = replica.vector[touched, writer].copy()
+        writer_prev = int(replica.frontier[writer])
+        stamp = core.clock.mint(now.unix_ms, writer)
+        replica.begin_write(stamp, touched)
+        applied = replica.apply(columns, stamp)
+        one = np.ones(len(touched), np.uint16)
+        keyspace.knowledge.learn_step(stamp, writer_prev, len(touched), touched.astype(np.uint32), prev, one - 1, one)
+        keyspace.last_batch_ms = now.monotonic_ms
+        core.counters.batches_published += 1
+        core.counters.rows_written += applied.written
+        batch = m.Batch(
+            request.keyspace,
+            core.options.node,
+            core.options.region,
+            writer,
+            replica.writer.nonce,
+            stamp,
+            writer_prev,
+            len(touched),
+            _claims(touched, prev),
+            columns,
+            request.published_ns,
+            core.options.machine,
+        )
+        for message in split_step(batch, shard_of, BATCH_BYTES_MAX):
+            self._forward(message, hops=0, now=now)
+        core.emit(m.Published(request.request, stamp))
+        core.emit(_applied_effect(batch, applied.written))
+
+    def beat(self, now: m.Now) -> None:
+        """Let every idle writer of ours say that nothing came since."""
+        for keyspace in self._core.keyspaces.values():
+            identity = keyspace.replica.writer
+            if identity is None or now.monotonic_ms - keyspace.last_batch_ms < IDLE_BEAT_MS:
+                continue
+            writer_prev = int(keyspace.replica.frontier[identity.writer])
+            if not writer_prev:
+                continue  # it has not written yet: nobody waits for it
+            stamp = self._core.clock.mint(now.unix_ms, identity.writer)
+            none = np.empty(0, np.uint32), np.empty(0, np.uint64), np.empty(0, np.uint16), np.empty(0, np.uint16)
+            keyspace.knowledge.learn_step(stamp, writer_prev, 0, *none)
+            keyspace.last_batch_ms = now.monotonic_ms
+            options = self._core.options
+            empty = m.ShardClaims(*none)
+            batch = m.Batch(
+                keyspace.replica.keyspace,
+                options.node,
+                options.region,
+                identity.writer,
+                identity.nonce,
+                stamp,
+                writer_prev,
+                0,
+                empty,
+                (),
+            )
+            self._forward(batch, hops=0, now=now)
+
+    def receive(self, link: Link, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> bool:
+        """Check, forward, and schedule the apply of a batch (R17).
+
+        Returns:
+            False when there is nothing to apply: a repeat, or a keyspace not known yet.
+
+        Raises:
+            RemoteProtocolError: the batch is wrong; nothing is forwarded or applied.
+        """
+        core = self._core
+        core.counters.batches_received += 1
+        keyspace = core.keyspaces.get(batch.keyspace)
+        if keyspace is None:
+            core.counters.batches_unknown += 1
+            return False
+        check_batch(keyspace, batch, now)
+        core.writers.check(batch.keyspace, batch.writer, batch.nonce)
+        claims = batch.claims
+        first = (int(claims.shards[0]), int(claims.part[0])) if len(claims.shards) else (-1, 0)
+        seen = (batch.keyspace, batch.stamp, *first)
+        if seen in self._seen:
+            core.counters.batches_repeated += 1
+            return False
+        while len(self._seen) >= SEEN_MAX:
+            del self._seen[next(iter(self._seen))]
+        self._seen[seen] = None
+        if envelope.hops >= trees.hops_max(core.membership.holders(now.monotonic_ms)):
+            core.counters.batches_circling += 1
+        else:
+            self._forward(batch, envelope.hops + 1, now)
+        core.emit(m.Continue(m.BatchReady(link.boot, envelope, batch)))
+        return True
+
+    def apply(self, batch: m.Batch, peer: str) -> None:
+        """Write a checked batch's rows, then merge its claims."""
+        core = self._core
+        keyspace = core.keyspaces[batch.keyspace]
+        core.clock.observe(batch.stamp)
+        claims = batch.claims
+        applied = keyspace.replica.apply(batch.columns, batch.stamp) if batch.columns else None
+        whole = keyspace.knowledge.learn_step(
+            batch.stamp, batch.writer_prev, batch.shards_touched, claims.shards, claims.prev, claims.part, claims.parts
+        )
+        if not whole:
+            keyspace.strays_possible = True
+            keyspace.gap_peer = peer
+        if applied is not None:
+            core.counters.rows_written += applied.written
+            core.counters.rows_stale += applied.stale
+            core.emit(_applied_effect(batch, applied.written))
+
+    def _check_may_write(self, now: m.Now) -> None:
+        options = self._core.options
+        if options.role != "train":
+            raise LocalProtocolError(
+                f"node {options.node!r} has role {options.role!r} and refuses to publish: publish to a node with role 'train'"
+            )
+        for record in self._core.membership.live(now.monotonic_ms):
+            if record.role == "train" and record.writers:
+                raise LocalProtocolError(
+                    f"node {record.node!r} is the training node of this cluster, which has one in this version: "
+                    f"publish to it, or stop it first"
+                )
+
+    def _become_writer(self, keyspace: Keyspace) -> None:
+        writer, nonce = self._core.writers.grant(keyspace.replica.keyspace)
+        keyspace.replica.set_writer(WriterIdentity(writer, nonce))
+        self._core.note("writer_granted", keyspace=keyspace.replica.keyspace, writer=writer)
+
+    def _forward(self, batch: m.Batch, hops: int, now: m.Now) -> None:
+        core = self._core
+        payload = sum(section.payload_bytes for section in batch.columns)
+        rows = sum(len(section.keys) for section in batch.columns)
+        for node in trees.children(core.membership.holders(now.monotonic_ms), core.me, batch.origin):
+            link = core.links.get(node)
+            if link is None or not link.has_credit():
+                core.counters.batches_skipped += 1
+                if link is not None:
+                    link.traffic.batches_skipped += 1
+                continue
+            core.emit(m.Send(link.address, link.next_envelope(payload, hops), batch))
+            core.counters.batches_forwarded += 1
+            link.traffic.rows_out += rows
+            link.traffic.bytes_out += payload
+
+
+def check_batch(keyspace: Keyspace, batch: m.Batch, now: m.Now) -> None:
+    """Refuse a batch that does not fit this keyspace, before it is forwarded or touches anything (R14, R17).
+
+    Raises:
+        RemoteProtocolError: with what does not fit.
+    """
+    check_not_ahead(batch.stamp, now.unix_ms)
+    replica, shards = keyspace.replica, batch.claims.shards
+    if len(shards) and int(shards[-1]) >= replica.shards:
+        raise RemoteProtocolError(f"claim for shard {int(shards[-1])}, the keyspace has {replica.shards}")
+    replica.check(batch.columns)
+    if batch.origin == "" or batch.shards_touched > replica.shards:
+        raise RemoteProtocolError("a batch of nobody, or of too many shards")
+    claimed = np.zeros(replica.shards, np.bool_)
+    claimed[shards] = True
+    for section in batch.columns:
+        if not claimed[replica.shards_of(section.keys)].all():
+            raise RemoteProtocolError("a row lies outside the shards that its batch claims")
+
+
+def split_step(batch: m.Batch, shard_of: Sequence[NDArray[np.int64]], bytes_max: int) -> Iterator[m.Batch]:
+    """Cut a step into messages of at most `bytes_max` payload (R7); one that fits comes back as it is.
+
+    Whole shards are packed together; a shard that exceeds the limit alone travels as parts.
+
+    Args:
+        batch: the whole step.
+        shard_of: int64[n] for each of its sections.
+        bytes_max: payload bytes of a message; at least one row goes into each.
+    """
+    if sum(section.payload_bytes for section in batch.columns) <= bytes_max:
+        yield batch
+        return
+    # Rows by shard; the order is stable, so live rows stay before tombstones.
+    order = [np.argsort(shards, kind="stable") for shards in shard_of]
+    starts = [np.searchsorted(shards[rows], batch.claims.shards) for shards, rows in zip(shard_of, order, strict=True)]
+    ends = [np.searchsorted(shards[rows], batch.claims.shards, "right") for shards, rows in zip(shard_of, order, strict=True)]
+    group: list[_Piece] = []
+    room = bytes_max
+    for index in range(len(batch.claims.shards)):
+        chosen = [rows[start[index] : end[index]] for rows, start, end in zip(order, starts, ends, strict=True)]
+        for piece in _pieces_of_shard(batch.columns, chosen, index, bytes_max):
+            # Two parts of one shard never share a message: its claim has room for one part of each shard.
+            if group and (piece.bytes > room or group[-1].index == index):
+                yield _message_of(batch, group)
+                group, room = [], bytes_max
+            group.append(piece)
+            room -= piece.bytes
+    yield _message_of(batch, group)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """The rows of one shard, or a part of them, on their way into a message."""
+
+    index: int  # of the shard among the step's claims
+    part: int
+    parts: int
+    columns: list[RowColumns]
+
+    @property
+    def bytes(self) -> int:
+        return sum(section.payload_bytes for section in self.columns)
+
+
+def _pieces_of_shard(
+    columns: Sequence[RowColumns], chosen: Sequence[NDArray[np.int64]], index: int, bytes_max: int
+) -> list[_Piece]:
+    parts: list[list[RowColumns]] = [[]]
+    room = bytes_max
+    for section, rows in zip(columns, chosen, strict=True):
+        row_bytes = 12 + section.rows.shape[1]  # key, significance, value
+        while len(rows):
+            if room < row_bytes and parts[-1]:
+                parts.append([])
+                room = bytes_max
+            taken = rows[: max(1, room // row_bytes)]
+            rows = rows[len(taken) :]
+            parts[-1].append(_take(section, taken))
+            room -= len(taken) * row_bytes
+    if len(parts) > PARTS_MAX:
+        raise LocalProtocolError(
+            f"a step needs {len(parts)} parts for one shard, limit {PARTS_MAX}: publish it in several steps"
+        )
+    return [_Piece(index, part, len(parts), rows) for part, rows in enumerate(parts)]
+
+
+def _message_of(batch: m.Batch, group: Sequence[_Piece]) -> m.Batch:
+    indices = [piece.index for piece in group]
+    claims = m.ShardClaims(
+        batch.claims.shards[indices],
+        batch.claims.prev[indices],
+        np.array([piece.part for piece in group], np.uint16),
+        np.array([piece.parts for piece in group], np.uint16),
+    )
+    by_table: dict[int, list[RowColumns]] = {}
+    for piece in group:
+        for section in piece.columns:
+            by_table.setdefault(section.table, []).append(section)
+    return replace(batch, claims=claims, columns=tuple(_join(sections) for sections in by_table.values()))
+
+
+def _take(section: RowColumns, indices: NDArray[np.int64]) -> RowColumns:
+    """Some rows of a section, in order; live rows come before tombstones, so they stay so."""
+    live = indices[indices < len(section.rows)]
+    significance = None if section.significance is None else section.significance[indices]
+    return RowColumns(section.table, section.keys[indices], section.rows[live], None, significance)
+
+
+def _join(sections: Sequence[RowColumns]) -> RowColumns:
+    """Sections of one table as one, tombstones to the end."""
+    if len(sections) == 1:
+        return sections[0]
+    live = [len(section.rows) for section in sections]
+
+    def column(arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
+        heads = [array[:count] for array, count in zip(arrays, live, strict=True)]
+        return np.concatenate(heads + [array[count:] for array, count in zip(arrays, live, strict=True)])
+
+    significance = [section.significance for section in sections if section.significance is not None]
+    return RowColumns(
+        sections[0].table,
+        column([section.keys for section in sections]),  # type: ignore[arg-type]
+        np.concatenate([section.rows for section in sections]),
+        None,
+        column(significance) if len(significance) == len(sections) else None,  # type: ignore[arg-type]
+    )
+
+
+def _touched(shards: int, shard_of: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    mask = np.zeros(shards, np.bool_)
+    for touched in shard_of:
+        mask[touched] = True
+    return np.flatnonzero(mask)
+
+
+def _claims(touched: NDArray[np.int64], prev: U64) -> m.ShardClaims:
+    count = len(touched)
+    return m.ShardClaims(touched.astype(np.uint32), prev, np.zeros(count, np.uint16), np.ones(count, np.uint16))
+
+
+def _applied_effect(batch: m.Batch, rows: int) -> m.BatchApplied:
+    return m.BatchApplied(batch.keyspace, batch.origin_region, batch.stamp, batch.published_ns, batch.machine, rows)

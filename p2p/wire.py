@@ -1,0 +1,537 @@
+"""Messages to frames and back, and every limit on their size.
+
+A message is `[envelope, header, column, column, ...]`. The envelope is 48 fixed bytes and is rewritten at every hop; the
+header is msgpack, the columns are raw little-endian arrays, uncopied in both directions. The checksum in the envelope
+covers header and columns, so a batch is checked at each hop and forwarded without being encoded again (R17).
+
+Bytes of a peer raise only `RemoteProtocolError` here.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
+
+import msgpack
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from p2p import messages as m
+from p2p.errors import RemoteProtocolError
+from p2p.replica import U64, RowColumns, SchemaEntry
+from p2p.stamps import WRITERS_MAX, writer_of
+from p2p.transport import FRAMES_MAX, Buffer
+
+ENVELOPE: Final = struct.Struct("<2sBBQQIB3xQQ4x")  # magic, version, type, boots, session, hops, sequence, checksum
+MAGIC: Final = b"EK"
+
+# One message. Large enough that a step of 10,000 rows of 64 floats is one message, small enough that a row of high priority
+# never waits long behind it.
+MESSAGE_BYTES_MAX: Final = 16 << 20
+# Rows of one batch message or one pull chunk; what exceeds it travels in parts (R7). Far below the message limit, because
+# the header, the claims and one row of the largest width come on top.
+BATCH_BYTES_MAX: Final = 4 << 20
+HEADER_BYTES_MAX: Final = 8 << 20
+STRING_BYTES_MAX: Final = 1_024
+MEMBERS_MAX: Final = 4_096
+SCHEMA_ENTRIES_MAX: Final = 131_072
+SECTIONS_MAX: Final = 4_096
+WRITER_RECORDS_MAX: Final = 65_536
+SHARDS_MAX: Final = 65_536
+SUMMARIES_MAX: Final = 4_096
+HOPS_MAX: Final = 255
+
+_HAS_STAMPS: Final = 1
+_HAS_SIGNIFICANCE: Final = 2
+_CODEC_FLOAT32: Final = 0
+
+T = TypeVar("T")
+Packed = tuple[list[Any], list[NDArray[Any]]]  # header and columns
+Header = list[Any]  # what msgpack makes of junk is anything; each decoder below checks what it takes
+
+
+def encode(envelope: m.Envelope, message: m.Message) -> list[Buffer]:
+    """Frames of one message; arrays are not copied and must not change until they are sent.
+
+    A forwarded batch keeps the frames and the checksum it came with.
+    """
+    kind = _KIND_OF[type(message)]
+    if isinstance(message, m.Batch) and message.body:
+        return [_pack_envelope(envelope, kind, message.checksum), *message.body]
+    header, columns = _ENCODERS[kind](message)
+    body: list[Buffer] = [msgpack.packb(header), *(column.reshape(-1).view(np.uint8).data for column in columns)]
+    return [_pack_envelope(envelope, kind, checksum(body)), *body]
+
+
+def decode(frames: Sequence[memoryview]) -> tuple[m.Envelope, m.Message]:
+    """The message in these frames; its arrays look into them without copying.
+
+    Raises:
+        RemoteProtocolError: anything at all is wrong with them.
+    """
+    if not 2 <= len(frames) <= FRAMES_MAX:
+        raise RemoteProtocolError(f"message of {len(frames)} frames, expected 2 to {FRAMES_MAX}")
+    bytes_total = sum(frame.nbytes for frame in frames)
+    if bytes_total > MESSAGE_BYTES_MAX:
+        raise RemoteProtocolError(f"message of {bytes_total} bytes, limit {MESSAGE_BYTES_MAX}")
+    envelope, kind, expected = _unpack_envelope(frames[0])
+    decoder = _DECODERS.get(kind)
+    if decoder is None:
+        raise RemoteProtocolError(f"unknown message type {kind}")
+    if checksum(frames[1:]) != expected:
+        raise RemoteProtocolError("checksum mismatch")
+    if frames[1].nbytes > HEADER_BYTES_MAX:
+        raise RemoteProtocolError(f"header of {frames[1].nbytes} bytes, limit {HEADER_BYTES_MAX}")
+    try:
+        header = msgpack.unpackb(frames[1], max_str_len=STRING_BYTES_MAX, strict_map_key=True)
+        columns = _Columns(frames[2:])
+        message = decoder(header, columns)
+        columns.done()
+    except RemoteProtocolError:
+        raise
+    except Exception as error:
+        raise RemoteProtocolError(f"malformed {_NAMES[kind]}: {error!r}"[:200]) from error
+    if isinstance(message, m.Batch):
+        object.__setattr__(message, "body", tuple(frames[1:]))
+        object.__setattr__(message, "checksum", expected)
+    return envelope, message
+
+
+def checksum(body: Sequence[Buffer]) -> int:
+    """xxh3-64 over header and columns."""
+    digest = xxhash.xxh3_64()
+    for frame in body:
+        digest.update(frame)
+    return digest.intdigest()
+
+
+def _pack_envelope(envelope: m.Envelope, kind: int, check: int) -> bytes:
+    return ENVELOPE.pack(
+        MAGIC,
+        m.PROTOCOL_VERSION,
+        kind,
+        envelope.sender_boot,
+        envelope.receiver_boot,
+        envelope.session,
+        envelope.hops,
+        envelope.sequence,
+        check,
+    )
+
+
+def _unpack_envelope(frame: memoryview) -> tuple[m.Envelope, int, int]:
+    if frame.nbytes != ENVELOPE.size:
+        raise RemoteProtocolError(f"envelope of {frame.nbytes} bytes, expected {ENVELOPE.size}")
+    magic, version, kind, sender, receiver, session, hops, sequence, check = ENVELOPE.unpack(frame)
+    if magic != MAGIC:
+        raise RemoteProtocolError("not an ekko message")
+    if version != m.PROTOCOL_VERSION:
+        raise RemoteProtocolError(f"protocol version {version}, expected {m.PROTOCOL_VERSION}: upgrade the older node")
+    return m.Envelope(sender, receiver, session, sequence, hops), kind, check
+
+
+# --- checked access to what a peer sent -----------------------------------------------------------------------------------
+
+
+class _Columns:
+    """The raw column frames of a message, taken in order."""
+
+    def __init__(self, frames: Sequence[memoryview]) -> None:
+        self._frames = frames
+        self._next = 0
+
+    def take(self, dtype: Any, count: int) -> NDArray[Any]:
+        """The next frame as `dtype[count]`."""
+        if self._next >= len(self._frames):
+            raise RemoteProtocolError("a column is missing")
+        frame = self._frames[self._next]
+        self._next += 1
+        expected = count * np.dtype(dtype).itemsize
+        if frame.nbytes != expected:
+            raise RemoteProtocolError(f"column of {frame.nbytes} bytes, expected {expected}")
+        if count == 0:
+            return np.empty(0, dtype)
+        column = np.frombuffer(frame, dtype)
+        # ZeroMQ lets small messages point into its receive buffer at any offset; kernels want aligned columns.
+        return column if column.flags.aligned else column.copy()
+
+    def done(self) -> None:
+        if self._next != len(self._frames):
+            raise RemoteProtocolError(f"{len(self._frames) - self._next} columns too many")
+
+
+def _uint(value: object, bits: int = 64) -> int:
+    if type(value) is not int or not 0 <= value < 1 << bits:
+        raise RemoteProtocolError(f"expected an unsigned {bits}-bit number, got {value!r}"[:100])
+    return value
+
+
+def _wide(value: object) -> int:
+    """A 128-bit digest travels as 16 bytes."""
+    if type(value) is not bytes or len(value) != 16:
+        raise RemoteProtocolError("expected a 16-byte digest")
+    return int.from_bytes(value, "little")
+
+
+def _text(value: object) -> str:
+    if type(value) is not str or len(value) > STRING_BYTES_MAX:
+        raise RemoteProtocolError("expected a short string")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if type(value) is not bool:
+        raise RemoteProtocolError("expected true or false")
+    return value
+
+
+def _items(value: object, count_max: int, parse: Callable[[Any], T]) -> tuple[T, ...]:
+    if type(value) is not list or len(value) > count_max:
+        raise RemoteProtocolError(f"expected a list of at most {count_max}")
+    return tuple(parse(item) for item in value)
+
+
+# --- records inside headers -------------------------------------------------------------------------------------------------
+
+
+def _pack_member(member: m.MemberRecord) -> Header:
+    writers = [[w.keyspace, w.writer, w.nonce, w.last_stamp] for w in member.writers]
+    return [
+        member.node,
+        member.boot,
+        member.boot_ms,
+        member.region,
+        member.role,
+        member.address,
+        member.heartbeat,
+        member.left,
+        writers,
+    ]
+
+
+def _member(value: Header) -> m.MemberRecord:
+    node, boot, boot_ms, region, role, address, heartbeat, left, writers = value
+    return m.MemberRecord(
+        _text(node),
+        _uint(boot),
+        _uint(boot_ms),
+        _text(region),
+        _text(role),
+        _text(address),
+        _uint(heartbeat),
+        _flag(left),
+        _items(writers, WRITER_RECORDS_MAX, _writer_record),
+    )
+
+
+def _writer_record(value: Header) -> m.WriterRecord:
+    keyspace, writer, nonce, last_stamp = value
+    record = m.WriterRecord(_uint(keyspace, 32), _uint(writer, 12), _uint(nonce), _uint(last_stamp))
+    if record.last_stamp and writer_of(record.last_stamp) != record.writer:
+        raise RemoteProtocolError(f"stamp {record.last_stamp} is not of writer {record.writer}")
+    return record
+
+
+def _pack_entry(entry: SchemaEntry) -> Header:
+    return [entry.keyspace, entry.name, entry.body]
+
+
+def _entry(value: Header) -> SchemaEntry:
+    keyspace, name, body = value
+    if type(body) is not bytes or len(body) > STRING_BYTES_MAX:
+        raise RemoteProtocolError("schema entry without a body")
+    return SchemaEntry(_uint(keyspace, 32), _text(name), body)
+
+
+def _pack_summary(summary: m.KeyspaceSummary) -> Header:
+    return [
+        summary.keyspace,
+        summary.vector_digest.to_bytes(16, "little"),
+        summary.stray_digest.to_bytes(16, "little"),
+        [list(pair) for pair in summary.frontier],
+    ]
+
+
+def _summary(value: Header) -> m.KeyspaceSummary:
+    keyspace, vector_digest, stray_digest, frontier = value
+    return m.KeyspaceSummary(
+        _uint(keyspace, 32), _wide(vector_digest), _wide(stray_digest), _items(frontier, WRITERS_MAX, _frontier_pair)
+    )
+
+
+def _frontier_pair(value: Header) -> tuple[int, int]:
+    writer, stamp = value
+    if writer_of(_uint(stamp)) != _uint(writer, 12):
+        raise RemoteProtocolError(f"stamp {stamp} is not of writer {writer}")
+    return writer, stamp
+
+
+def _pack_sections(columns: Sequence[RowColumns]) -> Packed:
+    header: Header = []
+    arrays: list[NDArray[Any]] = []
+    for section in columns:
+        flags = (_HAS_STAMPS if section.stamps is not None else 0) | (
+            _HAS_SIGNIFICANCE if section.significance is not None else 0
+        )
+        live, row_bytes = section.rows.shape
+        header.append([section.table, len(section.keys), live, row_bytes, _CODEC_FLOAT32, flags])
+        arrays.append(np.ascontiguousarray(section.keys))
+        if section.stamps is not None:
+            arrays.append(np.ascontiguousarray(section.stamps))
+        if section.significance is not None:
+            arrays.append(np.ascontiguousarray(section.significance))
+        arrays.append(np.ascontiguousarray(section.rows))
+    return header, arrays
+
+
+def _sections(value: object, columns: _Columns, with_stamps: bool) -> tuple[RowColumns, ...]:
+    def parse(item: Header) -> RowColumns:
+        table, count, live, row_bytes, codec, flags = item
+        _uint(table, 32), _uint(count, 32), _uint(live, 32), _uint(row_bytes, 24), _uint(flags, 2)
+        if codec != _CODEC_FLOAT32:
+            raise RemoteProtocolError(f"unknown codec {codec!r}"[:80])
+        if live > count or not row_bytes or bool(flags & _HAS_STAMPS) != with_stamps:
+            raise RemoteProtocolError("rows that contradict themselves")
+        keys = columns.take(np.uint64, count)
+        stamps = columns.take(np.uint64, count) if flags & _HAS_STAMPS else None
+        significance = columns.take(np.float32, count) if flags & _HAS_SIGNIFICANCE else None
+        rows = columns.take(np.uint8, live * row_bytes).reshape(live, row_bytes)
+        return RowColumns(table, keys, rows, stamps, significance)
+
+    return _items(value, SECTIONS_MAX, parse)
+
+
+# --- one encoder and one decoder a message ---------------------------------------------------------------------------------
+
+
+def _pack_hello(hello: m.Hello) -> Packed:
+    return [
+        hello.protocol_version,
+        hello.cluster,
+        list(hello.constants),
+        _pack_member(hello.member),
+        [_pack_member(member) for member in hello.members],
+        [_pack_entry(entry) for entry in hello.schema],
+        hello.answer_wanted,
+    ], []
+
+
+def _hello(header: Header, _columns: _Columns) -> m.Hello:
+    version, cluster, constants, member, members, schema, answer_wanted = header
+    return m.Hello(
+        _uint(version, 8),
+        _uint(cluster),
+        _items(constants, 16, _uint),
+        _member(member),
+        _items(members, MEMBERS_MAX, _member),
+        _items(schema, SCHEMA_ENTRIES_MAX, _entry),
+        _flag(answer_wanted),
+    )
+
+
+def _pack_refusal(refusal: m.Refusal) -> Packed:
+    return [refusal.reason], []
+
+
+def _refusal(header: Header, _columns: _Columns) -> m.Refusal:
+    (reason,) = header
+    return m.Refusal(_text(reason))
+
+
+def _pack_heartbeat(beat: m.Heartbeat) -> Packed:
+    return [
+        _pack_member(beat.member),
+        [_pack_member(member) for member in beat.members],
+        beat.schema_digest,
+        beat.unix_ms,
+        [_pack_summary(summary) for summary in beat.summaries],
+    ], []
+
+
+def _heartbeat(header: Header, _columns: _Columns) -> m.Heartbeat:
+    member, members, schema_digest, unix_ms, summaries = header
+    return m.Heartbeat(
+        _member(member),
+        _items(members, MEMBERS_MAX, _member),
+        _uint(schema_digest),
+        _uint(unix_ms),
+        _items(summaries, SUMMARIES_MAX, _summary),
+    )
+
+
+def _pack_schema(update: m.SchemaUpdate) -> Packed:
+    return [[_pack_entry(entry) for entry in update.entries]], []
+
+
+def _schema(header: Header, _columns: _Columns) -> m.SchemaUpdate:
+    (entries,) = header
+    return m.SchemaUpdate(_items(entries, SCHEMA_ENTRIES_MAX, _entry))
+
+
+def _pack_leave(leave: m.Leave) -> Packed:
+    return [leave.node], []
+
+
+def _leave(header: Header, _columns: _Columns) -> m.Leave:
+    (node,) = header
+    return m.Leave(_text(node))
+
+
+def _pack_batch(batch: m.Batch) -> Packed:
+    sections, arrays = _pack_sections(batch.columns)
+    claims = batch.claims
+    header: Header = [
+        batch.keyspace,
+        batch.origin,
+        batch.origin_region,
+        batch.writer,
+        batch.nonce,
+        batch.stamp,
+        batch.writer_prev,
+        batch.shards_touched,
+        len(claims.shards),
+        batch.published_ns,
+        batch.machine,
+        batch.priority_class,
+        sections,
+    ]
+    return header, [claims.shards, claims.prev, claims.part, claims.parts, *arrays]
+
+
+def _batch(header: Header, columns: _Columns) -> m.Batch:
+    keyspace, origin, region, writer, nonce, stamp, prev, touched, claimed, published_ns, machine, priority, sections = header
+    if _uint(claimed, 32) > SHARDS_MAX or _uint(touched, 32) > SHARDS_MAX or claimed > touched:
+        raise RemoteProtocolError(f"batch touches {touched} shards, limit {SHARDS_MAX}")
+    claims = m.ShardClaims(
+        columns.take(np.uint32, claimed),
+        columns.take(np.uint64, claimed),
+        columns.take(np.uint16, claimed),
+        columns.take(np.uint16, claimed),
+    )
+    batch = m.Batch(
+        _uint(keyspace, 32),
+        _text(origin),
+        _text(region),
+        _uint(writer, 12),
+        _uint(nonce),
+        _uint(stamp),
+        _uint(prev),
+        touched,
+        claims,
+        _sections(sections, columns, with_stamps=False),
+        _uint(published_ns),
+        _uint(machine),
+        _uint(priority, 8),
+    )
+    _check_claims(batch)
+    return batch
+
+
+def _check_claims(batch: m.Batch) -> None:
+    claims = batch.claims
+    if writer_of(batch.stamp) != batch.writer or batch.writer_prev >= batch.stamp:
+        raise RemoteProtocolError(f"stamp {batch.stamp} does not follow {batch.writer_prev} of writer {batch.writer}")
+    if len(claims.shards) == 0:
+        if any(len(section.keys) for section in batch.columns):
+            raise RemoteProtocolError("rows without a claimed shard")
+        return
+    if claims.shards[-1] >= SHARDS_MAX or np.any(claims.shards[1:] <= claims.shards[:-1]):
+        raise RemoteProtocolError("shards are not ascending")
+    if np.any(claims.prev >= np.uint64(batch.stamp)) or np.any(claims.part >= claims.parts):
+        raise RemoteProtocolError("a claim contradicts itself")
+
+
+def _pack_pull(pull: m.PullRequest) -> Packed:
+    return [pull.keyspace, pull.request, pull.shards, len(pull.writers)], [pull.writers, pull.vector, pull.frontier]
+
+
+def _take_vector(columns: _Columns, shards: int, writers: int) -> tuple[NDArray[np.uint16], U64, U64]:
+    if _uint(shards, 32) > SHARDS_MAX or _uint(writers, 32) > WRITERS_MAX:
+        raise RemoteProtocolError(f"vector of {shards} shards and {writers} writers")
+    ids = columns.take(np.uint16, writers)
+    vector = columns.take(np.uint64, shards * writers).reshape(shards, writers)
+    frontier = columns.take(np.uint64, writers)
+    if writers and (ids[-1] >= WRITERS_MAX or np.any(ids[1:] <= ids[:-1])):
+        raise RemoteProtocolError("writers are not ascending")
+    own = ids.astype(np.uint64)
+    mask = np.uint64(WRITERS_MAX - 1)
+    if np.any((vector & mask != own) & (vector != 0)) or np.any((frontier & mask != own) & (frontier != 0)):
+        raise RemoteProtocolError("a vector holds a stamp of another writer")
+    return ids, vector, frontier
+
+
+def _pull(header: Header, columns: _Columns) -> m.PullRequest:
+    keyspace, request, shards, writers = header
+    ids, vector, frontier = _take_vector(columns, shards, writers)
+    return m.PullRequest(_uint(keyspace, 32), _uint(request), ids, vector, frontier, shards)
+
+
+def _pack_reply(reply: m.PullReply) -> Packed:
+    sections, arrays = _pack_sections(reply.columns)
+    shards = reply.vector.shape[0]
+    header: Header = [reply.keyspace, reply.request, reply.chunk, reply.last, shards, len(reply.writers), sections]
+    return header, [reply.writers, np.ascontiguousarray(reply.vector), reply.frontier, *arrays]
+
+
+def _reply(header: Header, columns: _Columns) -> m.PullReply:
+    keyspace, request, chunk, last, shards, writers, sections = header
+    ids, vector, frontier = _take_vector(columns, shards, writers)
+    rows = _sections(sections, columns, with_stamps=True)
+    return m.PullReply(_uint(keyspace, 32), _uint(request), _uint(chunk, 32), _flag(last), rows, ids, vector, frontier)
+
+
+def _pack_ack(ack: m.Ack) -> Packed:
+    return [ack.session, ack.sequence], []
+
+
+def _ack(header: Header, _columns: _Columns) -> m.Ack:
+    session, sequence = header
+    return m.Ack(_uint(session, 32), _uint(sequence))
+
+
+def _pack_broken(broken: m.SessionBroken) -> Packed:
+    return [broken.session], []
+
+
+def _broken(header: Header, _columns: _Columns) -> m.SessionBroken:
+    (session,) = header
+    return m.SessionBroken(_uint(session, 32))
+
+
+def _pack_query(query: m.ReachQuery) -> Packed:
+    return [query.keyspace, query.query, query.stamp], []
+
+
+def _query(header: Header, _columns: _Columns) -> m.ReachQuery:
+    keyspace, query, stamp = header
+    return m.ReachQuery(_uint(keyspace, 32), _uint(query), _uint(stamp))
+
+
+def _pack_reached(reached: m.Reached) -> Packed:
+    return [reached.query], []
+
+
+def _reached(header: Header, _columns: _Columns) -> m.Reached:
+    (query,) = header
+    return m.Reached(_uint(query))
+
+
+# A message's number on the wire is its place in this table, from 1; new ones go to the end.
+_CODECS: Final[tuple[tuple[type, Callable[[Any], Packed], Callable[[Header, _Columns], Any]], ...]] = (
+    (m.Hello, _pack_hello, _hello),
+    (m.Refusal, _pack_refusal, _refusal),
+    (m.Heartbeat, _pack_heartbeat, _heartbeat),
+    (m.SchemaUpdate, _pack_schema, _schema),
+    (m.Leave, _pack_leave, _leave),
+    (m.Batch, _pack_batch, _batch),
+    (m.PullRequest, _pack_pull, _pull),
+    (m.PullReply, _pack_reply, _reply),
+    (m.Ack, _pack_ack, _ack),
+    (m.SessionBroken, _pack_broken, _broken),
+    (m.ReachQuery, _pack_query, _query),
+    (m.Reached, _pack_reached, _reached),
+)
+_KIND_OF: Final = {message: kind for kind, (message, _, _) in enumerate(_CODECS, start=1)}
+_ENCODERS: Final = {kind: encoder for kind, (_, encoder, _) in enumerate(_CODECS, start=1)}
+_DECODERS: Final = {kind: decoder for kind, (_, _, decoder) in enumerate(_CODECS, start=1)}
+_NAMES: Final = {kind: message.__name__ for kind, (message, _, _) in enumerate(_CODECS, start=1)}
