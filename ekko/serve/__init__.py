@@ -1,0 +1,1 @@
+"""The serving side: look-ups from shared memory, without a network."""

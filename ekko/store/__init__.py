@@ -1,0 +1,13 @@
+"""The versioned row store in shared memory: written by one daemon, read by any number of processes without a call to it.
+
+`docs/reference/shared-memory-layout.md` shows what lies where.
+"""
+
+from ekko.store.store import Store
+
+__all__ = ["Store", "warm"]
+
+
+def warm() -> None:
+    """Have every kernel ready. They are compiled, or loaded from the cache, when their modules are imported."""
+    from ekko.store import checks, rows, table  # noqa: F401

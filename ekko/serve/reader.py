@@ -1,0 +1,258 @@
+"""Look-ups by an inference process, straight from the memory that the node writes: no call, no lock, no network.
+
+A reader follows its node by itself. The control file says when there is a new manifest (a table was added) or when the store
+was replaced (the node began anew); the table's header says when the index was replaced. Each look-up reads those three words
+first. A node that is restarted on intact memory goes on in the same files, and its readers do not notice.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Mapping as ReadOnlyMapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ekko.errors import ModelError, StoreError
+from ekko.model import DENSE_DIM, DENSE_TABLE, ModelSpec, TensorSpec, model_id
+from ekko.store import layout
+from ekko.store.atomics import watch_word
+from ekko.store.manifest import CONTROL_NAME, Manifest, ModelEntry, header_name, kernel_boot_id, read_manifest
+from ekko.store.memory import Mapping, TmpfsMemory
+from ekko.store.view import NO_STAMPS, TableFiles, TableView
+
+F32 = NDArray[np.float32]
+U64 = NDArray[np.uint64]
+
+# How often a waiting reader looks for its model, seconds.
+POLL_S = 0.01
+# A dense tensor is read again while its rows carry different stamps, which means that a newer one is just being written.
+DENSE_ATTEMPTS_MAX = 8
+# The store may be replaced between reading its manifest and opening its files; it is not replaced often in a row.
+ATTACH_ATTEMPTS_MAX = 100
+
+
+@dataclass(frozen=True, slots=True)
+class _Attachment:
+    """Everything a look-up needs, as of one manifest. Replaced as a whole, so that threads see one or the other."""
+
+    control: Mapping
+    generation: int
+    header: Mapping
+    tables: dict[str, TableView]
+    tensors: dict[str, TensorSpec]
+
+    @property
+    def current(self) -> bool:
+        """False once there is a newer manifest, or another store."""
+        address = self.control.address
+        return (
+            watch_word(address + layout.CONTROL.offset("manifest_generation")) == self.generation
+            and watch_word(address + layout.CONTROL.offset("retired")) == 0
+        )
+
+
+class Reader:
+    """Looks rows up in one model of the node on this machine. Safe to use from any number of threads.
+
+    Args:
+        model: the model's name.
+        run_dir: the node's `run_dir`.
+        wait: seconds to wait for the model when the node does not have it yet; None: raise at once.
+
+    Raises:
+        ModelError: the node does not have the model (within `wait`).
+        StoreError: what is in shared memory cannot be read by this version.
+    """
+
+    def __init__(self, model: str, run_dir: str | Path, wait: float | None = None) -> None:
+        self.model = model
+        self._id = ModelSpec(model).id
+        self._run_dir = Path(run_dir)
+        self._wait_s = wait or 0.0
+        self._attaching = threading.Lock()
+        self._closed = False
+        self._attachment: _Attachment | None = None
+        self._current()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the memory. Look-ups still running in other threads finish."""
+        self._closed = True
+        self._attachment = None
+
+    @property
+    def tables(self) -> ReadOnlyMapping[str, int]:
+        """Name -> dim of the model's tables."""
+        tables = self._current().tables
+        return MappingProxyType({name: view.spec.dim for name, view in tables.items() if name != DENSE_TABLE})
+
+    @overload
+    def lookup(self, table: str, keys: ArrayLike, *, out: F32 | None = None, stamps: Literal[False] = False) -> F32: ...
+
+    @overload
+    def lookup(self, table: str, keys: ArrayLike, *, out: F32 | None = None, stamps: Literal[True]) -> tuple[F32, U64]: ...
+
+    def lookup(self, table: str, keys: ArrayLike, *, out: F32 | None = None, stamps: bool = False) -> F32 | tuple[F32, U64]:
+        """Copy rows out by key.
+
+        Args:
+            table: its name.
+            keys: integers >= 0 of any shape.
+            out: float32[*keys.shape, dim], C-contiguous, to write into; None: a new array.
+            stamps: return the rows' stamps too.
+
+        Returns:
+            float32[*keys.shape, dim], zeros for keys that are absent or deleted; with `stamps` also uint64[*keys.shape], 0 for
+            such keys. Each row is one version of it, whole, and never older than one this process saw before.
+
+        Raises:
+            ModelError: an unknown table, keys that are not integers >= 0, or an `out` that does not fit.
+            StoreError: a row stays locked because its node was killed in mid-row.
+        """
+        view = self._table(table)
+        wanted = _as_keys(keys)
+        rows = _output(out, (*wanted.shape, view.spec.dim))
+        found = np.empty(wanted.shape, np.uint64) if stamps else NO_STAMPS
+        view.lookup(wanted.reshape(-1), rows.reshape(-1, view.spec.dim).view(np.uint8), found.reshape(-1))
+        return (rows, found) if stamps else rows
+
+    def dense(self, name: str) -> NDArray[Any]:
+        """A dense tensor, with its shape and dtype.
+
+        Rows of `DENSE_DIM` values are each of one version. While a newer version is being written, the tensor is read again, a
+        few times; a mixture of two versions remains possible.
+
+        Raises:
+            ModelError: an unknown tensor, or one that was never published.
+        """
+        attachment = self._current()
+        spec = attachment.tensors.get(name)
+        if spec is None:
+            raise ModelError(f"model {self.model!r} has no dense tensor {name!r}: it has {_names(attachment.tensors)}")
+        rows = np.empty((spec.rows, DENSE_DIM), np.float32)
+        stamps = np.empty(spec.rows, np.uint64)
+        for _ in range(DENSE_ATTEMPTS_MAX):
+            attachment.tables[DENSE_TABLE].lookup(spec.keys, rows.view(np.uint8), stamps)
+            if spec.rows == 0 or stamps.min() == stamps.max():
+                break
+            time.sleep(0)
+        if spec.rows and not stamps.any():
+            raise ModelError(f"dense tensor {name!r} of model {self.model!r} was not published yet, or was deleted")
+        return rows.reshape(-1)[: math.prod(spec.shape)].reshape(spec.shape).astype(spec.dtype, copy=False)
+
+    def staleness_ms(self) -> float | None:
+        """Now minus the newest moment up to which this node has everything that every live writer wrote; None: unknown."""
+        until = watch_word(self._current().header.address + layout.MODEL.offset("synced_until_ms"))
+        return max(0.0, time.time() * 1000 - until) if until else None
+
+    def _table(self, name: str) -> TableView:
+        attachment = self._current()
+        view = attachment.tables.get(name)
+        if view is None:
+            raise ModelError(f"model {self.model!r} has no table {name!r}: it has {_names(self.tables)}")
+        return view
+
+    def _current(self) -> _Attachment:
+        attachment = self._attachment
+        if attachment is not None and attachment.current:
+            return attachment
+        if self._closed:
+            raise ModelError(f"the reader of model {self.model!r} is closed: make a new one")
+        with self._attaching:
+            deadline = time.monotonic() + self._wait_s
+            while self._attachment is None or not self._attachment.current:
+                attachment = self._attach(self._attachment)
+                if attachment is not None:
+                    self._attachment = attachment
+                    break
+                if time.monotonic() >= deadline:
+                    raise ModelError(self._missing())
+                time.sleep(POLL_S)
+            return self._attachment
+
+    def _missing(self) -> str:
+        manifest = self._manifest()
+        if manifest is None:
+            return f"no node has a store in {self._run_dir}: start `ekko node` with this run_dir, or pass wait="
+        known = _names({entry.name: entry for entry in manifest.models})
+        return f"the node at {self._run_dir} does not have model {self.model!r} yet: it has {known}"
+
+    def _manifest(self) -> Manifest | None:
+        manifest = read_manifest(self._run_dir)
+        if manifest is None or manifest.boot_id != kernel_boot_id():
+            return None  # the memory it speaks of is gone
+        if manifest.layout_version != layout.LAYOUT_VERSION:
+            raise StoreError(
+                f"the node at {self._run_dir} uses shared-memory layout {manifest.layout_version}, this reader "
+                f"{layout.LAYOUT_VERSION}: install the same version of ekko on both sides"
+            )
+        return manifest
+
+    def _attach(self, old: _Attachment | None) -> _Attachment | None:
+        """Attach to what the manifest names now; None when the model is not there."""
+        for _ in range(ATTACH_ATTEMPTS_MAX):
+            manifest = self._manifest()
+            if manifest is None:
+                return None
+            memory = TmpfsMemory(Path(manifest.memory_dir), manifest.prefix)
+            try:
+                control = Mapping.open_to_read(memory.path(CONTROL_NAME))
+                generation = watch_word(control.address + layout.CONTROL.offset("manifest_generation"))
+                # Read again: this one is at least as new as the generation.
+                manifest = self._manifest()
+                if manifest is None or manifest.prefix != memory.prefix:
+                    continue
+                entry = next((model for model in manifest.models if model.name == self.model), None)
+                if entry is None:
+                    return None
+                return _Attachment(control, generation, *self._map_model(entry, memory, old))
+            except FileNotFoundError:
+                continue  # replaced under our hands
+        return None
+
+    def _map_model(
+        self, entry: ModelEntry, memory: TmpfsMemory, old: _Attachment | None
+    ) -> tuple[Mapping, dict[str, TableView], dict[str, TensorSpec]]:
+        header = Mapping.open_to_read(memory.path(header_name(model_id(entry.name))))
+        tables = {}
+        for spec in entry.tables:
+            files = TableFiles(memory, self._id, spec.id)
+            held = old.tables.get(spec.name) if old is not None else None
+            tables[spec.name] = held if held is not None and held.files == files else TableView(spec, files)
+        return header, tables, {spec.name: spec for spec in entry.tensors}
+
+
+def _names(known: ReadOnlyMapping[str, object]) -> str:
+    return ", ".join(map(repr, known)) or "none"
+
+
+def _as_keys(keys: ArrayLike) -> U64:
+    """Any array of integers >= 0 as uint64, C-contiguous."""
+    array = np.asarray(keys)
+    if array.dtype == np.uint64:
+        return np.require(array, np.uint64, ["C", "A"])
+    if array.size == 0:
+        return np.empty(array.shape, np.uint64)
+    if array.dtype.kind not in "iu":
+        raise ModelError(f"keys are {array.dtype}: expected integers")
+    if array.dtype.kind == "i" and array.min() < 0:
+        raise ModelError(f"key {int(array.min())} is negative: expected integers from 0 to 2**64 - 1")
+    return np.ascontiguousarray(array, np.uint64)
+
+
+def _output(out: F32 | None, shape: tuple[int, ...]) -> F32:
+    if out is None:
+        return np.empty(shape, np.float32)
+    if out.dtype != np.float32 or out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ModelError(f"out is {out.dtype}{list(out.shape)}: expected a writable, C-contiguous float32{list(shape)}")
+    return out

@@ -1,0 +1,158 @@
+"""Loads, stores, fences, prefetches and copies at raw addresses, for the Numba kernels of the store.
+
+Numba has no memory model of its own; these intrinsics give the kernels LLVM's. Addresses are int64, so that address arithmetic
+stays in one integer type (Numba turns uint64 + int64 into float64, as NumPy does).
+
+The caller answers for the address being mapped and aligned to the width of the access. The data inside a row is copied with
+plain accesses while a writer may be storing to it; the row's sequence lock throws such a copy away (`ekko.store.rows`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar, cast
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# An integer inside a kernel. Numba gives it its machine type; to mypy it may be Python's or NumPy's.
+Int: TypeAlias = Any
+
+_I32 = ir.IntType(32)
+_I64 = ir.IntType(64)
+# One cache line as LLVM sees it; it becomes one to four moves, by what the processor has.
+_LINE = ir.VectorType(_I32, 16)
+
+
+def kernel(*signatures: str) -> Callable[[F], F]:
+    """Compile a function for these argument types when its module is imported, or load it from Numba's cache.
+
+    Eager, so that no request ever waits for a compiler.
+    """
+    return cast("Callable[[F], F]", njit(list(signatures), cache=True, nogil=True, error_model="numpy"))
+
+
+def inline_kernel(function: F) -> F:
+    """Compile a helper into the kernels that call it."""
+    return cast("F", njit(function, cache=True, nogil=True, error_model="numpy"))
+
+
+def _intrinsic(function: Callable[..., Any]) -> Any:
+    return intrinsic(function)
+
+
+def _pointer(builder: ir.IRBuilder, address: ir.Value, to: ir.Type) -> ir.Value:
+    return builder.inttoptr(address, to.as_pointer())
+
+
+def _load(width: ir.Type, result: types.Type, ordering: str) -> Callable[..., Any]:
+    def typed(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+            return builder.load_atomic(_pointer(builder, arguments[0], width), ordering, width.width // 8)
+
+        return result(types.int64), generate
+
+    return typed
+
+
+def _store(width: ir.Type, value_type: types.Type, ordering: str) -> Callable[..., Any]:
+    def typed(typing_context: Any, address: Any, value: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+            builder.store_atomic(arguments[1], _pointer(builder, arguments[0], width), ordering, width.width // 8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, value_type), generate
+
+    return typed
+
+
+# "monotonic" is LLVM's name for a relaxed atomic: no tearing, no order.
+load_u32 = _intrinsic(_load(_I32, types.uint32, "monotonic"))
+load_u64 = _intrinsic(_load(_I64, types.uint64, "monotonic"))
+load_i64 = _intrinsic(_load(_I64, types.int64, "monotonic"))
+load_acquire_u32 = _intrinsic(_load(_I32, types.uint32, "acquire"))
+load_acquire_i64 = _intrinsic(_load(_I64, types.int64, "acquire"))
+store_u32 = _intrinsic(_store(_I32, types.uint32, "monotonic"))
+store_u64 = _intrinsic(_store(_I64, types.uint64, "monotonic"))
+store_i64 = _intrinsic(_store(_I64, types.int64, "monotonic"))
+store_release_u32 = _intrinsic(_store(_I32, types.uint32, "release"))
+store_release_i64 = _intrinsic(_store(_I64, types.int64, "release"))
+
+
+def _fence(ordering: str, scope: str | None = None) -> Callable[..., Any]:
+    def typed(typing_context: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+            builder.fence(ordering, scope)
+            return context.get_dummy_value()
+
+        return types.void(), generate
+
+    return typed
+
+
+fence_acquire = _intrinsic(_fence("acquire"))
+fence_release = _intrinsic(_fence("release"))
+# Orders our own instructions only, at no cost: what is needed against a kill in mid-row, since whoever attaches afterwards sees
+# every store of the dead process up to the instruction at which it died.
+fence_program_order = _intrinsic(_fence("seq_cst", "singlethread"))
+
+
+def _prefetch(for_write: int) -> Callable[..., Any]:
+    def typed(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+            pointer = _pointer(builder, arguments[0], ir.IntType(8))
+            signature_ir = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+            function = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
+                builder.module, signature_ir, "llvm.prefetch.p0"
+            )
+            # Locality 3: into the nearest cache; last argument 1: data, not instructions.
+            builder.call(function, [pointer, _I32(for_write), _I32(3), _I32(1)])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return typed
+
+
+prefetch_read = _intrinsic(_prefetch(0))
+prefetch_write = _intrinsic(_prefetch(1))
+
+
+def _copy_line_typed(typing_context: Any, target: Any, source: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        line = builder.load(_pointer(builder, arguments[1], _LINE), align=4)
+        builder.store(line, _pointer(builder, arguments[0], _LINE), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+copy_line = _intrinsic(_copy_line_typed)
+
+
+@inline_kernel
+def copy_bytes(target: Int, source: Int, count: Int) -> None:
+    """Copy `count` bytes, a multiple of 4, between addresses aligned to 4 that do not overlap."""
+    lines = count >> 6
+    for _ in range(lines):
+        copy_line(target, source)
+        target += 64
+        source += 64
+    for _ in range((count & 63) >> 2):
+        store_u32(target, load_u32(source))
+        target += 4
+        source += 4
+
+
+@kernel("int64(int64)")
+def watch_word(address: int) -> int:
+    """Read a shared word; what its writer wrote before it is visible afterwards."""
+    return load_acquire_i64(address)  # type: ignore[no-any-return]
+
+
+@kernel("void(int64, int64)")
+def publish_word(address: int, value: int) -> None:
+    """Write a shared word; who reads it sees everything written before it."""
+    store_release_i64(address, value)

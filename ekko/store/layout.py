@@ -1,0 +1,187 @@
+"""Where every byte of the shared memory lies.
+
+One store is a handful of files in tmpfs: a control file; per model a header file; per table a rows file and an index file. All
+numbers are little-endian and naturally aligned; all files are sparse, so reserved room costs nothing. Every structure below is
+also written out in `docs/reference/shared-memory-layout.md`, and a test holds the two together.
+
+A change of anything here needs a new `LAYOUT_VERSION`: a store of another version is not resumed (R4), and a reader of another
+version refuses to attach.
+"""
+
+from dataclasses import dataclass
+
+from p2p.stamps import WRITERS_MAX
+
+LAYOUT_VERSION = 1
+
+PAGE_BYTES = 4096
+LINE_BYTES = 64  # words with different writers or rhythms lie on different cache lines
+DIM_BYTES_MAX = 65_536  # the widest encoded row: 16,384 float32
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field of a structure: where it begins and how long it is."""
+
+    name: str
+    offset: int
+    bytes: int
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """A file or a record, and its fields in ascending order."""
+
+    name: str
+    fields: tuple[Field, ...]
+
+    def __post_init__(self) -> None:
+        end = 0
+        for entry in self.fields:
+            assert entry.offset >= end, f"{self.name}.{entry.name} overlaps the field before it"
+            end = entry.offset + entry.bytes
+
+    def offset(self, name: str) -> int:
+        """Where the field begins."""
+        return next(entry.offset for entry in self.fields if entry.name == name)
+
+    @property
+    def end(self) -> int:
+        """The first byte after the last field."""
+        return self.fields[-1].offset + self.fields[-1].bytes
+
+
+def _magic(text: str) -> int:
+    return int.from_bytes(text.encode().ljust(8, b"\0"), "little")
+
+
+CONTROL_MAGIC = _magic("ekkoctl")
+MODEL_MAGIC = _magic("ekkomodl")
+TABLE_MAGIC = _magic("ekkotabl")
+INDEX_MAGIC = _magic("ekkoindx")
+
+_COMMON = (
+    Field("magic", 0, 8, "tells the kind of file"),
+    Field("layout_version", 8, 8, "`LAYOUT_VERSION` of the writer"),
+)
+
+CONTROL = Structure(
+    "control file",
+    (
+        *_COMMON,
+        Field("manifest_generation", 64, 8, "grows after each new manifest; readers that see it move read the manifest again"),
+        Field("retired", 72, 8, "1: this store was replaced or removed; readers attach anew"),
+        Field("reserved", 128, PAGE_BYTES - 128, "zero"),
+    ),
+)
+CONTROL_BYTES = PAGE_BYTES
+
+# A writer's row image, kept while the row is overwritten in place; the image is the row as it was, its 24-byte header included.
+UNDO = Structure(
+    "undo record",
+    (
+        Field("slot_plus_one", 0, 8, "0: nothing was ever overwritten; else the image is that slot's row"),
+        Field("table", 8, 8, "the table's id"),
+        Field("tombstones", 16, 8, "the table's count of tombstones before the row was overwritten"),
+        Field("row", 64, 24 + DIM_BYTES_MAX, "the row as it was, header first"),
+    ),
+)
+UNDO_BYTES = 17 * PAGE_BYTES
+UNDO_RECORDS = 8  # one is in use; the others wait for more than one applying thread
+
+SHARDS_MAX = 65_536
+
+MODEL = Structure(
+    "model header file",
+    (
+        *_COMMON,
+        Field("model", 16, 8, "the model's id"),
+        Field("shards", 24, 8, "number of shards"),
+        Field("synced_until_ms", 64, 8, "Unix milliseconds up to which this node has everything; 0: unknown"),
+        Field("writer_bound", 128, 8, "1 while the three words after it hold a writer identity"),
+        Field("writer_id", 136, 8, "12-bit writer id"),
+        Field("writer_nonce", 144, 8, "its nonce (R12)"),
+        Field("writer_last_stamp", 152, 8, "the last stamp it minted before it was bound"),
+        Field("pending_stamp", 192, 8, "stamp of the local step being applied or applied last (R4); 0: none"),
+        Field("stamp_max", 256, 8, "no row of the model has a larger stamp"),
+        Field("batch_epoch", 264, 8, "reserved: counts applied batches, for consistent reads (R19)"),
+        Field("pending_shards", PAGE_BYTES, SHARDS_MAX // 8, "bitmap of the shards that the pending step touches"),
+        Field("undo", 4 * PAGE_BYTES, UNDO_RECORDS * UNDO_BYTES, "undo records (R23)"),
+        Field("frontier", 144 * PAGE_BYTES, 8 * WRITERS_MAX, "uint64 per writer"),
+        Field("vector", 152 * PAGE_BYTES, 0, "uint64[shards, 4096]; as long again after it, the loss floor of the same shape"),
+    ),
+)
+
+
+def loss_floor_offset(shards: int) -> int:
+    """Where the loss floor (reserved, R5) begins in a model's header file."""
+    return MODEL.offset("vector") + shards * WRITERS_MAX * 8
+
+
+def model_bytes(shards: int) -> int:
+    """Length of a model's header file."""
+    return loss_floor_offset(shards) + shards * WRITERS_MAX * 8
+
+
+TABLE = Structure(
+    "table file",
+    (
+        *_COMMON,
+        Field("table", 16, 8, "the table's id"),
+        Field("row_bytes", 24, 8, "bytes of an encoded row"),
+        Field("row_stride", 32, 8, "bytes from one row to the next"),
+        Field("codec", 40, 8, "0: float32"),
+        Field("rows_used", 64, 8, "rows written so far; slots are given out in order"),
+        Field("tombstones", 72, 8, "of those, deleted ones"),
+        Field("index_generation", 128, 8, "number of the index file in use; grows when the index grows"),
+        Field("slot_epoch", 192, 8, "reserved: counts reuses of slots (R18)"),
+        Field("hotness", 2048, 2048, "reserved: sketch of how often keys are read"),
+        Field("rows", PAGE_BYTES, 0, "rows, `row_stride` bytes each"),
+    ),
+)
+
+# The scale of an int8 row lies in its encoded bytes, in front of the values, so it needs no field of its own.
+ROW = Structure(
+    "row",
+    (
+        Field("lock", 0, 4, "sequence lock: odd while the row is being written"),
+        Field("flags", 4, 4, "bit 0: tombstone; bits 8-15: codec; bits 16-31: slot epoch (reserved)"),
+        Field("stamp", 8, 8, "the version's stamp"),
+        Field("key", 16, 8, "the key; never changes"),
+        Field("data", 24, 0, "the encoded row, padded to 8 bytes"),
+    ),
+)
+ROW_HEADER_BYTES = 24
+FLAG_TOMBSTONE = 1
+
+INDEX = Structure(
+    "index file",
+    (
+        *_COMMON,
+        Field("generation", 16, 8, "the number in the file's name"),
+        Field("capacity_log2", 24, 8, "binary logarithm of the number of entries"),
+        Field("entries", PAGE_BYTES, 0, "entries, 16 bytes each"),
+    ),
+)
+
+ENTRY = Structure(
+    "index entry",
+    (
+        Field("key", 0, 8, "the key"),
+        Field("slot_plus_one", 8, 8, "0: empty; else the slot plus one, written after the key"),
+    ),
+)
+ENTRY_BYTES = 16
+
+STRUCTURES = (CONTROL, MODEL, UNDO, TABLE, ROW, INDEX, ENTRY)
+
+
+def row_stride(row_bytes: int) -> int:
+    """Bytes from one row to the next: header and data, padded to 8 bytes so that stamps and keys are aligned."""
+    return ROW_HEADER_BYTES + (row_bytes + 7 & ~7)
+
+
+def index_bytes(capacity_log2: int) -> int:
+    """Length of an index file."""
+    return INDEX.offset("entries") + (ENTRY_BYTES << capacity_log2)

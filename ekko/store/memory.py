@@ -1,0 +1,171 @@
+"""Memory that the store's files live in: mapped tmpfs files, or anonymous memory for a simulated node.
+
+Every file is as long as it may ever become and mapped once at that length, so that rows never move; tmpfs gives it pages only
+where `Mapping.ensure` asked for them. Asking first (posix_fallocate) turns a full tmpfs into a `StoreError`; touching a page
+that tmpfs cannot supply would be a SIGBUS.
+
+Not `multiprocessing.shared_memory`: its resource tracker unlinks segments under readers that are still using them.
+"""
+
+import errno
+import mmap
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.errors import StoreError
+
+# mmap(2) and madvise(2) numbers that Python does not name.
+_MAP_NORESERVE = 0x4000
+_MADV_POPULATE_WRITE = 23
+
+FILE_MODE = 0o640  # rows are the operator's data: readable by the group of the daemon, not by everybody
+
+
+class Mapping:
+    """A mapped file or piece of anonymous memory. It is unmapped when nobody refers to it or to an array over it."""
+
+    def __init__(self, memory: mmap.mmap, descriptor: int | None = None) -> None:
+        self._memory = memory
+        self._descriptor = descriptor
+        self._bytes = np.frombuffer(memory, np.uint8)
+        self.address: int = self._bytes.__array_interface__["data"][0]
+        self.ensured = 0 if descriptor is not None else len(memory)  # bytes from the start that have real pages
+
+    @classmethod
+    def create(cls, path: Path, size: int) -> "Mapping":
+        """Make a new file of `size` bytes, sparse and zero, and map it for writing."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        os.ftruncate(descriptor, size)
+        return cls._map(descriptor, size)
+
+    @classmethod
+    def open(cls, path: Path) -> "Mapping":
+        """Map an existing file for writing."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return cls._map(descriptor, os.fstat(descriptor).st_size)
+
+    @classmethod
+    def _map(cls, descriptor: int, size: int) -> "Mapping":
+        try:
+            memory = mmap.mmap(descriptor, size)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        _advise_huge(memory)
+        return cls(memory, descriptor)
+
+    @classmethod
+    def open_to_read(cls, path: Path) -> "Mapping":
+        """Map an existing file so that writing to it is impossible."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size, prot=mmap.PROT_READ)
+        finally:
+            os.close(descriptor)
+        _advise_huge(memory)
+        return cls(memory)
+
+    @classmethod
+    def anonymous(cls, size: int) -> "Mapping":
+        """Zeroed memory of this process that costs nothing until it is touched."""
+        return cls(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE))
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            os.close(self._descriptor)  # type: ignore[arg-type]
+
+    def words(self, offset: int, *shape: int) -> NDArray[np.uint64]:
+        """Live uint64 array over the memory; it keeps the mapping alive."""
+        count = int(np.prod(shape))
+        return np.frombuffer(self._memory, np.uint64, count, offset).reshape(shape)
+
+    def ensure(self, end: int) -> None:
+        """Have real pages under all bytes below `end`.
+
+        Raises:
+            StoreError: tmpfs is full, or `end` lies beyond the mapping. What was there before is unchanged.
+        """
+        if end <= self.ensured:
+            return
+        if end > len(self):
+            raise StoreError(f"{end} bytes are needed and {len(self)} were reserved: open the store with a larger reservation")
+        assert self._descriptor is not None
+        try:
+            os.posix_fallocate(self._descriptor, self.ensured, end - self.ensured)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise StoreError(
+                f"shared memory is full: {end - self.ensured} more bytes were asked for; enlarge the tmpfs "
+                "(mount -o remount,size=...) or free space in it"
+            ) from error
+        begin = self.ensured & -mmap.PAGESIZE
+        with suppress(OSError):  # map the pages now and in one call, rather than with a fault each; only a matter of speed
+            self._memory.madvise(_MADV_POPULATE_WRITE, begin, end - begin)
+        self.ensured = end
+
+
+def _advise_huge(memory: mmap.mmap) -> None:
+    """Ask for huge pages, which tmpfs grants where it was mounted with huge=advise."""
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+
+
+class Memory(Protocol):
+    """Where a store makes its files."""
+
+    def create(self, name: str, size: int) -> Mapping:
+        """New zeroed memory under this name."""
+
+    def open(self, name: str) -> Mapping:
+        """Existing memory, for writing."""
+
+    def remove(self, name: str) -> None:
+        """Forget a name; memory still mapped stays usable."""
+
+
+@dataclass(frozen=True, slots=True)
+class TmpfsMemory:
+    """Files `PREFIX-name` in a tmpfs directory."""
+
+    directory: Path
+    prefix: str
+
+    def path(self, name: str) -> Path:
+        """The file of this name."""
+        return self.directory / f"{self.prefix}-{name}"
+
+    def create(self, name: str, size: int) -> Mapping:
+        try:
+            return Mapping.create(self.path(name), size)
+        except OSError as error:
+            raise StoreError(f"cannot make {self.path(name)} ({size} bytes): {error.strerror}") from error
+
+    def open(self, name: str) -> Mapping:
+        return Mapping.open(self.path(name))
+
+    def remove(self, name: str) -> None:
+        self.path(name).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class AnonymousMemory:
+    """Memory of this process only."""
+
+    def create(self, name: str, size: int) -> Mapping:
+        return Mapping.anonymous(size)
+
+    def open(self, name: str) -> Mapping:
+        raise StoreError(f"{name}: anonymous memory cannot be opened again")
+
+    def remove(self, name: str) -> None:
+        pass

@@ -1,0 +1,284 @@
+"""One model in shared memory: its tables, its vector, its writer. The `p2p.replica.Replica` of the protocol machine.
+
+What a restarted daemon must know is in the model's header file (`ekko.store.layout.MODEL`), written in the order R4 asks for:
+a local step's stamp and shards first, then its rows, then (by the machine) the vector.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.errors import ModelError, StoreError
+from ekko.model import DENSE_DIM, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
+from ekko.store import index, layout, rows
+from ekko.store.atomics import publish_word
+from ekko.store.manifest import ModelEntry, header_name, index_name, rows_name
+from ekko.store.memory import Mapping, Memory
+from ekko.store.table import Table
+from ekko.store.view import NO_STAMPS, gather_rows
+from p2p.errors import RemoteProtocolError
+from p2p.replica import Applied, RowColumns, Selection, WriterIdentity
+from p2p.stamps import WRITERS_MAX, writer_of
+
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+
+DENSE_SPEC = TableSpec(DENSE_TABLE, DENSE_DIM)
+
+
+@dataclass(frozen=True, slots=True)
+class TableStats:
+    """How full one table is."""
+
+    rows: int  # live ones
+    tombstones: int
+    bytes: int  # of shared memory, rows and index
+
+
+class ModelStore:
+    """Rows and knowledge of one model on this node. Use `create` or `open`; one thread writes."""
+
+    def __init__(self, entry: ModelEntry, memory: Memory, table_bytes_max: int, header: Mapping) -> None:
+        self.spec = ModelSpec(entry.name, entry.shards)
+        self._capacity_rows = entry.capacity_rows
+        self._memory = memory
+        self._table_bytes_max = table_bytes_max
+        self._header = header
+        self._tables: dict[int, Table] = {}
+        self._vector = header.words(layout.MODEL.offset("vector"), entry.shards, WRITERS_MAX)
+        self._frontier = header.words(layout.MODEL.offset("frontier"), WRITERS_MAX)
+        self._stamp_max = self._word("stamp_max")
+
+    @classmethod
+    def create(cls, entry: ModelEntry, memory: Memory, table_bytes_max: int) -> "ModelStore":
+        """Make an empty model."""
+        spec = ModelSpec(entry.name, entry.shards)
+        header = memory.create(header_name(spec.id), layout.model_bytes(entry.shards))
+        header.ensure(layout.loss_floor_offset(entry.shards))
+        words = header.words(0, 4)
+        words[...] = (layout.MODEL_MAGIC, layout.LAYOUT_VERSION, spec.id, entry.shards)
+        return cls(entry, memory, table_bytes_max, header)
+
+    @classmethod
+    def open(cls, entry: ModelEntry, memory: Memory, table_bytes_max: int) -> "ModelStore":
+        """Attach to a model that another process left, and repair what a kill broke.
+
+        Raises:
+            StoreError: a file is damaged.
+            OSError: a file is missing.
+        """
+        spec = ModelSpec(entry.name, entry.shards)
+        header = memory.open(header_name(spec.id))
+        expected = (layout.MODEL_MAGIC, layout.LAYOUT_VERSION, spec.id, entry.shards)
+        if len(header) < layout.model_bytes(entry.shards) or tuple(int(word) for word in header.words(0, 4)) != expected:
+            raise StoreError(f"the header of model {entry.name!r} is damaged, or of another version of ekko")
+        header.ensure(layout.loss_floor_offset(entry.shards))
+        model = cls(entry, memory, table_bytes_max, header)
+        for table in entry.tables:
+            model._table(table).open()
+            if table.name != DENSE_TABLE:
+                model.spec.tables[table.name] = table
+        for tensor in entry.tensors:
+            model.spec.tensors[tensor.name] = tensor
+        model._merge_pending()
+        return model
+
+    def _table(self, spec: TableSpec) -> Table:
+        """A table object without memory yet, known to the model."""
+        table = Table(
+            spec,
+            self._memory,
+            rows_name(self.keyspace, spec.id),
+            lambda generation: index_name(self.keyspace, spec.id, generation),
+            self._header.address + layout.MODEL.offset("undo"),
+        )
+        self._tables[spec.id] = table
+        return table
+
+    def _word(self, name: str) -> U64:
+        return self._header.words(layout.MODEL.offset(name))
+
+    def entry(self) -> ModelEntry:
+        """What the manifest says of the model."""
+        tables = [table.spec for table in self._tables.values()]
+        return ModelEntry(self.spec.name, self.spec.shards, self._capacity_rows, tables, list(self.spec.tensors.values()))
+
+    def file_names(self) -> list[str]:
+        """Names of the files that it consists of."""
+        names = [header_name(self.keyspace)]
+        for table in self._tables.values():
+            names += [rows_name(self.keyspace, table.spec.id), index_name(self.keyspace, table.spec.id, table.index.generation)]
+        return names
+
+    def add_table(self, spec: TableSpec, capacity_rows: int = 0) -> bool:
+        """Have this table, which does not clash with any; True when it is new."""
+        if spec.id in self._tables:
+            return False
+        try:
+            self._table(spec).create(self._table_bytes_max, capacity_rows or self._capacity_rows)
+        except BaseException:
+            del self._tables[spec.id]
+            raise
+        if spec.name != DENSE_TABLE:
+            self.spec.tables[spec.name] = spec
+        return True
+
+    def add_tensor(self, spec: TensorSpec) -> bool:
+        """Have this dense tensor, which does not clash with any; True when it is new."""
+        if spec.name in self.spec.tensors:
+            return False
+        if DENSE_SPEC.id not in self._tables:
+            self.add_table(DENSE_SPEC, spec.rows)
+        self.spec.tensors[spec.name] = spec
+        return True
+
+    def table_stats(self) -> dict[str, TableStats]:
+        """How full each table is, `_dense` included."""
+        return {
+            table.spec.name: TableStats(table.rows_used - table.tombstones, table.tombstones, table.memory_bytes)
+            for table in self._tables.values()
+        }
+
+    def lookup(self, table: str, keys: U64) -> tuple[NDArray[np.float32], U64]:
+        """Rows float32[n, dim] and stamps uint64[n] by key, zero where absent, as a reader would see them.
+
+        Raises:
+            ModelError: there is no such table.
+        """
+        if (held := self._tables.get(table_id(table))) is None:
+            known = ", ".join(map(repr, self.spec.tables)) or "none"
+            raise ModelError(f"model {self.spec.name!r} has no table {table!r}: it has {known}")
+        out, stamps = np.empty((keys.size, held.spec.dim), np.float32), np.empty(keys.size, np.uint64)
+        gather_rows(held.mapping.address, held.spec, held.index, keys, out.view(np.uint8), stamps if keys.size else NO_STAMPS)
+        return out, stamps
+
+    # --- p2p.replica.Replica ----------------------------------------------------------------------------------------
+
+    @property
+    def keyspace(self) -> int:
+        return self.spec.id
+
+    @property
+    def shards(self) -> int:
+        return self.spec.shards
+
+    @property
+    def vector(self) -> U64:
+        return self._vector
+
+    @property
+    def frontier(self) -> U64:
+        return self._frontier
+
+    @property
+    def writer(self) -> WriterIdentity | None:
+        if not int(self._word("writer_bound")):
+            return None
+        writer = int(self._word("writer_id"))
+        last, pending = int(self._word("writer_last_stamp")), int(self._word("pending_stamp"))
+        if pending and writer_of(pending) == writer:
+            last = max(last, pending)
+        return WriterIdentity(writer, int(self._word("writer_nonce")), last)
+
+    @property
+    def stamp_max(self) -> int:
+        return max(int(self._stamp_max), int(self._vector.max()), int(self._frontier.max()), int(self._word("pending_stamp")))
+
+    def set_writer(self, identity: WriterIdentity) -> None:
+        # Unbound while the words change: a kill in between costs the identity, and a fresh id is taken. Never a wrong one.
+        bound = self._header.address + layout.MODEL.offset("writer_bound")
+        publish_word(bound, 0)
+        self._word("writer_id")[...] = identity.writer
+        self._word("writer_nonce")[...] = identity.nonce
+        self._word("writer_last_stamp")[...] = identity.last_stamp
+        publish_word(bound, 1)
+
+    def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:
+        last = self.writer
+        if last is not None:
+            self._word("writer_last_stamp")[...] = last.last_stamp  # survives the pending entry it may have come from
+        pending = self._header.address + layout.MODEL.offset("pending_stamp")
+        publish_word(pending, 0)
+        bitmap = np.zeros(self.spec.shards + 63 & ~63, np.uint8)
+        bitmap[shards] = 1
+        packed = np.packbits(bitmap, bitorder="little").view(np.uint64)
+        self._header.words(layout.MODEL.offset("pending_shards"), packed.size)[...] = packed
+        publish_word(pending, stamp)
+
+    def _merge_pending(self) -> None:
+        """Attach (R4): what the last local step wrote before the kill is all that anybody will ever see of it."""
+        stamp = int(self._word("pending_stamp"))
+        if not stamp:
+            return
+        words = self._header.words(layout.MODEL.offset("pending_shards"), (self.spec.shards + 63) // 64)
+        touched = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little", count=self.spec.shards))
+        writer = writer_of(stamp)
+        self._vector[touched, writer] = np.maximum(self._vector[touched, writer], np.uint64(stamp))
+        self._frontier[writer] = max(int(self._frontier[writer]), stamp)
+
+    def shards_of(self, keys: U64) -> NDArray[np.int64]:
+        out = np.empty(keys.size, np.int64)
+        index.shards_of(_whole(keys), self.spec.shards, out)
+        return out
+
+    def check(self, columns: Sequence[RowColumns]) -> None:
+        for column in columns:
+            table = self._tables.get(column.table)
+            if table is None:
+                raise RemoteProtocolError(f"model {self.spec.name!r} has no table with id {column.table}")
+            shape = column.rows.shape
+            if len(shape) != 2 or column.rows.dtype != np.uint8 or (shape[0] and shape[1] != table.spec.row_bytes):
+                raise RemoteProtocolError(
+                    f"rows of table {table.spec.name!r} are {column.rows.dtype}{shape}, not {table.spec.row_bytes} bytes"
+                )
+            if column.keys.ndim != 1 or column.keys.dtype != np.uint64 or shape[0] > column.keys.size:
+                raise RemoteProtocolError(
+                    f"table {table.spec.name!r}: {shape[0]} rows and keys {column.keys.dtype}{column.keys.shape}"
+                )
+            if column.stamps is not None and (column.stamps.dtype != np.uint64 or column.stamps.shape != column.keys.shape):
+                raise RemoteProtocolError(f"table {table.spec.name!r}: stamps do not match the keys")
+
+    def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
+        counts = np.zeros(3, np.int64)
+        for column in columns:
+            if column.keys.size == 0:
+                continue
+            newest = stamp if column.stamps is None else int(column.stamps.max())
+            if newest > int(self._stamp_max):
+                self._stamp_max[...] = newest
+            stamps = None if column.stamps is None else _whole(column.stamps)
+            table = self._tables[column.table]
+            data = column.rows if column.rows.flags.c_contiguous else np.ascontiguousarray(column.rows)
+            table.apply(_whole(column.keys), data, stamps, stamp, counts)
+        return Applied(int(counts[rows.WRITTEN]), int(counts[rows.INSERTED]), int(counts[rows.STALE]))
+
+    def changed_since(self, base: U64) -> list[Selection]:
+        flat = np.ascontiguousarray(base, np.uint64).reshape(-1)
+        assert flat.size == self.spec.shards * WRITERS_MAX, f"vector of {flat.size} entries"
+        chosen = [
+            Selection(table.spec.id, table.spec.row_bytes, table.changed_since(flat, self.spec.shards))
+            for table in self._tables.values()
+        ]
+        return [selection for selection in chosen if selection.slots.size]
+
+    def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
+        keys, data, stamps = self._tables[table].read(np.ascontiguousarray(slots, np.int64))
+        return RowColumns(table, keys, data, stamps)
+
+    def stray_digest(self) -> int:
+        sums = np.zeros(2, np.uint64)
+        for selection in self.changed_since(self._vector):
+            self._tables[selection.table].add_digest(selection.slots, sums)
+        return int(sums[0]) | int(sums[1]) << 64
+
+    def set_synced_until(self, unix_ms: int) -> None:
+        self._word("synced_until_ms")[...] = unix_ms
+
+
+def _whole(column: U64) -> U64:
+    """The column as the kernels want it: contiguous and aligned; copied only when it is not."""
+    if column.flags.c_contiguous and column.flags.aligned:
+        return column
+    return np.require(column, np.uint64, ["C", "A"])

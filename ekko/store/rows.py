@@ -1,0 +1,334 @@
+"""Kernels over rows: apply, gather, read back, scan.
+
+A row is 24 bytes of header {lock, flags, stamp, key} and its encoded data (`ekko.store.layout`), at
+`table + rows + slot * stride`, and never moves. There is one writer, and any number of readers, in other processes too.
+
+Sequence lock. The writer makes the lock odd, writes, and makes it even again; a reader copies between two looks at the lock and
+takes the copy only when both saw the same even number. Fences: the writer's odd number is visible before any byte of the new
+row (release fence), its even number after all of them (release store); the reader's first look is an acquire load, and an
+acquire fence keeps its second look behind the copy.
+
+Killed in mid-row. Before a row is overwritten in place, it is copied into the undo record. If the writer dies while the lock is
+odd, whoever attaches next puts the image back (`undo`). Between rows the lock is even, and the record is left alone.
+A new row is written whole, then counted, then published in the index; at most one row is counted but not published.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.store import layout
+from ekko.store.atomics import (
+    Int,
+    copy_bytes,
+    fence_acquire,
+    fence_program_order,
+    fence_release,
+    inline_kernel,
+    kernel,
+    load_acquire_u32,
+    load_i64,
+    load_u32,
+    load_u64,
+    prefetch_read,
+    prefetch_write,
+    store_i64,
+    store_release_i64,
+    store_release_u32,
+    store_u32,
+    store_u64,
+)
+from ekko.store.index import find, home, insert, mix64, resolve_block
+
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
+
+# Keys of one software-pipelined block: their index entries are asked for together, then their rows, then they are copied.
+BLOCK_KEYS = 32
+# Looks at an odd lock before the reader gives its processor away: far longer than a row takes to write (below 1 us).
+SPINS_MAX = 4096
+
+_LOCK = layout.ROW.offset("lock")
+_FLAGS = layout.ROW.offset("flags")
+_STAMP = layout.ROW.offset("stamp")
+_KEY = layout.ROW.offset("key")
+_DATA = layout.ROW.offset("data")
+_TOMBSTONE = layout.FLAG_TOMBSTONE
+_ROWS = layout.TABLE.offset("rows")
+_ROWS_USED = layout.TABLE.offset("rows_used")
+_TOMBSTONES = layout.TABLE.offset("tombstones")
+_UNDO_SLOT = layout.UNDO.offset("slot_plus_one")
+_UNDO_TABLE = layout.UNDO.offset("table")
+_UNDO_TOMBSTONES = layout.UNDO.offset("tombstones")
+_UNDO_ROW = layout.UNDO.offset("row")
+_LINE = layout.LINE_BYTES
+
+# Indices of what `apply` reports.
+WRITTEN, INSERTED, STALE = 0, 1, 2
+
+_WRITER_MASK = np.uint64(4095)
+_WRITER_BITS = 12
+
+
+@inline_kernel
+def _save_undo(undo: Int, table: Int, table_id: Int, slot: Int, row: Int, stride: Int) -> None:
+    """Keep the row as it is, so that a kill from here on can be taken back."""
+    fence_program_order()  # the row before this one is finished before its image is overwritten
+    copy_bytes(undo + _UNDO_ROW, row, stride)
+    store_i64(undo + _UNDO_TABLE, table_id)
+    store_i64(undo + _UNDO_TOMBSTONES, load_i64(table + _TOMBSTONES))
+    store_i64(undo + _UNDO_SLOT, slot + 1)
+    fence_program_order()
+
+
+@inline_kernel
+def _overwrite(table: Int, row: Int, stamp: Int, data: Int, row_bytes: Int) -> None:
+    """Put a newer version into an existing row; data = 0: a tombstone."""
+    lock = load_u32(row + _LOCK)
+    flags = load_u32(row + _FLAGS)
+    was_tombstone = flags & _TOMBSTONE
+    store_u32(row + _LOCK, np.uint32(lock + 1))
+    fence_release()
+    fence_program_order()
+    store_u64(row + _STAMP, stamp)
+    if data == 0:
+        store_u32(row + _FLAGS, np.uint32(flags | _TOMBSTONE))
+        if not was_tombstone:
+            store_i64(table + _TOMBSTONES, load_i64(table + _TOMBSTONES) + 1)
+    else:
+        copy_bytes(row + _DATA, data, row_bytes)
+        if was_tombstone:
+            store_u32(row + _FLAGS, np.uint32(flags ^ _TOMBSTONE))
+            store_i64(table + _TOMBSTONES, load_i64(table + _TOMBSTONES) - 1)
+    store_release_u32(row + _LOCK, np.uint32(lock + 2))
+
+
+@inline_kernel
+def _append(table: Int, slot: Int, row: Int, key: Int, stamp: Int, data: Int, row_bytes: Int) -> None:
+    """Write a new row whole and count it; no reader can know it yet."""
+    store_u32(row + _LOCK, np.uint32(0))
+    store_u64(row + _STAMP, stamp)
+    store_u64(row + _KEY, key)
+    if data == 0:
+        store_u32(row + _FLAGS, np.uint32(_TOMBSTONE))
+        store_i64(table + _TOMBSTONES, load_i64(table + _TOMBSTONES) + 1)
+    else:
+        store_u32(row + _FLAGS, np.uint32(0))
+        copy_bytes(row + _DATA, data, row_bytes)
+    store_release_i64(table + _ROWS_USED, slot + 1)
+    fence_program_order()
+
+
+@kernel(
+    "int64(int64, int64, int64, int64, int64, int64, int64, int64, Array(uint64, 1, 'C', readonly=True), "
+    "Array(uint8, 2, 'C', readonly=True), Array(uint64, 1, 'C', readonly=True), uint64, int64, int64[::1])"
+)
+def apply(
+    table: Int,
+    table_id: Int,
+    stride: Int,
+    row_bytes: Int,
+    rows_max: Int,
+    index: Int,
+    capacity_log2: Int,
+    undo: Int,
+    keys: U64,
+    rows: U8,
+    stamps: U64,
+    stamp: Int,
+    begin: Int,
+    counts: I64,
+) -> Int:
+    """Write keys[begin:] whose stamp is newer than what is held; the keys after the rows are tombstones.
+
+    `stamps` is empty when all carry `stamp`. Returns how many keys are done: fewer than there are when row `rows_max` would
+    have been needed, and the caller is to make room and call again. `counts` is added to.
+    """
+    slots = np.empty(BLOCK_KEYS, np.int64)
+    live = rows.shape[0]
+    data = rows.ctypes.data if live else np.uint64(0)
+    source = np.int64(data)
+    base = table + _ROWS
+    held_rows = load_i64(table + _ROWS_USED)
+    for block in range(begin, keys.size, BLOCK_KEYS):
+        end = min(block + BLOCK_KEYS, keys.size)
+        resolve_block(index, capacity_log2, keys, block, end, slots)
+        for i in range(block, end):
+            slot = slots[i - block] if slots[i - block] >= 0 else held_rows
+            for offset in range(0, stride, _LINE):
+                prefetch_write(base + slot * stride + offset)
+        for i in range(block, end):
+            slot = slots[i - block]
+            row_stamp = stamps[i] if stamps.size else stamp
+            row_data = source + i * row_bytes if i < live else 0
+            if slot < 0:
+                # An earlier key of this block may have been the same one, or may have taken the place found empty.
+                slot = find(index, capacity_log2, keys[i], home(keys[i], capacity_log2))
+            if slot < 0:
+                if held_rows == rows_max:
+                    return i
+                _append(table, held_rows, base + held_rows * stride, keys[i], row_stamp, row_data, row_bytes)
+                insert(index, capacity_log2, keys[i], held_rows)
+                held_rows += 1
+                counts[WRITTEN] += 1
+                counts[INSERTED] += 1
+                continue
+            row = base + slot * stride
+            if row_stamp <= load_u64(row + _STAMP):
+                counts[STALE] += 1
+                continue
+            _save_undo(undo, table, table_id, slot, row, stride)
+            _overwrite(table, row, row_stamp, row_data, row_bytes)
+            counts[WRITTEN] += 1
+    return keys.size
+
+
+@kernel("int64(int64, int64, int64, int64)")
+def undo(table: Int, stride: Int, undo_record: Int, table_id: Int) -> Int:
+    """Take back the row that a killed writer left half-written; 1 when there was one.
+
+    The lock moves on to the next even number: a reader that began before the kill must not find the number it began with.
+    """
+    slot = load_i64(undo_record + _UNDO_SLOT) - 1
+    if slot < 0 or load_i64(undo_record + _UNDO_TABLE) != table_id:
+        return 0
+    row = table + _ROWS + slot * stride
+    lock = load_u32(row + _LOCK)
+    if lock & 1 == 0:
+        return 0
+    copy_bytes(row + _FLAGS, undo_record + _UNDO_ROW + _FLAGS, stride - _FLAGS)
+    store_i64(table + _TOMBSTONES, load_i64(undo_record + _UNDO_TOMBSTONES))
+    store_release_u32(row + _LOCK, np.uint32(lock + 1))
+    return 1
+
+
+@inline_kernel
+def _gather_one(row: Int, target: Int, row_bytes: Int, stamps: U64, i: Int) -> Int:
+    """Copy one row without tearing; 0 when its lock stayed odd, and then nothing of the result counts."""
+    for _ in range(SPINS_MAX):
+        lock = load_acquire_u32(row + _LOCK)
+        if lock & 1:
+            fence_program_order()
+            continue
+        stamp = load_u64(row + _STAMP)
+        deleted = load_u32(row + _FLAGS) & _TOMBSTONE
+        copy_bytes(target, row + _DATA, row_bytes)
+        fence_acquire()
+        if load_u32(row + _LOCK) != lock:
+            continue
+        if deleted:
+            _zero(target, row_bytes)
+            stamp = np.uint64(0)
+        if stamps.size:
+            stamps[i] = stamp
+        return 1
+    return 0
+
+
+@inline_kernel
+def _zero(target: Int, row_bytes: Int) -> None:
+    for offset in range(0, row_bytes, 4):
+        store_u32(target + offset, np.uint32(0))
+
+
+@kernel(
+    "int64(int64, int64, int64, int64, int64, Array(uint64, 1, 'C', readonly=True), uint8[:, ::1], uint64[::1], int64)",
+)
+def gather(
+    table: Int, stride: Int, row_bytes: Int, index: Int, capacity_log2: Int, keys: U64, out: U8, stamps: U64, begin: Int
+) -> Int:
+    """Copy the rows of keys[begin:] into `out`, and their stamps when `stamps` is not empty; absent and deleted ones are zero.
+
+    Returns how many keys are done; fewer than there are when a row stayed locked, and the caller is to yield and call again.
+    """
+    slots = np.empty(BLOCK_KEYS, np.int64)
+    base = table + _ROWS
+    target = np.int64(out.ctypes.data)
+    for block in range(begin, keys.size, BLOCK_KEYS):
+        end = min(block + BLOCK_KEYS, keys.size)
+        resolve_block(index, capacity_log2, keys, block, end, slots)
+        for i in range(block, end):
+            if slots[i - block] >= 0:
+                row = base + slots[i - block] * stride
+                for offset in range(0, stride, _LINE):
+                    prefetch_read(row + offset)
+        for i in range(block, end):
+            if slots[i - block] < 0:
+                _zero(target + i * row_bytes, row_bytes)
+                if stamps.size:
+                    stamps[i] = 0
+            elif not _gather_one(base + slots[i - block] * stride, target + i * row_bytes, row_bytes, stamps, i):
+                return i
+    return keys.size
+
+
+@kernel("int64(int64, int64, Array(int64, 1, 'C', readonly=True), int64[::1])")
+def order_live_first(table: Int, stride: Int, slots: I64, ordered: I64) -> Int:
+    """Sort slots into `ordered`, tombstones last; returns how many are live. For the writer's own thread."""
+    base = table + _ROWS
+    live = 0
+    dead = slots.size
+    for i in range(slots.size):
+        if i + BLOCK_KEYS < slots.size:
+            prefetch_read(base + slots[i + BLOCK_KEYS] * stride)
+        if load_u32(base + slots[i] * stride + _FLAGS) & _TOMBSTONE:
+            dead -= 1
+            ordered[dead] = slots[i]
+        else:
+            ordered[live] = slots[i]
+            live += 1
+    return live
+
+
+@kernel("void(int64, int64, int64, Array(int64, 1, 'C', readonly=True), uint64[::1], uint8[:, ::1], uint64[::1])")
+def read(table: Int, stride: Int, row_bytes: Int, slots: I64, keys: U64, rows: U8, stamps: U64) -> None:
+    """Copy rows by slot, live ones first (len(rows) of them). For the writer's own thread: takes no lock."""
+    base = table + _ROWS
+    target = np.int64(rows.ctypes.data)
+    for i in range(slots.size):
+        if i + BLOCK_KEYS < slots.size:
+            ahead = base + slots[i + BLOCK_KEYS] * stride
+            for offset in range(0, stride, _LINE):
+                prefetch_read(ahead + offset)
+        row = base + slots[i] * stride
+        keys[i] = load_u64(row + _KEY)
+        stamps[i] = load_u64(row + _STAMP)
+        if i < rows.shape[0]:
+            copy_bytes(target + i * row_bytes, row + _DATA, row_bytes)
+
+
+@inline_kernel
+def _above(row: Int, base_vector: U64, shards: Int) -> bool:
+    """Is the row newer than what the vector uint64[shards * 4096] says of its shard and writer?"""
+    stamp = load_u64(row + _STAMP)
+    shard = np.int64(mix64(load_u64(row + _KEY)) % np.uint64(shards))
+    return bool(stamp > base_vector[(shard << _WRITER_BITS) + np.int64(stamp & _WRITER_MASK)])
+
+
+@kernel("int64(int64, int64, Array(uint64, 1, 'C', readonly=True), int64, int64, int64, int64[::1])")
+def changed_since(table: Int, stride: Int, base_vector: U64, shards: Int, begin: Int, end: Int, out: I64) -> Int:
+    """Slots in [begin, end) above the flattened vector, into `out`; returns how many."""
+    count = 0
+    rows = table + _ROWS
+    for slot in range(begin, end):
+        prefetch_read(rows + (slot + BLOCK_KEYS) * stride)
+        if _above(rows + slot * stride, base_vector, shards):
+            out[count] = slot
+            count += 1
+    return count
+
+
+_SALT_LOW = np.uint64(0x9E3779B97F4A7C15)
+_SALT_HIGH = np.uint64(0xC2B2AE3D27D4EB4F)
+
+
+@kernel("void(int64, int64, uint64, Array(int64, 1, 'C', readonly=True), uint64[::1])")
+def digest(table: Int, stride: Int, table_id: Int, slots: I64, sums: U64) -> None:
+    """Add two independent 64-bit hashes of (table, key, stamp) of each slot to `sums`: equal in any order."""
+    rows = table + _ROWS
+    for i in range(slots.size):
+        row = rows + slots[i] * stride
+        key = mix64(load_u64(row + _KEY) ^ mix64(table_id))
+        stamp = load_u64(row + _STAMP)
+        sums[0] += mix64(key ^ mix64(stamp + _SALT_LOW))
+        sums[1] += mix64(key + mix64(stamp ^ _SALT_HIGH))

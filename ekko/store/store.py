@@ -1,0 +1,339 @@
+"""All models of one node in shared memory: the `p2p.replica.Host` that the protocol machine replicates.
+
+`Store.open` resumes what a daemon before this one left, when that is intact: the machine was not booted since, the layout is
+ours, and every file is there. A row that was half-written is taken back, and a step that was pending is merged into the vector
+(R4, R23). Otherwise the store begins empty, under new file names, and old readers are told to attach anew.
+
+One process writes a store at a time; the daemon holds a lock file in `run_dir` for that.
+"""
+
+from collections.abc import Mapping as ReadOnlyMapping
+from collections.abc import Sequence
+from pathlib import Path
+from secrets import token_hex
+from types import MappingProxyType
+
+from ekko.errors import ModelError, StoreError
+from ekko.model import DENSE_TABLE, TABLES_MAX, TENSORS_MAX, ModelSpec, TableSpec, TensorSpec, parse_entry
+from ekko.store import layout
+from ekko.store.manifest import (
+    CONTROL_NAME,
+    MANIFEST_NAME,
+    Manifest,
+    ModelEntry,
+    kernel_boot_id,
+    prefix_of,
+    read_manifest,
+    write_manifest,
+)
+from ekko.store.memory import AnonymousMemory, Mapping, Memory, TmpfsMemory
+from ekko.store.model_store import ModelStore
+from p2p.errors import RemoteProtocolError, SchemaClashError
+from p2p.replica import Replica, SchemaEntry
+
+MODELS_MAX = 1_024
+# A tmpfs on every Linux.
+MEMORY_DIR = Path("/dev/shm")  # noqa: S108
+# What a table may grow to. Costs nothing until it is used; 47 bits of addresses hold two thousand such tables.
+TABLE_BYTES_MAX = 64 << 30
+ANONYMOUS_TABLE_BYTES_MAX = 2 << 30
+
+
+class Store:
+    """Models of one node. Use `Store.open` or `Store.anonymous`."""
+
+    def __init__(self, memory: Memory, run_dir: Path | None, table_bytes_max: int) -> None:
+        self.resumed = False
+        self._memory = memory
+        self._run_dir = run_dir
+        self._table_bytes_max = table_bytes_max
+        self._models: dict[str, ModelStore] = {}
+        self._by_id: dict[int, Replica] = {}
+        self._control: Mapping | None = None
+
+    @classmethod
+    def anonymous(cls, *, table_bytes_max: int = ANONYMOUS_TABLE_BYTES_MAX) -> "Store":
+        """A store in the memory of this process, for simulation: no files, no readers in other processes."""
+        return cls(AnonymousMemory(), None, table_bytes_max)
+
+    @classmethod
+    def open(
+        cls,
+        run_dir: Path,
+        *,
+        memory_dir: Path = MEMORY_DIR,
+        table_bytes_max: int = TABLE_BYTES_MAX,
+    ) -> "Store":
+        """Resume the store of `run_dir`, or begin an empty one.
+
+        Args:
+            run_dir: where the manifest is; made when absent.
+            memory_dir: a tmpfs.
+            table_bytes_max: address space to reserve for the rows of a table.
+
+        Raises:
+            StoreError: shared memory is full or cannot be used.
+        """
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"run_dir {run_dir} cannot be made: {error.strerror}") from error
+        if not memory_dir.is_dir():
+            raise StoreError(f"memory_dir {memory_dir} is not a directory: name a mounted tmpfs")
+        resumed = cls._resume(run_dir, memory_dir, table_bytes_max)
+        return resumed if resumed is not None else cls._begin(run_dir, memory_dir, table_bytes_max)
+
+    @classmethod
+    def _resume(cls, run_dir: Path, memory_dir: Path, table_bytes_max: int) -> "Store | None":
+        """The store as it was left, or None when it is not intact."""
+        try:
+            manifest = read_manifest(run_dir)
+            if (
+                manifest is None
+                or manifest.layout_version != layout.LAYOUT_VERSION
+                or manifest.boot_id != kernel_boot_id()
+                or manifest.memory_dir != str(memory_dir)
+            ):
+                return None
+            memory = TmpfsMemory(memory_dir, manifest.prefix)
+            store = cls(memory, run_dir, table_bytes_max)
+            store._control = memory.open(CONTROL_NAME)
+            words = store._control.words(0, layout.CONTROL_BYTES // 8)
+            if int(words[0]) != layout.CONTROL_MAGIC or int(words[layout.CONTROL.offset("retired") // 8]):
+                return None
+            for entry in manifest.models:
+                store._insert(ModelStore.open(entry, memory, table_bytes_max))
+        except (StoreError, OSError):
+            return None  # damaged or missing files: nothing of them may be trusted (R4)
+        store.resumed = True
+        store._remove_strangers(memory_dir, keep=store._file_names())
+        return store
+
+    @classmethod
+    def _begin(cls, run_dir: Path, memory_dir: Path, table_bytes_max: int) -> "Store":
+        old = _control_of_old_store(run_dir)
+        memory = TmpfsMemory(memory_dir, f"{prefix_of(run_dir)}-{token_hex(4)}")
+        store = cls(memory, run_dir, table_bytes_max)
+        store._control = memory.create(CONTROL_NAME, layout.CONTROL_BYTES)
+        store._control.ensure(layout.CONTROL_BYTES)
+        words = store._control.words(0, 2)
+        words[...] = (layout.CONTROL_MAGIC, layout.LAYOUT_VERSION)
+        store._publish_manifest()
+        if old is not None:  # after the new manifest is there: whoever is told finds it
+            _retire(old)
+        store._remove_strangers(memory_dir, keep=store._file_names())
+        return store
+
+    def _file_names(self) -> set[str]:
+        assert isinstance(self._memory, TmpfsMemory)
+        names = [CONTROL_NAME, *(name for model in self._models.values() for name in model.file_names())]
+        return {self._memory.path(name).name for name in names}
+
+    def _remove_strangers(self, memory_dir: Path, keep: set[str]) -> None:
+        """Unlink what stores of this run_dir left behind, in this or an earlier life."""
+        assert self._run_dir is not None
+        for path in sorted(memory_dir.glob(f"{prefix_of(self._run_dir)}-*")):
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of the memory; the files stay, for readers and for the next daemon."""
+        self._models.clear()
+        self._by_id.clear()
+        self._control = None
+
+    def destroy(self) -> None:
+        """Remove the store: its files and its manifest. Attached readers are told."""
+        if self._run_dir is not None and self._control is not None:
+            assert isinstance(self._memory, TmpfsMemory)
+            (self._run_dir / MANIFEST_NAME).unlink(missing_ok=True)
+            _retire(self._control)
+            self._remove_strangers(self._memory.directory, keep=set())
+        self.close()
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    @property
+    def models(self) -> ReadOnlyMapping[str, ModelStore]:
+        """Live view: name -> model."""
+        return MappingProxyType(self._models)
+
+    def add_model(self, spec: ModelSpec, capacity_rows: int = 0) -> ModelStore:
+        """Have this model, with at least these tables and tensors.
+
+        Args:
+            spec: what there is to be; what exists already is kept.
+            capacity_rows: a first guess of the rows of all its tables together.
+
+        Raises:
+            ModelError: it contradicts the model that exists. Nothing is changed.
+            StoreError: shared memory is full.
+        """
+        model = self._models.get(spec.name)
+        self._check_new(spec, model)
+        if model is None:
+            tables = max(1, len(spec.tables))
+            entry = ModelEntry(spec.name, spec.shards, capacity_rows // tables)
+            model = ModelStore.create(entry, self._memory, self._table_bytes_max)
+        changed = spec.name not in self._models
+        for table in spec.tables.values():
+            changed |= model.add_table(table)
+        for tensor in spec.tensors.values():
+            changed |= model.add_tensor(tensor)
+        self._insert(model)
+        if changed:
+            self._publish_manifest()
+        return model
+
+    def add_table(self, model: str, table: TableSpec, capacity_rows: int = 0) -> None:
+        """Have this table in an existing model. Raises as `add_model`."""
+        store = self._known(model)
+        self._check_new(_alone(store.spec, [table], []), store)
+        if store.add_table(table, capacity_rows):
+            self._publish_manifest()
+
+    def add_tensor(self, model: str, tensor: TensorSpec) -> None:
+        """Have this dense tensor in an existing model. Raises as `add_model`."""
+        store = self._known(model)
+        self._check_new(_alone(store.spec, [], [tensor]), store)
+        if store.add_tensor(tensor):
+            self._publish_manifest()
+
+    def _known(self, name: str) -> ModelStore:
+        if name not in self._models:
+            raise ModelError(f"there is no model {name!r}: there are {', '.join(map(repr, self._models)) or 'none'}")
+        return self._models[name]
+
+    def _check_new(self, spec: ModelSpec, model: ModelStore | None) -> None:
+        """Refuse what contradicts the model that exists, or another one.
+
+        Raises:
+            ModelError: naming the contradiction.
+        """
+        other = self._by_id.get(spec.id)
+        if isinstance(other, ModelStore) and other.spec.name != spec.name:
+            raise ModelError(f"models {spec.name!r} and {other.spec.name!r} have the same id: rename one")
+        if model is None:
+            if len(self._models) >= MODELS_MAX:
+                raise ModelError(f"this node has {MODELS_MAX} models, and no room for {spec.name!r}")
+            held = ModelSpec(spec.name, spec.shards)
+        else:
+            held = model.spec
+        if held.shards != spec.shards:
+            raise ModelError(f"model {spec.name!r} has {held.shards} shards, not {spec.shards}")
+        _check_tables(held, spec)
+        _check_tensors(held, spec)
+
+    def _insert(self, model: ModelStore) -> None:
+        self._models[model.spec.name] = model
+        self._by_id[model.keyspace] = model
+
+    def _publish_manifest(self) -> None:
+        """Write the manifest, then tell attached readers."""
+        if self._run_dir is None:
+            return
+        assert isinstance(self._memory, TmpfsMemory)
+        assert self._control is not None
+        entries = [model.entry() for model in self._models.values()]
+        write_manifest(self._run_dir, Manifest(kernel_boot_id(), str(self._memory.directory), self._memory.prefix, entries))
+        self._control.words(layout.CONTROL.offset("manifest_generation"))[...] += 1
+
+    # --- p2p.replica.Host -------------------------------------------------------------------------------------------
+
+    @property
+    def replicas(self) -> ReadOnlyMapping[int, Replica]:
+        return MappingProxyType(self._by_id)
+
+    def schema(self) -> list[SchemaEntry]:
+        entries = [entry for model in self._models.values() for entry in model.spec.entries()]
+        return sorted(entries, key=lambda entry: (entry.keyspace, entry.name))
+
+    def adopt(self, entries: Sequence[SchemaEntry]) -> bool:
+        known = {(entry.keyspace, entry.name): entry.body for entry in self.schema()}
+        fresh = [entry for entry in entries if known.get((entry.keyspace, entry.name)) != entry.body]
+        if not fresh:
+            return False
+        wanted = self._wanted(fresh)
+        try:
+            for spec in wanted:
+                self._check_new(spec, self._models.get(spec.name))
+        except ModelError as error:
+            raise SchemaClashError(str(error)) from error
+        for spec in wanted:
+            self.add_model(spec)
+        return True
+
+    def _wanted(self, entries: Sequence[SchemaEntry]) -> list[ModelSpec]:
+        """The models that these entries speak of, with what they add.
+
+        Raises:
+            RemoteProtocolError: an entry makes no sense, or speaks of a model that nobody described.
+        """
+        specs: dict[int, ModelSpec] = {}
+        parts: list[tuple[int, TableSpec | TensorSpec]] = []
+        for entry in entries:
+            parsed = parse_entry(entry)
+            if not isinstance(parsed, ModelSpec):
+                parts.append((entry.keyspace, parsed))
+            elif specs.setdefault(entry.keyspace, parsed).shards != parsed.shards:
+                raise RemoteProtocolError(f"model {parsed.name!r} is described twice, with different shards")
+        for keyspace, part in parts:
+            held = self._by_id.get(keyspace)
+            if keyspace not in specs and isinstance(held, ModelStore):
+                specs[keyspace] = ModelSpec(held.spec.name, held.spec.shards)
+            if keyspace not in specs:
+                raise RemoteProtocolError(f"schema entry for {part.name!r} of unknown model {keyspace}")
+            names: dict[str, TableSpec] | dict[str, TensorSpec]
+            names = specs[keyspace].tables if isinstance(part, TableSpec) else specs[keyspace].tensors
+            if names.setdefault(part.name, part) != part:  # type: ignore[arg-type]
+                raise RemoteProtocolError(f"{part.name!r} is described twice, differently")
+        return list(specs.values())
+
+
+def _alone(spec: ModelSpec, tables: list[TableSpec], tensors: list[TensorSpec]) -> ModelSpec:
+    return ModelSpec(spec.name, spec.shards, {t.name: t for t in tables}, {t.name: t for t in tensors})
+
+
+def _check_tables(held: ModelSpec, new: ModelSpec) -> None:
+    ids = {table.id: table.name for table in held.tables.values()} | {TableSpec(DENSE_TABLE, 1).id: DENSE_TABLE}
+    for table in new.tables.values():
+        if table.name == DENSE_TABLE:
+            raise ModelError(f"table name {DENSE_TABLE!r} is reserved for dense tensors: choose another")
+        existing = held.tables.get(table.name, table)
+        if existing != table:
+            raise ModelError(
+                f"table {table.name!r} of model {new.name!r} has dim {existing.dim} and codec {existing.codec!r}, "
+                f"not dim {table.dim} and codec {table.codec!r}"
+            )
+        if ids.setdefault(table.id, table.name) != table.name:
+            raise ModelError(f"tables {table.name!r} and {ids[table.id]!r} have the same id: rename one")
+    if len(held.tables | new.tables) > TABLES_MAX:
+        raise ModelError(f"model {new.name!r} would have more than {TABLES_MAX} tables")
+
+
+def _check_tensors(held: ModelSpec, new: ModelSpec) -> None:
+    for tensor in new.tensors.values():
+        existing = held.tensors.get(tensor.name, tensor)
+        if existing != tensor:
+            raise ModelError(
+                f"tensor {tensor.name!r} of model {new.name!r} is {existing.dtype}{list(existing.shape)}, "
+                f"not {tensor.dtype}{list(tensor.shape)}"
+            )
+    if len(held.tensors | new.tensors) > TENSORS_MAX:
+        raise ModelError(f"model {new.name!r} would have more than {TENSORS_MAX} tensors")
+
+
+def _control_of_old_store(run_dir: Path) -> Mapping | None:
+    """The control file that an older manifest names, if both can still be used."""
+    try:
+        manifest = read_manifest(run_dir)
+        if manifest is None:
+            return None
+        return TmpfsMemory(Path(manifest.memory_dir), manifest.prefix).open(CONTROL_NAME)
+    except (StoreError, OSError, ValueError):
+        return None
+
+
+def _retire(control: Mapping) -> None:
+    if len(control) >= layout.CONTROL_BYTES:
+        control.words(layout.CONTROL.offset("retired"))[...] = 1

@@ -1,0 +1,296 @@
+"""One table's memory as its only writer sees it: rows, index, and how both grow.
+
+Growth copies no row. The rows file is mapped at its final length and given pages as rows come. The index is built anew at twice
+the size beside the one in use, a few thousand rows with each apply, so that no single call pays for it; when the new one holds
+every row, the generation word in the table's header switches readers over.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.errors import StoreError
+from ekko.model import TableSpec
+from ekko.store import index as index_kernels
+from ekko.store import layout, rows
+from ekko.store.atomics import publish_word, watch_word
+from ekko.store.memory import Mapping, Memory
+
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
+
+# Pages are asked for in steps: as many bytes as there are already, between these. 4 MiB is about a millisecond of zeroing.
+EXTENT_BYTES_MIN = 1 << 16
+EXTENT_BYTES_MAX = 1 << 22
+
+INDEX_LOG2_MIN = 8
+# Work on a larger index begins at the first load and must be done at the second. At most 60 % of the places taken keeps the
+# mean search of an absent key below 4 places (Knuth, volume 3, 6.4).
+INDEX_LOAD_BEGIN = 0.42
+INDEX_LOAD_MAX = 0.60
+# Work per apply while the index grows. In proportion to the rows inserted, so that it is done before the load limit: with 6
+# rows moved per row inserted, 0.42 of the old capacity is moved while less than 0.09 of it comes in.
+GROWTH_ROWS_PER_INSERT = 6
+GROWTH_ROWS_MIN = 8_192
+GROWTH_BYTES_PER_INSERT = 1_024
+GROWTH_BYTES_MIN = 1 << 21
+
+_NO_STAMPS: U64 = np.empty(0, np.uint64)
+_ROWS = layout.TABLE.offset("rows")
+
+
+def index_log2_for(rows_count: int) -> int:
+    """The smallest index that takes this many rows without growing."""
+    log2 = INDEX_LOG2_MIN
+    while rows_count > INDEX_LOAD_BEGIN * (1 << log2):
+        log2 += 1
+    return log2
+
+
+@dataclass(slots=True)
+class Index:
+    """One generation of the index."""
+
+    generation: int
+    capacity_log2: int
+    mapping: Mapping
+
+    @property
+    def address(self) -> int:
+        return self.mapping.address
+
+    @property
+    def rows_max(self) -> int:
+        """How many rows it takes."""
+        return int(INDEX_LOAD_MAX * (1 << self.capacity_log2))
+
+
+def open_index(mapping: Mapping, generation: int) -> Index:
+    """Understand a mapped index file.
+
+    Raises:
+        StoreError: it is not an index of this layout.
+    """
+    words = mapping.words(0, 4)
+    capacity_log2 = int(words[layout.INDEX.offset("capacity_log2") // 8])
+    if (
+        int(words[0]) != layout.INDEX_MAGIC
+        or int(words[1]) != layout.LAYOUT_VERSION
+        or int(words[2]) != generation
+        or len(mapping) < layout.index_bytes(capacity_log2)
+    ):
+        raise StoreError("an index file is damaged, or of another version of ekko")
+    return Index(generation, capacity_log2, mapping)
+
+
+class Table:
+    """Rows and index of one table. One thread of one process writes.
+
+    Args:
+        spec: what a row is.
+        memory: where the files are.
+        rows_name: name of the rows file.
+        index_name: name of the index file of a generation.
+        undo: address of the undo record.
+    """
+
+    def __init__(self, spec: TableSpec, memory: Memory, rows_name: str, index_name: Callable[[int], str], undo: int) -> None:
+        self.spec = spec
+        self.stride = layout.row_stride(spec.row_bytes)
+        self._memory = memory
+        self._rows_name = rows_name
+        self._index_name = index_name
+        self._undo = undo
+        self._next: Index | None = None
+        self._next_ensured = 0
+        self._next_rows = 0
+
+    def create(self, bytes_max: int, capacity_rows: int) -> None:
+        """Make the files."""
+        self._attach(self._memory.create(self._rows_name, bytes_max))
+        self.mapping.ensure(layout.PAGE_BYTES)
+        self._word("magic")[...] = layout.TABLE_MAGIC
+        self._word("layout_version")[...] = layout.LAYOUT_VERSION
+        self._word("table")[...] = self.spec.id
+        self._word("row_bytes")[...] = self.spec.row_bytes
+        self._word("row_stride")[...] = self.stride
+        self.index = self._create_index(1, index_log2_for(capacity_rows))
+        self.index.mapping.ensure(len(self.index.mapping))
+        publish_word(self._generation_address, 1)
+
+    def open(self) -> None:
+        """Attach to existing files; repair what a killed writer left.
+
+        Raises:
+            StoreError: the files are damaged or do not fit the table.
+        """
+        self._attach(self._memory.open(self._rows_name))
+        expected = (layout.TABLE_MAGIC, layout.LAYOUT_VERSION, self.spec.id, self.spec.row_bytes, self.stride)
+        if tuple(int(word) for word in self.mapping.words(0, 5)) != expected:
+            raise StoreError(f"the rows file of table {self.spec.name!r} is damaged, or of another version of ekko")
+        generation = watch_word(self._generation_address)
+        self.index = open_index(self._memory.open(self._index_name(generation)), generation)
+        self.index.mapping.ensure(len(self.index.mapping))
+        self.mapping.ensure(_ROWS + self.rows_used * self.stride)
+        rows.undo(self.mapping.address, self.stride, self._undo, self.spec.id)
+        self._publish_last_row()
+
+    def _attach(self, mapping: Mapping) -> None:
+        self.mapping = mapping
+        self._rows_used = self._word("rows_used")
+        self._tombstones = self._word("tombstones")
+        self._generation_address = mapping.address + layout.TABLE.offset("index_generation")
+
+    def _word(self, name: str) -> U64:
+        return self.mapping.words(layout.TABLE.offset(name))
+
+    def _publish_last_row(self) -> None:
+        """A writer killed between counting a new row and indexing it leaves exactly the last row out of the index."""
+        if self.rows_used == 0:
+            return
+        last = np.array([self.rows_used - 1])
+        keys, stamps = np.empty(1, np.uint64), np.empty(1, np.uint64)
+        rows.read(self.mapping.address, self.stride, self.spec.row_bytes, last, keys, np.empty((0, 0), np.uint8), stamps)
+        if self.resolve(keys)[0] < 0:
+            index_kernels.insert_rows(
+                self.index.address,
+                self.index.capacity_log2,
+                self.mapping.address,
+                self.stride,
+                self.rows_used - 1,
+                self.rows_used,
+            )
+
+    @property
+    def rows_used(self) -> int:
+        """Rows written so far, tombstones included."""
+        return int(self._rows_used)
+
+    @property
+    def tombstones(self) -> int:
+        """Rows that are deleted."""
+        return int(self._tombstones)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of rows and index in use."""
+        return self.rows_used * self.stride + layout.index_bytes(self.index.capacity_log2)
+
+    def resolve(self, keys: U64) -> I64:
+        """int64[n]: the slot of each key, -1 where it is absent."""
+        slots = np.empty(keys.size, np.int64)
+        index_kernels.resolve(self.index.address, self.index.capacity_log2, keys, slots)
+        return slots
+
+    def apply(self, keys: U64, data: U8, stamps: U64 | None, stamp: int, counts: I64) -> None:
+        """Write what is newer than what is held; `counts` (written, inserted, stale) is added to.
+
+        Raises:
+            StoreError: shared memory is full. Rows before that point are written, each whole.
+        """
+        inserted_before = int(counts[rows.INSERTED])
+        done = 0
+        while True:
+            rows_max = min(self._rows_max, self.index.rows_max)
+            done = rows.apply(
+                self.mapping.address,
+                self.spec.id,
+                self.stride,
+                self.spec.row_bytes,
+                rows_max,
+                self.index.address,
+                self.index.capacity_log2,
+                self._undo,
+                keys,
+                data,
+                _NO_STAMPS if stamps is None else stamps,
+                stamp,
+                done,
+                counts,
+            )
+            if done == keys.size:
+                break
+            self._make_room()
+        inserted = int(counts[rows.INSERTED]) - inserted_before
+        if inserted:
+            with suppress(StoreError):  # all rows are stored; a full memory counts when the larger index is needed
+                self._grow_index(inserted)
+
+    @property
+    def _rows_max(self) -> int:
+        return max(0, (self.mapping.ensured - _ROWS) // self.stride)
+
+    def _make_room(self) -> None:
+        """The next row does not fit: give the rows file more pages, or finish the larger index now."""
+        used = self.rows_used
+        if used >= self._rows_max:
+            extent = min(max(used * self.stride, EXTENT_BYTES_MIN, self.stride), EXTENT_BYTES_MAX)
+            self.mapping.ensure(_ROWS + used * self.stride + max(extent, self.stride))
+        if used >= self.index.rows_max:
+            if self._next is None:
+                self._begin_index()
+            while self._next is not None:
+                self._grow_index(used)
+
+    def _create_index(self, generation: int, capacity_log2: int) -> Index:
+        name = self._index_name(generation)
+        self._memory.remove(name)  # a leftover of a writer that died while it built this generation
+        mapping = self._memory.create(name, layout.index_bytes(capacity_log2))
+        mapping.ensure(layout.PAGE_BYTES)
+        words = mapping.words(0, 4)
+        words[...] = (layout.INDEX_MAGIC, layout.LAYOUT_VERSION, generation, capacity_log2)
+        return Index(generation, capacity_log2, mapping)
+
+    def _begin_index(self) -> None:
+        self._next = self._create_index(self.index.generation + 1, self.index.capacity_log2 + 1)
+        self._next_ensured = layout.PAGE_BYTES
+        self._next_rows = 0
+
+    def _grow_index(self, inserted: int) -> None:
+        """Do a step of the work on a larger index, if there is any: first its pages, then its entries, then the switch."""
+        if self._next is None:
+            if self.rows_used < INDEX_LOAD_BEGIN * (1 << self.index.capacity_log2):
+                return
+            self._begin_index()
+        larger = self._next
+        assert larger is not None
+        if self._next_ensured < len(larger.mapping):
+            step = max(GROWTH_BYTES_MIN, GROWTH_BYTES_PER_INSERT * inserted)
+            larger.mapping.ensure(min(self._next_ensured + step, len(larger.mapping)))
+            self._next_ensured = min(self._next_ensured + step, len(larger.mapping))
+            return
+        end = min(self._next_rows + max(GROWTH_ROWS_MIN, GROWTH_ROWS_PER_INSERT * inserted), self.rows_used)
+        index_kernels.insert_rows(larger.address, larger.capacity_log2, self.mapping.address, self.stride, self._next_rows, end)
+        self._next_rows = end
+        if end == self.rows_used:
+            self._switch_index(larger)
+
+    def _switch_index(self, larger: Index) -> None:
+        """From here on readers use the larger index; those that have the old one mapped lose nothing by finishing with it."""
+        old = self.index
+        self.index, self._next = larger, None
+        publish_word(self._generation_address, larger.generation)
+        self._memory.remove(self._index_name(old.generation))
+
+    def read(self, slots: I64) -> tuple[U64, U8, U64]:
+        """Keys, encoded rows of the live ones, and stamps; live ones first."""
+        ordered = np.empty(slots.size, np.int64)
+        live = rows.order_live_first(self.mapping.address, self.stride, slots, ordered)
+        keys, stamps = np.empty(slots.size, np.uint64), np.empty(slots.size, np.uint64)
+        data = np.empty((live, self.spec.row_bytes), np.uint8)
+        rows.read(self.mapping.address, self.stride, self.spec.row_bytes, ordered, keys, data, stamps)
+        return keys, data, stamps
+
+    def changed_since(self, base: U64, shards: int) -> I64:
+        """Slots of all rows above the flattened vector, in ascending order."""
+        out = np.empty(self.rows_used, np.int64)
+        count = rows.changed_since(self.mapping.address, self.stride, base, shards, 0, self.rows_used, out)
+        return out[:count].copy()
+
+    def add_digest(self, slots: I64, sums: U64) -> None:
+        """Add the digest of these rows to `sums`, uint64[2]."""
+        rows.digest(self.mapping.address, self.stride, self.spec.id, slots, sums)

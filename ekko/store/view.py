@@ -1,0 +1,119 @@
+"""A table as its readers see it: mapped read-only, looked up without locks, in any thread."""
+
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.errors import StoreError
+from ekko.model import TableSpec
+from ekko.store import layout, rows
+from ekko.store.atomics import watch_word
+from ekko.store.manifest import index_name, rows_name
+from ekko.store.memory import Mapping, TmpfsMemory
+from ekko.store.table import Index, open_index
+
+U64 = NDArray[np.uint64]
+U8 = NDArray[np.uint8]
+
+# A row takes well below a microsecond to write. Locked for this long, its writer is dead or stopped.
+ROW_DEADLINE_S = 1.0
+# The index may be replaced again between a look at its generation and opening the file; a writer cannot do that often in a row.
+REOPEN_ATTEMPTS_MAX = 100
+
+NO_STAMPS: U64 = np.empty(0, np.uint64)
+
+
+def gather_rows(table: int, spec: TableSpec, index: Index, keys: U64, out: U8, stamps: U64) -> None:
+    """Copy rows by key: absent and deleted ones are zero, with stamp 0.
+
+    Args:
+        table: address of the mapped rows file.
+        spec: what a row is.
+        index: the index to search.
+        keys: uint64[n].
+        out: uint8[n, row_bytes], written.
+        stamps: uint64[n], written; or empty: not wanted.
+
+    Raises:
+        StoreError: a row stayed locked for `ROW_DEADLINE_S`; its writer was killed and has not been started again.
+    """
+    stride = layout.row_stride(spec.row_bytes)
+    deadline = 0.0
+    stuck = -1
+    done = 0
+    while True:
+        done = rows.gather(table, stride, spec.row_bytes, index.address, index.capacity_log2, keys, out, stamps, done)
+        if done == keys.size:
+            return
+        now = time.monotonic()
+        if done != stuck:
+            stuck, deadline = done, now + ROW_DEADLINE_S
+        elif now > deadline:
+            raise StoreError(
+                f"row {int(keys[done])} of table {spec.name!r} has been locked for {ROW_DEADLINE_S} s: the node that writes it "
+                "was killed in mid-row; start it again, and it will repair the row"
+            )
+        time.sleep(0)
+
+
+@dataclass(frozen=True, slots=True)
+class TableFiles:
+    """Where a table's files are."""
+
+    memory: TmpfsMemory
+    model_id: int
+    table_id: int
+
+
+class TableView:
+    """One table of another process's store.
+
+    Raises:
+        FileNotFoundError: the files are gone: the store was replaced.
+        StoreError: they are damaged, or of another layout.
+    """
+
+    def __init__(self, spec: TableSpec, files: TableFiles) -> None:
+        self.spec = spec
+        self.files = files
+        self._mapping = Mapping.open_to_read(files.memory.path(rows_name(files.model_id, files.table_id)))
+        expected = (layout.TABLE_MAGIC, layout.LAYOUT_VERSION, spec.id, spec.row_bytes, layout.row_stride(spec.row_bytes))
+        if tuple(int(word) for word in self._mapping.words(0, 5)) != expected:
+            raise StoreError(f"the rows file of table {spec.name!r} is damaged, or of another version of ekko")
+        self._generation_address = self._mapping.address + layout.TABLE.offset("index_generation")
+        self._reopening = threading.Lock()
+        self._index = self._open_index()
+
+    @property
+    def rows_used(self) -> int:
+        """Rows written so far, tombstones included."""
+        return watch_word(self._mapping.address + layout.TABLE.offset("rows_used"))
+
+    def lookup(self, keys: U64, out: U8, stamps: U64 = NO_STAMPS) -> None:
+        """See `gather_rows`. Safe in any thread; lets go of the interpreter lock while it copies."""
+        index = self._index  # this reference keeps the mapping alive through the call
+        if watch_word(self._generation_address) != index.generation:
+            index = self._reopen_index()
+        gather_rows(self._mapping.address, self.spec, index, keys, out, stamps)
+
+    def _reopen_index(self) -> Index:
+        with self._reopening:
+            if watch_word(self._generation_address) != self._index.generation:
+                self._index = self._open_index()
+            return self._index
+
+    def _open_index(self) -> Index:
+        for _ in range(REOPEN_ATTEMPTS_MAX):
+            generation = watch_word(self._generation_address)
+            name = index_name(self.files.model_id, self.files.table_id, generation)
+            try:
+                mapping = Mapping.open_to_read(self.files.memory.path(name))
+            except FileNotFoundError:
+                if generation != watch_word(self._generation_address):
+                    continue  # the writer has replaced it meanwhile
+                raise
+            return open_index(mapping, generation)
+        raise StoreError(f"the index of table {self.spec.name!r} is replaced faster than it can be opened")
