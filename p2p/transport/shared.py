@@ -67,7 +67,10 @@ def byte_view(frame: Buffer) -> memoryview:
 
 
 class DelayLine:
-    """Messages on their way to one peer. `deliver(frames)` hands one over and returns False to be asked again later."""
+    """Messages on their way to one peer. `deliver(frames)` hands one over and returns False to be asked again later.
+
+    Only the first message is ever looked at, so a delay that shrinks does not reorder.
+    """
 
     def __init__(self, deliver: Callable[[Frames], bool]) -> None:
         self.seconds = 0.0
@@ -92,8 +95,6 @@ class DelayLine:
             return False
         # The loop's own clock may be cached since the iteration began; the emulated time would come out too short.
         due = time.monotonic() + self.seconds
-        if self._waiting:
-            due = max(due, self._waiting[-1][0])  # a delay that shrinks must not reorder
         self._waiting.append((due, size, frames))
         self._bytes += size
         self.emptied.clear()
