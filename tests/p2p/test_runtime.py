@@ -268,8 +268,7 @@ def test_peers_faults_are_counted_by_sender_and_told_sparingly() -> None:
             assert {note.name for note in notes} == {"frame_rejected"}
             for boot in range(REJECTED_SENDERS_MAX + 50):
                 frames = wire.encode(Envelope(boot, 2), Ack(1, 1))
-                while not network.inject(node.transport.address, frames):
-                    await asyncio.sleep(0)
+                await until(lambda frames=frames: network.inject(node.transport.address, frames))  # type: ignore[misc]
             await until(lambda: sum(node.runtime.rejected.values()) == 250 + REJECTED_SENDERS_MAX)
             assert len(node.runtime.rejected) == REJECTED_SENDERS_MAX + 1
             assert node.runtime.rejected[REJECTED_OTHERS] > 40
