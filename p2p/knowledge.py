@@ -124,20 +124,24 @@ class Knowledge:
         """
         writer = writer_of(stamp)
         self._writers.add(writer)
+        if int(self.frontier[writer]) >= stamp:
+            return True  # a repeat, or a pull was faster
         complete = parts == 1
         if not complete.all():
             self._note_parts(self._step(stamp, writer_prev, shards_touched), shards, part, parts, complete)
         shards, prev = shards[complete], prev[complete]
         fits = merge_claims(self.vector, shards, writer, prev, np.uint64(stamp))
         whole = bool(fits.all()) and len(shards) == shards_touched
-        advanced = whole and self._advance_frontier(writer, writer_prev, stamp)
-        if advanced:
+        progress = whole and self._advance_frontier(writer, writer_prev, stamp)
+        if progress:
             self._open.pop(stamp, None)
         elif int(self.frontier[writer]) < stamp:
             step = self._step(stamp, writer_prev, shards_touched)
             step.add(shards, prev)
             self._await(writer, shards[~fits])
-        if self._open and (advanced or self._unblocks(writer, shards[fits])):
+            # The last message of a step that nothing before is missing for.
+            progress = len(step.shards) == shards_touched and writer_prev <= int(self.frontier[writer])
+        if self._open and (progress or self._unblocks(writer, shards[fits])):
             self._absorb(writer)
         return int(self.frontier[writer]) >= stamp
 

@@ -1,0 +1,165 @@
+"""Claims merge in any order to what they say, and never to more (theorem T1, R6, R7)."""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2p.knowledge import OPEN_STEPS_MAX, Knowledge, merge_claims
+from p2p.stamps import WRITERS_MAX
+
+SHARDS = 4
+
+
+def fresh() -> Knowledge:
+    return Knowledge(np.zeros((SHARDS, WRITERS_MAX), np.uint64), np.zeros(WRITERS_MAX, np.uint64))
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a step: which shards, and which part of each."""
+
+    stamp: int
+    writer_prev: int
+    touched: int
+    shards: tuple[int, ...]
+    prev: tuple[int, ...]
+    part: int = 0
+    parts: int = 1
+
+
+def learn(knowledge: Knowledge, message: Message) -> bool:
+    count = len(message.shards)
+    return knowledge.learn_step(
+        message.stamp,
+        message.writer_prev,
+        message.touched,
+        np.array(message.shards, np.uint32),
+        np.array(message.prev, np.uint64),
+        np.full(count, message.part, np.uint16),
+        np.full(count, message.parts, np.uint16),
+    )
+
+
+def stream(draw: random.Random, steps: int, writer: int = 3) -> list[Message]:
+    """Steps of one writer, some of them cut into several messages and parts."""
+    last = [0] * SHARDS
+    previous = 0
+    messages = []
+    for number in range(1, steps + 1):
+        stamp = (number << 12) | writer
+        shards = tuple(sorted(draw.sample(range(SHARDS), draw.randint(0, SHARDS))))
+        prev = tuple(last[shard] for shard in shards)
+        if len(shards) > 1 and draw.random() < 0.3:  # the first shard alone, in two parts
+            messages += [Message(stamp, previous, len(shards), shards[:1], prev[:1], part, 2) for part in (0, 1)]
+            messages.append(Message(stamp, previous, len(shards), shards[1:], prev[1:]))
+        else:
+            messages.append(Message(stamp, previous, len(shards), shards, prev))
+        for shard in shards:
+            last[shard] = stamp
+        previous = stamp
+    return messages
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12))
+def test_any_order_with_repeats_ends_where_order_ends(seed: int, steps: int) -> None:
+    draw = random.Random(seed)
+    messages = stream(draw, steps)
+    in_order, shuffled = fresh(), fresh()
+    for message in messages:
+        learn(in_order, message)
+    mixed = messages + draw.choices(messages, k=len(messages))
+    draw.shuffle(mixed)
+    for message in mixed:
+        learn(shuffled, message)
+    assert np.array_equal(in_order.vector, shuffled.vector)
+    assert np.array_equal(in_order.frontier, shuffled.frontier)
+    assert int(in_order.frontier[3]) == messages[-1].stamp
+    assert in_order.open_steps == shuffled.open_steps == 0
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12), st.floats(0.0, 1.0))
+def test_knowledge_never_says_more_than_what_came(seed: int, steps: int, kept: float) -> None:
+    """Invariant 3: with messages missing, a covered (shard, stamp) means that all of the shard's messages came."""
+    draw = random.Random(seed)
+    messages = stream(draw, steps)
+    came = [message for message in messages if draw.random() < kept]
+    draw.shuffle(came)
+    knowledge = fresh()
+    for message in came:
+        learn(knowledge, message)
+    for shard in range(SHARDS):
+        needed = [message for message in messages if shard in message.shards]
+        reached = int(knowledge.vector[shard, 3])
+        assert all(message in came for message in needed if message.stamp <= reached)
+    assert all(message in came for message in messages if message.stamp <= int(knowledge.frontier[3]))
+
+
+def test_claim_waits_for_its_gap_and_is_absorbed_when_it_fills() -> None:
+    knowledge = fresh()
+    first, second = (1 << 12) | 5, (2 << 12) | 5
+    assert not learn(knowledge, Message(second, first, 1, (2,), (first,)))
+    assert int(knowledge.vector[2, 5]) == 0
+    assert knowledge.oldest_open == second
+    assert learn(knowledge, Message(first, 0, 1, (2,), (0,)))
+    assert int(knowledge.vector[2, 5]) == second == int(knowledge.frontier[5])
+
+
+def test_reply_merges_only_from_the_base_it_was_asked_with() -> None:
+    knowledge = fresh()
+    stamp = (9 << 12) | 1
+    base = np.array([[(4 << 12) | 1], [0], [0], [0]], np.uint64)  # claims more in shard 0 than this node has
+    until = np.full((SHARDS, 1), stamp, np.uint64)
+    knowledge.learn_reply(np.array([1], np.uint16), base, until, np.array([stamp], np.uint64))
+    assert knowledge.vector[:, 1].tolist() == [0, stamp, stamp, stamp]
+    assert int(knowledge.frontier[1]) == 0
+
+
+@given(st.lists(st.integers(0, 9), min_size=SHARDS, max_size=SHARDS), st.integers(0, 9), st.integers(0, 9))
+def test_merge_is_monotone_and_idempotent(held: list[int], base: int, until: int) -> None:
+    vector = np.zeros((SHARDS, WRITERS_MAX), np.uint64)
+    vector[:, 1] = held
+    shards = np.arange(SHARDS, dtype=np.uint32)
+    bases = np.full(SHARDS, base, np.uint64)
+    fits = merge_claims(vector, shards, 1, bases, np.uint64(until))
+    assert vector[:, 1].tolist() == [max(h, until) if h >= base else h for h in held]
+    assert fits.tolist() == [h >= base for h in held]
+    once = vector.copy()
+    merge_claims(vector, shards, 1, bases, np.uint64(until))
+    # A second merge can only find claims that the first one enabled.
+    assert (vector >= once).all()
+
+
+def test_digest_tells_vectors_apart_and_ignores_writers_that_only_were_named() -> None:
+    one, other = fresh(), fresh()
+    stamp = (7 << 12) | 2
+    for knowledge in (one, other):
+        learn(knowledge, Message(stamp, 0, 1, (1,), (0,)))
+    assert one.digest() == other.digest()
+    learn(other, Message((8 << 12) | 9, (7 << 12) | 9, 1, (1,), ((7 << 12) | 9,)))  # waits: nothing is known of writer 9
+    assert one.digest() == other.digest()
+    learn(other, Message((9 << 12) | 2, stamp, 1, (1,), (stamp,)))
+    assert one.digest() != other.digest()
+
+
+def test_waiting_steps_are_bounded_and_what_is_dropped_is_counted() -> None:
+    knowledge = fresh()
+    for number in range(2, OPEN_STEPS_MAX + 4):
+        learn(knowledge, Message((number << 12) | 1, ((number - 1) << 12) | 1, 1, (0,), (((number - 1) << 12) | 1,)))
+    assert knowledge.open_steps == OPEN_STEPS_MAX
+    assert knowledge.dropped == 2
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_shard_in_parts_is_claimed_only_when_all_parts_came(missing: int) -> None:
+    knowledge = fresh()
+    stamp = (1 << 12) | 4
+    for part in (0, 0, 1, 1):
+        if part != missing:
+            learn(knowledge, Message(stamp, 0, 1, (3,), (0,), part, 2))
+    assert int(knowledge.vector[3, 4]) == 0
+    learn(knowledge, Message(stamp, 0, 1, (3,), (0,), missing, 2))
+    assert int(knowledge.vector[3, 4]) == stamp

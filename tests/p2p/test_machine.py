@@ -1,0 +1,351 @@
+"""Whole clusters in virtual time: the machine, the codec and the store together."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ekko.model import ModelSpec, TableSpec
+from p2p import knowledge as knowledge_module
+from p2p import membership
+from p2p import messages as m
+from p2p import push as push_module
+from p2p.replica import RowColumns
+from p2p.stamps import EPOCH_MS, make_stamp
+from sim_cluster.checkers import StampWatch, check_converged, check_knowledge, contents
+from sim_cluster.virtual import NetworkOptions, VirtualCluster
+
+CALM = NetworkOptions()
+REGIONS = {"train": ("t1",), "eu": ("eu1", "eu2"), "us": ("us1", "us2", "us3")}
+
+
+def start(seed: int = 1, options: NetworkOptions = CALM, model: ModelSpec | None = None) -> VirtualCluster:
+    cluster = VirtualCluster(seed, options, model)
+    for region, names in REGIONS.items():
+        for name in names:
+            cluster.add(name, region, "train" if region == "train" else "serve", [] if name == "t1" else ["t1"])
+    assert cluster.run_until(lambda: all(synced(cluster, name) for name in cluster.nodes)), "the cluster never formed"
+    return cluster
+
+
+def synced(cluster: VirtualCluster, name: str) -> bool:
+    machine = cluster.nodes[name].machine
+    return machine is not None and machine.status(cluster._now()).synced
+
+
+def counters(cluster: VirtualCluster, name: str) -> object:
+    machine = cluster.nodes[name].machine
+    assert machine is not None
+    return machine.counters
+
+
+def at_rest(cluster: VirtualCluster, limit_ms: int = 60_000) -> None:
+    assert cluster.run_until(lambda: check_converged(cluster) == "", limit_ms), check_converged(cluster)
+    for node in cluster.nodes.values():
+        assert check_knowledge(cluster, node) == ""
+
+
+def test_a_step_reaches_every_node_once_by_push_alone() -> None:
+    cluster = start()
+    stamp = cluster.publish("t1", "item", range(100), 1.5)
+    cluster.run(40)  # before any heartbeat could start a pull
+    assert check_converged(cluster) == ""
+    for name in cluster.nodes:
+        replica = cluster.nodes[name].store.models["ctr"]
+        assert int(replica.frontier[0]) >= stamp
+        assert counters(cluster, name).pulls_started <= 1, "one to join"
+        assert counters(cluster, name).batches_repeated == 0
+    # Invariant 12: each batch enters a region once.
+    leaders = [sum(counters(cluster, name).batches_received for name in names) for names in REGIONS.values()]
+    assert leaders[0] == 0
+    children = cluster.nodes["t1"].machine.counters.batches_forwarded
+    assert children == 2 * cluster.nodes["t1"].machine.counters.batches_published + 2 * idle_beats(cluster)
+
+
+def idle_beats(cluster: VirtualCluster) -> int:
+    received = counters(cluster, "eu1").batches_received
+    return received - cluster.nodes["t1"].machine.counters.batches_published
+
+
+def test_deletes_and_later_writes_win_everywhere() -> None:
+    cluster = start()
+    cluster.publish("t1", "item", [1, 2, 3], 1.0)
+    cluster.publish("t1", "item", [2], delete=True)
+    cluster.publish("t1", "item", [3], 3.0)
+    at_rest(cluster)
+    held = contents(cluster.nodes["us3"].store, "ctr")
+    item = cluster.model.tables["item"].id
+    assert held[item, 2][1] == b""
+    assert np.frombuffer(held[item, 3][1], np.float32).tolist() == [3.0] * 4
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_faults_end_in_equal_stores(seed: int) -> None:
+    """Loss, repeats, reordering, crashes with and without memory: at rest all is well (invariants 1, 2, 3)."""
+    faults = NetworkOptions(1, 30, 40, loss_probability=0.1, repeat_probability=0.1, reorder_probability=0.2)
+    cluster = VirtualCluster(seed, faults)
+    for region, names in REGIONS.items():
+        for name in names:
+            cluster.add(name, region, "train" if region == "train" else "serve", [] if name == "t1" else ["t1"])
+    watch = StampWatch()
+    cluster.run(3_000)
+    for step in range(60):
+        if cluster.nodes["t1"].machine is not None:
+            keys = [(step * 7 + offset) % 40 for offset in range(1 + step % 5)]
+            cluster.publish("t1", "item" if step % 3 else "user", keys, float(step), delete=step % 11 == 0)
+        match step:
+            case 15:
+                cluster.crash("us1")
+            case 20:
+                cluster.crash("t1")
+            case 25:
+                cluster.restart("t1")
+            case 30:
+                cluster.restart("us1", keep_state=seed % 2 == 0)
+            case 40:
+                cluster.crash("t1")
+                cluster.restart("t1", keep_state=seed % 3 != 0)
+                cluster.run(4_000)  # a training node that lost its memory learns before it goes on
+        cluster.run(60)
+        assert watch.check(cluster) == "", f"seed {seed}"
+        for node in cluster.nodes.values():
+            assert check_knowledge(cluster, node) == "", f"seed {seed}"
+    cluster.options = CALM
+    at_rest(cluster)
+
+
+def test_one_seed_gives_one_trace() -> None:
+    def trace(seed: int) -> str:
+        cluster = start(seed, NetworkOptions(1, 20, 10, 0.05, 0.05, 0.1))
+        for step in range(20):
+            cluster.publish("t1", "item", range(step, step + 5), float(step))
+            cluster.run(50)
+        return cluster.trace
+
+    assert trace(7) == trace(7)
+    assert trace(7) != trace(8)
+
+
+def test_pull_alone_converges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theorem T7: push may lose everything."""
+    cluster = start()
+    monkeypatch.setattr(push_module.Push, "_forward", lambda *_args, **_kwargs: None)
+    for step in range(5):
+        cluster.publish("t1", "item", range(step * 10, step * 10 + 10), float(step))
+        cluster.run(100)
+    at_rest(cluster)
+
+
+def test_a_node_that_was_away_catches_up_and_the_others_do_not_notice() -> None:
+    cluster = start()
+    cluster.crash("eu1")
+    for step in range(50):
+        cluster.publish("t1", "item", range(step * 3, step * 3 + 3), float(step))
+        cluster.run(20)
+    pulls = {name: counters(cluster, name).pulls_started for name in ("us1", "us2", "us3")}
+    cluster.restart("eu1")
+    at_rest(cluster)
+    assert {name: counters(cluster, name).pulls_started for name in pulls} == pulls
+
+
+def test_a_new_node_gets_everything_in_several_chunks() -> None:
+    wide = ModelSpec("ctr", 8, {"item": TableSpec("item", 1024)})
+    cluster = start(model=wide)
+    for start_key in range(0, 1_500, 500):
+        cluster.publish("t1", "item", range(start_key, start_key + 500), 2.0)
+        cluster.run(20)
+    cluster.add("ap1", "ap", seeds=["us1"])
+    at_rest(cluster)
+    assert counters(cluster, "ap1").pull_rows_received == 1_500
+    assert cluster.run_until(lambda: synced(cluster, "ap1"))
+
+
+def test_a_step_over_the_size_limit_travels_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push_module, "BATCH_BYTES_MAX", 600)
+    cluster = start()
+    cluster.publish("t1", "item", range(200), 1.0)
+    cluster.publish("t1", "item", range(100, 300), 2.0)
+    cluster.run(60)
+    assert check_converged(cluster) == "", "without a pull"
+    assert counters(cluster, "us3").batches_received > 10
+    # One part of one shard lost: its shard is not claimed, and the pull repairs it.
+    cluster.options = NetworkOptions(loss_probability=0.2)
+    cluster.publish("t1", "item", range(400), 3.0)
+    cluster.run(60)
+    for node in cluster.nodes.values():
+        assert check_knowledge(cluster, node) == ""
+    cluster.options = CALM
+    at_rest(cluster)
+
+
+def test_a_lost_last_batch_is_noticed_by_the_idle_beat() -> None:
+    cluster = start()
+    cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(1_000)
+    cluster.options = NetworkOptions(loss_probability=1.0)
+    cluster.publish("t1", "item", [2], 2.0)
+    cluster.run(30)
+    cluster.options = CALM
+    lost_ms = cluster.now_ms
+    at_rest(cluster)
+    assert cluster.now_ms - lost_ms < 500, "sooner than a heartbeat's round"
+
+
+def test_wait_ends_when_all_in_scope_have_it_and_names_who_lags() -> None:
+    cluster = start(options=NetworkOptions(region_delay_ms=30))
+    stamp = cluster.publish("t1", "item", [1], 1.0)
+    number = ask(cluster, stamp, m.Scope.ALL, 5_000)
+    assert number not in cluster.nodes["t1"].replies
+    cluster.run(200)
+    assert cluster.nodes["t1"].replies[number] == m.WaitEnded(number, ())
+    cluster.cut.add(("t1", "us1"))
+    cluster.cut |= {(a, "us3") for a in cluster.nodes}
+    stamp = cluster.publish("t1", "item", [2], 1.0)
+    number = ask(cluster, stamp, m.Scope.ALL, 2_000)
+    cluster.run(2_500)
+    reply = cluster.nodes["t1"].replies[number]
+    assert isinstance(reply, m.WaitEnded)
+    assert "us3" in reply.lagging
+    assert "eu1" not in reply.lagging
+    local = ask(cluster, stamp, m.Scope.LOCAL, 0)
+    assert cluster.nodes["t1"].replies[local] == m.WaitEnded(local, ())
+
+
+def ask(cluster: VirtualCluster, stamp: int, scope: m.Scope, timeout_ms: int) -> int:
+    number = 0
+
+    def make(request: int) -> m.Event:
+        nonlocal number
+        number = request
+        return m.WaitRequested(request, cluster.model.id, stamp, scope, timeout_ms)
+
+    cluster.request("t1", make)
+    return number
+
+
+def test_wait_for_a_stamp_never_published_is_refused() -> None:
+    cluster = start()
+    number = ask(cluster, make_stamp(EPOCH_MS + 10**9, 0, 0), m.Scope.ALL, 100)
+    reply = cluster.nodes["t1"].replies[number]
+    assert isinstance(reply, m.Refused)
+    assert "was not published on this node" in reply.reason
+
+
+def test_serving_nodes_refuse_to_publish() -> None:
+    cluster = start()
+    rows = np.zeros((1, 16), np.uint8)
+    columns = (RowColumns(cluster.model.tables["item"].id, np.array([1], np.uint64), rows),)
+    reply = cluster.request("eu1", lambda number: m.PublishRequested(number, cluster.model.id, columns))
+    assert isinstance(reply, m.Refused)
+    assert "role 'serve'" in reply.reason
+
+
+def test_a_second_training_node_refuses_while_the_first_lives() -> None:
+    cluster = start()
+    cluster.publish("t1", "item", [1], 1.0)
+    cluster.add("t2", "train", "train", ["t1"])
+    assert cluster.run_until(lambda: synced(cluster, "t2"))
+    cluster.run(1_000)
+    assert cluster.publish("t2", "item", [2], 1.0) == 0
+
+
+def test_a_second_live_node_with_one_id_is_refused() -> None:
+    cluster = start()
+    twin = dataclasses.replace(cluster.nodes["eu1"], name="eu9", seeds=("virtual://t1",))
+    cluster.nodes["eu9"] = twin
+    twin.store = type(twin.store).anonymous()
+    original_name = "eu1"
+    twin.machine = None
+    import random
+
+    from p2p.machine import Machine, MachineOptions
+
+    twin.store.add_model(cluster.model, capacity_rows=8)
+    options = MachineOptions(original_name, 4242, cluster._now().unix_ms, "eu", "serve", twin.seeds)
+    twin.ledger = type(twin.ledger)()
+    twin.machine = Machine(options, twin.store, twin.ledger, random.Random(1))
+    cluster._feed(twin, twin.machine, m.Started("virtual://eu9"))
+    cluster.run(2_000)
+    assert "node id 'eu1' is in use by a live node" in twin.fatal
+    assert synced(cluster, "eu1")
+
+
+def test_a_silent_node_leaves_the_trees_and_comes_back() -> None:
+    cluster = start()
+    cluster.crash("us1")
+    cluster.run(membership.SILENCE_MS_MAX + 1_000)
+    machine = cluster.nodes["t1"].machine
+    assert machine is not None
+    alive = {peer.node: peer.alive for peer in machine.status(cluster._now()).peers}
+    assert alive == {"eu1": True, "eu2": True, "us1": False, "us2": True, "us3": True}
+    skipped = machine.counters.batches_skipped
+    cluster.publish("t1", "item", [5], 5.0)
+    cluster.run(60)
+    assert machine.counters.batches_skipped == skipped
+    cluster.restart("us1")
+    at_rest(cluster)
+
+
+def test_staleness_follows_the_live_writer_and_is_unknown_without_one() -> None:
+    cluster = start()
+    replica = cluster.nodes["us1"].store.models["ctr"]
+    machine = cluster.nodes["us1"].machine
+    assert machine is not None
+    assert machine.status(cluster._now()).keyspaces[0].synced_until_ms == 0
+    cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(2_000)
+    behind_ms = cluster._now().unix_ms - machine.status(cluster._now()).keyspaces[0].synced_until_ms
+    assert 0 <= behind_ms <= push_module.IDLE_BEAT_MS + 20
+    del replica
+
+
+def test_messages_of_a_peer_that_lie_change_nothing() -> None:
+    cluster = start()
+    cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(100)
+    victim = cluster.nodes["eu1"]
+    before = contents(victim.store, "ctr")
+    item = cluster.model.tables["item"].id
+    link = next(link for link in cluster.nodes["t1"].machine._core.links.values() if link.node == "eu1")
+    future = make_stamp(cluster._now().unix_ms + 120_000, 0, 0)
+    stamp = make_stamp(cluster._now().unix_ms + 1, 0, 0)
+    good = dict(table=item, keys=np.array([1], np.uint64), rows=np.ones((1, 16), np.uint8))
+    wrong_shard = 1 + int(victim.store.models["ctr"].shards_of(np.array([1], np.uint64))[0])
+    for lie in (
+        lying_batch(cluster, future, RowColumns(**good)),
+        lying_batch(cluster, stamp, RowColumns(**good | dict(table=12345))),
+        lying_batch(cluster, stamp, RowColumns(**good | dict(rows=np.ones((1, 12), np.uint8)))),
+        lying_batch(cluster, stamp, RowColumns(**good), shard=wrong_shard % 8),
+        lying_batch(cluster, stamp, RowColumns(**good), shard=99),
+        lying_batch(cluster, stamp, RowColumns(**good), nonce=666),
+    ):
+        rejected = len(victim.rejected)
+        envelope = link.next_envelope(0)
+        cluster._feed(victim, victim.machine, m.MessageReceived(envelope, lie))
+        assert len(victim.rejected) == rejected + 1
+        assert contents(victim.store, "ctr") == before
+
+
+def lying_batch(
+    cluster: VirtualCluster, stamp: int, columns: RowColumns, shard: int | None = None, nonce: int | None = None
+) -> m.Batch:
+    replica = cluster.nodes["t1"].store.models["ctr"]
+    where = int(replica.shards_of(columns.keys)[0]) if shard is None else shard
+    claims = m.ShardClaims(np.array([where], np.uint32), np.zeros(1, np.uint64), np.zeros(1, np.uint16), np.ones(1, np.uint16))
+    bound = replica.writer.nonce if nonce is None else nonce
+    return m.Batch(cluster.model.id, "t1", "train", 0, bound, stamp, 0, 1, claims, (columns,))
+
+
+def test_queues_report_their_fill_and_stay_below_their_bounds() -> None:
+    cluster = start(options=NetworkOptions(loss_probability=0.3))
+    for step in range(50):
+        cluster.publish("t1", "item", range(step, step + 10), 1.0)
+        cluster.run(10)
+    for node in cluster.nodes.values():
+        assert node.machine is not None
+        for queue in node.machine.status(cluster._now()).queues:
+            assert 0 <= queue.fill <= queue.bound
+    assert any(
+        queue.name == "open_steps" and queue.bound == knowledge_module.OPEN_STEPS_MAX
+        for queue in cluster.nodes["t1"].machine.status(cluster._now()).queues
+    )

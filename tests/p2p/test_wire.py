@@ -1,0 +1,234 @@
+"""Every message survives the wire bit for bit; junk raises one error type."""
+
+import random
+from collections.abc import Callable
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2p import messages as m
+from p2p import wire
+from p2p.errors import RemoteProtocolError
+from p2p.replica import RowColumns, SchemaEntry
+from p2p.stamps import make_stamp
+
+ENVELOPE = m.Envelope(11, 22, 3, 4, 1)
+STAMP = make_stamp(1_700_000_000_000, 5, 9)
+WRITERS = np.array([2, 9], np.uint16)
+MEMBER = m.MemberRecord(
+    "eu-1", 77, 1_700_000_000_000, "eu", "serve", "tcp://127.0.0.1:1", 12, False, (m.WriterRecord(5, 9, 3, STAMP),)
+)
+
+
+def vector(shards: int = 3) -> np.ndarray:
+    return np.array([[make_stamp(1_700_000_000_000, row, writer) for writer in (2, 9)] for row in range(shards)], np.uint64)
+
+
+def sections(stamps: bool) -> tuple[RowColumns, ...]:
+    keys = np.arange(5, dtype=np.uint64)
+    rows = np.arange(3 * 8, dtype=np.uint8).reshape(3, 8)
+    one = RowColumns(1, keys, rows, np.full(5, STAMP, np.uint64) if stamps else None)
+    two = RowColumns(2, keys[:1], rows[:0], np.full(1, STAMP, np.uint64) if stamps else None, np.ones(1, np.float32))
+    return one, two
+
+
+def claims(count: int = 2) -> m.ShardClaims:
+    shards = np.arange(count, dtype=np.uint32)
+    return m.ShardClaims(shards, np.zeros(count, np.uint64), np.zeros(count, np.uint16), np.ones(count, np.uint16))
+
+
+def batch() -> m.Batch:
+    return m.Batch(5, "t-1", "train", 9, 3, STAMP, STAMP - 4096, 2, claims(), sections(False), 123, 456, 7)
+
+
+def reply(last: bool = True) -> m.PullReply:
+    return m.PullReply(5, 1, 0, last, sections(True), WRITERS, vector(), vector()[0])
+
+
+MESSAGES: list[m.Message] = [
+    m.Hello(1, 99, (4, 1), MEMBER, (MEMBER,), (SchemaEntry(5, "model", b"\x01"),), True),
+    m.Refusal("no"),
+    m.Heartbeat(MEMBER, (MEMBER,), 7, 1_700_000_000_000, (m.KeyspaceSummary(5, 1 << 127, 3, ((9, STAMP),)),)),
+    m.SchemaUpdate((SchemaEntry(5, "model", b"\x01"),)),
+    m.Leave("eu-1"),
+    batch(),
+    m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3),
+    reply(),
+    m.Ack(3, 17),
+    m.SessionBroken(3),
+    m.ReachQuery(5, 8, STAMP),
+    m.Reached(8),
+]
+
+
+def transfer(message: m.Message, envelope: m.Envelope = ENVELOPE) -> tuple[m.Envelope, m.Message]:
+    return wire.decode([memoryview(bytes(frame)) for frame in wire.encode(envelope, message)])
+
+
+def plain(value: object) -> object:
+    """A message as comparable data."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.name, value.shape, value.tobytes()
+    if isinstance(value, tuple):
+        return tuple(plain(item) for item in value)
+    if hasattr(value, "__dataclass_fields__"):
+        return tuple(
+            (name, plain(getattr(value, name))) for name in value.__dataclass_fields__ if name not in ("body", "checksum")
+        )
+    return value
+
+
+def test_every_message_type_is_tried_here() -> None:
+    assert {type(message) for message in MESSAGES} == set(m.Message.__args__)
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_round_trip(message: m.Message) -> None:
+    envelope, received = transfer(message)
+    assert envelope == ENVELOPE
+    assert plain(received) == plain(message)
+
+
+def test_a_forwarded_batch_keeps_its_frames() -> None:
+    frames = [memoryview(bytes(frame)) for frame in wire.encode(ENVELOPE, batch())]
+    _, received = wire.decode(frames)
+    again = wire.encode(m.Envelope(5, 6, 7, 8, 2), received)
+    assert all(ours is theirs for ours, theirs in zip(again[1:], frames[1:], strict=True))
+    envelope, _ = wire.decode([memoryview(bytes(frame)) for frame in again])
+    assert envelope.hops == 2
+
+
+def test_columns_are_not_copied() -> None:
+    frames = [memoryview(bytes(frame)) for frame in wire.encode(ENVELOPE, batch())]
+    _, received = wire.decode(frames)
+    assert isinstance(received, m.Batch)
+    rows = received.columns[0].rows
+    assert any(np.shares_memory(rows, np.frombuffer(frame, np.uint8)) for frame in frames[2:] if frame.nbytes)
+
+
+def test_unaligned_columns_become_aligned() -> None:
+    frames = [bytes(frame) for frame in wire.encode(ENVELOPE, batch())]
+    shifted = [memoryview(b"x" + frame)[1:] for frame in frames]
+    _, received = wire.decode(shifted)
+    assert isinstance(received, m.Batch)
+    assert all(section.keys.flags.aligned for section in received.columns)
+    assert plain(received) == plain(batch())
+
+
+@given(st.sampled_from(MESSAGES), st.integers(0, 2**32))
+def test_damaged_messages_raise_one_error_type(message: m.Message, seed: int) -> None:
+    draw = random.Random(seed)
+    frames = [bytearray(frame) for frame in wire.encode(ENVELOPE, message)]
+    for _ in range(draw.randint(1, 3)):
+        match draw.randrange(5):
+            case 0:
+                frame = draw.choice(frames)
+                if frame:
+                    frame[draw.randrange(len(frame))] ^= 1 << draw.randrange(8)
+            case 1:
+                frames.pop(draw.randrange(len(frames)))
+            case 2:
+                frames.insert(draw.randrange(len(frames) + 1), bytearray(draw.randbytes(draw.randrange(40))))
+            case 3:
+                del draw.choice(frames)[draw.randrange(20) :]
+            case 4:
+                draw.shuffle(frames)
+        if not frames:
+            break
+    decode_or_refuse([bytes(frame) for frame in frames])
+
+
+@given(
+    st.integers(1, 12),
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**64 - 1)
+        | st.binary(max_size=20)
+        | st.text(max_size=8)
+        | st.floats(),
+        lambda inner: st.lists(inner, max_size=8) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+        max_leaves=30,
+    ),
+    st.lists(st.binary(max_size=64), max_size=6),
+)
+def test_junk_with_a_valid_checksum_raises_one_error_type(kind: int, header: object, columns: list[bytes]) -> None:
+    body = [msgpack.packb(header), *columns]
+    envelope = wire.ENVELOPE.pack(wire.MAGIC, m.PROTOCOL_VERSION, kind, 1, 2, 0, 0, 0, wire.checksum(body))
+    decode_or_refuse([envelope, *body])
+
+
+@given(st.lists(st.binary(max_size=80), max_size=8))
+def test_random_frames_raise_one_error_type(frames: list[bytes]) -> None:
+    with pytest.raises(RemoteProtocolError):
+        wire.decode([memoryview(frame) for frame in frames])
+
+
+def decode_or_refuse(frames: list[bytes]) -> None:
+    """Damage may happen to leave a message valid; anything but that or the one error is a failure."""
+    try:
+        wire.decode([memoryview(frame) for frame in frames])
+    except RemoteProtocolError:
+        return
+
+
+def changed(make: Callable[[m.Batch], m.Batch]) -> list[memoryview]:
+    return [memoryview(bytes(frame)) for frame in wire.encode(ENVELOPE, make(batch()))]
+
+
+def with_(**fields: object) -> Callable[[m.Batch], m.Batch]:
+    def make(original: m.Batch) -> m.Batch:
+        values = {name: getattr(original, name) for name in original.__dataclass_fields__}
+        return m.Batch(**(values | fields))
+
+    return make
+
+
+def claims_of(**fields: object) -> m.ShardClaims:
+    original = claims()
+    return m.ShardClaims(**({name: getattr(original, name) for name in original.__dataclass_fields__} | fields))
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (with_(claims=claims_of(shards=np.array([1, 1], np.uint32))), "not ascending"),
+        (with_(claims=claims_of(shards=np.array([1, 1 << 20], np.uint32))), "not ascending"),
+        (with_(claims=claims_of(prev=np.full(2, STAMP, np.uint64))), "contradicts itself"),
+        (with_(claims=claims_of(part=np.ones(2, np.uint16))), "contradicts itself"),
+        (with_(writer=8), "does not follow"),
+        (with_(writer_prev=STAMP), "does not follow"),
+        (with_(claims=claims(0), shards_touched=0), "without a claimed shard"),
+        (with_(shards_touched=1), "touches"),
+        (with_(columns=sections(True)), "contradict themselves"),
+    ],
+)
+def test_batches_that_contradict_themselves_are_refused(make: Callable[[m.Batch], m.Batch], complaint: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=complaint):
+        wire.decode(changed(make))
+
+
+def test_a_vector_with_a_foreign_stamp_is_refused() -> None:
+    bad = vector()
+    bad[1, 0] = bad[1, 1]
+    frames = wire.encode(ENVELOPE, m.PullRequest(5, 1, WRITERS, bad, vector()[0], 3))
+    with pytest.raises(RemoteProtocolError, match="another writer"):
+        wire.decode([memoryview(bytes(frame)) for frame in frames])
+
+
+def test_sizes_are_limited() -> None:
+    too_many = [memoryview(b"")] * (wire.FRAMES_MAX + 1)
+    with pytest.raises(RemoteProtocolError, match="frames"):
+        wire.decode(too_many)
+    with pytest.raises(RemoteProtocolError, match="bytes, limit"):
+        wire.decode([memoryview(bytes(48)), memoryview(bytes(wire.MESSAGE_BYTES_MAX))])
+
+
+def test_another_protocol_version_is_named() -> None:
+    frames = [bytes(frame) for frame in wire.encode(ENVELOPE, m.Reached(1))]
+    frames[0] = frames[0][:2] + bytes([m.PROTOCOL_VERSION + 1]) + frames[0][3:]
+    with pytest.raises(RemoteProtocolError, match="protocol version 2, expected 1"):
+        wire.decode([memoryview(frame) for frame in frames])
