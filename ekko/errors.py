@@ -23,3 +23,7 @@ class PublishError(EkkoError):
 
 class NodeUnreachable(EkkoError):  # noqa: N818 - the name is part of the contract
     """No node answers at the given address."""
+
+
+class NodeFailed(EkkoError):  # noqa: N818 - like the one above
+    """A node stopped by itself, because going on would break an invariant; the reason says what to do."""

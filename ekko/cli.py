@@ -1,0 +1,157 @@
+"""The `ekko` command. Subcommands of other packages come from the entry-point group `ekko.commands`."""
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from ekko.addresses import split_host_port
+from ekko.errors import ConfigError, EkkoError, NodeFailed, NodeUnreachable
+from ekko.version import __version__
+
+EXIT_MISTAKE = 2  # what the user gave, or the environment, is at fault; one line says how
+EXIT_FAILED = 3  # the node stopped by itself to protect its data
+EXIT_INTERRUPTED = 130
+STATUS_TIMEOUT_S = 5.0
+STATUS_BYTES_MAX = 64 << 20
+
+app = typer.Typer(
+    name="ekko",
+    help="Carries each changed embedding row from training to every serving replica, peer to peer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="The node's TOML file.", metavar="FILE")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ekko {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Carries each changed embedding row from training to every serving replica, peer to peer."""
+
+
+@app.command()
+def node(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The node's TOML file.", metavar="FILE")],
+    check: Annotated[bool, typer.Option("--check", help="Check the file and exit.")] = False,
+) -> None:
+    """Run a node until SIGTERM or Ctrl-C. It is ready when GET /readyz answers 200.
+
+    Exit codes: 0 stopped on request, 2 a mistake in configuration or environment, 3 stopped to protect its data.
+
+    Variables EKKO_NODE__ID, EKKO_NODE__HTTP, EKKO_MODELS__<name>__SHARDS ... override the file.
+    """
+    import asyncio
+
+    import uvloop
+
+    from ekko.config import load_config
+    from ekko.daemon import Node
+    from ekko.logs import configure_logs
+
+    settings = load_config(config)
+    if check:
+        typer.echo(f"{config}: fine: node {settings.node.id!r}, role {settings.node.role!r}, region {settings.node.region!r}")
+        return
+    configure_logs(node=settings.node.id)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(Node(settings).run())
+
+
+@app.command()
+def status(
+    config: ConfigOption = None,
+    http: Annotated[str | None, typer.Option("--http", help="The node's HTTP address.", metavar="HOST:PORT")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The node's answer as it is.")] = False,
+) -> None:
+    """Show what a node says of itself: members, models, peers, queues."""
+    if (config is None) == (http is None):
+        raise ConfigError("give either --config FILE or --http HOST:PORT")
+    if config is not None:
+        from ekko.config import load_config
+
+        http = load_config(config).node.http
+    assert http is not None
+    answer = fetch_status(http)
+    if as_json:
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    from ekko.display import print_status
+
+    print_status(answer)
+
+
+def fetch_status(http: str) -> dict[str, Any]:
+    """GET /status of the node at `HOST:PORT`.
+
+    Raises:
+        ConfigError: `http` is not HOST:PORT.
+        NodeUnreachable: nobody answers there, or somebody who is no node of ekko.
+    """
+    try:
+        split_host_port(http)
+    except ValueError as error:
+        raise ConfigError(f"--http: {error}") from None
+    try:
+        # A proxy of the environment is for other hosts.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{http}/status", timeout=STATUS_TIMEOUT_S) as response:
+            answer = json.loads(response.read(STATUS_BYTES_MAX))
+    except (OSError, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise NodeUnreachable(
+            f"no node answers at http://{http}: {reason}: start it, or check [node].http in its configuration"
+        ) from None
+    if not isinstance(answer, dict):
+        raise NodeUnreachable(f"what answers at http://{http} is not a node of ekko")
+    return answer
+
+
+def register_commands() -> None:
+    """Add the subcommands of other packages; one that cannot be loaded says why when it is called."""
+    for entry in sorted(entry_points(group="ekko.commands"), key=lambda entry: entry.name):
+        try:
+            entry.load()(app)
+        except (ImportError, AttributeError) as error:
+            _register_broken(entry.name, f"the command {entry.name!r} of {entry.value} cannot be loaded: {error}")
+
+
+def _register_broken(name: str, reason: str) -> None:
+    @app.command(name, hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+    def broken() -> None:
+        raise EkkoError(reason)
+
+
+def main() -> NoReturn:
+    """Run the command line; a mistake of the user is one line on stderr."""
+    try:
+        register_commands()
+        app()
+        code = 0
+    except EkkoError as error:
+        sys.stderr.write(f"ekko: {error}\n")
+        code = EXIT_FAILED if isinstance(error, NodeFailed) else EXIT_MISTAKE
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,392 @@
+"""One node: wiring and lifecycle.
+
+Everything runs on one event loop in one thread: the protocol machine behind its runtime, the local endpoint, the HTTP server.
+The store and the machine are touched by that thread only, so nothing here needs a lock, and nothing may take long.
+
+The order of a start is the order in which things can go wrong cheaply: lock, ports, kernels, store, sockets. Cancelling
+`Node.run` is the only way to stop.
+"""
+
+import asyncio
+import contextlib
+import random
+import secrets
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import assert_never
+
+import structlog
+import xxhash
+
+from ekko.config import NodeConfig
+from ekko.endpoint import REQUESTS_PENDING_MAX, LocalEndpoint
+from ekko.errors import ConfigError, EkkoError, ModelError, NodeFailed, PublishError, StoreError
+from ekko.http import HttpServer
+from ekko.local import REOPEN, Answer, Failed, Open, Opened, Ping, Pong, PublishStep, Request, Stored, Wait, Waited
+from ekko.metrics import Metrics
+from ekko.model import DENSE_DIM, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, model_id, table_id
+from ekko.rundir import FileLedger, locked
+from ekko.status import ModelPicture, NodePicture, TablePicture
+from ekko.store import Store, warm
+from ekko.store.manifest import kernel_boot_id
+from ekko.store.model_store import ModelStore
+from ekko.version import __version__
+from p2p import messages as m
+from p2p.errors import LocalProtocolError, RemoteProtocolError
+from p2p.machine import KeyspaceStatus, Machine, MachineOptions, QueueStatus
+from p2p.membership import MEMBERS_MAX
+from p2p.runtime import NodeStopped, Runtime
+from p2p.transport.zmq import ZmqTransport
+
+# A model that a publisher brings begins with room for this many rows; slabs grow.
+CAPACITY_ROWS_GUESS = 65_536
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MEMORY_DIR = Path("/dev/shm")  # noqa: S108 - the tmpfs that Linux has for shared memory
+
+log = structlog.get_logger(__name__)
+
+
+class Node:
+    """A node, from its configuration to its end. Use: `await Node(config).run()`."""
+
+    def __init__(self, config: NodeConfig, *, memory_dir: Path = MEMORY_DIR) -> None:
+        self.config = config
+        self._memory_dir = memory_dir
+        self._boot = secrets.randbits(64) | 1
+        self._boot_ms = time.time_ns() // 1_000_000
+        self._started_s = time.monotonic()
+        self._machine_hash = machine_hash()
+        self._metrics = Metrics(self.picture, self._machine_hash)
+        self._endpoint = LocalEndpoint(config.node.local, self)
+        self._preparing = ["kernels", "sockets"]
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._failure: BaseException | None = None
+        self._delays_s: dict[str, float] = {}
+        self._parts: _Parts | None = None
+
+    # --- lifecycle
+
+    async def run(self) -> None:
+        """Serve until cancelled, or told to stop by SIGTERM or SIGINT.
+
+        Raises:
+            ConfigError: a port or the run_dir is taken, or a model of the configuration contradicts what is stored.
+            StoreError: shared memory cannot be used.
+            NodeFailed: an invariant is in danger; the reason says what to do.
+        """
+        self._task = asyncio.current_task()
+        with locked(self.config.node.run_dir), self._signals():
+            http = HttpServer(self, *self.config.http_address)
+            try:
+                await self._serve(http)
+            except asyncio.CancelledError:
+                if self._failure is not None:
+                    raise self._failure from None
+                if not self._stopping:
+                    raise
+            except BaseExceptionGroup as group:
+                raise _first_of(group) from None
+            finally:
+                http.close()
+                if self._parts is not None:
+                    self._parts.store.close()
+                log.info("node_stopped")
+
+    async def _serve(self, http: HttpServer) -> None:
+        node = self.config.node
+        log.info("node_starting", version=__version__, run_dir=str(node.run_dir), http=node.http)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(http.serve())
+            # Compiling takes a while when the cache is cold; /healthz answers meanwhile.
+            await asyncio.to_thread(warm)
+            self._preparing.remove("kernels")
+            self._parts = parts = self._make_parts()
+            tasks.create_task(self._run_protocol(parts.runtime))
+            await parts.runtime.started.wait()
+            self._endpoint.start()
+            self._preparing.remove("sockets")
+            log.info("node_listening", peers=parts.transport.address, local=node.local)
+            try:
+                await asyncio.Event().wait()  # until cancelled
+            finally:
+                # Before the protocol stops: a step that is answered must be on its way.
+                self._endpoint.close()
+
+    def _make_parts(self) -> "_Parts":
+        node = self.config.node
+        store = Store.open(node.run_dir, memory_dir=self._memory_dir)
+        for name, model in self.config.models.items():
+            try:
+                store.add_model(model.spec(name), model.capacity_rows)
+            except ModelError as error:
+                raise ConfigError(f"models.{name}: {error}: change the configuration, or remove {node.run_dir}") from None
+        log.info("store_open", resumed=store.resumed, models=list(store.models))
+        options = MachineOptions(
+            node.id, self._boot, self._boot_ms, node.region, node.role, tuple(node.seeds), self._machine_hash
+        )
+        try:
+            machine = Machine(options, store, FileLedger(node.run_dir), random.Random(secrets.randbits(64)))
+        except LocalProtocolError as error:
+            raise StoreError(f"{node.run_dir}: {error}") from None
+        transport = ZmqTransport(node.peers, advertise=node.advertise)
+        runtime = Runtime(machine, transport, on_effect=self._on_effect, delay_s=self._delay_s)
+        return _Parts(store, machine, transport, runtime)
+
+    async def _run_protocol(self, runtime: Runtime) -> None:
+        try:
+            await runtime.run()
+        except NodeStopped as error:
+            raise NodeFailed(str(error)) from None
+        except OSError as error:
+            raise ConfigError(
+                f"node.peers: {error.strerror or error}: stop what listens there, or choose another port"
+            ) from None
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in STOP_SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        log.info("node_stopping", signal=number.name)
+        self._stop(None)
+
+    def _stop(self, failure: BaseException | None) -> None:
+        if not self._stopping and self._task is not None:
+            self._stopping, self._failure = True, failure
+            self._task.cancel()
+
+    # --- what the protocol wants done
+
+    def _on_effect(self, effect: m.Effect) -> None:
+        match effect:
+            case m.BatchApplied():
+                self._metrics.on_applied(effect, time.monotonic_ns(), time.time_ns() // 1_000_000)
+            case m.Published(request, stamp):
+                self._endpoint.answer(request, Stored(stamp))
+            case m.Refused(request, reason):
+                self._endpoint.answer(request, Failed("publish", reason))
+            case m.WaitEnded(request, lagging):
+                self._endpoint.answer(request, Waited(lagging))
+            case m.Note(name, fields, alarm):
+                (log.warning if alarm else log.info)(name, **self._readable(fields))
+            case m.Fatal(reason):
+                log.error("node_fatal", reason=reason)
+            case m.Send() | m.Forget() | m.Continue():
+                raise AssertionError(f"the runtime carries out {effect}")
+            case _:
+                assert_never(effect)
+
+    def _readable(self, fields: tuple[tuple[str, object], ...]) -> dict[str, object]:
+        """A note's fields with model names for keyspace numbers."""
+        readable = dict(fields)
+        if "keyspace" in readable and self._parts is not None:
+            number = readable.pop("keyspace")
+            readable["model"] = next(
+                (name for name, model in self._parts.store.models.items() if model.keyspace == number), number
+            )
+        return readable
+
+    def _delay_s(self, address: str) -> float:
+        """Emulated one-way delay towards a peer; none until its region is known."""
+        if not self.config.links:
+            return 0.0
+        known = self._delays_s.get(address)
+        if known is not None:
+            return known
+        region = self._parts.machine.region_of(address) if self._parts is not None else None
+        if region is None:
+            return 0.0
+        if len(self._delays_s) >= MEMBERS_MAX:
+            self._delays_s.clear()
+        self._delays_s[address] = delay_s = self.config.delay_s(self.config.node.region, region)
+        return delay_s
+
+    # --- requests of publishers and tools
+
+    def handle_request(self, number: int, request: Request) -> Answer | None:
+        """See `ekko.endpoint.Handler`."""
+        assert self._parts is not None, "the endpoint starts after the parts"
+        match request:
+            case Ping():
+                return Pong(self.config.node.id)
+            case Open():
+                return self._open(self._parts, request)
+            case PublishStep():
+                return self._publish(self._parts, number, request)
+            case Wait(model, stamp, scope, timeout_ms):
+                return self._submit(m.WaitRequested(number, model_id(model), stamp, scope, timeout_ms))
+            case _:
+                assert_never(request)
+
+    def _open(self, parts: "_Parts", request: Open) -> Opened:
+        self._check_may_publish()
+        held = parts.store.models.get(request.model)
+        if held is None and request.tables is None:
+            known = ", ".join(map(repr, parts.store.models)) or "none"
+            raise ModelError(
+                f"unknown model {request.model!r} at node {self.config.node.id!r}: known: {known}; give its tables to create it"
+            )
+        shards = request.shards or (SHARDS_DEFAULT if held is None else held.shards)
+        tables = {name: TableSpec(name, dim) for name, dim in request.tables or ()}
+        if held is None or not tables.keys() <= held.spec.tables.keys():
+            self._grow_schema(parts, ModelSpec(request.model, shards, tables))
+        else:  # refuses what contradicts it
+            parts.store.add_model(ModelSpec(request.model, shards, tables))
+        model = parts.store.models[request.model]
+        writer = model.writer
+        last_stamp = 0 if writer is None else int(model.frontier[writer.writer])
+        dims = {table.name: table.dim for table in model.spec.tables.values()}
+        return Opened(self.config.node.id, self.config.node.region, model.shards, dims, dict(model.spec.tensors), last_stamp)
+
+    def _publish(self, parts: "_Parts", number: int, step: PublishStep) -> Answer | None:
+        """Check what would harm the store, then hand the step to the protocol.
+
+        That keys are unique within a table is the publisher's part: of duplicates the store keeps the first.
+        """
+        self._check_may_publish()
+        model = parts.store.models.get(step.model)
+        if model is None:
+            return Failed(REOPEN, f"unknown model {step.model!r}")
+        new = {tensor.name: tensor for tensor in step.tensors if model.spec.tensors.get(tensor.name) != tensor}
+        if new:
+            self._grow_schema(parts, ModelSpec(step.model, model.shards, {}, new))
+        tables = [column.table for column in step.columns]
+        if len(set(tables)) != len(tables):
+            raise PublishError("a step names one table twice")
+        known = {table.id for table in model.spec.tables.values()} | {table_id(DENSE_TABLE)}
+        if not known.issuperset(tables):
+            return Failed(REOPEN, f"unknown table of model {step.model!r}")
+        try:
+            model.check(step.columns)
+        except RemoteProtocolError as error:
+            raise ModelError(str(error)) from None
+        return self._submit(m.PublishRequested(number, model.keyspace, step.columns, step.published_ns))
+
+    def _check_may_publish(self) -> None:
+        node = self.config.node
+        if node.role != "train":
+            raise PublishError(f"node {node.id!r} has role {node.role!r}: publish to a node with role 'train'")
+
+    def _grow_schema(self, parts: "_Parts", spec: ModelSpec) -> None:
+        parts.store.add_model(spec, CAPACITY_ROWS_GUESS)
+        self._submit(m.SchemaChanged())
+
+    def _submit(self, event: m.PublishRequested | m.WaitRequested | m.SchemaChanged) -> Answer | None:
+        """Hand an event to the protocol; the answer comes as an effect, often before this returns."""
+        assert self._parts is not None
+        try:
+            self._parts.runtime.submit(event)
+        except LocalProtocolError as error:
+            return Failed("publish", str(error))
+        except Exception as error:  # the protocol may have stopped half-way through
+            log.error("local_request_failed", error=str(error), exc_info=not isinstance(error, EkkoError))
+            self._stop(error)
+            return Failed("publish", f"the node failed and stops: {error}")
+        return None
+
+    # --- what HTTP says
+
+    def waiting_for(self) -> list[str]:
+        """See `ekko.http.Source`."""
+        waiting = list(self._preparing)
+        if self._parts is not None and not self._parts.machine.status(_now()).synced:
+            waiting.append("the cluster: this node has not caught up with it yet")
+        return waiting
+
+    def status(self) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        picture = self.picture()
+        return {"ready": False, "waiting_for": self.waiting_for()} if picture is None else picture.to_json()
+
+    def metrics_text(self) -> bytes:
+        """See `ekko.http.Source`."""
+        return self._metrics.text()
+
+    def delays(self, since: int) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        return {"boot": f"{self._boot:016x}", **self._metrics.delays.since(since)}
+
+    def picture(self) -> NodePicture | None:
+        """The node now; None before there is a store."""
+        if self._parts is None:
+            return None
+        parts, now = self._parts, _now()
+        protocol = parts.machine.status(now)
+        names = {model.keyspace: model for model in parts.store.models.values()}
+        models = tuple(_model_picture(names[k.keyspace], k, now.unix_ms) for k in protocol.keyspaces if k.keyspace in names)
+        counters = asdict(parts.machine.counters)
+        counters |= {f"transport_{name}": count for name, count in asdict(parts.transport.counters).items()}
+        counters |= {"local_malformed": self._endpoint.malformed, "local_unanswerable": self._endpoint.unanswerable}
+        own_queues = (QueueStatus("local_requests", self._endpoint.pending, REQUESTS_PENDING_MAX),)
+        return NodePicture(
+            __version__,
+            parts.transport.address,
+            str(self.config.node.run_dir),
+            time.monotonic() - self._started_s,
+            parts.store.resumed,
+            tuple(self.waiting_for()),
+            protocol,
+            models,
+            (*protocol.queues, *own_queues),
+            counters,
+            dict(parts.runtime.rejected),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a running node consists of, all made at once."""
+
+    store: Store
+    machine: Machine
+    transport: ZmqTransport
+    runtime: Runtime
+
+
+def machine_hash() -> int:
+    """Names this machine since its boot: whose monotonic clock a time is of."""
+    return int(xxhash.xxh64_intdigest(kernel_boot_id().encode()))
+
+
+def _now() -> m.Now:
+    return m.Now(time.monotonic_ns() // 1_000_000, time.time_ns() // 1_000_000)
+
+
+def _model_picture(model: ModelStore, keyspace: KeyspaceStatus, unix_ms: int) -> ModelPicture:
+    dims = {table.name: table.dim for table in model.spec.tables.values()} | {DENSE_TABLE: DENSE_DIM}
+    stats = model.table_stats()
+    return ModelPicture(
+        model.spec.name,
+        model.shards,
+        keyspace.synced,
+        max(0, unix_ms - keyspace.synced_until_ms) if keyspace.synced_until_ms else None,
+        keyspace.open_steps,
+        keyspace.steps_dropped,
+        keyspace.pulling_from,
+        tuple(TablePicture(name, dims[name], stat.rows, stat.tombstones, stat.bytes) for name, stat in stats.items()),
+        tuple(model.spec.tensors.values()),
+    )
+
+
+def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The failure that ended the node: the first one that a person can act on, else the first."""
+    leaves: list[BaseException] = []
+    pending: list[BaseException] = [group]
+    while pending:
+        error = pending.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            pending = [*error.exceptions, *pending]
+        else:
+            leaves.append(error)
+    return next((error for error in leaves if isinstance(error, EkkoError)), leaves[0])

@@ -1,0 +1,104 @@
+"""`ekko status` for people."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_status(status: dict[str, Any], console: Console | None = None) -> None:
+    """Print a node's answer to GET /status as tables."""
+    console = console or Console()
+    if "node" not in status:
+        console.print(f"The node is starting; it waits for: {', '.join(status.get('waiting_for', []))}")
+        return
+    node = status["node"]
+    state = "[green]ready[/]" if status["ready"] else f"[yellow]waiting for {'; '.join(status['waiting_for'])}[/]"
+    console.print(
+        f"[bold]{node['id']}[/] {node['role']} in {node['region']}, {node['address']}: {state}, "
+        f"up {_duration(node['uptime_s'])}, version {node['version']}"
+    )
+    console.print(_members(status))
+    console.print(_models(status))
+    if status["peers"]:
+        console.print(_peers(status))
+    console.print(_queues(status))
+    if status["rejected"]:
+        rejected = ", ".join(f"{sender}: {count}" for sender, count in status["rejected"].items())
+        console.print(f"[yellow]rejected messages by sender[/]: {rejected}")
+
+
+def _members(status: dict[str, Any]) -> Table:
+    table = _table("Members", "node", "region", "role", "address", "state")
+    for member in status["members"]:
+        table.add_row(
+            member["node"],
+            member["region"],
+            member["role"],
+            member["address"],
+            "[green]alive[/]" if member["alive"] else "[red]silent[/]",
+        )
+    return table
+
+
+def _models(status: dict[str, Any]) -> Table:
+    table = _table(
+        "Models", "model", "table", "dim", "rows", "deleted", "memory", "staleness", "state", numbers=(2, 3, 4, 5, 6)
+    )
+    for name, model in status["models"].items():
+        pulling = f", pulling from {model['pulling_from']}" if model["pulling_from"] else ""
+        state = ("synced" if model["synced"] else "[yellow]catching up[/]") + pulling
+        staleness = "-" if model["staleness_ms"] is None else f"{model['staleness_ms']:,} ms"
+        table.add_row(name, "", "", f"{model['rows']:,}", "", _size(model["bytes"]), staleness, state)
+        for label, part in model["tables"].items():
+            table.add_row(
+                "", label, str(part["dim"]), f"{part['rows']:,}", f"{part['tombstones']:,}", _size(part["bytes"]), "", ""
+            )
+    return table
+
+
+def _peers(status: dict[str, Any]) -> Table:
+    table = _table(
+        "Peers", "node", "rows in", "rows out", "bytes in", "bytes out", "in flight", "skipped", numbers=(1, 2, 3, 4, 5, 6)
+    )
+    for peer in status["peers"]:
+        table.add_row(
+            peer["node"],
+            f"{peer['rows_in']:,}",
+            f"{peer['rows_out']:,}",
+            _size(peer["bytes_in"]),
+            _size(peer["bytes_out"]),
+            _size(peer["bytes_in_flight"]),
+            f"{peer['batches_skipped']:,}",
+        )
+    return table
+
+
+def _queues(status: dict[str, Any]) -> Table:
+    table = _table("Queues", "queue", "fill", "bound", numbers=(1, 2))
+    for queue in status["queues"]:
+        table.add_row(queue["name"], f"{queue['fill']:,}", f"{queue['bound']:,}")
+    return table
+
+
+def _table(title: str, *columns: str, numbers: tuple[int, ...] = ()) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in numbers else "left")
+    return table
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = ((days, "d"), (hours, "h"), (minutes, "min"), (rest, "s"))
+    return " ".join(f"{count} {unit}" for count, unit in parts if count) or "0 s"

@@ -1,0 +1,130 @@
+"""What a node says over HTTP: is it alive, is it ready, what it knows, and its metrics.
+
+`/healthz` answers as soon as the process runs, `/readyz` says 200 once the node serves, `/status` is JSON for people and tools,
+`/metrics` is for Prometheus, `/delays?since=N` has the exact delay of every applied batch since the N-th. The server runs on
+the node's own event loop: what it reads is never half-changed, and whatever takes long here holds up the node, so every
+answer is bounded.
+"""
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+from typing import Protocol
+
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ekko.errors import ConfigError
+
+# Requests at once; scrapers and scripts, on loopback.
+REQUESTS_MAX = 64
+BACKLOG = 64
+KEEP_ALIVE_S = 30
+SHUTDOWN_S_MAX = 1
+
+
+class Source(Protocol):
+    """Where the answers come from. Called on the event loop; must not block."""
+
+    def waiting_for(self) -> list[str]:
+        """What the node still waits for before it is ready; empty: ready."""
+
+    def status(self) -> dict[str, object]:
+        """The node as JSON."""
+
+    def metrics_text(self) -> bytes:
+        """The node in Prometheus' text format."""
+
+    def delays(self, since: int) -> dict[str, object]:
+        """Exact delays of applied batches, from the `since`-th on."""
+
+
+def make_app(source: Source) -> Starlette:
+    """The routes over `source`."""
+
+    async def healthz(_: Request) -> Response:
+        return JSONResponse({"alive": True})
+
+    async def readyz(_: Request) -> Response:
+        waiting_for = source.waiting_for()
+        return JSONResponse({"ready": not waiting_for, "waiting_for": waiting_for}, 503 if waiting_for else 200)
+
+    async def status(_: Request) -> Response:
+        return Response(json.dumps(source.status()), media_type="application/json")
+
+    async def metrics(_: Request) -> Response:
+        return Response(source.metrics_text(), media_type=CONTENT_TYPE_LATEST)
+
+    async def delays(request: Request) -> Response:
+        since = request.query_params.get("since", "0")
+        if not since.isdecimal() or len(since) > 18:
+            return JSONResponse({"error": f"since is {since!r}: expected a whole number"}, 400)
+        return Response(json.dumps(source.delays(int(since))), media_type="application/json")
+
+    handlers = {"/healthz": healthz, "/readyz": readyz, "/status": status, "/metrics": metrics, "/delays": delays}
+    return Starlette(routes=[Route(path, handler) for path, handler in handlers.items()])
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals belong to the node, not to its HTTP server."""
+        yield
+
+
+class HttpServer:
+    """A bound HTTP server, from the constructor to the end of `serve`."""
+
+    def __init__(self, source: Source, host: str, port: int) -> None:
+        """Bind.
+
+        Raises:
+            ConfigError: the address is taken or not of this machine.
+        """
+        self._app = make_app(source)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind((host, port))
+        except OSError as error:
+            self._socket.close()
+            raise ConfigError(
+                f"node.http: cannot listen on {host}:{port}: {error.strerror}: stop what listens there, or choose another port"
+            ) from None
+
+    async def serve(self) -> None:
+        """Serve until cancelled; open requests get `SHUTDOWN_S_MAX` to finish."""
+        config = uvicorn.Config(
+            self._app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=BACKLOG,
+            limit_concurrency=REQUESTS_MAX,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=SHUTDOWN_S_MAX,
+        )
+        server = _Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[self._socket]))
+        try:
+            await asyncio.shield(serving)
+        except asyncio.CancelledError:
+            server.should_exit = True
+            await serving
+            raise
+
+    def close(self) -> None:
+        """Give the port back, where `serve` was never called."""
+        self._socket.close()

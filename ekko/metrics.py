@@ -1,0 +1,198 @@
+"""Every Prometheus name of a node, and the delays behind the most important one.
+
+Counters and gauges are read from the node's picture when they are scraped; only the update delay is recorded as it happens.
+
+The delay of an update is the time from the entry of `publish` to the moment at which the last row of the batch can be read on
+this node. Publisher and node on one machine share a monotonic clock, and the delay is exact; between machines it is the
+difference of wall clocks, and only as good as their synchronisation.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ekko.status import NodePicture
+from p2p.messages import BatchApplied
+from p2p.stamps import unix_ms_of
+
+# Exact delays kept for GET /delays: twenty minutes of 100 batches a second.
+DELAY_SAMPLES_MAX = 1 << 17
+# Delays in one answer. The text is made on the node's event loop: 10,000 take about 4 ms there.
+DELAYS_ANSWER_MAX = 10_000
+DELAY_BUCKETS_S = (
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    300.0,
+)
+# Regions a histogram is kept for; more would mean that somebody invents region names.
+REGIONS_MAX = 256
+
+UPDATE_DELAY = "ekko_update_delay_seconds"
+# Name -> (help, counter of the node). `_total` is added by the format.
+COUNTERS = {
+    "ekko_batches_published": ("Steps of local publishers that were stored.", "batches_published"),
+    "ekko_batches_received": ("Batches that came from peers.", "batches_received"),
+    "ekko_batches_forwarded": ("Batches sent to peers.", "batches_forwarded"),
+    "ekko_batches_skipped": ("Batches left to the pull: no credit, no link, or refused by the transport.", "batches_skipped"),
+    "ekko_batches_repeated": ("Batches that had come before.", "batches_repeated"),
+    "ekko_rows_written": ("Rows whose version advanced on this node.", "rows_written"),
+    "ekko_rows_stale": ("Rows that were here already in this or a newer version.", "rows_stale"),
+    "ekko_gaps": ("Steps that arrived before a predecessor, and were pulled.", "gaps"),
+    "ekko_pulls_started": ("Pulls this node asked for.", "pulls_started"),
+    "ekko_pulls_completed": ("Pulls whose last chunk was applied.", "pulls_completed"),
+    "ekko_pulls_abandoned": ("Pulls given up: the peer went away or its session broke.", "pulls_abandoned"),
+    "ekko_pulls_served": ("Pulls of peers that were answered.", "pulls_served"),
+    "ekko_pull_rows_received": ("Rows that came by pull.", "pull_rows_received"),
+    "ekko_pull_rows_sent": ("Rows sent in answer to pulls.", "pull_rows_sent"),
+    "ekko_sessions_broken": ("Link sessions that ended with a hole.", "sessions_broken"),
+    "ekko_local_requests_malformed": ("Messages on the local endpoint that are not of its protocol.", "local_malformed"),
+}
+
+
+class Delays:
+    """The exact delays of the last batches, in the order in which they were applied."""
+
+    def __init__(self, capacity: int = DELAY_SAMPLES_MAX) -> None:
+        self._ring = np.zeros(capacity, np.float64)  # milliseconds
+        self._count = 0
+
+    def add(self, delay_ms: float) -> None:
+        self._ring[self._count % len(self._ring)] = delay_ms
+        self._count += 1
+
+    def since(self, position: int) -> dict[str, object]:
+        """Delays from `position` on, at most `DELAYS_ANSWER_MAX`; `next` is the position to go on from.
+
+        A position beyond the end is of a former life of the node: everything is given. `lost` counts what was overwritten.
+        """
+        begin = position if position <= self._count else 0
+        oldest = max(0, self._count - len(self._ring))
+        first = max(begin, oldest)
+        stop = min(self._count, first + DELAYS_ANSWER_MAX)
+        values = self._ring[np.arange(first, stop) % len(self._ring)]
+        return {"next": stop, "count": self._count, "lost": first - begin, "delays_ms": np.round(values, 3).tolist()}
+
+
+class Metrics(Collector):
+    """Everything /metrics says.
+
+    Args:
+        picture: takes the picture that a scrape is answered from.
+        machine: hash of this machine, as batches carry it.
+    """
+
+    def __init__(self, picture: Callable[[], NodePicture | None], machine: int) -> None:
+        self.delays = Delays()
+        self._picture = picture
+        self._machine = machine
+        self._regions: dict[str, Histogram] = {}
+        self._registry = CollectorRegistry()
+        self._delay = Histogram(
+            UPDATE_DELAY,
+            "From the entry of publish to the batch's last row being readable here.",
+            ["origin_region"],
+            buckets=DELAY_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._registry.register(self)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def on_applied(self, batch: BatchApplied, monotonic_ns: int, unix_ms: int) -> None:
+        """Record the delay of one batch that was just applied."""
+        if batch.machine == self._machine and batch.published_ns > 0:
+            delay_ms = (monotonic_ns - batch.published_ns) / 1e6
+        else:
+            delay_ms = float(max(0, unix_ms - unix_ms_of(batch.stamp)))
+        self.delays.add(delay_ms)
+        histogram = self._regions.get(batch.origin_region)
+        if histogram is None:
+            if len(self._regions) >= REGIONS_MAX:
+                return
+            histogram = self._regions[batch.origin_region] = self._delay.labels(batch.origin_region)
+        histogram.observe(delay_ms / 1000)
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry at each scrape."""
+        picture = self._picture()
+        if picture is None:
+            return
+        yield _gauge("ekko_ready", "1: the node serves.", int(picture.ready))
+        yield _gauge("ekko_synced", "1: the node has caught up with its cluster in this life.", int(picture.protocol.synced))
+        yield _gauge(
+            "ekko_members_alive", "Live nodes, this one included.", 1 + sum(peer.alive for peer in picture.protocol.peers)
+        )
+        for name, (text, counter) in COUNTERS.items():
+            yield CounterMetricFamily(name, text, value=picture.counters.get(counter, 0))
+        yield from _models(picture)
+        yield from _peers(picture)
+        yield from _queues(picture)
+        rejected = CounterMetricFamily("ekko_rejected_frames", "Messages of peers that were dropped.", labels=["sender"])
+        for sender, count in picture.rejected.items():
+            rejected.add_metric([sender], count)
+        yield rejected
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, value=value)
+
+
+def _models(picture: NodePicture) -> Iterator[Metric]:
+    staleness = GaugeMetricFamily("ekko_staleness_ms", "How far this node may be behind the live writers.", labels=["model"])
+    open_steps = GaugeMetricFamily("ekko_open_steps", "Steps of which something is still missing.", labels=["model"])
+    rows = GaugeMetricFamily("ekko_table_rows", "Live rows.", labels=["model", "table"])
+    tombstones = GaugeMetricFamily("ekko_table_tombstones", "Deleted rows that are remembered.", labels=["model", "table"])
+    size = GaugeMetricFamily("ekko_table_bytes", "Shared memory.", labels=["model", "table"])
+    for model in picture.models:
+        if model.staleness_ms is not None:
+            staleness.add_metric([model.name], model.staleness_ms)
+        open_steps.add_metric([model.name], model.open_steps)
+        for table in model.tables:
+            rows.add_metric([model.name, table.name], table.rows)
+            tombstones.add_metric([model.name, table.name], table.tombstones)
+            size.add_metric([model.name, table.name], table.bytes)
+    yield from (staleness, open_steps, rows, tombstones, size)
+
+
+def _peers(picture: NodePicture) -> Iterator[Metric]:
+    labels = ["peer", "region", "direction"]
+    rows = CounterMetricFamily("ekko_peer_rows", "Rows exchanged with a peer in its present life.", labels=labels)
+    size = CounterMetricFamily("ekko_peer_bytes", "Bytes of rows exchanged with a peer in its present life.", labels=labels)
+    in_flight = GaugeMetricFamily("ekko_peer_bytes_in_flight", "Sent and not yet acknowledged.", labels=["peer", "region"])
+    for peer in picture.protocol.peers:
+        for direction, row_count, byte_count in (("in", peer.rows_in, peer.bytes_in), ("out", peer.rows_out, peer.bytes_out)):
+            rows.add_metric([peer.node, peer.region, direction], row_count)
+            size.add_metric([peer.node, peer.region, direction], byte_count)
+        in_flight.add_metric([peer.node, peer.region], peer.bytes_in_flight)
+    yield from (rows, size, in_flight)
+
+
+def _queues(picture: NodePicture) -> Iterator[Metric]:
+    fill = GaugeMetricFamily("ekko_queue_fill", "What a bounded queue holds now.", labels=["queue"])
+    bound = GaugeMetricFamily("ekko_queue_bound", "What it may hold.", labels=["queue"])
+    for queue in picture.queues:
+        fill.add_metric([queue.name], queue.fill)
+        bound.add_metric([queue.name], queue.bound)
+    yield from (fill, bound)

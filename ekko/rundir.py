@@ -1,0 +1,85 @@
+"""What a node keeps in its `run_dir` besides the store: the lock that makes it the only one, and the durable ledger."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ekko.errors import ConfigError, StoreError
+
+LOCK_NAME = "lock"
+LEDGER_NAME = "ledger"
+LEDGER_BYTES_MAX = 16 << 20  # 4,096 ids for each of some models are a few hundred KiB
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold `run_dir` for this process; the kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        ConfigError: another node runs here, or the folder cannot be made or written.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"node.run_dir: {run_dir} cannot be used: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise ConfigError(
+                f"node.run_dir: {run_dir} is in use by another node (process {holder}): stop it, or give this one another run_dir"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class FileLedger:
+    """A small durable record in a file; fulfils `p2p.writers.Ledger`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / LEDGER_NAME
+
+    def load(self) -> bytes | None:
+        """What was saved last, or None.
+
+        Raises:
+            StoreError: the file is there and cannot be read.
+        """
+        try:
+            if self._path.stat().st_size > LEDGER_BYTES_MAX:
+                raise StoreError(
+                    f"{self._path} is larger than {LEDGER_BYTES_MAX} bytes: it is not a ledger; restore it from a copy"
+                )
+            return self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"{self._path} cannot be read: {error.strerror}") from None
+
+    def save(self, record: bytes) -> None:
+        """Replace the record; on return it survives a crash of the machine.
+
+        Raises:
+            StoreError: it could not be written; the record of before is still there.
+        """
+        fresh = self._path.with_name(f"{LEDGER_NAME}.new")
+        try:
+            with fresh.open("wb") as file:
+                file.write(record)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(self._path)
+            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)  # the new name, too, must survive
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise StoreError(f"{self._path} cannot be written: {error.strerror}") from None

@@ -1,0 +1,120 @@
+"""One picture of a node at one moment: what `/status`, `/metrics` and `ekko status` are drawn from."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from ekko.model import TensorSpec
+from p2p.machine import NodeStatus, QueueStatus
+
+
+@dataclass(frozen=True, slots=True)
+class TablePicture:
+    """One table, `_dense` included."""
+
+    name: str
+    dim: int
+    rows: int
+    tombstones: int
+    bytes: int  # of shared memory
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPicture:
+    """One model on this node."""
+
+    name: str
+    shards: int
+    synced: bool
+    staleness_ms: int | None  # None: no live writer is known, or nothing of one has come
+    open_steps: int  # steps of which a part or a predecessor is missing
+    steps_dropped: int
+    pulling_from: str  # node id; empty: not pulling
+    tables: tuple[TablePicture, ...]
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(table.rows for table in self.tables)
+
+    @property
+    def bytes(self) -> int:
+        """Of shared memory."""
+        return sum(table.bytes for table in self.tables)
+
+
+@dataclass(frozen=True, slots=True)
+class NodePicture:
+    """The whole node. `counters` only ever grow; `rejected` counts dropped messages by sender."""
+
+    version: str
+    address: str
+    run_dir: str
+    uptime_s: float
+    resumed: bool
+    waiting_for: tuple[str, ...]
+    protocol: NodeStatus
+    models: tuple[ModelPicture, ...]
+    queues: tuple[QueueStatus, ...]
+    counters: Mapping[str, int]
+    rejected: Mapping[str, int]
+
+    @property
+    def ready(self) -> bool:
+        return not self.waiting_for
+
+    def to_json(self) -> dict[str, object]:
+        """What GET /status answers; 64-bit ids are hexadecimal text, since JSON readers round large numbers."""
+        protocol = self.protocol
+        return {
+            "node": {
+                "id": protocol.node,
+                "region": protocol.region,
+                "role": protocol.role,
+                "address": self.address,
+                "run_dir": self.run_dir,
+                "version": self.version,
+                "boot": f"{protocol.boot:016x}",
+                "cluster": f"{protocol.cluster:016x}",
+                "uptime_s": round(self.uptime_s, 3),
+                "resumed": self.resumed,
+            },
+            "ready": self.ready,
+            "waiting_for": list(self.waiting_for),
+            "synced": protocol.synced,
+            "members": [
+                {
+                    "node": protocol.node,
+                    "region": protocol.region,
+                    "role": protocol.role,
+                    "address": self.address,
+                    "alive": True,
+                },
+                *(
+                    {"node": peer.node, "region": peer.region, "role": peer.role, "address": peer.address, "alive": peer.alive}
+                    for peer in protocol.peers
+                ),
+            ],
+            "models": {model.name: _model_json(model) for model in self.models},
+            "peers": [asdict(peer) for peer in protocol.peers],
+            "queues": [asdict(queue) for queue in self.queues],
+            "counters": dict(self.counters),
+            "rejected": dict(self.rejected),
+        }
+
+
+def _model_json(model: ModelPicture) -> dict[str, object]:
+    return {
+        "shards": model.shards,
+        "synced": model.synced,
+        "staleness_ms": model.staleness_ms,
+        "open_steps": model.open_steps,
+        "steps_dropped": model.steps_dropped,
+        "pulling_from": model.pulling_from,
+        "rows": model.rows,
+        "bytes": model.bytes,
+        "tables": {
+            table.name: {"dim": table.dim, "rows": table.rows, "tombstones": table.tombstones, "bytes": table.bytes}
+            for table in model.tables
+        },
+        "tensors": {tensor.name: {"shape": list(tensor.shape), "dtype": tensor.dtype} for tensor in model.tensors},
+    }
