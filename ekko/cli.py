@@ -70,7 +70,7 @@ def node(
     if check:
         typer.echo(f"{config}: fine: node {settings.node.id!r}, role {settings.node.role!r}, region {settings.node.region!r}")
         return
-    configure_logs(node=settings.node.id)
+    configure_logs(this_node=settings.node.id)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(Node(settings).run())
 

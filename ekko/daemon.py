@@ -62,6 +62,7 @@ class Node:
         self._metrics = Metrics(self.picture, self._machine_hash)
         self._endpoint = LocalEndpoint(config.node.local, self)
         self._preparing = ["kernels", "sockets"]
+        self._caught_up = False
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._failure: BaseException | None = None
@@ -300,8 +301,11 @@ class Node:
     def waiting_for(self) -> list[str]:
         """See `ekko.http.Source`."""
         waiting = list(self._preparing)
-        if self._parts is not None and not self._parts.machine.status(_now()).synced:
-            waiting.append("the cluster: this node has not caught up with it yet")
+        if not self._caught_up and self._parts is not None:
+            # Once in a life: a model that comes later must not take a node that serves others out of service.
+            self._caught_up = self._parts.machine.status(_now()).synced
+            if not self._caught_up:
+                waiting.append("the cluster: this node has not caught up with it yet")
         return waiting
 
     def status(self) -> dict[str, object]:

@@ -31,7 +31,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             raise ConfigError(
-                f"node.run_dir: {run_dir} is in use by another node (process {holder}): stop it, or give this one another run_dir"
+                f"node.run_dir: {run_dir} is in use by another node (process {holder}): stop it, or choose another run_dir"
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

@@ -1,0 +1,312 @@
+"""Real nodes in processes of their own: from publisher to reader, over HTTP, through stops, kills and mistakes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+import ekko
+from ekko.errors import ModelError, NodeUnreachable, PublishError
+from ekko.metrics import COUNTERS, UPDATE_DELAY
+from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
+
+pytestmark = pytest.mark.processes
+F32 = np.float32
+MODELS = {"ctr": ModelTables({"item": 4}, capacity_rows=1_000)}
+
+
+def rows(value: float, count: int = 1, dim: int = 4) -> np.ndarray[Any, Any]:
+    return np.full((count, dim), value, F32)
+
+
+def publisher_of(node: NodeProcess, **options: Any) -> ekko.Publisher:
+    return ekko.Publisher(node.local, model="ctr", **options)
+
+
+def get(node: NodeProcess, path: str) -> tuple[int, bytes]:
+    try:
+        with urllib.request.urlopen(f"http://{node.http}{path}", timeout=5) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """A training node and a serving node that are ready."""
+    nodes = [NodeSpec("train-1", "us", "train"), NodeSpec("serve-1", "eu")]
+    with LocalCluster(tmp_path_factory.mktemp("pair"), nodes, models=MODELS) as cluster:
+        cluster.start()
+        yield cluster
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Iterator[NodeProcess]:
+    """A training node of its own that is ready."""
+    with LocalCluster(tmp_path, [NodeSpec("solo", "eu", "train")], models=MODELS) as cluster:
+        cluster.start()
+        yield cluster["solo"]
+
+
+# --- two nodes ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_reaches_the_readers_of_both_nodes(pair: LocalCluster) -> None:
+    tensor = np.arange(600, dtype=F32).reshape(2, 300)
+    with publisher_of(pair["train-1"]) as publisher:
+        with publisher.step() as step:
+            step.publish("item", [1, 2], rows(0.5, 2))
+            step.publish_dense("top.0.weight", tensor)
+        publisher.wait(step.stamp, "all")
+        for node in pair.nodes.values():
+            with closing(ekko.Reader("ctr", run_dir=node.run_dir)) as reader:
+                out, stamps = reader.lookup("item", np.array([1, 9], np.uint64), stamps=True)
+                assert out.tolist() == [[0.5] * 4, [0.0] * 4]
+                assert stamps.tolist() == [step.stamp, 0]
+                np.testing.assert_array_equal(reader.dense("top.0.weight"), tensor)
+        stamp = publisher.delete("item", [1])
+        publisher.wait(stamp, "all")
+        with closing(ekko.Reader("ctr", run_dir=pair["serve-1"].run_dir)) as reader:
+            assert reader.lookup("item", np.array([1], np.uint64)).tolist() == [[0.0] * 4]
+
+
+def test_a_table_and_a_model_may_come_while_nodes_run(pair: LocalCluster) -> None:
+    train, serve = pair["train-1"], pair["serve-1"]
+    with ekko.Publisher(train.local, model="fresh", tables={"word": 3}, shards=8) as publisher:
+        publisher.wait(publisher.publish("word", [5], rows(1, 1, 3)), "all")
+    with ekko.Publisher(train.local, model="fresh", tables={"pair": 2}) as publisher:
+        assert publisher.tables == {"word": 3, "pair": 2}
+        publisher.wait(publisher.publish("pair", [6], rows(2, 1, 2)), "all")
+    with closing(ekko.Reader("fresh", run_dir=serve.run_dir, wait=5.0)) as reader:
+        assert reader.lookup("word", np.array([5], np.uint64)).tolist() == [[1.0] * 3]
+        assert reader.lookup("pair", np.array([6], np.uint64)).tolist() == [[2.0] * 2]
+    assert [get(node, "/readyz")[0] for node in (train, serve)] == [200, 200]
+    assert serve.status()["models"]["fresh"]["shards"] == 8
+
+
+def test_what_a_node_refuses(pair: LocalCluster) -> None:
+    train, serve = pair["train-1"], pair["serve-1"]
+    with pytest.raises(PublishError, match="node 'serve-1' has role 'serve': publish to a node with role 'train'"):
+        publisher_of(serve)
+    with pytest.raises(ModelError, match="unknown model 'absent' at node 'train-1': known: 'ctr'"):
+        ekko.Publisher(train.local, model="absent")
+    with pytest.raises(ModelError, match=r"table 'item' of model 'ctr' has dim 4 .*not dim 5"):
+        publisher_of(train, tables={"item": 5})
+    with pytest.raises(ModelError, match="model 'ctr' has 64 shards, not 2"):
+        publisher_of(train, shards=2)
+    with publisher_of(train) as publisher, pytest.raises(PublishError, match="was not published on this node"):
+        publisher.wait(1 << 63)
+
+
+def test_what_a_node_says_over_http(pair: LocalCluster) -> None:
+    train, serve = pair["train-1"], pair["serve-1"]
+    with publisher_of(train) as publisher:
+        since = serve.delays().next
+        for number in range(5):
+            publisher.publish("item", [100 + number], rows(1))
+        publisher.wait(publisher.last_stamp, "all")
+    delays = serve.delays(since)
+    assert len(delays.delays_ms) == 5
+    assert all(0 < delay < 5_000 for delay in delays.delays_ms)
+    assert serve.delays(delays.next).delays_ms == []
+
+    status = serve.status()
+    assert (status["ready"], status["synced"], status["waiting_for"]) == (True, True, [])
+    assert {member["node"]: member["alive"] for member in status["members"]} == {"serve-1": True, "train-1": True}
+    assert status["models"]["ctr"]["tables"]["item"]["rows"] >= 5
+    assert status["models"]["ctr"]["staleness_ms"] < 5_000
+    (peer,) = status["peers"]
+    assert peer["rows_in"] >= 5
+    assert peer["bytes_in"] >= 5 * (8 + 16)
+
+    lines = serve.metrics().splitlines()
+    samples = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
+    assert samples[f'{UPDATE_DELAY}_count{{origin_region="us"}}'] >= 5
+    assert samples['ekko_staleness_ms{model="ctr"}'] < 5_000
+    assert samples['ekko_peer_rows_total{direction="in",peer="train-1",region="us"}'] >= 5
+    assert samples['ekko_peer_bytes_total{direction="in",peer="train-1",region="us"}'] > 0
+    assert all(f"{name}_total" in samples for name in COUNTERS)
+    for queue in status["queues"]:
+        assert samples[f'ekko_queue_fill{{queue="{queue["name"]}"}}'] <= samples[f'ekko_queue_bound{{queue="{queue["name"]}"}}']
+    assert "# TYPE ekko_rejected_frames_total counter" in lines
+
+
+def test_the_other_answers(pair: LocalCluster) -> None:
+    node = pair["train-1"]
+    assert get(node, "/healthz") == (200, b'{"alive":true}')
+    assert get(node, "/readyz") == (200, b'{"ready":true,"waiting_for":[]}')
+    assert get(node, "/delays?since=x")[0] == 400
+    assert get(node, "/delays?since=" + "9" * 30)[0] == 400
+    assert get(node, "/nothing")[0] == 404
+
+
+def test_junk_from_a_peer_is_counted_and_changes_nothing(pair: LocalCluster) -> None:
+    serve = pair["serve-1"]
+    rejected = sum(serve.status()["rejected"].values())
+    with zmq.Context.instance().socket(zmq.DEALER) as peer:
+        peer.linger = 1000
+        peer.connect(serve.peers)
+        for junk in ([b"\x00" * 100], [b"junk", b"junk"], [b""] * 3):
+            peer.send_multipart(junk)
+        wait_until(lambda: sum(serve.status()["rejected"].values()) >= rejected + 3, "three messages rejected", 10)
+    with publisher_of(pair["train-1"]) as publisher:
+        publisher.wait(publisher.publish("item", [1], rows(1)), "all")
+    assert "ekko_rejected_frames_total{" in serve.metrics()
+
+
+def test_status_on_the_command_line(pair: LocalCluster) -> None:
+    serve = pair["serve-1"]
+    command = [sys.executable, "-m", "ekko.cli", "status"]
+    shown = subprocess.run([*command, "--config", str(serve.config_path)], capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    for part in ("serve-1", "train-1", "ctr", "item", "open_steps"):
+        assert part in shown.stdout
+    told = subprocess.run([*command, "--http", serve.http, "--json"], capture_output=True, text=True, timeout=60)
+    assert json.loads(told.stdout)["node"]["id"] == "serve-1"
+
+
+# --- stops and starts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_cleanly(single: NodeProcess, number: signal.Signals) -> None:
+    os.kill(single.pid, number)
+    assert single.stop() == 0
+    records = [json.loads(line) for line in single.log_path.read_text().splitlines()]
+    assert records[-1]["event"] == "node_stopped"
+    assert {record["this_node"] for record in records} == {"solo"}
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["stopped", "killed"])
+def test_publisher_and_reader_live_through_a_restart(single: NodeProcess, hard: bool) -> None:
+    with publisher_of(single, timeout=1.0) as publisher, closing(ekko.Reader("ctr", run_dir=single.run_dir)) as reader:
+        before = publisher.publish("item", [1], rows(1))
+        if hard:
+            single.kill()
+        else:
+            assert single.stop() == 0
+        with pytest.raises(NodeUnreachable, match=r"within 1 s"):
+            publisher.publish("item", [2], rows(2))
+        assert reader.lookup("item", np.array([1], np.uint64)).tolist() == [[1.0] * 4]
+        single.start()
+        single.wait_ready()
+        assert single.status()["node"]["resumed"]
+        after = publisher.publish("item", [2], rows(2))
+        assert after > before
+        out, stamps = reader.lookup("item", np.array([1, 2], np.uint64), stamps=True)
+        assert out[:, 0].tolist() == [1.0, 2.0]
+        assert stamps.tolist() == [before, after]
+
+
+def test_a_publisher_tells_a_node_that_lost_its_memory_again(single: NodeProcess) -> None:
+    with publisher_of(single, tables={"extra": 2}) as publisher:
+        publisher.publish("extra", [1], rows(1, 1, 2))
+        single.kill()
+        single.remove_memory()
+        single.start()
+        single.wait_ready()
+        assert not single.status()["node"]["resumed"]
+        publisher.publish("extra", [2], rows(2, 1, 2))
+        with closing(ekko.Reader("ctr", run_dir=single.run_dir)) as reader:
+            assert reader.lookup("extra", np.array([1, 2], np.uint64))[:, 0].tolist() == [0.0, 2.0]
+
+
+# --- mistakes of the operator -------------------------------------------------------------------------------------------------
+
+
+def failure_of(node: NodeProcess) -> tuple[int, str]:
+    """Exit code and the one line of a node that does not start."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ekko.cli", "node", "--config", str(node.config_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("ekko: ")]
+    return done.returncode, line
+
+
+@pytest.mark.parametrize("setting", ["peers", "local", "http"])
+def test_a_port_that_is_taken(tmp_path: Path, setting: str) -> None:
+    with LocalCluster(tmp_path, [NodeSpec("solo", "eu", "train")]) as cluster, socket.socket() as other:
+        node = cluster["solo"]
+        address = {"peers": node.peers, "local": node.local, "http": node.http}[setting].removeprefix("tcp://")
+        other.bind(("127.0.0.1", int(address.rpartition(":")[2])))
+        other.listen()
+        code, line = failure_of(node)
+    assert code == 2
+    assert line.startswith(f"ekko: node.{setting}: ")
+    assert address in line
+    assert line.endswith("or choose another port")
+
+
+def test_a_second_node_on_one_run_dir(single: NodeProcess, tmp_path: Path) -> None:
+    with LocalCluster(tmp_path / "second", [NodeSpec("second", "eu", "train")]) as cluster:
+        second = cluster["second"]
+        text = second.config_path.read_text().replace(str(second.run_dir), str(single.run_dir))
+        second.config_path.write_text(text)
+        code, line = failure_of(second)
+    assert code == 2
+    assert f"{single.run_dir} is in use by another node (process {single.pid})" in line
+    assert get(single, "/readyz")[0] == 200
+
+
+def test_a_second_node_with_one_id(single: NodeProcess, tmp_path: Path) -> None:
+    with LocalCluster(tmp_path / "twin", [NodeSpec("solo", "eu")]) as cluster:
+        twin = cluster["solo"]
+        text = twin.config_path.read_text().replace("seeds = []", f'seeds = ["{single.peers}"]')
+        twin.config_path.write_text(text)
+        code, line = failure_of(twin)
+    assert code == 3
+    assert "node id 'solo' is in use by a live node" in line
+    assert get(single, "/readyz")[0] == 200
+
+
+def test_a_model_that_contradicts_what_is_stored(single: NodeProcess) -> None:
+    assert single.stop() == 0
+    single.config_path.write_text(single.config_path.read_text().replace('"item" = 4', '"item" = 5'))
+    code, line = failure_of(single)
+    assert code == 2
+    assert line.startswith("ekko: models.ctr: table 'item' of model 'ctr' has dim 4")
+    assert "change the configuration" in line
+
+
+def test_a_damaged_ledger(single: NodeProcess) -> None:
+    assert single.stop() == 0
+    (single.run_dir / "ledger").write_bytes(b"\xc1 not a ledger")
+    code, line = failure_of(single)
+    assert code == 2
+    assert "is damaged" in line
+
+
+def test_a_node_that_finds_no_cluster_is_alive_and_not_ready(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path, [NodeSpec("train-1", "us", "train"), NodeSpec("lone", "eu")]) as cluster:
+        lone = cluster["lone"]
+        lone.start()
+
+        def waits_for_the_cluster() -> bool:
+            try:
+                return get(lone, "/readyz") == (
+                    503,
+                    b'{"ready":false,"waiting_for":["the cluster: this node has not caught up with it yet"]}',
+                )
+            except OSError:
+                return False
+
+        wait_until(waits_for_the_cluster, "only the cluster is missing", 60)
+        assert get(lone, "/healthz")[0] == 200
+        assert lone.stop() == 0
