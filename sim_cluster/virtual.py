@@ -20,6 +20,7 @@ from p2p.errors import RemoteProtocolError
 from p2p.machine import Machine, MachineOptions
 from p2p.replica import RowColumns
 from p2p.stamps import EPOCH_MS, WRITERS_MAX, writer_of
+from p2p.transport import Buffer
 
 # A run that handles more events than this at one virtual instant circles.
 EVENTS_PER_INSTANT_MAX = 1_000_000
@@ -145,7 +146,7 @@ class VirtualCluster:
     def _boot(self, node: VirtualNode) -> None:
         node.store.add_model(node.model, capacity_rows=64)
         options = MachineOptions(
-            node.name, self._rng.getrandbits(64) | 1, self._now().unix_ms, node.region, node.role, node.seeds
+            node.name, self._rng.getrandbits(64) | 1, self.now().unix_ms, node.region, node.role, node.seeds
         )
         node.machine = Machine(options, node.store, node.ledger, random.Random(self._rng.random()))
         self._feed(node, node.machine, m.Started(address_of(node.name)))
@@ -200,8 +201,8 @@ class VirtualCluster:
             self.run(step_ms)
         return True
 
-    def _now(self) -> m.Now:
-        # The virtual epoch is an arbitrary moment after the stamps' own.
+    def now(self) -> m.Now:
+        """Both clocks; the virtual epoch is an arbitrary moment after the stamps' own."""
         return m.Now(self.now_ms, EPOCH_MS + 1_000_000 + self.now_ms)
 
     def _at(self, at_ms: int, action: Callable[[], None]) -> None:
@@ -215,7 +216,7 @@ class VirtualCluster:
         pending = [event]
         while pending:
             try:
-                effects = machine.handle(pending.pop(0), self._now())
+                effects = machine.handle(pending.pop(0), self.now())
             except RemoteProtocolError as error:
                 node.rejected.append(str(error))
                 effects = []
@@ -250,7 +251,7 @@ class VirtualCluster:
 
         self._at(deadline_ms, fire)
 
-    def _transmit(self, sender: VirtualNode, address: str, frames: Sequence[wire.Buffer]) -> bool:
+    def _transmit(self, sender: VirtualNode, address: str, frames: Sequence[Buffer]) -> bool:
         target = self.nodes.get(name_of(address))
         if target is None or target.machine is None:
             return False

@@ -1,6 +1,8 @@
 """Whole clusters in virtual time: the machine, the codec and the store together."""
 
 import dataclasses
+import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,39 +12,37 @@ from p2p import knowledge as knowledge_module
 from p2p import membership
 from p2p import messages as m
 from p2p import push as push_module
+from p2p.machine import Machine, MachineOptions
 from p2p.replica import RowColumns
 from p2p.stamps import EPOCH_MS, make_stamp
-from sim_cluster.checkers import StampWatch, check_converged, check_knowledge, contents
+from sim_cluster.checkers import check_converged, check_knowledge, contents
 from sim_cluster.virtual import NetworkOptions, VirtualCluster
-
-CALM = NetworkOptions()
-REGIONS = {"train": ("t1",), "eu": ("eu1", "eu2"), "us": ("us1", "us2", "us3")}
+from tests.p2p.chaos import (
+    CALM,
+    REGIONS,
+    at_rest,
+    chaos,
+    form,
+    origin_dies_in_mid_push,
+    writing_goes_on_while_a_node_joins,
+)
 
 
 def start(seed: int = 1, options: NetworkOptions = CALM, model: ModelSpec | None = None) -> VirtualCluster:
-    cluster = VirtualCluster(seed, options, model)
-    for region, names in REGIONS.items():
-        for name in names:
-            cluster.add(name, region, "train" if region == "train" else "serve", [] if name == "t1" else ["t1"])
+    cluster = form(seed, options, model)
     assert cluster.run_until(lambda: all(synced(cluster, name) for name in cluster.nodes)), "the cluster never formed"
     return cluster
 
 
 def synced(cluster: VirtualCluster, name: str) -> bool:
     machine = cluster.nodes[name].machine
-    return machine is not None and machine.status(cluster._now()).synced
+    return machine is not None and machine.status(cluster.now()).synced
 
 
 def counters(cluster: VirtualCluster, name: str) -> object:
     machine = cluster.nodes[name].machine
     assert machine is not None
     return machine.counters
-
-
-def at_rest(cluster: VirtualCluster, limit_ms: int = 60_000) -> None:
-    assert cluster.run_until(lambda: check_converged(cluster) == "", limit_ms), check_converged(cluster)
-    for node in cluster.nodes.values():
-        assert check_knowledge(cluster, node) == ""
 
 
 def test_a_step_reaches_every_node_once_by_push_alone() -> None:
@@ -82,36 +82,12 @@ def test_deletes_and_later_writes_win_everywhere() -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_faults_end_in_equal_stores(seed: int) -> None:
     """Loss, repeats, reordering, crashes with and without memory: at rest all is well (invariants 1, 2, 3)."""
-    faults = NetworkOptions(1, 30, 40, loss_probability=0.1, repeat_probability=0.1, reorder_probability=0.2)
-    cluster = VirtualCluster(seed, faults)
-    for region, names in REGIONS.items():
-        for name in names:
-            cluster.add(name, region, "train" if region == "train" else "serve", [] if name == "t1" else ["t1"])
-    watch = StampWatch()
-    cluster.run(3_000)
-    for step in range(60):
-        if cluster.nodes["t1"].machine is not None:
-            keys = [(step * 7 + offset) % 40 for offset in range(1 + step % 5)]
-            cluster.publish("t1", "item" if step % 3 else "user", keys, float(step), delete=step % 11 == 0)
-        match step:
-            case 15:
-                cluster.crash("us1")
-            case 20:
-                cluster.crash("t1")
-            case 25:
-                cluster.restart("t1")
-            case 30:
-                cluster.restart("us1", keep_state=seed % 2 == 0)
-            case 40:
-                cluster.crash("t1")
-                cluster.restart("t1", keep_state=seed % 3 != 0)
-                cluster.run(4_000)  # a training node that lost its memory learns before it goes on
-        cluster.run(60)
-        assert watch.check(cluster) == "", f"seed {seed}"
-        for node in cluster.nodes.values():
-            assert check_knowledge(cluster, node) == "", f"seed {seed}"
-    cluster.options = CALM
-    at_rest(cluster)
+    chaos(seed)
+
+
+@pytest.mark.parametrize("scenario", [origin_dies_in_mid_push, writing_goes_on_while_a_node_joins], ids=lambda s: s.__name__)
+def test_directed(scenario: Callable[[int], None]) -> None:
+    scenario(1)
 
 
 def test_one_seed_gives_one_trace() -> None:
@@ -256,12 +232,9 @@ def test_a_second_live_node_with_one_id_is_refused() -> None:
     twin.store = type(twin.store).anonymous()
     original_name = "eu1"
     twin.machine = None
-    import random
-
-    from p2p.machine import Machine, MachineOptions
 
     twin.store.add_model(cluster.model, capacity_rows=8)
-    options = MachineOptions(original_name, 4242, cluster._now().unix_ms, "eu", "serve", twin.seeds)
+    options = MachineOptions(original_name, 4242, cluster.now().unix_ms, "eu", "serve", twin.seeds)
     twin.ledger = type(twin.ledger)()
     twin.machine = Machine(options, twin.store, twin.ledger, random.Random(1))
     cluster._feed(twin, twin.machine, m.Started("virtual://eu9"))
@@ -276,7 +249,7 @@ def test_a_silent_node_leaves_the_trees_and_comes_back() -> None:
     cluster.run(membership.SILENCE_MS_MAX + 1_000)
     machine = cluster.nodes["t1"].machine
     assert machine is not None
-    alive = {peer.node: peer.alive for peer in machine.status(cluster._now()).peers}
+    alive = {peer.node: peer.alive for peer in machine.status(cluster.now()).peers}
     assert alive == {"eu1": True, "eu2": True, "us1": False, "us2": True, "us3": True}
     skipped = machine.counters.batches_skipped
     cluster.publish("t1", "item", [5], 5.0)
@@ -291,10 +264,10 @@ def test_staleness_follows_the_live_writer_and_is_unknown_without_one() -> None:
     replica = cluster.nodes["us1"].store.models["ctr"]
     machine = cluster.nodes["us1"].machine
     assert machine is not None
-    assert machine.status(cluster._now()).keyspaces[0].synced_until_ms == 0
+    assert machine.status(cluster.now()).keyspaces[0].synced_until_ms == 0
     cluster.publish("t1", "item", [1], 1.0)
     cluster.run(2_000)
-    behind_ms = cluster._now().unix_ms - machine.status(cluster._now()).keyspaces[0].synced_until_ms
+    behind_ms = cluster.now().unix_ms - machine.status(cluster.now()).keyspaces[0].synced_until_ms
     assert 0 <= behind_ms <= push_module.IDLE_BEAT_MS + 20
     del replica
 
@@ -307,14 +280,14 @@ def test_messages_of_a_peer_that_lie_change_nothing() -> None:
     before = contents(victim.store, "ctr")
     item = cluster.model.tables["item"].id
     link = next(link for link in cluster.nodes["t1"].machine._core.links.values() if link.node == "eu1")
-    future = make_stamp(cluster._now().unix_ms + 120_000, 0, 0)
-    stamp = make_stamp(cluster._now().unix_ms + 1, 0, 0)
-    good = dict(table=item, keys=np.array([1], np.uint64), rows=np.ones((1, 16), np.uint8))
+    future = make_stamp(cluster.now().unix_ms + 120_000, 0, 0)
+    stamp = make_stamp(cluster.now().unix_ms + 1, 0, 0)
+    good = {"table": item, "keys": np.array([1], np.uint64), "rows": np.ones((1, 16), np.uint8)}
     wrong_shard = 1 + int(victim.store.models["ctr"].shards_of(np.array([1], np.uint64))[0])
     for lie in (
         lying_batch(cluster, future, RowColumns(**good)),
-        lying_batch(cluster, stamp, RowColumns(**good | dict(table=12345))),
-        lying_batch(cluster, stamp, RowColumns(**good | dict(rows=np.ones((1, 12), np.uint8)))),
+        lying_batch(cluster, stamp, RowColumns(**good | {"table": 12345})),
+        lying_batch(cluster, stamp, RowColumns(**good | {"rows": np.ones((1, 12), np.uint8)})),
         lying_batch(cluster, stamp, RowColumns(**good), shard=wrong_shard % 8),
         lying_batch(cluster, stamp, RowColumns(**good), shard=99),
         lying_batch(cluster, stamp, RowColumns(**good), nonce=666),
@@ -343,9 +316,9 @@ def test_queues_report_their_fill_and_stay_below_their_bounds() -> None:
         cluster.run(10)
     for node in cluster.nodes.values():
         assert node.machine is not None
-        for queue in node.machine.status(cluster._now()).queues:
+        for queue in node.machine.status(cluster.now()).queues:
             assert 0 <= queue.fill <= queue.bound
     assert any(
         queue.name == "open_steps" and queue.bound == knowledge_module.OPEN_STEPS_MAX
-        for queue in cluster.nodes["t1"].machine.status(cluster._now()).queues
+        for queue in cluster.nodes["t1"].machine.status(cluster.now()).queues
     )

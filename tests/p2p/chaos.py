@@ -1,0 +1,104 @@
+"""The scenario of the fault tests: six nodes in three regions, every fault at once, and the checkers at each step."""
+
+from unittest import mock
+
+from ekko.model import ModelSpec
+from p2p import outbox, push
+from sim_cluster.checkers import StampWatch, check_converged, check_knowledge, contents
+from sim_cluster.virtual import NetworkOptions, VirtualCluster
+
+CALM = NetworkOptions()
+FAULTS = NetworkOptions(1, 30, 40, loss_probability=0.1, repeat_probability=0.1, reorder_probability=0.2)
+REGIONS = {"train": ("t1",), "eu": ("eu1", "eu2"), "us": ("us1", "us2", "us3")}
+
+
+def form(seed: int, options: NetworkOptions = CALM, model: ModelSpec | None = None) -> VirtualCluster:
+    """Start the six nodes; they have yet to meet."""
+    cluster = VirtualCluster(seed, options, model)
+    for region, names in REGIONS.items():
+        for name in names:
+            cluster.add(name, region, "train" if region == "train" else "serve", [] if name == "t1" else ["t1"])
+    return cluster
+
+
+def at_rest(cluster: VirtualCluster, limit_ms: int = 60_000) -> None:
+    """Wait until nothing differs any more, then check what everybody claims."""
+    assert cluster.run_until(lambda: check_converged(cluster) == "", limit_ms), check_converged(cluster)
+    check_claims(cluster)
+
+
+def check_claims(cluster: VirtualCluster) -> None:
+    """Invariant 3 on every node."""
+    for node in cluster.nodes.values():
+        assert check_knowledge(cluster, node) == "", f"seed {cluster.seed}, {cluster.now_ms} ms"
+
+
+def chaos(seed: int) -> None:
+    """One run; raises AssertionError on the first violation. Messages are cut small, so that parts and chunks are many."""
+    with mock.patch.object(push, "BATCH_BYTES_MAX", 150), mock.patch.object(outbox, "CHUNK_BYTES_MAX", 300):
+        cluster = form(seed, FAULTS)
+        watch = StampWatch()
+        cluster.run(3_000)
+        for step in range(60):
+            if cluster.nodes["t1"].machine is not None:
+                keys = [(step * 7 + offset) % 40 for offset in range(1 + step % 9)]
+                cluster.publish("t1", "item" if step % 3 else "user", keys, float(step), delete=step % 11 == 0)
+            _disturb(cluster, step, seed)
+            cluster.run(60)
+            assert watch.check(cluster) == "", f"seed {seed}, {cluster.now_ms} ms"
+            check_claims(cluster)
+        cluster.options = CALM
+        at_rest(cluster)
+
+
+def _disturb(cluster: VirtualCluster, step: int, seed: int) -> None:
+    match step:
+        case 15:
+            cluster.crash("us1")
+        case 20:
+            cluster.crash("t1")
+        case 25:
+            cluster.restart("t1")
+        case 30:
+            cluster.restart("us1", keep_state=seed % 2 == 0)
+        case 40:
+            cluster.crash("t1")
+            cluster.restart("t1", keep_state=seed % 3 != 0)
+            cluster.run(4_000)  # a training node that lost its memory learns before it goes on
+
+
+def origin_dies_in_mid_push(seed: int) -> None:
+    """A step was lost, the next one reached one region as strays, and its origin is gone for good (R8)."""
+    cluster = form(seed)
+    assert cluster.run_until(
+        lambda: all(node.machine and node.machine.status(cluster.now()).synced for node in cluster.nodes.values())
+    )
+    cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(500)
+    cluster.options = NetworkOptions(loss_probability=1.0)
+    cluster.publish("t1", "item", [1], 2.0)
+    cluster.options = CALM
+    cluster.cut |= {("t1", name) for name in REGIONS["us"]}
+    cluster.publish("t1", "item", [1], 3.0)
+    cluster.run(12)
+    cluster.crash("t1")
+    held = [contents(cluster.nodes[name].store, "ctr") for name in ("eu1", "us1")]
+    assert held[0] != held[1], "the scenario did not leave strays"
+    cluster.run(10_000)
+    live = [contents(node.store, "ctr") for node in cluster.nodes.values() if node.machine is not None]
+    assert all(one == live[0] for one in live), f"seed {seed}: nodes stay apart"
+
+
+def writing_goes_on_while_a_node_joins(seed: int) -> None:
+    """A join is answered in many chunks while new steps are written, and push loses them all."""
+    with mock.patch.object(outbox, "CHUNK_BYTES_MAX", 300), mock.patch.object(push.Push, "_forward"):
+        cluster = VirtualCluster(seed)
+        cluster.add("t1", "train", "train")
+        for step in range(20):
+            cluster.publish("t1", "item", range(step * 20, step * 20 + 20), 1.0)
+        joiner = cluster.add("eu1", "eu", seeds=["t1"])
+        for step in range(400):
+            cluster.publish("t1", "user", [step], float(step))
+            cluster.run(1)
+            assert check_knowledge(cluster, joiner) == "", f"seed {seed}, {cluster.now_ms} ms"
+        at_rest(cluster)
