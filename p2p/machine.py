@@ -31,6 +31,8 @@ from p2p.writers import Ledger, WriterBook
 
 __all__ = ["Machine", "MachineOptions", "NodeStatus"]
 
+# A member that left on purpose is called at every so many of our heartbeats.
+CALL_LEFT_BEATS = 4
 # What all nodes must agree on for the trees to be equal on all of them.
 CONSTANTS = (trees.TREE_ARITY, trees.TREES)
 
@@ -474,8 +476,10 @@ class Machine:
         for node, member in core.membership.members.items():
             link = core.links.get(node)
             if member.record.left:
-                continue
-            if link is not None and link.boot == member.record.boot:
+                # It may come back without knowing anybody: the first node of a cluster has no seeds.
+                if core.membership.own.heartbeat % CALL_LEFT_BEATS == 0:
+                    self._say_hello(member.record.address, 0, answer_wanted=True, now=now)
+            elif link is not None and link.boot == member.record.boot:
                 core.send(link, beat)
             else:
                 self._say_hello(member.record.address, 0, answer_wanted=True, now=now)
