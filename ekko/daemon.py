@@ -9,6 +9,7 @@ The order of a start is the order in which things can go wrong cheaply: lock, po
 
 import asyncio
 import contextlib
+import gc
 import random
 import secrets
 import signal
@@ -110,6 +111,9 @@ class Node:
             await parts.runtime.started.wait()
             self._endpoint.start()
             self._preparing.remove("sockets")
+            # Half a million objects of the libraries, which the collector would visit again and again while batches wait.
+            gc.collect()
+            gc.freeze()
             log.info("node_listening", peers=parts.transport.address, local=node.local)
             try:
                 await asyncio.Event().wait()  # until cancelled

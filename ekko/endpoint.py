@@ -64,6 +64,7 @@ class LocalEndpoint:
         self._pending: dict[int, tuple[bytes, int]] = {}  # our number -> client, the client's number
         self._socket: zmq.Socket[bytes] | None = None
         self._turn: asyncio.Handle | None = None
+        self._serving = False
         self.malformed = 0
         self.unanswerable = 0
 
@@ -112,23 +113,34 @@ class LocalEndpoint:
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
+        self._serving = True
+        try:
+            drained = self._serve_some()
+        finally:
+            self._serving = False
+        if not drained:
+            self._take_another_turn()
+
+    def _serve_some(self) -> bool:
+        """Serve one turn's worth of requests; True when none is left."""
         for _ in range(REQUESTS_PER_TURN_MAX):
             if self._socket is None:
-                return
+                return True
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                return
+                return True
             self._serve_one(parts[0].bytes, [part.buffer for part in parts[1:]])
-        self._take_another_turn()
+        return False
 
     def _serve_one(self, client: bytes, frames: list[memoryview]) -> None:
         try:
             theirs, request = decode_request(frames[: LOCAL_FRAMES_MAX + 1])
         except MalformedError as error:
-            # Not of this protocol: there is no number to answer to. The client runs into its time-out.
             self.malformed += 1
             log.warning("local_request_malformed", error=str(error))
+            if error.number is not None:
+                self._send(client, error.number, Failed("publish", str(error)))
             return
         if len(self._pending) >= REQUESTS_PENDING_MAX:
             self._send(
@@ -142,6 +154,9 @@ class LocalEndpoint:
             answer = self._handler.handle_request(number, request)
         except EkkoError as error:
             answer = failure_of(error)
+        except Exception as error:  # a bug in one request must not end the service for all others
+            log.error("local_request_failed", error=repr(error), exc_info=True)
+            answer = Failed("publish", f"the node failed at this request: {error!r}")
         if answer is not None:
             self.answer(number, answer)
 
@@ -153,7 +168,8 @@ class LocalEndpoint:
         except zmq.ZMQError as error:
             self.unanswerable += 1
             log.info("local_answer_dropped", error=str(error))
-        self._take_another_turn()  # sending may have swallowed the signal of a request that came meanwhile
+        if not self._serving:  # sending may have swallowed the signal of a request that came meanwhile
+            self._take_another_turn()
 
     def _take_another_turn(self) -> None:
         if self._turn is None:

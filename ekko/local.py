@@ -121,7 +121,11 @@ FAILURES: Final[dict[str, type[EkkoError]]] = {"model": ModelError, "publish": P
 
 
 class MalformedError(EkkoError):
-    """A message on the local endpoint is not of this protocol."""
+    """A message on the local endpoint is not of this protocol. `number`: of the request, where that much was understood."""
+
+    def __init__(self, reason: str, number: int | None = None) -> None:
+        super().__init__(reason)
+        self.number = number
 
 
 # --- encoding -----------------------------------------------------------------------------------------------------------
@@ -192,21 +196,28 @@ def decode_request(frames: Sequence[Buffer]) -> tuple[int, Request]:
     """
     number, body = _header(frames)
     try:
-        match body:
-            case ["open", str(model), tables, shards] if len(frames) == 1:
-                pairs = None if tables is None else tuple((str(name), _whole(dim)) for name, dim in tables)
-                return number, Open(model, pairs, None if shards is None else _whole(shards))
-            case ["publish", str(model), list(headers), list(tensors), int(published_ns)]:
-                columns = _decode_columns(headers, list(frames[1:]))
-                return number, PublishStep(model, columns, tuple(_tensor_of(body) for body in tensors), published_ns)
-            case ["wait", str(model), int(stamp), int(scope), int(timeout_ms)] if len(frames) == 1:
-                if not 0 <= timeout_ms <= WAIT_MS_MAX or not 0 <= stamp < 1 << 64:
-                    raise MalformedError(f"a wait of {timeout_ms} ms for stamp {stamp} is out of range")
-                return number, Wait(model, stamp, Scope(scope), timeout_ms)
-            case ["ping"] if len(frames) == 1:
-                return number, Ping()
+        return number, _decode_body(body, frames)
+    except MalformedError as error:
+        error.number = number
+        raise
     except (TypeError, ValueError, OverflowError) as error:
-        raise MalformedError(f"malformed request: {error}") from error
+        raise MalformedError(f"malformed request: {error}", number) from error
+
+
+def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
+    match body:
+        case ["open", str(model), tables, shards] if len(frames) == 1:
+            pairs = None if tables is None else tuple((str(name), _whole(dim)) for name, dim in tables)
+            return Open(model, pairs, None if shards is None else _whole(shards))
+        case ["publish", str(model), list(headers), list(tensors), int(published_ns)]:
+            columns = _decode_columns(headers, list(frames[1:]))
+            return PublishStep(model, columns, tuple(_tensor_of(tensor) for tensor in tensors), published_ns)
+        case ["wait", str(model), int(stamp), int(scope), int(timeout_ms)] if len(frames) == 1:
+            if not 0 <= timeout_ms <= WAIT_MS_MAX or not 0 <= stamp < 1 << 64:
+                raise MalformedError(f"a wait of {timeout_ms} ms for stamp {stamp} is out of range")
+            return Wait(model, stamp, Scope(scope), timeout_ms)
+        case ["ping"] if len(frames) == 1:
+            return Ping()
     raise MalformedError("malformed request: not of this protocol")
 
 
@@ -248,9 +259,10 @@ def _header(frames: Sequence[Buffer]) -> tuple[int, list[Any]]:
     match header:
         case [int(version), int(number), *body] if version == LOCAL_PROTOCOL_VERSION:
             return number, body
-        case [int(version), int(_), *_]:
+        case [int(version), int(number), *_]:
             raise MalformedError(
-                f"local protocol version {version}; this node speaks {LOCAL_PROTOCOL_VERSION}: use one release of ekko"
+                f"local protocol version {version} met version {LOCAL_PROTOCOL_VERSION}: use one release of ekko for both",
+                number,
             )
         case _:
             raise MalformedError("a header that is not of this protocol")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 import zmq
@@ -402,6 +403,23 @@ def test_junk_on_the_endpoint_changes_nothing(node: ScriptedNode, publisher: Pub
         socket.connect(address_of(tmp_path))
         for junk in ([b""], [b"\xc1"], [b"a" * 100, b""], [b""] * 50):
             socket.send_multipart(junk)
+    assert publisher.publish("item", [1], rows(1)) == 101
+
+
+def test_another_release_is_told_so(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ekko.local.encode_request", lambda number, request: [msgpack.packb([2, number, "publish", {}])])
+    with pytest.raises(PublishError, match="version 2 met version 1: use one release"):
+        publisher.publish("item", [1], rows(1))
+
+
+def test_a_bug_in_the_node_costs_one_request(node: ScriptedNode, publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(number: int, request: Request) -> Answer | None:
+        raise KeyError("a bug")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(node, "handle_request", fail)
+        with pytest.raises(PublishError, match="the node failed at this request: KeyError"):
+            publisher.publish("item", [1], rows(1))
     assert publisher.publish("item", [1], rows(1)) == 101
 
 
