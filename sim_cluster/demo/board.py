@@ -30,8 +30,9 @@ class Word(IntEnum):
     LEARNT = 5  # events of the stream learnt
     ROWS = 6  # published while streaming
     BYTES = 7
-    LAG_MAX_US = 8  # how far behind an event's time it was learnt, at most
-    DONE = 9  # 1: everything published is visible everywhere, and written down
+    BATCHES = 8
+    LAG_MAX_US = 9  # how far behind an event's time it was learnt, at most
+    DONE = 10  # 1: everything published is visible everywhere, and written down
 
 
 class Board:

@@ -4,7 +4,6 @@ The bootstrap is paired: each resample of the events scores all models, so that 
 the difference. An AUC of a resample needs no new sort, since a resample only weighs the events anew.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,32 +47,35 @@ def log_loss(labels: Floats, scores: Floats) -> float:
     return float(-np.log(np.clip(likely, PROBABILITY_MIN, 1)).mean())
 
 
-def auc_gains(
-    labels: Floats, better: Floats, others: Mapping[str, Floats], groups: NDArray[np.int64], seed: int
-) -> dict[str, Gain]:
-    """AUC of `better` minus that of each of `others`, resampled 1,000 times.
+def resampled_aucs(labels: Floats, scores: NDArray[np.float32], groups: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
+    """AUCs of several models over the same 1,000 resamples of the events.
 
     Args:
         labels: float32[n].
-        better: float32[n] scores.
-        others: name -> float32[n] scores.
+        scores: float32[models, n].
         groups: int64[n]: events with one number are drawn together; `arange(n)` draws events one by one.
         seed: of the resampling.
+
+    Returns:
+        float64[RESAMPLES, models].
     """
-    names = list(others)
-    scores = np.stack([better, *others.values()])
     orders = np.argsort(scores, axis=1)
+    members = np.unique(groups, return_inverse=True)[1]
+    count = int(members.max()) + 1
     rng = np.random.default_rng(seed)
-    count = int(groups.max()) + 1
-    differences = np.empty((RESAMPLES, len(names)))
+    values = np.empty((RESAMPLES, len(scores)))
     for resample in range(RESAMPLES):
         drawn = np.bincount(rng.integers(count, size=count), minlength=count).astype(np.float64)
-        values = _weighted_aucs(labels, scores, orders, drawn[groups])
-        differences[resample] = values[0] - values[1:]
+        values[resample] = _weighted_aucs(labels, scores, orders, drawn[members])
+    return values
+
+
+def gain(better: NDArray[np.float64], other: NDArray[np.float64]) -> Gain:
+    """The difference of two models' resampled AUCs, float64[RESAMPLES] each."""
+    differences = better - other
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.nanpercentile(differences, [tail, 100 - tail], axis=0)
-    means = np.nanmean(differences, axis=0)
-    return {name: Gain(float(means[i]), float(low[i]), float(high[i])) for i, name in enumerate(names)}
+    low, high = np.nanpercentile(differences, [tail, 100 - tail])
+    return Gain(float(np.nanmean(differences)), float(low), float(high))
 
 
 def auc_over_time(labels: Floats, scores: Floats, window: int, points: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

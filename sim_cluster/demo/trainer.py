@@ -102,6 +102,7 @@ class Trainer:
         for batch in recorder.batches[since:]:
             self._board[Word.ROWS] += batch.row_count
             self._board[Word.BYTES] += batch.payload_bytes
+            self._board[Word.BATCHES] += 1
 
     def _save_parameters(self) -> None:
         tables, tensors = self._state()

@@ -78,12 +78,13 @@ def test_bootstrap_interval_has_the_width_that_theory_gives() -> None:
     rng = np.random.default_rng(0)
     labels = (rng.random(4_000) < 0.5).astype(np.float32)
     good, noise = (labels + rng.normal(size=4_000)).astype(np.float32), rng.random(4_000).astype(np.float32)
-    gains = evaluation.auc_gains(labels, good, {"noise": noise, "itself": good}, np.arange(4_000), seed=0)
+    values = evaluation.resampled_aucs(labels, np.stack([good, noise, good]), np.arange(4_000), seed=0)
+    gain, itself = evaluation.gain(values[:, 0], values[:, 1]), evaluation.gain(values[:, 0], values[:, 2])
     difference = evaluation.auc(labels, good) - evaluation.auc(labels, noise)
-    assert gains["noise"].mean == pytest.approx(difference, abs=0.002)
+    assert gain.mean == pytest.approx(difference, abs=0.002)
     # Hanley and McNeil's standard errors of both AUCs, 0.0068 and 0.0091, hardly correlated: 1.96 * 0.0114 each way.
-    assert gains["noise"].high - gains["noise"].low == pytest.approx(2 * 1.96 * 0.0114, rel=0.1)
-    assert (gains["itself"].low, gains["itself"].high) == (0, 0)
+    assert gain.high - gain.low == pytest.approx(2 * 1.96 * 0.0114, rel=0.1)
+    assert (itself.low, itself.high) == (0, 0)
 
 
 def test_bootstrap_by_group_is_wider_where_events_of_a_group_agree() -> None:
@@ -91,8 +92,10 @@ def test_bootstrap_by_group_is_wider_where_events_of_a_group_agree() -> None:
     groups = np.repeat(np.arange(100), 20)
     labels = (rng.random(100)[groups] < 0.5).astype(np.float32)
     scores, other = (rng.random(100)[groups].astype(np.float32) for _ in range(2))
-    single = evaluation.auc_gains(labels, scores, {"other": other}, np.arange(2_000), seed=0)["other"]
-    together = evaluation.auc_gains(labels, scores, {"other": other}, groups, seed=0)["other"]
+    single, together = (
+        evaluation.gain(*evaluation.resampled_aucs(labels, np.stack([scores, other]), drawn, seed=0).T)
+        for drawn in (np.arange(2_000), groups)
+    )
     assert together.high - together.low > 3 * (single.high - single.low)
 
 

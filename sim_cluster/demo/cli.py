@@ -1,0 +1,60 @@
+"""`ekko demo`: the command. It imports nothing heavy before it is called, since every `ekko` command loads this module."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from ekko.errors import ConfigError, EkkoError
+
+QUICK_EVENTS: Final = 10_000
+QUICK_DELAYS: Final = (1_000, 5_000)  # ten thousand events late would be frozen
+RATE_MIN: Final = 500.0
+EXIT_UNEQUAL: Final = 1
+
+
+def register(app: typer.Typer) -> None:
+    """Add `ekko demo` to the `ekko` command."""
+    app.command()(demo)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for report.json and the pictures.", metavar="DIR")] = Path(
+        "ekko-demo"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Stream only the last 10,000 events.")] = False,
+    rate: Annotated[float, typer.Option("--rate", help="Events per second, at least 500.")] = RATE_MIN,
+    seed: Annotated[int, typer.Option("--seed", help="Of the model and the bootstrap.")] = 0,
+    kill: Annotated[bool, typer.Option("--kill", help="Kill -9 a serving node in mid-stream; restart it after 5 s.")] = False,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="Use generated events, not MovieLens.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of tables.")] = False,
+) -> None:
+    """The whole system on this machine: a trainer, seven nodes in four regions, and what fresh rows are worth.
+
+    MovieLens-100K in time order: 60 % are learnt offline, the rest streams. Every region predicts each event with the rows it
+    has at that moment, before the trainer learns it. Compared with that: the same model with older rows.
+    """
+    if rate < RATE_MIN:
+        raise ConfigError(f"--rate is {rate:g}: expected at least {RATE_MIN:g} events per second")
+    try:
+        from rich.console import Console
+
+        from sim_cluster.demo.display import Display
+        from sim_cluster.demo.report import print_result
+        from sim_cluster.demo.run import Options, run_demo
+    except ImportError as error:
+        raise EkkoError(f"the demo needs more packages ({error}): pip install 'ekko-dissemination[demo]'") from None
+    options = Options(out=out, rate=rate, seed=seed, kill=kill, synthetic=synthetic)
+    if quick:
+        options = Options(out, QUICK_EVENTS, QUICK_DELAYS, rate, seed, kill, synthetic)
+    with Display(Console(stderr=True)) as display:
+        result = run_demo(options, display)
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), indent=2))
+    else:
+        console = Console()
+        print_result(result, console)
+        console.print(f"Written: {out / 'report.json'}, {out / 'latency.png'}, {out / 'auc.png'}", soft_wrap=True)
+    if not result.replicas_equal:
+        raise typer.Exit(EXIT_UNEQUAL)
