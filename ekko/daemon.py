@@ -37,9 +37,10 @@ from ekko.store.model_store import ModelStore
 from ekko.version import __version__
 from p2p import messages as m
 from p2p.errors import LocalProtocolError, RemoteProtocolError
-from p2p.machine import KeyspaceStatus, Machine, MachineOptions, QueueStatus
+from p2p.machine import Machine, MachineOptions
 from p2p.membership import MEMBERS_MAX
 from p2p.runtime import NodeStopped, Runtime
+from p2p.status import KeyspaceStatus, QueueStatus
 from p2p.transport.zmq import ZmqTransport
 
 # A model that a publisher brings begins with room for this many rows; slabs grow.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from ekko.model import TensorSpec
-from p2p.machine import NodeStatus, QueueStatus
+from p2p.status import NodeStatus, QueueStatus
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,24 +9,23 @@ A message of a peer can raise only `RemoteProtocolError`, before anything of it 
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import assert_never
 
 import xxhash
 
-from p2p import links, membership, push, reach, trees
+from p2p import links, membership, push, status, trees
 from p2p import messages as m
 from p2p.core import Core, Counters, Keyspace, MachineOptions
 from p2p.errors import LocalProtocolError, RemoteProtocolError, SchemaClashError
-from p2p.knowledge import OPEN_STEPS_MAX
 from p2p.links import Arrival, Link
 from p2p.membership import HEARTBEAT_MS, Membership
-from p2p.outbox import STREAMS_MAX
 from p2p.pull import Pull
 from p2p.push import Push
 from p2p.reach import Reach
 from p2p.replica import Host, SchemaEntry
-from p2p.stamps import StampClock, unix_ms_of
+from p2p.stamps import StampClock
+from p2p.status import NodeStatus
 from p2p.writers import Ledger, WriterBook
 
 __all__ = ["Machine", "MachineOptions", "NodeStatus"]
@@ -35,63 +34,6 @@ __all__ = ["Machine", "MachineOptions", "NodeStatus"]
 CALL_LEFT_BEATS = 4
 # What all nodes must agree on for the trees to be equal on all of them.
 CONSTANTS = (trees.TREE_ARITY, trees.TREES)
-
-
-@dataclass(frozen=True, slots=True)
-class PeerStatus:
-    """One other node, as this one sees it."""
-
-    node: str
-    region: str
-    role: str
-    address: str
-    alive: bool
-    linked: bool
-    bytes_in_flight: int
-    rows_in: int
-    rows_out: int
-    bytes_in: int
-    bytes_out: int
-    batches_skipped: int
-    sessions_broken: int
-    rows_due: int
-
-
-@dataclass(frozen=True, slots=True)
-class KeyspaceStatus:
-    """One keyspace on this node."""
-
-    keyspace: int
-    synced: bool
-    synced_until_ms: int  # Unix; 0: no live writer is known
-    open_steps: int
-    steps_dropped: int
-    pulling_from: str
-    writers: tuple[m.WriterRecord, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class QueueStatus:
-    """A bounded queue's fill."""
-
-    name: str
-    fill: int
-    bound: int
-
-
-@dataclass(frozen=True, slots=True)
-class NodeStatus:
-    """Everything an operator may ask of the protocol."""
-
-    node: str
-    region: str
-    role: str
-    boot: int
-    cluster: int
-    synced: bool
-    peers: tuple[PeerStatus, ...]
-    keyspaces: tuple[KeyspaceStatus, ...]
-    queues: tuple[QueueStatus, ...]
 
 
 class Machine:
@@ -531,17 +473,8 @@ class Machine:
 
     def _progress(self, keyspace: Keyspace, now: m.Now) -> None:
         """A frontier may have moved: tell readers how fresh they are, and peers who wait."""
-        keyspace.replica.set_synced_until(self._synced_until(keyspace, now))
+        keyspace.replica.set_synced_until(status.synced_until(self._core, keyspace, self._own_record(), now))
         self._reach.on_progress(keyspace)
-
-    def _synced_until(self, keyspace: Keyspace, now: m.Now) -> int:
-        """The newest Unix time up to which this node has everything of every live writer; 0 without one."""
-        number = keyspace.replica.keyspace
-        records = (self._own_record(), *self._core.membership.live(now.monotonic_ms))
-        writers = [writer.writer for record in records for writer in record.writers if writer.keyspace == number]
-        # A live writer that has not written, or of which nothing has come, leaves the moment open.
-        frontier = [int(keyspace.knowledge.frontier[writer]) for writer in writers]
-        return min((unix_ms_of(stamp) for stamp in frontier), default=0) if all(frontier) else 0
 
     def _pump(self, link: Link) -> None:
         outbox = self._pull.outboxes.get(link.node)
@@ -558,71 +491,4 @@ class Machine:
 
     def status(self, now: m.Now) -> NodeStatus:
         """A picture of now."""
-        core = self._core
-        keyspaces = tuple(self._keyspace_status(keyspace, now) for keyspace in core.keyspaces.values())
-        introduced = self._introduced or core.first
-        peers = tuple(self._peer_status(node, now) for node in sorted(core.membership.members))
-        return NodeStatus(
-            core.options.node,
-            core.options.region,
-            core.options.role,
-            core.options.boot,
-            core.writers.cluster,
-            introduced and all(keyspace.synced for keyspace in keyspaces),
-            peers,
-            keyspaces,
-            self._queues(),
-        )
-
-    def _keyspace_status(self, keyspace: Keyspace, now: m.Now) -> KeyspaceStatus:
-        number, knowledge = keyspace.replica.keyspace, keyspace.knowledge
-        writers = tuple(w for w in self._own_writers() if w.keyspace == number)
-        live = self._core.membership.live(now.monotonic_ms)
-        writers += tuple(w for record in live for w in record.writers if w.keyspace == number)
-        return KeyspaceStatus(
-            number,
-            keyspace.synced,
-            self._synced_until(keyspace, now),
-            knowledge.open_steps,
-            knowledge.dropped,
-            self._pull.asking.get(number, ""),
-            writers,
-        )
-
-    def _peer_status(self, node: str, now: m.Now) -> PeerStatus:
-        core = self._core
-        record = core.membership.members[node].record
-        link = core.links.get(node)
-        traffic = link.traffic if link is not None else links.Traffic()
-        outbox = self._pull.outboxes.get(node)
-        return PeerStatus(
-            node,
-            record.region,
-            record.role,
-            record.address,
-            core.membership.alive(node, now.monotonic_ms),
-            link is not None,
-            link.bytes_in_flight if link is not None else 0,
-            traffic.rows_in,
-            traffic.rows_out,
-            traffic.bytes_in,
-            traffic.bytes_out,
-            traffic.batches_skipped,
-            traffic.sessions_broken,
-            outbox.rows_due if outbox is not None else 0,
-        )
-
-    def _queues(self) -> tuple[QueueStatus, ...]:
-        core = self._core
-        open_steps = max((keyspace.knowledge.open_steps for keyspace in core.keyspaces.values()), default=0)
-        in_flight = max((link.bytes_in_flight for link in core.links.values()), default=0)
-        streams = max((len(outbox.streams) for outbox in self._pull.outboxes.values()), default=0)
-        return (
-            QueueStatus("open_steps", open_steps, OPEN_STEPS_MAX),
-            QueueStatus("link_bytes_in_flight", in_flight, links.CREDIT_BYTES_MAX),
-            QueueStatus("pull_streams", streams, STREAMS_MAX),
-            QueueStatus("batches_seen", self._push.seen, push.SEEN_MAX),
-            QueueStatus("waits", len(self._reach.waits), reach.WAITS_MAX),
-            QueueStatus("questions", len(self._reach.questions), reach.QUESTIONS_MAX),
-            QueueStatus("members", len(core.membership.members), membership.MEMBERS_MAX),
-        )
+        return status.of_node(self._core, self._push, self._pull, self._reach, self._own_record(), self._introduced, now)

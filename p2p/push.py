@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2p import messages as m
-from p2p import trees
+from p2p import trees, wire
 from p2p.core import Core, Keyspace
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.links import Link
 from p2p.replica import U64, RowColumns, WriterIdentity
 from p2p.stamps import check_not_ahead
-from p2p.wire import BATCH_BYTES_MAX
 
 # An idle writer says "nothing since" this often; it bounds how stale a node must assume itself to be, and how long the loss
 # of the very last batch goes unnoticed.
@@ -87,8 +86,8 @@ class Push:
             request.published_ns,
             core.options.machine,
         )
-        for message in split_step(batch, shard_of, BATCH_BYTES_MAX):
-            self._forward(message, hops=0, now=now)
+        for message in split_step(batch, shard_of, wire.BATCH_BYTES_MAX):
+            self._forward(wire.seal(message), hops=0, now=now)
         core.emit(m.Published(request.request, stamp))
         core.emit(_applied_effect(batch, applied.written))
 
@@ -119,7 +118,7 @@ class Push:
                 empty,
                 (),
             )
-            self._forward(batch, hops=0, now=now)
+            self._forward(wire.seal(batch), hops=0, now=now)
 
     def receive(self, link: Link, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> bool:
         """Check, forward, and schedule the apply of a batch (R17).

@@ -9,6 +9,7 @@ Bytes of a peer raise only `RemoteProtocolError` here.
 
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import msgpack
@@ -59,8 +60,19 @@ def encode(envelope: m.Envelope, message: m.Message) -> list[Buffer]:
     if isinstance(message, m.Batch) and message.body:
         return [_pack_envelope(envelope, kind, message.checksum), *message.body]
     header, columns = _ENCODERS[kind](message)
-    body: list[Buffer] = [msgpack.packb(header), *(column.reshape(-1).view(np.uint8).data for column in columns)]
+    body = _body(header, columns)
     return [_pack_envelope(envelope, kind, checksum(body)), *body]
+
+
+def _body(header: Header, columns: Sequence[NDArray[Any]]) -> list[Buffer]:
+    return [msgpack.packb(header), *(column.reshape(-1).view(np.uint8).data for column in columns)]
+
+
+def seal(batch: m.Batch) -> m.Batch:
+    """The batch with its frames made, so that it is encoded once for all of its receivers."""
+    header, columns = _pack_batch(batch)
+    body = _body(header, columns)
+    return replace(batch, body=tuple(body), checksum=checksum(body))
 
 
 def decode(frames: Sequence[memoryview]) -> tuple[m.Envelope, m.Message]:

@@ -3,7 +3,7 @@
 from unittest import mock
 
 from ekko.model import ModelSpec
-from p2p import outbox, push
+from p2p import outbox, push, wire
 from sim_cluster.checkers import StampWatch, check_converged, check_knowledge, contents
 from sim_cluster.virtual import NetworkOptions, VirtualCluster
 
@@ -35,7 +35,7 @@ def check_claims(cluster: VirtualCluster) -> None:
 
 def chaos(seed: int) -> None:
     """One run; raises AssertionError on the first violation. Messages are cut small, so that parts and chunks are many."""
-    with mock.patch.object(push, "BATCH_BYTES_MAX", 150), mock.patch.object(outbox, "CHUNK_BYTES_MAX", 300):
+    with mock.patch.object(wire, "BATCH_BYTES_MAX", 150), mock.patch.object(outbox, "CHUNK_BYTES_MAX", 300):
         cluster = form(seed, FAULTS)
         watch = StampWatch()
         cluster.run(3_000)

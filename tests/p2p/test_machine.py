@@ -9,7 +9,7 @@ import pytest
 
 from ekko.model import ModelSpec, TableSpec
 from p2p import knowledge as knowledge_module
-from p2p import membership
+from p2p import membership, wire
 from p2p import messages as m
 from p2p import push as push_module
 from p2p.machine import Machine, MachineOptions
@@ -137,7 +137,7 @@ def test_a_new_node_gets_everything_in_several_chunks() -> None:
 
 
 def test_a_step_over_the_size_limit_travels_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(push_module, "BATCH_BYTES_MAX", 600)
+    monkeypatch.setattr(wire, "BATCH_BYTES_MAX", 600)
     cluster = start()
     cluster.publish("t1", "item", range(200), 1.0)
     cluster.publish("t1", "item", range(100, 300), 2.0)

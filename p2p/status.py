@@ -1,0 +1,152 @@
+"""What an operator may ask of a running node's protocol; read-only pictures of the machine's state."""
+
+from dataclasses import dataclass
+
+from p2p import links, membership, push, reach
+from p2p import messages as m
+from p2p.core import Core, Keyspace
+from p2p.knowledge import OPEN_STEPS_MAX
+from p2p.outbox import STREAMS_MAX
+from p2p.pull import Pull
+from p2p.push import Push
+from p2p.reach import Reach
+from p2p.stamps import unix_ms_of
+
+
+@dataclass(frozen=True, slots=True)
+class PeerStatus:
+    """One other node, as this one sees it."""
+
+    node: str
+    region: str
+    role: str
+    address: str
+    alive: bool
+    linked: bool
+    bytes_in_flight: int
+    rows_in: int
+    rows_out: int
+    bytes_in: int
+    bytes_out: int
+    batches_skipped: int
+    sessions_broken: int
+    rows_due: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyspaceStatus:
+    """One keyspace on this node."""
+
+    keyspace: int
+    synced: bool
+    synced_until_ms: int  # Unix; 0: no live writer is known
+    open_steps: int
+    steps_dropped: int
+    pulling_from: str
+    writers: tuple[m.WriterRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatus:
+    """A bounded queue's fill."""
+
+    name: str
+    fill: int
+    bound: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """Everything an operator may ask of the protocol."""
+
+    node: str
+    region: str
+    role: str
+    boot: int
+    cluster: int
+    synced: bool
+    peers: tuple[PeerStatus, ...]
+    keyspaces: tuple[KeyspaceStatus, ...]
+    queues: tuple[QueueStatus, ...]
+
+
+def of_node(
+    core: Core, pushing: Push, pulling: Pull, reaching: Reach, own: m.MemberRecord, introduced: bool, now: m.Now
+) -> NodeStatus:
+    """The whole node; `introduced` tells whether somebody of the cluster has answered it."""
+    keyspaces = tuple(_of_keyspace(core, pulling, keyspace, own, now) for keyspace in core.keyspaces.values())
+    return NodeStatus(
+        core.options.node,
+        core.options.region,
+        core.options.role,
+        core.options.boot,
+        core.writers.cluster,
+        (introduced or core.first) and all(keyspace.synced for keyspace in keyspaces),
+        tuple(_of_peer(core, pulling, node, now) for node in sorted(core.membership.members)),
+        keyspaces,
+        _of_queues(core, pushing, pulling, reaching),
+    )
+
+
+def synced_until(core: Core, keyspace: Keyspace, own: m.MemberRecord, now: m.Now) -> int:
+    """The newest Unix time up to which this node has everything of every live writer; 0 without one."""
+    frontier = [int(keyspace.knowledge.frontier[w.writer]) for w in _live_writers(core, keyspace, own, now)]
+    # A live writer that has not written, or of which nothing has come, leaves the moment open.
+    return min((unix_ms_of(stamp) for stamp in frontier), default=0) if all(frontier) else 0
+
+
+def _live_writers(core: Core, keyspace: Keyspace, own: m.MemberRecord, now: m.Now) -> tuple[m.WriterRecord, ...]:
+    number = keyspace.replica.keyspace
+    records = (own, *core.membership.live(now.monotonic_ms))
+    return tuple(writer for record in records for writer in record.writers if writer.keyspace == number)
+
+
+def _of_keyspace(core: Core, pulling: Pull, keyspace: Keyspace, own: m.MemberRecord, now: m.Now) -> KeyspaceStatus:
+    number = keyspace.replica.keyspace
+    return KeyspaceStatus(
+        number,
+        keyspace.synced,
+        synced_until(core, keyspace, own, now),
+        keyspace.knowledge.open_steps,
+        keyspace.knowledge.dropped,
+        pulling.asking.get(number, ""),
+        _live_writers(core, keyspace, own, now),
+    )
+
+
+def _of_peer(core: Core, pulling: Pull, node: str, now: m.Now) -> PeerStatus:
+    record = core.membership.members[node].record
+    link = core.links.get(node)
+    traffic = link.traffic if link is not None else links.Traffic()
+    outbox = pulling.outboxes.get(node)
+    return PeerStatus(
+        node,
+        record.region,
+        record.role,
+        record.address,
+        core.membership.alive(node, now.monotonic_ms),
+        link is not None,
+        link.bytes_in_flight if link is not None else 0,
+        traffic.rows_in,
+        traffic.rows_out,
+        traffic.bytes_in,
+        traffic.bytes_out,
+        traffic.batches_skipped,
+        traffic.sessions_broken,
+        outbox.rows_due if outbox is not None else 0,
+    )
+
+
+def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach) -> tuple[QueueStatus, ...]:
+    open_steps = max((keyspace.knowledge.open_steps for keyspace in core.keyspaces.values()), default=0)
+    in_flight = max((link.bytes_in_flight for link in core.links.values()), default=0)
+    streams = max((len(outbox.streams) for outbox in pulling.outboxes.values()), default=0)
+    return (
+        QueueStatus("open_steps", open_steps, OPEN_STEPS_MAX),
+        QueueStatus("link_bytes_in_flight", in_flight, links.CREDIT_BYTES_MAX),
+        QueueStatus("pull_streams", streams, STREAMS_MAX),
+        QueueStatus("batches_seen", pushing.seen, push.SEEN_MAX),
+        QueueStatus("waits", len(reaching.waits), reach.WAITS_MAX),
+        QueueStatus("questions", len(reaching.questions), reach.QUESTIONS_MAX),
+        QueueStatus("members", len(core.membership.members), membership.MEMBERS_MAX),
+    )
