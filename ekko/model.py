@@ -47,7 +47,9 @@ def check_name(kind: str, name: str) -> str:
         ModelError: not 1 to 100 of letters, digits, `_`, `-`, `.`; or it starts with `-` or `.`.
     """
     if not isinstance(name, str) or NAME_PATTERN.fullmatch(name) is None:
-        raise ModelError(f"{kind} name {name!r} is not usable: use 1 to 100 letters, digits, '_', '-' or '.', not starting with '-' or '.'")
+        raise ModelError(
+            f"{kind} name {name!r} is not usable: use 1 to 100 letters, digits, '_', '-' or '.', not starting with '-' or '.'"
+        )
     return name
 
 
@@ -108,7 +110,9 @@ class ModelSpec:
     def __post_init__(self) -> None:
         check_name("model", self.name)
         if not isinstance(self.shards, int) or not 1 <= self.shards <= SHARDS_MAX:
-            raise ModelError(f"model {self.name!r} has shards = {self.shards!r}: expected a whole number from 1 to {SHARDS_MAX}")
+            raise ModelError(
+                f"model {self.name!r} has shards = {self.shards!r}: expected a whole number from 1 to {SHARDS_MAX}"
+            )
 
     @property
     def id(self) -> int:
