@@ -1,0 +1,119 @@
+"""The supervisor of real nodes: what it writes, what it says when a node fails, and that it leaves nothing behind."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ekko.config import load_config
+from ekko.store.manifest import prefix_of
+from sim_cluster.processes import (
+    MEMORY_DIR,
+    LocalCluster,
+    ModelTables,
+    NodeProcessError,
+    NodeSpec,
+    free_ports,
+    wait_until,
+)
+
+TRAIN, SERVE = NodeSpec("train-1", "home", "train"), NodeSpec("eu-1", "eu")
+
+
+def test_ports_are_free_and_different() -> None:
+    ports = free_ports(50, random.Random(1))
+    assert len(set(ports)) == 50
+
+
+def test_configuration_says_what_was_asked_for(tmp_path: Path) -> None:
+    models = {"ctr": ModelTables({"item": 16, "user.id": 8}, shards=32, capacity_rows=5_000)}
+    with LocalCluster(tmp_path, [SERVE, TRAIN], models=models, delays_ms={"home/eu": 2.5}) as cluster:
+        train, serve = load_config(cluster["train-1"].config_path), load_config(cluster["eu-1"].config_path)
+        assert train.node.seeds == []
+        assert serve.node.seeds == [cluster["train-1"].peers] == [train.node.peers]
+        assert (serve.node.id, serve.node.region, serve.node.role) == ("eu-1", "eu", "serve")
+        assert serve.node.run_dir == cluster["eu-1"].run_dir
+        assert serve.models["ctr"].tables == {"item": 16, "user.id": 8}
+        assert serve.delay_s("eu", "home") == 0.0025
+        assert [node.id for node in cluster.in_region("eu")] == ["eu-1"]
+        assert serve.node.http != train.node.http
+        with pytest.raises(NodeProcessError, match="not running"):
+            _ = cluster["eu-1"].pid
+
+
+def test_two_nodes_with_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(NodeProcessError, match="two nodes are called 'eu-1'"):
+        LocalCluster(tmp_path, [SERVE, SERVE])
+
+
+def test_node_that_cannot_start_is_quoted(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path, [TRAIN]) as cluster:
+        node = cluster["train-1"]
+        node.config_path.write_text("[node]\nid = 7\n")
+        node.start()
+        with pytest.raises(
+            NodeProcessError, match=r"train-1 ended before it was ready: .*node\.toml:2: node\.id: expected text"
+        ):
+            node.wait_ready()
+        assert node.stop() == 2
+        with pytest.raises(NodeProcessError, match="does not answer GET /status"):
+            node.status()
+
+
+@pytest.mark.processes
+def test_nothing_is_left_behind_after_stop_kill_pause_or_an_exception(tmp_path: Path) -> None:
+    cluster = LocalCluster(tmp_path, [TRAIN, SERVE], models={"m": ModelTables({"t": 4})})
+    train, serve = cluster.nodes.values()
+
+    def use() -> None:
+        with cluster:
+            cluster.start()
+            with pytest.raises(NodeProcessError, match="runs already"):
+                train.start()
+            assert list(MEMORY_DIR.glob(f"{prefix_of(train.run_dir)}-*"))
+            assert train.stop() == 0
+            serve.kill()
+            assert not serve.running
+            serve.start()
+            serve.pause()  # in the middle of its start, and deaf to SIGTERM
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        use()
+    for node in (train, serve):
+        assert not node.running
+        assert not list(MEMORY_DIR.glob(f"{prefix_of(node.run_dir)}-*"))
+
+
+@pytest.mark.processes
+def test_nodes_die_with_the_process_that_started_them(tmp_path: Path) -> None:
+    script = f"""
+from pathlib import Path
+from sim_cluster.processes import LocalCluster, NodeSpec
+cluster = LocalCluster(Path({str(tmp_path)!r}), [NodeSpec("n-1", "home", "train")])
+cluster["n-1"].start()
+cluster["n-1"].wait_ready()
+print(cluster["n-1"].pid, flush=True)
+input()
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert Path(f"/proc/{pid}").exists()
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.wait()
+        wait_until(
+            lambda: not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text(),
+            "it ends",
+            5.0,
+        )
+    finally:
+        parent.kill()
+        parent.communicate()
+        for path in MEMORY_DIR.glob(f"{prefix_of(tmp_path / 'n-1' / 'run')}-*"):
+            path.unlink()
