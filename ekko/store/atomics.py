@@ -36,7 +36,7 @@ def kernel(*signatures: str) -> Callable[[F], F]:
 
 def inline_kernel(function: F) -> F:
     """Compile a helper into the kernels that call it."""
-    return cast("F", njit(function, cache=True, nogil=True, error_model="numpy"))
+    return cast("F", njit(function, cache=True, nogil=True, error_model="numpy", forceinline=True))
 
 
 def _intrinsic(function: Callable[..., Any]) -> Any:

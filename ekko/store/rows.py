@@ -37,14 +37,18 @@ from ekko.store.atomics import (
     store_u32,
     store_u64,
 )
-from ekko.store.index import find, home, insert, mix64, resolve_block
+from ekko.store.index import find, home, insert, mix64, resolve_part
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
-# Keys of one software-pipelined block: their index entries are asked for together, then their rows, then they are copied.
-BLOCK_KEYS = 32
+# Keys are resolved in parts of this many before their rows are copied. Two passes over a part beat one pass that does both:
+# with 4 million rows, 92 ns a key against 101 with a software pipeline by key, and 155 in blocks of 32 (pure copying takes 60).
+# The scratch that holds the slots of a part stays in the nearest cache.
+PART_KEYS = 2_048
+# Rows that are on their way from memory at the same time. Measured: 4 to 16 are equal within noise.
+PREFETCH_ROWS = 8
 # Looks at an odd lock before the reader gives its processor away: far longer than a row takes to write (below 1 us).
 SPINS_MAX = 4096
 
@@ -68,6 +72,18 @@ WRITTEN, INSERTED, STALE = 0, 1, 2
 
 _WRITER_MASK = np.uint64(4095)
 _WRITER_BITS = 12
+
+
+@inline_kernel
+def _prefetch_row(row: Int, stride: Int) -> None:
+    for offset in range(0, stride, _LINE):
+        prefetch_read(row + offset)
+
+
+@inline_kernel
+def _prefetch_row_to_write(row: Int, stride: Int) -> None:
+    for offset in range(0, stride, _LINE):
+        prefetch_write(row + offset)
 
 
 @inline_kernel
@@ -144,32 +160,30 @@ def apply(
     `stamps` is empty when all carry `stamp`. Returns how many keys are done: fewer than there are when row `rows_max` would
     have been needed, and the caller is to make room and call again. `counts` is added to.
     """
-    slots = np.empty(BLOCK_KEYS, np.int64)
+    slots = np.empty(min(keys.size, PART_KEYS), np.int64)
     live = rows.shape[0]
-    data = rows.ctypes.data if live else np.uint64(0)
-    source = np.int64(data)
+    source = np.int64(rows.ctypes.data)
     base = table + _ROWS
-    held_rows = load_i64(table + _ROWS_USED)
-    for block in range(begin, keys.size, BLOCK_KEYS):
-        end = min(block + BLOCK_KEYS, keys.size)
-        resolve_block(index, capacity_log2, keys, block, end, slots)
-        for i in range(block, end):
-            slot = slots[i - block] if slots[i - block] >= 0 else held_rows
-            for offset in range(0, stride, _LINE):
-                prefetch_write(base + slot * stride + offset)
-        for i in range(block, end):
-            slot = slots[i - block]
+    used = load_i64(table + _ROWS_USED)
+    for part in range(begin, keys.size, PART_KEYS):
+        end = min(part + PART_KEYS, keys.size)
+        resolve_part(index, capacity_log2, keys, part, end, slots)
+        for i in range(part, end):
+            if i + PREFETCH_ROWS < end:
+                ahead = slots[i + PREFETCH_ROWS - part]
+                _prefetch_row_to_write(base + (ahead if ahead >= 0 else used + PREFETCH_ROWS) * stride, stride)
+            slot = slots[i - part]
             row_stamp = stamps[i] if stamps.size else stamp
             row_data = source + i * row_bytes if i < live else 0
             if slot < 0:
-                # An earlier key of this block may have been the same one, or may have taken the place found empty.
+                # An earlier key of this part may have been the same one: look again.
                 slot = find(index, capacity_log2, keys[i], home(keys[i], capacity_log2))
             if slot < 0:
-                if held_rows == rows_max:
+                if used == rows_max:
                     return i
-                _append(table, held_rows, base + held_rows * stride, keys[i], row_stamp, row_data, row_bytes)
-                insert(index, capacity_log2, keys[i], held_rows)
-                held_rows += 1
+                _append(table, used, base + used * stride, keys[i], row_stamp, row_data, row_bytes)
+                insert(index, capacity_log2, keys[i], used)
+                used += 1
                 counts[WRITTEN] += 1
                 counts[INSERTED] += 1
                 continue
@@ -203,29 +217,6 @@ def undo(table: Int, stride: Int, undo_record: Int, table_id: Int) -> Int:
 
 
 @inline_kernel
-def _gather_one(row: Int, target: Int, row_bytes: Int, stamps: U64, i: Int) -> Int:
-    """Copy one row without tearing; 0 when its lock stayed odd, and then nothing of the result counts."""
-    for _ in range(SPINS_MAX):
-        lock = load_acquire_u32(row + _LOCK)
-        if lock & 1:
-            fence_program_order()
-            continue
-        stamp = load_u64(row + _STAMP)
-        deleted = load_u32(row + _FLAGS) & _TOMBSTONE
-        copy_bytes(target, row + _DATA, row_bytes)
-        fence_acquire()
-        if load_u32(row + _LOCK) != lock:
-            continue
-        if deleted:
-            _zero(target, row_bytes)
-            stamp = np.uint64(0)
-        if stamps.size:
-            stamps[i] = stamp
-        return 1
-    return 0
-
-
-@inline_kernel
 def _zero(target: Int, row_bytes: Int) -> None:
     for offset in range(0, row_bytes, 4):
         store_u32(target + offset, np.uint32(0))
@@ -241,24 +232,38 @@ def gather(
 
     Returns how many keys are done; fewer than there are when a row stayed locked, and the caller is to yield and call again.
     """
-    slots = np.empty(BLOCK_KEYS, np.int64)
+    slots = np.empty(min(keys.size, PART_KEYS), np.int64)
     base = table + _ROWS
     target = np.int64(out.ctypes.data)
-    for block in range(begin, keys.size, BLOCK_KEYS):
-        end = min(block + BLOCK_KEYS, keys.size)
-        resolve_block(index, capacity_log2, keys, block, end, slots)
-        for i in range(block, end):
-            if slots[i - block] >= 0:
-                row = base + slots[i - block] * stride
-                for offset in range(0, stride, _LINE):
-                    prefetch_read(row + offset)
-        for i in range(block, end):
-            if slots[i - block] < 0:
+    for part in range(begin, keys.size, PART_KEYS):
+        end = min(part + PART_KEYS, keys.size)
+        resolve_part(index, capacity_log2, keys, part, end, slots)
+        for i in range(part, end):
+            if i + PREFETCH_ROWS < end and slots[i + PREFETCH_ROWS - part] >= 0:
+                _prefetch_row(base + slots[i + PREFETCH_ROWS - part] * stride, stride)
+            slot = slots[i - part]
+            found = np.uint64(0)
+            if slot >= 0:
+                row = base + slot * stride
+                spins = 0
+                while True:
+                    lock = load_acquire_u32(row + _LOCK)
+                    if lock & 1 == 0:
+                        found = load_u64(row + _STAMP)
+                        if load_u32(row + _FLAGS) & _TOMBSTONE:
+                            found = np.uint64(0)
+                        copy_bytes(target + i * row_bytes, row + _DATA, row_bytes)
+                        fence_acquire()
+                        if load_u32(row + _LOCK) == lock:
+                            break
+                    fence_program_order()
+                    spins += 1
+                    if spins == SPINS_MAX:
+                        return i
+            if found == 0:
                 _zero(target + i * row_bytes, row_bytes)
-                if stamps.size:
-                    stamps[i] = 0
-            elif not _gather_one(base + slots[i - block] * stride, target + i * row_bytes, row_bytes, stamps, i):
-                return i
+            if stamps.size:
+                stamps[i] = found
     return keys.size
 
 
@@ -269,8 +274,8 @@ def order_live_first(table: Int, stride: Int, slots: I64, ordered: I64) -> Int:
     live = 0
     dead = slots.size
     for i in range(slots.size):
-        if i + BLOCK_KEYS < slots.size:
-            prefetch_read(base + slots[i + BLOCK_KEYS] * stride)
+        if i + PREFETCH_ROWS < slots.size:
+            prefetch_read(base + slots[i + PREFETCH_ROWS] * stride)
         if load_u32(base + slots[i] * stride + _FLAGS) & _TOMBSTONE:
             dead -= 1
             ordered[dead] = slots[i]
@@ -286,8 +291,8 @@ def read(table: Int, stride: Int, row_bytes: Int, slots: I64, keys: U64, rows: U
     base = table + _ROWS
     target = np.int64(rows.ctypes.data)
     for i in range(slots.size):
-        if i + BLOCK_KEYS < slots.size:
-            ahead = base + slots[i + BLOCK_KEYS] * stride
+        if i + PREFETCH_ROWS < slots.size:
+            ahead = base + slots[i + PREFETCH_ROWS] * stride
             for offset in range(0, stride, _LINE):
                 prefetch_read(ahead + offset)
         row = base + slots[i] * stride
@@ -311,7 +316,7 @@ def changed_since(table: Int, stride: Int, base_vector: U64, shards: Int, begin:
     count = 0
     rows = table + _ROWS
     for slot in range(begin, end):
-        prefetch_read(rows + (slot + BLOCK_KEYS) * stride)
+        prefetch_read(rows + (slot + PREFETCH_ROWS) * stride)
         if _above(rows + slot * stride, base_vector, shards):
             out[count] = slot
             count += 1
