@@ -1,0 +1,1 @@
+"""Runs many nodes on one machine: in virtual time, and as real processes."""
