@@ -20,11 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ekko
-from ekko.endpoint import LocalEndpoint
+from ekko.endpoint import CLIENT_QUEUE_MAX, REQUESTS_PER_TURN_MAX, LocalEndpoint
 from ekko.errors import ConfigError, EkkoError, ModelError, NodeUnreachable, PublishError
 from ekko.local import (
     REOPEN,
     Answer,
+    Connection,
     Failed,
     MalformedError,
     Open,
@@ -38,6 +39,7 @@ from ekko.local import (
     Waited,
     decode_answer,
     decode_request,
+    encode_answer,
     encode_request,
 )
 from ekko.model import table_id
@@ -55,11 +57,14 @@ class ScriptedNode:
     stamp: int = 100
     lost_memory: bool = False
     silent: bool = False
+    gate: threading.Event | None = None  # requests wait for it
     lagging: tuple[str, ...] = ()
     requests: list[Request] = field(default_factory=list)
 
     def handle_request(self, number: int, request: Request) -> Answer | None:
         self.requests.append(request)
+        if self.gate is not None:
+            assert self.gate.wait(5)
         if self.silent:
             return None
         match request:
@@ -406,6 +411,74 @@ def test_junk_on_the_endpoint_changes_nothing(node: ScriptedNode, publisher: Pub
     assert publisher.publish("item", [1], rows(1)) == 101
 
 
+def test_a_burst_is_served_to_its_end(node: ScriptedNode, tmp_path: Path) -> None:
+    """More requests than one turn serves, all there before the first is answered: no later signal brings the rest."""
+    clients, each = 6, CLIENT_QUEUE_MAX // 2
+    assert clients * each > 2 * REQUESTS_PER_TURN_MAX
+    node.gate = threading.Event()
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(zmq.Context.instance().socket(zmq.DEALER)) for _ in range(clients)]
+        for socket in sockets:
+            socket.linger = 0
+            socket.connect(address_of(tmp_path))
+            for number in range(each):
+                socket.send_multipart(encode_request(number, Ping()))
+        for socket in sockets:  # a connection takes its messages in order: this one's handshake is over
+            assert socket.poll(5_000, zmq.POLLOUT)
+        node.gate.set()
+        for socket in sockets:
+            for number in range(each):
+                assert socket.poll(5_000, zmq.POLLIN), f"no answer to request {number}"
+                assert decode_answer(socket.recv()) == (number, Pong("n1"))
+
+
+def test_a_late_answer_to_an_older_request_is_dropped(tmp_path: Path) -> None:
+    with zmq.Context.instance().socket(zmq.ROUTER) as router:
+        router.linger = 0
+        router.bind(address_of(tmp_path))
+
+        def answer() -> None:
+            client, header = router.recv_multipart()
+            number, _ = decode_request([header])
+            for each, stamp in ((number - 1, 66), (number, 77)):
+                router.send_multipart([client, encode_answer(each, Stored(stamp))])
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with contextlib.closing(Connection(address_of(tmp_path))) as connection:
+            assert connection.request(Ping(), 5.0) == Stored(77)
+        thread.join()
+
+
+def step_frames() -> list[bytes]:
+    """A request of three rows of table 3."""
+    column = _column_of(3, [_Change(np.arange(3, dtype=np.uint64), rows(3), None)])
+    return [bytes(frame) for frame in encode_request(5, PublishStep("ctr", (column,)))]
+
+
+def test_columns_are_aligned_wherever_their_frames_begin() -> None:
+    header, *frames = step_frames()
+    shifted = [memoryview(b"x" + frame)[1:] for frame in frames]
+    _, step = decode_request([header, *shifted])
+    assert isinstance(step, PublishStep)
+    assert step.columns[0].keys.flags.aligned
+    assert step.columns[0].keys.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda frames: [*frames, b""], "more frames than its header says"),
+        (lambda frames: frames[:-1], "fewer frames than its header says"),
+        (lambda frames: [*frames[:-1], frames[-1][:-4]], "44 bytes where 48 were announced"),
+    ],
+)
+def test_a_step_and_its_header_must_agree(damage: Callable[[list[bytes]], list[bytes]], complaint: str) -> None:
+    with pytest.raises(MalformedError, match=complaint) as caught:
+        decode_request(damage(step_frames()))
+    assert caught.value.number == 5
+
+
 def test_another_release_is_told_so(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ekko.local.encode_request", lambda number, request: [msgpack.packb([2, number, "publish", {}])])
     with pytest.raises(PublishError, match="version 2 met version 1: use one release"):
@@ -432,8 +505,7 @@ def test_decoding_junk_raises_only_malformed(frames: list[bytes]) -> None:
 
 @given(st.data())
 def test_a_damaged_request_raises_only_malformed(data: st.DataObject) -> None:
-    column = _column_of(3, [_Change(np.arange(3, dtype=np.uint64), rows(3), None)])
-    frames = [bytearray(frame) for frame in encode_request(5, PublishStep("ctr", (column,)))]
+    frames = [bytearray(frame) for frame in step_frames()]
     frame = data.draw(st.sampled_from(frames))
     if data.draw(st.booleans()):
         frame[data.draw(st.integers(0, len(frame) - 1))] = data.draw(st.integers(0, 255))
