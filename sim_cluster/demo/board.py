@@ -31,7 +31,7 @@ class Word(IntEnum):
     ROWS = 6  # published while streaming
     BYTES = 7
     BATCHES = 8
-    LAG_MAX_US = 9  # how far behind an event's time it was learnt, at most
+    LAG_MAX_US = 9  # from an event's time until it was learnt, at most
     DONE = 10  # 1: everything published is visible everywhere, and written down
 
 

@@ -212,9 +212,8 @@ def _end(ends: NDArray[np.int64], batches: int) -> int:
 def replay_scores(events: Events, history: History, start: int, delay: int) -> Floats:
     """float32[len(events) - start]: the stream, scored with state that is `delay` events old; `FROZEN`: of its start.
 
-    An event is scored with what had been published when the events up to `delay` before it were learnt (or up to
-    `STREAM_BATCH` fewer: a step's events share a state, as they do live), never with less than the state at the start of the
-    stream; sparse and dense parts alike.
+    An event is scored with what had been published when the events up to `delay` before it were learnt, rounded down to whole
+    steps, as events become visible live; never with less than the state at the start of the stream; sparse and dense alike.
     """
     replay = Replay(history)
     scorer = Scorer(events, replay)

@@ -21,6 +21,7 @@ DENSE_RATE: Final = 0.02
 EPOCHS: Final = 2  # a third one made events it had not seen worse
 OFFLINE_BATCH: Final = 256
 STREAM_BATCH: Final = 16  # events of one step while streaming: 32 ms of the default rate
+STREAM_BATCH_MAX: Final = 64  # the same for a trainer that has fallen behind
 
 
 def shape_of(events: Events) -> DLRMOptions:

@@ -18,7 +18,7 @@ from sim_cluster.demo.board import Board, Word
 from sim_cluster.demo.data import Events
 from sim_cluster.demo.history import Floats, History, Recorder
 from sim_cluster.demo.job import Job, events_path, history_path, parameters_path
-from sim_cluster.demo.learning import DIM, STREAM_BATCH, Learner
+from sim_cluster.demo.learning import DIM, STREAM_BATCH, STREAM_BATCH_MAX, Learner
 from sim_cluster.demo.worker import run_worker
 
 DENSE_EVERY: Final = 8  # steps: four times a second at the default rate
@@ -83,17 +83,20 @@ class Trainer:
         start_ns = board[Word.START_NS]
         total = len(self._events) - job.start
         learnt: list[int] = []
-        for first in range(0, total, STREAM_BATCH):
+        first = 0
+        while first < total:
             last = min(first + STREAM_BATCH, total)
-            due_ns = start_ns + job.due_ns(last - 1)
-            board.sleep_until(due_ns + MARGIN_NS)
+            board.sleep_until(start_ns + job.due_ns(last - 1) + MARGIN_NS)
+            # What has come meanwhile is learnt along with it, so that a trainer that was held up catches up.
+            come = job.due_count(time.monotonic_ns() - MARGIN_NS - start_ns)
+            last = max(last, min(come, first + STREAM_BATCH_MAX, total))
             board.wait_for(lambda last=last: bool(board.scored.min() >= last))  # type: ignore[misc]
             now_ns = time.monotonic_ns()
             board.learnt_ns[first:last] = now_ns
-            board[Word.LAG_MAX_US] = max(board[Word.LAG_MAX_US], (now_ns - due_ns) // 1000)
+            board[Word.LAG_MAX_US] = max(board[Word.LAG_MAX_US], (now_ns - start_ns - job.due_ns(first)) // 1000)
             self._learner.learn(job.start + first, job.start + last)
             learnt.append(last)
-            board[Word.LEARNT] = last
+            board[Word.LEARNT] = first = last
             self._count(recorder, len(learnt) - 1)
         return learnt
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ekko.torch
+from ekko import Reader
 from ekko.errors import ModelError, PublishError
+from ekko.model import ModelSpec, TableSpec, table_id
+from ekko.store import Store
+from p2p.replica import RowColumns
 
 
 @pytest.fixture(autouse=True)
@@ -263,3 +268,97 @@ def test_dense_parameters_must_be_float32() -> None:
     model.top.double()
     with pytest.raises(ModelError, match=r"'top.weight' has dtype torch.float64"):
         ekko.torch.track(model, adagrad(model), recorder(), TABLES, dense_every=1)
+
+
+# --- EmbeddingBag, over a store in shared memory
+
+ROWS, DIM = 30, 8
+
+
+@pytest.fixture(scope="module")
+def weight() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(ROWS, DIM)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def reader(weight: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    """Of a store with keys 0 to 28, and key 2^64 - 1, which holds row 29."""
+    run_dir: Path = tmp_path_factory.mktemp("node")
+    store = Store.open(run_dir)
+    model = store.add_model(ModelSpec("ctr", tables={"item": TableSpec("item", DIM)}))
+    keys = np.append(np.arange(ROWS - 1, dtype=np.uint64), np.uint64(2**64 - 1))
+    model.apply([RowColumns(table_id("item"), keys, weight.view(np.uint8))], stamp=1 << 22)
+    with Reader("ctr", run_dir) as reader:
+        yield reader
+    store.destroy()
+
+
+def twins(reader: Reader, weight: np.ndarray, mode: str, **options: bool) -> tuple[nn.Module, nn.Module]:
+    theirs = nn.EmbeddingBag.from_pretrained(torch.from_numpy(weight.copy()), mode=mode, **options)
+    return ekko.torch.EmbeddingBag(reader, "item", mode=mode, **options), theirs
+
+
+BAGS = st.lists(st.lists(st.integers(0, ROWS - 2), max_size=6), min_size=1, max_size=8)
+
+
+@given(bags=BAGS, mode=st.sampled_from(["sum", "mean", "max"]), last=st.booleans())
+def test_bag_with_offsets_gives_torchs_numbers(
+    reader: Reader, weight: np.ndarray, bags: list[list[int]], mode: str, last: bool
+) -> None:
+    ours, theirs = twins(reader, weight, mode, include_last_offset=last)
+    indices = torch.tensor([index for bag in bags for index in bag], dtype=torch.int64)
+    ends = np.cumsum([0] + [len(bag) for bag in bags])
+    offsets = torch.from_numpy(ends if last else ends[:-1])
+    assert torch.equal(ours(indices, offsets), theirs(indices, offsets))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bag_of_rows_of_indices_gives_torchs_numbers(reader: Reader, weight: np.ndarray, mode: str) -> None:
+    ours, theirs = twins(reader, weight, mode)
+    indices = torch.randint(ROWS - 1, (5, 7))
+    assert torch.equal(ours(indices), theirs(indices))
+    assert torch.equal(ours(indices.t()), theirs(indices.t()))  # not contiguous
+    assert torch.equal(ours(indices.int()), theirs(indices))
+
+
+def test_bag_with_per_sample_weights_gives_torchs_numbers(reader: Reader, weight: np.ndarray) -> None:
+    ours, theirs = twins(reader, weight, "sum")
+    indices, weights = torch.randint(ROWS - 1, (5, 7)), torch.randn(5, 7)
+    assert torch.equal(ours(indices, per_sample_weights=weights), theirs(indices, per_sample_weights=weights))
+    flat, offsets = indices.reshape(-1), torch.tensor([0, 3, 3, 30])
+    assert torch.equal(ours(flat, offsets, weights.reshape(-1)), theirs(flat, offsets, weights.reshape(-1)))
+
+
+def test_bag_counts_absent_keys_as_zeros_and_reads_hashed_keys(reader: Reader, weight: np.ndarray) -> None:
+    bag = ekko.torch.EmbeddingBag(reader, "item", mode="sum")
+    indices = torch.tensor([[3, 999_999], [-1, 4]])  # the bits of -1 are the key 2^64 - 1
+    expected = torch.from_numpy(np.stack([weight[3], weight[ROWS - 1] + weight[4]]))
+    torch.testing.assert_close(bag(indices), expected)
+
+
+def test_bag_is_for_inference_and_holds_nothing(reader: Reader) -> None:
+    bag = ekko.torch.EmbeddingBag(reader, "item", mode="sum")
+    weights = torch.ones(1, 2, requires_grad=True)
+    assert not bag(torch.tensor([[1, 2]]), per_sample_weights=weights).requires_grad
+    assert list(bag.parameters()) == []
+    assert bag.state_dict() == {}
+    assert repr(bag) == "EmbeddingBag('item', mode='sum')"
+
+
+@pytest.mark.parametrize(
+    ("indices", "complaint"),
+    [
+        pytest.param(torch.ones(1, 2), "indices have dtype torch.float32", id="dtype"),
+        pytest.param(torch.ones(1, 2, dtype=torch.int64, device="meta"), "indices are on device meta", id="device"),
+    ],
+)
+def test_bag_refuses_indices_it_cannot_look_up(reader: Reader, indices: torch.Tensor, complaint: str) -> None:
+    with pytest.raises(ModelError, match=complaint):
+        ekko.torch.EmbeddingBag(reader, "item")(indices)
+
+
+def test_bag_refuses_unknown_tables_and_modes(reader: Reader) -> None:
+    with pytest.raises(ModelError, match="no table 'itme'"):
+        ekko.torch.EmbeddingBag(reader, "itme")(torch.tensor([[1]]))
+    with pytest.raises(ModelError, match="mode is 'avg'"):
+        ekko.torch.EmbeddingBag(reader, "item", mode="avg")
