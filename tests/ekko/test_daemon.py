@@ -123,6 +123,7 @@ def test_what_a_node_says_over_http(pair: LocalCluster) -> None:
     assert all(0 < delay < 5_000 for delay in delays.delays_ms)
     assert serve.delays(delays.next).delays_ms == []
 
+    wait_until(lambda: serve.status()["synced"], "every model has caught up", 10)  # one that came lately, too
     status = serve.status()
     assert (status["ready"], status["synced"], status["waiting_for"]) == (True, True, [])
     assert {member["node"]: member["alive"] for member in status["members"]} == {"serve-1": True, "train-1": True}
