@@ -47,8 +47,10 @@ class ModelStore:
         self._table_bytes_max = table_bytes_max
         self._header = header
         self._tables: dict[int, Table] = {}
+        self._words: dict[str, U64] = {}  # views of the header, by name: making one costs more than reading it
         self._vector = header.words(layout.MODEL.offset("vector"), entry.shards, WRITERS_MAX)
         self._frontier = header.words(layout.MODEL.offset("frontier"), WRITERS_MAX)
+        self._pending_shards = header.words(layout.MODEL.offset("pending_shards"), (entry.shards + 63) // 64)
         self._stamp_max = self._word("stamp_max")
 
     @classmethod
@@ -98,7 +100,10 @@ class ModelStore:
         return table
 
     def _word(self, name: str) -> U64:
-        return self._header.words(layout.MODEL.offset(name))
+        view = self._words.get(name)
+        if view is None:
+            view = self._words[name] = self._header.words(layout.MODEL.offset(name))
+        return view
 
     def entry(self) -> ModelEntry:
         """What the manifest says of the model."""
@@ -204,7 +209,7 @@ class ModelStore:
         bitmap = np.zeros(self.spec.shards + 63 & ~63, np.uint8)
         bitmap[shards] = 1
         packed = np.packbits(bitmap, bitorder="little").view(np.uint64)
-        self._header.words(layout.MODEL.offset("pending_shards"), packed.size)[...] = packed
+        self._pending_shards[: packed.size] = packed
         publish_word(pending, stamp)
 
     def _merge_pending(self) -> None:
@@ -212,8 +217,7 @@ class ModelStore:
         stamp = int(self._word("pending_stamp"))
         if not stamp:
             return
-        words = self._header.words(layout.MODEL.offset("pending_shards"), (self.spec.shards + 63) // 64)
-        touched = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little", count=self.spec.shards))
+        touched = np.flatnonzero(np.unpackbits(self._pending_shards.view(np.uint8), bitorder="little", count=self.spec.shards))
         writer = writer_of(stamp)
         self._vector[touched, writer] = np.maximum(self._vector[touched, writer], np.uint64(stamp))
         self._frontier[writer] = max(int(self._frontier[writer]), stamp)
