@@ -64,6 +64,8 @@ class Keyspace:
     gap_stamp: int = 0  # the oldest waiting step when we last looked
     gap_since_ms: int = 0
     gap_peer: str = ""  # who sent the batch that showed the gap
+    gap_origin: str = ""  # and whose batch it was
+    gap_tries: int = 0  # pulls that did not close it
     stray_digest: int = 0
     stray_digest_ms: int = -1_000_000  # monotonic time of the scan that found it
     strays_possible: bool = True  # rows may be held above the vector

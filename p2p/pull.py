@@ -25,6 +25,8 @@ from p2p.stamps import WRITERS_MAX, check_not_ahead
 
 # A batch overtaken by the next one, or a view that just changed, heals by itself within this; a pull costs a scan.
 GAP_GRACE_MS = 50
+# A gap that a pull did not close is asked about again after twice the time, this many times: an answer costs a scan.
+GAP_DOUBLINGS_MAX = 5
 # An answer that stands still this long is given up, and asked of somebody else.
 PULL_SILENCE_MS = 3_000
 # Finding strays is a scan of all rows; peers compare once a heartbeat, so more often would be wasted.
@@ -180,14 +182,23 @@ class Pull:
         for number in [k for k, asked in self._asked.items() if now.monotonic_ms >= asked.deadline_ms]:
             self._abandon(number, "no answer")
         for keyspace in self._core.keyspaces.values():
-            oldest = keyspace.knowledge.oldest_open
-            if oldest != keyspace.gap_stamp:
-                keyspace.gap_stamp, keyspace.gap_since_ms = oldest, now.monotonic_ms
-            elif oldest and now.monotonic_ms - keyspace.gap_since_ms >= GAP_GRACE_MS:
-                link = self._core.links.get(keyspace.gap_peer)
-                if link is not None and keyspace.replica.keyspace not in self._asked:
-                    self._core.counters.gaps += 1
-                    self.ask(keyspace, link, now, "gap")
+            self._check_gap(keyspace, now)
+
+    def _check_gap(self, keyspace: Keyspace, now: m.Now) -> None:
+        oldest = keyspace.knowledge.oldest_open
+        if oldest != keyspace.gap_stamp:
+            keyspace.gap_stamp, keyspace.gap_since_ms, keyspace.gap_tries = oldest, now.monotonic_ms, 0
+        grace_ms = GAP_GRACE_MS << min(keyspace.gap_tries, GAP_DOUBLINGS_MAX)
+        if not oldest or now.monotonic_ms - keyspace.gap_since_ms < grace_ms or keyspace.replica.keyspace in self._asked:
+            return
+        # The batch's sender first: it is near. It may have the same gap, so its origin is asked in turn.
+        first, second = keyspace.gap_peer, keyspace.gap_origin
+        link = self._core.links.get(second if keyspace.gap_tries % 2 else first) or self._core.links.get(second)
+        keyspace.gap_since_ms = now.monotonic_ms
+        keyspace.gap_tries += 1
+        if link is not None:
+            self._core.counters.gaps += 1
+            self.ask(keyspace, link, now, "gap")
 
     def digests(self, keyspace: Keyspace, now: m.Now) -> tuple[int, int]:
         """Digests of our vector and of our strays; the scan for strays runs only when there may be some, and not often."""

@@ -165,7 +165,7 @@ class Push:
         )
         if not whole:
             keyspace.strays_possible = True
-            keyspace.gap_peer = peer
+            keyspace.gap_peer, keyspace.gap_origin = peer, batch.origin
         if applied is not None:
             core.counters.rows_written += applied.written
             core.counters.rows_stale += applied.stale
