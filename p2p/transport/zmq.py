@@ -357,6 +357,7 @@ def _refuse_taken_path(address: str) -> None:
     """
     if address.startswith("ipc://"):
         with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+            probe.setblocking(False)
             probe.connect(address.removeprefix("ipc://"))
             raise OSError(errno.EADDRINUSE, "the address is already in use")
 
