@@ -11,7 +11,7 @@ first still answers is a configuration error of the operator, and the newcomer i
 from dataclasses import dataclass, field, replace
 
 from p2p.errors import RemoteProtocolError
-from p2p.messages import MemberRecord, NodeId
+from p2p.messages import MemberRecord, NodeId, WriterRecord
 from p2p.trees import Holder
 
 # Heartbeats go to every member each interval. A fixed time-out suffices for a handful of nodes on good links: ten missed
@@ -105,6 +105,13 @@ class Membership:
             self._holders = None
         known.record, known.heard_ms = record, now_ms
         return changed
+
+    def note_writer(self, node: NodeId, writer: WriterRecord) -> None:
+        """A batch came from a writer of `node`: sooner news than the heartbeat that will say so."""
+        member = self.members.get(node)
+        if member is None or any((w.keyspace, w.writer) == (writer.keyspace, writer.writer) for w in member.record.writers):
+            return
+        member.record = replace(member.record, writers=(*member.record.writers, writer))
 
     def conflicts(self, record: MemberRecord, now_ms: int) -> MemberRecord | None:
         """The live node that already uses this record's id in another life, at another address; None when there is none.

@@ -137,6 +137,7 @@ class Push:
             return False
         check_batch(keyspace, batch, now)
         core.writers.check(batch.keyspace, batch.writer, batch.nonce)
+        core.membership.note_writer(batch.origin, m.WriterRecord(batch.keyspace, batch.writer, batch.nonce, batch.stamp))
         claims = batch.claims
         first = (int(claims.shards[0]), int(claims.part[0])) if len(claims.shards) else (-1, 0)
         seen = (batch.keyspace, batch.stamp, *first)

@@ -261,15 +261,18 @@ def test_a_silent_node_leaves_the_trees_and_comes_back() -> None:
 
 def test_staleness_follows_the_live_writer_and_is_unknown_without_one() -> None:
     cluster = start()
-    replica = cluster.nodes["us1"].store.models["ctr"]
     machine = cluster.nodes["us1"].machine
     assert machine is not None
     assert machine.status(cluster.now()).keyspaces[0].synced_until_ms == 0
     cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(30)
+    assert machine.status(cluster.now()).keyspaces[0].synced_until_ms > 0, "known with the first batch"
     cluster.run(2_000)
     behind_ms = cluster.now().unix_ms - machine.status(cluster.now()).keyspaces[0].synced_until_ms
     assert 0 <= behind_ms <= push_module.IDLE_BEAT_MS + 20
-    del replica
+    cluster.crash("t1")
+    cluster.run(membership.SILENCE_MS_MAX + 1_000)
+    assert machine.status(cluster.now()).keyspaces[0].synced_until_ms == 0, "the writer is gone"
 
 
 def test_messages_of_a_peer_that_lie_change_nothing() -> None:

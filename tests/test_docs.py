@@ -1,0 +1,84 @@
+"""The documentation is run: its files are valid, and the tutorial does what it says, on real nodes."""
+
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ekko.config import load_config
+from ekko.store import Store
+from sim_cluster.processes import free_ports, wait_until
+
+ROOT = Path(__file__).parent.parent
+DEADLINE_S = 60
+
+
+def blocks(document: str, language: str) -> Iterator[tuple[str, str]]:
+    """(label, text) of each fenced block of a language."""
+    yield from re.findall(rf"^```{language} ?(\S*)\n(.*?)^```", (ROOT / document).read_text(), re.M | re.S)
+
+
+def test_the_readme_shows_a_valid_configuration(tmp_path: Path) -> None:
+    texts = [text for _, text in blocks("README.md", "toml")]
+    assert len(texts) == 1
+    path = tmp_path / "node.toml"
+    path.write_text(texts[0])
+    assert load_config(path).node.id == "eu-1"
+
+
+def test_python_in_the_readme_compiles() -> None:
+    texts = [text for _, text in blocks("README.md", "python")]
+    assert len(texts) >= 2
+    for text in texts:
+        compile(text, "README.md", "exec")
+
+
+@pytest.mark.processes
+def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
+    fixed = sorted(set(re.findall(r"127\.0\.0\.1:(7[789]0[01])", (ROOT / "docs/tutorial.md").read_text())))
+    ports = dict(zip(fixed, map(str, free_ports(len(fixed))), strict=True))
+
+    def moved(text: str) -> str:
+        return re.sub(r"(127\.0\.0\.1:)(7[789]0[01])", lambda found: found[1] + ports[found[2]], text)
+
+    for name, text in blocks("docs/tutorial.md", "toml"):
+        (tmp_path / name).write_text(moved(text))
+    nodes = []
+    try:
+        for name, http in (("train.toml", "7900"), ("serve.toml", "7901")):
+            command = [sys.executable, "-m", "ekko.cli", "node", "--config", name]
+            with (tmp_path / f"{name}.log").open("wb") as log:
+                nodes.append(subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT))
+            wait_ready(ports[http], nodes[-1], tmp_path / f"{name}.log")
+        ((_, script),) = blocks("docs/tutorial.md", "python")
+        subprocess.run([sys.executable, "-c", moved(script)], cwd=tmp_path, check=True, timeout=DEADLINE_S)
+        status = [sys.executable, "-m", "ekko.cli", "status", "--config", "serve.toml"]
+        shown = subprocess.run(status, cwd=tmp_path, check=True, timeout=DEADLINE_S, capture_output=True, text=True).stdout
+        assert "train-1" in shown
+    finally:
+        for node in nodes:
+            node.terminate()
+        for node in nodes:
+            node.wait(DEADLINE_S)
+        for name in ("train-1", "eu-1"):
+            remove_memory(tmp_path / "run" / name)
+
+
+def wait_ready(port: str, node: subprocess.Popen[bytes], log: Path) -> None:
+    def ready() -> bool:
+        assert node.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1):
+                return True
+        except OSError:
+            return False
+
+    wait_until(ready, f"the node of {log.name} to be ready", DEADLINE_S)
+
+
+def remove_memory(run_dir: Path) -> None:
+    Store.open(run_dir).destroy()
