@@ -90,6 +90,7 @@ class DelayLog:
     cluster: LocalCluster
     by_region: dict[str, list[float]] = field(default_factory=lambda: {region: [] for region in REGIONS})
     _next: dict[str, int] = field(default_factory=dict)
+    _turn: int = 0
 
     def skip(self) -> None:
         """Forget everything that was applied until now."""
@@ -97,13 +98,22 @@ class DelayLog:
         self.by_region = {region: [] for region in REGIONS}
 
     def fetch(self) -> None:
-        """Take what is new. A node that does not answer is left for the next time."""
+        """Take what is new from all nodes."""
         for node in self.cluster.nodes.values():
-            if node.spec.region in self.by_region and node.running:
-                with suppress(NodeProcessError):
-                    delays = node.delays(self._next.get(node.id, 0))
-                    self._next[node.id] = delays.next
-                    self.by_region[node.spec.region] += delays.delays_ms
+            self._fetch_from(node)
+
+    def fetch_next(self) -> None:
+        """Take what is new from one node, each in its turn: while events stream, a node is asked for little at once."""
+        self._turn = (self._turn + 1) % len(self.cluster.nodes)
+        self._fetch_from(list(self.cluster.nodes.values())[self._turn])
+
+    def _fetch_from(self, node: NodeProcess) -> None:
+        """A node that does not answer is left for the next time."""
+        if node.spec.region in self.by_region and node.running:
+            with suppress(NodeProcessError):
+                delays = node.delays(self._next.get(node.id, 0))
+                self._next[node.id] = delays.next
+                self.by_region[node.spec.region] += delays.delays_ms
 
     def restarted(self, node: str) -> None:
         """The node counts from nought again."""

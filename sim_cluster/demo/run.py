@@ -39,7 +39,7 @@ from sim_cluster.processes import LocalCluster
 OFFLINE_SHARE: Final = 0.6
 LEAD_S: Final = 0.5  # from the moment when all are ready to the first event
 REFRESH_S: Final = 0.1
-FETCH_S: Final = 1.0  # how often nodes are asked for delays
+FETCH_S: Final = 0.5  # how often a node is asked for delays, and the figures are shown
 SETTLE_S_MAX: Final = 90.0  # for the nodes to start, the model to learn offline, the stream to drain; each
 
 
@@ -159,7 +159,7 @@ class _Run:
             if outage is not None:
                 outage.step(board[Word.LEARNT] / self._stream)
             if now_s >= fetch_s:
-                delays.fetch()
+                delays.fetch_next()
                 fetch_s = now_s + FETCH_S
                 display.update(board[Word.LEARNT] / self._stream, self._figures(delays, outage))
             time.sleep(REFRESH_S)

@@ -16,7 +16,7 @@ from sim_cluster.demo.job import Job, events_path
 from sim_cluster.demo.scoring import Scorer
 from sim_cluster.demo.worker import run_worker
 
-TICK_NS: Final = 10_000_000
+TICK_NS: Final = 15_000_000
 HANDFUL_MAX: Final = 256  # events predicted with one look-up, should the process have been held up
 MODEL_TIMEOUT_S: Final = 120.0
 
@@ -47,7 +47,8 @@ class RegionScorer:
         start_ns = board[Word.START_NS]
         total = board.scores.shape[1]
         done = 0
-        tick_ns = start_ns
+        # The scorers take turns: a dozen processes that wake at one moment would keep each other waiting.
+        tick_ns = start_ns + TICK_NS * place // len(job.regions)
         while done < total:
             board.sleep_until(tick_ns)
             now_ns = time.monotonic_ns()
@@ -57,7 +58,7 @@ class RegionScorer:
                 board.scores[place, done:last] = scorer.score(job.start + done, job.start + last)
                 board.scored_ns[place, done:last] = time.monotonic_ns()
                 board.scored[place] = done = last  # from here on the trainer may learn them
-            tick_ns = max(tick_ns + TICK_NS, now_ns)
+            tick_ns += TICK_NS * max(1, -(-(now_ns - tick_ns) // TICK_NS))  # keeps to its turn, also after a stop
 
 
 if __name__ == "__main__":

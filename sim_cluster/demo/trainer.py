@@ -23,7 +23,7 @@ from sim_cluster.demo.worker import run_worker
 
 DENSE_EVERY: Final = 8  # steps: four times a second at the default rate
 # A step begins this long after its last event's time, by when every scorer has predicted it as a rule; then nobody waits.
-MARGIN_NS: Final = 12_000_000
+MARGIN_NS: Final = 18_000_000
 VISIBLE_TIMEOUT_S: Final = 60.0
 
 
