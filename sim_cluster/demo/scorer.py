@@ -41,6 +41,8 @@ class RegionScorer:
             board.ready[place] = 1
             board.wait_for(lambda: board[Word.START_NS] != 0)
             self._stream(scorer)
+            # Ending is work too, and three processes that end at once would hold the last updates up.
+            board.wait_for(lambda: board[Word.DONE] == 1)
 
     def _stream(self, scorer: Scorer) -> None:
         board, job, place = self._board, self._job, self._place
