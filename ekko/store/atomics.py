@@ -22,8 +22,6 @@ Int: TypeAlias = Any
 
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
-# One cache line as LLVM sees it; it becomes one to four moves, by what the processor has.
-_LINE = ir.VectorType(_I32, 16)
 
 
 def kernel(*signatures: str) -> Callable[[F], F]:
@@ -99,7 +97,7 @@ fence_release = _intrinsic(_fence("release"))
 fence_program_order = _intrinsic(_fence("seq_cst", "singlethread"))
 
 
-def _prefetch(for_write: int) -> Callable[..., Any]:
+def _prefetch(for_write: int, locality: int) -> Callable[..., Any]:
     def typed(typing_context: Any, address: Any) -> Any:
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
             pointer = _pointer(builder, arguments[0], ir.IntType(8))
@@ -107,8 +105,8 @@ def _prefetch(for_write: int) -> Callable[..., Any]:
             function = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
                 builder.module, signature_ir, "llvm.prefetch.p0"
             )
-            # Locality 3: into the nearest cache; last argument 1: data, not instructions.
-            builder.call(function, [pointer, _I32(for_write), _I32(3), _I32(1)])
+            # The last argument, 1: data, not instructions.
+            builder.call(function, [pointer, _I32(for_write), _I32(locality), _I32(1)])
             return context.get_dummy_value()
 
         return types.void(types.int64), generate
@@ -116,34 +114,37 @@ def _prefetch(for_write: int) -> Callable[..., Any]:
     return typed
 
 
-prefetch_read = _intrinsic(_prefetch(0))
-prefetch_write = _intrinsic(_prefetch(1))
+# What is read once and then not again for long: index entries. Without passing through the second-level cache, where it would
+# push out the caller's output (measured: 10 % of a look-up).
+prefetch_once = _intrinsic(_prefetch(0, 0))
+# Into the second-level cache: rows to be copied. Measured to be 5 to 10 % better than the nearest cache.
+prefetch_near = _intrinsic(_prefetch(0, 2))
+prefetch_write = _intrinsic(_prefetch(1, 3))
 
 
-def _copy_line_typed(typing_context: Any, target: Any, source: Any) -> Any:
+def _copy_typed(typing_context: Any, target: Any, source: Any, count: Any) -> Any:
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
-        line = builder.load(_pointer(builder, arguments[1], _LINE), align=4)
-        builder.store(line, _pointer(builder, arguments[0], _LINE), align=4)
+        target_pointer, source_pointer = (_pointer(builder, address, ir.IntType(8)) for address in arguments[:2])
+        cgutils.raw_memcpy(builder, target_pointer, source_pointer, arguments[2], 1)  # type: ignore[no-untyped-call]
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+# Copy so many bytes between places that do not overlap: the C library's memcpy, which knows the processor best.
+copy_bytes = _intrinsic(_copy_typed)
+
+
+def _zero_typed(typing_context: Any, target: Any, count: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        cgutils.memset(builder, _pointer(builder, arguments[0], ir.IntType(8)), arguments[1], 0)  # type: ignore[no-untyped-call]
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
 
 
-copy_line = _intrinsic(_copy_line_typed)
-
-
-@inline_kernel
-def copy_bytes(target: Int, source: Int, count: Int) -> None:
-    """Copy `count` bytes, a multiple of 4, between addresses aligned to 4 that do not overlap."""
-    lines = count >> 6
-    for _ in range(lines):
-        copy_line(target, source)
-        target += 64
-        source += 64
-    for _ in range((count & 63) >> 2):
-        store_u32(target, load_u32(source))
-        target += 4
-        source += 4
+# Set so many bytes to zero.
+zero_bytes = _intrinsic(_zero_typed)
 
 
 @kernel("int64(int64)")

@@ -19,7 +19,7 @@ from ekko.store.atomics import (
     kernel,
     load_acquire_i64,
     load_u64,
-    prefetch_read,
+    prefetch_once,
     store_release_i64,
     store_u64,
 )
@@ -92,10 +92,10 @@ def resolve_part(index: Int, capacity_log2: Int, keys: U64, begin: Int, end: Int
     """Find keys[begin:end] into slots[:end - begin], each -1 when absent; cache lines are asked for well ahead."""
     entries = index + _ENTRIES
     for i in range(begin, min(begin + PREFETCH_KEYS, end)):
-        prefetch_read(entries + home(keys[i], capacity_log2) * _ENTRY_BYTES)
+        prefetch_once(entries + home(keys[i], capacity_log2) * _ENTRY_BYTES)
     for i in range(begin, end):
         if i + PREFETCH_KEYS < end:
-            prefetch_read(entries + home(keys[i + PREFETCH_KEYS], capacity_log2) * _ENTRY_BYTES)
+            prefetch_once(entries + home(keys[i + PREFETCH_KEYS], capacity_log2) * _ENTRY_BYTES)
         slots[i - begin] = find(index, capacity_log2, keys[i], home(keys[i], capacity_log2))
 
 
@@ -112,7 +112,7 @@ def insert_rows(index: Int, capacity_log2: Int, table: Int, stride: Int, slot_be
     rows = table + _ROWS + _ROW_KEY
     for ahead in range(slot_begin, slot_end + PREFETCH_KEYS):
         if ahead < slot_end:
-            prefetch_read(entries + home(load_u64(rows + ahead * stride), capacity_log2) * _ENTRY_BYTES)
+            prefetch_once(entries + home(load_u64(rows + ahead * stride), capacity_log2) * _ENTRY_BYTES)
         slot = ahead - PREFETCH_KEYS
         if slot >= slot_begin:
             insert(index, capacity_log2, load_u64(rows + slot * stride), slot)
