@@ -53,7 +53,7 @@ def demo(
     if as_json:
         typer.echo(json.dumps(result.to_json(), indent=2))
     else:
-        console = Console()
+        console = Console(highlight=False)
         print_result(result, console)
         console.print(f"Written: {out / 'report.json'}, {out / 'latency.png'}, {out / 'auc.png'}", soft_wrap=True)
     if not result.replicas_equal:

@@ -75,7 +75,7 @@ def plot_auc(result: Result, events: Events, start: int, scores: Mapping[str, Fl
         ends.append((float(y[-1]), f"{name}\nAUC {result.quality[result.worst_region].auc[key]:.4f}", colour))
     _label_ends(axis, ends, x[-1])
     axis.set_xlim(0, len(labels))
-    axis.set_xlabel("events of the stream", fontsize=9)
+    axis.set_xlabel("events of the stream  (beside each line's end: AUC of the whole stream)", fontsize=9)
     axis.set_ylabel(f"AUC of the last {window:,} events", fontsize=9)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     _plain(axis)

@@ -177,14 +177,14 @@ class _Run:
         """Live figures for the bar: events, AUC so far where it is worst, p99 of each region."""
         board = self._board
         done = int(board.scored.min())
-        words = [f"{board[Word.LEARNT]:,} learnt", f"{board[Word.ROWS]:,} rows"]
+        words = [f"{board[Word.LEARNT]:,} learnt, {board[Word.ROWS]:,} rows"]
         if done:
             labels = self._events.labels[self._start : self._start + done]
             words.append(f"AUC {min(auc(labels, scores[:done]) for scores in board.scores):.3f}")
         p99 = [f"{region} {np.percentile(values, 99):.0f}" for region, values in delays.by_region.items() if values]
-        words += [f"p99 ms {' '.join(p99)}"] if p99 else []
+        words += [f"p99 {', '.join(p99)} ms"] if p99 else []
         words += [outage.state] if outage is not None and outage.state else []
-        return "  ".join(words)
+        return "; ".join(words)
 
     def _compare(self, cluster: LocalCluster) -> tuple[dict[str, str], dict[str, str]]:
         """Every serving node against the training node, and against the trained parameters."""
