@@ -20,7 +20,6 @@ from numpy.typing import ArrayLike, NDArray
 from ekko.errors import ModelError, StoreError
 from ekko.model import DENSE_DIM, DENSE_TABLE, ModelSpec, TensorSpec, model_id
 from ekko.store import layout
-from ekko.store.atomics import watch_word
 from ekko.store.manifest import CONTROL_NAME, Manifest, ModelEntry, header_name, kernel_boot_id, read_manifest
 from ekko.store.memory import Mapping, TmpfsMemory
 from ekko.store.view import NO_STAMPS, TableFiles, TableView
@@ -35,25 +34,25 @@ DENSE_ATTEMPTS_MAX = 8
 # The store may be replaced between reading its manifest and opening its files; it is not replaced often in a row.
 ATTACH_ATTEMPTS_MAX = 100
 
+_GENERATION = layout.CONTROL.offset("manifest_generation") // 8
+_RETIRED = layout.CONTROL.offset("retired") // 8
+_SYNCED_UNTIL = layout.MODEL.offset("synced_until_ms") // 8
+
 
 @dataclass(frozen=True, slots=True)
 class _Attachment:
     """Everything a look-up needs, as of one manifest. Replaced as a whole, so that threads see one or the other."""
 
-    control: Mapping
+    words: memoryview  # of the control file
     generation: int
-    header: Mapping
+    header: memoryview  # of the model
     tables: dict[str, TableView]
     tensors: dict[str, TensorSpec]
 
     @property
     def current(self) -> bool:
         """False once there is a newer manifest, or another store."""
-        address = self.control.address
-        return (
-            watch_word(address + layout.CONTROL.offset("manifest_generation")) == self.generation
-            and watch_word(address + layout.CONTROL.offset("retired")) == 0
-        )
+        return self.words[_GENERATION] == self.generation and self.words[_RETIRED] == 0
 
 
 class Reader:
@@ -121,9 +120,13 @@ class Reader:
         """
         view = self._table(table)
         wanted = _as_keys(keys)
-        rows = _output(out, (*wanted.shape, view.spec.dim))
+        dim = view.spec.dim
+        rows = _output(out, (*wanted.shape, dim))
         found = np.empty(wanted.shape, np.uint64) if stamps else NO_STAMPS
-        view.lookup(wanted.reshape(-1), rows.reshape(-1, view.spec.dim).view(np.uint8), found.reshape(-1))
+        if wanted.ndim == 1:
+            view.lookup(wanted, rows, found)
+        else:
+            view.lookup(wanted.reshape(-1), rows.reshape(-1, dim), found.reshape(-1))
         return (rows, found) if stamps else rows
 
     def dense(self, name: str) -> NDArray[Any]:
@@ -142,7 +145,7 @@ class Reader:
         rows = np.empty((spec.rows, DENSE_DIM), np.float32)
         stamps = np.empty(spec.rows, np.uint64)
         for _ in range(DENSE_ATTEMPTS_MAX):
-            attachment.tables[DENSE_TABLE].lookup(spec.keys, rows.view(np.uint8), stamps)
+            attachment.tables[DENSE_TABLE].lookup(spec.keys, rows, stamps)
             if spec.rows == 0 or stamps.min() == stamps.max():
                 break
             time.sleep(0)
@@ -152,7 +155,7 @@ class Reader:
 
     def staleness_ms(self) -> float | None:
         """Now minus the newest moment up to which this node has everything that every live writer wrote; None: unknown."""
-        until = watch_word(self._current().header.address + layout.MODEL.offset("synced_until_ms"))
+        until = self._current().header[_SYNCED_UNTIL]
         return max(0.0, time.time() * 1000 - until) if until else None
 
     def _table(self, name: str) -> TableView:
@@ -206,8 +209,8 @@ class Reader:
                 return None
             memory = TmpfsMemory(Path(manifest.memory_dir), manifest.prefix)
             try:
-                control = Mapping.open_to_read(memory.path(CONTROL_NAME))
-                generation = watch_word(control.address + layout.CONTROL.offset("manifest_generation"))
+                words = Mapping.open_to_read(memory.path(CONTROL_NAME)).view(layout.CONTROL_BYTES)
+                generation = words[_GENERATION]
                 # Read again: this one is at least as new as the generation.
                 manifest = self._manifest()
                 if manifest is None or manifest.prefix != memory.prefix:
@@ -215,15 +218,15 @@ class Reader:
                 entry = next((model for model in manifest.models if model.name == self.model), None)
                 if entry is None:
                     return None
-                return _Attachment(control, generation, *self._map_model(entry, memory, old))
+                return _Attachment(words, generation, *self._map_model(entry, memory, old))
             except FileNotFoundError:
                 continue  # replaced under our hands
         return None
 
     def _map_model(
         self, entry: ModelEntry, memory: TmpfsMemory, old: _Attachment | None
-    ) -> tuple[Mapping, dict[str, TableView], dict[str, TensorSpec]]:
-        header = Mapping.open_to_read(memory.path(header_name(model_id(entry.name))))
+    ) -> tuple[memoryview, dict[str, TableView], dict[str, TensorSpec]]:
+        header = Mapping.open_to_read(memory.path(header_name(model_id(entry.name)))).view(layout.PAGE_BYTES)
         tables = {}
         for spec in entry.tables:
             files = TableFiles(memory, self._id, spec.id)
@@ -237,10 +240,10 @@ def _names(known: ReadOnlyMapping[str, object]) -> str:
 
 
 def _as_keys(keys: ArrayLike) -> U64:
-    """Any array of integers >= 0 as uint64, C-contiguous."""
+    """Any array of integers >= 0 as uint64, C-contiguous and aligned."""
     array = np.asarray(keys)
     if array.dtype == np.uint64:
-        return np.require(array, np.uint64, ["C", "A"])
+        return array if array.flags.carray else np.require(array, None, ["C", "A"])
     if array.size == 0:
         return np.empty(array.shape, np.uint64)
     if array.dtype.kind not in "iu":

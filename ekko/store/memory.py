@@ -88,6 +88,10 @@ class Mapping:
         count = int(np.prod(shape))
         return np.frombuffer(self._memory, np.uint64, count, offset).reshape(shape)
 
+    def view(self, end: int) -> memoryview:
+        """The words below `end`, for reading them one by one from Python."""
+        return memoryview(self._memory)[:end].cast("Q")
+
     def ensure(self, end: int) -> None:
         """Have real pages under all bytes below `end`.
 

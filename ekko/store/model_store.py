@@ -17,7 +17,7 @@ from ekko.store.atomics import publish_word
 from ekko.store.manifest import ModelEntry, header_name, index_name, rows_name
 from ekko.store.memory import Mapping, Memory
 from ekko.store.table import Table
-from ekko.store.view import NO_STAMPS, gather_rows
+from ekko.store.view import RowSource, gather_rows
 from p2p.errors import RemoteProtocolError
 from p2p.replica import Applied, RowColumns, Selection, WriterIdentity
 from p2p.stamps import WRITERS_MAX, writer_of
@@ -156,7 +156,8 @@ class ModelStore:
             known = ", ".join(map(repr, self.spec.tables)) or "none"
             raise ModelError(f"model {self.spec.name!r} has no table {table!r}: it has {known}")
         out, stamps = np.empty((keys.size, held.spec.dim), np.float32), np.empty(keys.size, np.uint64)
-        gather_rows(held.mapping.address, held.spec, held.index, keys, out.view(np.uint8), stamps if keys.size else NO_STAMPS)
+        source = RowSource(table, held.mapping.address, held.stride, held.spec.row_bytes)
+        gather_rows(source, held.index, _whole(keys), out, stamps)
         return out, stamps
 
     # --- p2p.replica.Replica ----------------------------------------------------------------------------------------

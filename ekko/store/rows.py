@@ -43,6 +43,7 @@ from ekko.store.index import find, home, insert, mix64, resolve_part
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
 
 # Keys are resolved in parts of this many before their rows are copied. Two passes over a part beat one pass that does both:
 # with 4 million rows, 92 ns a key against 101 with a software pipeline by key, and 155 in blocks of 32 (np.take takes 60).
@@ -240,10 +241,10 @@ def _gather_contended(row: Int, target: Int, row_bytes: Int, stamps: U64, i: Int
 
 
 @kernel(
-    "int64(int64, int64, int64, int64, int64, Array(uint64, 1, 'C', readonly=True), uint8[:, ::1], uint64[::1], int64)",
+    "int64(int64, int64, int64, int64, int64, Array(uint64, 1, 'C', readonly=True), float32[:, ::1], uint64[::1], int64)",
 )
 def gather(
-    table: Int, stride: Int, row_bytes: Int, index: Int, capacity_log2: Int, keys: U64, out: U8, stamps: U64, begin: Int
+    table: Int, stride: Int, row_bytes: Int, index: Int, capacity_log2: Int, keys: U64, out: F32, stamps: U64, begin: Int
 ) -> Int:
     """Copy the rows of keys[begin:] into `out`, and their stamps when `stamps` is not empty; absent and deleted ones are zero.
 

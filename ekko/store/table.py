@@ -7,7 +7,7 @@ every row, the generation word in the table's header switches readers over.
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,10 +58,10 @@ class Index:
     generation: int
     capacity_log2: int
     mapping: Mapping
+    address: int = field(init=False)
 
-    @property
-    def address(self) -> int:
-        return self.mapping.address
+    def __post_init__(self) -> None:
+        self.address = self.mapping.address
 
     @property
     def rows_max(self) -> int:
