@@ -61,6 +61,10 @@ class Display:
         if self._task is not None:
             self._bars.update(self._task, completed=fraction)
 
+    def warn(self, text: str) -> None:
+        """Say something that must not be missed."""
+        self._console.print(text, style="bold red", soft_wrap=True)
+
     def _finish(self) -> None:
         if self._task is not None:
             self._bars.update(self._task, completed=1.0)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import numpy as np
 
@@ -77,9 +77,11 @@ def run_demo(options: Options, display: Display) -> Result:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"--out {options.out}: {error.strerror}") from None
-    with _stop_on_sigterm(), tempfile.TemporaryDirectory(prefix="ekko-demo-") as scratch:
+    with _orderly_stop(), tempfile.TemporaryDirectory(prefix="ekko-demo-") as scratch:
         display.phase("events")
         events = data.load(synthetic=options.synthetic, seed=options.seed)
+        if events.note:
+            display.warn(f"SYNTHETIC EVENTS, not real data: {events.note}")
         start = len(events) - min(options.stream or len(events), len(events) - int(OFFLINE_SHARE * len(events)))
         return _Run(options, display, events, start, Path(scratch), began_s).run()
 
@@ -284,14 +286,21 @@ def _outage_report(outage: Outage) -> OutageReport:
 
 
 @contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """SIGTERM unwinds like Ctrl-C does, so that no process and no file in shared memory is left."""
+def _orderly_stop() -> Iterator[None]:
+    """Ctrl-C and SIGTERM unwind everything, once: a second one must not cut the cleaning up short."""
 
-    def stop(*_: object) -> NoReturn:
-        sys.exit(128 + signal.SIGTERM)
+    def stop(number: int, _: object) -> NoReturn:
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before: dict[int, Any] = {}  # Any: what signal.signal takes and returns
+    for one in (signal.SIGINT, signal.SIGTERM):
+        before[one] = signal.signal(one, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
