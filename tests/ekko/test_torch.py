@@ -112,6 +112,16 @@ def test_one_step_is_one_batch_of_the_touched_rows_after_the_step() -> None:
     assert step.dense == {}
 
 
+def test_a_step_publishes_nothing_of_the_steps_before_it() -> None:
+    model, publisher = Toy(), recorder()
+    optimizer = adagrad(model)
+    ekko.torch.track(model, optimizer, publisher, TABLES)
+    train(model, optimizer, [3], [7])
+    train(model, optimizer, [4], [8])
+    assert [set(step.rows["users"]) for step in publisher.steps] == [{3}, {4}]
+    assert [set(step.rows["items"]) for step in publisher.steps] == [{7}, {8}]
+
+
 def test_significance_is_the_l1_norm_of_the_rows_gradient() -> None:
     model, publisher = Toy(), recorder()
     optimizer = adagrad(model)
