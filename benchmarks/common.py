@@ -121,7 +121,7 @@ def fill(model: ModelStore, keys: U64, dim: int, stamp: int, table: str = TABLE,
 def environment(seconds: float, quick: bool) -> dict[str, str | int | float | bool]:
     """Where and on what a benchmark ran."""
     root = Path(__file__).parent.parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False)  # noqa: S607
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False)
     model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
     return {
         "cores": len(os.sched_getaffinity(0)),

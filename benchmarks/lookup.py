@@ -4,6 +4,7 @@ Both sides copy the same rows from equally large shared memory into memory that 
 ekko finds them by key and makes sure that no row is torn. The gated cell is the first: dim 64, 4 million rows, uniform keys.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +50,10 @@ CELLS_QUICK = (Cell(64, 10_000, "uniform", 512), Cell(8, 10_000, "zipf", 64))
 
 def run(quick: bool) -> dict[str, Figure]:
     """Measure every cell."""
-    cells = [_measure(cell, ROUNDS_QUICK if quick else ROUNDS, 20_000 if quick else 1_000_000) for cell in (CELLS_QUICK if quick else CELLS)]
+    cells = [
+        _measure(cell, ROUNDS_QUICK if quick else ROUNDS, 20_000 if quick else 1_000_000)
+        for cell in (CELLS_QUICK if quick else CELLS)
+    ]
     gated = cells[0]
     return {
         "keys_per_s": gated["keys_per_s"],
@@ -89,7 +93,7 @@ def _measure(cell: Cell, rounds: int, count: int) -> dict[str, float | int | str
                 for batch in places:
                     np.take(array, batch, axis=0, out=out, mode="clip")
 
-            sides = {"ours": ours, "numpy": numpy}
+            sides: dict[str, Callable[[int], None]] = {"ours": ours, "numpy": numpy}
             if (torch_side := _torch_side(array, places)) is not None:
                 sides["torch"] = torch_side
             timed = alternate(rounds, sides)
@@ -106,7 +110,7 @@ def _measure(cell: Cell, rounds: int, count: int) -> dict[str, float | int | str
     }
 
 
-def _torch_side(array: NDArray[np.float32], places: NDArray[np.int64]):  # noqa: ANN202
+def _torch_side(array: NDArray[np.float32], places: NDArray[np.int64]) -> Callable[[int], None] | None:
     """torch.nn.functional.embedding over the same memory; None without torch."""
     try:
         import torch

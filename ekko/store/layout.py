@@ -10,6 +10,7 @@ version refuses to attach.
 
 from dataclasses import dataclass
 
+from ekko.model import SHARDS_MAX
 from p2p.stamps import WRITERS_MAX
 
 LAYOUT_VERSION = 1
@@ -89,8 +90,6 @@ UNDO = Structure(
 )
 UNDO_BYTES = 17 * PAGE_BYTES
 UNDO_RECORDS = 8  # one is in use; the others wait for more than one applying thread
-
-SHARDS_MAX = 65_536
 
 MODEL = Structure(
     "model header file",

@@ -214,8 +214,7 @@ class Store:
         if isinstance(other, ModelStore) and other.spec.name != spec.name:
             raise ModelError(f"models {spec.name!r} and {other.spec.name!r} have the same id: rename one")
         if model is None:
-            if len(self._models) >= MODELS_MAX:
-                raise ModelError(f"this node has {MODELS_MAX} models, and no room for {spec.name!r}")
+            self._check_room(1)
             held = ModelSpec(spec.name, spec.shards)
         else:
             held = model.spec
@@ -223,6 +222,17 @@ class Store:
             raise ModelError(f"model {spec.name!r} has {held.shards} shards, not {spec.shards}")
         _check_tables(held, spec)
         _check_tensors(held, spec)
+
+    def _check_room(self, count: int) -> None:
+        """Refuse more models than there may be.
+
+        Raises:
+            ModelError: there is no room for so many.
+        """
+        if count and len(self._models) + count > MODELS_MAX:
+            raise ModelError(
+                f"this node has {len(self._models)} models, room for {MODELS_MAX}: not for {count} more"
+            )
 
     def _insert(self, model: ModelStore) -> None:
         self._models[model.spec.name] = model
@@ -255,6 +265,7 @@ class Store:
             return False
         wanted = self._wanted(fresh)
         try:
+            self._check_room(sum(spec.name not in self._models for spec in wanted))
             for spec in wanted:
                 self._check_new(spec, self._models.get(spec.name))
         except ModelError as error:

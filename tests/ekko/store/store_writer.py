@@ -1,0 +1,53 @@
+"""A process that writes a store, for tests that kill it or read beside it.
+
+`store_writer.py overwrite|insert RUN_DIR DIM COUNT`. All values of a row are the low 24 bits of its stamp, so that tearing
+shows; key i is i. Prints "ready" when the first batch is written.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ekko.model import ModelSpec, TableSpec, table_id
+from ekko.store import Store
+from ekko.store.model_store import ModelStore
+from p2p.replica import RowColumns
+
+MODEL = "ctr"
+TABLE = "item"
+WRITER = 3
+BATCH = 64
+STAMP_MASK = (1 << 24) - 1
+
+
+def write(model: ModelStore, keys: np.ndarray, stamp: int) -> None:
+    rows = np.full((keys.size, model.spec.tables[TABLE].dim), stamp & STAMP_MASK, np.float32)
+    shards = np.unique(model.shards_of(keys))
+    model.begin_write(stamp, shards)
+    model.apply([RowColumns(table_id(TABLE), keys, rows.view(np.uint8))], stamp)
+    model.vector[shards, WRITER] = stamp
+
+
+def main(mode: str, run_dir: Path, dim: int, count: int) -> None:
+    store = Store.open(run_dir)
+    model = store.add_model(ModelSpec(MODEL, 8, {TABLE: TableSpec(TABLE, dim)}))
+    tick = (model.stamp_max >> 12) + 1
+    begin = model.table_stats()[TABLE].rows
+    first = np.arange(count) if mode == "overwrite" else np.arange(begin, begin + 1)
+    write(model, first.astype(np.uint64), tick << 12 | WRITER)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    rng = np.random.default_rng(tick)
+    while mode == "overwrite" or begin < count:
+        tick += 1
+        if mode == "overwrite":
+            keys = rng.choice(count, min(BATCH, count), replace=False).astype(np.uint64)
+        else:
+            keys = np.arange(begin, min(begin + BATCH, count), dtype=np.uint64)
+            begin += BATCH
+        write(model, keys, tick << 12 | WRITER)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,130 @@
+"""Rows and index grow while another process reads."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from store_writer import BATCH, MODEL, STAMP_MASK, TABLE
+
+from ekko.model import ModelSpec, TableSpec, table_id
+from ekko.serve.reader import Reader
+from ekko.store import Store, layout
+from ekko.store import table as table_module
+from ekko.store.table import INDEX_LOAD_MAX, index_log2_for
+from p2p.replica import RowColumns
+
+COUNT = 300_000
+DEADLINE_S = 120
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "node"
+    Store.open(tmp_path / "node").destroy()
+
+
+@pytest.mark.processes
+def test_what_was_inserted_is_found_at_every_size(run_dir: Path) -> None:
+    script = str(Path(__file__).with_name("store_writer.py"))
+    command = [sys.executable, script, "insert", str(run_dir), "8", str(COUNT)]
+    rng = np.random.default_rng(11)
+    checks = generations = 0
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+        Reader(MODEL, run_dir, wait=DEADLINE_S) as reader,
+    ):
+        try:
+            view = reader._table(TABLE)
+            deadline = time.monotonic() + DEADLINE_S
+            while view.rows_used < COUNT:
+                assert time.monotonic() < deadline
+                complete = view.rows_used // BATCH * BATCH  # of a batch that is being written, the last row may not be indexed
+                if complete == 0:
+                    continue
+                generation = view._index.generation
+                # The newest rows, and some of all ages.
+                keys = np.concatenate([rng.integers(0, complete, 500), np.arange(max(0, complete - 100), complete)])
+                rows, stamps = reader.lookup(TABLE, keys, stamps=True)
+                assert stamps.all(), f"keys {keys[stamps == 0]} of {complete} are not found"
+                assert np.array_equal(rows, np.repeat((stamps & np.uint64(STAMP_MASK)).astype(np.float32)[:, None], 8, axis=1))
+                assert not reader.lookup(TABLE, np.arange(COUNT, COUNT + 64)).any()
+                checks += 1
+                generations += view._index.generation != generation
+            assert process.wait(DEADLINE_S) == 0
+        finally:
+            process.kill()
+        assert reader.lookup(TABLE, np.arange(COUNT), stamps=True)[1].all()
+    assert checks > 10
+    assert generations > 3, "the index was replaced under the reader"
+    store = Store.open(run_dir)
+    assert store.resumed
+    assert store.models[MODEL].table_stats()[TABLE].rows == COUNT
+    assert store.models[MODEL].lookup(TABLE, np.arange(COUNT, dtype=np.uint64))[1].all()
+    store.close()
+
+
+def test_the_larger_index_is_ready_before_the_load_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of one size never have to finish a larger index in one call: the steps are enough."""
+    model = Store.anonymous().add_model(ModelSpec(MODEL, 8, {TABLE: TableSpec(TABLE, 1)}))
+    table = model._tables[table_id(TABLE)]
+    monkeypatch.setattr(table_module, "GROWTH_ROWS_MIN", 0)
+    monkeypatch.setattr(table_module, "GROWTH_BYTES_MIN", 0)
+    forced = 0
+    make_room = table._make_room
+
+    def counted() -> None:
+        nonlocal forced
+        forced += table.rows_used >= table.index.rows_max
+        make_room()
+
+    monkeypatch.setattr(table, "_make_room", counted)
+    for begin in range(0, 400_000, 1_000):
+        keys = np.arange(begin, begin + 1_000, dtype=np.uint64)
+        before = table.index.generation
+        model.apply([RowColumns(table_id(TABLE), keys, np.ones((1_000, 4), np.uint8))], 5)
+        assert table.rows_used <= INDEX_LOAD_MAX * (1 << table.index.capacity_log2) + 1
+        if begin < 40_000:  # for a small index, such batches are too coarse, and growing it at once costs little
+            forced = 0
+        assert table.index.generation - before <= 1 or begin < 40_000
+    assert forced == 0
+
+
+def test_a_batch_larger_than_everything_before_it_fits() -> None:
+    model = Store.anonymous().add_model(ModelSpec(MODEL, 8, {TABLE: TableSpec(TABLE, 1)}))
+    keys = np.random.default_rng(1).permutation(200_000).astype(np.uint64)
+    rows = keys.astype(np.float32)[:, None].view(np.uint8)
+    assert model.apply([RowColumns(table_id(TABLE), keys, rows)], 5).inserted == keys.size
+    assert np.array_equal(model.lookup(TABLE, keys)[0][:, 0], keys.astype(np.float32))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 100, 1_000_000])
+def test_the_first_index_takes_the_first_guess(rows: int) -> None:
+    assert rows <= INDEX_LOAD_MAX * (1 << index_log2_for(rows))
+    model = Store.anonymous().add_model(ModelSpec(MODEL, 8, {TABLE: TableSpec(TABLE, 1)}), rows)
+    assert model._tables[table_id(TABLE)].index.capacity_log2 == index_log2_for(rows)
+
+
+def test_half_built_indexes_of_a_killed_writer_are_removed(run_dir: Path) -> None:
+    store = Store.open(run_dir)
+    model = store.add_model(ModelSpec(MODEL, 8, {TABLE: TableSpec(TABLE, 1)}))
+    for begin in range(0, 120, 10):  # just above the load at which a larger index is begun
+        keys = np.arange(begin, begin + 10, dtype=np.uint64)
+        model.apply([RowColumns(table_id(TABLE), keys, np.ones((10, 4), np.uint8))], 5)
+    assert model._tables[table_id(TABLE)]._next is not None
+    store.close()
+    store = Store.open(run_dir)
+    assert store.resumed
+    model = store.models[MODEL]
+    generation = model._tables[table_id(TABLE)].index.generation
+    prefix = model._memory.prefix  # type: ignore[attr-defined]
+    names = [path.name for path in Path("/dev/shm").glob(f"{prefix}-*-index-*")]
+    assert names == [f"{prefix}-{model.keyspace:08x}-{table_id(TABLE):08x}-index-{generation}"]
+    keys = np.arange(100_000, dtype=np.uint64)
+    model.apply([RowColumns(table_id(TABLE), keys, np.ones((keys.size, 4), np.uint8))], 6)
+    assert (model.lookup(TABLE, keys)[1] == 6).all()
+    assert layout.index_bytes(8) < model.table_stats()[TABLE].bytes
+    store.close()
