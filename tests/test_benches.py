@@ -1,0 +1,70 @@
+"""Every benchmark runs at its tiny size, so that none can rot; and the reporting around them works."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import common
+
+ROOT = Path(__file__).parent.parent
+DEADLINE_S = 200
+
+# What the readers of a benchmark's JSON rely on, by benchmark.
+KEYS = {
+    "apply": {"rows_per_s", "vs_numpy_scatter", "inserts_per_s"},
+    "lookup": {"keys_per_s", "vs_np_take", "vs_torch_embedding", "cells"},
+    "read-under-write": {"p99_ratio", "torn_rows", "rows_read", "growth_p999_ratio", "growth_stall_cpu_ms_max"},
+}
+
+
+def test_the_store_has_its_benchmarks() -> None:
+    assert set(KEYS) <= set(common.names())
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", common.names())
+def test_quick(name: str) -> None:
+    result = common.measure(name, quick=True)
+    figures, environment = result["figures"], result["environment"]
+    assert result["name"] == name
+    assert isinstance(figures, dict)
+    assert isinstance(environment, dict)
+    assert KEYS.get(name, set()) <= set(figures)
+    assert {"cores", "python", "commit", "seconds"} <= set(environment)
+    assert set(common.targets(name)) <= set(figures)
+    json.dumps(result)
+    if name == "read-under-write":
+        assert figures["torn_rows"] == 0
+        assert figures["stamps_back"] == 0
+        assert figures["rows_read"] > 100_000
+
+
+def test_the_command_writes_a_table_and_json(tmp_path: Path) -> None:
+    command = [str(ROOT / "scripts/bench"), "apply", "--quick", "--json"]
+    environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "COLUMNS": "120"}
+    piped = subprocess.run([*command, "-"], env=environment, capture_output=True, text=True, check=True, timeout=DEADLINE_S)
+    assert json.loads(piped.stdout)["name"] == "apply"
+    assert "vs_numpy_scatter" in piped.stderr
+    filed = subprocess.run(
+        [*command, "out.json"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=DEADLINE_S
+    )
+    assert json.loads((tmp_path / "out.json").read_text())["environment"]["quick"] is True
+    assert "vs_numpy_scatter" in filed.stdout
+
+
+def test_an_unknown_benchmark_is_refused() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "nonsense"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "nonsense" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "met"), [(0.8, ">= 0.8", True), (0.79, ">= 0.8", False), (1.5, "<= 1.5", True), (1.6, "<= 1.5", False)]
+)
+def test_targets(value: float, target: str, met: bool) -> None:
+    assert common.meets(value, target) is met
