@@ -120,13 +120,21 @@ class ModelSpec:
 
     def entries(self) -> list[SchemaEntry]:
         """The model as schema entries, sorted by name."""
-        entries = [self._entry("model", [self.name, self.shards])]
-        entries += [self._entry(f"table:{t.name}", [t.name, t.dim, t.codec]) for t in self.tables.values()]
-        entries += [self._entry(f"tensor:{t.name}", [t.name, list(t.shape), t.dtype]) for t in self.tensors.values()]
+        entries = [SchemaEntry(self.id, "model", _body(self))]
+        entries += [SchemaEntry(self.id, f"table:{t.name}", _body(t)) for t in self.tables.values()]
+        entries += [SchemaEntry(self.id, f"tensor:{t.name}", _body(t)) for t in self.tensors.values()]
         return sorted(entries, key=lambda entry: entry.name)
 
-    def _entry(self, name: str, body: list[object]) -> SchemaEntry:
-        return SchemaEntry(self.id, name, msgpack.packb(body))
+
+def _body(fact: ModelSpec | TableSpec | TensorSpec) -> bytes:
+    match fact:
+        case ModelSpec():
+            body: list[object] = [fact.name, fact.shards]
+        case TableSpec():
+            body = [fact.name, fact.dim, fact.codec]
+        case TensorSpec():
+            body = [fact.name, list(fact.shape), fact.dtype]
+    return bytes(msgpack.packb(body))
 
 
 def parse_entry(entry: SchemaEntry) -> ModelSpec | TableSpec | TensorSpec:
@@ -135,6 +143,14 @@ def parse_entry(entry: SchemaEntry) -> ModelSpec | TableSpec | TensorSpec:
     Raises:
         RemoteProtocolError: it is not an entry that `ModelSpec.entries` could have made.
     """
+    fact = _parse(entry)
+    # Nodes compare bytes: one fact in two spellings would be news for ever, and be sent around for ever.
+    if _body(fact) != entry.body:
+        raise RemoteProtocolError(f"schema entry {entry.name!r} is spelled in another way")
+    return fact
+
+
+def _parse(entry: SchemaEntry) -> ModelSpec | TableSpec | TensorSpec:
     try:
         body = msgpack.unpackb(entry.body)
         match entry.name.split(":", 1):

@@ -103,10 +103,10 @@ class Core:
         """Something for the log."""
         self.emit(m.Note(name, tuple(fields.items()), alarm))
 
-    def refresh_keyspaces(self) -> None:
-        """Take up replicas that the host has gained."""
+    def refresh_keyspaces(self, born: bool = False) -> None:
+        """Take up replicas that the host has gained; `born`: here and now, so that nobody can be ahead of us in them."""
         for keyspace, replica in self.host.replicas.items():
             if keyspace not in self.keyspaces:
                 knowledge = Knowledge(replica.vector, replica.frontier)
-                self.keyspaces[keyspace] = Keyspace(replica, knowledge, synced=self.first)
+                self.keyspaces[keyspace] = Keyspace(replica, knowledge, synced=self.first or born)
                 self.clock.observe(max(replica.stamp_max, int(replica.frontier.max())))

@@ -162,6 +162,13 @@ class Knowledge:
                 self.frontier[writer] = frontier[column]
             self._absorb(writer)
 
+    def give_up(self, writer: int) -> None:
+        """Forget the open steps of a writer. Safe: their rows stay, as strays, and a pull that fills the gap claims as much."""
+        for stamp in [stamp for stamp in self._open if writer_of(stamp) == writer]:
+            del self._open[stamp]
+            self.dropped += 1
+        self._awaited.pop(writer, None)
+
     def _step(self, stamp: int, writer_prev: int, shards_touched: int) -> _OpenStep:
         step = self._open.get(stamp)
         if step is None:

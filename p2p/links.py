@@ -20,6 +20,9 @@ CREDIT_MESSAGES_MAX = 4_096
 ACK_BYTES = 1 << 20
 ACK_MESSAGES = 64
 ACK_DELAY_MS = 20
+# Nothing acknowledged for so long by a peer that lives: what is in flight was lost, and its last message with it, so that no
+# hole will ever show. Longer than one message takes at 4 Mbit/s.
+ACK_SILENCE_MS = 10_000
 
 
 class Arrival(Enum):
@@ -56,6 +59,8 @@ class Link:
     _sequence_out: int = 0
     _in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (sequence, bytes)
     bytes_in_flight: int = 0
+    _oldest: tuple[int, int] | None = None  # (session, sequence) of the first in flight, when we last looked
+    _oldest_ms: int = 0  # and since when
     session_in: int = 0
     _sequence_in: int = 0
     _broken_in: bool = False
@@ -94,6 +99,13 @@ class Link:
             released += self._in_flight.popleft()[1]
         self.bytes_in_flight -= released
         return released > 0
+
+    def is_stuck(self, now_ms: int) -> bool:
+        """Whether the first message in flight has waited for `ACK_SILENCE_MS`; to be asked now and then."""
+        oldest = (self.session_out, self._in_flight[0][0]) if self._in_flight else None
+        if oldest != self._oldest:
+            self._oldest, self._oldest_ms = oldest, now_ms
+        return oldest is not None and now_ms - self._oldest_ms >= ACK_SILENCE_MS
 
     def on_arrival(self, envelope: Envelope) -> Arrival:
         """Place a sequenced message; after a hole every message of that session is `BROKEN`."""

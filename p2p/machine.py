@@ -138,7 +138,7 @@ class Machine:
         self._progress(self._core.keyspaces[event.keyspace], now)
 
     def _on_schema_changed(self) -> None:
-        self._core.refresh_keyspaces()
+        self._core.refresh_keyspaces(born=self._introduced)
         update = m.SchemaUpdate(tuple(self._core.host.schema()))
         for link in self._core.links.values():
             self._core.send(link, update)
@@ -167,7 +167,7 @@ class Machine:
             self._on_hello(envelope, message, now)
             return
         if isinstance(message, m.Refusal):
-            self._on_refusal(message)
+            self._on_refusal(envelope, message)
             return
         link = self._by_boot.get(envelope.sender_boot)
         if link is None or envelope.receiver_boot != core.options.boot:
@@ -195,9 +195,10 @@ class Machine:
             case m.SchemaUpdate(entries):
                 self._adopt_schema(entries, link)
             case m.Leave():
-                record = core.membership.members[link.node].record
-                core.membership.learn(replace(record, left=True), now.monotonic_ms)
-                core.note("member_left", node=link.node)
+                member = core.membership.members.get(link.node)
+                if member is not None and member.record.boot == link.boot:  # gossip of its next life may have come first
+                    core.membership.learn(replace(member.record, left=True), now.monotonic_ms)
+                    core.note("member_left", node=link.node)
             case m.ReachQuery():
                 self._reach.on_query(link, message, now)
             case m.Reached(query):
@@ -211,7 +212,12 @@ class Machine:
         # After a hole, and as a repeat, a batch is as good as ever: its claims carry their own base.
         link.traffic.rows_in += sum(len(section.keys) for section in batch.columns)
         link.traffic.bytes_in += payload
-        if not self._push.receive(link, envelope, batch, now) and arrival is Arrival.NEXT:
+        try:
+            pending = self._push.receive(link, envelope, batch, now)
+        except RemoteProtocolError:
+            self._refused(link, arrival, payload)
+            raise
+        if not pending and arrival is Arrival.NEXT:
             self._applied(link, payload)
 
     def _on_batch_ready(self, sender_boot: int, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> None:
@@ -228,8 +234,12 @@ class Machine:
         link.traffic.bytes_in += payload
         if arrival is not Arrival.NEXT:
             return
+        try:
+            self._pull.on_reply(link, reply, now)
+        except RemoteProtocolError:
+            self._refused(link, arrival, payload)
+            raise
         self._applied(link, payload)
-        self._pull.on_reply(link, reply, now)
         keyspace = self._core.keyspaces.get(reply.keyspace)
         if keyspace is not None and reply.last:
             self._progress(keyspace, now)
@@ -247,6 +257,15 @@ class Machine:
     def _applied(self, link: Link, payload: int) -> None:
         if link.note_applied(payload):
             self._core.send(link, m.Ack(*link.take_ack()))
+
+    @staticmethod
+    def _refused(link: Link, arrival: Arrival, payload: int) -> None:
+        """What was refused is not on its way any more: its credit goes back, or the link would dry up.
+
+        With the timer, since a message that is refused has no effects of its own.
+        """
+        if arrival is Arrival.NEXT:
+            link.note_applied(payload)
 
     def _on_heartbeat(self, link: Link, beat: m.Heartbeat, now: m.Now) -> None:
         if beat.member.boot != link.boot or beat.member.node != link.node:
@@ -268,6 +287,9 @@ class Machine:
             return
         if member.boot == core.options.boot:
             core.emit(m.Forget(member.address))  # a seed that is ourselves
+            return
+        if core.membership.succeeded(member, now.monotonic_ms):
+            core.counters.strangers += 1
             return
         try:
             self._admit(hello, now)
@@ -303,12 +325,18 @@ class Machine:
                 f"node id {member.node!r} is in use by a live node at {other.address}: give the newcomer another id, "
                 "or stop the other one first"
             )
-        core.writers.adopt_cluster(hello.cluster)
+        if not core.membership.has_room(member.node):
+            raise RemoteProtocolError(f"this node knows {len(core.membership.members)} members already, and keeps no more")
+        core.writers.check_cluster(hello.cluster)
         for writer in member.writers:
             core.writers.check(writer.keyspace, writer.writer, writer.nonce)
-        self._adopt_schema(hello.schema, None)
+        self._adopt_schema(hello.schema, None)  # all of it or nothing; the last that can be refused
+        core.writers.adopt_cluster(hello.cluster)
 
-    def _on_refusal(self, refusal: m.Refusal) -> None:
+    def _on_refusal(self, envelope: m.Envelope, refusal: m.Refusal) -> None:
+        if envelope.receiver_boot != self._core.options.boot:
+            self._core.counters.strangers += 1  # an answer to a former life of ours, or to nobody
+            return
         # Once somebody has let us in, a refusal is one peer's opinion; before that, going on alone would be worse.
         if self._introduced:
             self._core.note("refused_by_peer", alarm=True, reason=refusal.reason)
@@ -337,9 +365,15 @@ class Machine:
     def _learn_members(self, records: tuple[m.MemberRecord, ...], now: m.Now) -> None:
         core = self._core
         for record in records:
+            if record.node != core.options.node and not core.membership.has_room(record.node):
+                core.counters.peers_refused += 1
+                continue
             try:
                 for writer in record.writers:
                     core.writers.check(writer.keyspace, writer.writer, writer.nonce)
+                for writer in record.writers:
+                    if writer.keyspace in core.keyspaces:  # what a peer can make us remember has a bound
+                        core.writers.learn(writer.keyspace, writer.writer, writer.nonce)
             except RemoteProtocolError as error:  # its record alone is ignored: gossip of the others must go on
                 core.note("writer_conflict", alarm=True, node=record.node, reason=str(error))
                 continue
@@ -407,6 +441,11 @@ class Machine:
             if link is not None:
                 self._drop_link(link)
             core.emit(m.Forget(record.address))
+        for link in core.links.values():
+            if core.membership.alive(link.node, now.monotonic_ms) and link.is_stuck(now.monotonic_ms):
+                core.note("session_stuck", peer=link.node, bytes_in_flight=link.bytes_in_flight)
+                link.restart_session()
+                self._drop_streams(link)
         core.membership.beat()
         beat = m.Heartbeat(
             self._own_record(),
@@ -461,7 +500,7 @@ class Machine:
         wanted += [
             keyspace.last_batch_ms + push.IDLE_BEAT_MS
             for keyspace in core.keyspaces.values()
-            if keyspace.replica.writer is not None and keyspace.last_batch_ms
+            if keyspace.last_batch_ms  # our writer has written
         ]
         if any(
             node in core.links and core.links[node].has_credit() for node, box in self._pull.outboxes.items() if box.streams

@@ -74,6 +74,17 @@ class Membership:
             self._holders_until_ms = min(heard, default=now_ms) + SILENCE_MS_MAX
         return self._holders
 
+    def has_room(self, node: NodeId) -> bool:
+        """Whether a record of `node` can be kept."""
+        return node in self.members or len(self.members) < MEMBERS_MAX
+
+    def succeeded(self, record: MemberRecord, now_ms: int) -> bool:
+        """Whether a later life of this record's node is known and alive: what comes of the former one comes late."""
+        known = self.members.get(record.node)
+        if known is None or (record.boot_ms, record.boot) >= (known.record.boot_ms, known.record.boot):
+            return False
+        return self.alive(record.node, now_ms)
+
     def learn(self, record: MemberRecord, now_ms: int) -> bool:
         """Merge one record, ours or of another node, from wherever.
 
@@ -87,7 +98,7 @@ class Membership:
             return False
         known = self.members.get(record.node)
         if known is None:
-            if len(self.members) >= MEMBERS_MAX:
+            if not self.has_room(record.node):
                 raise RemoteProtocolError(f"more than {MEMBERS_MAX} members")
             self.members[record.node] = Member(record, now_ms)
             self._holders = None

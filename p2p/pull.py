@@ -21,12 +21,14 @@ from p2p.errors import RemoteProtocolError
 from p2p.links import Link
 from p2p.outbox import STREAMS_MAX, Outbox, PullStream
 from p2p.replica import U64
-from p2p.stamps import WRITERS_MAX, check_not_ahead
+from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX, check_not_ahead, unix_ms_of, writer_of
 
 # A batch overtaken by the next one, or a view that just changed, heals by itself within this; a pull costs a scan.
 GAP_GRACE_MS = 50
 # A gap that a pull did not close is asked about again after twice the time, this many times: an answer costs a scan.
 GAP_DOUBLINGS_MAX = 5
+# After this many it is given up: whoever had the missing step is gone, and what is left of it spreads as strays (R8).
+GAP_TRIES_MAX = 8
 # An answer that stands still this long is given up, and asked of somebody else.
 PULL_SILENCE_MS = 3_000
 # Finding strays is a scan of all rows; peers compare once a heartbeat, so more often would be wasted.
@@ -74,8 +76,8 @@ class Pull:
     def ask(self, keyspace: Keyspace, link: Link, now: m.Now, why: str) -> None:
         """Pull a keyspace from a peer, unless a pull of it is on its way."""
         number = keyspace.replica.keyspace
-        if number in self._asked:
-            return
+        if number in self._asked or sum(asked.node == link.node for asked in self._asked.values()) >= STREAMS_MAX:
+            return  # more would be refused; the next heartbeat is soon enough
         self._requests += 1
         writers = keyspace.knowledge.writers
         base = np.ascontiguousarray(keyspace.knowledge.vector[:, writers])
@@ -115,16 +117,16 @@ class Pull:
         core.counters.rows_stale += applied.stale
         core.counters.pull_rows_received += sum(len(section.keys) for section in reply.columns)
         if reply.last:
-            self._complete(keyspace, asked, reply)
+            self._complete(keyspace, asked, reply, now)
 
-    def _complete(self, keyspace: Keyspace, asked: _Asked, reply: m.PullReply) -> None:
+    def _complete(self, keyspace: Keyspace, asked: _Asked, reply: m.PullReply, now: m.Now) -> None:
         base = np.zeros_like(reply.vector)
         ours = np.searchsorted(reply.writers, asked.writers)
         for column, place in enumerate(ours.tolist()):
             if place < len(reply.writers) and reply.writers[place] == asked.writers[column]:
                 base[:, place] = asked.base[:, column]
         keyspace.knowledge.learn_reply(reply.writers, base, reply.vector, reply.frontier)
-        keyspace.synced = True
+        self._note_caught_up(keyspace, now)
         del self._asked[reply.keyspace]
         self._core.counters.pulls_completed += 1
         self._core.note("pull_completed", peer=asked.node, keyspace=reply.keyspace, chunks=asked.next_chunk)
@@ -162,7 +164,7 @@ class Pull:
         self._seen[key] = _Seen(summary, own)
         equal = (summary.vector_digest, summary.stray_digest) == own
         if equal:
-            keyspace.synced = True
+            self._note_caught_up(keyspace, now)
         elif not keyspace.synced:
             self.ask(keyspace, link, now, "joining")
         elif before is not None:
@@ -176,6 +178,16 @@ class Pull:
                 )
                 if still:
                     self.ask(keyspace, link, now, "digests differ")
+
+    def _note_caught_up(self, keyspace: Keyspace, now: m.Now) -> None:
+        """We hold what a peer held. It may be as new as we are: what living writers are known to have written counts too."""
+        if keyspace.synced:
+            return
+        number, frontier = keyspace.replica.keyspace, keyspace.knowledge.frontier
+        known = [w for record in self._core.membership.live(now.monotonic_ms) for w in record.writers if w.keyspace == number]
+        # What a writer with a wrong clock says is refused everywhere, so nobody can wait for it (R14).
+        told = [w for w in known if unix_ms_of(w.last_stamp) - now.unix_ms <= AHEAD_MS_MAX]
+        keyspace.synced = all(int(frontier[w.writer]) >= w.last_stamp for w in told)
 
     def check_gaps(self, now: m.Now) -> None:
         """Pull where a claim has waited too long; give up pulls that stand still. Called on the timer."""
@@ -191,12 +203,15 @@ class Pull:
         grace_ms = GAP_GRACE_MS << min(keyspace.gap_tries, GAP_DOUBLINGS_MAX)
         if not oldest or now.monotonic_ms - keyspace.gap_since_ms < grace_ms or keyspace.replica.keyspace in self._asked:
             return
+        if keyspace.gap_tries >= GAP_TRIES_MAX:
+            keyspace.knowledge.give_up(writer_of(oldest))
+            return
         # The batch's sender first: it is near. It may have the same gap, so its origin is asked in turn.
         first, second = keyspace.gap_peer, keyspace.gap_origin
         link = self._core.links.get(second if keyspace.gap_tries % 2 else first) or self._core.links.get(second)
         keyspace.gap_since_ms = now.monotonic_ms
         keyspace.gap_tries += 1
-        if link is not None:
+        if link is not None and self._core.membership.alive(link.node, now.monotonic_ms):
             self._core.counters.gaps += 1
             self.ask(keyspace, link, now, "gap")
 

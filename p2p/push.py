@@ -136,7 +136,7 @@ class Push:
             core.counters.batches_unknown += 1
             return False
         check_batch(keyspace, batch, now)
-        core.writers.check(batch.keyspace, batch.writer, batch.nonce)
+        core.writers.learn(batch.keyspace, batch.writer, batch.nonce)
         core.membership.note_writer(batch.origin, m.WriterRecord(batch.keyspace, batch.writer, batch.nonce, batch.stamp))
         claims = batch.claims
         first = (int(claims.shards[0]), int(claims.part[0])) if len(claims.shards) else (-1, 0)
@@ -178,15 +178,25 @@ class Push:
             raise LocalProtocolError(
                 f"node {options.node!r} has role {options.role!r} and refuses to publish: publish to a node with role 'train'"
             )
-        for record in self._core.membership.live(now.monotonic_ms):
-            if record.role == "train" and record.writers:
+        core = self._core
+        # Who writes already comes first, then who has lived longest: of several, all nodes name the same one, and a training
+        # node that comes back does not stop the one that took over.
+        writes = any(keyspace.replica.writer is not None for keyspace in core.keyspaces.values())
+        own = (not writes, core.membership.own.boot_ms, options.node)
+        for record in core.membership.live(now.monotonic_ms):
+            if record.role == "train" and (not record.writers, record.boot_ms, record.node) < own:
                 raise LocalProtocolError(
                     f"node {record.node!r} is the training node of this cluster, which has one in this version: "
                     f"publish to it, or stop it first"
                 )
 
     def _become_writer(self, keyspace: Keyspace) -> None:
-        writer, nonce = self._core.writers.grant(keyspace.replica.keyspace)
+        if not keyspace.synced:
+            raise LocalProtocolError(
+                f"node {self._core.options.node!r} has not caught up with its cluster yet, and does not know which writer ids "
+                "are taken: publish when it is ready"
+            )
+        writer, nonce = self._core.writers.grant(keyspace.replica.keyspace, keyspace.knowledge.writers.tolist())
         keyspace.replica.set_writer(WriterIdentity(writer, nonce))
         self._core.note("writer_granted", keyspace=keyspace.replica.keyspace, writer=writer)
 

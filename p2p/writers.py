@@ -6,6 +6,7 @@ a grant durably before it uses it. The cluster nonce, minted with the first gran
 """
 
 import random
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import msgpack
@@ -58,42 +59,54 @@ class WriterBook:
         self._save()
         return self.last_boot_ms
 
-    def adopt_cluster(self, cluster: int) -> None:
-        """Take the cluster nonce of a peer, when we have none.
+    def check_cluster(self, cluster: int) -> None:
+        """Refuse a peer of another cluster; changes nothing.
 
         Raises:
             RemoteProtocolError: it belongs to another cluster.
         """
-        if not cluster or cluster == self.cluster:
-            return
-        if self.cluster:
+        if cluster and self.cluster and cluster != self.cluster:
             raise RemoteProtocolError(
                 f"peer belongs to cluster {cluster:016x}, this node to {self.cluster:016x}: "
                 "remove the node's run_dir to move it to another cluster"
             )
-        self.cluster = cluster
-        self._save()
+
+    def adopt_cluster(self, cluster: int) -> None:
+        """Take the cluster nonce of a peer, when we have none. Raises as `check_cluster`."""
+        self.check_cluster(cluster)
+        if cluster and not self.cluster:
+            self.cluster = cluster
+            self._save()
+
+    def learn(self, keyspace: int, writer: int, nonce: int) -> None:
+        """Learn a binding. Raises as `check`."""
+        self.check(keyspace, writer, nonce)
+        self._bindings[keyspace, writer] = nonce
 
     def check(self, keyspace: int, writer: int, nonce: int) -> None:
-        """Learn a binding, or refuse a second nonce under a bound id.
+        """Refuse a second nonce under a bound id; changes nothing.
 
         Raises:
             RemoteProtocolError: the id is bound to another nonce.
         """
-        known = self._bindings.setdefault((keyspace, writer), nonce)
+        known = self._bindings.get((keyspace, writer), nonce)
         if known != nonce:
             raise RemoteProtocolError(
                 f"writer {writer} of keyspace {keyspace} is bound to nonce {known:016x}, refused {nonce:016x}: "
                 "two nodes write under one id, or a founder lost its record"
             )
 
-    def grant(self, keyspace: int) -> tuple[int, int]:
+    def grant(self, keyspace: int, seen: Iterable[int]) -> tuple[int, int]:
         """A fresh (writer, nonce), recorded before it is returned.
+
+        Args:
+            keyspace: where it is to write.
+            seen: writers that rows and vectors speak of; a founder that lost its record knows of them by these alone.
 
         Raises:
             LocalProtocolError: all 4,096 ids of this keyspace were granted.
         """
-        used = [writer for bound, writer in self._bindings if bound == keyspace]
+        used = [*seen, *(writer for bound, writer in self._bindings if bound == keyspace)]
         writer = max(used, default=-1) + 1
         if writer >= WRITERS_MAX:
             raise LocalProtocolError(f"all {WRITERS_MAX} writer ids of this model were granted; load it as a new model")

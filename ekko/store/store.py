@@ -230,9 +230,7 @@ class Store:
             ModelError: there is no room for so many.
         """
         if count and len(self._models) + count > MODELS_MAX:
-            raise ModelError(
-                f"this node has {len(self._models)} models, room for {MODELS_MAX}: not for {count} more"
-            )
+            raise ModelError(f"this node has {len(self._models)} models, room for {MODELS_MAX}: not for {count} more")
 
     def _insert(self, model: ModelStore) -> None:
         self._models[model.spec.name] = model
