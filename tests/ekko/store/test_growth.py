@@ -18,6 +18,7 @@ from ekko.store.table import INDEX_LOAD_MAX, index_log2_for
 from p2p.replica import RowColumns
 
 COUNT = 300_000
+DIM = 64
 DEADLINE_S = 120
 
 
@@ -30,7 +31,7 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.processes
 def test_what_was_inserted_is_found_at_every_size(run_dir: Path) -> None:
     script = str(Path(__file__).with_name("store_writer.py"))
-    command = [sys.executable, script, "insert", str(run_dir), "8", str(COUNT)]
+    command = [sys.executable, script, "insert", str(run_dir), str(DIM), str(COUNT)]
     rng = np.random.default_rng(11)
     checks = generations = 0
     with (
@@ -46,11 +47,13 @@ def test_what_was_inserted_is_found_at_every_size(run_dir: Path) -> None:
                 if complete == 0:
                     continue
                 generation = view._index.generation
-                # The newest rows, and some of all ages.
-                keys = np.concatenate([rng.integers(0, complete, 500), np.arange(max(0, complete - 100), complete)])
+                # Some rows of all ages, the newest, and those that are just being inserted.
+                keys = np.concatenate([rng.integers(0, complete, 100), np.arange(max(0, complete - 100), complete + 4 * BATCH)])
                 rows, stamps = reader.lookup(TABLE, keys, stamps=True)
-                assert stamps.all(), f"keys {keys[stamps == 0]} of {complete} are not found"
-                assert np.array_equal(rows, np.repeat((stamps & np.uint64(STAMP_MASK)).astype(np.float32)[:, None], 8, axis=1))
+                found = stamps != 0
+                assert found[keys < complete].all(), f"keys {keys[~found]} of {complete} are not found"
+                values = (stamps & np.uint64(STAMP_MASK)).astype(np.float32)
+                assert np.array_equal(rows, np.repeat(values[:, None], DIM, axis=1)), "a row was seen before it was whole"
                 assert not reader.lookup(TABLE, np.arange(COUNT, COUNT + 64)).any()
                 checks += 1
                 generations += view._index.generation != generation

@@ -192,6 +192,18 @@ def test_many_rows_in_one_call_and_one_by_one() -> None:
     assert not stamps[30_300:].any()
 
 
+def test_a_key_that_comes_twice_in_a_batch_gets_one_row() -> None:
+    """No publisher sends such a batch, but a peer's bytes might."""
+    model = Store.anonymous().add_model(SPEC)
+    keys = np.array([4, 9, 4, 9, 4], np.uint64)
+    rows = np.repeat(np.arange(5, dtype=np.float32)[:, None], 16, axis=1).view(np.uint8)
+    stamps = np.array([5, 5, 6, 5, 4], np.uint64)
+    assert model.apply([RowColumns(table_id("user"), keys, rows, stamps)], 0) == Applied(3, 2, 2)
+    assert model.table_stats()["user"].rows == 2
+    found, at = model.lookup("user", keys[:2])
+    assert (found[:, 0].tolist(), at.tolist()) == ([2.0, 1.0], [6, 5])
+
+
 def test_unaligned_and_strided_columns_are_taken() -> None:
     model = Store.anonymous().add_model(SPEC)
     raw = b"\0" + np.array([3, 4], np.uint64).tobytes()
