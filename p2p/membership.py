@@ -21,6 +21,8 @@ SILENCE_MS_MAX = 5_000
 # A member that has been silent this long is no longer called; it has to call us.
 FORGET_MS = 600_000
 MEMBERS_MAX = 4_096
+# Of one member: it writes with one id a keyspace. A record with more could not be sent on.
+WRITER_RECORDS_MAX = 4_096
 # Roles whose nodes hold rows and forward batches.
 HOLDER_ROLES = ("train", "serve")
 
@@ -120,7 +122,9 @@ class Membership:
     def note_writer(self, node: NodeId, writer: WriterRecord) -> None:
         """A batch came from a writer of `node`: sooner news than the heartbeat that will say so."""
         member = self.members.get(node)
-        if member is None or any((w.keyspace, w.writer) == (writer.keyspace, writer.writer) for w in member.record.writers):
+        if member is None or len(member.record.writers) >= WRITER_RECORDS_MAX:
+            return
+        if any((w.keyspace, w.writer) == (writer.keyspace, writer.writer) for w in member.record.writers):
             return
         member.record = replace(member.record, writers=(*member.record.writers, writer))
 

@@ -135,6 +135,8 @@ class Pull:
         keyspace.replica.check(reply.columns)
         if reply.vector.shape[0] != keyspace.knowledge.shards:
             raise RemoteProtocolError(f"vector of {reply.vector.shape[0]} shards, expected {keyspace.knowledge.shards}")
+        if any(section.stamps is not None and len(section.stamps) and not section.stamps.all() for section in reply.columns):
+            raise RemoteProtocolError("a row without a stamp")
         newest = [int(section.stamps.max()) for section in reply.columns if section.stamps is not None and len(section.stamps)]
         newest += [int(reply.vector.max())] if reply.vector.size else []
         newest += [int(reply.frontier.max())] if reply.frontier.size else []

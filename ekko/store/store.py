@@ -268,8 +268,11 @@ class Store:
                 self._check_new(spec, self._models.get(spec.name))
         except ModelError as error:
             raise SchemaClashError(str(error)) from error
-        for spec in wanted:
-            self.add_model(spec)
+        try:
+            for spec in wanted:
+                self.add_model(spec)
+        except StoreError as error:  # a peer asks for more than this machine has: its wish fails, not the node
+            raise RemoteProtocolError(f"no room for the schema of a peer: {error}") from error
         return True
 
     def _wanted(self, entries: Sequence[SchemaEntry]) -> list[ModelSpec]:

@@ -7,9 +7,12 @@ import msgpack
 import numpy as np
 import pytest
 
+from ekko.errors import StoreError
 from ekko.model import ModelSpec, TableSpec
+from ekko.store.table import Table
 from p2p import links, membership, outbox, pull, wire
 from p2p import messages as m
+from p2p.errors import RemoteProtocolError
 from p2p.links import Link
 from p2p.machine import Machine
 from p2p.replica import RowColumns, SchemaEntry
@@ -172,6 +175,19 @@ def test_a_schema_too_large_is_refused_whole() -> None:
     assert list(cluster.nodes["eu1"].store.models) == ["ctr"]
 
 
+def test_a_schema_beyond_the_memory_is_refused_and_the_node_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = start()
+
+    def no_memory(*_args: object) -> None:
+        raise StoreError("Cannot allocate memory")
+
+    monkeypatch.setattr(Table, "create", no_memory)
+    entries = tuple(ModelSpec("big", 1, {"a": TableSpec("a", 4)}).entries())
+    receive(cluster, "eu1", m.SchemaUpdate(entries), link_of(cluster, "eu1", "t1").boot)
+    assert "no room" in cluster.nodes["eu1"].rejected[0]
+    assert list(cluster.nodes["eu1"].store.models) == ["ctr"]
+
+
 def test_a_fact_in_other_bytes_is_refused_and_not_spread() -> None:
     cluster = start()
     boot = link_of(cluster, "eu1", "t1").boot
@@ -184,6 +200,31 @@ def test_a_fact_in_other_bytes_is_refused_and_not_spread() -> None:
 
 
 # --- writers
+
+
+def test_writers_that_a_peer_invents_do_not_outgrow_a_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "WRITER_RECORDS_MAX", 10)
+    cluster = start()
+    register = machine_of(cluster, "eu1")._core.membership
+    for writer in range(100):
+        register.note_writer("t1", m.WriterRecord(cluster.model.id, writer, 5, 0))
+    assert len(register.members["t1"].record.writers) == 10
+
+
+def test_a_row_without_a_stamp_is_refused() -> None:
+    cluster = start()
+    asker, link = machine_of(cluster, "eu1"), link_of(cluster, "eu1", "t1")
+    keyspace = asker._core.keyspaces[cluster.model.id]
+    now = cluster.now()
+    asker._pull.ask(keyspace, link, now, "test")
+    rows = RowColumns(
+        cluster.model.tables["item"].id, np.ones(1, np.uint64), np.ones((1, 16), np.uint8), np.zeros(1, np.uint64)
+    )
+    nothing = np.empty(0, np.uint16), np.empty((8, 0), np.uint64), np.empty(0, np.uint64)
+    reply = m.PullReply(cluster.model.id, asker._pull._requests, 0, True, (rows,), *nothing)
+    with pytest.raises(RemoteProtocolError, match="without a stamp"):
+        asker._pull.on_reply(link, reply, now)
+    assert contents(cluster.nodes["eu1"].store, "ctr") == {}
 
 
 @pytest.mark.parametrize("seeds", [(), ("us1",)])
