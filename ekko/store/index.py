@@ -88,21 +88,31 @@ def insert(index: Int, capacity_log2: Int, key: Int, slot: Int) -> None:
 
 
 @inline_kernel
-def resolve_part(index: Int, capacity_log2: Int, keys: U64, begin: Int, end: Int, slots: I64) -> None:
-    """Find keys[begin:end] into slots[:end - begin], each -1 when absent; cache lines are asked for well ahead."""
-    entries = index + _ENTRIES
-    for i in range(begin, min(begin + PREFETCH_KEYS, end)):
-        prefetch_once(entries + home(keys[i], capacity_log2) * _ENTRY_BYTES)
-    for i in range(begin, end):
-        if i + PREFETCH_KEYS < end:
-            prefetch_once(entries + home(keys[i + PREFETCH_KEYS], capacity_log2) * _ENTRY_BYTES)
-        slots[i - begin] = find(index, capacity_log2, keys[i], home(keys[i], capacity_log2))
+def _ask_for(index: Int, capacity_log2: Int, key: Int) -> Int:
+    """Have the key's first entry fetched from memory; returns its address."""
+    entry = index + _ENTRIES + home(key, capacity_log2) * _ENTRY_BYTES
+    prefetch_once(entry)
+    return entry
 
 
 @kernel("void(int64, int64, Array(uint64, 1, 'C', readonly=True), int64[::1])")
 def resolve(index: Int, capacity_log2: Int, keys: U64, slots: I64) -> None:
-    """Find every key: its slot, or -1."""
-    resolve_part(index, capacity_log2, keys, 0, keys.size, slots)
+    """Find every key: its slot, or -1. `slots` is at least as long as `keys`."""
+    end = index + _ENTRIES + (_ENTRY_BYTES << capacity_log2)
+    count = keys.size
+    for i in range(min(PREFETCH_KEYS, count)):
+        slots[i] = _ask_for(index, capacity_log2, keys[i])
+    for i in range(count):
+        if i + PREFETCH_KEYS < count:
+            slots[i + PREFETCH_KEYS] = _ask_for(index, capacity_log2, keys[i + PREFETCH_KEYS])
+        entry = slots[i]  # until it is overwritten by the slot
+        slot_plus_one = load_acquire_i64(entry + _SLOT)
+        while slot_plus_one != 0 and load_u64(entry) != keys[i]:
+            entry += _ENTRY_BYTES
+            if entry == end:
+                entry = index + _ENTRIES
+            slot_plus_one = load_acquire_i64(entry + _SLOT)
+        slots[i] = slot_plus_one - 1
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64)")
