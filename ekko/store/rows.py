@@ -51,6 +51,8 @@ F32 = NDArray[np.float32]
 PART_KEYS = 2_048
 # Rows that are on their way from memory at the same time. Measured: 8 to 32 are equal within noise.
 PREFETCH_ROWS = 16
+# The same for rows to be written. Measured: 8 is 5 % better than 16.
+PREFETCH_ROWS_TO_WRITE = 8
 # Looks at an odd lock before the reader gives its processor away: far longer than a row takes to write (below 1 us).
 SPINS_MAX = 4096
 
@@ -171,9 +173,9 @@ def apply(
         end = min(part + PART_KEYS, keys.size)
         resolve(index, capacity_log2, keys[part:end], slots)
         for i in range(part, end):
-            if i + PREFETCH_ROWS < end:
-                ahead = slots[i + PREFETCH_ROWS - part]
-                _prefetch_row_to_write(base + (ahead if ahead >= 0 else used + PREFETCH_ROWS) * stride, stride)
+            if i + PREFETCH_ROWS_TO_WRITE < end:
+                ahead = slots[i + PREFETCH_ROWS_TO_WRITE - part]
+                _prefetch_row_to_write(base + (ahead if ahead >= 0 else used + PREFETCH_ROWS_TO_WRITE) * stride, stride)
             slot = slots[i - part]
             row_stamp = stamps[i] if stamps.size else stamp
             row_data = source + i * row_bytes if i < live else 0
