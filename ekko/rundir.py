@@ -41,7 +41,7 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 class FileLedger:
-    """A small durable record in a file; fulfils `p2p.writers.Ledger`."""
+    """A small durable record in a file; fulfils `p2p.ledger.Ledger`."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / LEDGER_NAME

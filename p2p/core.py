@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 from p2p import messages as m
 from p2p.knowledge import Knowledge
+from p2p.ledger import NodeRecord, Peer
 from p2p.links import Link
-from p2p.membership import Membership
+from p2p.membership import SILENCE_MS_MAX, Membership
 from p2p.replica import Host, Replica
 from p2p.stamps import StampClock
 from p2p.trees import Holder
@@ -77,6 +78,7 @@ class Core:
 
     options: MachineOptions
     host: Host
+    record: NodeRecord
     writers: WriterBook
     rng: random.Random
     membership: Membership
@@ -84,12 +86,19 @@ class Core:
     counters: Counters = field(default_factory=Counters)
     links: dict[str, Link] = field(default_factory=dict)  # by node id
     keyspaces: dict[int, Keyspace] = field(default_factory=dict)
-    first: bool = False  # no seed but ourselves: nobody to catch up with
+    started_ms: int = 0  # monotonic
+    first: bool = False  # no seed but ourselves, and no peer of a former life: nobody to catch up with
     effects: list[m.Effect] = field(default_factory=list)
 
     @property
     def me(self) -> Holder:
         return Holder(self.options.region, self.options.node)
+
+    def expected(self, now: m.Now) -> list[Peer]:
+        """Peers of a former life that may yet answer, sorted by node; after a while they count as silent."""
+        if now.monotonic_ms - self.started_ms >= SILENCE_MS_MAX:
+            return []
+        return [self.record.peers[node] for node in sorted(self.record.peers) if node not in self.membership.members]
 
     def emit(self, effect: m.Effect) -> None:
         """Add an effect of the event at hand."""

@@ -18,6 +18,7 @@ from p2p import links, membership, push, status, trees
 from p2p import messages as m
 from p2p.core import Core, Counters, Keyspace, MachineOptions
 from p2p.errors import LocalProtocolError, RemoteProtocolError, SchemaClashError
+from p2p.ledger import Ledger, NodeRecord, Peer
 from p2p.links import Arrival, Link
 from p2p.membership import HEARTBEAT_MS, Membership
 from p2p.pull import Pull
@@ -26,12 +27,14 @@ from p2p.reach import Reach
 from p2p.replica import Host, SchemaEntry
 from p2p.stamps import StampClock
 from p2p.status import NodeStatus
-from p2p.writers import Ledger, WriterBook
+from p2p.writers import WriterBook
 
 __all__ = ["Machine", "MachineOptions", "NodeStatus"]
 
 # A member that left on purpose is called at every so many of our heartbeats.
 CALL_LEFT_BEATS = 4
+# A node without seeds calls the peers of its former life this long before it goes on alone: all of them may be gone for good.
+ALONE_MS = 10_000
 # What all nodes must agree on for the trees to be equal on all of them.
 CONSTANTS = (trees.TREE_ARITY, trees.TREES)
 
@@ -47,10 +50,11 @@ class Machine:
     """
 
     def __init__(self, options: MachineOptions, host: Host, ledger: Ledger, rng: random.Random) -> None:
-        writers = WriterBook(ledger, rng)
-        boot_ms = writers.begin_life(options.boot_ms)
+        record = NodeRecord.load(ledger)
+        boot_ms = record.begin_life(options.boot_ms)
         own = m.MemberRecord(options.node, options.boot, boot_ms, options.region, options.role, "", 0)
-        self._core = Core(options, host, writers, rng, Membership(own), StampClock(), first=not options.seeds)
+        self._core = Core(options, host, record, WriterBook(record, rng), rng, Membership(own), StampClock())
+        self._core.first = not options.seeds and not record.peers
         self._push = Push(self._core)
         self._pull = Pull(self._core)
         self._reach = Reach(self._core)
@@ -127,11 +131,20 @@ class Machine:
         core = self._core
         core.membership.own = replace(core.membership.own, address=address)
         self._started = True
-        self._heartbeat_ms = now.monotonic_ms
-        if all(seed == address for seed in core.options.seeds):
-            core.first = True
-            for keyspace in core.keyspaces.values():
-                keyspace.synced = True
+        self._heartbeat_ms = core.started_ms = now.monotonic_ms
+        if not self._contacts():
+            self._be_first()
+
+    def _contacts(self) -> list[str]:
+        """Whom to call as long as nobody answers: seeds, and the peers of our former life."""
+        remembered = [peer.address for peer in self._core.record.peers.values()]
+        own = self._core.membership.own.address
+        return [address for address in dict.fromkeys([*self._core.options.seeds, *remembered]) if address != own]
+
+    def _be_first(self) -> None:
+        self._core.first = True
+        for keyspace in self._core.keyspaces.values():
+            keyspace.synced = True
 
     def _on_publish(self, event: m.PublishRequested, now: m.Now) -> None:
         self._push.publish(event, now)
@@ -198,6 +211,7 @@ class Machine:
                 member = core.membership.members.get(link.node)
                 if member is not None and member.record.boot == link.boot:  # gossip of its next life may have come first
                     core.membership.learn(replace(member.record, left=True), now.monotonic_ms)
+                    core.record.part(link.node)
                     core.note("member_left", node=link.node)
             case m.ReachQuery():
                 self._reach.on_query(link, message, now)
@@ -354,6 +368,7 @@ class Machine:
                 core.emit(m.Forget(link.address))
         link = Link(member.node, member.boot, member.address, member.region, core.options.boot)
         core.links[member.node] = self._by_boot[member.boot] = link
+        core.record.meet(Peer(member.node, member.region, member.role, member.address))
         core.note("link_opened", peer=member.node, region=member.region, address=member.address)
         return link
 
@@ -440,6 +455,7 @@ class Machine:
             link = core.links.get(record.node)
             if link is not None:
                 self._drop_link(link)
+            core.record.part(record.node)
             core.emit(m.Forget(record.address))
         for link in core.links.values():
             if core.membership.alive(link.node, now.monotonic_ms) and link.is_stuck(now.monotonic_ms):
@@ -465,9 +481,12 @@ class Machine:
             else:
                 self._say_hello(member.record.address, 0, answer_wanted=True, now=now)
         if not self._introduced or not core.membership.live(now.monotonic_ms):
-            for seed in core.options.seeds:
-                if seed != core.membership.own.address:
-                    self._say_hello(seed, 0, answer_wanted=True, now=now)
+            for address in self._contacts():
+                self._say_hello(address, 0, answer_wanted=True, now=now)
+        seedless = all(seed == core.membership.own.address for seed in core.options.seeds)
+        if seedless and not (self._introduced or core.first) and now.monotonic_ms - core.started_ms >= ALONE_MS:
+            core.note("alone", alarm=True, unanswered=tuple(core.record.peers))
+            self._be_first()
 
     def _summary(self, keyspace: Keyspace, now: m.Now) -> m.KeyspaceSummary:
         vector, strays = self._pull.digests(keyspace, now)

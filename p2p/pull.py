@@ -183,7 +183,7 @@ class Pull:
 
     def _note_caught_up(self, keyspace: Keyspace, now: m.Now) -> None:
         """We hold what a peer held. It may be as new as we are: what living writers are known to have written counts too."""
-        if keyspace.synced:
+        if keyspace.synced or any(peer.role == "train" for peer in self._core.expected(now)):
             return
         number, frontier = keyspace.replica.keyspace, keyspace.knowledge.frontier
         known = [w for record in self._core.membership.live(now.monotonic_ms) for w in record.writers if w.keyspace == number]

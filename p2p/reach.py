@@ -64,6 +64,9 @@ class Reach:
                 if record.left or not in_scope:
                     continue
                 (nodes if core.membership.alive(node, now.monotonic_ms) else silent).append(node)
+            # Just restarted, we know few; who was there before is waited for until it counts as silent (R21).
+            everywhere = request.scope is m.Scope.ALL
+            nodes += [peer.node for peer in core.expected(now) if everywhere or peer.region == core.options.region]
         self._queries += 1
         deadline_ms = now.monotonic_ms + request.timeout_ms
         wait = _Wait(

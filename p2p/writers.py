@@ -7,57 +7,28 @@ a grant durably before it uses it. The cluster nonce, minted with the first gran
 
 import random
 from collections.abc import Iterable
-from typing import Any, Protocol
-
-import msgpack
 
 from p2p.errors import LocalProtocolError, RemoteProtocolError
+from p2p.ledger import NodeRecord
 from p2p.stamps import WRITERS_MAX
-
-
-class Ledger(Protocol):
-    """A small durable record; `save` returns once it would survive a crash of the machine."""
-
-    def load(self) -> bytes | None:
-        """What was saved last, or None."""
-
-    def save(self, record: bytes) -> None:
-        """Replace the record, atomically."""
 
 
 class WriterBook:
     """Bindings of writer ids that this node has heard of or granted.
 
     Args:
-        ledger: where grants are recorded.
+        record: where grants are recorded.
         rng: for nonces.
     """
 
-    def __init__(self, ledger: Ledger, rng: random.Random) -> None:
-        self._ledger = ledger
+    def __init__(self, record: NodeRecord, rng: random.Random) -> None:
+        self._record = record
         self._rng = rng
-        self._bindings: dict[tuple[int, int], int] = {}  # (keyspace, writer) -> nonce
-        self.cluster = 0
-        self.last_boot_ms = 0
-        self._restore(ledger.load())
 
-    def _restore(self, record: bytes | None) -> None:
-        if record is None:
-            return
-        try:
-            state: dict[str, Any] = msgpack.unpackb(record)
-            self.cluster, self.last_boot_ms = int(state["cluster"]), int(state["boot_ms"])
-            self._bindings = {(int(k), int(w)): int(nonce) for k, w, nonce in state["granted"]}
-        except Exception as error:
-            raise LocalProtocolError(
-                f"the record of granted writer ids is damaged ({error!r}): restore the file, or remove it to join as a new node"
-            ) from error
-
-    def begin_life(self, boot_ms: int) -> int:
-        """Record a new life; returns its `boot_ms`, larger than that of every life before, whatever the clock says."""
-        self.last_boot_ms = max(boot_ms, self.last_boot_ms + 1)
-        self._save()
-        return self.last_boot_ms
+    @property
+    def cluster(self) -> int:
+        """The cluster nonce; 0: none yet."""
+        return self._record.cluster
 
     def check_cluster(self, cluster: int) -> None:
         """Refuse a peer of another cluster; changes nothing.
@@ -75,13 +46,13 @@ class WriterBook:
         """Take the cluster nonce of a peer, when we have none. Raises as `check_cluster`."""
         self.check_cluster(cluster)
         if cluster and not self.cluster:
-            self.cluster = cluster
-            self._save()
+            self._record.cluster = cluster
+            self._record.save()
 
     def learn(self, keyspace: int, writer: int, nonce: int) -> None:
         """Learn a binding. Raises as `check`."""
         self.check(keyspace, writer, nonce)
-        self._bindings[keyspace, writer] = nonce
+        self._record.bindings[keyspace, writer] = nonce
 
     def check(self, keyspace: int, writer: int, nonce: int) -> None:
         """Refuse a second nonce under a bound id; changes nothing.
@@ -89,7 +60,7 @@ class WriterBook:
         Raises:
             RemoteProtocolError: the id is bound to another nonce.
         """
-        known = self._bindings.get((keyspace, writer), nonce)
+        known = self._record.bindings.get((keyspace, writer), nonce)
         if known != nonce:
             raise RemoteProtocolError(
                 f"writer {writer} of keyspace {keyspace} is bound to nonce {known:016x}, refused {nonce:016x}: "
@@ -106,17 +77,13 @@ class WriterBook:
         Raises:
             LocalProtocolError: all 4,096 ids of this keyspace were granted.
         """
-        used = [*seen, *(writer for bound, writer in self._bindings if bound == keyspace)]
+        used = [*seen, *(writer for bound, writer in self._record.bindings if bound == keyspace)]
         writer = max(used, default=-1) + 1
         if writer >= WRITERS_MAX:
             raise LocalProtocolError(f"all {WRITERS_MAX} writer ids of this model were granted; load it as a new model")
         nonce = self._rng.getrandbits(64) | 1
-        self._bindings[keyspace, writer] = nonce
+        self._record.bindings[keyspace, writer] = nonce
         if not self.cluster:
-            self.cluster = self._rng.getrandbits(64) | 1
-        self._save()
+            self._record.cluster = self._rng.getrandbits(64) | 1
+        self._record.save()
         return writer, nonce
-
-    def _save(self) -> None:
-        granted = [[keyspace, writer, nonce] for (keyspace, writer), nonce in self._bindings.items()]
-        self._ledger.save(msgpack.packb({"cluster": self.cluster, "boot_ms": self.last_boot_ms, "granted": granted}))

@@ -36,8 +36,9 @@ from p2p.transport.shared import (
     check_frames,
 )
 
-# Messages queued in ZeroMQ towards or from one peer. The protocol's credit bounds the bytes; this bounds what it misses.
-QUEUE_MESSAGES_MAX: Final = 256
+# Messages queued in ZeroMQ towards or from one peer. The protocol's credit (4,096 messages, 32 MiB) is what bounds a link, and has
+# to run out first: a message refused here ends its session. This bounds what carries no credit.
+QUEUE_MESSAGES_MAX: Final = 6_144
 # Addresses we hold a DEALER for; as many as there can be members.
 PEERS_MAX: Final = 4_096
 # Each peer takes a DEALER and the two ends of its monitor; ZeroMQ's own default of 1,023 would stop at 341 peers.

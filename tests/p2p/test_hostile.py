@@ -117,7 +117,7 @@ def test_peers_cannot_make_a_node_remember_without_bound(monkeypatch: pytest.Mon
     assert len(core.membership.members) <= 20
     assert len(core.links) <= 20
     assert len(machine_of(cluster, "eu1")._by_boot) <= 20
-    assert len(core.writers._bindings) < 100
+    assert len(core.record.bindings) < 100
     # A full register does not stop the gossip of those who are in it.
     cluster.publish("t1", "item", [1], 1.0)
     at_rest(cluster)

@@ -12,7 +12,7 @@ from p2p import knowledge as knowledge_module
 from p2p import membership, wire
 from p2p import messages as m
 from p2p import push as push_module
-from p2p.machine import Machine, MachineOptions
+from p2p.machine import ALONE_MS, Machine, MachineOptions
 from p2p.replica import RowColumns
 from p2p.stamps import EPOCH_MS, make_stamp
 from sim_cluster.checkers import check_converged, check_knowledge, contents
@@ -325,3 +325,32 @@ def test_queues_report_their_fill_and_stay_below_their_bounds() -> None:
         queue.name == "open_steps" and queue.bound == knowledge_module.OPEN_STEPS_MAX
         for queue in cluster.nodes["t1"].machine.status(cluster.now()).queues
     )
+
+
+def test_a_restarted_first_node_calls_whom_it_knew_and_waits_for_them() -> None:
+    cluster = start()
+    cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(500)
+    cluster.crash("t1")
+    cluster.cut |= {(name, "t1") for name in ("us1", "us2", "us3")}  # they cannot answer yet
+    cluster.restart("t1")
+    stamp = cluster.publish("t1", "item", [2], 2.0)
+    number = ask(cluster, stamp, m.Scope.ALL, 20_000)
+    cluster.run(2_000)
+    assert number not in cluster.nodes["t1"].replies, "an empty view is not everybody"
+    assert synced(cluster, "t1"), "the others answered"
+    cluster.cut.clear()
+    cluster.run(2_000)
+    assert cluster.nodes["t1"].replies[number] == m.WaitEnded(number, ())
+
+
+def test_a_first_node_whose_peers_are_all_gone_goes_on_alone_after_a_while() -> None:
+    cluster = start()
+    for name in cluster.nodes:
+        cluster.crash(name)
+    cluster.restart("t1")
+    cluster.run(2_000)
+    assert not synced(cluster, "t1")
+    cluster.run(ALONE_MS)
+    assert synced(cluster, "t1")
+    assert any(note.name == "alone" and note.alarm for note in cluster.nodes["t1"].notes)

@@ -101,8 +101,8 @@ def lost_memory_keeps_its_writer_id(patch: pytest.MonkeyPatch) -> None:
     """R4: a writer that lost its memory goes on under its old id, as if it still held what it wrote."""
 
     def grant(self: Any, keyspace: int, _seen: Any) -> tuple[int, int]:
-        nonce = self._bindings.setdefault((keyspace, 0), 77)
-        self._save()
+        nonce = self._record.bindings.setdefault((keyspace, 0), 77)
+        self._record.save()
         return 0, nonce
 
     patch.setattr(WriterBook, "grant", grant)

@@ -1,0 +1,93 @@
+"""What a node must remember beyond its process and its shared memory: a small durable record.
+
+Granted writer ids, so that none is granted twice; the cluster it belongs to; when its last life began; and whom it knew, so
+that a first node that comes back alone calls the others instead of believing that there are none.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import msgpack
+
+from p2p.errors import LocalProtocolError
+from p2p.membership import MEMBERS_MAX
+from p2p.messages import NodeId
+
+
+class Ledger(Protocol):
+    """Where the record is kept; `save` returns once it would survive a crash of the machine."""
+
+    def load(self) -> bytes | None:
+        """What was saved last, or None."""
+
+    def save(self, record: bytes) -> None:
+        """Replace the record, atomically."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A node that we were linked to."""
+
+    node: NodeId
+    region: str
+    role: str
+    address: str
+
+
+@dataclass(slots=True, eq=False)
+class NodeRecord:
+    """The record in use; change it, then `save`."""
+
+    ledger: Ledger
+    cluster: int = 0  # 64-bit cluster nonce (R12); 0: none yet
+    boot_ms: int = 0
+    bindings: dict[tuple[int, int], int] = field(default_factory=dict)  # (keyspace, writer) -> nonce
+    peers: dict[NodeId, Peer] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, ledger: Ledger) -> Self:
+        """Read the record, or begin an empty one.
+
+        Raises:
+            LocalProtocolError: it is damaged.
+        """
+        saved = ledger.load()
+        if saved is None:
+            return cls(ledger)
+        try:
+            state: dict[str, Any] = msgpack.unpackb(saved)
+            return cls(
+                ledger,
+                int(state["cluster"]),
+                int(state["boot_ms"]),
+                {(int(keyspace), int(writer)): int(nonce) for keyspace, writer, nonce in state["granted"]},
+                {str(peer[0]): Peer(*map(str, peer)) for peer in state.get("peers", [])},
+            )
+        except Exception as error:
+            raise LocalProtocolError(
+                f"the record of granted writer ids is damaged ({error!r}): restore the file, or remove it to join as a new node"
+            ) from error
+
+    def save(self) -> None:
+        """Write it down, durably."""
+        granted = [[keyspace, writer, nonce] for (keyspace, writer), nonce in self.bindings.items()]
+        peers = [[peer.node, peer.region, peer.role, peer.address] for peer in self.peers.values()]
+        state = {"cluster": self.cluster, "boot_ms": self.boot_ms, "granted": granted, "peers": peers}
+        self.ledger.save(msgpack.packb(state))
+
+    def begin_life(self, boot_ms: int) -> int:
+        """Record a new life; returns its `boot_ms`, larger than that of every life before, whatever the clock says."""
+        self.boot_ms = max(boot_ms, self.boot_ms + 1)
+        self.save()
+        return self.boot_ms
+
+    def meet(self, peer: Peer) -> None:
+        """Remember a peer, unless it is known so already."""
+        if self.peers.get(peer.node) != peer and (peer.node in self.peers or len(self.peers) < MEMBERS_MAX):
+            self.peers[peer.node] = peer
+            self.save()
+
+    def part(self, node: NodeId) -> None:
+        """Forget a peer that left, or was silent for too long."""
+        if self.peers.pop(node, None) is not None:
+            self.save()
