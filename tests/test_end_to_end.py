@@ -24,8 +24,9 @@ DELAYS_MS = {"home/eu": 2.0, "home/us": 40.0, "home/ap": 90.0, "eu/us": 40.0, "e
 NODES = (NodeSpec("train-1", "home", "train"), NodeSpec("eu-1", "eu"), NodeSpec("us-1", "us"), NodeSpec("ap-1", "ap"))
 # What the path may add to the emulated one-way delay, at the 99th percentile, on a machine that has a core to give.
 EXCESS_MS_MAX = 25.0
-# On a machine that is busy with other things, a step waits for a core at each of these: publisher, trainer's node, its I/O
-# thread, the other node.
+# A machine that wakes an idle thread later than this is busy with other things, and then a step waits for a core at each hop:
+# publisher, trainer's node, its I/O thread, the other node.
+LATENESS_MS_QUIET = 5.0
 HOPS = 4
 
 TABLES = {"item": 16, "user": 8}
@@ -214,7 +215,8 @@ def test_killed_node_catches_up_by_pull_while_other_regions_stay_fast(cluster: L
     assert victim.status()["counters"]["pulls_completed"] >= 1
     assert victim.status()["counters"]["pull_rows_received"] > 0
     visible_everywhere(cluster, publisher, oracle)
-    assert max(excess.values()) <= EXCESS_MS_MAX + HOPS * lateness.p99_ms, figures
+    waiting_ms = HOPS * lateness.p99_ms if lateness.p99_ms > LATENESS_MS_QUIET else 0.0
+    assert max(excess.values()) <= EXCESS_MS_MAX + waiting_ms, figures
 
 
 def test_node_that_lost_its_memory_pulls_everything_again(cluster: LocalCluster, publisher: ekko.Publisher) -> None:
