@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from ekko.store import layout
 from ekko.store.atomics import (
     Int,
-    fence_release,
     inline_kernel,
     kernel,
     load_acquire_i64,
     load_u64,
     prefetch_once,
+    prefetch_write,
     store_release_i64,
     store_u64,
 )
@@ -53,79 +53,60 @@ def mix64(key: Int) -> Int:
 
 
 @inline_kernel
-def home(key: Int, capacity_log2: Int) -> Int:
-    """Where the search for a key begins."""
-    return np.int64(mix64(key) >> np.uint64(64 - capacity_log2))
+def first_entry(index: Int, capacity_log2: Int, key: Int) -> Int:
+    """Address of the entry at which the search for a key begins."""
+    return index + _ENTRIES + np.int64(mix64(key) >> np.uint64(64 - capacity_log2)) * _ENTRY_BYTES
 
 
 @inline_kernel
-def find(index: Int, capacity_log2: Int, key: Int, position: Int) -> Int:
-    """The key's slot, or -1 when it is absent; the search begins at `position`."""
-    mask = (1 << capacity_log2) - 1
-    entries = index + _ENTRIES
-    while True:
-        entry = entries + position * _ENTRY_BYTES
-        slot_plus_one = load_acquire_i64(entry + _SLOT)
-        if slot_plus_one == 0:
-            return -1
-        if load_u64(entry) == key:
-            return slot_plus_one - 1
-        position = (position + 1) & mask
-
-
-@inline_kernel
-def insert(index: Int, capacity_log2: Int, key: Int, slot: Int) -> None:
-    """Publish a key that is absent. The index must not be full."""
-    mask = (1 << capacity_log2) - 1
-    entries = index + _ENTRIES
-    position = home(key, capacity_log2)
-    while load_acquire_i64(entries + position * _ENTRY_BYTES + _SLOT) != 0:
-        position = (position + 1) & mask
-    entry = entries + position * _ENTRY_BYTES
-    store_u64(entry, key)
-    fence_release()
-    store_release_i64(entry + _SLOT, slot + 1)
-
-
-@inline_kernel
-def _ask_for(index: Int, capacity_log2: Int, key: Int) -> Int:
-    """Have the key's first entry fetched from memory; returns its address."""
-    entry = index + _ENTRIES + home(key, capacity_log2) * _ENTRY_BYTES
-    prefetch_once(entry)
+def search(index: Int, capacity_log2: Int, key: Int, entry: Int) -> Int:
+    """Address of the key's entry, or of the empty one where it belongs; the search begins at `entry`."""
+    end = index + _ENTRIES + (_ENTRY_BYTES << capacity_log2)
+    # The slot first: when it is there, so is the key.
+    while load_acquire_i64(entry + _SLOT) != 0 and load_u64(entry) != key:
+        entry += _ENTRY_BYTES
+        if entry == end:
+            entry = index + _ENTRIES
     return entry
+
+
+@inline_kernel
+def slot_at(entry: Int) -> Int:
+    """The slot in an entry that `search` found; -1 when it is empty."""
+    return load_acquire_i64(entry + _SLOT) - 1
+
+
+@inline_kernel
+def publish(entry: Int, key: Int, slot: Int) -> None:
+    """Fill an empty entry; from here on readers find the row."""
+    store_u64(entry, key)
+    store_release_i64(entry + _SLOT, slot + 1)
 
 
 @kernel("void(int64, int64, Array(uint64, 1, 'C', readonly=True), int64[::1])")
 def resolve(index: Int, capacity_log2: Int, keys: U64, slots: I64) -> None:
     """Find every key: its slot, or -1. `slots` is at least as long as `keys`."""
-    end = index + _ENTRIES + (_ENTRY_BYTES << capacity_log2)
     count = keys.size
-    for i in range(min(PREFETCH_KEYS, count)):
-        slots[i] = _ask_for(index, capacity_log2, keys[i])
-    for i in range(count):
-        if i + PREFETCH_KEYS < count:
-            slots[i + PREFETCH_KEYS] = _ask_for(index, capacity_log2, keys[i + PREFETCH_KEYS])
-        entry = slots[i]  # until it is overwritten by the slot
-        slot_plus_one = load_acquire_i64(entry + _SLOT)
-        while slot_plus_one != 0 and load_u64(entry) != keys[i]:
-            entry += _ENTRY_BYTES
-            if entry == end:
-                entry = index + _ENTRIES
-            slot_plus_one = load_acquire_i64(entry + _SLOT)
-        slots[i] = slot_plus_one - 1
+    for ahead in range(count + PREFETCH_KEYS):
+        if ahead < count:
+            slots[ahead] = first_entry(index, capacity_log2, keys[ahead])  # until it is overwritten by the slot
+            prefetch_once(slots[ahead])
+        i = ahead - PREFETCH_KEYS
+        if i >= 0:
+            slots[i] = slot_at(search(index, capacity_log2, keys[i], slots[i]))
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64)")
 def insert_rows(index: Int, capacity_log2: Int, table: Int, stride: Int, slot_begin: Int, slot_end: Int) -> None:
-    """Enter the rows of these slots, none of which the index holds yet: how a larger index is filled."""
-    entries = index + _ENTRIES
+    """Enter the rows of these slots, which may be there already: how a larger index is filled."""
     rows = table + _ROWS + _ROW_KEY
     for ahead in range(slot_begin, slot_end + PREFETCH_KEYS):
         if ahead < slot_end:
-            prefetch_once(entries + home(load_u64(rows + ahead * stride), capacity_log2) * _ENTRY_BYTES)
+            prefetch_write(first_entry(index, capacity_log2, load_u64(rows + ahead * stride)))
         slot = ahead - PREFETCH_KEYS
         if slot >= slot_begin:
-            insert(index, capacity_log2, load_u64(rows + slot * stride), slot)
+            key = load_u64(rows + slot * stride)
+            publish(search(index, capacity_log2, key, first_entry(index, capacity_log2, key)), key, slot)
 
 
 @kernel("void(Array(uint64, 1, 'C', readonly=True), int64, int64[::1])")

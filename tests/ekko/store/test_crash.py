@@ -52,12 +52,12 @@ def raw_rows(run_dir: Path) -> Mapping:
 
 
 def locks(run_dir: Path, dim: int) -> np.ndarray:
-    """uint32[rows]: the lock of every row."""
+    """uint32[rows]: the lock of every row, live."""
     mapping = raw_rows(run_dir)
     used = int(mapping.words(layout.TABLE.offset("rows_used")))
     stride = layout.row_stride(4 * dim)
     words = mapping.words(layout.TABLE.offset("rows"), used * stride // 8).reshape(used, stride // 8)
-    return words[:, 0].astype(np.uint32)
+    return words.view(np.uint32)[:, 0]
 
 
 def wait_for_batches(run_dir: Path, batches: int) -> None:
@@ -99,9 +99,15 @@ def test_a_killed_writer_leaves_no_torn_row(run_dir: Path) -> None:
     dim, count = 16_384, 48  # rows so long that most kills fall into one
     killed_in_row = 0
     newest = np.zeros(count, np.uint64)
-    for attempt in range(6):
+    attempts = 0
+    while killed_in_row < 2 and attempts < 20:
+        attempts += 1
         with writer("overwrite", run_dir, dim, count) as process:
-            wait_for_batches(run_dir, 7 * attempt + 1)
+            wait_for_batches(run_dir, attempts)
+            live = locks(run_dir, dim)
+            deadline = time.monotonic() + DEADLINE_S
+            while not (live & 1).any():  # it is in the middle of a batch
+                assert time.monotonic() < deadline
             process.kill()
         odd = int((locks(run_dir, dim) & 1).sum())
         assert odd <= 1
