@@ -12,6 +12,7 @@ from benchmarks.common import (
     TABLE,
     Figure,
     alternate,
+    claim_memory,
     distinct_keys,
     fill,
     shared_array,
@@ -65,6 +66,7 @@ def _inserts(total: int, rounds: int, quick: bool) -> float:
     sources = [distinct_keys(total, seed=10 + number) for number in range(rounds + 1)]
     tables = {f"table{number}": DIM for number in range(rounds + 1)}
     rows = np.ones((BATCH, DIM), np.float32).view(np.uint8)
+    claim_memory((rounds + 1) * total * 400)
     with shared_model(tables) as (model, _):
 
         def insert(number: int) -> None:
