@@ -149,6 +149,7 @@ class TmpfsMemory:
         return self.directory / f"{self.prefix}-{name}"
 
     def create(self, name: str, size: int) -> Mapping:
+        self.remove(name)  # a leftover of an attempt that failed, or of a writer that was killed
         try:
             return Mapping.create(self.path(name), size)
         except OSError as error:

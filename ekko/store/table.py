@@ -239,7 +239,6 @@ class Table:
 
     def _create_index(self, generation: int, capacity_log2: int) -> Index:
         name = self._index_name(generation)
-        self._memory.remove(name)  # a leftover of a writer that died while it built this generation
         mapping = self._memory.create(name, layout.index_bytes(capacity_log2))
         mapping.ensure(layout.PAGE_BYTES)
         words = mapping.words(0, 4)

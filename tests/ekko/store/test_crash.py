@@ -1,7 +1,10 @@
 """Writers that are killed in the middle of a row, and what the next process makes of it."""
 
+import errno
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -224,8 +227,6 @@ def test_a_reader_gives_up_on_a_row_whose_writer_is_dead(run_dir: Path, monkeypa
 
 
 def test_a_reader_waits_for_a_row_that_is_being_written(run_dir: Path) -> None:
-    import threading
-
     store = store_with_rows(run_dir)
     with Reader(MODEL, run_dir) as reader:
         row = last_row(run_dir)
@@ -241,9 +242,6 @@ def test_a_reader_waits_for_a_row_that_is_being_written(run_dir: Path) -> None:
 
 
 def test_a_full_tmpfs_is_an_error_and_loses_nothing(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-    import os
-
     store = store_with_rows(run_dir)
     model = store.models[MODEL]
 
@@ -261,4 +259,25 @@ def test_a_full_tmpfs_is_an_error_and_loses_nothing(run_dir: Path, monkeypatch: 
     assert np.array_equal(found[:, 0], np.where(stamps == 9, 9, 0))
     assert model.apply([RowColumns(table_id(TABLE), keys, rows)], 9).inserted == keys.size - np.count_nonzero(stamps)
     assert (model.lookup(TABLE, keys)[1] == 9).all(), "once there is room again, the same batch completes"
+    store.close()
+
+
+def test_a_model_that_found_no_room_can_be_added_later(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store.open(run_dir)
+    spec = ModelSpec(MODEL, 8, {TABLE: TableSpec(TABLE, 4)})
+    allocate = os.posix_fallocate
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        if offset == 0 and length == layout.PAGE_BYTES:  # the header is there, the first page of the table is not
+            raise OSError(errno.ENOSPC, "No space left on device")
+        allocate(descriptor, offset, length)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(StoreError, match="shared memory is full"):
+            store.add_model(spec)
+    assert dict(store.models) == {}
+    store.add_model(spec)
+    with Reader(MODEL, run_dir) as reader:
+        assert not reader.lookup(TABLE, [1]).any()
     store.close()
