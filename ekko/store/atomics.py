@@ -8,33 +8,17 @@ plain accesses while a writer may be storing to it; the row's sequence lock thro
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-# An integer inside a kernel. Numba gives it its machine type; to mypy it may be Python's or NumPy's.
-Int: TypeAlias = Any
+from ekko.store.compile import kernel
 
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
-
-
-def kernel(*signatures: str) -> Callable[[F], F]:
-    """Compile a function for these argument types when its module is imported, or load it from Numba's cache.
-
-    Eager, so that no request ever waits for a compiler.
-    """
-    return cast("Callable[[F], F]", njit(list(signatures), cache=True, nogil=True, error_model="numpy"))
-
-
-def inline_kernel(function: F) -> F:
-    """Compile a helper into the kernels that call it."""
-    return cast("F", njit(function, cache=True, nogil=True, error_model="numpy", forceinline=True))
 
 
 def _intrinsic(function: Callable[..., Any]) -> Any:

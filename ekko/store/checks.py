@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.store.atomics import inline_kernel, kernel
+from ekko.store.compile import inline_kernel, kernel
 from ekko.store.index import mix64
 
 U64 = NDArray[np.uint64]

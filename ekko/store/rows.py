@@ -18,13 +18,10 @@ from numpy.typing import NDArray
 
 from ekko.store import layout
 from ekko.store.atomics import (
-    Int,
     copy_bytes,
     fence_acquire,
     fence_program_order,
     fence_release,
-    inline_kernel,
-    kernel,
     load_acquire_u32,
     load_i64,
     load_u32,
@@ -38,6 +35,7 @@ from ekko.store.atomics import (
     store_u64,
     zero_bytes,
 )
+from ekko.store.compile import Int, inline_kernel, kernel
 from ekko.store.index import first_entry, mix64, publish, resolve, search, slot_at
 
 U64 = NDArray[np.uint64]

@@ -232,7 +232,7 @@ def test_unaligned_and_strided_columns_are_taken() -> None:
         ),
         pytest.param(
             RowColumns(table_id("item"), np.zeros(1, np.int64), np.zeros((1, 20), np.uint8)), "keys int64", id="key-type"
-        ),  # type: ignore[arg-type]
+        ),
         pytest.param(
             RowColumns(table_id("item"), np.zeros(2, np.uint64), np.zeros((1, 20), np.uint8), np.zeros(1, np.uint64)),
             "stamps",

@@ -1,0 +1,79 @@
+"""How kernels are compiled, and where the compiled ones are kept.
+
+Numba keeps compiled functions and takes one again when its source file has the same size and time of change. That is not
+enough here: a kernel contains the helpers and the offsets of other files, and files out of a wheel may all carry the same time,
+so that an upgrade could run yesterday's kernels on today's layout. So the directory's name holds a digest of all the sources
+that kernels are made of.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar, cast
+
+import xxhash
+from numba import config, njit
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# An integer inside a kernel. Numba gives it its machine type; to mypy it may be Python's or NumPy's.
+Int: TypeAlias = Any
+
+
+def kernel(*signatures: str) -> Callable[[F], F]:
+    """Compile a function for these argument types when its module is imported, or load it from the cache.
+
+    Eager, so that no request ever waits for a compiler.
+    """
+    return lambda function: cast("F", _compile(function, list(signatures)))
+
+
+def inline_kernel(function: F) -> F:
+    """Compile a helper into the kernels that call it."""
+    return cast("F", _compile(function, None, forceinline=True))
+
+
+def _compile(function: Callable[..., Any], signatures: list[str] | None, *, forceinline: bool = False) -> Any:
+    directory = _cache_directory()
+    before = config.CACHE_DIR
+    config.CACHE_DIR = directory or before
+    try:  # Numba looks at the setting now, and never again for this function
+        options = {"cache": directory is not None, "nogil": True, "error_model": "numpy", "forceinline": forceinline}
+        return njit(signatures, **options)(function) if signatures else njit(**options)(function)
+    finally:
+        config.CACHE_DIR = before
+
+
+@cache
+def _cache_directory() -> str | None:
+    """A directory of these very sources, that we can write to; None when there is none, and each process compiles anew."""
+    sources = Path(__file__).parent
+    name = f"ekko-kernels-{_digest(sources)}"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") if _has_home() else None
+    for parent in (config.CACHE_DIR, sources / "__pycache__", home):
+        if parent:
+            try:
+                directory = Path(parent) / name
+                directory.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=directory):
+                    return str(directory)
+            except OSError:
+                continue
+    return None
+
+
+def _digest(sources: Path) -> str:
+    digest = xxhash.xxh64()
+    for path in sorted(sources.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _has_home() -> bool:
+    try:
+        Path.home()
+    except RuntimeError:
+        return False
+    return True
