@@ -36,8 +36,8 @@ from p2p.transport.shared import (
     check_frames,
 )
 
-# Messages queued in ZeroMQ towards or from one peer. The protocol's credit (4,096 messages, 32 MiB) is what bounds a link, and has
-# to run out first: a message refused here ends its session. This bounds what carries no credit.
+# Messages queued in ZeroMQ towards or from one peer. The protocol's credit (4,096 messages, 32 MiB) is what bounds a link,
+# and has to run out first: a message refused here ends its session. This bounds what carries no credit.
 QUEUE_MESSAGES_MAX: Final = 6_144
 # Addresses we hold a DEALER for; as many as there can be members.
 PEERS_MAX: Final = 4_096
