@@ -16,6 +16,7 @@ from ekko.store import index, layout, rows
 from ekko.store.atomics import publish_word
 from ekko.store.manifest import ModelEntry, header_name, index_name, rows_name
 from ekko.store.memory import Mapping, Memory
+from ekko.store.recent import CacheStats, RecentRows
 from ekko.store.table import Table
 from ekko.store.view import RowSource, gather_rows
 from p2p.errors import RemoteProtocolError
@@ -95,6 +96,7 @@ class ModelStore:
             rows_name(self.keyspace, spec.id),
             lambda generation: index_name(self.keyspace, spec.id, generation),
             self._header.address + layout.MODEL.offset("undo"),
+            RecentRows(self.shards),
         )
         self._tables[spec.id] = table
         return table
@@ -145,6 +147,10 @@ class ModelStore:
             table.spec.name: TableStats(table.rows_used - table.tombstones, table.tombstones, table.memory_bytes)
             for table in self._tables.values()
         }
+
+    def cache_stats(self) -> CacheStats:
+        """What the update caches of all tables did and hold, together."""
+        return sum((table.recent.stats() for table in self._tables.values()), CacheStats())
 
     def lookup(self, table: str, keys: U64) -> tuple[NDArray[np.float32], U64]:
         """Rows float32[n, dim] and stamps uint64[n] by key, zero where absent, as a reader would see them.
@@ -260,10 +266,13 @@ class ModelStore:
         return Applied(int(counts[rows.WRITTEN]), int(counts[rows.INSERTED]), int(counts[rows.STALE]))
 
     def changed_since(self, base: U64) -> list[Selection]:
+        return self._select(base, measured=True)
+
+    def _select(self, base: U64, measured: bool) -> list[Selection]:
         flat = np.ascontiguousarray(base, np.uint64).reshape(-1)
         assert flat.size == self.spec.shards * WRITERS_MAX, f"vector of {flat.size} entries"
         chosen = [
-            Selection(table.spec.id, table.spec.row_bytes, table.changed_since(flat, self.spec.shards))
+            Selection(table.spec.id, table.spec.row_bytes, table.changed_since(flat, self.spec.shards, measured=measured))
             for table in self._tables.values()
         ]
         return [selection for selection in chosen if selection.slots.size]
@@ -274,7 +283,7 @@ class ModelStore:
 
     def stray_digest(self) -> int:
         sums = np.zeros(2, np.uint64)
-        for selection in self.changed_since(self._vector):
+        for selection in self._select(self._vector, measured=False):
             self._tables[selection.table].add_digest(selection.slots, sums)
         return int(sums[0]) | int(sums[1]) << 64
 

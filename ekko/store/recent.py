@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from ekko.model import SHARDS_MAX
 from ekko.store import layout
-from ekko.store.atomics import Int, inline_kernel, kernel, load_u64, prefetch_near
+from ekko.store.atomics import load_u64, prefetch_near
+from ekko.store.compile import Int, inline_kernel, kernel
 from ekko.store.index import mix64
 from p2p.stamps import WRITERS_MAX
 
@@ -275,21 +276,25 @@ class RecentRows:
         """Keep at most so many of the youngest entries."""
         _prune(keep, self._ring, self._shards, self._dvv, self._thresholds, self._writers, self._state)
 
-    def select(self, base: U64, table: int, stride: int) -> I64 | None:
-        """Slots of all rows of the table above the flattened vector, in no particular order; None when only a scan can tell."""
+    def select(self, base: U64, table: int, stride: int, *, measured: bool = True) -> I64 | None:
+        """Slots of all rows of the table above the flattened vector, in no particular order; None when only a scan can tell.
+
+        `measured`: count it, and let it have a say in how much is kept.
+        """
         known = _compare(base, self._shards, self._dvv, self._writers, self._state)
         if known != _DOMINATES:
-            self._misses += 1
-            if known == _BEHIND:  # who joins and knows nothing needs a scan whatever the window is
+            self._misses += measured
+            if measured and known == _BEHIND:  # who joins and knows nothing needs a scan whatever the window is
                 self._choose_window(2 * self._window)
             return None
-        self._hits += 1
         out = np.empty(int(self._state[_HEAD] - self._state[_TAIL]) + 1, np.int64)
         count = _select(table, stride, base, self._ring, self._state, out)
-        self._answers += 1
-        self._deepest = max(self._deepest, int(self._state[_DEPTH]))
-        if self._answers >= ADAPT_REQUESTS:
-            self._choose_window(max(ADAPT_HEADROOM * self._deepest, self._window // 2))
+        if measured:
+            self._hits += 1
+            self._answers += 1
+            self._deepest = max(self._deepest, int(self._state[_DEPTH]))
+            if self._answers >= ADAPT_REQUESTS:
+                self._choose_window(max(ADAPT_HEADROOM * self._deepest, self._window // 2))
         return out[:count].copy()
 
     def _choose_window(self, entries: int) -> None:

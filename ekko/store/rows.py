@@ -139,7 +139,7 @@ def _append(table: Int, slot: Int, row: Int, key: Int, stamp: Int, data: Int, ro
 
 @kernel(
     "int64(int64, int64, int64, int64, int64, int64, int64, int64, Array(uint64, 1, 'C', readonly=True), "
-    "Array(uint8, 2, 'C', readonly=True), Array(uint64, 1, 'C', readonly=True), uint64, int64, int64[::1])"
+    "Array(uint8, 2, 'C', readonly=True), Array(uint64, 1, 'C', readonly=True), uint64, int64, int64[::1], int64[::1])"
 )
 def apply(
     table: Int,
@@ -155,12 +155,14 @@ def apply(
     stamps: U64,
     stamp: Int,
     begin: Int,
+    written: I64,
     counts: I64,
 ) -> Int:
     """Write keys[begin:] whose stamp is newer than what is held; the keys after the rows are tombstones.
 
     `stamps` is empty when all carry `stamp`. Returns how many keys are done: fewer than there are when row `rows_max` would
-    have been needed, and the caller is to make room and call again. `counts` is added to.
+    have been needed, and the caller is to make room and call again. `written`, int64[keys.size], gets the slot of each row
+    that was written, -1 of the others that are done. `counts` is added to.
     """
     slots = np.empty(min(keys.size, PART_KEYS), np.int64)
     live = rows.shape[0]
@@ -190,6 +192,7 @@ def apply(
                         return i
                     _append(table, used, base + used * stride, keys[i], row_stamp, row_data, row_bytes)
                     publish(entry, keys[i], used)
+                    written[i] = used
                     used += 1
                     counts[WRITTEN] += 1
                     counts[INSERTED] += 1
@@ -197,9 +200,11 @@ def apply(
             row = base + slot * stride
             if row_stamp <= load_u64(row + _STAMP):
                 counts[STALE] += 1
+                written[i] = -1
                 continue
             _save_undo(undo, table, table_id, slot, row, stride)
             _overwrite(table, row, row_stamp, row_data, row_bytes)
+            written[i] = slot
             counts[WRITTEN] += 1
     return keys.size
 

@@ -18,6 +18,7 @@ from ekko.store import index as index_kernels
 from ekko.store import layout, rows
 from ekko.store.atomics import publish_word, watch_word
 from ekko.store.memory import Mapping, Memory
+from ekko.store.recent import RecentRows
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
@@ -97,10 +98,20 @@ class Table:
         rows_name: name of the rows file.
         index_name: name of the index file of a generation.
         undo: address of the undo record.
+        recent: its update cache, empty.
     """
 
-    def __init__(self, spec: TableSpec, memory: Memory, rows_name: str, index_name: Callable[[int], str], undo: int) -> None:
+    def __init__(
+        self,
+        spec: TableSpec,
+        memory: Memory,
+        rows_name: str,
+        index_name: Callable[[int], str],
+        undo: int,
+        recent: RecentRows,
+    ) -> None:
         self.spec = spec
+        self.recent = recent
         self.stride = layout.row_stride(spec.row_bytes)
         self._memory = memory
         self._rows_name = rows_name
@@ -139,6 +150,7 @@ class Table:
         self.mapping.ensure(_ROWS + self.rows_used * self.stride)
         rows.undo(self.mapping.address, self.stride, self._undo, self.spec.id)
         self._publish_last_row()
+        self.recent.load(self.mapping.address, self.stride, self.rows_used)
 
     def _attach(self, mapping: Mapping) -> None:
         self.mapping = mapping
@@ -194,8 +206,11 @@ class Table:
             StoreError: shared memory is full. Rows before that point are written, each whole.
         """
         inserted_before = int(counts[rows.INSERTED])
+        stamps = _NO_STAMPS if stamps is None else stamps
+        written = np.empty(keys.size, np.int64)
         done = 0
         while True:
+            begin = done
             rows_max = min(self._rows_max, self.index.rows_max)
             done = rows.apply(
                 self.mapping.address,
@@ -208,11 +223,13 @@ class Table:
                 self._undo,
                 keys,
                 data,
-                _NO_STAMPS if stamps is None else stamps,
+                stamps,
                 stamp,
-                done,
+                begin,
+                written,
                 counts,
             )
+            self.recent.record(written[begin:done], keys[begin:done], stamps[begin:done], stamp, self.rows_used)
             if done == keys.size:
                 break
             self._make_room()
@@ -285,8 +302,16 @@ class Table:
         rows.read(self.mapping.address, self.stride, self.spec.row_bytes, ordered, keys, data, stamps)
         return keys, data, stamps
 
-    def changed_since(self, base: U64, shards: int) -> I64:
-        """Slots of all rows above the flattened vector, in ascending order."""
+    def changed_since(self, base: U64, shards: int, *, measured: bool = True) -> I64:
+        """Slots of all rows above the flattened vector, in no particular order: from the update cache, or by a scan.
+
+        `measured`: a peer asks, and the cache is to learn how far back peers look.
+        """
+        recent = self.recent.select(base, self.mapping.address, self.stride, measured=measured)
+        return self.scan(base, shards) if recent is None else recent
+
+    def scan(self, base: U64, shards: int) -> I64:
+        """`changed_since` by looking at every row."""
         out = np.empty(self.rows_used, np.int64)
         count = rows.changed_since(self.mapping.address, self.stride, base, shards, 0, self.rows_used, out)
         return out[:count].copy()
