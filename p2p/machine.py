@@ -36,7 +36,7 @@ CALL_LEFT_BEATS = 4
 # A node without seeds calls the peers of its former life this long before it goes on alone: all of them may be gone for good.
 ALONE_MS = 10_000
 # What all nodes must agree on for the trees to be equal on all of them.
-CONSTANTS = (trees.TREE_ARITY, trees.TREES)
+CONSTANTS = (trees.TREE_ARITY, trees.TREES_MAX, trees.ONE_TREE_HOLDERS_MAX)
 
 
 class Machine:

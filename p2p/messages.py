@@ -151,8 +151,14 @@ class Batch:
     published_ns: int = 0  # CLOCK_MONOTONIC at the entry of `publish`; 0: not measured
     machine: int = 0  # hash of the machine whose clock that is; the difference means something only there
     priority_class: int = 0
+    trees: int = 1  # over how many trees the origin spread the step; all shards of one message belong to one of them (R1)
     body: tuple[Buffer, ...] = field(default=(), repr=False)  # the frames it came in, forwarded unchanged (R17)
     checksum: int = field(default=0, repr=False)
+
+    @property
+    def tree(self) -> int:
+        """The index of its tree: a function of the shard."""
+        return int(self.claims.shards[0]) % self.trees if len(self.claims.shards) else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

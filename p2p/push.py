@@ -85,6 +85,7 @@ class Push:
             columns,
             request.published_ns,
             core.options.machine,
+            trees=trees.tree_count(core.membership.holders(now.monotonic_ms)),
         )
         for message in split_step(batch, shard_of, wire.BATCH_BYTES_MAX):
             self._forward(wire.seal(message), hops=0, now=now)
@@ -204,7 +205,7 @@ class Push:
         core = self._core
         payload = sum(section.payload_bytes for section in batch.columns)
         rows = sum(len(section.keys) for section in batch.columns)
-        for node in trees.children(core.membership.holders(now.monotonic_ms), core.me, batch.origin):
+        for node in trees.children(core.membership.holders(now.monotonic_ms), core.me, batch.origin, batch.tree):
             link = core.links.get(node)
             if link is None or not link.has_credit():
                 core.counters.batches_skipped += 1
@@ -238,15 +239,30 @@ def check_batch(keyspace: Keyspace, batch: m.Batch, now: m.Now) -> None:
 
 
 def split_step(batch: m.Batch, shard_of: Sequence[NDArray[np.int64]], bytes_max: int) -> Iterator[m.Batch]:
-    """Cut a step into messages of at most `bytes_max` payload (R7); one that fits comes back as it is.
-
-    Whole shards are packed together; a shard that exceeds the limit alone travels as parts.
+    """Cut a step into messages: one or more for each tree (R1), of at most `bytes_max` payload (R7).
 
     Args:
         batch: the whole step.
         shard_of: int64[n] for each of its sections.
         bytes_max: payload bytes of a message; at least one row goes into each.
     """
+    if batch.trees == 1:
+        yield from _split_by_size(batch, shard_of, bytes_max)
+        return
+    tree_of_claim = batch.claims.shards % batch.trees
+    for tree in np.unique(tree_of_claim).tolist():
+        claimed = np.flatnonzero(tree_of_claim == tree)
+        chosen = [np.flatnonzero(shards % batch.trees == tree) for shards in shard_of]
+        columns = tuple(_take(section, rows) for section, rows in zip(batch.columns, chosen, strict=True) if len(rows))
+        its_shards = [shards[rows] for shards, rows in zip(shard_of, chosen, strict=True) if len(rows)]
+        claims = m.ShardClaims(
+            batch.claims.shards[claimed], batch.claims.prev[claimed], batch.claims.part[claimed], batch.claims.parts[claimed]
+        )
+        yield from _split_by_size(replace(batch, claims=claims, columns=columns), its_shards, bytes_max)
+
+
+def _split_by_size(batch: m.Batch, shard_of: Sequence[NDArray[np.int64]], bytes_max: int) -> Iterator[m.Batch]:
+    """Whole shards are packed together; a shard that exceeds the limit alone travels as parts (R7)."""
     if sum(section.payload_bytes for section in batch.columns) <= bytes_max:
         yield batch
         return

@@ -6,8 +6,9 @@ tree of arity `TREE_ARITY` under their leader. So a batch crosses into a region 
 the tree without a word between them. While views differ a batch may come twice or not at all: the seen-set and the pull
 repair that.
 
-The index is a function of the shard, never of the batch (R1): with several trees, interior nodes of one are leaves of
-others. This version has one tree.
+The index is a function of the shard, never of the batch (R1), so that a shard's batches follow one path. With several trees,
+interior nodes of one are mostly leaves of others, and every node forwards about as much as it receives. Each tree costs a
+message of its own per step, which small clusters would pay for nothing: they have one tree.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from p2p.messages import NodeId
 
 # Four children: a region of 85 nodes is three hops deep, and a node's uplink carries at most four copies.
 TREE_ARITY = 4
-TREES = 1
+# Up to so many holders one tree, beyond it several: there, no node of a tree sends more than a few copies anyway.
+ONE_TREE_HOLDERS_MAX = 8
+TREES_MAX = 4
 # A path is at most the origin's hop and the depth of the largest region's tree; two more for views that differ (R17).
 HOPS_EXTRA = 2
 
@@ -30,6 +33,11 @@ class Holder:
 
     region: str
     node: NodeId
+
+
+def tree_count(holders: Sequence[Holder]) -> int:
+    """Over how many trees an origin with this view spreads a step; the batch says it, so receivers need not agree."""
+    return 1 if len(holders) <= ONE_TREE_HOLDERS_MAX else TREES_MAX
 
 
 def rendezvous(node: NodeId, tree: int) -> int:
@@ -43,7 +51,7 @@ def order(holders: Sequence[Holder], region: str, origin: NodeId, tree: int) -> 
     return sorted(nodes, key=lambda node: (rendezvous(node, tree), node), reverse=True)
 
 
-def children(holders: Sequence[Holder], me: Holder, origin: NodeId, tree: int = 0) -> list[NodeId]:
+def children(holders: Sequence[Holder], me: Holder, origin: NodeId, tree: int) -> list[NodeId]:
     """Where `me` sends a batch of `origin`.
 
     Args:

@@ -22,6 +22,7 @@ from p2p.errors import RemoteProtocolError
 from p2p.replica import U64, RowColumns, SchemaEntry
 from p2p.stamps import WRITERS_MAX, writer_of
 from p2p.transport import FRAMES_MAX, Buffer
+from p2p.trees import TREES_MAX
 
 ENVELOPE: Final = struct.Struct("<2sBBQQIB3xQQ4x")  # magic, version, type, boots, session, hops, sequence, checksum
 MAGIC: Final = b"EK"
@@ -405,13 +406,16 @@ def _pack_batch(batch: m.Batch) -> Packed:
         batch.published_ns,
         batch.machine,
         batch.priority_class,
+        batch.trees,
         sections,
     ]
     return header, [claims.shards, claims.prev, claims.part, claims.parts, *arrays]
 
 
 def _batch(header: Header, columns: _Columns) -> m.Batch:
-    keyspace, origin, region, writer, nonce, stamp, prev, touched, claimed, published_ns, machine, priority, sections = header
+    keyspace, origin, region, writer, nonce, stamp, prev, touched, claimed, published_ns, machine, priority, trees, sections = (
+        header
+    )
     if _uint(claimed, 32) > SHARDS_MAX or _uint(touched, 32) > SHARDS_MAX or claimed > touched:
         raise RemoteProtocolError(f"batch touches {touched} shards, limit {SHARDS_MAX}")
     claims = m.ShardClaims(
@@ -434,6 +438,7 @@ def _batch(header: Header, columns: _Columns) -> m.Batch:
         _uint(published_ns),
         _uint(machine),
         _uint(priority, 8),
+        _uint(trees, 8),
     )
     _check_claims(batch)
     return batch
@@ -441,6 +446,8 @@ def _batch(header: Header, columns: _Columns) -> m.Batch:
 
 def _check_claims(batch: m.Batch) -> None:
     claims = batch.claims
+    if not 1 <= batch.trees <= TREES_MAX or np.any(claims.shards % batch.trees != batch.tree):
+        raise RemoteProtocolError(f"one message for several of {batch.trees} trees")
     if writer_of(batch.stamp) != batch.writer or batch.writer_prev >= batch.stamp:
         raise RemoteProtocolError(f"stamp {batch.stamp} does not follow {batch.writer_prev} of writer {batch.writer}")
     if len(claims.shards) == 0:

@@ -154,6 +154,25 @@ def test_a_step_over_the_size_limit_travels_in_parts(monkeypatch: pytest.MonkeyP
     at_rest(cluster)
 
 
+def test_a_large_cluster_spreads_a_step_over_several_trees() -> None:
+    cluster = VirtualCluster(3, model=ModelSpec("ctr", 64, {"item": TableSpec("item", 4)}))
+    cluster.add("t1", "train", "train")
+    for number in range(12):
+        cluster.add(f"n{number}", ("eu", "us")[number % 2], seeds=["t1"])
+    assert cluster.run_until(lambda: all(synced(cluster, name) for name in cluster.nodes))
+    cluster.run(2_000)  # everybody has met everybody
+    for step in range(10):
+        cluster.publish("t1", "item", range(step, 400 + step), float(step))
+        cluster.run(20)
+    cluster.run(50)
+    assert check_converged(cluster) == "", "without a pull"
+    received = [counters(cluster, name).batches_received for name in cluster.nodes if name != "t1"]
+    assert min(received) >= 40, "one message for each tree of each step"
+    assert sum(counters(cluster, name).batches_repeated for name in cluster.nodes) == 0
+    forwarded = [counters(cluster, name).batches_forwarded for name in cluster.nodes if name != "t1"]
+    assert sum(1 for count in forwarded if count) > 4, "interior nodes of one tree are leaves of others"
+
+
 def test_a_lost_last_batch_is_noticed_by_the_idle_beat() -> None:
     cluster = start()
     cluster.publish("t1", "item", [1], 1.0)
