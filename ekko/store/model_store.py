@@ -4,7 +4,7 @@ What a restarted daemon must know is in the model's header file (`ekko.store.lay
 a local step's stamp and shards first, then its rows, then (by the machine) the vector.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -266,15 +266,16 @@ class ModelStore:
         return Applied(int(counts[rows.WRITTEN]), int(counts[rows.INSERTED]), int(counts[rows.STALE]))
 
     def changed_since(self, base: U64) -> list[Selection]:
-        return self._select(base, measured=True)
+        return self._select(base, lambda table, flat: table.changed_since(flat, self.shards))
 
-    def _select(self, base: U64, measured: bool) -> list[Selection]:
+    def scan_since(self, base: U64) -> list[Selection]:
+        """`changed_since` by looking at every row: what the update cache is measured against."""
+        return self._select(base, lambda table, flat: table.scan(flat, self.shards))
+
+    def _select(self, base: U64, select: Callable[[Table, U64], I64]) -> list[Selection]:
         flat = np.ascontiguousarray(base, np.uint64).reshape(-1)
-        assert flat.size == self.spec.shards * WRITERS_MAX, f"vector of {flat.size} entries"
-        chosen = [
-            Selection(table.spec.id, table.spec.row_bytes, table.changed_since(flat, self.spec.shards, measured=measured))
-            for table in self._tables.values()
-        ]
+        assert flat.size == self.shards * WRITERS_MAX, f"vector of {flat.size} entries"
+        chosen = [Selection(table.spec.id, table.spec.row_bytes, select(table, flat)) for table in self._tables.values()]
         return [selection for selection in chosen if selection.slots.size]
 
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
@@ -283,7 +284,7 @@ class ModelStore:
 
     def stray_digest(self) -> int:
         sums = np.zeros(2, np.uint64)
-        for selection in self._select(self._vector, measured=False):
+        for selection in self._select(self._vector, lambda table, flat: table.changed_since(flat, self.shards, measured=False)):
             self._tables[selection.table].add_digest(selection.slots, sums)
         return int(sums[0]) | int(sums[1]) << 64
 
