@@ -40,7 +40,7 @@ def show(result: dict[str, object], console: Console) -> None:
         if isinstance(value, list):
             continue
         target = targets.get(figure, "")
-        verdict = ("met" if common.meets(value, target) else "NOT MET") if target and not environment["quick"] else ""
+        verdict = "" if not target or environment["quick"] else _verdict(value, target)
         summary.add_row(figure, _number(value), target, verdict)
     console.print(summary)
     for figure, cells in figures.items():
@@ -51,7 +51,15 @@ def show(result: dict[str, object], console: Console) -> None:
             console.print(grid)
 
 
+def _verdict(value: float | None, target: str) -> str:
+    if value is None:
+        return "not measured"
+    return "met" if common.meets(value, target) else "NOT MET"
+
+
 def _number(value: object) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

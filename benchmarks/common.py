@@ -30,7 +30,7 @@ from ekko.store.model_store import ModelStore
 from ekko.store.store import MEMORY_DIR
 from p2p.replica import RowColumns
 
-Figure = float | int | str | list[dict[str, float | int | str]]
+Figure = float | int | str | list[dict[str, float | int | str]] | None  # None: not measured here, and a note says why
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
 

@@ -17,6 +17,15 @@ KEYS = {
     "apply": {"rows_per_s", "vs_numpy_scatter", "inserts_per_s"},
     "lookup": {"keys_per_s", "vs_np_take", "vs_torch_embedding", "cells"},
     "read-under-write": {"p99_ratio", "torn_rows", "rows_read", "growth_p999_ratio", "growth_stall_cpu_ms_max"},
+    "dissemination": {
+        "rows_per_s",
+        "vs_raw_zmq",
+        "vs_raw_zmq_float16",
+        "vs_redis_streams",
+        "vs_redis_mset_mget",
+        "vs_nats",
+    },
+    "latency": {"p50_ms", "p99_ms", "wan_excess_p99_ms"},
 }
 
 
@@ -36,6 +45,8 @@ def test_quick(name: str) -> None:
     assert {"cores", "python", "commit", "seconds"} <= set(environment)
     assert set(common.targets(name)) <= set(figures)
     json.dumps(result)
+    for figure, value in figures.items():  # a figure that is missing says why
+        assert value is not None or f"note_{figure.removeprefix('vs_')}" in figures, figure
     if name == "read-under-write":
         assert figures["torn_rows"] == 0
         assert figures["stamps_back"] == 0

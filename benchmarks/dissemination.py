@@ -1,0 +1,162 @@
+"""`dissemination`: rows a second from one publisher into four replicas, against other ways to do it. All with real processes.
+
+ekko runs one training node, to which one publisher process hands step after step, and four serving nodes of one region. The
+serving nodes are the replicas; the training node, which stores every row too, is counted as the publisher's side, although it
+takes its share of the cores. A row costs ekko what it costs in production: it is stamped, checksummed, found by key, written
+under its lock, and covered by claims, so that what is lost would be noticed. The opponents are in `benchmarks.baselines`.
+
+A round ends when the slowest replica has applied everything that was published, and the time until then counts. Nobody may
+drop: the opponents' publishers are held back by counters in shared memory, ekko's by `Publisher.wait` for an earlier step.
+"""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import ekko
+from benchmarks.baselines.fleet import BaselineError, Fleet, differences
+from benchmarks.baselines.load import Batches, Load
+from benchmarks.baselines.servers import absent, server
+from benchmarks.baselines.sides import SIDES, WINDOW
+from benchmarks.common import MODEL, TABLE, Figure
+from sim_cluster.processes import LocalCluster, ModelTables, NodeSpec, free_ports
+
+TARGETS = {
+    "vs_raw_zmq": ">= 0.7",
+    "vs_raw_zmq_float16": ">= 1.1",
+    "vs_redis_streams": ">= 2",
+    "vs_redis_mset_mget": ">= 6",
+    "vs_nats": ">= 2",
+}
+REPLICAS = 4
+ROUNDS, ROUND_S = 5, 12.0
+ROUNDS_QUICK, ROUND_S_QUICK = 1, 0.5
+WARM_S, WARM_S_QUICK = 2.0, 0.1
+WAIT_S_MAX = 60.0
+# How often, in batches, ekko's publisher asks whether the replicas have what it published a window ago.
+ASK_EVERY = WINDOW // 4
+
+TRAIN = NodeSpec("train", "home", "train")
+SERVE = [NodeSpec(f"serve-{number}", "home") for number in range(REPLICAS)]
+
+
+def run(quick: bool) -> dict[str, Figure]:
+    """Measure all sides in turn."""
+    load = Load(20_000, 200, 64) if quick else Load(1_000_000, 1_000, 64)
+    rounds, seconds, warm_s = (ROUNDS_QUICK, ROUND_S_QUICK, WARM_S_QUICK) if quick else (ROUNDS, ROUND_S, WARM_S)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="ekko-bench-")))
+        ours = stack.enter_context(_Ours(folder, load))
+        fleet = stack.enter_context(Fleet(load, REPLICAS))
+        sides: dict[str, Callable[[float], float]] = {"ekko": ours.round}
+        notes: dict[str, Figure] = {}
+        ports: dict[str, int] = {}
+        for name, side in SIDES.items():
+            missing = side.server and absent(side.server)
+            if missing:
+                notes[f"note_{name}"] = missing
+                continue
+            kind = side.server or "none"
+            if kind not in ports:
+                ports[kind] = stack.enter_context(server(kind, folder / kind)) if side.server else free_ports(1)[0]
+            sides[name] = partial(fleet.round, name, ports[kind])
+        rates = _alternate(sides, rounds, seconds, warm_s)
+        notes |= ours.notes()
+    return _figures(rates, notes)
+
+
+def _alternate(
+    sides: dict[str, Callable[[float], float]], rounds: int, seconds: float, warm_s: float
+) -> dict[str, list[float]]:
+    for side in sides.values():
+        side(warm_s)
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            rates[name].append(side(seconds))
+    return rates
+
+
+def _figures(rates: dict[str, list[float]], notes: dict[str, Figure]) -> dict[str, Figure]:
+    ours = rates["ekko"]
+    figures: dict[str, Figure] = {"rows_per_s": statistics.median(ours)}
+    for name in SIDES:
+        # Rounds next to each other see the same machine, so that a slow minute does not count for one side only.
+        pairs = zip(ours, rates.get(name, ()), strict=False)
+        figures[f"vs_{name}"] = statistics.median(a / b for a, b in pairs) if name in rates else None
+    figures["vs_raw_zmq_float16"] = None
+    notes["note_raw_zmq_float16"] = "this version has no codec but float32"
+    figures["rounds"] = [
+        {"side": name, "rows_per_s": statistics.median(found), "slowest": min(found), "fastest": max(found)}
+        for name, found in rates.items()
+    ]
+    return figures | notes
+
+
+class _Ours:
+    """ekko's side. Use as a context manager."""
+
+    def __init__(self, folder: Path, load: Load) -> None:
+        self._load = load
+        self._batches: Batches = load.batches()
+        models = {MODEL: ModelTables({TABLE: load.dim}, capacity_rows=load.table_rows)}
+        self._cluster = LocalCluster(folder / "nodes", [TRAIN, *SERVE], models=models)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "_Ours":
+        self._stack.enter_context(self._cluster)
+        self._cluster.start()
+        self._publisher = self._stack.enter_context(ekko.Publisher(self._cluster["train"].local, MODEL))
+        # Insert every key, as the opponents' tables have every row.
+        for number in range(self._load.cycle):
+            self._publish(number)
+            if number % ASK_EVERY == 0:
+                self._wait(self._publisher.last_stamp)
+        self._wait(self._publisher.last_stamp)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _publish(self, number: int) -> int:
+        return self._publisher.publish(TABLE, self._batches.keys_of(number), self._batches.rows_of(number))
+
+    def _wait(self, stamp: int) -> None:
+        self._publisher.wait(stamp, "all", WAIT_S_MAX)
+
+    def round(self, seconds: float) -> float:
+        """Rows a second that the slowest replica applied.
+
+        Raises:
+            BaselineError: a replica does not hold what was published last.
+        """
+        self._batches = replace(self._batches, round=self._batches.round + 1)
+        asked: deque[int] = deque()
+        number = 0
+        begin = time.monotonic()
+        while time.monotonic() < begin + seconds:
+            stamp = self._publish(number)
+            number += 1
+            if number % ASK_EVERY == 0:
+                asked.append(stamp)
+                if len(asked) * ASK_EVERY >= WINDOW:
+                    self._wait(asked.popleft())
+        self._wait(stamp)
+        rate = number * self._load.batch_rows / (time.monotonic() - begin)
+        for spec in SERVE:
+            with ekko.Reader(MODEL, run_dir=self._cluster[spec.id].run_dir) as reader:
+                wrong = differences(partial(reader.lookup, TABLE), self._batches, number)
+            if wrong:
+                raise BaselineError(f"{spec.id} does not hold {wrong} of the newest batches")
+        return rate
+
+    def notes(self) -> dict[str, Figure]:
+        """How much of it did not go down the trees."""
+        counters = [self._cluster[spec.id].status()["counters"] for spec in (TRAIN, *SERVE)]
+        return {f"ekko_{key}": sum(c[key] for c in counters) for key in ("batches_skipped", "gaps", "pull_rows_sent")}
