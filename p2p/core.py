@@ -1,7 +1,7 @@
 """What the parts of the machine share: who we are, who we know, and the effects of the event at hand."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from p2p import messages as m
 from p2p.knowledge import Knowledge
@@ -85,9 +85,11 @@ class Core:
     clock: StampClock = field(default_factory=StampClock)
     counters: Counters = field(default_factory=Counters)
     links: dict[str, Link] = field(default_factory=dict)  # by node id
+    by_boot: dict[int, Link] = field(default_factory=dict)  # the same links
     keyspaces: dict[int, Keyspace] = field(default_factory=dict)
     started_ms: int = 0  # monotonic
     first: bool = False  # no seed but ourselves, and no peer of a former life: nobody to catch up with
+    deaf: bool = False  # we hear nobody
     effects: list[m.Effect] = field(default_factory=list)
 
     @property
@@ -99,6 +101,53 @@ class Core:
         if now.monotonic_ms - self.started_ms >= SILENCE_MS_MAX:
             return []
         return [self.record.peers[node] for node in sorted(self.record.peers) if node not in self.membership.members]
+
+    def link(self, node: str) -> Link | None:
+        """The link to a member, opened now if there is none; whom the register names was checked when it joined."""
+        link, member = self.links.get(node), self.membership.members.get(node)
+        if link is not None or member is None or member.record.left:
+            return link
+        return self.open_link(member.record)
+
+    def link_of(self, boot: int) -> Link | None:
+        """The link to a life of a member, opened now if there is none."""
+        link = self.by_boot.get(boot)
+        if link is None and (node := self.membership.node_of(boot)) is not None:
+            link = self.link(node)
+        return link if link is not None and link.boot == boot else None
+
+    def open_link(self, record: m.MemberRecord) -> Link:
+        """A new link to this life of a member."""
+        link = Link(record.node, record.boot, record.address, record.region, self.options.boot)
+        self.links[record.node] = self.by_boot[record.boot] = link
+        self.note("link_opened", peer=record.node, region=record.region, address=record.address)
+        return link
+
+    def neighbours(self, now: m.Now) -> list[Link]:
+        """Links to everybody we talk to or gossip with."""
+        for node in self.membership.fingers(now.monotonic_ms):
+            self.link(node)
+        return list(self.links.values())
+
+    def own_record(self) -> m.MemberRecord:
+        """What we say of ourselves."""
+        writers = []
+        for number, keyspace in self.keyspaces.items():
+            identity = keyspace.replica.writer
+            if identity is not None:
+                last = int(keyspace.knowledge.frontier[identity.writer])
+                writers.append(m.WriterRecord(number, identity.writer, identity.nonce, last))
+        self.membership.restate(self.deaf, tuple(writers))
+        return self.membership.own
+
+    def newest(self, record: m.MemberRecord) -> m.MemberRecord:
+        """The record of another node, with its writers as far as we know that they have come."""
+        writers = []
+        for writer in record.writers:
+            keyspace = self.keyspaces.get(writer.keyspace)
+            known = 0 if keyspace is None else int(keyspace.knowledge.frontier[writer.writer])
+            writers.append(replace(writer, last_stamp=max(writer.last_stamp, known)))
+        return replace(record, writers=tuple(writers)) if writers else record
 
     def emit(self, effect: m.Effect) -> None:
         """Add an effect of the event at hand."""

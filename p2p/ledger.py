@@ -81,10 +81,13 @@ class NodeRecord:
         self.save()
         return self.boot_ms
 
-    def meet(self, peer: Peer) -> None:
-        """Remember a peer, unless it is known so already."""
-        if self.peers.get(peer.node) != peer and (peer.node in self.peers or len(self.peers) < MEMBERS_MAX):
-            self.peers[peer.node] = peer
+    def meet(self, *peers: Peer) -> None:
+        """Remember peers, unless they are known so already."""
+        new = [peer for peer in peers if self.peers.get(peer.node) != peer]
+        for peer in new:
+            if peer.node in self.peers or len(self.peers) < MEMBERS_MAX:
+                self.peers[peer.node] = peer
+        if new:
             self.save()
 
     def part(self, node: NodeId) -> None:

@@ -1,38 +1,73 @@
-"""Who is there: a first membership over heartbeats that all nodes exchange.
+"""Who is there: the register of members, and whom to gossip with.
 
-Think of a class register that everyone carries around. Each node counts its own heartbeat up and sends its register to
-everyone else; a larger count than the one we have means that the node was alive a moment ago, whoever told us. A node whose
-count stood still for `SILENCE_MS_MAX` is out of the trees, though we go on calling it, and is back with its next heartbeat.
+Think of a class register that everyone carries around. Each node counts its own heartbeat up and passes counters on to a few
+others; a larger count than the one we have means that the node was alive a moment ago, whoever told us. Who is suspected when
+is decided in `p2p.suspicion`; a suspected node is out of the trees, is called now and then, and is back with its next count.
+
+A *record* says everything else of a node and travels only when it changes (its `version` grows) or when registers differ: each
+heartbeat carries a digest of (life, version) over the living.
 
 A life of a node is named by a random *boot* nonce, and lives are ordered by `boot_ms`. A second life under one id while the
 first still answers is a configuration error of the operator, and the newcomer is the one who is refused.
+
+Whom to gossip with. All nodes order the living by a hash into a ring, and one more ring a region; a node's *fingers* are those
+1, 2, 4, 8 ... places behind it. Each beat takes the next few fingers of both rings, round robin. So everybody sends and is
+sent the same number of messages, a node talks to O(log n) others in its life, news doubles its holders each beat, and every
+pair of neighbours, within a region and across regions, is compared within a few beats. Random picks (rejected) leave some node
+unheard each round, and end in a full mesh of connections.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+
+import numpy as np
+import xxhash
 
 from p2p.errors import RemoteProtocolError
 from p2p.messages import MemberRecord, NodeId, WriterRecord
+from p2p.replica import U64
+from p2p.suspicion import HEARTBEAT_MS, Suspicion, mix
 from p2p.trees import Holder
 
-# Heartbeats go to every member each interval. A fixed time-out suffices for a handful of nodes on good links: ten missed
-# beats, well above the pauses of a loaded machine.
-HEARTBEAT_MS = 500
-SILENCE_MS_MAX = 5_000
+__all__ = ["HEARTBEAT_MS", "HOLDER_ROLES", "Member", "Membership"]
+
+# Heartbeats a node sends each interval; half of them inside its region.
+FANOUT = 4
+# Heartbeat counters in one message, 12 bytes each. What 1,000 nodes cannot tell in one beat they tell in the next ones.
+COUNTERS_MAX = 64
+# How long a peer of a former life, of which nothing is known yet, may be silent. In a small cluster a member whose counter
+# stops is suspected within it, too.
+SILENCE_MS_MAX = 7_000
 # A member that has been silent this long is no longer called; it has to call us.
 FORGET_MS = 600_000
 MEMBERS_MAX = 4_096
 # Of one member: it writes with one id a keyspace. A record with more could not be sent on.
 WRITER_RECORDS_MAX = 4_096
+# A changed record is passed on at once, and rides on one more beat; what that misses, the digests find.
+NEWS_TELLS = 2
+# Records in one message, some 100 bytes each.
+RECORDS_MAX = 64
 # Roles whose nodes hold rows and forward batches.
 HOLDER_ROLES = ("train", "serve")
 
 
 @dataclass(slots=True)
 class Member:
-    """What we know of another node, and since when."""
+    """What we know of another node; its rhythm is in `Membership.suspicion`."""
 
     record: MemberRecord
-    heard_ms: int  # monotonic time at which its heartbeat last advanced
+    slot: int
+    place: int  # in the rings
+
+
+@dataclass(slots=True)
+class _View:
+    """What follows from who is alive; rebuilt when that changes."""
+
+    live: tuple[NodeId, ...]
+    holders: tuple[Holder, ...]
+    near: tuple[NodeId, ...]  # our fingers in our region's ring
+    far: tuple[NodeId, ...]  # and in everybody's
 
 
 @dataclass(slots=True)
@@ -45,36 +80,93 @@ class Membership:
 
     own: MemberRecord
     members: dict[NodeId, Member] = field(default_factory=dict)
-    _holders: tuple[Holder, ...] | None = None
-    _holders_until_ms: int = 0
+    suspicion: Suspicion = field(default_factory=Suspicion)
+    news: bool = False  # a record has changed and has not been passed on yet
+    _nodes: dict[int, NodeId] = field(default_factory=dict)  # by slot
+    _writing: dict[NodeId, None] = field(default_factory=dict)  # members whose record names writers
+    _view: _View | None = None
+
+    # --- ourselves
 
     def beat(self) -> MemberRecord:
         """Count our own heartbeat up, and return the record that says so."""
         self.own = replace(self.own, heartbeat=self.own.heartbeat + 1)
         return self.own
 
-    def records(self, now_ms: int) -> tuple[MemberRecord, ...]:
-        """Every other node worth telling about: alive, or gone on purpose and lately."""
-        return tuple(m.record for m in self.members.values() if now_ms - m.heard_ms < SILENCE_MS_MAX)
+    def restate(self, deaf: bool, writers: tuple[WriterRecord, ...]) -> None:
+        """Say how we are; what others must hear of makes a new version of our record."""
+        before, after = ([(w.keyspace, w.writer, w.nonce, w.last_stamp > 0) for w in ws] for ws in (self.own.writers, writers))
+        changed = deaf != self.own.deaf or before != after
+        self.own = replace(self.own, deaf=deaf, writers=writers, version=self.own.version + changed)
+        self.news = self.news or changed
+
+    # --- the view
 
     def alive(self, node: NodeId, now_ms: int) -> bool:
-        """Whether `node` belongs into the trees now."""
+        """Whether `node` is there, as far as we can tell."""
+        self.suspicion.assess(now_ms)
         member = self.members.get(node)
-        return member is not None and not member.record.left and now_ms - member.heard_ms < SILENCE_MS_MAX
+        return member is not None and bool(self.suspicion.alive[member.slot])
 
     def live(self, now_ms: int) -> list[MemberRecord]:
         """Records of the live members, ourselves left out, sorted by node id."""
-        return [self.members[node].record for node in sorted(self.members) if self.alive(node, now_ms)]
+        return [self.members[node].record for node in self._see(now_ms).live]
+
+    def live_writers(self, now_ms: int) -> list[WriterRecord]:
+        """Every writer of a live member."""
+        self.suspicion.assess(now_ms)
+        alive = self.suspicion.alive
+        members = [self.members[node] for node in sorted(self._writing)]
+        return [writer for member in members if alive[member.slot] for writer in member.record.writers]
 
     def holders(self, now_ms: int) -> tuple[Holder, ...]:
-        """The live holders, ourselves included; what the trees are computed from."""
-        if self._holders is None or now_ms >= self._holders_until_ms:
-            live = [record for record in (self.own, *self.live(now_ms)) if record.role in HOLDER_ROLES]
-            self._holders = tuple(sorted(Holder(record.region, record.node) for record in live))
-            # The set can only shrink by somebody's silence, so it holds until the first silence could complete.
-            heard = [m.heard_ms for m in self.members.values() if now_ms - m.heard_ms < SILENCE_MS_MAX]
-            self._holders_until_ms = min(heard, default=now_ms) + SILENCE_MS_MAX
-        return self._holders
+        """The holders fit to forward, ourselves included; what the trees are computed from."""
+        return self._see(now_ms).holders
+
+    def fingers(self, now_ms: int) -> tuple[NodeId, ...]:
+        """Everybody we gossip with as long as the view stays as it is."""
+        view = self._see(now_ms)
+        return tuple(dict.fromkeys([*view.near, *view.far]))
+
+    def targets(self, now_ms: int) -> tuple[NodeId, ...]:
+        """Whom to send this beat's heartbeat."""
+        view = self._see(now_ms)
+        beat, half = self.own.heartbeat, FANOUT // 2
+        near = _take(view.near, beat * half, half)
+        far = _take(view.far, beat * half, len(view.far))
+        return tuple(dict.fromkeys([*near, *far]))[:FANOUT]
+
+    def _see(self, now_ms: int) -> _View:
+        self.suspicion.assess(now_ms)
+        if self._view is None or self.suspicion.changed:
+            self.suspicion.changed = False
+            alive, in_trees = self.suspicion.alive, self.suspicion.in_trees(now_ms)
+            live = [(node, member) for node, member in self.members.items() if alive[member.slot]]
+            fit = [self.own, *(member.record for _, member in live if in_trees[member.slot])]
+            holders = sorted(Holder(record.region, record.node) for record in fit if record.role in HOLDER_ROLES)
+            far = [(member.place, node) for node, member in live]
+            near = [(member.place, node) for node, member in live if member.record.region == self.own.region]
+            here = place_of(self.own.node)
+            self._view = _View(
+                tuple(sorted(node for node, _ in live)), tuple(holders), fingers_of(here, near), fingers_of(here, far)
+            )
+        return self._view
+
+    def suspects(self) -> list[NodeId]:
+        """Members that fell silent and did not say goodbye, sorted."""
+        mask = self.suspicion.suspect & ~self.suspicion.gone & self.suspicion.used
+        return sorted(self._nodes[slot] for slot in np.flatnonzero(mask).tolist())
+
+    def left(self) -> list[NodeId]:
+        """Members that said goodbye, sorted."""
+        return sorted(self._nodes[slot] for slot in np.flatnonzero(self.suspicion.used & self.suspicion.gone).tolist())
+
+    def node_of(self, boot: int) -> NodeId | None:
+        """The member in this life."""
+        slot = int(self.suspicion.slots_of(np.array([boot], np.uint64))[0])
+        return None if slot < 0 else self._nodes[slot]
+
+    # --- learning
 
     def has_room(self, node: NodeId) -> bool:
         """Whether a record of `node` can be kept."""
@@ -91,33 +183,64 @@ class Membership:
         """Merge one record, ours or of another node, from wherever.
 
         Returns:
-            True when the node is new to us, is in a new life, or has left: something others may want to know.
+            True when the node is new to us, is in a new life, has changed or has left: something others may want to know.
 
         Raises:
             RemoteProtocolError: there are too many members.
         """
         if record.node == self.own.node:
             return False
-        known = self.members.get(record.node)
+        known, suspicion = self.members.get(record.node), self.suspicion
         if known is None:
             if not self.has_room(record.node):
                 raise RemoteProtocolError(f"more than {MEMBERS_MAX} members")
-            self.members[record.node] = Member(record, now_ms)
-            self._holders = None
-            return True
-        old = known.record
-        if (record.boot_ms, record.boot) != (old.boot_ms, old.boot):
-            if (record.boot_ms, record.boot) < (old.boot_ms, old.boot):
+            slot = suspicion.take(record.boot, record.version, record.heartbeat, self._prior_ms(), now_ms)
+            known = self.members[record.node] = Member(record, slot, place_of(record.node))
+            self._nodes[slot] = record.node
+        elif (record.boot_ms, record.boot) != (known.record.boot_ms, known.record.boot):
+            if (record.boot_ms, record.boot) < (known.record.boot_ms, known.record.boot):
+                suspicion.news[known.slot] = NEWS_TELLS  # somebody is behind
                 return False
-        elif record.heartbeat <= old.heartbeat and record.left == old.left:
-            return False
-        elif old.left:
+            suspicion.renew(known.slot, record.boot, record.version, record.heartbeat, self._prior_ms(), now_ms)
+        elif known.record.left or not self._advance(known, record, now_ms):
             return False  # a life that has left does not come back; a late heartbeat of it changes nothing
-        changed = record.boot != old.boot or record.left != old.left or record.role != old.role
-        if changed or now_ms - known.heard_ms >= SILENCE_MS_MAX:
-            self._holders = None
-        known.record, known.heard_ms = record, now_ms
-        return changed
+        self._keep(known, record)
+        suspicion.news[known.slot] = NEWS_TELLS
+        suspicion.changed = self.news = True
+        return True
+
+    def _advance(self, known: Member, record: MemberRecord, now_ms: int) -> bool:
+        """The same life, perhaps later; True when its record says something new."""
+        slots = np.array([known.slot])
+        newer = record.version > known.record.version or (record.left and not known.record.left)
+        if record.heartbeat > known.record.heartbeat and not newer and record.version == known.record.version:
+            self._keep(known, record)  # how far its writers have come
+        self.suspicion.hear(slots, np.array([record.heartbeat], np.uint64), now_ms)
+        return newer
+
+    def _keep(self, known: Member, record: MemberRecord) -> None:
+        slot, suspicion = known.slot, self.suspicion
+        known.record = record
+        suspicion.version[slot], suspicion.gone[slot], suspicion.deaf[slot] = record.version, record.left, record.deaf
+        if record.writers:
+            self._writing[record.node] = None
+        else:
+            self._writing.pop(record.node, None)
+
+    def hear(self, boots: U64, counters: U64, now_ms: int) -> None:
+        """Heartbeat counters came with a peer's gossip; those of lives we do not know mean nothing.
+
+        Args:
+            boots: uint64[n].
+            counters: uint64[n].
+            now_ms: monotonic.
+        """
+        slots = self.suspicion.slots_of(boots)
+        self.suspicion.hear(slots[slots >= 0], counters[slots >= 0], now_ms)
+
+    def _prior_ms(self) -> float:
+        """How often to expect a counter of somebody new: rarely, where messages cannot carry everybody's."""
+        return HEARTBEAT_MS * (1 + len(self.members) / (FANOUT * COUNTERS_MAX))
 
     def note_writer(self, node: NodeId, writer: WriterRecord) -> None:
         """A batch came from a writer of `node`: sooner news than the heartbeat that will say so."""
@@ -126,7 +249,7 @@ class Membership:
             return
         if any((w.keyspace, w.writer) == (writer.keyspace, writer.writer) for w in member.record.writers):
             return
-        member.record = replace(member.record, writers=(*member.record.writers, writer))
+        self._keep(member, replace(member.record, writers=(*member.record.writers, writer)))
 
     def conflicts(self, record: MemberRecord, now_ms: int) -> MemberRecord | None:
         """The live node that already uses this record's id in another life, at another address; None when there is none.
@@ -142,7 +265,95 @@ class Membership:
 
     def expire(self, now_ms: int) -> list[MemberRecord]:
         """Forget members that were silent for `FORGET_MS`; returns them."""
-        gone = [m.record for m in self.members.values() if now_ms - m.heard_ms >= FORGET_MS]
-        for record in gone:
-            del self.members[record.node]
+        suspicion = self.suspicion
+        slots = np.flatnonzero(suspicion.used & (now_ms - suspicion.heard_ms >= FORGET_MS)).tolist()
+        gone = [self.members.pop(self._nodes.pop(slot)).record for slot in slots]
+        for slot, record in zip(slots, gone, strict=True):
+            suspicion.drop(slot)
+            self._writing.pop(record.node, None)
         return gone
+
+    # --- telling
+
+    def records(self, now_ms: int) -> tuple[MemberRecord, ...]:
+        """Every other node worth telling about: alive, or gone on purpose and lately."""
+        self.suspicion.assess(now_ms)
+        lately = self.suspicion.gone & (now_ms - self.suspicion.heard_ms < SILENCE_MS_MAX)
+        return self._records(np.flatnonzero(self.suspicion.used & (self.suspicion.alive | lately)).tolist())
+
+    def take_news(self) -> tuple[MemberRecord, ...]:
+        """Records that changed lately and ride on this message, our own left out; `news` is clear when all went."""
+        news = self.suspicion.news
+        slots = np.flatnonzero(self.suspicion.used & (news > 0))
+        chosen = slots[np.argsort(-news[slots], kind="stable")][:RECORDS_MAX]
+        news[chosen] -= 1
+        self.news = bool((news[slots] >= NEWS_TELLS).any())
+        return self._records(chosen.tolist())
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no record has changed lately."""
+        return not (self.suspicion.used & (self.suspicion.news > 0)).any()
+
+    def digest(self, now_ms: int) -> int:
+        """64 bits over the lives and versions of all living, ourselves included."""
+        self.suspicion.assess(now_ms)
+        own = mix(np.array([self.own.boot], np.uint64), np.array([self.own.version], np.uint64))
+        return self.suspicion.digest() ^ int(own[0])
+
+    def index(self, now_ms: int) -> tuple[U64, U64]:
+        """What the digest is over: boots uint64[n] and versions uint64[n], ourselves included."""
+        self.suspicion.assess(now_ms)
+        alive = self.suspicion.alive
+        boots = np.append(self.suspicion.boot[alive], np.uint64(self.own.boot))
+        return boots, np.append(self.suspicion.version[alive], np.uint64(self.own.version))
+
+    def missing_in(self, boots: U64, versions: U64, now_ms: int) -> tuple[tuple[MemberRecord, ...], bool]:
+        """Compare a peer's index with our register.
+
+        Args:
+            boots: uint64[n], the peer's.
+            versions: uint64[n].
+            now_ms: monotonic.
+
+        Returns:
+            Records that the peer lacks, and whether it knows something that we do not.
+        """
+        self.suspicion.assess(now_ms)
+        suspicion = self.suspicion
+        slots = suspicion.slots_of(boots)
+        known = slots >= 0
+        theirs = np.full(len(suspicion.used), -1, np.int64)
+        theirs[slots[known]] = versions[known].astype(np.int64)
+        versions_own = suspicion.version.astype(np.int64)
+        # What is alive here and unknown or outdated there; and what they take for alive though it has left.
+        lacking = (suspicion.alive & (theirs < versions_own)) | (suspicion.used & suspicion.gone & (theirs >= 0))
+        own = boots == np.uint64(self.own.boot)
+        ahead = bool((~known & ~own).any()) or bool((theirs > versions_own).any())
+        return self._records(np.flatnonzero(lacking).tolist()), ahead
+
+    def _records(self, slots: Sequence[int]) -> tuple[MemberRecord, ...]:
+        return tuple(self.members[self._nodes[slot]].record for slot in slots)
+
+
+def place_of(node: NodeId) -> int:
+    """Where a node stands in the rings."""
+    return int(xxhash.xxh64_intdigest(f"ring/{node}".encode()))
+
+
+def fingers_of(here: int, others: Sequence[tuple[int, NodeId]]) -> tuple[NodeId, ...]:
+    """Those 1, 2, 4, 8 ... places behind us in a ring.
+
+    Args:
+        here: our own place.
+        others: (place, node) of the others, in any order.
+    """
+    line = sorted(others)
+    first = sum(place < here for place, _ in line)
+    line = line[first:] + line[:first]
+    return tuple(line[(1 << step) - 1][1] for step in range(len(line).bit_length()))
+
+
+def _take(ring: Sequence[NodeId], start: int, count: int) -> list[NodeId]:
+    """The next `count` fingers, round and round, each once."""
+    return [ring[(start + step) % len(ring)] for step in range(min(count, len(ring)))]

@@ -53,7 +53,7 @@ class WriterRecord:
 
 @dataclass(frozen=True, slots=True)
 class MemberRecord:
-    """One node as the gossip tells it. A larger (boot_ms, heartbeat) is newer."""
+    """One node as the gossip tells it. A larger (boot_ms, version) says something new, a larger heartbeat that it lives."""
 
     node: NodeId
     boot: int
@@ -64,6 +64,8 @@ class MemberRecord:
     heartbeat: int
     left: bool = False
     writers: tuple[WriterRecord, ...] = ()
+    version: int = 0  # counts the changes of this record in this life, `heartbeat` and `last_stamp` left out
+    deaf: bool = False  # it hears nobody, so nothing should be sent through it
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +98,38 @@ class Refusal:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
-    """Sent to every known member each interval."""
+def _no_numbers() -> U64:
+    return np.empty(0, np.uint64)
 
-    member: MemberRecord
-    members: tuple[MemberRecord, ...]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Heartbeat:
+    """Sent to a few members each interval."""
+
+    member: MemberRecord  # the sender
+    members: tuple[MemberRecord, ...]  # records that changed lately
     schema_digest: int
     unix_ms: int
     summaries: tuple[KeyspaceSummary, ...]
+    register_digest: int = 0  # over the lives and versions of all that the sender takes for alive
+    boots: U64 = field(default_factory=_no_numbers)  # [n] lives of some members
+    counters: U64 = field(default_factory=_no_numbers)  # [n] and their heartbeat counters
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RegisterIndex:
+    """What the sender's register digest is over: send me the records that I lack."""
+
+    boots: U64  # [n]
+    versions: U64  # [n]
+    answer_wanted: bool  # send me your index, too, if I hold something that you lack
+
+
+@dataclass(frozen=True, slots=True)
+class MemberNews:
+    """Records that changed, or that the receiver lacks."""
+
+    members: tuple[MemberRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +256,8 @@ Message = (
     | SessionBroken
     | ReachQuery
     | Reached
+    | RegisterIndex
+    | MemberNews
 )
 
 

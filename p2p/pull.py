@@ -210,7 +210,7 @@ class Pull:
             return
         # The batch's sender first: it is near. It may have the same gap, so its origin is asked in turn.
         first, second = keyspace.gap_peer, keyspace.gap_origin
-        link = self._core.links.get(second if keyspace.gap_tries % 2 else first) or self._core.links.get(second)
+        link = self._core.link(second if keyspace.gap_tries % 2 else first) or self._core.link(second)
         keyspace.gap_since_ms = now.monotonic_ms
         keyspace.gap_tries += 1
         if link is not None and self._core.membership.alive(link.node, now.monotonic_ms):

@@ -206,7 +206,7 @@ class Push:
         payload = sum(section.payload_bytes for section in batch.columns)
         rows = sum(len(section.keys) for section in batch.columns)
         for node in trees.children(core.membership.holders(now.monotonic_ms), core.me, batch.origin, batch.tree):
-            link = core.links.get(node)
+            link = core.link(node)
             if link is None or not link.has_credit():
                 core.counters.batches_skipped += 1
                 if link is not None:

@@ -120,7 +120,7 @@ class Reach:
             return
         wait.repeat_ms = now.monotonic_ms + REPEAT_MS
         for node in wait.lagging:
-            link = self.core.links.get(node)
+            link = self.core.link(node)
             if link is not None:
                 self.core.send(link, m.ReachQuery(wait.keyspace, query, wait.stamp))
 

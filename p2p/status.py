@@ -96,9 +96,8 @@ def synced_until(core: Core, keyspace: Keyspace, own: m.MemberRecord, now: m.Now
 
 
 def _live_writers(core: Core, keyspace: Keyspace, own: m.MemberRecord, now: m.Now) -> tuple[m.WriterRecord, ...]:
-    number = keyspace.replica.keyspace
-    records = (own, *core.membership.live(now.monotonic_ms))
-    return tuple(writer for record in records for writer in record.writers if writer.keyspace == number)
+    writers = (*own.writers, *core.membership.live_writers(now.monotonic_ms))
+    return tuple(writer for writer in writers if writer.keyspace == keyspace.replica.keyspace)
 
 
 def _of_keyspace(core: Core, pulling: Pull, keyspace: Keyspace, own: m.MemberRecord, now: m.Now) -> KeyspaceStatus:

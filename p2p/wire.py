@@ -219,11 +219,13 @@ def _pack_member(member: m.MemberRecord) -> Header:
         member.heartbeat,
         member.left,
         writers,
+        member.version,
+        member.deaf,
     ]
 
 
 def _member(value: Header) -> m.MemberRecord:
-    node, boot, boot_ms, region, role, address, heartbeat, left, writers = value
+    node, boot, boot_ms, region, role, address, heartbeat, left, writers, version, deaf = value
     return m.MemberRecord(
         _text(node),
         _uint(boot),
@@ -234,6 +236,8 @@ def _member(value: Header) -> m.MemberRecord:
         _uint(heartbeat),
         _flag(left),
         _items(writers, WRITER_RECORDS_MAX, _writer_record),
+        _uint(version, 32),
+        _flag(deaf),
     )
 
 
@@ -358,18 +362,31 @@ def _pack_heartbeat(beat: m.Heartbeat) -> Packed:
         beat.schema_digest,
         beat.unix_ms,
         [_pack_summary(summary) for summary in beat.summaries],
-    ], []
+        beat.register_digest,
+        len(beat.boots),
+    ], [beat.boots, beat.counters.astype(np.uint32)]
 
 
-def _heartbeat(header: Header, _columns: _Columns) -> m.Heartbeat:
-    member, members, schema_digest, unix_ms, summaries = header
+def _heartbeat(header: Header, columns: _Columns) -> m.Heartbeat:
+    member, members, schema_digest, unix_ms, summaries, register_digest, count = header
+    boots, counters = _take_lives(columns, count)
     return m.Heartbeat(
         _member(member),
         _items(members, MEMBERS_MAX, _member),
         _uint(schema_digest),
         _uint(unix_ms),
         _items(summaries, SUMMARIES_MAX, _summary),
+        _uint(register_digest),
+        boots,
+        counters,
     )
+
+
+def _take_lives(columns: _Columns, count: object) -> tuple[U64, U64]:
+    """Lives of members, and a 32-bit number for each."""
+    if type(count) is not int or not 0 <= count <= MEMBERS_MAX + 1:
+        raise RemoteProtocolError(f"expected at most {MEMBERS_MAX + 1} lives")
+    return columns.take(np.uint64, count), columns.take(np.uint32, count).astype(np.uint64)
 
 
 def _pack_schema(update: m.SchemaUpdate) -> Packed:
@@ -535,6 +552,25 @@ def _reached(header: Header, _columns: _Columns) -> m.Reached:
     return m.Reached(_uint(query))
 
 
+def _pack_index(index: m.RegisterIndex) -> Packed:
+    return [len(index.boots), index.answer_wanted], [index.boots, index.versions.astype(np.uint32)]
+
+
+def _index(header: Header, columns: _Columns) -> m.RegisterIndex:
+    count, answer_wanted = header
+    boots, versions = _take_lives(columns, count)
+    return m.RegisterIndex(boots, versions, _flag(answer_wanted))
+
+
+def _pack_news(news: m.MemberNews) -> Packed:
+    return [[_pack_member(member) for member in news.members]], []
+
+
+def _news(header: Header, _columns: _Columns) -> m.MemberNews:
+    (members,) = header
+    return m.MemberNews(_items(members, MEMBERS_MAX, _member))
+
+
 # A message's number on the wire is its place in this table, from 1; new ones go to the end.
 _CODECS: Final[tuple[tuple[type, Callable[[Any], Packed], Callable[[Header, _Columns], Any]], ...]] = (
     (m.Hello, _pack_hello, _hello),
@@ -549,6 +585,8 @@ _CODECS: Final[tuple[tuple[type, Callable[[Any], Packed], Callable[[Header, _Col
     (m.SessionBroken, _pack_broken, _broken),
     (m.ReachQuery, _pack_query, _query),
     (m.Reached, _pack_reached, _reached),
+    (m.RegisterIndex, _pack_index, _index),
+    (m.MemberNews, _pack_news, _news),
 )
 _KIND_OF: Final = {message: kind for kind, (message, _, _) in enumerate(_CODECS, start=1)}
 _ENCODERS: Final = {kind: encoder for kind, (_, encoder, _) in enumerate(_CODECS, start=1)}

@@ -13,6 +13,7 @@ from ekko.store.table import Table
 from p2p import links, membership, outbox, pull, wire
 from p2p import messages as m
 from p2p.errors import RemoteProtocolError
+from p2p.introductions import CONSTANTS
 from p2p.links import Link
 from p2p.machine import Machine
 from p2p.replica import RowColumns, SchemaEntry
@@ -37,7 +38,7 @@ def hello_of(at: VirtualCluster, name: str, **changes: object) -> m.Hello:
     """A hello as another node might send it."""
     core = machine_of(at, name)._core
     member = m.MemberRecord(name, 77, 1, "eu", "serve", f"virtual://{name}", 1)
-    hello = m.Hello(m.PROTOCOL_VERSION, 0, (4, 1), member, (), tuple(core.host.schema()), False)
+    hello = m.Hello(m.PROTOCOL_VERSION, 0, CONSTANTS, member, (), tuple(core.host.schema()), False)
     return dataclasses.replace(hello, **changes)  # type: ignore[arg-type]
 
 
@@ -116,7 +117,7 @@ def test_peers_cannot_make_a_node_remember_without_bound(monkeypatch: pytest.Mon
     core = machine_of(cluster, "eu1")._core
     assert len(core.membership.members) <= 20
     assert len(core.links) <= 20
-    assert len(machine_of(cluster, "eu1")._by_boot) <= 20
+    assert len(core.by_boot) <= 20
     assert len(core.record.bindings) < 100
     # A full register does not stop the gossip of those who are in it.
     cluster.publish("t1", "item", [1], 1.0)
@@ -126,7 +127,7 @@ def test_peers_cannot_make_a_node_remember_without_bound(monkeypatch: pytest.Mon
     cluster.run(100)
     cluster.publish("t1", "item", [2], 1.0)
     own = machine_of(cluster, "t1")
-    beat = m.Heartbeat(own._own_record(), crowd, 0, 0, ())
+    beat = m.Heartbeat(own._core.own_record(), crowd, 0, 0, ())
     beat = dataclasses.replace(beat, member=dataclasses.replace(beat.member, heartbeat=10**6))
     rejected = len(cluster.nodes["eu1"].rejected)
     receive(cluster, "eu1", beat, own._core.options.boot)

@@ -12,7 +12,8 @@ from p2p import knowledge as knowledge_module
 from p2p import membership, wire
 from p2p import messages as m
 from p2p import push as push_module
-from p2p.machine import ALONE_MS, Machine, MachineOptions
+from p2p.introductions import ALONE_MS
+from p2p.machine import Machine, MachineOptions
 from p2p.replica import RowColumns
 from p2p.stamps import EPOCH_MS, make_stamp
 from sim_cluster.checkers import check_converged, check_knowledge, contents

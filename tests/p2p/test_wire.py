@@ -48,10 +48,20 @@ def reply(last: bool = True) -> m.PullReply:
     return m.PullReply(5, 1, 0, last, sections(True), WRITERS, vector(), vector()[0])
 
 
+BOOTS = np.array([1, 2**64 - 1], np.uint64)
 MESSAGES: list[m.Message] = [
     m.Hello(1, 99, (4, 1), MEMBER, (MEMBER,), (SchemaEntry(5, "model", b"\x01"),), True),
     m.Refusal("no"),
-    m.Heartbeat(MEMBER, (MEMBER,), 7, 1_700_000_000_000, (m.KeyspaceSummary(5, 1 << 127, 3, ((9, STAMP),)),)),
+    m.Heartbeat(
+        MEMBER,
+        (MEMBER,),
+        7,
+        1_700_000_000_000,
+        (m.KeyspaceSummary(5, 1 << 127, 3, ((9, STAMP),)),),
+        5,
+        BOOTS,
+        BOOTS & np.uint64(3),
+    ),
     m.SchemaUpdate((SchemaEntry(5, "model", b"\x01"),)),
     m.Leave("eu-1"),
     batch(),
@@ -61,6 +71,8 @@ MESSAGES: list[m.Message] = [
     m.SessionBroken(3),
     m.ReachQuery(5, 8, STAMP),
     m.Reached(8),
+    m.RegisterIndex(BOOTS, BOOTS & np.uint64(0xFFFF), True),
+    m.MemberNews((MEMBER,)),
 ]
 
 

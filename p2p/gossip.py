@@ -1,0 +1,207 @@
+"""Heartbeats: who lives, what changed among the members, what everybody holds, and what time it is.
+
+Each interval a node sends a heartbeat to a few members (`Membership.targets`). It carries the sender's record, a bounded number
+of other nodes' counters, records that changed lately, a digest of the register, and what the sender holds of each keyspace, by
+which the receiver notices that it must pull. A record that changes is also passed on at once, a few milliseconds' worth in one
+message, so that trees agree soon after a join. What all that misses, the digest finds: indexes are compared, records sent.
+
+A node whose wall clock differs too much from what the others say refuses to publish (R14), since its stamps would be refused
+everywhere, or win over everything.
+"""
+
+import xxhash
+
+from p2p import membership
+from p2p import messages as m
+from p2p.core import Core, Keyspace
+from p2p.errors import LocalProtocolError, RemoteProtocolError
+from p2p.introductions import Introductions
+from p2p.links import Link
+from p2p.membership import HEARTBEAT_MS
+from p2p.pull import Pull
+from p2p.stamps import AHEAD_MS_MAX
+
+# A member that left on purpose is called at every so many of our heartbeats.
+CALL_LEFT_BEATS = 4
+# Records that change together, in a restart of many, travel together.
+NEWS_DELAY_MS = 10
+# A timer this late means that we were not running, and that silence is our own.
+LATE_MS = HEARTBEAT_MS // 2
+# Beats in a row in which nobody of several was heard: then others should not route through us.
+DEAF_BEATS = 6
+# Half of what makes a stamp unacceptable (R14): a clock this far off is refused here before it is refused elsewhere.
+CLOCK_ERROR_MS_MAX = AHEAD_MS_MAX // 2
+
+
+class Gossip:
+    """The part of the machine that keeps the register current."""
+
+    def __init__(self, core: Core, pull: Pull, introductions: Introductions) -> None:
+        self._core = core
+        self._pull = pull
+        self._introductions = introductions
+        self.beat_ms = 0  # monotonic time of the next heartbeat
+        self._news_ms: int | None = None  # when changed records are passed on
+        self._index_ms = -HEARTBEAT_MS  # when we last asked for a comparison of registers
+        self._heard = 0  # messages since our last beat
+        self._silent_beats = 0
+        self._clock_off = False
+
+    def next_ms(self, now: m.Now) -> int:
+        """When the timer is wanted next."""
+        if not self._core.membership.news:
+            self._news_ms = None
+        elif self._news_ms is None:
+            self._news_ms = now.monotonic_ms + NEWS_DELAY_MS
+        return self.beat_ms if self._news_ms is None else min(self.beat_ms, self._news_ms)
+
+    def on_timer(self, now: m.Now) -> None:
+        """Beat, and pass news on, when it is time."""
+        if now.monotonic_ms >= self.beat_ms:
+            self.beat_ms = now.monotonic_ms + HEARTBEAT_MS
+            self._beat(now)
+        elif self._news_ms is not None and now.monotonic_ms >= self._news_ms:
+            news = m.MemberNews((self._core.own_record(), *self._take_news()))
+            for node in self._core.membership.targets(now.monotonic_ms):
+                self._send(node, news)
+
+    def note_heard(self) -> None:
+        """A message of some member came."""
+        self._heard += 1
+
+    def note_late(self, late_ms: int) -> None:
+        """We did not run for so long."""
+        if late_ms >= LATE_MS:
+            self._core.membership.suspicion.excuse(late_ms)
+            self._core.note("late", late_ms=late_ms)
+
+    # --- sending
+
+    def _beat(self, now: m.Now) -> None:
+        core = self._core
+        register = core.membership
+        self._look_at_ourselves(now)
+        for record in register.expire(now.monotonic_ms):
+            link = core.links.get(record.node)
+            if link is not None:
+                self._introductions.drop_link(link)
+            core.record.part(record.node)
+            core.emit(m.Forget(record.address))
+        register.beat()
+        beat = self._heartbeat(now)
+        for node in register.targets(now.monotonic_ms):
+            self._send(node, beat)
+        # Both sides of a split suspect each other: somebody has to call.
+        suspects = register.suspects()
+        if suspects:
+            record = register.members[core.rng.choice(suspects)].record
+            core.emit(m.Send(record.address, m.Envelope(core.options.boot, record.boot), beat))
+        left = register.left()
+        if left and register.own.heartbeat % CALL_LEFT_BEATS == 0:
+            # It may come back without knowing anybody: the first node of a cluster has no seeds.
+            record = register.members[core.rng.choice(left)].record
+            self._introductions.say_hello(record.address, 0, answer_wanted=True, now=now)
+        self._introductions.call_contacts(now)
+
+    def _look_at_ourselves(self, now: m.Now) -> None:
+        """Whether the beat that ends went as it should, and whether our clock is right."""
+        core = self._core
+        # One silent peer says nothing of us; several at once do.
+        alone = self._heard == 0 and len(core.membership.live(now.monotonic_ms)) > 1
+        self._silent_beats = self._silent_beats + 1 if alone else 0
+        core.membership.suspicion.judge(not alone)
+        core.deaf = self._silent_beats >= DEAF_BEATS
+        self._heard = 0
+        error_ms, peers = core.membership.suspicion.clock_error_ms(now.unix_ms, now.monotonic_ms)
+        off = abs(error_ms) >= CLOCK_ERROR_MS_MAX
+        if off and not self._clock_off:
+            core.note("clock_off", alarm=True, error_ms=error_ms, peers=peers)
+        self._clock_off = off
+
+    def _heartbeat(self, now: m.Now) -> m.Heartbeat:
+        core = self._core
+        register = core.membership
+        own = core.own_record()
+        boots, counters = register.suspicion.counters(membership.COUNTERS_MAX, core.rng.getrandbits(16))
+        return m.Heartbeat(
+            own,
+            self._take_news(),
+            schema_digest(core),
+            now.unix_ms,
+            tuple(self._summary(keyspace, now) for keyspace in core.keyspaces.values()),
+            register.digest(now.monotonic_ms),
+            boots,
+            counters,
+        )
+
+    def _take_news(self) -> tuple[m.MemberRecord, ...]:
+        return tuple(self._core.newest(record) for record in self._core.membership.take_news())
+
+    def _summary(self, keyspace: Keyspace, now: m.Now) -> m.KeyspaceSummary:
+        vector, strays = self._pull.digests(keyspace, now)
+        writers = keyspace.knowledge.writers.tolist()
+        frontier = tuple((w, int(keyspace.knowledge.frontier[w])) for w in writers if keyspace.knowledge.frontier[w])
+        return m.KeyspaceSummary(keyspace.replica.keyspace, vector, strays, frontier)
+
+    def _send(self, node: m.NodeId, message: m.Message) -> None:
+        link = self._core.link(node)
+        if link is not None:
+            self._core.send(link, message)
+
+    # --- receiving
+
+    def on_heartbeat(self, link: Link, beat: m.Heartbeat, now: m.Now) -> None:
+        """A member lives, and tells what it knows.
+
+        Raises:
+            RemoteProtocolError: it is not the sender's own.
+        """
+        core = self._core
+        register = core.membership
+        if beat.member.boot != link.boot or beat.member.node != link.node:
+            raise RemoteProtocolError(f"heartbeat of {beat.member.node!r} over the link of {link.node!r}")
+        self._introductions.learn((beat.member, *beat.members), now)
+        member = register.members.get(link.node)
+        if member is not None and member.record.boot == link.boot:
+            register.suspicion.note_clock(member.slot, beat.unix_ms, now.monotonic_ms)
+        register.hear(beat.boots, beat.counters, now.monotonic_ms)
+        waited = now.monotonic_ms - self._index_ms >= HEARTBEAT_MS
+        # A record that is on its way explains a difference; only when nothing moves is it worth a comparison.
+        if waited and register.quiet and not beat.members and beat.register_digest != register.digest(now.monotonic_ms):
+            self._index_ms = now.monotonic_ms
+            core.send(link, m.RegisterIndex(*register.index(now.monotonic_ms), answer_wanted=True))
+        if beat.schema_digest != schema_digest(core):
+            core.send(link, m.SchemaUpdate(tuple(core.host.schema())))
+        for summary in beat.summaries:
+            self._pull.on_summary(link, summary, now)
+
+    def on_index(self, link: Link, index: m.RegisterIndex, now: m.Now) -> None:
+        """A peer's register differs from ours: send what it lacks, and ask for what we lack."""
+        core = self._core
+        records, ahead = core.membership.missing_in(index.boots, index.versions, now.monotonic_ms)
+        for start in range(0, len(records), membership.RECORDS_MAX):
+            part = records[start : start + membership.RECORDS_MAX]
+            core.send(link, m.MemberNews(tuple(core.newest(record) for record in part)))
+        if ahead and index.answer_wanted:
+            core.send(link, m.RegisterIndex(*core.membership.index(now.monotonic_ms), answer_wanted=False))
+
+    def check_clock(self, now: m.Now) -> None:
+        """Refuse to write by a clock that the others do not share (R14).
+
+        Raises:
+            LocalProtocolError: it differs too much from the median of theirs.
+        """
+        error_ms, peers = self._core.membership.suspicion.clock_error_ms(now.unix_ms, now.monotonic_ms)
+        if abs(error_ms) >= CLOCK_ERROR_MS_MAX:
+            raise LocalProtocolError(
+                f"this node's clock is {abs(error_ms) / 1000:.1f} s {'ahead of' if error_ms > 0 else 'behind'} the median of "
+                f"{peers} peers, limit {CLOCK_ERROR_MS_MAX / 1000:.0f} s: set the clock (NTP), then publish again"
+            )
+
+
+def schema_digest(core: Core) -> int:
+    """64 bits over the whole schema."""
+    digest = xxhash.xxh3_64()
+    for entry in core.host.schema():
+        digest.update(f"{entry.keyspace}/{entry.name}/".encode() + entry.body)
+    return int(digest.intdigest())

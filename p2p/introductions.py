@@ -1,0 +1,226 @@
+"""How nodes get to know each other: hellos, refusals, records that travel, schema, and the end of a life.
+
+A newcomer says hello to a seed and is checked once, by whoever answers; from then on its record travels, and everybody in the
+register is somebody that one of us has checked. So two members need no handshake of their own: a link between them is opened
+by whoever needs it first (`Core.link`), and at the other end by what comes over it. A node that is addressed by someone it
+has never heard of says hello.
+"""
+
+from p2p import membership, trees
+from p2p import messages as m
+from p2p.core import Core
+from p2p.errors import RemoteProtocolError, SchemaClashError
+from p2p.ledger import Peer
+from p2p.links import Link
+from p2p.pull import Pull
+from p2p.replica import SchemaEntry
+
+# What all nodes must agree on for the trees to be equal on all of them.
+CONSTANTS = (trees.TREE_ARITY, trees.TREES_MAX, trees.ONE_TREE_HOLDERS_MAX)
+# A node without seeds calls the peers of its former life this long before it goes on alone: all of them may be gone for good.
+ALONE_MS = 10_000
+# Whom to call at once, while nobody has answered; there may be a thousand peers of a former life.
+CONTACTS_MAX = 16
+
+
+class Introductions:
+    """The part of the machine that lets others in."""
+
+    def __init__(self, core: Core, pull: Pull) -> None:
+        self._core = core
+        self._pull = pull
+        self.introduced = False  # somebody of the cluster has answered us
+
+    # --- hello
+
+    def on_hello(self, envelope: m.Envelope, hello: m.Hello, now: m.Now) -> None:
+        """A node wants to be known, or answers our own hello.
+
+        Raises:
+            RemoteProtocolError: it makes no sense; nothing is changed.
+        """
+        core, member = self._core, hello.member
+        if envelope.sender_boot != member.boot or member.left or not member.node or not member.address:
+            raise RemoteProtocolError("hello of somebody else, or of nobody")
+        if envelope.receiver_boot not in (0, core.options.boot):
+            core.counters.strangers += 1  # an answer to a former life of ours
+            return
+        if member.boot == core.options.boot:
+            core.emit(m.Forget(member.address))  # a seed that is ourselves
+            return
+        if core.membership.succeeded(member, now.monotonic_ms):
+            core.counters.strangers += 1
+            return
+        try:
+            self._admit(hello, now)
+        except RemoteProtocolError as error:
+            refusal = m.Envelope(core.options.boot, member.boot)
+            core.emit(m.Send(member.address, refusal, m.Refusal(f"{core.options.node}: {error}")))
+            core.counters.peers_refused += 1
+            core.note("peer_refused", alarm=True, peer=member.node, address=member.address, reason=str(error))
+            return
+        self.introduced = True
+        link = self._link_to(member)
+        self.learn((member, *hello.members), now)
+        if hello.answer_wanted:
+            self.say_hello(member.address, member.boot, answer_wanted=False, now=now)
+        for keyspace in core.keyspaces.values():
+            if not keyspace.synced and member.role in membership.HOLDER_ROLES:
+                self._pull.ask(keyspace, link, now, "joining")
+
+    def _admit(self, hello: m.Hello, now: m.Now) -> None:
+        """Check everything about a newcomer, then adopt its schema.
+
+        Raises:
+            RemoteProtocolError: why it may not join; nothing is changed.
+        """
+        core, member = self._core, hello.member
+        if hello.protocol_version != m.PROTOCOL_VERSION:
+            raise RemoteProtocolError(f"protocol version {hello.protocol_version}, this node speaks {m.PROTOCOL_VERSION}")
+        if hello.constants != CONSTANTS:
+            raise RemoteProtocolError(f"tree constants {hello.constants}, this cluster has {CONSTANTS}")
+        other = core.membership.conflicts(member, now.monotonic_ms)
+        if other is not None:
+            raise RemoteProtocolError(
+                f"node id {member.node!r} is in use by a live node at {other.address}: give the newcomer another id, "
+                "or stop the other one first"
+            )
+        if not core.membership.has_room(member.node):
+            raise RemoteProtocolError(f"this node knows {len(core.membership.members)} members already, and keeps no more")
+        core.writers.check_cluster(hello.cluster)
+        for writer in member.writers:
+            core.writers.check(writer.keyspace, writer.writer, writer.nonce)
+        self.adopt_schema(hello.schema, None, now)  # all of it or nothing; the last that can be refused
+        core.writers.adopt_cluster(hello.cluster)
+
+    def on_refusal(self, envelope: m.Envelope, refusal: m.Refusal) -> None:
+        """Somebody does not let us in."""
+        if envelope.receiver_boot != self._core.options.boot:
+            self._core.counters.strangers += 1  # an answer to a former life of ours, or to nobody
+            return
+        # Once somebody has let us in, a refusal is one peer's opinion; before that, going on alone would be worse.
+        if self.introduced:
+            self._core.note("refused_by_peer", alarm=True, reason=refusal.reason)
+        else:
+            self._core.emit(m.Fatal(f"refused by the cluster: {refusal.reason}"))
+
+    def say_hello(self, address: str, boot: int, answer_wanted: bool, now: m.Now) -> None:
+        """Introduce ourselves, with as much of the register as one message carries; the digests bring the rest."""
+        core = self._core
+        members = core.membership.records(now.monotonic_ms)
+        if len(members) > membership.RECORDS_MAX:
+            members = tuple(core.rng.sample(members, membership.RECORDS_MAX))
+        hello = m.Hello(
+            m.PROTOCOL_VERSION,
+            core.writers.cluster,
+            CONSTANTS,
+            core.own_record(),
+            tuple(core.newest(record) for record in members),
+            tuple(core.host.schema()),
+            answer_wanted,
+        )
+        core.emit(m.Send(address, m.Envelope(core.options.boot, boot), hello))
+
+    # --- whom to call when nobody is known
+
+    def contacts(self) -> list[str]:
+        """Whom to call as long as nobody answers: seeds, and the peers of our former life."""
+        remembered = [peer.address for peer in self._core.record.peers.values()]
+        own = self._core.membership.own.address
+        return [address for address in dict.fromkeys([*self._core.options.seeds, *remembered]) if address != own]
+
+    def call_contacts(self, now: m.Now) -> None:
+        """Say hello to those who may know the cluster, unless we know it; in the end go on alone."""
+        core = self._core
+        if not self.introduced or not core.membership.live(now.monotonic_ms):
+            addresses = self.contacts()
+            if len(addresses) > CONTACTS_MAX:
+                addresses = core.rng.sample(addresses, CONTACTS_MAX)
+            for address in addresses:
+                self.say_hello(address, 0, answer_wanted=True, now=now)
+        seedless = all(seed == core.membership.own.address for seed in core.options.seeds)
+        if seedless and not (self.introduced or core.first) and now.monotonic_ms - core.started_ms >= ALONE_MS:
+            core.note("alone", alarm=True, unanswered=tuple(core.record.peers))
+            self.be_first()
+
+    def be_first(self) -> None:
+        """There is nobody to catch up with."""
+        self._core.first = True
+        for keyspace in self._core.keyspaces.values():
+            keyspace.synced = True
+
+    # --- records
+
+    def learn(self, records: tuple[m.MemberRecord, ...], now: m.Now) -> None:
+        """Merge what a peer tells of members; a record that contradicts a writer's binding is ignored alone."""
+        core = self._core
+        met: list[Peer] = []
+        for record in records:
+            if record.node != core.options.node and not core.membership.has_room(record.node):
+                core.counters.peers_refused += 1
+                continue
+            try:
+                for writer in record.writers:
+                    core.writers.check(writer.keyspace, writer.writer, writer.nonce)
+                for writer in record.writers:
+                    if writer.keyspace in core.keyspaces:  # what a peer can make us remember has a bound
+                        core.writers.learn(writer.keyspace, writer.writer, writer.nonce)
+            except RemoteProtocolError as error:  # its record alone is ignored: gossip of the others must go on
+                core.note("writer_conflict", alarm=True, node=record.node, reason=str(error))
+                continue
+            known = core.membership.members.get(record.node)
+            before = None if known is None else known.record
+            if not core.membership.learn(record, now.monotonic_ms):
+                continue
+            if record.left:
+                core.record.part(record.node)
+                core.note("member_left", node=record.node)
+            elif before is None or before.boot != record.boot:
+                core.note("member_seen", node=record.node, region=record.region, role=record.role, address=record.address)
+                met.append(Peer(record.node, record.region, record.role, record.address))
+                self._end_former_life(record)
+        core.record.meet(*met)
+
+    def _end_former_life(self, record: m.MemberRecord) -> None:
+        link = self._core.links.get(record.node)
+        if link is not None and link.boot != record.boot:
+            self.drop_link(link)
+            if link.address != record.address:
+                self._core.emit(m.Forget(link.address))
+
+    def _link_to(self, member: m.MemberRecord) -> Link:
+        link = self._core.links.get(member.node)
+        if link is not None and link.boot == member.boot:
+            return link
+        self._end_former_life(member)
+        return self._core.open_link(member)
+
+    def drop_link(self, link: Link) -> None:
+        """Forget a peer's life, and what was meant for it."""
+        self._pull.forget(link.node)
+        self._core.by_boot.pop(link.boot, None)
+        self._core.links.pop(link.node, None)
+
+    # --- schema
+
+    def adopt_schema(self, entries: tuple[SchemaEntry, ...], link: Link | None, now: m.Now) -> None:
+        """Take over what is new, and pass it on.
+
+        Raises:
+            RemoteProtocolError: it contradicts ours; nothing is changed.
+        """
+        core = self._core
+        try:
+            new = core.host.adopt(entries)
+        except SchemaClashError as error:
+            core.note("schema_clash", alarm=True, reason=str(error))
+            raise
+        if new:
+            core.refresh_keyspaces()
+            self.spread_schema(entries, link, now)
+
+    def spread_schema(self, entries: tuple[SchemaEntry, ...], source: Link | None, now: m.Now) -> None:
+        """Tell neighbours; who is missed asks, since heartbeats carry a digest."""
+        for other in self._core.neighbours(now):
+            if other is not source:
+                self._core.send(other, m.SchemaUpdate(entries))

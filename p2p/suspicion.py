@@ -1,0 +1,275 @@
+"""Whose silence means something: phi-accrual suspicion over flat arrays, with a local-health correction.
+
+Intuition. A friend who phones every evening and has not called for three days worries us; one who phones once a month does
+not. So silence is measured in the friend's own rhythm. And if it was our phone that was switched off, nobody is to blame.
+
+Model. `interval_ms` is the moving mean of the time between two advances of a member's heartbeat counter *as seen here*, over
+whatever paths gossip takes. If arrivals were memoryless with that mean, a silence of t would be as rare as e^(-t / mean), and
+`phi = -log10` of that rarity. A member is suspected where
+
+    phi = silence / (interval * ln 10) >= PHI_MAX * (1 + health)
+
+PHI_MAX = 4.3 is 9.9 intervals: 5 s where a counter advances with each beat of 500 ms, 7 s in a calm cluster of 100 nodes,
+and 10 to 12 s of it where half of all messages are lost. Nobody is suspected sooner, since the mean is held above one beat.
+Real gossip has several paths, so its tail is far lighter than the exponential one, which errs on the side of patience.
+
+Local health (Lifeguard). Time in which this process did not run (its timer fired late) is no silence of the others: it is
+added to what was heard last. Besides, each beat that came late, or in which nobody at all of several was heard, raises
+`health` by one (to HEALTH_MAX), and a good beat lowers it: a sick node waits up to five times as long before it accuses.
+
+Returns. A member that comes back from suspicion is alive at once. One that keeps doing so flaps, and each return costs all
+trees a change; from the third within FLAP_FORGET_MS on it is held out of the trees, for twice as long each time.
+
+Rejected. A fixed time-out (either slow at 6 nodes or wrong at 1,000, where a counter passes by only every few beats). A normal
+distribution (Hayashibara's own): with steady beats its deviation goes to zero and a hiccup condemns, so it needs a floor that
+then does all the work. SWIM's ping-req: a second protocol, where gossiped counters already are the indirect path.
+
+Sources: Hayashibara et al., "The phi accrual failure detector", 2004; Cassandra's and chitchat's exponential variant of it;
+Dadgar et al., "Lifeguard: local health awareness for more accurate failure detection", 2018.
+"""
+
+import math
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2p.replica import U64
+
+# Each node counts its heartbeat up, and gossips, once an interval. Ten a suspicion, so a suspicion takes seconds.
+HEARTBEAT_MS: Final = 500
+PHI_MAX: Final = 4.3
+SILENCE_INTERVALS: Final = PHI_MAX * math.log(10)
+# A mean beyond it is not believed: a member that we hear of every 6 s, in however large a cluster, is in trouble.
+INTERVAL_MS_MAX: Final = 6_000
+# The mean forgets with this many samples; a new member's prior counts for a few, so that one odd first gap is not the mean.
+INTERVAL_SAMPLES: Final = 32
+PRIOR_SAMPLES: Final = 4
+HEALTH_MAX: Final = 4
+# Re-examining every member is a handful of vector operations; deadlines are met within this.
+ASSESS_MS: Final = 100
+# A restart or two, or a short outage, is normal operation.
+FREE_RETURNS: Final = 2
+FLAP_HOLD_MS: Final = 5_000
+FLAP_DOUBLINGS_MAX: Final = 4
+FLAP_FORGET_MS: Final = 300_000
+# What peers said of the time counts for so long. Two minutes of a bad crystal are 0.02 s, so old news is as good.
+CLOCK_LIFE_MS: Final = 60_000
+SLOTS_MIN: Final = 16
+
+_FIELDS: Final[dict[str, Any]] = {
+    "used": np.bool_,  # the slot belongs to a member
+    "gone": np.bool_,  # it left on purpose
+    "suspect": np.bool_,
+    "deaf": np.bool_,  # it says that it hears nobody
+    "boot": np.uint64,
+    "version": np.uint64,  # of its record
+    "beats": np.uint64,  # the largest heartbeat counter heard of
+    "heard_ms": np.int64,  # monotonic; when that was, plus the time in which we did not run
+    "interval_ms": np.float64,
+    "samples": np.int32,
+    "told": np.int32,  # how often we passed the counter on since it advanced
+    "news": np.int32,  # how often the record is still to be told
+    "returns": np.int32,  # from suspicion, lately
+    "returned_ms": np.int64,  # the last of them
+    "readmit_ms": np.int64,  # not in the trees before
+    "clock_ms": np.int64,  # its wall clock minus our monotonic one
+    "clock_heard_ms": np.int64,
+}
+
+
+class Suspicion:
+    """One slot a member, one array a fact; a slot is reused when its member is forgotten."""
+
+    used: NDArray[np.bool_]
+    gone: NDArray[np.bool_]
+    suspect: NDArray[np.bool_]
+    deaf: NDArray[np.bool_]
+    boot: U64
+    version: U64
+    beats: U64
+    heard_ms: NDArray[np.int64]
+    interval_ms: NDArray[np.float64]
+    samples: NDArray[np.int32]
+    told: NDArray[np.int32]
+    news: NDArray[np.int32]
+    returns: NDArray[np.int32]
+    returned_ms: NDArray[np.int64]
+    readmit_ms: NDArray[np.int64]
+    clock_ms: NDArray[np.int64]
+    clock_heard_ms: NDArray[np.int64]
+
+    def __init__(self) -> None:
+        for name, dtype in _FIELDS.items():
+            setattr(self, name, np.zeros(SLOTS_MIN, dtype))
+        self.health = 0
+        self.changed = True  # who is alive or may be in the trees has changed; the reader resets it
+        self._assess_ms = 0
+        self._assessed_ms = 0
+        self._places: tuple[U64, NDArray[np.int64]] | None = None
+
+    def take(self, boot: int, version: int, beats: int, prior_ms: float, now_ms: int) -> int:
+        """A slot for a new member, heard of now."""
+        free = np.flatnonzero(~self.used)
+        if not len(free):
+            for name in _FIELDS:
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
+            free = np.flatnonzero(~self.used)
+        slot = int(free[0])
+        for name in _FIELDS:
+            getattr(self, name)[slot] = 0
+        self.used[slot] = True
+        self.clock_heard_ms[slot] = -CLOCK_LIFE_MS
+        self.renew(slot, boot, version, beats, prior_ms, now_ms)
+        return slot
+
+    def renew(self, slot: int, boot: int, version: int, beats: int, prior_ms: float, now_ms: int) -> None:
+        """The member began a life. That counts as a return: a node that restarts all the time flaps too."""
+        if self.samples[slot] or self.suspect[slot]:
+            self._note_returns(np.array([slot]), now_ms)
+        self.boot[slot], self.version[slot], self.beats[slot] = boot, version, beats
+        self.gone[slot] = self.suspect[slot] = self.deaf[slot] = False
+        self.heard_ms[slot], self.interval_ms[slot] = now_ms, min(max(prior_ms, HEARTBEAT_MS), INTERVAL_MS_MAX)
+        self.samples[slot] = self.told[slot] = 0
+        self._places = None
+        self.changed = True
+
+    def drop(self, slot: int) -> None:
+        """Forget a member."""
+        self.used[slot] = False
+        self._places = None
+        self.changed = True
+
+    @property
+    def alive(self) -> NDArray[np.bool_]:
+        """bool[slots]: members that are neither suspected nor gone."""
+        mask: NDArray[np.bool_] = self.used & ~self.gone & ~self.suspect
+        return mask
+
+    def slots_of(self, boots: U64) -> NDArray[np.int64]:
+        """int64[n]: the slot of each life, -1 for one that is not known."""
+        if self._places is None:
+            slots = np.flatnonzero(self.used)
+            order = np.argsort(self.boot[slots])
+            self._places = self.boot[slots][order], slots[order]
+        known, slots = self._places
+        if not len(known):
+            return np.full(len(boots), -1, np.int64)
+        places = np.minimum(np.searchsorted(known, boots), len(known) - 1)
+        return np.where(known[places] == boots, slots[places], -1)
+
+    def hear(self, slots: NDArray[np.int64], beats: U64, now_ms: int) -> None:
+        """Counters came, directly or by hearsay; those that advanced prove life.
+
+        Args:
+            slots: int64[n], of members.
+            beats: uint64[n].
+            now_ms: monotonic.
+        """
+        newer = (beats > self.beats[slots]) & ~self.gone[slots]
+        if not newer.any():
+            return
+        slots, beats = slots[newer], beats[newer]
+        # The rhythm is that of a living member: the gap of an outage is not part of it.
+        steady = slots[~self.suspect[slots]]
+        weight = 1.0 / np.minimum(self.samples[steady] + PRIOR_SAMPLES, INTERVAL_SAMPLES)
+        gap = np.minimum(now_ms - self.heard_ms[steady], INTERVAL_MS_MAX)
+        mean = self.interval_ms[steady]
+        self.interval_ms[steady] = np.clip(mean + weight * (gap - mean), HEARTBEAT_MS, INTERVAL_MS_MAX)
+        self.samples[steady] += 1
+        back = slots[self.suspect[slots]]
+        self.beats[slots] = beats
+        self.heard_ms[slots] = now_ms
+        self.told[slots] = 0
+        if len(back):
+            self.suspect[back] = False
+            self.changed = True
+            if not self.health:  # else it may be we who were away
+                self._note_returns(back, now_ms)
+
+    def _note_returns(self, slots: NDArray[np.int64], now_ms: int) -> None:
+        stale = now_ms - self.returned_ms[slots] >= FLAP_FORGET_MS
+        self.returns[slots] = np.where(stale, 1, self.returns[slots] + 1)
+        self.returned_ms[slots] = now_ms
+        over = self.returns[slots] - FREE_RETURNS
+        hold = FLAP_HOLD_MS << np.clip(over - 1, 0, FLAP_DOUBLINGS_MAX)
+        self.readmit_ms[slots] = np.where(over > 0, now_ms + hold, 0)
+
+    def excuse(self, late_ms: int) -> None:
+        """We did not run for so long: nobody's silence."""
+        self.heard_ms += late_ms
+        self.health = min(self.health + 1, HEALTH_MAX)
+
+    def judge(self, good: bool) -> None:
+        """A beat of ours ended: did it go as it should?"""
+        self.health = max(self.health - 1, 0) if good else min(self.health + 1, HEALTH_MAX)
+
+    def assess(self, now_ms: int) -> None:
+        """Suspect who has been silent too long. Cheap to call often."""
+        if now_ms < self._assess_ms:
+            return
+        self._assess_ms = now_ms + ASSESS_MS
+        late = self.alive & (now_ms - self.heard_ms >= self.patience_ms())
+        if late.any():
+            self.suspect |= late
+            self.changed = True
+        if (self.used & (self.readmit_ms > self._assessed_ms) & (self.readmit_ms <= now_ms)).any():
+            self.changed = True
+        self._assessed_ms = now_ms
+
+    def patience_ms(self) -> NDArray[np.float64]:
+        """float64[slots]: the silence at which each member is suspected."""
+        return self.interval_ms * (SILENCE_INTERVALS * (1 + self.health))
+
+    def in_trees(self, now_ms: int) -> NDArray[np.bool_]:
+        """bool[slots]: alive, hearing, and not held out for flapping."""
+        mask: NDArray[np.bool_] = self.alive & ~self.deaf & (self.readmit_ms <= now_ms)
+        return mask
+
+    def counters(self, count_max: int, rotation: int) -> tuple[U64, U64]:
+        """Counters to pass on: of living members, those first that were passed on the least since they advanced.
+
+        Args:
+            count_max: how many at most.
+            rotation: breaks ties; draw it anew each time.
+
+        Returns:
+            boots uint64[n] and counters uint64[n].
+        """
+        slots = np.flatnonzero(self.alive)
+        if len(slots) > count_max:
+            rank = self.told[slots].astype(np.int64) * len(slots) + (np.arange(len(slots)) + rotation) % len(slots)
+            slots = np.sort(slots[np.argpartition(rank, count_max)[:count_max]])
+        self.told[slots] += 1
+        return self.boot[slots], self.beats[slots]
+
+    def digest(self) -> int:
+        """64 bits over (boot, version) of the living; nodes with equal registers have equal ones."""
+        alive = self.alive
+        return int(np.bitwise_xor.reduce(mix(self.boot[alive], self.version[alive]), initial=np.uint64(0)))
+
+    def note_clock(self, slot: int, unix_ms: int, now_ms: int) -> None:
+        """A member said what time it is."""
+        self.clock_ms[slot] = unix_ms - now_ms
+        self.clock_heard_ms[slot] = now_ms
+
+    def clock_error_ms(self, unix_ms: int, now_ms: int) -> tuple[int, int]:
+        """How far our wall clock is ahead of the median of those who told us theirs lately, and how many they are (R14).
+
+        Theirs are kept against our monotonic clock, so a step of our own wall clock shows at once.
+        """
+        clocks = self.clock_ms[self.used & (now_ms - self.clock_heard_ms < CLOCK_LIFE_MS)]
+        if not len(clocks):
+            return 0, 0
+        return unix_ms - (int(np.median(clocks)) + now_ms), len(clocks)
+
+
+def mix(boots: U64, versions: U64) -> U64:
+    """uint64[n]: a hash of each pair (the Murmur3 finaliser; overflow wraps, as it should)."""
+    value = boots ^ (versions * np.uint64(0x9E3779B97F4A7C15))
+    for shift, factor in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53)):
+        value = value ^ (value >> np.uint64(shift))
+        value = value * np.uint64(factor)
+    mixed: U64 = value ^ (value >> np.uint64(33))
+    return mixed
