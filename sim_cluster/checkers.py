@@ -1,13 +1,22 @@
 """The invariants of the protocol, checked on whole clusters; each returns the first violation in words, or an empty string.
 
-Numbers are those of docs/ARCHITECTURE.md.
+Numbers are those of docs/ARCHITECTURE.md. A `Watch` follows one cluster and checks it again and again while it runs: it reads a
+node's rows only when something was written there since, and compares arrays, so that looking often costs little.
 """
 
-import numpy as np
+from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.model import ModelSpec
 from ekko.store import Store
-from p2p.stamps import WRITERS_MAX, writer_of
-from sim_cluster.virtual import VirtualCluster, VirtualNode
+from ekko.store.model_store import ModelStore
+from p2p.stamps import WRITER_MASK, WRITERS_MAX
+from sim_cluster.virtual import VirtualCluster, VirtualNode, Write
+
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
 
 Row = tuple[int, bytes]  # stamp, value; a tombstone has no value
 Contents = dict[tuple[int, int], Row]  # (table, key) -> row
@@ -26,31 +35,307 @@ def contents(store: Store, model: str) -> Contents:
     return found
 
 
+@dataclass(slots=True)
+class _Held:
+    """What one node held of one table when it was last read, by the table's key numbers (0: the row is absent)."""
+
+    stamps: U64  # [keys]
+    live: NDArray[np.bool_]  # [keys]
+    values: NDArray[np.float32]  # [keys], the row's first number
+    even: bool = True  # every row is one number, repeated, as publishers of the simulator write them
+    unknown: int = 0  # rows that nobody acknowledged: a step whose publisher died may leave some
+
+
+@dataclass(slots=True)
+class _Table:
+    """The acknowledged history of one table, as columns."""
+
+    model: str
+    id: int
+    numbers: dict[int, int] = field(default_factory=dict)  # key -> its number, in order of appearance
+    keys: list[int] = field(default_factory=list)
+    which: list[int] = field(default_factory=list)  # a write's key number
+    stamps: list[int] = field(default_factory=list)
+    deleted: list[bool] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+
+    def add(self, write: Write) -> None:
+        """One more acknowledged write."""
+        number = self.numbers.setdefault(write.key, len(self.numbers))
+        if number == len(self.keys):
+            self.keys.append(write.key)
+        self.which.append(number)
+        self.stamps.append(write.stamp)
+        self.deleted.append(write.deleted)
+        self.values.append(write.value)
+
+    def forget_writes(self) -> None:
+        """The history is read anew; keys keep their numbers."""
+        for column in (self.which, self.stamps, self.deleted, self.values):
+            column.clear()
+
+
+@dataclass(slots=True, eq=False)
+class _Columns:
+    """The same, as arrays, with what follows from them."""
+
+    which: I64
+    stamps: U64
+    shards: I64  # of each write
+    newest: I64  # [keys]: the write with the largest stamp, or -1
+    deleted: NDArray[np.bool_]
+    values: NDArray[np.float32]
+    sorted_keys: U64
+    sorted_numbers: I64
+
+
+class Watch:
+    """Follows a cluster; `check` compares it with its history, and with what it was before.
+
+    Args:
+        cluster: to be watched, from its beginning.
+    """
+
+    def __init__(self, cluster: VirtualCluster) -> None:
+        self._cluster = cluster
+        self._tables: dict[tuple[str, str], _Table] = {}
+        self._columns: dict[tuple[str, str], _Columns] = {}
+        self._history: list[Write] = []
+        self._read = 0  # writes of the history that were taken up
+        self._held: dict[tuple[str, str, str], tuple[int, _Held]] = {}  # (node, model, table) -> (id of its store, rows)
+        self._marks: dict[str, tuple[int, ...]] = {}  # what a node had done when it was last read
+
+    def check(self) -> str:
+        """Invariants 1, 3, 6 and 8 on every node that changed, and what the cluster found by itself (10)."""
+        if self._cluster.violations:
+            return self._cluster.violations[0]
+        self._take_up_history()
+        for node in self._cluster.nodes.values():
+            mark = self._mark(node)
+            if self._marks.get(node.name) != mark:
+                if problem := self._check_node(node):
+                    return problem
+                self._marks[node.name] = mark
+        return ""
+
+    def check_queues(self) -> str:
+        """Invariant 7: every queue is within its bound."""
+        for node in self._cluster.nodes.values():
+            if node.machine is None:
+                continue
+            for queue in node.machine.status(self._cluster.now_of(node)).queues:
+                # A link's last message may overshoot its credit: messages are bounded.
+                if queue.fill > queue.bound and queue.name != "link_bytes_in_flight":
+                    return f"{node.name}: queue {queue.name} holds {queue.fill}, bound {queue.bound}"
+        return ""
+
+    def check_converged(self) -> str:
+        """Invariants 2 and 8, at rest: all live nodes hold the same, and of every row the newest acknowledged version."""
+        problem = self.check()
+        live = [node for node in self._cluster.nodes.values() if node.machine is not None]
+        for model, name in self._tables if not problem else ():
+            first: tuple[str, _Held] | None = None
+            for node in live:
+                held = self._held_of(node, model, name)
+                if problem := self._behind(node, (model, name), held) or _different(node, first, held):
+                    return f"{problem} (model {model!r}, table {name!r})"
+                first = first or (node.name, held)
+        return problem
+
+    # --- history
+
+    def _take_up_history(self) -> None:
+        history = self._cluster.history
+        if history is not self._history:  # some of it was lost with the only memory that held it
+            for table in self._tables.values():
+                table.forget_writes()
+            self._history, self._read = history, 0
+            self._columns.clear()
+            self._marks.clear()
+        for write in history[self._read :]:
+            model = write.model or self._cluster.model.name
+            place = (model, write.table)
+            if place not in self._tables:
+                self._tables[place] = _Table(model, self._cluster.models[model].tables[write.table].id)
+            self._tables[place].add(write)
+            self._columns.pop(place, None)
+        self._read = len(history)
+
+    def _columns_of(self, place: tuple[str, str]) -> _Columns:
+        columns = self._columns.get(place)
+        if columns is None:
+            table = self._tables[place]
+            keys, which = np.array(table.keys, np.uint64), np.array(table.which, np.int64)
+            stamps = np.array(table.stamps, np.uint64)
+            order = np.argsort(stamps, kind="stable")
+            newest = np.full(len(keys), -1, np.int64)
+            newest[which[order]] = order  # of repeated places the last counts
+            by_key = np.argsort(keys)
+            shards = self._a_replica(table.model).shards_of(keys)[which]
+            columns = self._columns[place] = _Columns(
+                which,
+                stamps,
+                shards,
+                newest,
+                np.array(table.deleted, np.bool_),
+                np.array(table.values, np.float32),
+                keys[by_key],
+                by_key,
+            )
+        return columns
+
+    def _a_replica(self, model: str) -> ModelStore:
+        return next(iter(self._cluster.nodes.values())).store.models[model]
+
+    # --- one node
+
+    @staticmethod
+    def _mark(node: VirtualNode) -> tuple[int, ...]:
+        if node.machine is None:
+            return (id(node.store), 0)
+        counters = node.machine.counters
+        return (
+            id(node.store),
+            id(node.machine),
+            counters.rows_written,
+            counters.batches_received,
+            counters.batches_published,
+            counters.pulls_completed,
+        )
+
+    def _check_node(self, node: VirtualNode) -> str:
+        for model, name in self._tables:
+            before = self._held.get((node.name, model, name))
+            held = self._read_node(node, model, name)
+            self._held[node.name, model, name] = (id(node.store), held)
+            if before is not None and before[0] == id(node.store):
+                old = before[1].stamps
+                sunk = np.flatnonzero(held.stamps[: len(old)] < old)
+                if len(sunk):
+                    key = self._tables[model, name].keys[sunk[0]]
+                    return f"{node.name}: {name} {key} went from stamp {old[sunk[0]]} to {held.stamps[sunk[0]]}"
+            if problem := self._unheld_claim(node, (model, name), held) or self._wrong_row(node, (model, name), held):
+                return problem
+        return ""
+
+    def _unheld_claim(self, node: VirtualNode, place: tuple[str, str], held: _Held) -> str:
+        """Invariant 3: what vector or frontier claim is held, in that version or a newer one."""
+        columns, replica = self._columns_of(place), node.store.models[place[0]]
+        writers = (columns.stamps & np.uint64(WRITER_MASK)).astype(np.int64)
+        known = np.maximum(replica.vector[columns.shards, writers], replica.frontier[writers])
+        wrong = np.flatnonzero((known >= columns.stamps) & (held.stamps[columns.which] < columns.stamps))
+        if not len(wrong):
+            return ""
+        number = int(columns.which[wrong[0]])
+        return (
+            f"{node.name} claims stamp {columns.stamps[wrong[0]]} of {place[1]} {self._tables[place].keys[number]} "
+            f"but holds stamp {held.stamps[number]}"
+        )
+
+    def _wrong_row(self, node: VirtualNode, place: tuple[str, str], held: _Held) -> str:
+        """Invariant 8, and values: who holds the newest version holds what was written, a tombstone if it was a delete."""
+        columns = self._columns_of(place)
+        numbers = np.flatnonzero(columns.newest >= 0)
+        newest = columns.newest[numbers]
+        same = held.stamps[numbers] == columns.stamps[newest]
+        deleted = columns.deleted[newest]
+        wrong = same & ((held.live[numbers] == deleted) | (~deleted & (held.values[numbers] != columns.values[newest])))
+        if wrong.any():
+            return f"{node.name}: {place[1]} {self._tables[place].keys[numbers[np.argmax(wrong)]]} is not what was written"
+        return "" if held.even else f"{node.name}: a row of {place[1]} is torn"
+
+    def _held_of(self, node: VirtualNode, model: str, name: str) -> _Held:
+        """What a node holds; read anew when the history has named more keys since."""
+        place = (node.name, model, name)
+        if place not in self._held or len(self._held[place][1].stamps) != len(self._tables[model, name].keys):
+            self._held[place] = (id(node.store), self._read_node(node, model, name))
+        return self._held[place][1]
+
+    def _read_node(self, node: VirtualNode, model: str, name: str) -> _Held:
+        columns, table, replica = self._columns_of((model, name)), self._tables[model, name], node.store.models[model]
+        count = len(table.keys)
+        held = _Held(np.zeros(count, np.uint64), np.zeros(count, np.bool_), np.zeros(count, np.float32))
+        for selection in replica.changed_since(_nothing(replica.shards)):
+            if selection.table != table.id or not count:
+                continue
+            rows = replica.read(selection.table, selection.slots)
+            assert rows.stamps is not None
+            at = np.minimum(np.searchsorted(columns.sorted_keys, rows.keys), count - 1)
+            known = columns.sorted_keys[at] == rows.keys
+            numbers = columns.sorted_numbers[at]
+            values = rows.rows.view(np.float32)
+            held.stamps[numbers[known]] = rows.stamps[known]
+            alive = known[: len(values)]
+            held.live[numbers[: len(values)][alive]] = True
+            held.values[numbers[: len(values)][alive]] = values[alive, 0]
+            held.even = bool((values == values[:, :1]).all())
+            held.unknown = int((~known).sum())
+        return held
+
+    def _behind(self, node: VirtualNode, place: tuple[str, str], held: _Held) -> str:
+        columns = self._columns_of(place)
+        numbers = np.flatnonzero(columns.newest >= 0)
+        behind = numbers[held.stamps[numbers] < columns.stamps[columns.newest[numbers]]]
+        if not len(behind):
+            return ""
+        key, newest = self._tables[place].keys[behind[0]], columns.stamps[columns.newest[behind[0]]]
+        return f"{node.name} holds stamp {held.stamps[behind[0]]} of {key}, newest is {newest}; {len(behind)} rows are behind"
+
+
+_NOTHING: dict[int, U64] = {}
+
+
+def _nothing(shards: int) -> U64:
+    """The vector of who knows nothing; megabytes for many shards, so it is made once."""
+    return _NOTHING.setdefault(shards, np.zeros((shards, WRITERS_MAX), np.uint64))
+
+
+def _different(node: VirtualNode, first: tuple[str, _Held] | None, held: _Held) -> str:
+    if first is None:
+        return ""
+    name, other = first
+    for what, ours, theirs in (("stamp", held.stamps, other.stamps), ("life", held.live, other.live)):
+        if not np.array_equal(ours, theirs):
+            return f"{node.name} and {name} differ in {what} of a row"
+    if not np.array_equal(held.values, other.values) or held.unknown != other.unknown:
+        return f"{node.name} and {name} hold different rows"
+    return ""
+
+
 def check_knowledge(cluster: VirtualCluster, node: VirtualNode) -> str:
-    """Invariant 3: what a vector claims is held, in that version or a newer one."""
-    replica = node.store.models[cluster.model.name]
-    held = contents(node.store, cluster.model.name)
+    """Invariant 3 on one node: what a vector claims is held, in that version or a newer one."""
+    held = {name: contents(node.store, name) for name in cluster.models}
     for write in cluster.history:
+        model = write.model or cluster.model.name
+        replica = node.store.models[model]
         shard = int(replica.shards_of(np.array([write.key], np.uint64))[0])
-        claimed = int(replica.vector[shard, writer_of(write.stamp)]) >= write.stamp
-        frontier = int(replica.frontier[writer_of(write.stamp)]) >= write.stamp
-        stamp = held.get((cluster.model.tables[write.table].id, write.key), (0, b""))[0]
-        if (claimed or frontier) and stamp < write.stamp:
+        writer = write.stamp & WRITER_MASK
+        known = max(int(replica.vector[shard, writer]), int(replica.frontier[writer]))
+        stamp = held[model].get((cluster.models[model].tables[write.table].id, write.key), (0, b""))[0]
+        if known >= write.stamp > stamp:
             return f"{node.name} claims {write} but holds stamp {stamp}"
     return ""
 
 
 def check_converged(cluster: VirtualCluster) -> str:
     """Invariant 2: at rest, all live nodes hold the newest acknowledged version of every row."""
+    for model in cluster.models.values():
+        if problem := _check_converged(cluster, model):
+            return problem
+    return ""
+
+
+def _check_converged(cluster: VirtualCluster, model: ModelSpec) -> str:
     newest: dict[tuple[int, int], int] = {}
     for write in cluster.history:
-        key = (cluster.model.tables[write.table].id, write.key)
-        newest[key] = max(newest.get(key, 0), write.stamp)
+        if (write.model or cluster.model.name) == model.name:
+            key = (model.tables[write.table].id, write.key)
+            newest[key] = max(newest.get(key, 0), write.stamp)
     reference: tuple[str, Contents] | None = None
     for node in cluster.nodes.values():
         if node.machine is None:
             continue
-        held = contents(node.store, cluster.model.name)
+        held = contents(node.store, model.name)
         for key, stamp in newest.items():
             if held.get(key, (0, b""))[0] < stamp:
                 return f"{node.name} holds {held.get(key)} of {key}, newest is {stamp}"

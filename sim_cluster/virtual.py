@@ -1,7 +1,7 @@
 """Many nodes in virtual time: the daemon's own machine and the real store, on a network made of a seed.
 
-Every message is encoded and decoded on its way, so the codec is exercised too. Time is a number that jumps to the next event;
-one seed gives one trace, whatever `PYTHONHASHSEED`.
+Messages are encoded and decoded on their way, so the codec is exercised too; receivers of one message share the work and what
+came of it. Time is a number that jumps to the next event; one seed gives one trace, whatever `PYTHONHASHSEED`.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import xxhash
 
 from ekko.model import ModelSpec, TableSpec
 from ekko.store import Store
@@ -19,23 +20,17 @@ from p2p import wire
 from p2p.errors import RemoteProtocolError
 from p2p.machine import Machine, MachineOptions
 from p2p.replica import RowColumns
-from p2p.stamps import EPOCH_MS, WRITERS_MAX, writer_of
-from p2p.transport import Buffer
+from p2p.stamps import AHEAD_MS_MAX, EPOCH_MS, WRITERS_MAX
+from sim_cluster.network import LinkOptions, Network, NetworkOptions, pair_of
+
+__all__ = ["LinkOptions", "NetworkOptions", "VirtualCluster", "VirtualNode", "Write", "address_of", "name_of", "pair_of"]
 
 # A run that handles more events than this at one virtual instant circles.
 EVENTS_PER_INSTANT_MAX = 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkOptions:
-    """Faults to inject; probabilities are per message."""
-
-    delay_ms_min: int = 1
-    delay_ms_max: int = 5
-    region_delay_ms: int = 0  # on top, between regions
-    loss_probability: float = 0.0
-    repeat_probability: float = 0.0
-    reorder_probability: float = 0.0  # the message may overtake, or be overtaken by, others of its link
+# Messages whose frames are kept for their next receivers; a batch waits one hop until it is forwarded. Dropping costs speed.
+SHARED_MAX = 256
+# Every so many batches and pull chunks, the receiver's state is compared before and after when it refuses one (invariant 10).
+AUDIT_EVERY = 16
 
 
 @dataclass(slots=True)
@@ -67,6 +62,9 @@ class VirtualNode:
     notes: list[m.Note] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
     fatal: str = ""
+    clock_ms: int = 0  # how far its wall clock is ahead of the cluster's
+    paused: bool = False
+    held: list[Callable[[], None]] = field(default_factory=list)  # what happened to it while it was paused
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +75,33 @@ class Write:
     key: int
     stamp: int
     deleted: bool
+    value: float = 0.0
+    model: str = ""
+
+
+@dataclass(slots=True)
+class Meter:
+    """What batches cost and how long they took; filled when a cluster has one."""
+
+    published_ms: dict[int, int] = field(default_factory=dict)  # stamp -> when
+    delays_ms: list[int] = field(default_factory=list)  # of every batch applied at another node
+    copies: int = 0  # batches with rows that were received, repeats included
+    into_region: dict[tuple[str, int, int, int], int] = field(default_factory=dict)  # (region, stamp, shard, part) -> times
+    bytes_into: dict[str, int] = field(default_factory=dict)  # payload of batches that crossed into a region
+    bytes_sent: dict[str, int] = field(default_factory=dict)  # payload of batches sent, by node
+    hops_max: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Shared:
+    """A message on its way to one or more receivers: encoded once, decoded once."""
+
+    message: m.Message  # kept, so that its id stays its own
+    envelope: m.Envelope
+    frames: list[bytes]
+    size: int
+    digest: int
+    decoded: m.Message | None = None
 
 
 class VirtualCluster:
@@ -85,24 +110,36 @@ class VirtualCluster:
     Args:
         seed: everything random derives from it.
         options: the network's faults.
-        model: the one model that all nodes carry.
+        model: the model that all nodes carry.
+        more_models: others that they carry too.
     """
 
-    def __init__(self, seed: int, options: NetworkOptions | None = None, model: ModelSpec | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        options: NetworkOptions | None = None,
+        model: ModelSpec | None = None,
+        more_models: Sequence[ModelSpec] = (),
+    ) -> None:
         self.seed = seed
         self.options = options or NetworkOptions()
         self.model = model or ModelSpec("ctr", 8, {"item": TableSpec("item", 4), "user": TableSpec("user", 2)})
+        self.models = {spec.name: spec for spec in (self.model, *more_models)}
         self.now_ms = 0
         self.nodes: dict[str, VirtualNode] = {}
         self.history: list[Write] = []
         self.delivered = 0
+        self.violations: list[str] = []  # of what is checked on the way (invariant 10)
+        self.meter: Meter | None = None
         self.cut: set[tuple[str, str]] = set()  # one-way: nothing passes from the first to the second
         self._rng = random.Random(seed)
+        self._network = Network(self._rng)
         self._queue: list[tuple[int, int, Callable[[], None]]] = []
         self._submitted = 0
         self._requests = 0
-        self._last_arrival: dict[tuple[str, str], int] = {}
+        self._audited = 0
         self._timer_ms: dict[str, int] = {}
+        self._shared: dict[int, _Shared] = {}  # by id of the message
         self._trace = hashlib.sha256()
 
     @property
@@ -121,7 +158,11 @@ class VirtualCluster:
 
     def crash(self, name: str) -> None:
         """Kill a node's process; its memory stays for `restart`."""
-        self.nodes[name].machine = None
+        node = self.nodes[name]
+        node.machine = None
+        node.paused = False
+        node.held.clear()
+        self._timer_ms.pop(name, None)
 
     def restart(self, name: str, keep_state: bool = True) -> None:
         """Start a killed node again, with its memory or, as after a reboot, without; its disk (ledger) stays."""
@@ -129,45 +170,70 @@ class VirtualCluster:
         if not keep_state:
             node.store = Store.anonymous()
             # What only this node held is gone; no protocol can promise it (R21: memory, not disk).
-            self.history = [write for write in self.history if any(self._holds(other, write) for other in self.nodes.values())]
+            held = [self._stamps_held(other) for other in self.nodes.values() if other is not node]
+            self.history = [w for w in self.history if any(one.get(self._key_of(w), 0) >= w.stamp for one in held)]
         self._boot(node)
 
-    def _holds(self, node: VirtualNode, write: Write) -> bool:
-        replica = node.store.models.get(self.model.name)
-        if replica is None:
-            return False
-        base = np.zeros((replica.shards, WRITERS_MAX), np.uint64)
-        base[:, writer_of(write.stamp)] = np.uint64(write.stamp - 1)
-        table = self.model.tables[write.table].id
-        chosen = [s for s in replica.changed_since(base) if s.table == table]
-        columns = [replica.read(table, selection.slots) for selection in chosen]
-        return any(write.key in held.keys.tolist() for held in columns)
+    def pause(self, name: str) -> None:
+        """SIGSTOP: nothing happens on the node until `resume`; what comes for it is held back."""
+        self.nodes[name].paused = True
+
+    def resume(self, name: str) -> None:
+        """SIGCONT: what was held back happens now, in its order."""
+        node = self.nodes[name]
+        node.paused = False
+        held, node.held = node.held, []
+        for action in held:
+            self._at(self.now_ms, action)
+
+    def shift_clock(self, name: str, by_ms: int) -> None:
+        """Move a node's wall clock; its monotonic one goes on."""
+        self.nodes[name].clock_ms += by_ms
+
+    def _key_of(self, write: Write) -> tuple[str, int, int]:
+        model = write.model or self.model.name
+        return model, self.models[model].tables[write.table].id, write.key
+
+    @staticmethod
+    def _stamps_held(node: VirtualNode) -> dict[tuple[str, int, int], int]:
+        """(model, table, key) -> stamp of every row version a node holds, tombstones too."""
+        held: dict[tuple[str, int, int], int] = {}
+        for name, replica in node.store.models.items():
+            for selection in replica.changed_since(np.zeros((replica.shards, WRITERS_MAX), np.uint64)):
+                columns = replica.read(selection.table, selection.slots)
+                assert columns.stamps is not None
+                keys = ((name, columns.table, key) for key in columns.keys.tolist())
+                held.update(zip(keys, columns.stamps.tolist(), strict=True))
+        return held
 
     def _boot(self, node: VirtualNode) -> None:
-        node.store.add_model(node.model, capacity_rows=64)
+        for model in (node.model, *(spec for spec in self.models.values() if spec is not self.model)):
+            node.store.add_model(model, capacity_rows=64)
         options = MachineOptions(
-            node.name, self._rng.getrandbits(64) | 1, self.now().unix_ms, node.region, node.role, node.seeds
+            node.name, self._rng.getrandbits(64) | 1, self.now_of(node).unix_ms, node.region, node.role, node.seeds
         )
         node.machine = Machine(options, node.store, node.ledger, random.Random(self._rng.random()))
+        self._timer_ms.pop(node.name, None)
         self._feed(node, node.machine, m.Started(address_of(node.name)))
 
     # --- local requests
 
-    def publish(self, name: str, table: str, keys: Sequence[int], value: float = 0.0, delete: bool = False) -> int:
+    def publish(
+        self, name: str, table: str, keys: Sequence[int], value: float = 0.0, delete: bool = False, model: str = ""
+    ) -> int:
         """Publish one step of one table through a node.
 
         Every row is filled with `value`. Returns the stamp; 0 when the node refused.
         """
-        spec = self.model.tables[table]
+        keyspace = self.models[model or self.model.name]
+        spec = keyspace.tables[table]
         unique = np.array(sorted(set(keys)), np.uint64)
         live = 0 if delete else len(unique)
         rows = np.full((live, spec.dim), value, np.float32).view(np.uint8)
-        reply = self.request(
-            name, lambda number: m.PublishRequested(number, self.model.id, (RowColumns(spec.id, unique, rows),))
-        )
+        reply = self.request(name, lambda number: m.PublishRequested(number, keyspace.id, (RowColumns(spec.id, unique, rows),)))
         if not isinstance(reply, m.Published):
             return 0
-        self.history += [Write(table, key, reply.stamp, delete) for key in unique.tolist()]
+        self.history += [Write(table, key, reply.stamp, delete, value, keyspace.name) for key in unique.tolist()]
         return reply.stamp
 
     def request(self, name: str, make: Callable[[int], m.Event]) -> m.Reply | None:
@@ -205,6 +271,10 @@ class VirtualCluster:
         """Both clocks; the virtual epoch is an arbitrary moment after the stamps' own."""
         return m.Now(self.now_ms, EPOCH_MS + 1_000_000 + self.now_ms)
 
+    def now_of(self, node: VirtualNode) -> m.Now:
+        """Both clocks as a node reads them."""
+        return m.Now(self.now_ms, EPOCH_MS + 1_000_000 + self.now_ms + node.clock_ms)
+
     def _at(self, at_ms: int, action: Callable[[], None]) -> None:
         self._submitted += 1
         heapq.heappush(self._queue, (at_ms, self._submitted, action))
@@ -215,78 +285,176 @@ class VirtualCluster:
         """Handle one event and carry out its effects, as the runtime does."""
         pending = [event]
         while pending:
-            try:
-                effects = machine.handle(pending.pop(0), self.now())
-            except RemoteProtocolError as error:
-                node.rejected.append(str(error))
-                effects = []
-            for effect in effects:
+            for effect in self._handle(node, machine, pending.pop(0)):
                 match effect:
                     case m.Send(address, envelope, message):
-                        if not self._transmit(node, address, wire.encode(envelope, message)):
+                        if not self._transmit(node, address, envelope, message):
                             pending.append(m.SendFailed(address, envelope))
                     case m.Continue(after):
                         pending.append(after)
                     case m.Published() | m.Refused() | m.WaitEnded():
                         node.replies[effect.request] = effect
+                        if isinstance(effect, m.Published) and self.meter is not None:
+                            self.meter.published_ms[effect.stamp] = self.now_ms
                     case m.Note():
                         node.notes.append(effect)
                     case m.Fatal(reason):
                         node.fatal = reason
                         node.machine = None
-                    case m.Forget() | m.BatchApplied():
+                    case m.BatchApplied():
+                        self._measure_applied(effect)
+                    case m.Forget():
                         pass
         self._arm(node, machine)
 
+    def _handle(self, node: VirtualNode, machine: Machine, event: m.Event) -> list[m.Effect]:
+        """The machine's effects; a message that it refuses must not have changed anything."""
+        before = self._fingerprint(node) if self._is_audited(node, event) else None
+        try:
+            return machine.handle(event, self.now_of(node))
+        except RemoteProtocolError as error:
+            node.rejected.append(str(error))
+            if before is not None and before != self._fingerprint(node):
+                self.violations.append(f"{node.name} refused a message and was changed by it: {error}")
+            return []
+
+    def _is_audited(self, node: VirtualNode, event: m.Event) -> bool:
+        """Some batches and chunks are; all of them where clocks are so far apart that many will be refused."""
+        if not isinstance(event, m.MessageReceived) or not isinstance(event.message, m.Batch | m.PullReply):
+            return False
+        self._audited += 1
+        far = any(abs(other.clock_ms - node.clock_ms) >= AHEAD_MS_MAX for other in self.nodes.values())
+        return far or self._audited % AUDIT_EVERY == 0
+
+    @staticmethod
+    def _fingerprint(node: VirtualNode) -> list[tuple[int, int, int]]:
+        """Rows and knowledge, which a refused message may not change (invariant 10)."""
+        replicas = node.store.models.values()
+        return [(r.stamp_max, int(r.vector.sum()), int(r.frontier.sum())) for r in replicas]
+
     def _arm(self, node: VirtualNode, machine: Machine) -> None:
+        """Have the timer fire at the machine's deadline; one that is set for an earlier moment asks again then."""
         deadline_ms = max(machine.deadline_ms, self.now_ms + 1)
-        if self._timer_ms.get(node.name, -1) == deadline_ms:
+        armed_ms = self._timer_ms.get(node.name)
+        if armed_ms is not None and armed_ms <= deadline_ms:
             return
         self._timer_ms[node.name] = deadline_ms
 
         def fire() -> None:
-            if node.machine is machine and self._timer_ms.get(node.name) == deadline_ms:
-                del self._timer_ms[node.name]
+            if node.machine is not machine or self._timer_ms.get(node.name) != deadline_ms:
+                return
+            if node.paused:
+                node.held.append(fire)
+                return
+            del self._timer_ms[node.name]
+            if machine.deadline_ms <= self.now_ms:
                 self._feed(node, machine, m.TimerFired())
+            else:
+                self._arm(node, machine)
 
         self._at(deadline_ms, fire)
 
-    def _transmit(self, sender: VirtualNode, address: str, frames: Sequence[Buffer]) -> bool:
+    def _share(self, envelope: m.Envelope, message: m.Message) -> _Shared:
+        """The message's frames, made once for all of its receivers; a forwarded batch is the very message that was decoded."""
+        shared = self._shared.get(id(message))
+        if shared is None:
+            frames = [bytes(frame) for frame in wire.encode(envelope, message)]
+            digest = xxhash.xxh3_64()
+            for frame in frames[1:]:
+                digest.update(frame)
+            shared = _Shared(message, envelope, frames, sum(map(len, frames)), digest.intdigest())
+            self._remember(message, shared)
+        return shared
+
+    def _remember(self, message: m.Message, shared: _Shared) -> None:
+        while len(self._shared) >= SHARED_MAX:
+            del self._shared[next(iter(self._shared))]
+        self._shared[id(message)] = shared
+
+    def _transmit(self, sender: VirtualNode, address: str, envelope: m.Envelope, message: m.Message) -> bool:
         target = self.nodes.get(name_of(address))
         if target is None or target.machine is None:
             return False
-        if (sender.name, target.name) in self.cut or self._rng.random() < self.options.loss_probability:
+        link, regions = (sender.name, target.name), (sender.region, target.region)
+        if link in self.cut:
             return True  # lost on the way, which the sender cannot know
-        copies = 1 + (self._rng.random() < self.options.repeat_probability)
-        body = [bytes(frame) for frame in frames]
-        for _ in range(copies):
-            self._schedule(sender, target, target.machine, body)
+        shared = self._share(envelope, message)
+        arrivals = self._network.arrivals(self.options, link, regions, shared.size, self.now_ms)
+        if arrivals is None:
+            return False
+        if self.meter is not None and isinstance(message, m.Batch):
+            self._measure_sent(self.meter, sender, message)
+        machine = target.machine
+        for arrival_ms in arrivals:
+            self._schedule(arrival_ms, sender, target, machine, envelope, shared)
         return True
 
-    def _schedule(self, sender: VirtualNode, target: VirtualNode, machine: Machine, body: list[bytes]) -> None:
-        options = self.options
-        delay_ms = self._rng.randint(options.delay_ms_min, options.delay_ms_max)
-        if sender.region != target.region:
-            delay_ms += options.region_delay_ms
-        link = (sender.name, target.name)
-        arrival_ms = self.now_ms + delay_ms
-        if self._rng.random() >= options.reorder_probability:
-            arrival_ms = self._last_arrival[link] = max(arrival_ms, self._last_arrival.get(link, 0))
+    def _schedule(
+        self, arrival_ms: int, sender: VirtualNode, target: VirtualNode, machine: Machine, envelope: m.Envelope, shared: _Shared
+    ) -> None:
+        chance = self.options.corrupt_probability
+        corrupt = chance > 0 and self._rng.random() < chance
 
         def deliver() -> None:
             if target.machine is not machine:
                 return  # the process it was sent to is gone
-            self.delivered += 1
-            digest = hashlib.sha256(b"".join(body)).hexdigest()[:16]
-            self._trace.update(f"{self.now_ms} {sender.name} {target.name} {digest}\n".encode())
-            try:
-                envelope, message = wire.decode([memoryview(frame) for frame in body])
-            except RemoteProtocolError as error:
-                target.rejected.append(str(error))
+            if target.paused:
+                target.held.append(deliver)
                 return
-            self._feed(target, machine, m.MessageReceived(envelope, message))
+            self.delivered += 1
+            place = f"{self.now_ms} {sender.name} {target.name} {envelope.session} {envelope.sequence} {shared.digest:x}\n"
+            self._trace.update(place.encode())
+            if corrupt:
+                self._deliver_corrupt(target, shared)
+                return
+            if self.meter is not None and isinstance(shared.message, m.Batch):
+                self._measure_received(self.meter, sender, target, envelope, shared.message)
+            self._feed(target, machine, m.MessageReceived(envelope, self._decode(shared)))
 
         self._at(arrival_ms, deliver)
+
+    def _decode(self, shared: _Shared) -> m.Message:
+        if shared.decoded is None:
+            envelope, shared.decoded = wire.decode([memoryview(frame) for frame in shared.frames])
+            assert envelope == shared.envelope, "an envelope changed on its way"
+            if isinstance(shared.decoded, m.Batch):  # its receivers forward it as it is
+                self._remember(shared.decoded, _Shared(shared.decoded, envelope, shared.frames, shared.size, shared.digest))
+                self._shared[id(shared.decoded)].decoded = shared.decoded
+        return shared.decoded
+
+    def _deliver_corrupt(self, target: VirtualNode, shared: _Shared) -> None:
+        frames = [bytearray(frame) for frame in shared.frames]
+        frame = self._rng.choice([frame for frame in frames[1:] if frame])
+        place = self._rng.randrange(8 * len(frame))
+        frame[place // 8] ^= 1 << place % 8
+        try:
+            wire.decode([memoryview(frame) for frame in frames])
+        except RemoteProtocolError as error:
+            target.rejected.append(str(error))
+            return
+        self.violations.append(f"{target.name} took a corrupt message")
+
+    def _measure_applied(self, applied: m.BatchApplied) -> None:
+        published_ms = self.meter.published_ms.get(applied.stamp, self.now_ms) if self.meter is not None else self.now_ms
+        if self.meter is not None and published_ms < self.now_ms:  # at its origin it is applied when it is published
+            self.meter.delays_ms.append(self.now_ms - published_ms)
+
+    @staticmethod
+    def _measure_sent(meter: Meter, sender: VirtualNode, batch: m.Batch) -> None:
+        payload = sum(section.payload_bytes for section in batch.columns)
+        meter.bytes_sent[sender.name] = meter.bytes_sent.get(sender.name, 0) + payload
+
+    @staticmethod
+    def _measure_received(meter: Meter, sender: VirtualNode, target: VirtualNode, envelope: m.Envelope, batch: m.Batch) -> None:
+        if not batch.columns:
+            return
+        meter.copies += 1
+        meter.hops_max = max(meter.hops_max, envelope.hops + 1)
+        if sender.region != target.region:
+            place = (target.region, batch.stamp, int(batch.claims.shards[0]), int(batch.claims.part[0]))
+            meter.into_region[place] = meter.into_region.get(place, 0) + 1
+            payload = sum(section.payload_bytes for section in batch.columns)
+            meter.bytes_into[target.region] = meter.bytes_into.get(target.region, 0) + payload
 
 
 def address_of(name: str) -> str:

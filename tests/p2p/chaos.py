@@ -4,8 +4,8 @@ from unittest import mock
 
 from ekko.model import ModelSpec
 from p2p import outbox, push, wire
-from sim_cluster.checkers import StampWatch, check_converged, check_knowledge, contents
-from sim_cluster.virtual import NetworkOptions, VirtualCluster
+from sim_cluster.checkers import Watch, check_converged, check_knowledge, contents
+from sim_cluster.virtual import NetworkOptions, VirtualCluster, address_of
 
 CALM = NetworkOptions()
 FAULTS = NetworkOptions(1, 30, 40, loss_probability=0.1, repeat_probability=0.1, reorder_probability=0.2)
@@ -37,7 +37,7 @@ def chaos(seed: int) -> None:
     """One run; raises AssertionError on the first violation. Messages are cut small, so that parts and chunks are many."""
     with mock.patch.object(wire, "BATCH_BYTES_MAX", 150), mock.patch.object(outbox, "CHUNK_BYTES_MAX", 300):
         cluster = form(seed, FAULTS)
-        watch = StampWatch()
+        watch = Watch(cluster)
         cluster.run(3_000)
         for step in range(60):
             if cluster.nodes["t1"].machine is not None:
@@ -45,10 +45,11 @@ def chaos(seed: int) -> None:
                 cluster.publish("t1", "item" if step % 3 else "user", keys, float(step), delete=step % 11 == 0)
             _disturb(cluster, step, seed)
             cluster.run(60)
-            assert watch.check(cluster) == "", f"seed {seed}, {cluster.now_ms} ms"
-            check_claims(cluster)
+            problem = watch.check()
+            assert problem == "", f"seed {seed}, {cluster.now_ms} ms: {problem}"
         cluster.options = CALM
         at_rest(cluster)
+        assert watch.check_converged() == ""
 
 
 def _disturb(cluster: VirtualCluster, step: int, seed: int) -> None:
@@ -102,3 +103,27 @@ def writing_goes_on_while_a_node_joins(seed: int) -> None:
             cluster.run(1)
             assert check_knowledge(cluster, joiner) == "", f"seed {seed}, {cluster.now_ms} ms"
         at_rest(cluster)
+
+
+def a_writer_returns_without_its_memory(seed: int) -> None:
+    """Its last step reached one region; it comes back empty, meets the other region only, and writes on (R4)."""
+    cluster = form(seed)
+    cluster.run(5_000)
+    assert cluster.publish("t1", "item", [1, 2], 1.0)
+    cluster.run(1_000)
+    apart = {(one, other) for one in REGIONS["eu"] for other in REGIONS["us"]} | {("t1", name) for name in REGIONS["us"]}
+    cluster.cut = apart | {(other, one) for one, other in apart}
+    assert cluster.publish("t1", "item", [2, 3], 2.0)
+    cluster.run(300)
+    cluster.crash("t1")
+    cluster.nodes["t1"].seeds = (address_of("us1"),)
+    apart = {(one, other) for one in REGIONS["eu"] for other in (*REGIONS["us"], "t1")}
+    cluster.cut = apart | {(other, one) for one, other in apart}
+    cluster.run(100)
+    cluster.restart("t1", keep_state=False)
+    assert cluster.run_until(lambda: cluster.publish("t1", "item", range(100, 160), 3.0) != 0, 60_000), (
+        "the writer never came back"
+    )
+    cluster.run(1_000)
+    cluster.cut = set()
+    at_rest(cluster)

@@ -12,7 +12,12 @@ from p2p.links import Arrival
 from p2p.machine import Machine
 from p2p.messages import PullReply
 from p2p.writers import WriterBook
-from tests.p2p.chaos import chaos, origin_dies_in_mid_push, writing_goes_on_while_a_node_joins
+from tests.p2p.chaos import (
+    a_writer_returns_without_its_memory,
+    chaos,
+    origin_dies_in_mid_push,
+    writing_goes_on_while_a_node_joins,
+)
 
 SEEDS = 12
 
@@ -118,7 +123,7 @@ def lost_memory_keeps_its_writer_id(patch: pytest.MonkeyPatch) -> None:
         (reply_claims_with_its_first_chunk, chaos),
         (vector_is_read_after_the_rows, writing_goes_on_while_a_node_joins),
         (chunks_may_be_missing, chaos),
-        (lost_memory_keeps_its_writer_id, chaos),
+        (lost_memory_keeps_its_writer_id, a_writer_returns_without_its_memory),
     ],
     ids=lambda function: function.__name__,
 )

@@ -1,0 +1,95 @@
+"""The network of the virtual cluster: every fault of a message in one options struct, and what it costs a message to pass.
+
+A link between two nodes has a queue: a message leaves when those before it have left, at the link's rate, and a queue that is
+full refuses it, as a socket at its high-water mark does. Then come loss, repetition, delay and reordering.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# What a sender's socket takes before it refuses (ZeroMQ counts messages; with a rate it is bytes that matter).
+QUEUE_BYTES_MAX = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOptions:
+    """Between two regions, both ways; on top of what holds for all links."""
+
+    delay_ms: int = 0
+    rate_bytes_per_ms: float = 0.0  # of each pair of nodes, each way; 0: no limit
+    loss_probability: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkOptions:
+    """Faults to inject; probabilities are per message."""
+
+    delay_ms_min: int = 1
+    delay_ms_max: int = 5
+    region_delay_ms: int = 0  # on top, between regions
+    loss_probability: float = 0.0
+    repeat_probability: float = 0.0
+    reorder_probability: float = 0.0  # the message may overtake, or be overtaken by, others of its link
+    tail_probability: float = 0.0  # of a delay from an exponential distribution on top
+    tail_ms: float = 0.0  # its mean
+    corrupt_probability: float = 0.0  # of one flipped bit below the envelope
+    rate_bytes_per_ms: float = 0.0  # of each link between two nodes, each way; 0: no limit
+    links: Mapping[str, LinkOptions] = field(default_factory=dict)  # by `pair_of(region, region)`
+
+
+def pair_of(one: str, other: str) -> str:
+    """The name of a pair of regions: "eu/us"."""
+    return "/".join(sorted((one, other)))
+
+
+_PLAIN = LinkOptions()
+
+
+class Network:
+    """State of all links.
+
+    Args:
+        rng: the only source of randomness.
+    """
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._last_arrival: dict[tuple[str, str], int] = {}
+        self._free_ms: dict[tuple[str, str], float] = {}  # when what is queued on a link will have left
+
+    def arrivals(
+        self, options: NetworkOptions, link: tuple[str, str], regions: tuple[str, str], size: int, now_ms: int
+    ) -> list[int] | None:
+        """When copies of a message arrive; none when it is lost, None when the link's queue refuses it.
+
+        Args:
+            options: the faults of now.
+            link: names of sender and receiver.
+            regions: theirs.
+            size: bytes of the message.
+            now_ms: virtual time.
+        """
+        rng = self._rng
+        pair = options.links.get(pair_of(*regions), _PLAIN) if options.links else _PLAIN
+        leaves_ms = float(now_ms)
+        rate = pair.rate_bytes_per_ms or options.rate_bytes_per_ms
+        if rate:
+            begin = max(leaves_ms, self._free_ms.get(link, 0.0))
+            if (begin - now_ms) * rate > QUEUE_BYTES_MAX:
+                return None
+            leaves_ms = self._free_ms[link] = begin + size / rate
+        if rng.random() < max(options.loss_probability, pair.loss_probability):
+            return []
+        copies = 1 + (rng.random() < options.repeat_probability)
+        fixed_ms = pair.delay_ms + (options.region_delay_ms if regions[0] != regions[1] else 0)
+        return [self._arrival(options, link, int(leaves_ms) + fixed_ms) for _ in range(copies)]
+
+    def _arrival(self, options: NetworkOptions, link: tuple[str, str], from_ms: int) -> int:
+        rng = self._rng
+        arrival_ms = from_ms + rng.randint(options.delay_ms_min, options.delay_ms_max)
+        if options.tail_probability and rng.random() < options.tail_probability:
+            arrival_ms += int(rng.expovariate(1.0 / max(options.tail_ms, 1e-9)))
+        if rng.random() >= options.reorder_probability:
+            arrival_ms = self._last_arrival[link] = max(arrival_ms, self._last_arrival.get(link, 0))
+        return arrival_ms
