@@ -11,8 +11,8 @@ costs a scan of the table. A row that changed again has a younger entry further 
 row's stamp: since stamps of a row only grow, and no two versions of it share one, exactly one entry of a row counts.
 
 The ring is pruned from its old end. What leaves it is merged into DVV, and raises a threshold of its writer, below which rows
-are not worth caching: a writer's clock decides only about that writer's rows (R14). How much to keep is counted in changes, which
-needs no clock: some times as far back as askers lately had to look, and twice as much after misses.
+are not worth caching: a writer's clock decides only about that writer's rows (R14). How much to keep is counted in changes:
+that needs no clock. It is some times as far back as askers lately had to look, and twice as much after misses.
 """
 
 from dataclasses import dataclass
