@@ -34,6 +34,7 @@ from ekko.status import ModelPicture, NodePicture, TablePicture
 from ekko.store import Store, warm
 from ekko.store.manifest import kernel_boot_id
 from ekko.store.model_store import ModelStore
+from ekko.store.recent import CacheStats
 from ekko.version import __version__
 from p2p import messages as m
 from p2p.errors import LocalProtocolError, RemoteProtocolError
@@ -337,7 +338,13 @@ class Node:
         counters = asdict(parts.machine.counters)
         counters |= {f"transport_{name}": count for name, count in asdict(parts.transport.counters).items()}
         counters |= {"local_malformed": self._endpoint.malformed, "local_unanswerable": self._endpoint.unanswerable}
-        own_queues = (QueueStatus("local_requests", self._endpoint.pending, REQUESTS_PENDING_MAX),)
+        cache = sum((model.cache_stats() for model in parts.store.models.values()), CacheStats())
+        counters |= {"cache_hits": cache.hits, "cache_misses": cache.misses}
+        counters |= {"cache_pruned": cache.pruned, "cache_left_out": cache.left_out}
+        own_queues = (
+            QueueStatus("local_requests", self._endpoint.pending, REQUESTS_PENDING_MAX),
+            QueueStatus("update_cache", cache.cached, cache.window),
+        )
         return NodePicture(
             __version__,
             parts.transport.address,

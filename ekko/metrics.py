@@ -64,6 +64,10 @@ COUNTERS = {
     "ekko_pulls_served": ("Pulls of peers that were answered.", "pulls_served"),
     "ekko_pull_rows_received": ("Rows that came by pull.", "pull_rows_received"),
     "ekko_pull_rows_sent": ("Rows sent in answer to pulls.", "pull_rows_sent"),
+    "ekko_cache_hits": ("Answers about one table that the update cache gave.", "cache_hits"),
+    "ekko_cache_misses": ("Answers that took a scan of the table.", "cache_misses"),
+    "ekko_cache_pruned": ("Changes dropped from update caches.", "cache_pruned"),
+    "ekko_cache_left_out": ("Rows too old to be cached when they came.", "cache_left_out"),
     "ekko_sessions_broken": ("Link sessions that ended with a hole.", "sessions_broken"),
     "ekko_local_requests_malformed": ("Messages on the local endpoint that are not of its protocol.", "local_malformed"),
 }

@@ -310,4 +310,5 @@ class RecentRows:
 
     def _choose_window(self, entries: int) -> None:
         self._window = min(max(entries, WINDOW_MIN), WINDOW_MAX)
+        self.prune(self._window)
         self._answers = self._deepest = 0

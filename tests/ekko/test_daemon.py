@@ -142,6 +142,7 @@ def test_what_a_node_says_over_http(pair: LocalCluster) -> None:
     assert all(f"{name}_total" in samples for name in COUNTERS)
     for queue in status["queues"]:
         assert samples[f'ekko_queue_fill{{queue="{queue["name"]}"}}'] <= samples[f'ekko_queue_bound{{queue="{queue["name"]}"}}']
+    assert samples['ekko_queue_fill{queue="update_cache"}'] >= 5
     assert "# TYPE ekko_rejected_frames_total counter" in lines
 
 
