@@ -13,13 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
+import numba
 import xxhash
-from numba import config, njit
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # An integer inside a kernel. Numba gives it its machine type; to mypy it may be Python's or NumPy's.
 Int: TypeAlias = Any
+
+# Untyped: the stubs of some versions know neither the setting nor the options.
+_numba: Any = numba
 
 
 def kernel(*signatures: str) -> Callable[[F], F]:
@@ -27,7 +30,11 @@ def kernel(*signatures: str) -> Callable[[F], F]:
 
     Eager, so that no request ever waits for a compiler.
     """
-    return lambda function: cast("F", _compile(function, list(signatures)))
+
+    def compiled(function: F) -> F:
+        return cast("F", _compile(function, list(signatures)))
+
+    return compiled
 
 
 def inline_kernel(function: F) -> F:
@@ -37,13 +44,13 @@ def inline_kernel(function: F) -> F:
 
 def _compile(function: Callable[..., Any], signatures: list[str] | None, *, forceinline: bool = False) -> Any:
     directory = _cache_directory()
-    before = config.CACHE_DIR
-    config.CACHE_DIR = directory or before
+    before = _numba.config.CACHE_DIR
+    _numba.config.CACHE_DIR = directory or before
     try:  # Numba looks at the setting now, and never again for this function
         options = {"cache": directory is not None, "nogil": True, "error_model": "numpy", "forceinline": forceinline}
-        return njit(signatures, **options)(function) if signatures else njit(**options)(function)
+        return _numba.njit(signatures, **options)(function) if signatures else _numba.njit(**options)(function)
     finally:
-        config.CACHE_DIR = before
+        _numba.config.CACHE_DIR = before
 
 
 @cache
@@ -52,7 +59,7 @@ def _cache_directory() -> str | None:
     sources = Path(__file__).parent
     name = f"ekko-kernels-{_digest(sources)}"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") if _has_home() else None
-    for parent in (config.CACHE_DIR, sources / "__pycache__", home):
+    for parent in (_numba.config.CACHE_DIR, sources / "__pycache__", home):
         if parent:
             try:
                 directory = Path(parent) / name
