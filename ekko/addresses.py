@@ -1,9 +1,10 @@
-"""What an address may look like: `tcp://HOST:PORT`, `ipc://PATH`, `HOST:PORT`; loopback only until links are encrypted."""
+"""What an address may look like: `tcp://HOST:PORT`, `ipc://PATH`, `HOST:PORT`; and which of them stay on this machine."""
 
 import re
 from ipaddress import ip_address
 
 PORT_MAX = 65_535
+_HOST = re.compile(r"\*|[A-Za-z0-9_.\-]+|[0-9a-fA-F:.]+(%[A-Za-z0-9_.\-]+)?")
 
 
 def split_host_port(address: str) -> tuple[str, int]:
@@ -19,8 +20,8 @@ def split_host_port(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def check_endpoint(address: str, *, ipc: bool) -> None:
-    """Refuse an address that is not `tcp://HOST:PORT` on loopback (or `ipc://PATH` where `ipc` allows it).
+def check_endpoint(address: str, *, ipc: bool) -> str | None:
+    """The host of `tcp://HOST:PORT`; None for `ipc://PATH`, where `ipc` allows that.
 
     Raises:
         ValueError: in one line, with what was expected.
@@ -30,25 +31,31 @@ def check_endpoint(address: str, *, ipc: bool) -> None:
     if separator and scheme == "ipc" and ipc:
         if not rest.startswith("/"):
             raise ValueError(f"expected ipc:// and an absolute path, got {address!r}")
-        return
+        return None
     if not separator or scheme != "tcp":
         raise ValueError(f"expected {expected}, got {address!r}")
     try:
         host, _ = split_host_port(rest)
     except ValueError:
         raise ValueError(f"expected {expected} with a port from 1 to {PORT_MAX}, got {address!r}") from None
-    check_loopback(host)
+    if (":" in host) != rest.startswith("["):
+        raise ValueError(f"expected {expected} with an IPv6 address in brackets, got {address!r}")
+    if not _HOST.fullmatch(host):
+        raise ValueError(f"expected {expected}, got {address!r}")
+    return host
 
 
-def check_loopback(host: str) -> None:
-    """Refuse a host that others than this machine can reach: the traffic is not yet encrypted.
-
-    Raises:
-        ValueError: in one line, with the remedy.
-    """
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine can mean this machine by `host`."""
     try:
-        loopback = host == "localhost" or ip_address(host).is_loopback
+        return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
-        loopback = False
-    if not loopback:
-        raise ValueError(f"host {host!r} is not loopback, and encryption is not available in this version: use 127.0.0.1")
+        return False
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether `host` stands for every interface, which can be listened on but not dialled."""
+    try:
+        return host == "*" or ip_address(host).is_unspecified
+    except ValueError:
+        return False

@@ -76,6 +76,21 @@ def node(
 
 
 @app.command()
+def keygen(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the secret key goes.", metavar="FILE")] = Path("node.key"),
+) -> None:
+    """Make a node's key: a secret file for [security].key_file, and a public one beside it for every node's allow folder.
+
+    The public file's name says whose key it is: call it NODE.pub, or NODE@ANYTHING.pub where NODE has another key already.
+    """
+    from ekko.security import generate
+
+    public = generate(out)
+    typer.echo(f"secret key: {out} (for key_file; keep it)")
+    typer.echo(f"public key: {public} (copy it as NODE.pub into every node's allow folder)")
+
+
+@app.command()
 def status(
     config: ConfigOption = None,
     http: Annotated[str | None, typer.Option("--http", help="The node's HTTP address.", metavar="HOST:PORT")] = None,

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
-from ekko.addresses import check_endpoint, check_loopback, split_host_port
+from ekko.addresses import check_endpoint, is_loopback, is_wildcard, split_host_port
 from ekko.errors import ConfigError, ModelError
 from ekko.model import DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, check_name
 
@@ -42,6 +42,11 @@ def _number(value: object) -> object:
     return float(value) if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value) else value
 
 
+def _truth(value: object) -> object:
+    """And for yes and no."""
+    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 Number = Annotated[float, BeforeValidator(_number)]
 
@@ -64,6 +69,7 @@ class NodeSection(Section):
     http: str
     seeds: list[str] = []
     advertise: str | None = None
+    http_public: Annotated[bool, BeforeValidator(_truth)] = False
 
 
 class ModelSection(Section):
@@ -93,10 +99,10 @@ class LinkSection(Section):
 
 
 class SecuritySection(Section):
-    """`[security]`: CURVE; refused until it is built."""
+    """`[security]`: CURVE on all links between nodes; relative paths are taken from the folder of the file."""
 
-    key_file: str | None = None
-    allow: str | None = None
+    key_file: Annotated[Path, Field(strict=False)]
+    allow: Annotated[Path, Field(strict=False)]
 
 
 class NodeConfig(BaseSettings):
@@ -142,7 +148,7 @@ class NodeConfig(BaseSettings):
 def load_config(path: Path | str) -> NodeConfig:
     """Read and check one configuration file.
 
-    Relative `run_dir`s are taken from the folder of the file.
+    Relative paths are taken from the folder of the file.
 
     Raises:
         ConfigError: with one line: file, line, setting, what is wrong, what to do.
@@ -163,8 +169,15 @@ def load_config(path: Path | str) -> NodeConfig:
     except SettingsError as error:
         raise ConfigError(f"environment: {_one_line(error)}; lists and tables are written as JSON there") from None
     _check(config, places)
-    run_dir = (path.parent / config.node.run_dir.expanduser()).absolute()
-    return config.model_copy(update={"node": config.node.model_copy(update={"run_dir": run_dir})})
+
+    def absolute(relative: Path) -> Path:
+        return (path.parent / relative.expanduser()).absolute()
+
+    changed: dict[str, object] = {"node": config.node.model_copy(update={"run_dir": absolute(config.node.run_dir)})}
+    if (security := config.security) is not None:
+        paths = {"key_file": absolute(security.key_file), "allow": absolute(security.allow)}
+        changed["security"] = security.model_copy(update=paths)
+    return config.model_copy(update=changed)
 
 
 def _read(path: Path) -> str:
@@ -292,6 +305,10 @@ def _describe(kind: str, path: KeyPath, value: object, message: str, context: Ma
             return f"expected a whole number, got {value!r}"
         case "float_type" | "float_parsing":
             return f"expected a number, got {value!r}"
+        case "bool_type" | "bool_parsing":
+            return f"expected true or false, got {value!r}"
+        case "path_type":
+            return f"expected a path in quotes, got {value!r}"
         case "list_type":
             return f'expected a list such as ["tcp://127.0.0.1:7800"], got {value!r}'
         case "dict_type" | "model_type" | "model_attributes_type":
@@ -320,10 +337,8 @@ def _one_line(error: BaseException) -> str:
 
 def _check(config: NodeConfig, places: Places) -> None:
     """Everything that the types cannot say."""
-    if config.security is not None:
-        raise places.error(("security",), f"encryption {NOT_BUILT}: remove this section and use loopback addresses")
     _check_node(config.node, places)
-    _check_addresses(config.node, places)
+    _check_addresses(config.node, places, encrypted=config.security is not None)
     for name, model in config.models.items():
         _check_model(name, model, places)
     _check_links(config, places)
@@ -347,15 +362,21 @@ def _addresses(node: NodeSection) -> Iterator[tuple[str, str]]:
         yield "advertise", node.advertise
 
 
-def _check_addresses(node: NodeSection, places: Places) -> None:
+def _check_addresses(node: NodeSection, places: Places, *, encrypted: bool) -> None:
     for key, address in _addresses(node):
         try:
-            check_endpoint(address, ipc=key == "local")
+            host = check_endpoint(address, ipc=key == "local")
+            if host is not None:
+                _check_reach(node, key, host, encrypted=encrypted)
         except ValueError as error:
             raise places.error(("node", key), str(error)) from None
     try:
         host, port = split_host_port(node.http)
-        check_loopback(host)
+        if not is_loopback(host) and not node.http_public:
+            raise ValueError(
+                f"host {host!r} is not loopback, and http neither encrypts nor asks who asks: use 127.0.0.1, or set"
+                " http_public = true"
+            )
     except ValueError as error:
         raise places.error(("node", "http"), str(error)) from None
     bound = {"peers": node.peers, "local": node.local, "http": f"tcp://{host}:{port}"}
@@ -363,6 +384,26 @@ def _check_addresses(node: NodeSection, places: Places) -> None:
         clash = next((other for other, taken in bound.items() if other != key and taken == address), None)
         if clash is not None:
             raise places.error(("node", key), f"uses the same address as node.{clash}: each needs a port of its own")
+
+
+def _check_reach(node: NodeSection, key: str, host: str, *, encrypted: bool) -> None:
+    """Refuse a host that others can reach in the clear, or that nobody can dial.
+
+    Raises:
+        ValueError: in one line, with the remedy.
+    """
+    if key == "local":
+        if not is_loopback(host):
+            raise ValueError(
+                f"host {host!r} is not loopback: publishers run on the node's own machine; use 127.0.0.1 or ipc:///PATH"
+            )
+    elif not is_loopback(host) and not encrypted:
+        raise ValueError(
+            f"host {host!r} is not loopback, and links beyond this machine are encrypted: add [security] with key_file and"
+            " allow (see `ekko keygen`), or use 127.0.0.1"
+        )
+    elif is_wildcard(host) and (key != "peers" or node.advertise is None):
+        raise ValueError(f"nobody can dial host {host!r}: set advertise to an address that others reach")
 
 
 def _check_model(name: str, model: ModelSection, places: Places) -> None:

@@ -30,6 +30,7 @@ from ekko.local import REOPEN, Answer, Failed, Open, Opened, Ping, Pong, Publish
 from ekko.metrics import Metrics
 from ekko.model import DENSE_DIM, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, model_id, table_id
 from ekko.rundir import FileLedger, locked
+from ekko.security import WATCH_S, NodeKeys
 from ekko.status import ModelPicture, NodePicture, TablePicture
 from ekko.store import Store, warm
 from ekko.store.manifest import kernel_boot_id
@@ -46,6 +47,8 @@ from p2p.transport.zmq import ZmqTransport
 
 # A model that a publisher brings begins with room for this many rows; slabs grow.
 CAPACITY_ROWS_GUESS = 65_536
+# Asked for at every dial; a whole cluster is dialled at once.
+NODES_KNOWN_MS = 200
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 MEMORY_DIR = Path("/dev/shm")  # noqa: S108 - the tmpfs that Linux has for shared memory
 
@@ -69,6 +72,8 @@ class Node:
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._failure: BaseException | None = None
+        self._nodes: dict[str, str] = {}  # address -> node
+        self._nodes_until_ms = 0
         self._delays_s: dict[str, float] = {}
         self._parts: _Parts | None = None
 
@@ -111,6 +116,8 @@ class Node:
             self._parts = parts = self._make_parts()
             tasks.create_task(self._run_protocol(parts.runtime))
             await parts.runtime.started.wait()
+            if parts.keys is not None:
+                tasks.create_task(self._watch_keys(parts.keys, parts.transport))
             self._endpoint.start()
             self._preparing.remove("sockets")
             # Half a million objects of the libraries, which the collector would visit again and again while batches wait.
@@ -139,9 +146,12 @@ class Node:
             machine = Machine(options, store, FileLedger(node.run_dir), random.Random(secrets.randbits(64)))
         except LocalProtocolError as error:
             raise StoreError(f"{node.run_dir}: {error}") from None
-        transport = ZmqTransport(node.peers, advertise=node.advertise)
+        keys = None
+        if (security := self.config.security) is not None:
+            keys = NodeKeys(node.id, security.key_file, security.allow, self._node_at)
+        transport = ZmqTransport(node.peers, advertise=node.advertise, keys=keys)
         runtime = Runtime(machine, transport, on_effect=self._on_effect, delay_s=self._delay_s)
-        return _Parts(store, machine, transport, runtime)
+        return _Parts(store, machine, transport, runtime, keys)
 
     async def _run_protocol(self, runtime: Runtime) -> None:
         try:
@@ -152,6 +162,32 @@ class Node:
             raise ConfigError(
                 f"node.peers: {error.strerror or error}: stop what listens there, or choose another port"
             ) from None
+
+    async def _watch_keys(self, keys: NodeKeys, transport: ZmqTransport) -> None:
+        """Put changed key files into use."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            change = keys.adopt(await asyncio.to_thread(keys.look))
+            if not change:
+                continue
+            for problem in change.problems:
+                log.warning("key_problem", problem=problem)
+            log.info("keys_changed", own_renewed=change.renewed, added=change.added, removed=change.removed)
+            try:
+                await transport.check_keys()
+            except OSError as error:
+                raise NodeFailed(f"node.peers: {error.strerror or error}") from None
+
+    def _node_at(self, address: str) -> str | None:
+        """The node that peers dial at `address`, where it is known; at most a little out of date."""
+        if self._parts is None:
+            return None
+        now = _now()
+        if now.monotonic_ms >= self._nodes_until_ms:
+            peers = self._parts.machine.status(now).peers
+            self._nodes = {peer.address: peer.node for peer in peers if peer.address}
+            self._nodes_until_ms = now.monotonic_ms + NODES_KNOWN_MS
+        return self._nodes.get(address)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -341,6 +377,7 @@ class Node:
         cache = sum((model.cache_stats() for model in parts.store.models.values()), CacheStats())
         counters |= {"cache_hits": cache.hits, "cache_misses": cache.misses}
         counters |= {"cache_pruned": cache.pruned, "cache_left_out": cache.left_out}
+        counters |= {"peers_shut_out": parts.runtime.conduct.shut_outs, "shut_out_messages": parts.runtime.conduct.dropped}
         own_queues = (
             QueueStatus("local_requests", self._endpoint.pending, REQUESTS_PENDING_MAX),
             QueueStatus("update_cache", cache.cached, cache.window),
@@ -368,6 +405,7 @@ class _Parts:
     machine: Machine
     transport: ZmqTransport
     runtime: Runtime
+    keys: NodeKeys | None
 
 
 def machine_hash() -> int:

@@ -6,7 +6,8 @@ that arises while effects are carried out (`Continue`, a refused send, a reply t
 its turn, and its effects go to the end of the line.
 
 The transport hands messages over for a bounded time per turn of the loop, so a flood of them delays timers and local
-requests by one turn and never starves them. Cancelling `run` is the only way to stop: it says goodbye, flushes and closes.
+requests by one turn and never starves them. A source that sends junk or floods is shut out (`p2p.conduct`). Cancelling `run`
+is the only way to stop: it says goodbye, flushes and closes.
 """
 
 import asyncio
@@ -17,24 +18,29 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from p2p import wire
+from p2p.conduct import Conduct
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.messages import (
+    Ack,
+    Batch,
     Continue,
     Effect,
     Envelope,
     Event,
     Fatal,
     Forget,
+    Hello,
     Leaving,
     MessageReceived,
     Note,
     Now,
+    PullReply,
     Send,
     SendFailed,
     Started,
     TimerFired,
 )
-from p2p.transport import Transport
+from p2p.transport import Origin, Transport
 
 # Effects of one event, and of all that it sets off. A full pull reply to each of 1,000 peers is far below; more is a loop.
 EFFECTS_MAX: Final = 1 << 17
@@ -44,6 +50,8 @@ TIMER_FLOOR_S: Final = 0.001
 REJECTED_SENDERS_MAX: Final = 1_024
 REJECTED_OTHERS: Final = "others"
 REJECTED_UNREADABLE: Final = "unreadable"
+# What a link's credit limits; everything else counts as a call.
+_BOUND_BY_CREDIT: Final = (Batch, PullReply, Ack)
 
 
 class Handler(Protocol):
@@ -93,11 +101,13 @@ class Runtime:
     ) -> None:
         self.started = asyncio.Event()  # the transport is bound and the machine has begun
         self.rejected: dict[str, int] = {}  # sender -> messages dropped as malformed or out of place
+        self.conduct = Conduct()
         self._machine = machine
         self._transport = transport
         self._on_effect = on_effect
         self._delay_s = delay_s
         self._clock = clock
+        self._source = ""  # of the message that is handled now
         self._effects: deque[Effect] = deque()
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
@@ -139,14 +149,21 @@ class Runtime:
         self._handle(event)
         self._arm_timer()
 
-    def _on_message(self, frames: list[memoryview]) -> None:
+    def _on_message(self, frames: list[memoryview], origin: Origin) -> None:
         """One message from the transport. Never raises: what is not the peer's fault stops the node."""
         if self._stopped is None or self._stopped.done():
             return
+        source = origin.source
+        now_ms = self._clock().monotonic_ms
+        if source and not self.conduct.admits(source, now_ms):
+            return
+        self._source = source
         sender = REJECTED_UNREADABLE
         try:
             envelope, message = wire.decode(frames)
             sender = f"{envelope.sender_boot:016x}"
+            if isinstance(message, Hello) and origin.node is not None and message.member.node != origin.node:
+                raise RemoteProtocolError(f"hello of {message.member.node!r} from the owner of {origin.node!r}'s key")
             self._handle(MessageReceived(envelope, message))
         except RemoteProtocolError as error:
             self._reject(sender, error)
@@ -154,6 +171,14 @@ class Runtime:
             self._fail(error)
         else:
             self._arm_timer()
+            if source and not isinstance(message, _BOUND_BY_CREDIT):
+                self._note_shut_out(self.conduct.note_call(source, now_ms), "a flood of calls")
+        finally:
+            self._source = ""
+
+    def _note_shut_out(self, length_ms: int, reason: str) -> None:
+        if length_ms:
+            self._on_effect(Note("peer_shut_out", (("peer", self._source), ("ms", length_ms), ("reason", reason)), alarm=True))
 
     def _on_timer(self) -> None:
         self._timer = None
@@ -229,6 +254,9 @@ class Runtime:
         # At 1, 2, 4, 8, ...: a flood must not fill the log.
         if count & (count - 1) == 0:
             self._on_effect(Note("frame_rejected", (("sender", sender), ("count", count), ("reason", str(error)))))
+        if self._source:
+            length_ms = self.conduct.note_rejected(self._source, self._clock().monotonic_ms)
+            self._note_shut_out(length_ms, str(error))
 
     def _fail(self, error: Exception) -> None:
         if self._stopped is not None and not self._stopped.done():

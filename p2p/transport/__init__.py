@@ -6,11 +6,20 @@ was not taken.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 Buffer = bytes | bytearray | memoryview
 Frames = Sequence[Buffer]
-Receive = Callable[[list[memoryview]], None]
+
+
+class Origin(NamedTuple):
+    """Where a message came from, as far as the transport knows; not what the message says of itself."""
+
+    source: str  # one name for all that comes from there, to count and to shut out; "" where nothing is known
+    node: str | None = None  # the node whose key was proven, on an encrypted transport
+
+
+Receive = Callable[[list[memoryview], Origin], None]
 
 # A batch of 4,096 tables has at most 3 column frames a table, and a few for envelope, header and claims. A longer message is
 # junk and is dropped before its frames are looked at.
@@ -25,7 +34,7 @@ class Transport(Protocol):
         """The address that peers can dial, with the real port when 0 was asked for."""
 
     async def start(self, receive: Receive) -> None:
-        """Bind, then call `receive(frames)` for each message that arrives, until `close`.
+        """Bind, then call `receive(frames, origin)` for each message that arrives, until `close`.
 
         Raises:
             OSError: the address is taken or malformed.

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from typing import Final
 
-from p2p.transport import FRAMES_MAX, Frames, Receive
+from p2p.transport import FRAMES_MAX, Frames, Origin, Receive
 from p2p.transport.shared import (
     CLOSE_FLUSH_S,
     FRAME_BYTES_MAX,
@@ -50,10 +50,10 @@ class MemoryNetwork:
         """Who listens at `address` now."""
         return self._ends.get(address)
 
-    def inject(self, address: str, frames: Frames) -> bool:
+    def inject(self, address: str, frames: Frames, source: str = "") -> bool:
         """Put any frames into a receiver's queue, unchecked, as a stranger with a raw socket could."""
         end = self.find(address)
-        return end is not None and end.accept(frames)
+        return end is not None and end.accept(frames, source)
 
 
 class MemoryTransport:
@@ -65,7 +65,7 @@ class MemoryTransport:
         self._address = address
         self._receive: Receive | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._inbox: deque[Frames] = deque()
+        self._inbox: deque[tuple[Frames, str]] = deque()  # with the sender's address
         self._lines: dict[str, DelayLine] = {}  # an entry for each address that was dialled
         self._waking = False
 
@@ -82,7 +82,7 @@ class MemoryTransport:
         size = check_frames(frames)
         line = self._line(address)
         if line.direct:
-            taken = self._network.inject(address, frames)
+            taken = self._network.inject(address, frames, self._address)
         else:
             taken = self._network.find(address) is not None and line.offer(tuple(frames), size)
         if taken:
@@ -127,13 +127,13 @@ class MemoryTransport:
         if self._network.find(address) is None:
             self.counters.delayed_lost += self._lines[address].clear()
             return False
-        return self._network.inject(address, frames)
+        return self._network.inject(address, frames, self._address)
 
-    def accept(self, frames: Frames) -> bool:
+    def accept(self, frames: Frames, source: str) -> bool:
         """Queue a message that somebody sent here; False when the queue is full."""
         if len(self._inbox) >= QUEUE_MESSAGES_MAX:
             return False
-        self._inbox.append(tuple(frames))
+        self._inbox.append((tuple(frames), source))
         self._wake_soon()
         return True
 
@@ -148,18 +148,18 @@ class MemoryTransport:
         stop = time.monotonic() + WAKE_BUDGET_S
         try:
             while self._inbox and self._receive is not None:
-                self._hand_up(self._inbox.popleft(), self._receive)
+                self._hand_up(*self._inbox.popleft(), self._receive)
                 if time.monotonic() > stop:
                     break
         finally:
             if self._inbox:
                 self._wake_soon()
 
-    def _hand_up(self, frames: Frames, receive: Receive) -> None:
+    def _hand_up(self, frames: Frames, source: str, receive: Receive) -> None:
         views = [byte_view(frame) for frame in frames[: FRAMES_MAX + 1]]
         if not 1 <= len(views) <= FRAMES_MAX or max(view.nbytes for view in views) > FRAME_BYTES_MAX:
             self.counters.junk += 1
             return
         self.counters.messages_in += 1
         self.counters.bytes_in += sum(view.nbytes for view in views)
-        receive(views)
+        receive(views, Origin(source))

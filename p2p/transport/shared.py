@@ -40,7 +40,9 @@ class TransportCounters:
     bytes_out: int = 0
     refused: int = 0  # `send` said False
     junk: int = 0  # messages dropped on arrival: no frame, too many frames, a frame over the limit
-    handshakes_failed: int = 0  # connections that never spoke our protocol
+    handshakes_failed: int = 0  # connections that never spoke our protocol, or did not prove an allowed key
+    strangers: int = 0  # connections refused for their key
+    revoked: int = 0  # messages dropped unread: their sender's key is not allowed any more
     connections_lost: int = 0  # connections that ended, in either direction; oversize senders are cut off and end up here
     delayed_lost: int = 0  # messages on their emulated way when the connection broke
 

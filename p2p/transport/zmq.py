@@ -10,7 +10,12 @@ ZeroMQ, so each wake-up reads until nothing is left or its time budget is used u
 
 ZeroMQ's I/O thread collects all frames of a message before we see the first one. A single frame is bounded by it
 (`FRAME_BYTES_MAX`), their number is not, so a hostile peer on an unauthenticated port can make us hold a message without
-end. Only authenticated peers may be let in from beyond the machine.
+end. Only peers that proved an allowed key may be let in from beyond the machine: with `keys`, every connection speaks CURVE
+(`p2p.transport.curve`), and when a key is not allowed any more the listener is closed and opened anew, which cuts everybody
+off for some tens of milliseconds and lets in only those who still may.
+
+A name is resolved by us, off ZeroMQ's I/O thread, which would stand still meanwhile, and again whenever a connection stays
+down.
 """
 
 import asyncio
@@ -25,7 +30,8 @@ from typing import Final
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from p2p.transport import FRAMES_MAX, Buffer, Frames, Receive
+from p2p.transport import FRAMES_MAX, Buffer, Frames, Origin, Receive
+from p2p.transport.curve import Gate, KeyPair, Keys, demand, guard
 from p2p.transport.shared import (
     CLOSE_FLUSH_S,
     FRAME_BYTES_MAX,
@@ -55,6 +61,14 @@ RECONNECT_MS_MAX: Final = 500
 CONNECT_TIMEOUT_MS: Final = 5_000
 # A connection that does not finish the handshake by then is a stranger.
 HANDSHAKE_MS_MAX: Final = 5_000
+# A connection that is down this long is dialled anew: its name is resolved again, its keys are tried again. Longer than
+# CONNECT_TIMEOUT_MS, so that an attempt on a slow path is not cut short.
+REDIAL_S: Final = 6.0
+# After a handshake that failed for the key, when no other key is left to try.
+REFUSED_REDIAL_S: Final = 1.0
+# Closing a listener takes ZeroMQ's I/O thread a moment; until then its address is taken.
+REOPEN_RETRY_S: Final = 0.005
+REOPEN_S_MAX: Final = 10.0
 # ZeroMQ's own heartbeat finds connections that are dead without being closed (a cable, a frozen process).
 HEARTBEAT_MS: Final = 2_000
 HEARTBEAT_TIMEOUT_MS: Final = 10_000
@@ -62,6 +76,7 @@ HEARTBEAT_TIMEOUT_MS: Final = 10_000
 PORT_MAX: Final = 65_535
 
 _ADDRESS: Final = re.compile(r"tcp://[^:\s/;]+:[0-9]{1,5}|tcp://\[[0-9a-fA-F:.%]+\]:[0-9]{1,5}|ipc://[^\s]+")
+_NUMBERS: Final = re.compile(r"[0-9.]+")
 _HANDSHAKE_FAILED: Final = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
@@ -74,11 +89,15 @@ class ZmqTransport:
     Args:
         bind: where to listen.
         advertise: what peers dial, where it differs from `bind`.
+        keys: encrypt, and speak with the owners of these keys only; None: with everybody, in the clear.
     """
 
-    def __init__(self, bind: str, *, advertise: str | None = None) -> None:
+    def __init__(self, bind: str, *, advertise: str | None = None, keys: Keys | None = None) -> None:
         self.counters = TransportCounters()
         self._bind = bind
+        self._keys = keys
+        self._own: KeyPair | None = None  # with which the listener was opened
+        self._gate: Gate | None = None
         self._advertise = advertise
         self._address = advertise or bind
         self._receive: Receive | None = None
@@ -96,21 +115,78 @@ class ZmqTransport:
         self._loop = asyncio.get_running_loop()
         context = self._context = zmq.Context()
         context.set(zmq.MAX_SOCKETS, SOCKETS_MAX)
-        router = self._router = _configured(context.socket(zmq.ROUTER))
-        router.set(zmq.ROUTER_MANDATORY, 1)
-        router.set(zmq.BACKLOG, BACKLOG)
-        self._monitor = _Monitor(router, self._loop, self.counters)
+        if self._keys is not None:
+            self._gate = Gate(context, self._loop, self._keys, self.counters)
         try:
             _check_address(self._bind)
             _refuse_taken_path(self._bind)
-            router.bind(self._bind)
+            self._bind = await _numeric(self._loop, self._bind)
+            self._open_listener(context, self._loop)
         except (OSError, zmq.ZMQError) as error:
             await self.close()
             raise OSError(error.errno, f"cannot listen on {self._bind}: {_reason(error)}") from None
-        self._address = self._advertise or router.get_string(zmq.LAST_ENDPOINT)
+        self._address = self._advertise or self._bind
         self._receive = receive
-        self._loop.add_reader(router.fileno(), self._wake)
-        self._wake()  # what came between `bind` and `add_reader` makes no new edge
+        self._wake()  # what came meanwhile makes no new edge
+
+    def _open_listener(self, context: "zmq.Context[zmq.Socket[bytes]]", loop: asyncio.AbstractEventLoop) -> None:
+        """Bind a new ROUTER; `_bind` gets the port that was chosen.
+
+        Raises:
+            ZMQError: the address is taken or malformed. Nothing is left open.
+        """
+        router = _configured(context.socket(zmq.ROUTER), self._bind)
+        router.set(zmq.ROUTER_MANDATORY, 1)
+        router.set(zmq.BACKLOG, BACKLOG)
+        if self._keys is not None:
+            self._own = self._keys.own
+            guard(router, self._own)
+        monitor = _Monitor(router, loop, self.counters)
+        try:
+            router.bind(self._bind)
+        except zmq.ZMQError:
+            monitor.close()
+            router.close(0)
+            raise
+        self._bind = router.get_string(zmq.LAST_ENDPOINT)
+        self._router, self._monitor = router, monitor
+        loop.add_reader(router.fileno(), self._wake)
+
+    def _close_listener(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._router is not None and self._monitor is not None:
+            loop.remove_reader(self._router.fileno())
+            self._monitor.close()
+            self._router.close(0)
+        self._router = self._monitor = None
+
+    async def check_keys(self) -> None:
+        """End every connection that rests on a key which is not allowed any more, or on our old one; when `keys` has changed.
+
+        Raises:
+            OSError: we cannot listen again.
+        """
+        keys, gate, context, loop = self._keys, self._gate, self._context, self._loop
+        if keys is None or gate is None or context is None or loop is None or self._receive is None:
+            return
+        renewed = self._own != keys.own
+        for peer in self._peers.values():
+            if renewed or (peer.server is not None and keys.owner(peer.server) is None):
+                peer.redial()
+        if not renewed and all(keys.owner(public) is not None for public in gate.admitted):
+            return
+        gate.admitted.clear()
+        self._close_listener(loop)
+        deadline = time.monotonic() + REOPEN_S_MAX
+        while self._context is not None:
+            try:
+                self._open_listener(context, loop)
+            except zmq.ZMQError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                    raise OSError(error.errno, f"cannot listen again on {self._bind}: {_reason(error)}") from None
+                await asyncio.sleep(REOPEN_RETRY_S)
+            else:
+                self._wake()
+                return
 
     def send(self, address: str, frames: Frames) -> bool:
         size = check_frames(frames)
@@ -143,12 +219,10 @@ class ZmqTransport:
             peer.line.seconds = seconds
 
     async def close(self) -> None:
-        if self._context is None or self._router is None or self._loop is None:
+        if self._context is None or self._loop is None:
             return
-        context, router, self._context = self._context, self._router, None
-        if self._receive is not None:
-            self._loop.remove_reader(router.fileno())
-            self._receive = None
+        context, self._context = self._context, None
+        self._receive = None
         try:
             async with asyncio.timeout(CLOSE_FLUSH_S):
                 for peer in list(self._peers.values()):
@@ -159,9 +233,9 @@ class ZmqTransport:
             for peer in self._peers.values():
                 peer.close(LINGER_MS)
             self._peers.clear()
-            if self._monitor is not None:
-                self._monitor.close()
-            router.close(0)
+            self._close_listener(self._loop)
+            if self._gate is not None:
+                self._gate.close()
             # Waits up to LINGER_MS for what the DEALERs still hold; not on the loop's thread.
             await asyncio.to_thread(context.term)
 
@@ -175,7 +249,7 @@ class ZmqTransport:
             # Addresses come from peers' gossip: a bad one is refused like an absent peer.
             with contextlib.suppress(OSError, zmq.ZMQError):
                 _check_address(address)
-                peer = self._peers[address] = _Peer(self._context, address, self._loop, self.counters)
+                peer = self._peers[address] = _Peer(self._context, address, self._loop, self.counters, self._keys)
         return peer
 
     def _wake(self) -> None:
@@ -185,26 +259,38 @@ class ZmqTransport:
         stop = time.monotonic() + WAKE_BUDGET_S
         drained = False
         try:
-            while not drained and time.monotonic() < stop:
-                frames = _receive_message(self._router)
-                drained = frames is None
-                if frames is not None:
-                    self._hand_up(frames, self._receive)
+            while not drained and self._router is not None and time.monotonic() < stop:
+                message = _receive_message(self._router)
+                drained = message is None
+                if message is not None:
+                    self._hand_up(*message, self._receive)
         finally:
             if not drained:
                 self._loop.call_soon(self._wake)
 
-    def _hand_up(self, frames: list[memoryview], receive: Receive) -> None:
+    def _hand_up(self, routing: zmq.Frame, frames: list[memoryview], receive: Receive) -> None:
         if not frames:
             self.counters.junk += 1
             return
+        if self._keys is None:
+            origin = Origin(f"connection {routing.bytes.hex()}")
+        else:
+            node = self._keys.owner(str(routing.get("User-Id")))
+            if node is None:  # until `check_keys` has cut it off
+                self.counters.revoked += 1
+                return
+            origin = Origin(node, node)
         self.counters.messages_in += 1
         self.counters.bytes_in += sum(frame.nbytes for frame in frames)
-        receive(frames)
+        receive(frames, origin)
 
 
 class _Peer:
-    """The DEALER towards one address, and the delay line in front of it."""
+    """The DEALER towards one address, and the delay line in front of it.
+
+    ZeroMQ reconnects by itself. We begin anew where it would repeat a mistake: the name may mean another machine by now, or the
+    listener may have another key.
+    """
 
     def __init__(
         self,
@@ -212,31 +298,100 @@ class _Peer:
         address: str,
         loop: asyncio.AbstractEventLoop,
         counters: TransportCounters,
+        keys: Keys | None,
     ) -> None:
         self.line = DelayLine(self.send)
         self.broken = False  # of no more use: a message was cut in the middle
+        self.server: str | None = None  # the public key that we demand of the listener
+        self._context = context
+        self._address = address
+        self._loop = loop
         self._counters = counters
-        self._socket = _configured(context.socket(zmq.DEALER))
+        self._keys = keys
+        self._untried: list[str] = []  # keys that the listener may hold, the likeliest last
+        self._resolutions = 0
+        self._resolving: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._socket: zmq.Socket[bytes] | None = None
+        self._monitor: _Monitor | None = None
+        self._dial()
+
+    @property
+    def connected(self) -> bool:
+        return self._monitor is not None and self._monitor.connected and not self.broken
+
+    def redial(self) -> None:
+        """Give up the connection, with what waits for it, and begin anew."""
+        self._untried.clear()
+        self._drop_delayed()
+        self._dial()
+
+    def _dial(self) -> None:
+        self._hang_up(linger_ms=0)
+        self._redial_in(REDIAL_S)
+        if _name_of(self._address) is None:
+            self._connect(self._address)
+        else:
+            self._resolving = self._loop.create_task(self._resolve_and_connect())
+
+    async def _resolve_and_connect(self) -> None:
+        # A name that means nothing now may mean something at the next attempt.
+        with contextlib.suppress(OSError, zmq.ZMQError):
+            target = await _numeric(self._loop, self._address, self._resolutions)
+            self._resolutions += 1  # of several addresses, another one each time
+            self._connect(target)
+
+    def _connect(self, target: str) -> None:
+        """Connect to numbers.
+
+        Raises:
+            ZMQError: ZeroMQ does not understand them. Nothing is left open.
+        """
+        if self._keys is not None:
+            self._untried = self._untried or list(self._keys.candidates(self._address))[::-1]
+            if not self._untried:
+                return
+            self.server = self._untried.pop()
+        new = self._socket = _configured(self._context.socket(zmq.DEALER), target)
         # A DEALER is written only; what a peer sends into it stays in the peer's queue and our kernel's.
-        self._socket.set(zmq.RCVHWM, 1)
-        self._socket.set(zmq.IMMEDIATE, 1)
-        self._socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
-        self._socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
-        self._socket.set(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
-        self._monitor = _Monitor(self._socket, loop, counters, self._drop_delayed)
+        new.set(zmq.RCVHWM, 1)
+        new.set(zmq.IMMEDIATE, 1)
+        new.set(zmq.RECONNECT_IVL, RECONNECT_MS)
+        new.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX)
+        new.set(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
+        if self._keys is not None and self.server is not None:
+            demand(new, self._keys.own, self.server)
+        self._monitor = _Monitor(new, self._loop, self._counters, self._on_event)
         try:
-            self._socket.connect(address)
+            new.connect(target)
         except zmq.ZMQError:
             self.close(linger_ms=0)
             raise
 
-    @property
-    def connected(self) -> bool:
-        return self._monitor.connected and not self.broken
+    def _on_event(self, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._untried.clear()
+            self._cancel_timer()
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._drop_delayed()
+            if self._timer is None:
+                self._redial_in(REDIAL_S)
+        elif self._keys is not None:  # a handshake failed: the listener has another key, or does not let us in
+            self._hang_up(linger_ms=0)  # ZeroMQ would try the same key again and again
+            self._redial_in(0.0 if self._untried and event != zmq.EVENT_HANDSHAKE_FAILED_AUTH else REFUSED_REDIAL_S)
+
+    def _redial_in(self, seconds: float) -> None:
+        self._cancel_timer()
+        self._timer = self._loop.call_later(seconds, self._dial)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def send(self, frames: Frames) -> bool:
         """Hand a message to ZeroMQ; False when the peer is not there or its queue is full."""
-        if self.broken:
+        if self.broken or self._socket is None:
             return False
         for index, frame in enumerate(frames):
             more = zmq.SNDMORE if index + 1 < len(frames) else 0
@@ -254,10 +409,21 @@ class _Peer:
     def _drop_delayed(self) -> None:
         self._counters.delayed_lost += self.line.clear()
 
+    def _hang_up(self, linger_ms: int) -> None:
+        self._cancel_timer()
+        if self._resolving is not None:
+            self._resolving.cancel()
+            self._resolving = None
+        if self._monitor is not None:
+            self._monitor.close()
+            self._monitor = None
+        if self._socket is not None:
+            self._socket.close(linger_ms)
+            self._socket = None
+
     def close(self, linger_ms: int) -> None:
         self.line.clear()
-        self._monitor.close()
-        self._socket.close(linger_ms)
+        self._hang_up(linger_ms)
 
 
 class _Monitor:
@@ -268,13 +434,13 @@ class _Monitor:
         watched: "zmq.Socket[bytes]",
         loop: asyncio.AbstractEventLoop,
         counters: TransportCounters,
-        on_lost: Callable[[], None] | None = None,
+        on_event: Callable[[int], None] | None = None,
     ) -> None:
         self.connected = False
         self._watched = watched
         self._loop = loop
         self._counters = counters
-        self._on_lost = on_lost
+        self._on_event = on_event
         self._socket = watched.get_monitor_socket(_MONITORED)
         self._descriptor = self._socket.fileno()
         loop.add_reader(self._descriptor, self._wake)
@@ -291,10 +457,10 @@ class _Monitor:
             elif event == zmq.EVENT_DISCONNECTED:
                 self._counters.connections_lost += 1
                 self.connected = False
-                if self._on_lost is not None:
-                    self._on_lost()
             elif event & _HANDSHAKE_FAILED:
                 self._counters.handshakes_failed += 1
+            if self._on_event is not None:
+                self._on_event(event)
 
     def close(self) -> None:
         if not self._socket.closed:
@@ -303,9 +469,10 @@ class _Monitor:
             self._socket.close(0)
 
 
-def _configured(new: "zmq.Socket[bytes]") -> "zmq.Socket[bytes]":
+def _configured(new: "zmq.Socket[bytes]", address: str) -> "zmq.Socket[bytes]":
     """Set what both kinds of socket share."""
     for option, value in (
+        (zmq.IPV6, int("[" in address)),
         (zmq.SNDHWM, QUEUE_MESSAGES_MAX),
         (zmq.RCVHWM, QUEUE_MESSAGES_MAX),
         (zmq.LINGER, 0),
@@ -324,10 +491,10 @@ def _sendable(frame: Buffer) -> Buffer:
     return byte_view(frame) if isinstance(frame, memoryview) else frame
 
 
-def _receive_message(router: "zmq.Socket[bytes]") -> list[memoryview] | None:
-    """The next message without its routing id; [] for junk, None when nothing is there."""
+def _receive_message(router: "zmq.Socket[bytes]") -> tuple[zmq.Frame, list[memoryview]] | None:
+    """The routing id and the frames of the next message, none of them for junk; None when nothing is there."""
     try:
-        frame = router.recv(zmq.NOBLOCK, copy=False)
+        routing = frame = router.recv(zmq.NOBLOCK, copy=False)
     except zmq.Again:
         return None
     frames: list[memoryview] = []
@@ -337,7 +504,7 @@ def _receive_message(router: "zmq.Socket[bytes]") -> list[memoryview] | None:
         count += 1
         if count <= FRAMES_MAX:
             frames.append(frame.buffer.toreadonly())
-    return frames if count <= FRAMES_MAX else []
+    return routing, frames if count <= FRAMES_MAX else []
 
 
 def _check_address(address: str) -> None:
@@ -348,6 +515,30 @@ def _check_address(address: str) -> None:
     """
     if not _ADDRESS.fullmatch(address) or (address.startswith("tcp://") and int(address.rpartition(":")[2]) > PORT_MAX):
         raise OSError(errno.EINVAL, "expected tcp://HOST:PORT or ipc://PATH")
+
+
+def _name_of(address: str) -> tuple[str, str] | None:
+    """Host and port where the host is a name; None for numbers, `*` and paths."""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    if not address.startswith("tcp://") or host.startswith("[") or host == "*" or _NUMBERS.fullmatch(host):
+        return None
+    return host, port
+
+
+async def _numeric(loop: asyncio.AbstractEventLoop, address: str, choice: int = 0) -> str:
+    """`address` with numbers for a name, the `choice`-th of its addresses, counted in a circle.
+
+    Raises:
+        OSError: the name cannot be resolved.
+    """
+    name = _name_of(address)
+    if name is None:
+        return address
+    found = sorted(
+        {str(info[4][0]) for info in await loop.getaddrinfo(*name, type=socket.SOCK_STREAM)}, key=lambda a: (":" in a, a)
+    )
+    host = found[choice % len(found)]
+    return f"tcp://[{host}]:{name[1]}" if ":" in host else f"tcp://{host}:{name[1]}"
 
 
 def _refuse_taken_path(address: str) -> None:

@@ -101,9 +101,12 @@ def test_the_contract_is_understood(tmp_path: Path) -> None:
         (
             "[links]",
             '[security]\nkey_file = "node.key"\n[links]',
-            ":16: security: ",
-            "encryption is not available in this version",
+            ":16: security.allow: ",
+            "missing; add `allow = ...`",
         ),
+        ("tcp://127.0.0.1:7801", "tcp://::1:7801", ":6: node.peers: ", "an IPv6 address in brackets"),
+        ("tcp://127.0.0.1:7701", "tcp://10.0.0.1:7701", ":7: node.local: ", "publishers run on the node's own machine"),
+        ('http = "127.0.0.1:7901"', 'http = "0.0.0.0:7901"\nhttp_public = 1', ":9: node.http_public: ", "true or false"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_place(tmp_path: Path, old: str, new: str, place: str, complaint: str) -> None:
@@ -157,3 +160,26 @@ def test_a_mistake_in_the_environment_names_the_variable(
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=complaint):
         load_config(write(tmp_path, GOOD))
+
+
+SECURE = GOOD.replace("[links]", '[security]\nkey_file = "keys/node.key"\nallow = "/etc/ekko/allowed"\n[links]')
+
+
+def test_beyond_loopback_takes_keys(tmp_path: Path) -> None:
+    text = SECURE.replace('"tcp://127.0.0.1:7801"', '"tcp://[::]:7801"\nadvertise = "tcp://eu-1.example:7801"')
+    config = load_config(write(tmp_path, text.replace("tcp://127.0.0.1:7800", "tcp://10.0.0.1:7800")))
+    assert config.security is not None
+    assert config.security.key_file == tmp_path / "keys/node.key"
+    assert config.security.allow == Path("/etc/ekko/allowed")
+    assert config.node.advertise == "tcp://eu-1.example:7801"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "*"])
+def test_what_nobody_can_dial_is_not_advertised(tmp_path: Path, host: str) -> None:
+    with pytest.raises(ConfigError, match=r"node\.peers: nobody can dial host .*set advertise"):
+        load_config(write(tmp_path, SECURE.replace("tcp://127.0.0.1:7801", f"tcp://{host}:7801")))
+
+
+def test_http_beyond_loopback_is_asked_for(tmp_path: Path) -> None:
+    public = GOOD.replace('http = "127.0.0.1:7901"', 'http = "0.0.0.0:7901"\nhttp_public = true')
+    assert load_config(write(tmp_path, public)).http_address == ("0.0.0.0", 7901)

@@ -18,7 +18,7 @@ import zmq
 
 from p2p import wire
 from p2p.errors import LocalProtocolError
-from p2p.transport import FRAMES_MAX, Transport
+from p2p.transport import FRAMES_MAX, Origin, Transport
 from p2p.transport import shared as shared_module
 from p2p.transport import zmq as zmq_module
 from p2p.transport.memory import MemoryNetwork, MemoryTransport
@@ -35,8 +35,10 @@ class Inbox:
     transport: End
     messages: list[list[bytes]] = field(default_factory=list)
     arrived_s: list[float] = field(default_factory=list)
+    origins: set[Origin] = field(default_factory=set)
 
-    def receive(self, frames: list[memoryview]) -> None:
+    def receive(self, frames: list[memoryview], origin: Origin) -> None:
+        self.origins.add(origin)
         self.messages.append([bytes(frame) for frame in frames])
         self.arrived_s.append(time.monotonic())
 
@@ -168,7 +170,7 @@ async def test_large_columns_cross_unchanged_and_read_only(bench: Bench) -> None
     a = await bench.open()
     received: list[list[memoryview]] = []
     b = bench.make()
-    await b.start(received.append)
+    await b.start(lambda frames, _: received.append(frames))
     try:
         keys = np.arange(1_000, dtype=np.uint64)
         rows = np.random.default_rng(0).standard_normal((1_000, 1_000), dtype=np.float32)
@@ -192,8 +194,8 @@ def test_large_frames_are_handed_over_without_a_copy() -> None:
         network = MemoryNetwork()
         a, b = MemoryTransport(network), MemoryTransport(network)
         received: list[list[memoryview]] = []
-        await a.start(received.append)
-        await b.start(received.append)
+        await a.start(lambda frames, _: received.append(frames))
+        await b.start(lambda frames, _: received.append(frames))
         rows = np.arange(1_000_000, dtype=np.float32)
         assert a.send(b.address, [rows.data])
         await until(lambda: received)
@@ -368,7 +370,7 @@ async def test_taken_address_is_one_clear_line(bench: Bench) -> None:
     a = await bench.open()
     second = bench.make(a.address)
     with pytest.raises(OSError, match="already in use") as caught:
-        await second.start(lambda _: None)
+        await second.start(lambda *_: None)
     assert caught.value.errno == errno.EADDRINUSE
     assert a.address in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -384,11 +386,11 @@ def test_malformed_address_is_one_clear_line(address: str) -> None:
     async def main() -> None:
         transport = ZmqTransport(address)
         with pytest.raises(OSError, match="cannot listen on") as caught:
-            await transport.start(lambda _: None)
+            await transport.start(lambda *_: None)
         assert "\n" not in str(caught.value)
 
         sender = ZmqTransport("tcp://127.0.0.1:0")
-        await sender.start(lambda _: None)
+        await sender.start(lambda *_: None)
         sender.set_delay(address, 0.1)
         assert not sender.send(address, [b"x"])
         assert not sender.connected(address)
@@ -434,7 +436,7 @@ async def test_flood_starves_neither_timers_nor_other_callbacks(bench: Bench) ->
     b = bench.make()
     handled = 0
 
-    def receive_slowly(frames: list[memoryview]) -> None:
+    def receive_slowly(*_: object) -> None:
         nonlocal handled
         handled += 1
         stop = time.perf_counter() + 0.0005
@@ -475,7 +477,7 @@ async def test_receiver_that_raises_loses_only_that_message(bench: Bench) -> Non
     b = bench.make()
     got: list[bytes] = []
 
-    def receive(frames: list[memoryview]) -> None:
+    def receive(frames: list[memoryview], _: Origin) -> None:
         got.append(bytes(frames[0]))
         if got[-1] == b"bad":
             raise ValueError("planned")
