@@ -23,6 +23,7 @@ import ekko
 from ekko.endpoint import CLIENT_QUEUE_MAX, REQUESTS_PER_TURN_MAX, LocalEndpoint
 from ekko.errors import ConfigError, EkkoError, ModelError, NodeUnreachable, PublishError
 from ekko.local import (
+    COPY_BYTES_MAX,
     REOPEN,
     Answer,
     Connection,
@@ -158,6 +159,16 @@ def test_a_step_is_one_batch_under_one_stamp(node: ScriptedNode, publisher: Publ
     assert len(dense) == 3
     np.testing.assert_array_equal(np.concatenate(dense)[:600], tensor.reshape(-1))
     assert [(t.name, t.shape, t.dtype) for t in node.steps[0].tensors] == [("top.0.weight", (2, 300), "float32")]
+
+
+@pytest.mark.parametrize("count", [10, COPY_BYTES_MAX // 16 + 1], ids=["copied", "handed over"])
+def test_arrays_are_the_callers_again_when_publish_returns(node: ScriptedNode, publisher: Publisher, count: int) -> None:
+    keys, rows = np.arange(count, dtype=np.uint64), np.ones((count, 4), F32)
+    publisher.publish("item", keys, rows)
+    keys[:], rows[:] = 0, 2
+    column = node.steps[0].columns[0]
+    assert np.array_equal(column.keys, np.arange(count))
+    assert (column.rows.view(F32) == 1).all()
 
 
 def test_an_exception_inside_a_step_publishes_nothing(node: ScriptedNode, publisher: Publisher) -> None:
