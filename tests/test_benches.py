@@ -26,6 +26,7 @@ KEYS = {
         "vs_nats",
     },
     "latency": {"p50_ms", "p99_ms", "wan_excess_p99_ms"},
+    "sync-cost": {"ratio_10m_to_1m", "vs_scan", "metadata_bytes_per_row", "memory_bytes_per_row"},
 }
 
 

@@ -35,6 +35,8 @@ I64 = NDArray[np.int64]
 WINDOW_MIN = 1 << 12
 WINDOW_START = 1 << 16
 WINDOW_MAX = 1 << 20
+# A ring begins this long and doubles: a simulation has thousands of tables of a few rows.
+RING_START = 1 << 8
 # After so many answers the window is chosen anew, as this many times the furthest that any of them had to look back.
 ADAPT_REQUESTS = 32
 ADAPT_HEADROOM = 4
@@ -234,7 +236,7 @@ class RecentRows:
 
     def __init__(self, shards: int) -> None:
         self._shards = shards
-        self._ring = np.zeros((WINDOW_MIN, 2), np.uint64)
+        self._ring = np.zeros((min(RING_START, WINDOW_MIN), 2), np.uint64)
         # Sparse where nothing was written: a writer's shards lie together.
         self._dvv = np.zeros((WRITERS_MAX, shards), np.uint64)
         self._thresholds = np.zeros(WRITERS_MAX, np.uint64)
