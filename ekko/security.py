@@ -9,6 +9,7 @@ out and reported; a folder or a key file that cannot be read at all leaves thing
 import os
 import re
 import stat
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +182,7 @@ def _read_key(path: Path, word: str) -> str:
         raise ConfigError(f"{path}: expected one line `{word} ...`, as `ekko keygen` writes it")
     try:
         z85.decode(match[2].encode())
-    except ValueError:
+    except (ValueError, LookupError, struct.error):  # a wrong length, letter, or number: one kind of mistake to us
         raise ConfigError(f"{path}: not a key: make one with `ekko keygen`") from None
     return match[2]
 
