@@ -62,7 +62,8 @@ class Gossip:
             self._beat(now)
         elif self._news_ms is not None and now.monotonic_ms >= self._news_ms:
             news = m.MemberNews((self._core.own_record(), *self._take_news()))
-            for node in self._core.membership.targets(now.monotonic_ms):
+            targets = self._core.membership.targets(now.monotonic_ms, self._core.rng)
+            for node in dict.fromkeys([*targets, *self._introductions.take_admitted()]):
                 self._send(node, news)
 
     def note_heard(self) -> None:
@@ -89,7 +90,7 @@ class Gossip:
             core.emit(m.Forget(record.address))
         register.beat()
         beat = self._heartbeat(now)
-        for node in register.targets(now.monotonic_ms):
+        for node in register.targets(now.monotonic_ms, core.rng):
             self._send(node, beat)
         # Both sides of a split suspect each other: somebody has to call.
         suspects = register.suspects()

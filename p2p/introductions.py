@@ -30,6 +30,7 @@ class Introductions:
         self._core = core
         self._pull = pull
         self.introduced = False  # somebody of the cluster has answered us
+        self._admitted: dict[m.NodeId, None] = {}  # by us, just now: they know only who was here before them
 
     # --- hello
 
@@ -63,6 +64,7 @@ class Introductions:
         link = self._link_to(member)
         self.learn((member, *hello.members), now)
         if hello.answer_wanted:
+            self._admitted[member.node] = None
             self.say_hello(member.address, member.boot, answer_wanted=False, now=now)
         for keyspace in core.keyspaces.values():
             if not keyspace.synced and member.role in membership.HOLDER_ROLES:
@@ -92,6 +94,11 @@ class Introductions:
             core.writers.check(writer.keyspace, writer.writer, writer.nonce)
         self.adopt_schema(hello.schema, None, now)  # all of it or nothing; the last that can be refused
         core.writers.adopt_cluster(hello.cluster)
+
+    def take_admitted(self) -> list[m.NodeId]:
+        """Whom we admitted since the last call."""
+        admitted, self._admitted = list(self._admitted), {}
+        return admitted
 
     def on_refusal(self, envelope: m.Envelope, refusal: m.Refusal) -> None:
         """Somebody does not let us in."""

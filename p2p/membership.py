@@ -11,12 +11,14 @@ A life of a node is named by a random *boot* nonce, and lives are ordered by `bo
 first still answers is a configuration error of the operator, and the newcomer is the one who is refused.
 
 Whom to gossip with. All nodes order the living by a hash into a ring, and one more ring a region; a node's *fingers* are those
-1, 2, 4, 8 ... places behind it. Each beat takes the next few fingers of both rings, round robin. So everybody sends and is
-sent the same number of messages, a node talks to O(log n) others in its life, news doubles its holders each beat, and every
-pair of neighbours, within a region and across regions, is compared within a few beats. Random picks (rejected) leave some node
-unheard each round, and end in a full mesh of connections.
+1, 2, 4, 8 ... places behind it. Each beat goes to the next one of the whole ring and to a few fingers drawn from both rings. So
+everybody is sent as many messages as it sends, a node talks to O(log n) others in its life, news doubles its holders with each
+step, and any two neighbours, within a region and across regions, are compared within a few beats. Rejected: picks among all
+members, which end in a full mesh of connections; and fingers in turn, whose regular beat left some pairs twice as long without
+news of each other as others.
 """
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -37,7 +39,7 @@ FANOUT = 4
 COUNTERS_MAX = 64
 # How long a peer of a former life, of which nothing is known yet, may be silent. In a small cluster a member whose counter
 # stops is suspected within it, too.
-SILENCE_MS_MAX = 7_000
+SILENCE_MS_MAX = 6_000
 # A member that has been silent this long is no longer called; it has to call us.
 FORGET_MS = 600_000
 MEMBERS_MAX = 4_096
@@ -128,13 +130,15 @@ class Membership:
         view = self._see(now_ms)
         return tuple(dict.fromkeys([*view.near, *view.far]))
 
-    def targets(self, now_ms: int) -> tuple[NodeId, ...]:
-        """Whom to send this beat's heartbeat."""
+    def targets(self, now_ms: int, rng: random.Random) -> tuple[NodeId, ...]:
+        """Whom to send a heartbeat, or news: some fingers of both rings, and always the first of the whole ring.
+
+        That one closes the circle, so that news which everybody passes on once reaches everybody.
+        """
         view = self._see(now_ms)
-        beat, half = self.own.heartbeat, FANOUT // 2
-        near = _take(view.near, beat * half, half)
-        far = _take(view.far, beat * half, len(view.far))
-        return tuple(dict.fromkeys([*near, *far]))[:FANOUT]
+        near = rng.sample(view.near, min(FANOUT // 2, len(view.near)))
+        far = rng.sample(view.far[1:], max(0, len(view.far) - 1))
+        return tuple(dict.fromkeys([*view.far[:1], *near, *far]))[:FANOUT]
 
     def _see(self, now_ms: int) -> _View:
         self.suspicion.assess(now_ms)
@@ -352,8 +356,3 @@ def fingers_of(here: int, others: Sequence[tuple[int, NodeId]]) -> tuple[NodeId,
     first = sum(place < here for place, _ in line)
     line = line[first:] + line[:first]
     return tuple(line[(1 << step) - 1][1] for step in range(len(line).bit_length()))
-
-
-def _take(ring: Sequence[NodeId], start: int, count: int) -> list[NodeId]:
-    """The next `count` fingers, round and round, each once."""
-    return [ring[(start + step) % len(ring)] for step in range(min(count, len(ring)))]

@@ -333,14 +333,14 @@ class LocalCluster:
         self.wait_members(timeout_s)
 
     def wait_members(self, timeout_s: float = READY_S_MAX) -> None:
-        """Wait until every running node has a link to every other running node."""
+        """Wait until every running node knows that every other one lives."""
         running = {node.id for node in self.nodes.values() if node.running}
 
-        def all_linked() -> bool:
-            return all(running - {node} <= linked(self.nodes[node].status()) for node in running)
+        def all_known() -> bool:
+            return all(running - {node} <= living(self.nodes[node].status()) for node in running)
 
         try:
-            wait_until(all_linked, "all nodes see each other", timeout_s)
+            wait_until(all_known, "all nodes see each other", timeout_s)
         except TimeoutError as error:
             raise NodeProcessError(str(error)) from None
 
@@ -359,6 +359,6 @@ class LocalCluster:
             node.remove_memory()
 
 
-def linked(status: Mapping[str, Any]) -> set[str]:
-    """From a node's /status: the ids of the peers it has a link to now."""
-    return {peer["node"] for peer in status["peers"] if peer["alive"] and peer["linked"]}
+def living(status: Mapping[str, Any]) -> set[str]:
+    """From a node's /status: the ids of the members that live, as far as it can tell."""
+    return {peer["node"] for peer in status["peers"] if peer["alive"]}
