@@ -16,7 +16,7 @@ import ekko
 from benchmarks.common import MODEL, TABLE, Figure
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec
 
-TARGETS = {"p50_ms": "<= 3", "p99_ms": "<= 15", "wan_excess_p99_ms": "<= 15"}
+TARGETS = {"p50_ms": "<= 3", "p99_ms": "<= 15", "wan_excess_p99_ms": "<= 15", "samples_missing": "<= 0"}
 HOME = "home"
 ONE_WAY_MS = {"us": 40.0, "ap": 90.0}
 DELAYS_MS = {f"{HOME}/{region}": delay for region, delay in ONE_WAY_MS.items()} | {"us/ap": 60.0}
@@ -50,7 +50,9 @@ def run(quick: bool) -> dict[str, Figure]:
         # How late this machine woke the publisher, which asked for nothing but to be woken: its noise, not ours.
         "late_wakeup_p99_ms": _percentile(near_late, 99),
         "wan_late_wakeup_p99_ms": _percentile(far_late, 99),
-        "samples": int(near_all.size + far_all.size),
+        "samples": near_all.size + far_all.size,
+        # A batch that reached a node by repair has no sample there, and must not flatter the others.
+        "samples_missing": 2 * near_late.size * (len(NODES) - 1) - near_all.size - far_all.size,
         "nodes": [
             {
                 "node": node,
@@ -82,7 +84,6 @@ def _measure(delays_ms: dict[str, float], quick: bool) -> tuple[dict[str, F64], 
         excess = {}
         for node in serving:
             _, delays = _delays(node, before[node.id])
-            assert delays.size == batches, f"{node.id} has {delays.size} samples of {batches} batches"
             one_way_ms = ONE_WAY_MS.get(node.spec.region, 0.0) if delays_ms else 0.0
             excess[node.id] = delays - one_way_ms
     return excess, late_ms
