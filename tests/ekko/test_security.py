@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import ekko
+from benchmarks import flood
 from ekko.errors import ConfigError
 from ekko.security import KEYS_MAX, NodeKeys, generate, owner_of, read_public, read_secret
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
@@ -208,10 +209,7 @@ def test_nodes_with_keys_replace_them_and_cut_one_off_while_they_run(tmp_path: P
             for name in ("t", "s1"):
                 (nodes[name].folder / "allow" / "s2.pub").unlink()
             wait_until(
-                lambda: (
-                    all(peer["linked"] is not None for peer in nodes["t"].status()["peers"])
-                    and all('"removed": ["s2.pub"]' in nodes[name].log_path.read_text() for name in ("t", "s1"))
-                ),
+                lambda: all('"removed": ["s2.pub"]' in nodes[name].log_path.read_text() for name in ("t", "s1")),
                 "the key is gone",
                 CUT_OFF_S_MAX,
             )
@@ -227,3 +225,13 @@ def test_nodes_with_keys_replace_them_and_cut_one_off_while_they_run(tmp_path: P
             lost.close()
         out = json.loads(json.dumps(nodes["out"].status()))
         assert not [peer for peer in out.get("peers", []) if peer["linked"]]
+
+
+@pytest.mark.processes
+def test_random_bytes_cost_little() -> None:
+    figures = flood.measure(24, calm_s=1.0)
+    assert figures["rss_growth_mb"] <= 64
+    assert figures["connections"] >= 10
+    assert figures["batches_during"] > 5
+    # The 3 x of a quiet machine (`python -m benchmarks.flood`), with room for a busy one.
+    assert figures["p99_during_ms"] <= 3 * figures["p99_before_ms"] + 50
