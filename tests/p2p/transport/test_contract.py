@@ -23,7 +23,7 @@ from p2p.transport import shared as shared_module
 from p2p.transport import zmq as zmq_module
 from p2p.transport.memory import MemoryNetwork, MemoryTransport
 from p2p.transport.shared import FRAME_BYTES_MAX, TransportCounters
-from p2p.transport.zmq import ZmqTransport
+from p2p.transport.zmq import COPY_BYTES_MAX, ZmqTransport, _sendable
 
 End = MemoryTransport | ZmqTransport
 
@@ -204,6 +204,32 @@ def test_large_frames_are_handed_over_without_a_copy() -> None:
         await b.close()
 
     asyncio.run(main())
+
+
+@every_transport
+async def test_what_arrived_can_be_forwarded_and_arrives_unchanged(bench: Bench) -> None:
+    origin, second, third = [await bench.open() for _ in range(3)]
+    relay, held = bench.make(), list[list[memoryview]]()
+    await relay.start(lambda frames, _: held.append(frames))
+    bench._stack.push_async_callback(relay.close)
+    for receiver in (second, third):
+        await connect(Inbox(relay), receiver)
+    await until(lambda: origin.transport.send(relay.address, [b"hello"]))
+    sent = [b"header", bytes(range(256)) * 1_000, b"x" * (COPY_BYTES_MAX - 1)]
+    await until(lambda: origin.transport.send(relay.address, sent) and len(held) > 1)
+    for receiver in (second, third):
+        assert relay.send(receiver.address, held[-1])
+        assert relay.send(receiver.address, [held[-1][1][8:]])  # a part of a frame is not the frame
+    await until(lambda: len(second.messages) == len(third.messages) == 2)
+    for receiver in (second, third):
+        assert receiver.messages == [sent, [sent[1][8:]]]
+
+
+def test_a_frame_that_came_from_zmq_goes_on_as_it_is() -> None:
+    large, small = zmq.Frame(bytes(COPY_BYTES_MAX)), zmq.Frame(b"small")
+    assert _sendable(large.buffer.toreadonly()) is large
+    assert _sendable(large.buffer[1:]) is not large
+    assert _sendable(small.buffer) is not small  # copying it is cheaper
 
 
 @every_transport
