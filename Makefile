@@ -3,7 +3,7 @@
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench
+.PHONY: help setup demo test check bench soak
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
@@ -22,3 +22,6 @@ check: ## lint, types and import contracts
 
 bench: ## one benchmark: make bench ARGS="NAME [--json OUT] [--quick]"
 	@scripts/bench $(ARGS)
+
+soak: ## a thousand seeds of faults in virtual time: make soak ARGS="0:1000"
+	@scripts/soak $(ARGS)

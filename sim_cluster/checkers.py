@@ -106,7 +106,7 @@ class Watch:
         self._marks: dict[str, tuple[int, ...]] = {}  # what a node had done when it was last read
 
     def check(self) -> str:
-        """Invariants 1, 3, 6 and 8 on every node that changed, and what the cluster found by itself (10)."""
+        """Invariants 1, 3 and 6 on every node that changed, and what the cluster found by itself (8)."""
         if self._cluster.violations:
             return self._cluster.violations[0]
         self._take_up_history()
@@ -119,7 +119,7 @@ class Watch:
         return ""
 
     def check_queues(self) -> str:
-        """Invariant 7: every queue is within its bound."""
+        """Invariant 5: every queue is within its bound."""
         for node in self._cluster.nodes.values():
             if node.machine is None:
                 continue
@@ -130,7 +130,7 @@ class Watch:
         return ""
 
     def check_converged(self) -> str:
-        """Invariants 2 and 8, at rest: all live nodes hold the same, and of every row the newest acknowledged version."""
+        """Invariants 2 and 6, at rest: all live nodes hold the same, and of every row the newest acknowledged version."""
         problem = self.check()
         live = [node for node in self._cluster.nodes.values() if node.machine is not None]
         for model, name in self._tables if not problem else ():
@@ -233,7 +233,7 @@ class Watch:
         )
 
     def _wrong_row(self, node: VirtualNode, place: tuple[str, str], held: _Held) -> str:
-        """Invariant 8, and values: who holds the newest version holds what was written, a tombstone if it was a delete."""
+        """Invariant 6, and values: who holds the newest version holds what was written, a tombstone if it was a delete."""
         columns = self._columns_of(place)
         numbers = np.flatnonzero(columns.newest >= 0)
         newest = columns.newest[numbers]
@@ -272,10 +272,20 @@ class Watch:
             held.unknown = int((~known).sum())
         return held
 
-    def _behind(self, node: VirtualNode, place: tuple[str, str], held: _Held) -> str:
+    def missed(self) -> int:
+        """Rows that live nodes lack in their newest acknowledged version, over all nodes."""
+        self._take_up_history()
+        live = [node for node in self._cluster.nodes.values() if node.machine is not None]
+        return sum(len(self._rows_behind(place, self._read_node(node, *place))) for place in self._tables for node in live)
+
+    def _rows_behind(self, place: tuple[str, str], held: _Held) -> I64:
         columns = self._columns_of(place)
         numbers = np.flatnonzero(columns.newest >= 0)
-        behind = numbers[held.stamps[numbers] < columns.stamps[columns.newest[numbers]]]
+        behind: I64 = numbers[held.stamps[numbers] < columns.stamps[columns.newest[numbers]]]
+        return behind
+
+    def _behind(self, node: VirtualNode, place: tuple[str, str], held: _Held) -> str:
+        behind, columns = self._rows_behind(place, held), self._columns_of(place)
         if not len(behind):
             return ""
         key, newest = self._tables[place].keys[behind[0]], columns.stamps[columns.newest[behind[0]]]

@@ -3,9 +3,11 @@
 from unittest import mock
 
 from ekko.model import ModelSpec
-from p2p import outbox, push, wire
+from p2p import gossip, outbox, push, wire
+from p2p.messages import Batch, Now
+from p2p.stamps import unix_ms_of
 from sim_cluster.checkers import Watch, check_converged, check_knowledge, contents
-from sim_cluster.virtual import NetworkOptions, VirtualCluster, address_of
+from sim_cluster.virtual import Meter, NetworkOptions, VirtualCluster, address_of
 
 CALM = NetworkOptions()
 FAULTS = NetworkOptions(1, 30, 40, loss_probability=0.1, repeat_probability=0.1, reorder_probability=0.2)
@@ -127,3 +129,81 @@ def a_writer_returns_without_its_memory(seed: int) -> None:
     cluster.run(1_000)
     cluster.cut = set()
     at_rest(cluster)
+
+
+def origin_dies_between_two_messages(seed: int) -> None:
+    """One message of its last step reached one region and is claimed there; nothing but the vectors differs (R9)."""
+    cluster = form(seed)
+    cluster.run(5_000)
+    forward, calls = push.Push._forward, []
+
+    def only_the_first(self: push.Push, batch: Batch, hops: int, now: Now) -> None:
+        if hops or not calls:
+            calls.append(batch.stamp)
+            forward(self, batch, hops, now)
+
+    cluster.cut |= {("t1", name) for name in REGIONS["us"]}
+    with mock.patch.object(wire, "BATCH_BYTES_MAX", 60), mock.patch.object(push.Push, "_forward", only_the_first):
+        cluster.publish("t1", "item", range(30), 1.0)
+        cluster.run(12)
+        cluster.crash("t1")
+    cluster.run(20_000)
+    live = [contents(node.store, "ctr") for node in cluster.nodes.values() if node.machine is not None]
+    assert any(live), "the scenario did not leave anything"
+    assert all(one == live[0] for one in live), f"seed {seed}: nodes stay apart"
+
+
+def a_clock_runs_ahead(seed: int) -> None:
+    """What a trainer with a wrong clock writes is refused and moves nobody's rows, knowledge or clock (R14, R17)."""
+    cluster = form(seed)
+    cluster.add("t2", "ap", "train", ["t1"])
+    cluster.run(8_000)
+    assert cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(1_000)
+    cluster.shift_clock("t1", 600_000)
+    assert not cluster.publish("t1", "item", [1, 2], 2.0), "it writes although its peers say that its clock is wrong"
+    with mock.patch.object(gossip.Gossip, "check_clock"):
+        assert cluster.publish("t1", "item", [1, 2], 2.0)
+    cluster.run(1_000)
+    assert cluster.violations == []
+    assert cluster.nodes["t2"].rejected, "the scenario was refused by nobody"
+    cluster.crash("t1")
+    cluster.history = cluster.history[:1]
+    stamps: list[int] = []
+    assert cluster.run_until(lambda: bool(stamps.append(cluster.publish("t2", "item", [3], 3.0)) or stamps[-1]))
+    assert unix_ms_of(stamps[-1]) <= cluster.now().unix_ms, f"seed {seed}: a clock follows the wrong one"
+    at_rest(cluster)
+
+
+def a_clock_goes_back(seed: int) -> None:
+    """A trainer restarts with its memory under a clock that was set back; its later steps still win."""
+    cluster = form(seed)
+    cluster.run(5_000)
+    first = cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(500)
+    cluster.crash("t1")
+    cluster.shift_clock("t1", -15_000)
+    cluster.restart("t1")
+    cluster.run(3_000)
+    assert cluster.publish("t1", "item", [1], 2.0) > first, f"seed {seed}: a later step has an earlier stamp"
+    at_rest(cluster)
+
+
+def nothing_goes_wrong(seed: int) -> None:
+    """Invariant 10: each batch enters a region once and a node once; and a shard's batches always enter at one node (R1)."""
+    cluster = VirtualCluster(seed, NetworkOptions(region_delay_ms=30))
+    cluster.add("t1", "train", "train")
+    for number in range(12):
+        cluster.add(f"n{number}", f"region-{number % 2}", seeds=["t1"])
+    cluster.run(5_000)
+    meter = cluster.meter = Meter()
+    for step in range(20):
+        cluster.publish("t1", "item", range(step, step + 30), float(step))
+        cluster.run(100)
+    at_rest(cluster)
+    twice = [place for place, times in meter.into_region.items() if times > 1]
+    assert not twice, f"seed {seed}: entered a region twice: {twice[:3]}"
+    repeats = [node.name for node in cluster.nodes.values() if node.machine and node.machine.counters.batches_repeated]
+    assert not repeats, f"seed {seed}: batches came twice to {repeats}"
+    paths = {shard: nodes for shard, nodes in meter.entries.items() if len(nodes) > 1}
+    assert not paths, f"seed {seed}: a shard enters a region on several paths: {paths}"

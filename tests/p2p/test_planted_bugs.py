@@ -1,20 +1,27 @@
 """Each rule is switched off on purpose; the simulator must notice. A check that cannot fail is no check."""
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from p2p import knowledge, outbox, pull
+from p2p import knowledge, outbox, pull, push, trees
 from p2p.core import Keyspace
 from p2p.links import Arrival
 from p2p.machine import Machine
 from p2p.messages import PullReply
+from p2p.stamps import StampClock
 from p2p.writers import WriterBook
 from tests.p2p.chaos import (
+    a_clock_goes_back,
+    a_clock_runs_ahead,
     a_writer_returns_without_its_memory,
     chaos,
+    nothing_goes_wrong,
+    origin_dies_between_two_messages,
     origin_dies_in_mid_push,
     writing_goes_on_while_a_node_joins,
 )
@@ -113,6 +120,114 @@ def lost_memory_keeps_its_writer_id(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WriterBook, "grant", grant)
 
 
+def vectors_are_not_compared(patch: pytest.MonkeyPatch) -> None:
+    """R9: digests leave out the vector."""
+    patch.setattr(knowledge.Knowledge, "digest", lambda _self: 0)
+
+
+def a_future_stamp_moves_the_clock(patch: pytest.MonkeyPatch) -> None:
+    """R14: a batch's stamp is observed before it is looked at."""
+    original = push.Push.receive
+
+    def receive(self: Any, link: Any, envelope: Any, batch: Any, now: Any) -> bool:
+        self._core.clock.observe(batch.stamp)
+        return original(self, link, envelope, batch, now)
+
+    patch.setattr(push.Push, "receive", receive)
+
+
+def rows_are_applied_before_they_are_checked(patch: pytest.MonkeyPatch) -> None:
+    """R17: a batch's rows are written, then the batch is refused."""
+    original = push.Push.receive
+
+    def receive(self: Any, link: Any, envelope: Any, batch: Any, now: Any) -> bool:
+        self._core.keyspaces[batch.keyspace].replica.apply(batch.columns, batch.stamp)
+        return original(self, link, envelope, batch, now)
+
+    patch.setattr(push.Push, "receive", receive)
+
+
+def a_node_has_two_parents(patch: pytest.MonkeyPatch) -> None:
+    """A node takes on a child of the next one."""
+
+    def children(holders: Any, me: Any, origin: Any, tree: int) -> list[str]:
+        line = trees.order(holders, me.region, origin, tree)
+        if me.node == origin:
+            return original(holders, me, origin, tree)
+        first = line.index(me.node) * trees.TREE_ARITY + 1
+        return line[first : first + trees.TREE_ARITY + 1]
+
+    original = trees.children
+    patch.setattr(trees, "children", children)
+
+
+def a_region_has_two_leaders(patch: pytest.MonkeyPatch) -> None:
+    """The origin sends to the first two of every region."""
+    original = trees.children
+
+    def children(holders: Any, me: Any, origin: Any, tree: int) -> list[str]:
+        if me.node != origin:
+            return original(holders, me, origin, tree)
+        regions = sorted({holder.region for holder in holders})
+        return [node for region in regions for node in trees.order(holders, region, origin, tree)[:2]]
+
+    patch.setattr(trees, "children", children)
+
+
+def a_shard_has_two_trees(patch: pytest.MonkeyPatch) -> None:
+    """R1: which leader a message goes to depends on when it is sent."""
+    original, calls = trees.children, itertools.count()
+
+    def children(holders: Any, me: Any, origin: Any, tree: int) -> list[str]:
+        return original(holders, me, origin, next(calls) // 7 % trees.TREES_MAX if me.node == origin else tree)
+
+    patch.setattr(trees, "children", children)
+
+
+def the_last_chunk_claims_without_its_rows(patch: pytest.MonkeyPatch) -> None:
+    """T1: the vector of an answer is merged before its last rows are applied, and a kill comes between."""
+    original = pull.Pull.on_reply
+
+    def on_reply(self: Any, link: Any, reply: Any, now: Any) -> None:
+        original(self, link, replace(reply, columns=()) if reply.last else reply, now)
+
+    patch.setattr(pull.Pull, "on_reply", on_reply)
+
+
+def answers_leave_out_deletes(patch: pytest.MonkeyPatch) -> None:
+    """Tombstones are not sent in answers to pulls."""
+    original = outbox.next_chunk
+
+    def chunk(stream: Any, keyspace: Keyspace) -> PullReply:
+        made = original(stream, keyspace)
+        alive = [(one, len(one.rows)) for one in made.columns]
+        columns = [replace(one, keys=one.keys[:n], stamps=one.stamps[:n]) for one, n in alive if one.stamps is not None]
+        return replace(made, columns=tuple(columns))
+
+    patch.setattr(outbox, "next_chunk", chunk)
+
+
+def the_clock_forgets_what_it_saw(patch: pytest.MonkeyPatch) -> None:
+    """R14: stamps are minted from the wall clock alone."""
+    patch.setattr(StampClock, "observe", lambda _self, _stamp: None)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        a_clock_goes_back,
+        a_clock_runs_ahead,
+        a_writer_returns_without_its_memory,
+        nothing_goes_wrong,
+        origin_dies_between_two_messages,
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_the_scenarios_pass_as_they_are(scenario: Callable[[int], None]) -> None:
+    for seed in range(2):
+        scenario(seed)
+
+
 @pytest.mark.parametrize(
     ("plant", "scenario"),
     [
@@ -124,6 +239,15 @@ def lost_memory_keeps_its_writer_id(patch: pytest.MonkeyPatch) -> None:
         (vector_is_read_after_the_rows, writing_goes_on_while_a_node_joins),
         (chunks_may_be_missing, chaos),
         (lost_memory_keeps_its_writer_id, a_writer_returns_without_its_memory),
+        (vectors_are_not_compared, origin_dies_between_two_messages),
+        (a_future_stamp_moves_the_clock, a_clock_runs_ahead),
+        (rows_are_applied_before_they_are_checked, a_clock_runs_ahead),
+        (a_node_has_two_parents, nothing_goes_wrong),
+        (a_region_has_two_leaders, nothing_goes_wrong),
+        (a_shard_has_two_trees, nothing_goes_wrong),
+        (the_last_chunk_claims_without_its_rows, chaos),
+        (answers_leave_out_deletes, chaos),
+        (the_clock_forgets_what_it_saw, a_clock_goes_back),
     ],
     ids=lambda function: function.__name__,
 )

@@ -1,0 +1,130 @@
+"""`scale`: 10, 100 and 1,000 nodes in six regions, in virtual time: what the trees cost, what they miss, and who carries it.
+
+One publisher, 10 batches a second of 100 rows, 60 virtual seconds; once without loss, once with 1 % of all messages lost.
+"""
+
+import random
+import sys
+import time
+from dataclasses import dataclass
+
+from ekko.model import ModelSpec, TableSpec
+from sim_cluster.checkers import Watch
+from sim_cluster.network import NetworkOptions
+from sim_cluster.virtual import Meter, VirtualCluster
+
+TARGETS = {
+    "redundancy_max": "<= 0.05",
+    "redundancy_loss_1pct_max": "<= 0.2",
+    "missed": "<= 0",
+    "region_bytes_ratio_max": "<= 1.05",
+    "busiest_to_mean_max": "<= 2",
+}
+SIZES = (10, 100, 1_000)
+SIZES_QUICK = (10, 20)
+REGIONS = 6
+BATCH_EVERY_MS = 100
+ROWS = 100
+KEYS = 20_000
+SECONDS, SECONDS_QUICK = 60, 3
+FORM_MS_MAX = 120_000
+SETTLE_MS_MAX = 30_000
+CALM = NetworkOptions(delay_ms_min=1, delay_ms_max=3, region_delay_ms=40)
+LOSSY = NetworkOptions(delay_ms_min=1, delay_ms_max=3, region_delay_ms=40, loss_probability=0.01)
+TRAINER = "trainer"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run measured."""
+
+    redundancy: float
+    missed: int
+    region_bytes_ratio: float
+    p99_ms: float
+    busiest_to_mean: float
+    depth: int
+    seconds: float
+
+
+def run(quick: bool) -> dict[str, object]:
+    """Every size, without loss and with 1 %."""
+    nodes: dict[str, dict[str, float | int]] = {}
+    for size in SIZES_QUICK if quick else SIZES:
+        seconds = SECONDS_QUICK if quick else SECONDS
+        calm, lossy = one_run(size, seconds, CALM), one_run(size, seconds, LOSSY)
+        nodes[str(size)] = {
+            "redundancy": calm.redundancy,
+            "redundancy_loss_1pct": lossy.redundancy,
+            "missed": calm.missed + lossy.missed,
+            "region_bytes_ratio": calm.region_bytes_ratio,
+            "p99_ms": calm.p99_ms,
+            "p99_loss_1pct_ms": lossy.p99_ms,
+            "busiest_to_mean": calm.busiest_to_mean,
+            "depth": calm.depth,
+            "seconds": round(calm.seconds, 1),
+            "seconds_loss_1pct": round(lossy.seconds, 1),
+        }
+        print(f"{size} nodes: {nodes[str(size)]}", file=sys.stderr)
+    figures: dict[str, object] = {
+        "redundancy_max": max(one["redundancy"] for one in nodes.values()),
+        "redundancy_loss_1pct_max": max(one["redundancy_loss_1pct"] for one in nodes.values()),
+        "missed": sum(one["missed"] for one in nodes.values()),
+        "region_bytes_ratio_max": max(one["region_bytes_ratio"] for one in nodes.values()),
+        "busiest_to_mean_max": max(one["busiest_to_mean"] for one in nodes.values()),
+    }
+    return figures | {"nodes": nodes}
+
+
+def one_run(size: int, seconds: int, options: NetworkOptions) -> Run:
+    """A cluster of `size` nodes for so many virtual seconds of publishing.
+
+    Raises:
+        RuntimeError: it did not form.
+    """
+    begin = time.perf_counter()
+    cluster = form(size)
+    meter = cluster.meter = Meter()
+    cluster.options = options
+    rng, rows, payload = random.Random(size), 0, 0
+    for step in range(seconds * 1_000 // BATCH_EVERY_MS):
+        keys = rng.sample(range(KEYS), ROWS)
+        cluster.publish(TRAINER, "item", keys, float(step))
+        rows, payload = rows + ROWS, payload + ROWS * (8 + 16 * 4)
+        cluster.run(BATCH_EVERY_MS)
+    cluster.options = CALM
+    watch = Watch(cluster)
+    cluster.run_until(lambda: not watch.missed(), SETTLE_MS_MAX, 1_000)
+    delays = sorted(meter.delays_ms)
+    # The origin's own region has its copy from the start; whatever enters the others is counted once each.
+    regions = len({node.region for node in cluster.nodes.values()}) - 1
+    others = [meter.bytes_sent.get(name, 0) for name in cluster.nodes if name != TRAINER]
+    return Run(
+        meter.rows / (rows * (size - 1)) - 1,
+        watch.missed(),
+        sum(meter.bytes_into.values()) / (payload * regions),
+        float(delays[len(delays) * 99 // 100]),
+        max(others) * len(others) / max(1, sum(others)),
+        meter.hops_max,
+        time.perf_counter() - begin,
+    )
+
+
+def form(size: int) -> VirtualCluster:
+    """A cluster that has met.
+
+    Raises:
+        RuntimeError: it did not form.
+    """
+    cluster = VirtualCluster(size, CALM, ModelSpec("bench", 16, {"item": TableSpec("item", 16)}))
+    cluster.add(TRAINER, "region-0", "train")
+    for number in range(1, size):
+        cluster.add(f"node-{number}", f"region-{number % REGIONS}", seeds=[TRAINER])
+
+    def formed() -> bool:
+        machines = [node.machine for node in cluster.nodes.values() if node.machine is not None]
+        return all(len(machine.status(cluster.now()).peers) == size - 1 for machine in machines)
+
+    if not cluster.run_until(formed, FORM_MS_MAX, 5_000):
+        raise RuntimeError(f"{size} nodes did not meet within {FORM_MS_MAX / 1000:g} virtual seconds")
+    return cluster

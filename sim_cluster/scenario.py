@@ -1,0 +1,286 @@
+"""What a simulated cluster is to be: nodes, links, load and faults, from a TOML file or drawn from a seed.
+
+A scenario names every fault that happens in it, or says `swarm = true`: then each seed draws its own, each kind on or off and
+as strong as chance has it (swarm testing: a run without a kind finds what a run with all of them hides).
+"""
+
+import random
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from ekko.errors import ConfigError
+from sim_cluster.network import LinkOptions, NetworkOptions, pair_of
+
+NODES_MAX: Final = 4_096
+BYTES_PER_MS_OF_MBPS: Final = 125.0
+# Wall clocks this far apart are within what a node takes from its peers (60 s), also after a few jumps.
+CLOCK_MS_MAX: Final = 20_000
+# kind -> what happens to `node`, for as long as the event lasts
+KINDS: Final = {
+    "crash": "its process is killed, and started again with its memory",
+    "lose": "its machine reboots: it starts again without its memory",
+    "pause": "SIGSTOP, SIGCONT",
+    "isolate": "nothing reaches it and nothing leaves it",
+    "deaf": "nothing reaches it",
+    "mute": "nothing leaves it",
+    "clock": "its wall clock is `amount_ms` ahead",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlan:
+    """One node."""
+
+    name: str
+    region: str
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the training node publishes."""
+
+    batches_per_s: float = 10.0
+    rows: int = 20  # of a batch, at most
+    keys: int = 500  # of a table; small ones are written more often
+    deletes: float = 0.05  # fraction of batches that delete
+    models: int = 1
+    shards: int = 8
+
+
+@dataclass(frozen=True, slots=True)
+class FaultEvent:
+    """One fault of a node."""
+
+    at_ms: int
+    kind: str  # of KINDS
+    node: str
+    for_ms: int
+    amount_ms: int = 0
+
+    def __str__(self) -> str:
+        amount = f" by {self.amount_ms} ms" if self.amount_ms else ""
+        return f"{self.at_ms / 1000:7.2f} s  {self.kind} {self.node}{amount} for {self.for_ms / 1000:.2f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Everything that goes wrong in one run."""
+
+    network: NetworkOptions
+    events: tuple[FaultEvent, ...] = ()
+    message_bytes_max: int = 0  # batches and chunks are cut this small; 0: as in production
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A cluster and what happens to it."""
+
+    name: str
+    nodes: tuple[NodePlan, ...]
+    duration_ms: int = 20_000
+    settle_ms: int = 90_000  # at most, from the end of all faults until all nodes are equal
+    check_ms: int = 250
+    workload: Workload = field(default_factory=Workload)
+    network: NetworkOptions = field(default_factory=NetworkOptions)
+    events: tuple[FaultEvent, ...] = ()
+    swarm: bool = False
+
+    @property
+    def trainer(self) -> str:
+        """The node that publishes."""
+        return next(node.name for node in self.nodes if node.role == "train")
+
+    def faults(self, seed: int) -> Faults:
+        """What goes wrong under this seed."""
+        return draw_faults(self, seed) if self.swarm else Faults(self.network, self.events)
+
+
+def draw_faults(scenario: Scenario, seed: int) -> Faults:
+    """Each kind of fault on or off, and as strong as chance has it."""
+    rng = random.Random(f"faults of {seed}")
+
+    def some(probability: float, strongest: float) -> float:
+        return rng.uniform(0, strongest) if rng.random() < probability else 0.0
+
+    base = scenario.network
+    network = NetworkOptions(
+        delay_ms_min=base.delay_ms_min,
+        delay_ms_max=base.delay_ms_max + int(some(0.5, 40)),
+        region_delay_ms=base.region_delay_ms + int(some(0.5, 150)),
+        loss_probability=some(0.5, 0.25),
+        repeat_probability=some(0.5, 0.25),
+        reorder_probability=some(0.5, 0.5),
+        tail_probability=some(0.4, 0.1),
+        tail_ms=rng.uniform(50, 1_500),
+        corrupt_probability=some(0.4, 0.05),
+        rate_bytes_per_ms=rng.choice([0.0, 0.0, 1_000.0, 200.0, 60.0]),
+        links=base.links,
+    )
+    events: list[FaultEvent] = []
+    for kind in KINDS:
+        for _ in range(rng.choice([0, 0, 1, 2, 4])):
+            node = rng.choice(scenario.nodes).name
+            amount_ms = rng.randint(-CLOCK_MS_MAX, CLOCK_MS_MAX) if kind == "clock" else 0
+            at_ms = rng.randrange(scenario.duration_ms)
+            events.append(FaultEvent(at_ms, kind, node, int(rng.expovariate(1 / 3_000)) + 1, amount_ms))
+    events.sort(key=lambda event: (event.at_ms, event.kind, event.node))
+    return Faults(network, tuple(events), rng.choice([0, 0, 300, 1_000]))
+
+
+# --- from a file ------------------------------------------------------------------------------------------------------------
+
+
+def load_scenario(path: Path) -> Scenario:
+    """Read a scenario.
+
+    Raises:
+        ConfigError: the file cannot be read, or something in it is not understood; names it.
+    """
+    try:
+        document = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"scenario {path} cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"scenario {path} is not TOML: {error}") from None
+    try:
+        return _scenario(document, path.stem)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _scenario(document: dict[str, Any], stem: str) -> Scenario:
+    top = _Section("scenario", document.pop("scenario", {}))
+    nodes = _nodes(document.pop("regions", {}))
+    network = _network(_Section("network", document.pop("network", {})), document.pop("links", {}), {n.region for n in nodes})
+    load = _Section("workload", document.pop("workload", {}))
+    workload = Workload(
+        load.number("batches_per_s", 10.0, 0.1, 10_000),
+        load.whole("rows", 20, 1, 100_000),
+        load.whole("keys", 500, 1, 10_000_000),
+        load.number("deletes", 0.05, 0, 1),
+        load.whole("models", 1, 1, 64),
+        load.whole("shards", 8, 1, 65_536),
+    )
+    load.done()
+    duration_ms = int(1000 * top.number("duration_s", 20.0, 0.1, 86_400))
+    events = [_event(item, {node.name for node in nodes}) for item in document.pop("faults", [])]
+    scenario = Scenario(
+        str(top.take("name", stem)),
+        nodes,
+        duration_ms,
+        int(1000 * top.number("settle_s", 90.0, 1, 86_400)),
+        int(1000 * top.number("check_s", 0.25, 0.01, 3_600)),
+        workload,
+        network,
+        tuple(sorted(events, key=lambda event: (event.at_ms, event.kind, event.node))),
+        bool(top.take("swarm", False)),
+    )
+    top.done()
+    if document:
+        raise ConfigError(
+            f"[{next(iter(document))}] is not understood: use scenario, regions, network, links, workload, faults"
+        )
+    if scenario.swarm and scenario.events:
+        raise ConfigError("swarm = true draws its own faults: remove [[faults]], or swarm")
+    return scenario
+
+
+def _nodes(regions: Mapping[str, Any]) -> tuple[NodePlan, ...]:
+    nodes: list[NodePlan] = []
+    for region, counts in regions.items():
+        section = _Section(f"regions.{region}", counts)
+        for role in ("train", "serve"):
+            count = section.whole(role, 0, 0, NODES_MAX)
+            nodes += [NodePlan(f"{region}-{role[0]}{number + 1}", region, role) for number in range(count)]
+        section.done()
+    if sum(node.role == "train" for node in nodes) != 1:
+        raise ConfigError("[regions] must have exactly one node with role train: home = { train = 1 }")
+    if len(nodes) > NODES_MAX:
+        raise ConfigError(f"{len(nodes)} nodes, limit {NODES_MAX}")
+    return tuple(sorted(nodes, key=lambda node: node.role != "train"))
+
+
+def _network(section: "_Section", links: Mapping[str, Any], regions: set[str]) -> NetworkOptions:
+    network = NetworkOptions(
+        delay_ms_min=section.whole("delay_ms_min", 1, 0, 60_000),
+        delay_ms_max=section.whole("delay_ms_max", 5, 0, 60_000),
+        region_delay_ms=section.whole("region_delay_ms", 0, 0, 60_000),
+        loss_probability=section.number("loss", 0.0, 0, 1),
+        repeat_probability=section.number("repeat", 0.0, 0, 1),
+        reorder_probability=section.number("reorder", 0.0, 0, 1),
+        tail_probability=section.number("tail", 0.0, 0, 1),
+        tail_ms=section.number("tail_ms", 500.0, 0, 60_000),
+        corrupt_probability=section.number("corrupt", 0.0, 0, 1),
+        rate_bytes_per_ms=BYTES_PER_MS_OF_MBPS * section.number("rate_mbps", 0.0, 0, 1e6),
+        links={_pair(name, regions): _link(name, values) for name, values in links.items()},
+    )
+    section.done()
+    if network.delay_ms_max < network.delay_ms_min:
+        raise ConfigError("[network].delay_ms_max is below delay_ms_min")
+    return network
+
+
+def _pair(name: str, regions: set[str]) -> str:
+    ends = name.split("/")
+    if len(ends) != 2 or not set(ends) <= regions:
+        raise ConfigError(f'[links] {name!r} is no pair of regions: use "eu/us", of {", ".join(sorted(regions))}')
+    return pair_of(*ends)
+
+
+def _link(name: str, values: Any) -> LinkOptions:
+    section = _Section(f'links."{name}"', values)
+    rate = BYTES_PER_MS_OF_MBPS * section.number("rate_mbps", 0.0, 0, 1e6)
+    link = LinkOptions(section.whole("delay_ms", 0, 0, 60_000), rate, section.number("loss", 0.0, 0, 1))
+    section.done()
+    return link
+
+
+def _event(item: Any, nodes: set[str]) -> FaultEvent:
+    section = _Section("[faults]", item)
+    kind, node = section.take("kind", ""), section.take("node", "")
+    if kind not in KINDS:
+        raise ConfigError(f"[[faults]] kind {kind!r} is not one of {', '.join(KINDS)}")
+    if node not in nodes:
+        raise ConfigError(f"[[faults]] node {node!r} does not exist: nodes are {', '.join(sorted(nodes)[:12])}")
+    event = FaultEvent(
+        int(1000 * section.number("at_s", 0.0, 0, 86_400)),
+        kind,
+        node,
+        max(1, int(1000 * section.number("for_s", 1.0, 0, 86_400))),
+        section.whole("amount_ms", 0, -86_400_000, 86_400_000),
+    )
+    section.done()
+    return event
+
+
+class _Section:
+    """One table of the file; what is not taken is an error, so that a misspelt setting is not ignored."""
+
+    def __init__(self, name: str, values: Any) -> None:
+        if not isinstance(values, dict):
+            raise ConfigError(f"{name}: expected a table, got {values!r}"[:200])
+        self._name = name
+        self._values = dict(values)
+
+    def take(self, key: str, default: Any) -> Any:
+        return self._values.pop(key, default)
+
+    def number(self, key: str, default: float, least: float, most: float) -> float:
+        value = self.take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            raise ConfigError(f"{self._name}.{key} is {value!r}: expected a number from {least:g} to {most:g}")
+        return float(value)
+
+    def whole(self, key: str, default: int, least: int, most: int) -> int:
+        value = self.take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ConfigError(f"{self._name}.{key} is {value!r}: expected a whole number from {least} to {most}")
+        return value
+
+    def done(self) -> None:
+        if self._values:
+            raise ConfigError(f"{self._name}.{next(iter(self._values))} is not understood")

@@ -1,0 +1,129 @@
+"""Scenarios: what a file may say, what a seed draws, that one seed is one trace, and that a failure is found and made small."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ekko.cli import app, register_commands
+from ekko.errors import ConfigError
+from p2p import knowledge
+from sim_cluster.real import check_feasible
+from sim_cluster.scenario import FaultEvent, Faults, draw_faults, load_scenario
+from sim_cluster.swarm import minimise, run_virtual
+
+ROOT = Path(__file__).parent.parent.parent
+SWARM = ROOT / "scenarios/swarm.toml"
+# A handful for every test run; `make soak` runs a thousand.
+SEEDS = range(4)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_swarm_seed(seed: int) -> None:
+    scenario = replace(load_scenario(SWARM), duration_ms=8_000)
+    assert run_virtual(scenario, seed).problem == ""
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "scenarios").glob("*.toml")), ids=lambda path: path.name)
+def test_the_example_scenarios_are_understood(path: Path) -> None:
+    assert load_scenario(path).nodes
+
+
+def test_one_seed_is_one_trace_whatever_the_hash_seed() -> None:
+    script = (
+        "import sys; from dataclasses import replace; from pathlib import Path\n"
+        "from sim_cluster.scenario import load_scenario; from sim_cluster.swarm import run_virtual\n"
+        "print(run_virtual(replace(load_scenario(Path(sys.argv[1])), duration_ms=3000), 3).trace)"
+    )
+    traces = [
+        subprocess.run(
+            [sys.executable, "-c", script, str(SWARM)],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for hash_seed in ("1", "2")
+    ]
+    assert traces[0] == traces[1]
+    assert len(traces[0]) > 60
+
+
+def test_seeds_draw_different_faults() -> None:
+    scenario = load_scenario(SWARM)
+    drawn = [draw_faults(scenario, seed) for seed in range(40)]
+    assert drawn[0] == draw_faults(scenario, 0)
+    assert {event.kind for faults in drawn for event in faults.events} == {
+        "crash",
+        "lose",
+        "pause",
+        "isolate",
+        "deaf",
+        "mute",
+        "clock",
+    }
+    assert 0 < sum(faults.network.loss_probability > 0 for faults in drawn) < 40
+
+
+def test_a_failure_keeps_only_the_faults_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def merge(vector, shards, writer, base, until):  # type: ignore[no-untyped-def]
+        vector[shards, writer] = until
+        return base >= 0
+
+    monkeypatch.setattr(knowledge, "merge_claims", merge)  # R6
+    scenario = replace(load_scenario(SWARM), duration_ms=3_000, settle_ms=5_000)
+    events = tuple(FaultEvent(at, "deaf", "us-s1", 400) for at in (400, 900, 1_400, 1_900))
+    faults = Faults(replace(scenario.network, reorder_probability=0.1), events)
+    assert run_virtual(scenario, 1, faults).problem
+    smaller, runs = minimise(scenario, 1, faults, runs_max=12)
+    assert run_virtual(scenario, 1, smaller).problem
+    assert len(smaller.events) < len(events)
+    assert runs <= 13
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[regions]\neu = { serve = 2 }", "exactly one node with role train"),
+        ("[regions]\neu = { train = 1, server = 2 }", "regions.eu.server is not understood"),
+        ("[regions]\neu = { train = 1 }\n[network]\nloss = 2", "network.loss is 2"),
+        ("[regions]\neu = { train = 1 }\n[links]\n'eu/mars' = { delay_ms = 1 }", "no pair of regions"),
+        ("[regions]\neu = { train = 1 }\n[[faults]]\nkind = 'flood'", "kind 'flood' is not one of"),
+        ("[regions]\neu = { train = 1 }\n[[faults]]\nkind = 'crash'\nnode = 'x'", "node 'x' does not exist"),
+        ("[fault]\nx = 1\n[regions]\neu = { train = 1 }", "[fault] is not understood"),
+        ("regions = [", "is not TOML"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "scenario.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refusal:
+        load_scenario(path)
+    assert complaint in str(refusal.value)
+    assert "\n" not in str(refusal.value).replace("is not TOML", "", 1) or "TOML" in complaint
+
+
+def test_real_processes_refuse_what_they_cannot_do() -> None:
+    with pytest.raises(ConfigError, match="swarm"):
+        check_feasible(load_scenario(SWARM))
+    kills = load_scenario(ROOT / "scenarios/kills.toml")
+    check_feasible(kills)
+    with pytest.raises(ConfigError, match="loss_probability"):
+        check_feasible(replace(kills, network=replace(kills.network, loss_probability=0.1)))
+    with pytest.raises(ConfigError, match="'deaf'"):
+        check_feasible(replace(kills, events=(FaultEvent(0, "deaf", "eu-s1", 10),)))
+
+
+def test_the_command_runs_seeds_and_writes_json(tmp_path: Path) -> None:
+    register_commands()
+    path = tmp_path / "tiny.toml"
+    path.write_text("[scenario]\nduration_s = 1\n[regions]\nhome = { train = 1 }\neu = { serve = 2 }\n[network]\nloss = 0.1")
+    out = tmp_path / "out.json"
+    ran = CliRunner().invoke(app, ["sim", "run", str(path), "--virtual", "--seeds", "0:2", "--json", str(out)])
+    assert ran.exit_code == 0, ran.output
+    assert "2 runs, 0 failed" in ran.output
+    assert '"problem": ""' in out.read_text()
