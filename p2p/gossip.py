@@ -23,8 +23,9 @@ from p2p.stamps import AHEAD_MS_MAX
 
 # A member that left on purpose is called at every so many of our heartbeats.
 CALL_LEFT_BEATS = 4
-# Records that change together, in a restart of many, travel together.
+# Records that change together, in a restart of many, travel together; the more there are, the longer it pays to collect them.
 NEWS_DELAY_MS = 10
+NEWS_MEMBERS = 50
 # A timer this late means that we were not running, and that silence is our own.
 LATE_MS = HEARTBEAT_MS // 2
 # Beats in a row in which nobody of several was heard: then others should not route through us.
@@ -52,7 +53,7 @@ class Gossip:
         if not self._core.membership.news:
             self._news_ms = None
         elif self._news_ms is None:
-            self._news_ms = now.monotonic_ms + NEWS_DELAY_MS
+            self._news_ms = now.monotonic_ms + NEWS_DELAY_MS * (1 + len(self._core.membership.members) // NEWS_MEMBERS)
         return self.beat_ms if self._news_ms is None else min(self.beat_ms, self._news_ms)
 
     def on_timer(self, now: m.Now) -> None:
