@@ -354,21 +354,3 @@ def _check_converged(cluster: VirtualCluster, model: ModelSpec) -> str:
             return f"{node.name} and {reference[0]} differ: {different}"
         reference = (node.name, held)
     return ""
-
-
-class StampWatch:
-    """Invariant 1: a row's stamp never goes down on a node that keeps its memory."""
-
-    def __init__(self) -> None:
-        self._high: dict[tuple[str, int], Contents] = {}
-
-    def check(self, cluster: VirtualCluster) -> str:
-        """Compare every node with what it held at the last check."""
-        for node in cluster.nodes.values():
-            held = contents(node.store, cluster.model.name)
-            before = self._high.get((node.name, id(node.store)), {})
-            for key, (stamp, _) in before.items():
-                if held.get(key, (0, b""))[0] < stamp:
-                    return f"{node.name}: {key} went from {stamp} to {held.get(key)}"
-            self._high[node.name, id(node.store)] = held
-        return ""
