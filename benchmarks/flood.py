@@ -1,13 +1,11 @@
-"""Random bytes thrown at a node's port: what it costs the others. `python -m benchmarks.flood [--mb 1024]`.
+"""Random bytes thrown at a node's port: what it costs the others.
 
 A training and a serving node with keys. Steps are published at a steady pace, first undisturbed, then while a process throws
-random bytes at the serving node's port over one connection after the other. Printed as JSON: growth of the node's resident
+random bytes at the serving node's port over one connection after the other. Figures: growth of the node's resident
 memory, and p99 of publish-to-visible before and during the flood.
 """
 
-import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,8 +17,11 @@ from pathlib import Path
 import numpy as np
 
 import ekko
+from benchmarks.common import Figure
 from ekko.security import generate
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec
+
+TARGETS = {"rss_growth_mb": "<= 64", "p99_ratio": "<= 3"}
 
 STEPS_PER_S = 100
 ROWS = 100
@@ -120,20 +121,12 @@ def measure(megabytes: int, calm_s: float) -> dict[str, float]:
             "rss_growth_mb": round((peak - memory) / (1 << 20), 2),
             "p99_before_ms": round(float(np.percentile(calm.delays_ms, 99)), 3),
             "p99_during_ms": round(float(np.percentile(flooded.delays_ms, 99)), 3),
+            "p99_ratio": round(float(np.percentile(flooded.delays_ms, 99) / np.percentile(calm.delays_ms, 99)), 3),
             "batches_before": len(calm.delays_ms),
             "batches_during": len(flooded.delays_ms),
         }
 
 
-def main() -> None:
-    """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mb", type=int, default=1_024, help="megabytes to throw")
-    parser.add_argument("--calm-s", type=float, default=10.0, help="seconds without a flood, for comparison")
-    options = parser.parse_args()
-    figures = measure(options.mb, options.calm_s)
-    print(json.dumps({"name": "flood", "figures": figures, "environment": {"cpus": os.cpu_count()}}, indent=2))
-
-
-if __name__ == "__main__":
-    main()
+def run(quick: bool) -> dict[str, Figure]:
+    """One gigabyte; the tiny size throws 8 MB."""
+    return dict(measure(8 if quick else 1_024, 1.0 if quick else 10.0))

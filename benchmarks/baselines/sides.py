@@ -85,7 +85,9 @@ class ZmqPublishing:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.XPUB)
         self._socket.set(zmq.XPUB_VERBOSE, 1)  # tells of every subscriber, not of the first alone
-        self._socket.set(zmq.SNDHWM, 2 * WINDOW)  # never reached: PUB drops there
+        # Never reached: PUB drops there. ZeroMQ learns of messages that were read only every half mark, so twice the window is
+        # not enough.
+        self._socket.set(zmq.SNDHWM, 8 * WINDOW)
         self._socket.bind(f"tcp://127.0.0.1:{port}")
 
     def wait_for(self, replicas: int) -> None:
@@ -113,7 +115,7 @@ class ZmqApplying:
         self._shape = batches.blocks.shape[1:]
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
-        self._socket.set(zmq.RCVHWM, 2 * WINDOW)
+        self._socket.set(zmq.RCVHWM, 8 * WINDOW)
         self._socket.subscribe(b"")
         self._socket.connect(f"tcp://127.0.0.1:{port}")
 

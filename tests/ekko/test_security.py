@@ -233,5 +233,5 @@ def test_random_bytes_cost_little() -> None:
     assert figures["rss_growth_mb"] <= 64
     assert figures["connections"] >= 10
     assert figures["batches_during"] > 5
-    # The 3 x of a quiet machine (`python -m benchmarks.flood`), with room for a busy one.
+    # The 3 x of a quiet machine (`scripts/bench flood`), with room for a busy one.
     assert figures["p99_during_ms"] <= 3 * figures["p99_before_ms"] + 50
