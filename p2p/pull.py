@@ -23,15 +23,15 @@ from p2p.outbox import STREAMS_MAX, Outbox, PullStream
 from p2p.replica import U64
 from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX, check_not_ahead, unix_ms_of, writer_of
 
-# A batch overtaken by the next one, or a view that just changed, heals by itself within this; a pull costs a scan.
+# A batch overtaken by the next one, or a view that just changed, heals by itself within this; a pull may cost a scan.
 GAP_GRACE_MS = 50
-# A gap that a pull did not close is asked about again after twice the time, this many times: an answer costs a scan.
+# A gap that a pull did not close is asked about again after twice the time, this many times: an answer may cost a scan.
 GAP_DOUBLINGS_MAX = 5
 # After this many it is given up: whoever had the missing step is gone, and what is left of it spreads as strays (R8).
 GAP_TRIES_MAX = 8
 # An answer that stands still this long is given up, and asked of somebody else.
 PULL_SILENCE_MS = 3_000
-# Finding strays is a scan of all rows; peers compare once a heartbeat, so more often would be wasted.
+# Finding strays is a scan when the update cache does not reach back; peers compare once a heartbeat, so more would be wasted.
 STRAY_SCAN_MS = 450
 
 

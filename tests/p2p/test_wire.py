@@ -130,6 +130,15 @@ def test_unaligned_columns_become_aligned() -> None:
     assert plain(received) == plain(batch())
 
 
+def test_a_flipped_bit_in_a_row_is_noticed() -> None:
+    """No structure is broken by it: only the checksum can tell (R17)."""
+    frames = [bytearray(frame) for frame in wire.encode(ENVELOPE, batch())]
+    rows = next(frame for frame in reversed(frames) if len(frame) > 8)
+    rows[0] ^= 1
+    with pytest.raises(RemoteProtocolError, match="checksum mismatch"):
+        wire.decode([memoryview(bytes(frame)) for frame in frames])
+
+
 @given(st.sampled_from(MESSAGES), st.integers(0, 2**32))
 def test_damaged_messages_raise_one_error_type(message: m.Message, seed: int) -> None:
     draw = random.Random(seed)
