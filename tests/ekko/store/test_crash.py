@@ -281,3 +281,19 @@ def test_a_model_that_found_no_room_can_be_added_later(run_dir: Path, monkeypatc
     with Reader(MODEL, run_dir) as reader:
         assert not reader.lookup(TABLE, [1]).any()
     store.close()
+
+
+def test_wide_rows_that_are_always_being_written_are_never_torn(run_dir: Path) -> None:
+    """Two rows of 32 KiB, overwritten without pause: a reader that does not look at the lock again takes many of them torn."""
+    dim, lookups = 8_192, 20_000
+    keys = np.arange(2, dtype=np.uint64)
+    with writer("overwrite", run_dir, dim, 2), Reader(MODEL, run_dir, wait=10.0) as reader:
+        newest = np.zeros(2, np.uint64)
+        out = np.empty((2, dim), np.float32)
+        for _ in range(lookups):
+            _, stamps = reader.lookup(TABLE, keys, stamps=True, out=out)
+            written = (stamps & np.uint64(STAMP_MASK)).astype(np.float32)
+            assert (out == written[:, None]).all(), "torn, or another version's stamp"
+            assert (stamps >= newest).all(), "went back"
+            newest = stamps
+    assert newest.all()
