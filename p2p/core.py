@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 from p2p import messages as m
+from p2p import wire
 from p2p.knowledge import Knowledge
 from p2p.ledger import NodeRecord, Peer
 from p2p.links import Link
@@ -11,6 +12,7 @@ from p2p.membership import SILENCE_MS_MAX, Membership
 from p2p.replica import Host, Replica
 from p2p.stamps import StampClock
 from p2p.trees import Holder
+from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, agree
 from p2p.writers import WriterBook
 
 
@@ -25,6 +27,7 @@ class MachineOptions:
     role: str  # "train" | "serve"
     seeds: tuple[str, ...] = ()
     machine: int = 0  # hash of the machine, sent with `published_ns`
+    protocol_version: int = PROTOCOL_VERSION  # an older one makes a node of before an upgrade, for tests of it
 
 
 @dataclass(slots=True)
@@ -52,6 +55,8 @@ class Counters:
     strangers: int = 0  # messages of another life of ours, or of a boot we were not introduced to
     waits_refused: int = 0
     peers_refused: int = 0
+    versions_refused: int = 0  # peers, and records of members, of a version that we do not speak
+    messages_unspoken: int = 0  # not sent, since the peer's version does not know them
 
 
 @dataclass(slots=True, eq=False)
@@ -118,10 +123,16 @@ class Core:
 
     def open_link(self, record: m.MemberRecord) -> Link:
         """A new link to this life of a member."""
-        link = Link(record.node, record.boot, record.address, record.region, self.options.boot)
+        version = self.version_with(record)
+        link = Link(record.node, record.boot, record.address, record.region, self.options.boot, version)
         self.links[record.node] = self.by_boot[record.boot] = link
         self.note("link_opened", peer=record.node, region=record.region, address=record.address)
         return link
+
+    def version_with(self, record: m.MemberRecord) -> int:
+        """What we speak with this member."""
+        # Members of versions that we do not speak are not let into the register.
+        return agree(self.options.protocol_version, record.protocol) or FIRST_VERSION
 
     def neighbours(self, now: m.Now) -> list[Link]:
         """Links to everybody we talk to or gossip with."""
@@ -154,7 +165,13 @@ class Core:
         self.effects.append(effect)
 
     def send(self, link: Link, message: m.Message) -> None:
-        """Send outside any session: small, repeated by nature, harmless to lose."""
+        """Send outside any session: small, repeated by nature, harmless to lose.
+
+        What the peer's version does not have is not sent to it: whatever rests on such messages must do without its answer.
+        """
+        if wire.since(type(message)) > link.version:
+            self.counters.messages_unspoken += 1
+            return
         self.emit(m.Send(link.address, link.envelope(), message))
 
     def note(self, name: str, alarm: bool = False, **fields: object) -> None:

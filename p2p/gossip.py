@@ -97,7 +97,8 @@ class Gossip:
         suspects = register.suspects()
         if suspects:
             record = register.members[core.rng.choice(suspects)].record
-            core.emit(m.Send(record.address, m.Envelope(core.options.boot, record.boot), beat))
+            envelope = m.Envelope(core.options.boot, record.boot, version=core.version_with(record))
+            core.emit(m.Send(record.address, envelope, beat))
         left = register.left()
         if left and register.own.heartbeat % CALL_LEFT_BEATS == 0:
             # It may come back without knowing anybody: the first node of a cluster has no seeds.

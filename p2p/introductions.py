@@ -14,6 +14,7 @@ from p2p.ledger import Peer
 from p2p.links import Link
 from p2p.pull import Pull
 from p2p.replica import SchemaEntry
+from p2p.versions import agree, describe, lowest_spoken
 
 # What all nodes must agree on for the trees to be equal on all of them.
 CONSTANTS = (trees.TREE_ARITY, trees.TREES_MAX, trees.ONE_TREE_HOLDERS_MAX)
@@ -77,8 +78,7 @@ class Introductions:
             RemoteProtocolError: why it may not join; nothing is changed.
         """
         core, member = self._core, hello.member
-        if hello.protocol_version != m.PROTOCOL_VERSION:
-            raise RemoteProtocolError(f"protocol version {hello.protocol_version}, this node speaks {m.PROTOCOL_VERSION}")
+        self._check_version(hello, now)
         if hello.constants != CONSTANTS:
             raise RemoteProtocolError(f"tree constants {hello.constants}, this cluster has {CONSTANTS}")
         other = core.membership.conflicts(member, now.monotonic_ms)
@@ -94,6 +94,25 @@ class Introductions:
             core.writers.check(writer.keyspace, writer.writer, writer.nonce)
         self.adopt_schema(hello.schema, None, now)  # all of it or nothing; the last that can be refused
         core.writers.adopt_cluster(hello.cluster)
+
+    def _check_version(self, hello: m.Hello, now: m.Now) -> None:
+        """Refuse a newcomer that somebody here could not talk to.
+
+        Raises:
+            RemoteProtocolError: its protocol version is not next to ours, or to that of a live member.
+        """
+        core, theirs = self._core, hello.member.protocol
+        ours = core.options.protocol_version
+        if agree(ours, theirs) is None or hello.protocol_version != lowest_spoken(theirs):
+            core.counters.versions_refused += 1
+            raise RemoteProtocolError(f"the peer has {describe(theirs)}, this node {describe(ours)}: upgrade the older first")
+        for record in core.membership.live(now.monotonic_ms):
+            if record.node != hello.member.node and agree(record.protocol, theirs) is None:
+                core.counters.versions_refused += 1
+                raise RemoteProtocolError(
+                    f"the peer has {describe(theirs)}, node {record.node!r} of the cluster {describe(record.protocol)}: "
+                    "upgrade the older first"
+                )
 
     def take_admitted(self) -> list[m.NodeId]:
         """Whom we admitted since the last call."""
@@ -118,7 +137,7 @@ class Introductions:
         if len(members) > membership.RECORDS_MAX:
             members = tuple(core.rng.sample(members, membership.RECORDS_MAX))
         hello = m.Hello(
-            m.PROTOCOL_VERSION,
+            lowest_spoken(core.options.protocol_version),
             core.writers.cluster,
             CONSTANTS,
             core.own_record(),
@@ -165,6 +184,9 @@ class Introductions:
         for record in records:
             if record.node != core.options.node and not core.membership.has_room(record.node):
                 core.counters.peers_refused += 1
+                continue
+            if agree(core.options.protocol_version, record.protocol) is None:
+                core.counters.versions_refused += 1  # whoever let it in speaks with it; we do not
                 continue
             try:
                 for writer in record.writers:

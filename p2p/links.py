@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from p2p.messages import Envelope, NodeId
+from p2p.versions import FIRST_VERSION
 
 # Bytes that may be on their way to one peer. 180 ms of round trip at 1 Gbit/s are 22 MB; what a slow reader can make us hold
 # per link is bounded by it.
@@ -54,6 +55,7 @@ class Link:
     address: str
     region: str
     own_boot: int
+    version: int = FIRST_VERSION  # what both of us speak
     traffic: Traffic = field(default_factory=Traffic)
     session_out: int = 1
     _sequence_out: int = 0
@@ -69,7 +71,7 @@ class Link:
 
     def envelope(self) -> Envelope:
         """For a message outside any session."""
-        return Envelope(self.own_boot, self.boot)
+        return Envelope(self.own_boot, self.boot, version=self.version)
 
     def has_credit(self) -> bool:
         """Whether one more message may go out. The last one may overshoot: messages are bounded."""
@@ -80,7 +82,7 @@ class Link:
         self._sequence_out += 1
         self._in_flight.append((self._sequence_out, payload_bytes))
         self.bytes_in_flight += payload_bytes
-        return Envelope(self.own_boot, self.boot, self.session_out, self._sequence_out, hops)
+        return Envelope(self.own_boot, self.boot, self.session_out, self._sequence_out, hops, self.version)
 
     def restart_session(self) -> None:
         """Forget what is in flight and begin the next session."""

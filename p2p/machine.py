@@ -27,6 +27,7 @@ from p2p.reach import Reach
 from p2p.replica import Host
 from p2p.stamps import StampClock
 from p2p.status import NodeStatus
+from p2p.versions import describe, first_record_version, lowest_spoken
 from p2p.writers import WriterBook
 
 __all__ = ["Machine", "MachineOptions", "NodeStatus"]
@@ -45,7 +46,8 @@ class Machine:
     def __init__(self, options: MachineOptions, host: Host, ledger: Ledger, rng: random.Random) -> None:
         record = NodeRecord.load(ledger)
         boot_ms = record.begin_life(options.boot_ms)
-        own = m.MemberRecord(options.node, options.boot, boot_ms, options.region, options.role, "", 0)
+        version = first_record_version(options.protocol_version)
+        own = m.MemberRecord(options.node, options.boot, boot_ms, options.region, options.role, "", 0, version=version)
         self._core = Core(options, host, record, WriterBook(record, rng), rng, Membership(own), StampClock())
         self._core.first = not options.seeds and not record.peers
         self._push = Push(self._core)
@@ -166,6 +168,9 @@ class Machine:
         if isinstance(message, m.Refusal):
             self._introductions.on_refusal(envelope, message)
             return
+        spoken = core.options.protocol_version
+        if not lowest_spoken(spoken) <= envelope.version <= spoken:
+            raise RemoteProtocolError(f"a message in protocol version {envelope.version}, this node speaks {describe(spoken)}")
         link = core.link_of(envelope.sender_boot)
         if link is None or envelope.receiver_boot != core.options.boot:
             core.counters.strangers += 1

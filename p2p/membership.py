@@ -30,6 +30,7 @@ from p2p.messages import MemberRecord, NodeId, WriterRecord
 from p2p.replica import U64
 from p2p.suspicion import HEARTBEAT_MS, Suspicion, mix
 from p2p.trees import Holder
+from p2p.versions import protocol_of
 
 __all__ = ["HEARTBEAT_MS", "HOLDER_ROLES", "Member", "Membership"]
 
@@ -120,6 +121,11 @@ class Membership:
         alive = self.suspicion.alive
         members = [self.members[node] for node in sorted(self._writing)]
         return [writer for member in members if alive[member.slot] for writer in member.record.writers]
+
+    def protocol_min(self, now_ms: int) -> int:
+        """The oldest protocol version in the view, our own included: what is below it, everybody alive understands."""
+        self.suspicion.assess(now_ms)
+        return protocol_of(int(self.suspicion.version[self.suspicion.alive].min(initial=np.uint64(self.own.version))))
 
     def holders(self, now_ms: int) -> tuple[Holder, ...]:
         """The holders fit to forward, ourselves included; what the trees are computed from."""
@@ -217,6 +223,8 @@ class Membership:
         """The same life, perhaps later; True when its record says something new."""
         slots = np.array([known.slot])
         newer = record.version > known.record.version or (record.left and not known.record.left)
+        # The same record again, from somebody who knows of more fields than those who told it first.
+        newer = newer or (record.version == known.record.version and record.told > known.record.told)
         if record.heartbeat > known.record.heartbeat and not newer and record.version == known.record.version:
             self._keep(known, record)  # how far its writers have come
         self.suspicion.hear(slots, np.array([record.heartbeat], np.uint64), now_ms)

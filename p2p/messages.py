@@ -12,11 +12,9 @@ from numpy.typing import NDArray
 
 from p2p.replica import U64, RowColumns, SchemaEntry
 from p2p.transport import Buffer
+from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, protocol_of
 
 NodeId = str
-
-# What we speak. A peer with another version is refused in one line.
-PROTOCOL_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +37,7 @@ class Envelope:
     session: int = 0  # counts the sender's sessions on this link; 0: the message is outside any session
     sequence: int = 0  # 1, 2, ... within the session
     hops: int = 0
+    version: int = FIRST_VERSION  # in which the message is encoded: what the link speaks, and the first for a handshake
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +65,12 @@ class MemberRecord:
     writers: tuple[WriterRecord, ...] = ()
     version: int = 0  # counts the changes of this record in this life, `heartbeat` and `last_stamp` left out
     deaf: bool = False  # it hears nobody, so nothing should be sent through it
+    told: int = field(default=PROTOCOL_VERSION, compare=False)  # the version in whose shape it came; later fields are unknown
+
+    @property
+    def protocol(self) -> int:
+        """The protocol version of the node, whoever told us of it."""
+        return protocol_of(self.version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,7 @@ class KeyspaceSummary:
 class Hello:
     """Opens a link, and answers one: who we are and what we know of schema and members."""
 
-    protocol_version: int
+    protocol_version: int  # the lowest that the sender speaks; the highest is in its record
     cluster: int  # 64-bit cluster nonce (R12); 0: none yet
     constants: tuple[int, ...]  # what all nodes must agree on for the trees to be equal
     member: MemberRecord
@@ -179,6 +184,7 @@ class Batch:
     trees: int = 1  # over how many trees the origin spread the step; all shards of one message belong to one of them (R1)
     body: tuple[Buffer, ...] = field(default=(), repr=False)  # the frames it came in, forwarded unchanged (R17)
     checksum: int = field(default=0, repr=False)
+    body_version: int = field(default=0, repr=False)  # the version in which `body` is encoded
 
     @property
     def tree(self) -> int:

@@ -4,12 +4,15 @@ A message is `[envelope, header, column, column, ...]`. The envelope is 48 fixed
 header is msgpack, the columns are raw little-endian arrays, uncopied in both directions. The checksum in the envelope
 covers header and columns, so a batch is checked at each hop and forwarded without being encoded again (R17).
 
+Versions of the protocol (`p2p.versions`): `_KINDS` at the end says which kinds of message there are since when, `_MEMBER_ADDED`
+and `_Kind.added` which fields. What a link does not speak is left out at its end of the header, and filled in at the other.
+
 Bytes of a peer raise only `RemoteProtocolError` here.
 """
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import msgpack
@@ -18,11 +21,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from p2p import messages as m
-from p2p.errors import RemoteProtocolError
+from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.replica import U64, RowColumns, SchemaEntry
 from p2p.stamps import WRITERS_MAX, writer_of
 from p2p.transport import FRAMES_MAX, Buffer
 from p2p.trees import TREES_MAX
+from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, describe
 
 ENVELOPE: Final = struct.Struct("<2sBBQQIB3xQQ4x")  # magic, version, type, boots, session, hops, sequence, checksum
 MAGIC: Final = b"EK"
@@ -42,6 +46,7 @@ WRITER_RECORDS_MAX: Final = 4_096
 SHARDS_MAX: Final = 65_536
 SUMMARIES_MAX: Final = 4_096
 HOPS_MAX: Final = 255
+VERSIONS: Final = range(FIRST_VERSION, PROTOCOL_VERSION + 1)
 
 _HAS_STAMPS: Final = 1
 _HAS_SIGNIFICANCE: Final = 2
@@ -55,14 +60,19 @@ Header = list[Any]  # what msgpack makes of junk is anything; each decoder below
 def encode(envelope: m.Envelope, message: m.Message) -> list[Buffer]:
     """Frames of one message; arrays are not copied and must not change until they are sent.
 
-    A forwarded batch keeps the frames and the checksum it came with.
+    A forwarded batch keeps the frames and the checksum it came with, where the receiver's version has the same shape.
+
+    Raises:
+        LocalProtocolError: the version of the envelope does not have this kind of message.
     """
-    kind = _KIND_OF[type(message)]
-    if isinstance(message, m.Batch) and message.body:
-        return [_pack_envelope(envelope, kind, message.checksum), *message.body]
-    header, columns = _ENCODERS[kind](message)
-    body = _body(header, columns)
-    return [_pack_envelope(envelope, kind, checksum(body)), *body]
+    number = _NUMBER_OF[type(message)]
+    kind = _KINDS[number - 1]
+    if kind.since > envelope.version:
+        raise LocalProtocolError(f"{kind.name} exists since protocol version {kind.since}, the link speaks {envelope.version}")
+    if isinstance(message, m.Batch) and message.body and kind.same_shape(message.body_version, envelope.version):
+        return [_pack_envelope(envelope, number, message.checksum), *message.body]
+    body = _body(*kind.encode(message, envelope.version))
+    return [_pack_envelope(envelope, number, checksum(body)), *body]
 
 
 def _body(header: Header, columns: Sequence[NDArray[Any]]) -> list[Buffer]:
@@ -71,9 +81,13 @@ def _body(header: Header, columns: Sequence[NDArray[Any]]) -> list[Buffer]:
 
 def seal(batch: m.Batch) -> m.Batch:
     """The batch with its frames made, so that it is encoded once for all of its receivers."""
-    header, columns = _pack_batch(batch)
-    body = _body(header, columns)
-    return replace(batch, body=tuple(body), checksum=checksum(body))
+    body = _body(*_KINDS[_NUMBER_OF[m.Batch] - 1].encode(batch, PROTOCOL_VERSION))
+    return replace(batch, body=tuple(body), checksum=checksum(body), body_version=PROTOCOL_VERSION)
+
+
+def since(message: type) -> int:
+    """The first protocol version that has this kind of message."""
+    return _KINDS[_NUMBER_OF[message] - 1].since
 
 
 def decode(frames: Sequence[memoryview]) -> tuple[m.Envelope, m.Message]:
@@ -87,10 +101,10 @@ def decode(frames: Sequence[memoryview]) -> tuple[m.Envelope, m.Message]:
     bytes_total = sum(frame.nbytes for frame in frames)
     if bytes_total > MESSAGE_BYTES_MAX:
         raise RemoteProtocolError(f"message of {bytes_total} bytes, limit {MESSAGE_BYTES_MAX}")
-    envelope, kind, expected = _unpack_envelope(frames[0])
-    decoder = _DECODERS.get(kind)
-    if decoder is None:
-        raise RemoteProtocolError(f"unknown message type {kind}")
+    envelope, number, expected = _unpack_envelope(frames[0])
+    if not 1 <= number <= len(_KINDS) or _KINDS[number - 1].since > envelope.version:
+        raise RemoteProtocolError(f"unknown message type {number} in protocol version {envelope.version}")
+    kind = _KINDS[number - 1]
     if checksum(frames[1:]) != expected:
         raise RemoteProtocolError("checksum mismatch")
     if frames[1].nbytes > HEADER_BYTES_MAX:
@@ -98,15 +112,16 @@ def decode(frames: Sequence[memoryview]) -> tuple[m.Envelope, m.Message]:
     try:
         header = msgpack.unpackb(frames[1], max_str_len=STRING_BYTES_MAX, strict_map_key=True)
         columns = _Columns(frames[2:])
-        message = decoder(header, columns)
+        message = kind.unpack(extend(header, kind.added, envelope.version), columns)
         columns.done()
     except RemoteProtocolError:
         raise
     except Exception as error:
-        raise RemoteProtocolError(f"malformed {_NAMES[kind]}: {error!r}"[:200]) from error
+        raise RemoteProtocolError(f"malformed {kind.name}: {error!r}"[:200]) from error
     if isinstance(message, m.Batch):
         object.__setattr__(message, "body", tuple(frames[1:]))
         object.__setattr__(message, "checksum", expected)
+        object.__setattr__(message, "body_version", envelope.version)
     return envelope, message
 
 
@@ -121,7 +136,7 @@ def checksum(body: Sequence[Buffer]) -> int:
 def _pack_envelope(envelope: m.Envelope, kind: int, check: int) -> bytes:
     return ENVELOPE.pack(
         MAGIC,
-        m.PROTOCOL_VERSION,
+        envelope.version,
         kind,
         envelope.sender_boot,
         envelope.receiver_boot,
@@ -138,9 +153,57 @@ def _unpack_envelope(frame: memoryview) -> tuple[m.Envelope, int, int]:
     magic, version, kind, sender, receiver, session, hops, sequence, check = ENVELOPE.unpack(frame)
     if magic != MAGIC:
         raise RemoteProtocolError("not an ekko message")
-    if version != m.PROTOCOL_VERSION:
-        raise RemoteProtocolError(f"protocol version {version}, expected {m.PROTOCOL_VERSION}: upgrade the older node")
-    return m.Envelope(sender, receiver, session, sequence, hops), kind, check
+    if not FIRST_VERSION <= version <= PROTOCOL_VERSION:
+        raise RemoteProtocolError(
+            f"a message in protocol version {version}, this node speaks {describe(PROTOCOL_VERSION)}: upgrade the older node"
+        )
+    return m.Envelope(sender, receiver, session, sequence, hops, version), kind, check
+
+
+# --- what later versions added ----------------------------------------------------------------------------------------------
+
+# Fields that later versions put to the end of a header, in order: (since which version, what it means where it is missing).
+Added = tuple[tuple[int, Any], ...]
+
+_MEMBER_FIELDS: Final = 11  # of version 1
+_MEMBER_ADDED: Final[Added] = ()
+
+
+def trim(header: Header, added: Added, version: int) -> Header:
+    """What `version` has of a header; `added` are its last fields."""
+    later = sum(since > version for since, _ in added)
+    return header[: len(header) - later]
+
+
+def extend(header: Header, added: Added, version: int) -> Header:
+    """A header of `version` with the fields that it does not have yet."""
+    return [*header, *(missing for since, missing in added if since > version)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """One kind of message on the wire. A version that has it may lack the last fields of its header."""
+
+    message: type
+    pack: Callable[[Any, int], Packed]  # for a version: records inside the header may have fields of their own
+    unpack: Callable[[Header, "_Columns"], Any]
+    since: int = 1
+    added: Added = ()
+    changed: tuple[int, ...] = ()  # versions that changed it otherwise: records inside it, or its columns
+
+    @property
+    def name(self) -> str:
+        return self.message.__name__
+
+    def encode(self, message: m.Message, version: int) -> Packed:
+        """Header and columns, in the shape of a version."""
+        header, columns = self.pack(message, version)
+        return trim(header, self.added, version), columns
+
+    def same_shape(self, one: int, other: int) -> bool:
+        """Whether nothing changed between two versions."""
+        low, high = sorted((one, other))
+        return not any(low < since <= high for since in (*self.changed, *(since for since, _ in self.added)))
 
 
 # --- checked access to what a peer sent -----------------------------------------------------------------------------------
@@ -207,9 +270,10 @@ def _items(value: object, count_max: int, parse: Callable[[Any], T]) -> tuple[T,
 # --- records inside headers -------------------------------------------------------------------------------------------------
 
 
-def _pack_member(member: m.MemberRecord) -> Header:
+def _pack_member(member: m.MemberRecord, version: int) -> Header:
+    """Passed on in the shape in which it was told, in every version: who told it may not have known the later fields."""
     writers = [[w.keyspace, w.writer, w.nonce, w.last_stamp] for w in member.writers]
-    return [
+    header = [
         member.node,
         member.boot,
         member.boot_ms,
@@ -222,9 +286,12 @@ def _pack_member(member: m.MemberRecord) -> Header:
         member.version,
         member.deaf,
     ]
+    return trim(header, _MEMBER_ADDED, min(version, member.told))
 
 
 def _member(value: Header) -> m.MemberRecord:
+    told = _told(value)
+    value = extend(value, _MEMBER_ADDED, told)
     node, boot, boot_ms, region, role, address, heartbeat, left, writers, version, deaf = value
     return m.MemberRecord(
         _text(node),
@@ -238,7 +305,14 @@ def _member(value: Header) -> m.MemberRecord:
         _items(writers, WRITER_RECORDS_MAX, _writer_record),
         _uint(version, 32),
         _flag(deaf),
+        told,
     )
+
+
+def _told(record: Header) -> int:
+    """The newest version in whose shape a member's record is; its length tells."""
+    lengths = {version: _MEMBER_FIELDS + sum(since <= version for since, _ in _MEMBER_ADDED) for version in VERSIONS}
+    return max(version for version, length in lengths.items() if length == len(record))
 
 
 def _writer_record(value: Header) -> m.WriterRecord:
@@ -321,13 +395,13 @@ def _sections(value: object, columns: _Columns, with_stamps: bool) -> tuple[RowC
 # --- one encoder and one decoder a message ---------------------------------------------------------------------------------
 
 
-def _pack_hello(hello: m.Hello) -> Packed:
+def _pack_hello(hello: m.Hello, version: int) -> Packed:
     return [
         hello.protocol_version,
         hello.cluster,
         list(hello.constants),
-        _pack_member(hello.member),
-        [_pack_member(member) for member in hello.members],
+        _pack_member(hello.member, version),
+        [_pack_member(member, version) for member in hello.members],
         [_pack_entry(entry) for entry in hello.schema],
         hello.answer_wanted,
     ], []
@@ -346,7 +420,7 @@ def _hello(header: Header, _columns: _Columns) -> m.Hello:
     )
 
 
-def _pack_refusal(refusal: m.Refusal) -> Packed:
+def _pack_refusal(refusal: m.Refusal, _version: int) -> Packed:
     return [refusal.reason], []
 
 
@@ -355,10 +429,10 @@ def _refusal(header: Header, _columns: _Columns) -> m.Refusal:
     return m.Refusal(_text(reason))
 
 
-def _pack_heartbeat(beat: m.Heartbeat) -> Packed:
+def _pack_heartbeat(beat: m.Heartbeat, version: int) -> Packed:
     return [
-        _pack_member(beat.member),
-        [_pack_member(member) for member in beat.members],
+        _pack_member(beat.member, version),
+        [_pack_member(member, version) for member in beat.members],
         beat.schema_digest,
         beat.unix_ms,
         [_pack_summary(summary) for summary in beat.summaries],
@@ -389,7 +463,7 @@ def _take_lives(columns: _Columns, count: object) -> tuple[U64, U64]:
     return columns.take(np.uint64, count), columns.take(np.uint32, count).astype(np.uint64)
 
 
-def _pack_schema(update: m.SchemaUpdate) -> Packed:
+def _pack_schema(update: m.SchemaUpdate, _version: int) -> Packed:
     return [[_pack_entry(entry) for entry in update.entries]], []
 
 
@@ -398,7 +472,7 @@ def _schema(header: Header, _columns: _Columns) -> m.SchemaUpdate:
     return m.SchemaUpdate(_items(entries, SCHEMA_ENTRIES_MAX, _entry))
 
 
-def _pack_leave(leave: m.Leave) -> Packed:
+def _pack_leave(leave: m.Leave, _version: int) -> Packed:
     return [leave.node], []
 
 
@@ -407,7 +481,7 @@ def _leave(header: Header, _columns: _Columns) -> m.Leave:
     return m.Leave(_text(node))
 
 
-def _pack_batch(batch: m.Batch) -> Packed:
+def _pack_batch(batch: m.Batch, _version: int) -> Packed:
     sections, arrays = _pack_sections(batch.columns)
     claims = batch.claims
     header: Header = [
@@ -477,7 +551,7 @@ def _check_claims(batch: m.Batch) -> None:
         raise RemoteProtocolError("a claim contradicts itself")
 
 
-def _pack_pull(pull: m.PullRequest) -> Packed:
+def _pack_pull(pull: m.PullRequest, _version: int) -> Packed:
     return [pull.keyspace, pull.request, pull.shards, len(pull.writers)], [pull.writers, pull.vector, pull.frontier]
 
 
@@ -502,7 +576,7 @@ def _pull(header: Header, columns: _Columns) -> m.PullRequest:
     return m.PullRequest(_uint(keyspace, 32), _uint(request), ids, vector, frontier, shards)
 
 
-def _pack_reply(reply: m.PullReply) -> Packed:
+def _pack_reply(reply: m.PullReply, _version: int) -> Packed:
     sections, arrays = _pack_sections(reply.columns)
     shards = reply.vector.shape[0]
     header: Header = [reply.keyspace, reply.request, reply.chunk, reply.last, shards, len(reply.writers), sections]
@@ -516,7 +590,7 @@ def _reply(header: Header, columns: _Columns) -> m.PullReply:
     return m.PullReply(_uint(keyspace, 32), _uint(request), _uint(chunk, 32), _flag(last), rows, ids, vector, frontier)
 
 
-def _pack_ack(ack: m.Ack) -> Packed:
+def _pack_ack(ack: m.Ack, _version: int) -> Packed:
     return [ack.session, ack.sequence], []
 
 
@@ -525,7 +599,7 @@ def _ack(header: Header, _columns: _Columns) -> m.Ack:
     return m.Ack(_uint(session, 32), _uint(sequence))
 
 
-def _pack_broken(broken: m.SessionBroken) -> Packed:
+def _pack_broken(broken: m.SessionBroken, _version: int) -> Packed:
     return [broken.session], []
 
 
@@ -534,7 +608,7 @@ def _broken(header: Header, _columns: _Columns) -> m.SessionBroken:
     return m.SessionBroken(_uint(session, 32))
 
 
-def _pack_query(query: m.ReachQuery) -> Packed:
+def _pack_query(query: m.ReachQuery, _version: int) -> Packed:
     return [query.keyspace, query.query, query.stamp], []
 
 
@@ -543,7 +617,7 @@ def _query(header: Header, _columns: _Columns) -> m.ReachQuery:
     return m.ReachQuery(_uint(keyspace, 32), _uint(query), _uint(stamp))
 
 
-def _pack_reached(reached: m.Reached) -> Packed:
+def _pack_reached(reached: m.Reached, _version: int) -> Packed:
     return [reached.query], []
 
 
@@ -552,7 +626,7 @@ def _reached(header: Header, _columns: _Columns) -> m.Reached:
     return m.Reached(_uint(query))
 
 
-def _pack_index(index: m.RegisterIndex) -> Packed:
+def _pack_index(index: m.RegisterIndex, _version: int) -> Packed:
     return [len(index.boots), index.answer_wanted], [index.boots, index.versions.astype(np.uint32)]
 
 
@@ -562,8 +636,8 @@ def _index(header: Header, columns: _Columns) -> m.RegisterIndex:
     return m.RegisterIndex(boots, versions, _flag(answer_wanted))
 
 
-def _pack_news(news: m.MemberNews) -> Packed:
-    return [[_pack_member(member) for member in news.members]], []
+def _pack_news(news: m.MemberNews, version: int) -> Packed:
+    return [[_pack_member(member, version) for member in news.members]], []
 
 
 def _news(header: Header, _columns: _Columns) -> m.MemberNews:
@@ -571,24 +645,21 @@ def _news(header: Header, _columns: _Columns) -> m.MemberNews:
     return m.MemberNews(_items(members, MEMBERS_MAX, _member))
 
 
-# A message's number on the wire is its place in this table, from 1; new ones go to the end.
-_CODECS: Final[tuple[tuple[type, Callable[[Any], Packed], Callable[[Header, _Columns], Any]], ...]] = (
-    (m.Hello, _pack_hello, _hello),
-    (m.Refusal, _pack_refusal, _refusal),
-    (m.Heartbeat, _pack_heartbeat, _heartbeat),
-    (m.SchemaUpdate, _pack_schema, _schema),
-    (m.Leave, _pack_leave, _leave),
-    (m.Batch, _pack_batch, _batch),
-    (m.PullRequest, _pack_pull, _pull),
-    (m.PullReply, _pack_reply, _reply),
-    (m.Ack, _pack_ack, _ack),
-    (m.SessionBroken, _pack_broken, _broken),
-    (m.ReachQuery, _pack_query, _query),
-    (m.Reached, _pack_reached, _reached),
-    (m.RegisterIndex, _pack_index, _index),
-    (m.MemberNews, _pack_news, _news),
+# Which kinds there are and since when: a message's number on the wire is its place here, from 1; new ones go to the end.
+_KINDS: Final = (
+    _Kind(m.Hello, _pack_hello, _hello),
+    _Kind(m.Refusal, _pack_refusal, _refusal),
+    _Kind(m.Heartbeat, _pack_heartbeat, _heartbeat),
+    _Kind(m.SchemaUpdate, _pack_schema, _schema),
+    _Kind(m.Leave, _pack_leave, _leave),
+    _Kind(m.Batch, _pack_batch, _batch),
+    _Kind(m.PullRequest, _pack_pull, _pull),
+    _Kind(m.PullReply, _pack_reply, _reply),
+    _Kind(m.Ack, _pack_ack, _ack),
+    _Kind(m.SessionBroken, _pack_broken, _broken),
+    _Kind(m.ReachQuery, _pack_query, _query),
+    _Kind(m.Reached, _pack_reached, _reached),
+    _Kind(m.RegisterIndex, _pack_index, _index),
+    _Kind(m.MemberNews, _pack_news, _news),
 )
-_KIND_OF: Final = {message: kind for kind, (message, _, _) in enumerate(_CODECS, start=1)}
-_ENCODERS: Final = {kind: encoder for kind, (_, encoder, _) in enumerate(_CODECS, start=1)}
-_DECODERS: Final = {kind: decoder for kind, (_, _, decoder) in enumerate(_CODECS, start=1)}
-_NAMES: Final = {kind: message.__name__ for kind, (message, _, _) in enumerate(_CODECS, start=1)}
+_NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(_KINDS, start=1)}

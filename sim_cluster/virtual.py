@@ -21,6 +21,7 @@ from p2p.errors import RemoteProtocolError
 from p2p.machine import Machine, MachineOptions
 from p2p.replica import RowColumns
 from p2p.stamps import AHEAD_MS_MAX, EPOCH_MS, WRITERS_MAX
+from p2p.versions import PROTOCOL_VERSION
 from sim_cluster.network import LinkOptions, Network, NetworkOptions, pair_of
 
 __all__ = ["LinkOptions", "NetworkOptions", "VirtualCluster", "VirtualNode", "Write", "address_of", "name_of", "pair_of"]
@@ -55,6 +56,7 @@ class VirtualNode:
     role: str
     seeds: tuple[str, ...]
     model: ModelSpec
+    protocol_version: int = PROTOCOL_VERSION  # of its next life
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     store: Store = field(default_factory=Store.anonymous)
     machine: Machine | None = None
@@ -142,7 +144,7 @@ class VirtualCluster:
         self._audited = 0
         self._clocks_apart = False  # so far that some refuse what others write
         self._timer_ms: dict[str, int] = {}
-        self._shared: dict[int, _Shared] = {}  # by id of the message
+        self._shared: dict[tuple[int, int], _Shared] = {}  # by id of the message, and protocol version
         self._trace = hashlib.sha256()
 
     @property
@@ -152,9 +154,11 @@ class VirtualCluster:
 
     # --- nodes
 
-    def add(self, name: str, region: str, role: str = "serve", seeds: Sequence[str] = ()) -> VirtualNode:
+    def add(
+        self, name: str, region: str, role: str = "serve", seeds: Sequence[str] = (), protocol_version: int = PROTOCOL_VERSION
+    ) -> VirtualNode:
         """Start a node; `seeds` are names of nodes."""
-        node = VirtualNode(name, region, role, tuple(address_of(seed) for seed in seeds), self.model)
+        node = VirtualNode(name, region, role, tuple(address_of(seed) for seed in seeds), self.model, protocol_version)
         self.nodes[name] = node
         self._boot(node)
         return node
@@ -215,7 +219,13 @@ class VirtualCluster:
         for model in (node.model, *(spec for spec in self.models.values() if spec is not self.model)):
             node.store.add_model(model, capacity_rows=64)
         options = MachineOptions(
-            node.name, self._rng.getrandbits(64) | 1, self.now_of(node).unix_ms, node.region, node.role, node.seeds
+            node.name,
+            self._rng.getrandbits(64) | 1,
+            self.now_of(node).unix_ms,
+            node.region,
+            node.role,
+            node.seeds,
+            protocol_version=node.protocol_version,
         )
         node.machine = Machine(options, node.store, node.ledger, random.Random(self._rng.random()))
         self._timer_ms.pop(node.name, None)
@@ -360,7 +370,7 @@ class VirtualCluster:
 
     def _share(self, envelope: m.Envelope, message: m.Message) -> _Shared:
         """The message's frames, made once for all of its receivers; a forwarded batch is the very message that was decoded."""
-        shared = self._shared.get(id(message))
+        shared = self._shared.get((id(message), envelope.version))
         if shared is None:
             frames = [bytes(frame) for frame in wire.encode(envelope, message)]
             digest = xxhash.xxh3_64()
@@ -373,7 +383,7 @@ class VirtualCluster:
     def _remember(self, message: m.Message, shared: _Shared) -> None:
         while len(self._shared) >= SHARED_MAX:
             del self._shared[next(iter(self._shared))]
-        self._shared[id(message)] = shared
+        self._shared[id(message), shared.envelope.version] = shared
 
     def _transmit(self, sender: VirtualNode, address: str, envelope: m.Envelope, message: m.Message) -> bool:
         target = self.nodes.get(name_of(address))
@@ -428,7 +438,7 @@ class VirtualCluster:
             assert envelope == shared.envelope, "an envelope changed on its way"
             if isinstance(shared.decoded, m.Batch):  # its receivers forward it as it is
                 self._remember(shared.decoded, _Shared(shared.decoded, envelope, shared.frames, shared.size, shared.digest))
-                self._shared[id(shared.decoded)].decoded = shared.decoded
+                self._shared[id(shared.decoded), envelope.version].decoded = shared.decoded
         return shared.decoded
 
     def _deliver_corrupt(self, target: VirtualNode, shared: _Shared) -> None:

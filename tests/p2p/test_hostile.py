@@ -18,6 +18,7 @@ from p2p.links import Link
 from p2p.machine import Machine
 from p2p.replica import RowColumns, SchemaEntry
 from p2p.stamps import make_stamp
+from p2p.versions import FIRST_VERSION
 from sim_cluster.checkers import check_converged, check_knowledge, contents
 from sim_cluster.virtual import MemoryLedger, NetworkOptions, VirtualCluster
 from tests.p2p.chaos import CALM, REGIONS, at_rest
@@ -38,7 +39,7 @@ def hello_of(at: VirtualCluster, name: str, **changes: object) -> m.Hello:
     """A hello as another node might send it."""
     core = machine_of(at, name)._core
     member = m.MemberRecord(name, 77, 1, "eu", "serve", f"virtual://{name}", 1)
-    hello = m.Hello(m.PROTOCOL_VERSION, 0, CONSTANTS, member, (), tuple(core.host.schema()), False)
+    hello = m.Hello(FIRST_VERSION, 0, CONSTANTS, member, (), tuple(core.host.schema()), False)
     return dataclasses.replace(hello, **changes)  # type: ignore[arg-type]
 
 
