@@ -11,6 +11,7 @@ from p2p.links import Link
 from p2p.membership import SILENCE_MS_MAX, Membership
 from p2p.replica import Host, Replica
 from p2p.stamps import StampClock
+from p2p.sync import PUSH, SyncOptions
 from p2p.trees import Holder
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, agree
 from p2p.writers import WriterBook
@@ -28,6 +29,7 @@ class MachineOptions:
     seeds: tuple[str, ...] = ()
     machine: int = 0  # hash of the machine, sent with `published_ns`
     protocol_version: int = PROTOCOL_VERSION  # an older one makes a node of before an upgrade, for tests of it
+    sync: SyncOptions = PUSH  # the same on all nodes of a cluster
 
 
 @dataclass(slots=True)

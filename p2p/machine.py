@@ -25,6 +25,7 @@ from p2p.pull import Pull
 from p2p.push import Push
 from p2p.reach import Reach
 from p2p.replica import Host
+from p2p.schedule import Schedule
 from p2p.stamps import StampClock
 from p2p.status import NodeStatus
 from p2p.versions import describe, first_record_version, lowest_spoken
@@ -52,6 +53,7 @@ class Machine:
         self._core.first = not options.seeds and not record.peers
         self._push = Push(self._core)
         self._pull = Pull(self._core)
+        self._schedule = Schedule(self._core, self._pull)
         self._reach = Reach(self._core)
         self._introductions = Introductions(self._core, self._pull)
         self._gossip = Gossip(self._core, self._pull, self._introductions)
@@ -130,6 +132,7 @@ class Machine:
         core.membership.own = replace(core.membership.own, address=address)
         self._started = True
         self._gossip.beat_ms = core.started_ms = now.monotonic_ms
+        self._schedule.start(now)
         if not self._introductions.contacts():
             self._introductions.be_first()
 
@@ -286,6 +289,7 @@ class Machine:
         for keyspace in core.keyspaces.values():
             self._progress(keyspace, now)
         self._pull.check_gaps(now)
+        self._schedule.on_timer(now)
         self._reach.on_timer(now)
         for link in list(core.links.values()):
             if link.ack_waits:
@@ -309,7 +313,7 @@ class Machine:
             self._soon_ms = None
         elif self._soon_ms is None:
             self._soon_ms = now.monotonic_ms + links.ACK_DELAY_MS
-        wanted = [self._gossip.next_ms(now), self._soon_ms, self._reach.next_ms()]
+        wanted = [self._gossip.next_ms(now), self._soon_ms, self._reach.next_ms(), self._schedule.next_ms()]
         wanted += [
             keyspace.last_batch_ms + push.IDLE_BEAT_MS
             for keyspace in core.keyspaces.values()

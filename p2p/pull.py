@@ -8,6 +8,7 @@ known there already, so they travel by the same selection (R8).
 When is a pull due? Three signs: a batch's claim has waited for a gap longer than `GAP_GRACE_MS`; a peer said a heartbeat ago
 that a writer's frontier lies above what ours has reached by now; or digests of vector and strays differ although neither
 side moved between two heartbeats. In a busy cluster digests always differ for a moment, which is why the third sign waits.
+Without push none of them counts: pulls are regular there (`p2p.schedule`).
 """
 
 from collections import deque
@@ -157,7 +158,8 @@ class Pull:
 
     def on_summary(self, link: Link, summary: m.KeyspaceSummary, now: m.Now) -> None:
         """Compare a peer's heartbeat with what we hold, and pull when it shows that we lack something."""
-        keyspace = self._core.keyspaces.get(summary.keyspace)
+        core = self._core
+        keyspace = core.keyspaces.get(summary.keyspace)
         if keyspace is None:
             return
         own = self.digests(keyspace, now)
@@ -169,7 +171,7 @@ class Pull:
             self._note_caught_up(keyspace, now)
         elif not keyspace.synced:
             self.ask(keyspace, link, now, "joining")
-        elif before is not None:
+        elif before is not None and core.options.sync.push:
             if any(stamp > int(keyspace.knowledge.frontier[writer]) for writer, stamp in before.summary.frontier):
                 self.ask(keyspace, link, now, "frontier behind")
             else:
@@ -247,7 +249,8 @@ class Pull:
         frontier = keyspace.knowledge.frontier[writers]
         base = np.zeros((request.shards, WRITERS_MAX), np.uint64)
         base[:, request.writers] = request.vector
-        selections = deque(keyspace.replica.changed_since(base))
+        select = keyspace.replica.changed_since if core.options.sync.cache else keyspace.replica.scan_since
+        selections = deque(select(base))
         outbox.streams.pop(request.keyspace, None)
         outbox.streams[request.keyspace] = PullStream(request.keyspace, request.request, writers, vector, frontier, selections)
         core.counters.pulls_served += 1

@@ -203,6 +203,8 @@ class Push:
 
     def _forward(self, batch: m.Batch, hops: int, now: m.Now) -> None:
         core = self._core
+        if not core.options.sync.push:
+            return
         payload = sum(section.payload_bytes for section in batch.columns)
         rows = sum(len(section.keys) for section in batch.columns)
         for node in trees.children(core.membership.holders(now.monotonic_ms), core.me, batch.origin, batch.tree):

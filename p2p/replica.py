@@ -125,6 +125,9 @@ class Replica(Protocol):
     def changed_since(self, base: U64) -> list[Selection]:
         """Every row (tombstones too) whose stamp exceeds `base[shard, writer]`; base: uint64[shards, WRITERS_MAX]."""
 
+    def scan_since(self, base: U64) -> list[Selection]:
+        """What `changed_since` selects, by looking at every row: the paper's base protocol."""
+
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         """The newest version of each slot, with stamps; tombstones sorted to the end. Copies."""
 

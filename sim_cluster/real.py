@@ -20,6 +20,7 @@ from rich.table import Table
 from ekko.errors import ConfigError, EkkoError
 from ekko.store import layout
 from ekko.train.publisher import Publisher
+from p2p.sync import PRESETS, PUSH
 from sim_cluster.demo.verify import Contents, contents, difference
 from sim_cluster.network import NetworkOptions
 from sim_cluster.processes import LocalCluster, NodeProcess, NodeProcessError, NodeSpec, wait_until
@@ -48,6 +49,8 @@ def check_feasible(scenario: Scenario) -> None:
     impossible += sorted({f"fault {event.kind!r}" for event in scenario.events if event.kind not in KINDS_REAL})
     if scenario.swarm:
         impossible.append("swarm")
+    if PRESETS[scenario.sync] != PUSH:
+        impossible.append(f"sync = {scenario.sync!r}")
     if scenario.workload.models > 1:
         impossible.append("workload.models above 1")
     if impossible:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ekko.errors import ConfigError
+from p2p.sync import PRESETS
 from sim_cluster.network import LinkOptions, NetworkOptions, pair_of
 
 NODES_MAX: Final = 4_096
@@ -88,6 +89,7 @@ class Scenario:
     network: NetworkOptions = field(default_factory=NetworkOptions)
     events: tuple[FaultEvent, ...] = ()
     swarm: bool = False
+    sync: str = "push"  # by which protocol replicas are kept equal: one of `p2p.sync.PRESETS`
 
     @property
     def trainer(self) -> str:
@@ -178,6 +180,7 @@ def _scenario(document: dict[str, Any], stem: str) -> Scenario:
         network,
         tuple(sorted(events, key=lambda event: (event.at_ms, event.kind, event.node))),
         bool(top.take("swarm", False)),
+        sync_named(top.take("sync", "push")),
     )
     top.done()
     if document:
@@ -187,6 +190,17 @@ def _scenario(document: dict[str, Any], stem: str) -> Scenario:
     if scenario.swarm and scenario.events:
         raise ConfigError("swarm = true draws its own faults: remove [[faults]], or swarm")
     return scenario
+
+
+def sync_named(name: Any) -> str:
+    """The name of a preset.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ConfigError(f"sync {name!r} is not one of {', '.join(PRESETS)}")
+    return name
 
 
 def _nodes(regions: Mapping[str, Any]) -> tuple[NodePlan, ...]:

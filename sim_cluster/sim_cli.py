@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,6 +34,12 @@ def run(
     virtual: Annotated[bool, typer.Option("--virtual", help="In virtual time, instead of as real processes.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Everything random derives from it.")] = 0,
     seeds: Annotated[str, typer.Option("--seeds", help="Run seeds A to B-1 (with --virtual).", metavar="A:B")] = "",
+    sync: Annotated[
+        str,
+        typer.Option(
+            "--sync", help="By which protocol: vector, cache, push (the product); instead of the scenario's.", metavar="PRESET"
+        ),
+    ] = "",
     json_out: Annotated[str, typer.Option("--json", help="Write the outcome here, or to stdout with -.", metavar="OUT")] = "",
 ) -> None:
     """Run a scenario: nodes, links, load and faults, and the protocol's invariants checked.
@@ -42,12 +49,13 @@ def run(
 
     Exit codes: 0 all checks passed, 1 one failed, 2 a mistake in the scenario.
     """
-    from sim_cluster.scenario import load_scenario
+    from sim_cluster.scenario import load_scenario, sync_named
 
     plan = load_scenario(scenario)
+    plan = replace(plan, sync=sync_named(sync)) if sync else plan
     chosen = _seeds(seeds, seed)
     if virtual:
-        outcomes = [_run_virtual(plan, scenario, one) for one in chosen]
+        outcomes = [_run_virtual(plan, scenario, one, f" --sync {sync}" if sync else "") for one in chosen]
         result: dict[str, Any] = {"scenario": plan.name, "virtual": True, "runs": [_as_json(outcome) for outcome in outcomes]}
         failed = [outcome.seed for outcome in outcomes if outcome.problem]
         typer.echo(f"{len(outcomes)} runs, {len(failed)} failed{': seeds ' + ', '.join(map(str, failed)) if failed else ''}")
@@ -77,7 +85,7 @@ def _seeds(text: str, seed: int) -> Sequence[int]:
     return range(int(first), int(end))
 
 
-def _run_virtual(plan: "Scenario", path: Path, seed: int) -> "Outcome":
+def _run_virtual(plan: "Scenario", path: Path, seed: int, options: str) -> "Outcome":
     from sim_cluster.swarm import minimise, run_virtual
 
     outcome = run_virtual(plan, seed)
@@ -85,7 +93,7 @@ def _run_virtual(plan: "Scenario", path: Path, seed: int) -> "Outcome":
     typer.echo(f"seed {seed}: {'FAILED' if outcome.problem else 'fine'}  {figures}")
     if outcome.problem:
         typer.echo(f"  at {outcome.at_ms} ms: {outcome.problem}")
-        typer.echo(f"  replay: ekko sim run {path} --virtual --seed {seed}")
+        typer.echo(f"  replay: ekko sim run {path} --virtual --seed {seed}{options}")
         faults, runs = minimise(plan, seed, plan.faults(seed))
         typer.echo(f"  after {runs} runs, what is needed of the faults: {faults.network}")
         for event in faults.events:

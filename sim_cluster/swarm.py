@@ -13,6 +13,7 @@ from typing import Final
 
 from ekko.model import ModelSpec, TableSpec
 from p2p import outbox, wire
+from p2p.sync import PRESETS
 from sim_cluster.checkers import Watch
 from sim_cluster.network import NetworkOptions
 from sim_cluster.scenario import FaultEvent, Faults, Scenario
@@ -88,7 +89,9 @@ class _Run:
         self._scenario = scenario
         self._rng = random.Random(f"load of {seed}")
         models = models_of(scenario)
-        self.cluster = VirtualCluster(seed, NetworkOptions(links=scenario.network.links), models[0], models[1:])
+        self.cluster = VirtualCluster(
+            seed, NetworkOptions(links=scenario.network.links), models[0], models[1:], PRESETS[scenario.sync]
+        )
         self.meter = self.cluster.meter = Meter()
         self._watch = Watch(self.cluster)
         self._published = 0

@@ -21,6 +21,7 @@ from p2p.errors import RemoteProtocolError
 from p2p.machine import Machine, MachineOptions
 from p2p.replica import RowColumns
 from p2p.stamps import AHEAD_MS_MAX, EPOCH_MS, WRITERS_MAX
+from p2p.sync import PUSH, SyncOptions
 from p2p.versions import PROTOCOL_VERSION
 from sim_cluster.network import LinkOptions, Network, NetworkOptions, pair_of
 
@@ -116,6 +117,7 @@ class VirtualCluster:
         options: the network's faults.
         model: the model that all nodes carry.
         more_models: others that they carry too.
+        sync: by which protocol they keep equal.
     """
 
     def __init__(
@@ -124,9 +126,11 @@ class VirtualCluster:
         options: NetworkOptions | None = None,
         model: ModelSpec | None = None,
         more_models: Sequence[ModelSpec] = (),
+        sync: SyncOptions = PUSH,
     ) -> None:
         self.seed = seed
         self.options = options or NetworkOptions()
+        self.sync = sync
         self.model = model or ModelSpec("ctr", 8, {"item": TableSpec("item", 4), "user": TableSpec("user", 2)})
         self.models = {spec.name: spec for spec in (self.model, *more_models)}
         self.now_ms = 0
@@ -226,6 +230,7 @@ class VirtualCluster:
             node.role,
             node.seeds,
             protocol_version=node.protocol_version,
+            sync=self.sync,
         )
         node.machine = Machine(options, node.store, node.ledger, random.Random(self._rng.random()))
         self._timer_ms.pop(node.name, None)

@@ -6,6 +6,7 @@ from ekko.model import ModelSpec
 from p2p import gossip, outbox, push, wire
 from p2p.messages import Batch, Now
 from p2p.stamps import unix_ms_of
+from p2p.sync import PUSH, SyncOptions
 from sim_cluster.checkers import Watch, check_converged, check_knowledge, contents
 from sim_cluster.virtual import Meter, NetworkOptions, VirtualCluster, address_of
 
@@ -14,9 +15,9 @@ FAULTS = NetworkOptions(1, 30, 40, loss_probability=0.1, repeat_probability=0.1,
 REGIONS = {"train": ("t1",), "eu": ("eu1", "eu2"), "us": ("us1", "us2", "us3")}
 
 
-def form(seed: int, options: NetworkOptions = CALM, model: ModelSpec | None = None) -> VirtualCluster:
+def form(seed: int, options: NetworkOptions = CALM, model: ModelSpec | None = None, sync: SyncOptions = PUSH) -> VirtualCluster:
     """Start the six nodes; they have yet to meet."""
-    cluster = VirtualCluster(seed, options, model)
+    cluster = VirtualCluster(seed, options, model, sync=sync)
     for region, names in REGIONS.items():
         for name in names:
             cluster.add(name, region, "train" if region == "train" else "serve", [] if name == "t1" else ["t1"])
@@ -35,10 +36,10 @@ def check_claims(cluster: VirtualCluster) -> None:
         assert check_knowledge(cluster, node) == "", f"seed {cluster.seed}, {cluster.now_ms} ms"
 
 
-def chaos(seed: int) -> None:
+def chaos(seed: int, sync: SyncOptions = PUSH) -> None:
     """One run; raises AssertionError on the first violation. Messages are cut small, so that parts and chunks are many."""
     with mock.patch.object(wire, "BATCH_BYTES_MAX", 150), mock.patch.object(outbox, "CHUNK_BYTES_MAX", 300):
-        cluster = form(seed, FAULTS)
+        cluster = form(seed, FAULTS, sync=sync)
         watch = Watch(cluster)
         cluster.run(3_000)
         for step in range(60):

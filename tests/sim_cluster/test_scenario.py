@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from ekko.cli import app, register_commands
 from ekko.errors import ConfigError
 from p2p import knowledge
+from p2p.sync import PRESETS
 from sim_cluster.real import check_feasible
 from sim_cluster.scenario import FaultEvent, Faults, draw_faults, load_scenario
 from sim_cluster.swarm import minimise, run_virtual
@@ -26,6 +27,12 @@ SEEDS = range(4)
 def test_a_swarm_seed(seed: int) -> None:
     scenario = replace(load_scenario(SWARM), duration_ms=8_000)
     assert run_virtual(scenario, seed).problem == ""
+
+
+@pytest.mark.parametrize("sync", [name for name in PRESETS if name != "push"])
+def test_a_swarm_seed_under_every_preset(sync: str) -> None:
+    scenario = replace(load_scenario(SWARM), duration_ms=5_000, sync=sync)
+    assert run_virtual(scenario, 5).problem == ""
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scenarios").glob("*.toml")), ids=lambda path: path.name)
@@ -94,6 +101,7 @@ def test_a_failure_keeps_only_the_faults_it_needs(monkeypatch: pytest.MonkeyPatc
         ("[regions]\neu = { train = 1 }\n[links]\n'eu/mars' = { delay_ms = 1 }", "no pair of regions"),
         ("[regions]\neu = { train = 1 }\n[[faults]]\nkind = 'flood'", "kind 'flood' is not one of"),
         ("[regions]\neu = { train = 1 }\n[[faults]]\nkind = 'crash'\nnode = 'x'", "node 'x' does not exist"),
+        ("[scenario]\nsync = 'gossip'\n[regions]\neu = { train = 1 }", "sync 'gossip' is not one of vector, cache"),
         ("[fault]\nx = 1\n[regions]\neu = { train = 1 }", "[fault] is not understood"),
         ("regions = [", "is not TOML"),
     ],
@@ -114,6 +122,8 @@ def test_real_processes_refuse_what_they_cannot_do() -> None:
     check_feasible(kills)
     with pytest.raises(ConfigError, match="loss_probability"):
         check_feasible(replace(kills, network=replace(kills.network, loss_probability=0.1)))
+    with pytest.raises(ConfigError, match="sync = 'vector'"):
+        check_feasible(replace(kills, sync="vector"))
     with pytest.raises(ConfigError, match="'deaf'"):
         check_feasible(replace(kills, events=(FaultEvent(0, "deaf", "eu-s1", 10),)))
 
@@ -123,7 +133,9 @@ def test_the_command_runs_seeds_and_writes_json(tmp_path: Path) -> None:
     path = tmp_path / "tiny.toml"
     path.write_text("[scenario]\nduration_s = 1\n[regions]\nhome = { train = 1 }\neu = { serve = 2 }\n[network]\nloss = 0.1")
     out = tmp_path / "out.json"
-    ran = CliRunner().invoke(app, ["sim", "run", str(path), "--virtual", "--seeds", "0:2", "--json", str(out)])
+    ran = CliRunner().invoke(
+        app, ["sim", "run", str(path), "--virtual", "--seeds", "0:2", "--sync", "vector", "--json", str(out)]
+    )
     assert ran.exit_code == 0, ran.output
     assert "2 runs, 0 failed" in ran.output
     assert '"problem": ""' in out.read_text()

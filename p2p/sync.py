@@ -1,0 +1,44 @@
+"""By which protocol a cluster keeps its replicas equal: the product's own, or a step on the paper's way to it.
+
+The paper (Ekko, OSDI '22, sections 4.3 to 4.5) has no push: every interval each replica pulls. Its ablation adds one idea at a
+time, and so do these presets, on the same machine and the same store:
+
+| preset | what it adds | where |
+|---|---|---|
+| `VECTOR` | pull from a random peer; what it lacks is found by a scan | `p2p.pull`, `p2p.schedule` |
+| `CACHE` | found in the update cache | `ekko.store.recent` |
+| `PUSH` | the product: fresh batches down trees, pulls only when something shows that one is due | `p2p.push`, `p2p.pull` |
+
+All nodes of a cluster must run the same one. Operators are not offered the choice (docs/decisions/0014): the simulator is.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+# The paper does not publish its interval. It is to be well below the seconds that the paper reports, and above a round trip.
+INTERVAL_MS: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class SyncOptions:
+    """What takes part in keeping replicas equal.
+
+    Raises:
+        ValueError: nothing would.
+    """
+
+    push: bool = True  # fresh batches travel down the trees
+    cache: bool = True  # answers come from the update cache where it reaches back far enough; else always from a scan
+    interval_ms: int = 0  # of regular pulls; 0: a pull starts only when something shows that one is due
+
+    def __post_init__(self) -> None:
+        if not self.push and self.interval_ms <= 0:
+            raise ValueError("without push, pulls need an interval_ms above 0")
+
+
+VECTOR: Final = SyncOptions(push=False, cache=False, interval_ms=INTERVAL_MS)
+CACHE: Final = SyncOptions(push=False, interval_ms=INTERVAL_MS)
+PUSH: Final = SyncOptions()
+
+# In the order of the paper's ablation; the last is the product.
+PRESETS: Final = {"vector": VECTOR, "cache": CACHE, "push": PUSH}

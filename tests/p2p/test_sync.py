@@ -1,0 +1,66 @@
+"""Every preset keeps replicas equal, under every fault (theorem T7: pull alone converges)."""
+
+from unittest import mock
+
+import pytest
+
+from ekko.store.model_store import ModelStore
+from p2p.push import Push
+from p2p.sync import PRESETS, SyncOptions
+from sim_cluster.checkers import check_converged
+from sim_cluster.virtual import VirtualCluster
+from tests.p2p.chaos import CALM, at_rest, chaos, form
+
+PULLING = [name for name, sync in PRESETS.items() if not sync.push]
+
+
+def start(preset: str, seed: int = 1) -> VirtualCluster:
+    cluster = form(seed, CALM, sync=PRESETS[preset])
+    cluster.run(8_000)
+    assert all(node.machine and node.machine.status(cluster.now()).synced for node in cluster.nodes.values())
+    return cluster
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("preset", PULLING)
+def test_faults_end_in_equal_stores(preset: str, seed: int) -> None:
+    """T7, as in `test_machine` for the product: no batch is ever sent here."""
+    sent: list[object] = []
+    with mock.patch.object(Push, "receive", side_effect=sent.append):
+        chaos(seed, PRESETS[preset])
+    assert not sent
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_preset_spreads_steps_and_deletes(preset: str) -> None:
+    cluster = start(preset)
+    for step in range(10):
+        cluster.publish("t1", "item", range(step * 10, step * 10 + 30), float(step))
+        cluster.run(100)
+    cluster.publish("t1", "item", range(5), delete=True)
+    assert cluster.run_until(lambda: check_converged(cluster) == "", 20 * PRESETS[preset].interval_ms or 100)
+    at_rest(cluster)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_wait_ends_and_freshness_moves_with_every_preset(preset: str) -> None:
+    cluster = start(preset)
+    stamp = cluster.publish("t1", "item", range(30), 1.0)
+    replicas = [node.store.models["ctr"] for node in cluster.nodes.values()]
+    assert cluster.run_until(lambda: all(int(replica.frontier[0]) >= stamp for replica in replicas), 5_000)
+
+
+def test_only_the_vector_preset_scans() -> None:
+    for preset, scans in (("vector", True), ("cache", False)):
+        with mock.patch.object(ModelStore, "scan_since", side_effect=AssertionError("a scan")):
+            cluster = form(1, CALM, sync=PRESETS[preset])
+            if scans:
+                with pytest.raises(AssertionError, match="a scan"):
+                    cluster.run(8_000)
+            else:
+                cluster.run(8_000)
+
+
+def test_presets_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match="interval_ms"):
+        SyncOptions(push=False)
