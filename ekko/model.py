@@ -1,7 +1,8 @@
 """Models and tables: names, widths, shards, and how they become the p2p layer's keyspaces.
 
-A model is one p2p *keyspace*; its id is xxh32 of the model's name, a table's id is xxh32 of the table's name. The schema is
-a grow-only set of entries that nodes gossip; each entry is canonical msgpack, so that equal facts are equal bytes.
+A model's id is xxh32 of its name, a table's id is xxh32 of the table's name. A model is one p2p *keyspace*, or, in several
+partitions, a family of as many. The schema is a grow-only set of entries that nodes gossip; each entry is canonical msgpack, so
+that equal facts are equal bytes.
 
 Dense tensors are flattened into rows of `DENSE_DIM` float32 in the reserved table `_dense`,
 `key = (xxh64(name) << 20) | row`; their shape and dtype are schema entries.
@@ -24,6 +25,8 @@ DENSE_DIM = 256
 DENSE_ROWS_MAX = 1 << 20  # rows of one tensor; the key keeps 20 bits for them
 SHARDS_DEFAULT = 64
 SHARDS_MAX = 65_536
+# A partition costs every heartbeat a summary and every idle writer five small messages a second.
+PARTITIONS_MAX = 64
 DIM_MAX = 16_384
 TABLES_MAX = 4_096
 TENSORS_MAX = 65_536
@@ -31,8 +34,14 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 
 
 def model_id(name: str) -> int:
-    """uint32 id of a model; the p2p keyspace id."""
+    """uint32 id of a model; the id of its p2p family."""
     return int(xxhash.xxh32_intdigest(name.encode()))
+
+
+def keyspace_id(name: str, partition: int, partitions: int) -> int:
+    """uint32 id of the p2p keyspace that a partition of a model is."""
+    # No name has a slash, so these are not names of other models.
+    return model_id(name) if partitions == 1 else model_id(f"{name}/{partition}")
 
 
 def table_id(name: str) -> int:
@@ -106,6 +115,7 @@ class ModelSpec:
     shards: int = SHARDS_DEFAULT
     tables: dict[str, TableSpec] = field(default_factory=dict)
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
+    partitions: int = 1
 
     def __post_init__(self) -> None:
         check_name("model", self.name)
@@ -113,10 +123,25 @@ class ModelSpec:
             raise ModelError(
                 f"model {self.name!r} has shards = {self.shards!r}: expected a whole number from 1 to {SHARDS_MAX}"
             )
+        partitions_max = min(self.shards, PARTITIONS_MAX)
+        if not isinstance(self.partitions, int) or not 1 <= self.partitions <= partitions_max:
+            raise ModelError(
+                f"model {self.name!r} has partitions = {self.partitions!r}: expected a whole number from 1 to {partitions_max} "
+                f"(of {self.shards} shards)"
+            )
 
     @property
     def id(self) -> int:
         return model_id(self.name)
+
+    @property
+    def keyspaces(self) -> tuple[int, ...]:
+        """The p2p keyspace of each partition."""
+        return tuple(keyspace_id(self.name, partition, self.partitions) for partition in range(self.partitions))
+
+    def bare(self) -> "ModelSpec":
+        """The same model, without tables and tensors."""
+        return ModelSpec(self.name, self.shards, partitions=self.partitions)
 
     def entries(self) -> list[SchemaEntry]:
         """The model as schema entries, sorted by name."""
@@ -129,7 +154,8 @@ class ModelSpec:
 def _body(fact: ModelSpec | TableSpec | TensorSpec) -> bytes:
     match fact:
         case ModelSpec():
-            body: list[object] = [fact.name, fact.shards]
+            # As before there were partitions, where there is one: equal facts are equal bytes, whatever the version.
+            body: list[object] = [fact.name, fact.shards, *([fact.partitions] if fact.partitions > 1 else [])]
         case TableSpec():
             body = [fact.name, fact.dim, fact.codec]
         case TensorSpec():
@@ -155,8 +181,8 @@ def _parse(entry: SchemaEntry) -> ModelSpec | TableSpec | TensorSpec:
         body = msgpack.unpackb(entry.body)
         match entry.name.split(":", 1):
             case ["model"]:
-                name, shards = body
-                spec = ModelSpec(name, shards)
+                name, shards, *partitions = body
+                spec = ModelSpec(name, shards, partitions=partitions[0] if partitions else 1)
                 if spec.id != entry.keyspace:
                     raise RemoteProtocolError(f"model {name!r} does not have id {entry.keyspace}")
                 return spec

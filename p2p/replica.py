@@ -1,8 +1,9 @@
 """What a store must offer for the protocol machine to replicate it.
 
-The machine deals in *keyspaces*: a set of rows with its own shards, writers and vectors (in ekko, one generation of one
-model). Inside a keyspace, rows belong to tables, which the machine knows only as a number and a row width. All arrays are
-columns, one entry a row; nothing here is called once per row.
+The machine deals in *keyspaces*: a set of rows with its own shards and vectors, which a node holds whole or not at all (in
+ekko, one partition of one model). Keyspaces of one *family* (the partitions of one model) share their writers: a step has one
+stamp, whichever of them it touches. Inside a keyspace, rows belong to tables, which the machine knows only as a number and a
+row width. All arrays are columns, one entry a row; nothing here is called once per row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,6 +54,15 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Which part of its family a keyspace is: partition p of P holds the rows with `partition_of(key) == p`."""
+
+    family: int  # uint32; writer ids are bound to it
+    partition: int = 0
+    partitions: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class WriterIdentity:
     """A writer id bound to its nonce (R12), with the last stamp it minted (0: none yet)."""
 
@@ -78,8 +88,12 @@ class Replica(Protocol):
         """The keyspace's id, uint32."""
 
     @property
+    def place(self) -> Place:
+        """Which part of its family it is; a family of one partition has the keyspace's own id."""
+
+    @property
     def shards(self) -> int:
-        """How many shards keys are spread over; fixed for the life of the keyspace."""
+        """How many shards its keys are spread over; fixed for the life of the keyspace."""
 
     @property
     def vector(self) -> U64:
@@ -93,26 +107,29 @@ class Replica(Protocol):
 
     @property
     def writer(self) -> WriterIdentity | None:
-        """The writer id this node may resume (only on intact memory, R4), or None."""
+        """The writer id this node may resume (only on intact memory, R4), or None; the same in all keyspaces of a family."""
 
     @property
     def stamp_max(self) -> int:
         """The largest stamp of any row or vector entry held here; 0 when empty. The clock starts above it."""
 
     def set_writer(self, identity: WriterIdentity) -> None:
-        """Bind this node's writer id, durably, before its first stamp is minted."""
+        """Bind this node's writer id in the whole family, durably, before its first stamp is minted."""
 
     def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:
         """Record a local step as pending (its stamp and touched shards) before any of its rows is applied (R4)."""
 
     def shards_of(self, keys: U64) -> NDArray[np.int64]:
-        """int64[n]: `mix64(key) mod shards` of each key."""
+        """int64[n]: the shard of each key of this keyspace, a function of the key alone."""
+
+    def partition_of(self, keys: U64) -> NDArray[np.int64]:
+        """int64[n]: in which partition of the family each key, of whatever partition, belongs."""
 
     def check(self, columns: Sequence[RowColumns]) -> None:
         """Refuse rows that do not fit the schema.
 
         Raises:
-            RemoteProtocolError: an unknown table or another row width. Nothing is changed.
+            RemoteProtocolError: an unknown table, another row width, or keys of another partition. Nothing is changed.
         """
 
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:

@@ -107,20 +107,27 @@ MODEL = Structure(
         Field("batch_epoch", 264, 8, "reserved: counts applied batches, for consistent reads (R19)"),
         Field("pending_shards", PAGE_BYTES, SHARDS_MAX // 8, "bitmap of the shards that the pending step touches"),
         Field("undo", 4 * PAGE_BYTES, UNDO_RECORDS * UNDO_BYTES, "undo records (R23)"),
-        Field("frontier", 144 * PAGE_BYTES, 8 * WRITERS_MAX, "uint64 per writer"),
-        Field("vector", 152 * PAGE_BYTES, 0, "uint64[shards, 4096]; as long again after it, the loss floor of the same shape"),
+        Field("frontier", 144 * PAGE_BYTES, 8 * WRITERS_MAX, "uint64 per writer, in a model of one partition"),
+        Field("vector", 152 * PAGE_BYTES, 0, "uint64[shards, 4096]; after it frontiers, then the loss floor"),
     ),
 )
 
 
-def loss_floor_offset(shards: int) -> int:
-    """Where the loss floor (reserved, R5) begins in a model's header file."""
-    return MODEL.offset("vector") + shards * WRITERS_MAX * 8
+def frontiers_offset(shards: int, partitions: int) -> int:
+    """Where the frontiers uint64[partitions, 4096] begin in a model's header file."""
+    # A model of one partition has room for its frontier in front of the vector.
+    return MODEL.offset("frontier") if partitions == 1 else MODEL.offset("vector") + shards * WRITERS_MAX * 8
 
 
-def model_bytes(shards: int) -> int:
+def loss_floor_offset(shards: int, partitions: int = 1) -> int:
+    """Where the loss floor (reserved, R5), of the vector's shape, begins in a model's header file."""
+    frontiers = 0 if partitions == 1 else partitions
+    return MODEL.offset("vector") + (shards + frontiers) * WRITERS_MAX * 8
+
+
+def model_bytes(shards: int, partitions: int = 1) -> int:
     """Length of a model's header file."""
-    return loss_floor_offset(shards) + shards * WRITERS_MAX * 8
+    return loss_floor_offset(shards, partitions) + shards * WRITERS_MAX * 8
 
 
 TABLE = Structure(

@@ -28,6 +28,8 @@ class ModelEntry:
     capacity_rows: int
     tables: list[TableSpec] = field(default_factory=list)  # `_dense` included
     tensors: list[TensorSpec] = field(default_factory=list)
+    partitions: int = 1
+    hold: list[int] | None = None  # partitions that are here, ascending; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,8 @@ def read_manifest(run_dir: Path) -> Manifest | None:
                 int(model["capacity_rows"]),
                 [TableSpec(table["name"], table["dim"], table["codec"]) for table in model["tables"]],
                 [TensorSpec(tensor["name"], tuple(tensor["shape"]), tensor["dtype"]) for tensor in model["tensors"]],
+                int(model.get("partitions", 1)),
+                None if model.get("hold") is None else [int(partition) for partition in model["hold"]],
             )
             for model in raw["models"]
         ]

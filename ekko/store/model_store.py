@@ -1,11 +1,15 @@
 """One model in shared memory: its tables, its vector, its writer. The `p2p.replica.Replica` of the protocol machine.
 
+A model of several partitions has a `ekko.store.partition.Partition` for each that this node holds, and they are its replicas.
+Vector rows and frontiers of the others stay zero, and no row of them is here.
+
 What a restarted daemon must know is in the model's header file (`ekko.store.layout.MODEL`), written in the order R4 asks for:
 a local step's stamp and shards first, then its rows, then (by the machine) the vector.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,15 +20,17 @@ from ekko.store import index, layout, rows
 from ekko.store.atomics import publish_word
 from ekko.store.manifest import ModelEntry, header_name, index_name, rows_name
 from ekko.store.memory import Mapping, Memory
-from ekko.store.recent import CacheStats, RecentRows
+from ekko.store.recent import ABOVE_ALL, CacheStats, RecentRows
 from ekko.store.table import Table
 from ekko.store.view import RowSource, gather_rows
 from p2p.errors import RemoteProtocolError
-from p2p.replica import Applied, RowColumns, Selection, WriterIdentity
+from p2p.replica import Applied, Place, RowColumns, Selection, WriterIdentity
 from p2p.stamps import WRITERS_MAX, writer_of
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
+
+T = TypeVar("T")
 
 DENSE_SPEC = TableSpec(DENSE_TABLE, DENSE_DIM)
 
@@ -42,7 +48,8 @@ class ModelStore:
     """Rows and knowledge of one model on this node. Use `create` or `open`; one thread writes."""
 
     def __init__(self, entry: ModelEntry, memory: Memory, table_bytes_max: int, header: Mapping) -> None:
-        self.spec = ModelSpec(entry.name, entry.shards)
+        self.spec = ModelSpec(entry.name, entry.shards, partitions=entry.partitions)
+        self._hold = tuple(range(entry.partitions)) if entry.hold is None else tuple(entry.hold)
         self._capacity_rows = entry.capacity_rows
         self._memory = memory
         self._table_bytes_max = table_bytes_max
@@ -50,16 +57,19 @@ class ModelStore:
         self._tables: dict[int, Table] = {}
         self._words: dict[str, U64] = {}  # views of the header, by name: making one costs more than reading it
         self._vector = header.words(layout.MODEL.offset("vector"), entry.shards, WRITERS_MAX)
-        self._frontier = header.words(layout.MODEL.offset("frontier"), WRITERS_MAX)
+        frontiers = layout.frontiers_offset(entry.shards, entry.partitions)
+        self._frontiers = header.words(frontiers, entry.partitions, WRITERS_MAX)
         self._pending_shards = header.words(layout.MODEL.offset("pending_shards"), (entry.shards + 63) // 64)
         self._stamp_max = self._word("stamp_max")
+        self._synced_until = np.zeros(entry.partitions, np.int64)  # of each partition
+        self._elsewhere: U64 | None = None  # scratch of `changed_in`
 
     @classmethod
     def create(cls, entry: ModelEntry, memory: Memory, table_bytes_max: int) -> "ModelStore":
         """Make an empty model."""
-        spec = ModelSpec(entry.name, entry.shards)
-        header = memory.create(header_name(spec.id), layout.model_bytes(entry.shards))
-        header.ensure(layout.loss_floor_offset(entry.shards))
+        spec = ModelSpec(entry.name, entry.shards, partitions=entry.partitions)
+        header = memory.create(header_name(spec.id), layout.model_bytes(entry.shards, entry.partitions))
+        header.ensure(layout.loss_floor_offset(entry.shards, entry.partitions))
         words = header.words(0, 4)
         words[...] = (layout.MODEL_MAGIC, layout.LAYOUT_VERSION, spec.id, entry.shards)
         return cls(entry, memory, table_bytes_max, header)
@@ -72,12 +82,13 @@ class ModelStore:
             StoreError: a file is damaged.
             OSError: a file is missing.
         """
-        spec = ModelSpec(entry.name, entry.shards)
+        spec = ModelSpec(entry.name, entry.shards, partitions=entry.partitions)
         header = memory.open(header_name(spec.id))
+        expected_bytes = layout.model_bytes(entry.shards, entry.partitions)
         expected = (layout.MODEL_MAGIC, layout.LAYOUT_VERSION, spec.id, entry.shards)
-        if len(header) < layout.model_bytes(entry.shards) or tuple(int(word) for word in header.words(0, 4)) != expected:
+        if len(header) < expected_bytes or tuple(int(word) for word in header.words(0, 4)) != expected:
             raise StoreError(f"the header of model {entry.name!r} is damaged, or of another version of ekko")
-        header.ensure(layout.loss_floor_offset(entry.shards))
+        header.ensure(layout.loss_floor_offset(entry.shards, entry.partitions))
         model = cls(entry, memory, table_bytes_max, header)
         for table in entry.tables:
             model._table(table).open()
@@ -110,7 +121,9 @@ class ModelStore:
     def entry(self) -> ModelEntry:
         """What the manifest says of the model."""
         tables = [table.spec for table in self._tables.values()]
-        return ModelEntry(self.spec.name, self.spec.shards, self._capacity_rows, tables, list(self.spec.tensors.values()))
+        hold = None if self.holds_all else list(self._hold)
+        tensors = list(self.spec.tensors.values())
+        return ModelEntry(self.spec.name, self.spec.shards, self._capacity_rows, tables, tensors, self.spec.partitions, hold)
 
     def file_names(self) -> list[str]:
         """Names of the files that it consists of."""
@@ -166,11 +179,73 @@ class ModelStore:
         gather_rows(source, held.index, _whole(keys), out, stamps)
         return out, stamps
 
+    # --- partitions -------------------------------------------------------------------------------------------------
+
+    @property
+    def hold(self) -> tuple[int, ...]:
+        """The partitions that this node holds, ascending."""
+        return self._hold
+
+    @property
+    def holds_all(self) -> bool:
+        return len(self._hold) == self.spec.partitions
+
+    def hold_more(self, partitions: Sequence[int]) -> bool:
+        """Hold these partitions, too, which begin empty; True when one of them is new."""
+        before = self._hold
+        self._hold = tuple(sorted({*before, *partitions}))
+        return self._hold != before
+
+    @property
+    def frontiers(self) -> U64:
+        """Live uint64[partitions, WRITERS_MAX]: the frontier of each partition; zero for those not held."""
+        return self._frontiers
+
+    @property
+    def last_stamp(self) -> int:
+        """Of this node's own newest step; 0: none yet."""
+        writer = self.writer
+        return 0 if writer is None else int(self._frontiers[:, writer.writer].max())
+
+    def partition_of(self, keys: U64) -> I64:
+        out = self.shards_of(keys)
+        out %= self.spec.partitions
+        return out
+
+    def changed_in(self, partition: int, base: U64) -> list[Selection]:
+        """`changed_since` of one partition, with the vector uint64[its shards, WRITERS_MAX] of an asker."""
+        return self._in_partition(partition, base, self.changed_since)
+
+    def stray_digest_in(self, partition: int) -> int:
+        """`stray_digest` of one partition."""
+        return self._in_partition(partition, self._vector[partition :: self.spec.partitions], self._digest_above)
+
+    def _in_partition(self, partition: int, base: U64, ask: Callable[[U64], T]) -> T:
+        """Ask with a vector of the whole model that is above everything in other partitions."""
+        # Filled once: writing a vector of 64 shards anew costs 2 MiB of memory traffic each time.
+        if self._elsewhere is None:
+            self._elsewhere = np.full(self._vector.shape, ABOVE_ALL, np.uint64)
+        own = self._elsewhere[partition :: self.spec.partitions]
+        own[...] = base
+        try:
+            return ask(self._elsewhere)
+        finally:
+            own[...] = ABOVE_ALL
+
+    def set_partition_synced_until(self, partition: int, unix_ms: int) -> None:
+        """Readers are told the worst of all held partitions; 0 is worst of all."""
+        self._synced_until[partition] = unix_ms
+        self.set_synced_until(int(self._synced_until[list(self._hold)].min()))
+
     # --- p2p.replica.Replica ----------------------------------------------------------------------------------------
 
     @property
     def keyspace(self) -> int:
         return self.spec.id
+
+    @property
+    def place(self) -> Place:
+        return Place(self.spec.id)
 
     @property
     def shards(self) -> int:
@@ -182,7 +257,9 @@ class ModelStore:
 
     @property
     def frontier(self) -> U64:
-        return self._frontier
+        assert self.spec.partitions == 1, "each partition has a frontier of its own"
+        frontier: U64 = self._frontiers[0]
+        return frontier
 
     @property
     def writer(self) -> WriterIdentity | None:
@@ -196,7 +273,7 @@ class ModelStore:
 
     @property
     def stamp_max(self) -> int:
-        return max(int(self._stamp_max), int(self._vector.max()), int(self._frontier.max()), int(self._word("pending_stamp")))
+        return max(int(self._stamp_max), int(self._vector.max()), int(self._frontiers.max()), int(self._word("pending_stamp")))
 
     def set_writer(self, identity: WriterIdentity) -> None:
         # Unbound while the words change: a kill in between costs the identity, and a fresh id is taken. Never a wrong one.
@@ -227,7 +304,8 @@ class ModelStore:
         touched = np.flatnonzero(np.unpackbits(self._pending_shards.view(np.uint8), bitorder="little", count=self.spec.shards))
         writer = writer_of(stamp)
         self._vector[touched, writer] = np.maximum(self._vector[touched, writer], np.uint64(stamp))
-        self._frontier[writer] = max(int(self._frontier[writer]), stamp)
+        partitions = np.unique(touched % self.spec.partitions)
+        self._frontiers[partitions, writer] = np.maximum(self._frontiers[partitions, writer], np.uint64(stamp))
 
     def shards_of(self, keys: U64) -> NDArray[np.int64]:
         out = np.empty(keys.size, np.int64)
@@ -283,8 +361,11 @@ class ModelStore:
         return RowColumns(table, keys, data, stamps)
 
     def stray_digest(self) -> int:
+        return self._digest_above(self._vector)
+
+    def _digest_above(self, base: U64) -> int:
         sums = np.zeros(2, np.uint64)
-        for selection in self._select(self._vector, lambda table, flat: table.changed_since(flat, self.shards, measured=False)):
+        for selection in self._select(base, lambda table, flat: table.changed_since(flat, self.shards, measured=False)):
             self._tables[selection.table].add_digest(selection.slots, sums)
         return int(sums[0]) | int(sums[1]) << 64
 

@@ -47,6 +47,8 @@ _PLACE_BITS = np.uint64(48)  # of slot in an entry's first word; the shard is ab
 _SLOT_MASK = np.uint64((1 << 48) - 1)
 assert SHARDS_MAX <= 1 << 64 - 48
 _NONE = np.uint64(0)  # below every stamp
+# Above every stamp: what is asked with for shards that are not wanted.
+ABOVE_ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _WRITER_MASK = np.uint64(WRITERS_MAX - 1)
 _ROWS = layout.TABLE.offset("rows")
 _STAMP = layout.ROW.offset("stamp")
@@ -169,7 +171,7 @@ def _compare(base: U64, shards: Int, dvv: Int, writers: Int) -> Int:
         for shard in range(shards):
             known = base[shard * WRITERS_MAX + writer]
             dominates &= known >= load_u64(dvv + (writer * shards + shard) * 8)
-            knows |= known != _NONE
+            knows |= known != _NONE and known != ABOVE_ALL
     if dominates:
         return _DOMINATES
     return _BEHIND if knows else _KNOWS_NOTHING

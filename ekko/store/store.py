@@ -9,6 +9,7 @@ One process writes a store at a time; the daemon holds a lock file in `run_dir` 
 
 from collections.abc import Mapping as ReadOnlyMapping
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 from types import MappingProxyType
@@ -28,6 +29,7 @@ from ekko.store.manifest import (
 )
 from ekko.store.memory import AnonymousMemory, Mapping, Memory, TmpfsMemory
 from ekko.store.model_store import ModelStore
+from ekko.store.partition import replicas_of
 from p2p.errors import RemoteProtocolError, SchemaClashError
 from p2p.replica import Replica, SchemaEntry
 
@@ -158,12 +160,13 @@ class Store:
         """Live view: name -> model."""
         return MappingProxyType(self._models)
 
-    def add_model(self, spec: ModelSpec, capacity_rows: int = 0) -> ModelStore:
+    def add_model(self, spec: ModelSpec, capacity_rows: int = 0, hold: Sequence[int] | None = None) -> ModelStore:
         """Have this model, with at least these tables and tensors.
 
         Args:
             spec: what there is to be; what exists already is kept.
             capacity_rows: a first guess of the rows of all its tables together.
+            hold: partitions to hold here, beside those that are held already; None: all of a model that is new, else no more.
 
         Raises:
             ModelError: it contradicts the model that exists. Nothing is changed.
@@ -171,11 +174,15 @@ class Store:
         """
         model = self._models.get(spec.name)
         self._check_new(spec, model)
+        if hold is not None and not set(hold) <= set(range(spec.partitions)):
+            raise ModelError(f"model {spec.name!r} has partitions 0 to {spec.partitions - 1}: cannot hold {list(hold)}")
         if model is None:
             tables = max(1, len(spec.tables))
-            entry = ModelEntry(spec.name, spec.shards, capacity_rows // tables)
+            entry = ModelEntry(spec.name, spec.shards, capacity_rows // tables, partitions=spec.partitions)
+            entry = entry if hold is None else replace(entry, hold=sorted(set(hold)))
             model = ModelStore.create(entry, self._memory, self._table_bytes_max)
         changed = spec.name not in self._models
+        changed |= hold is not None and model.hold_more(hold)
         for table in spec.tables.values():
             changed |= model.add_table(table)
         for tensor in spec.tensors.values():
@@ -210,18 +217,32 @@ class Store:
         Raises:
             ModelError: naming the contradiction.
         """
-        other = self._by_id.get(spec.id)
-        if isinstance(other, ModelStore) and other.spec.name != spec.name:
-            raise ModelError(f"models {spec.name!r} and {other.spec.name!r} have the same id: rename one")
         if model is None:
+            self._check_ids(spec)
             self._check_room(1)
-            held = ModelSpec(spec.name, spec.shards)
+            held = spec.bare()
         else:
             held = model.spec
         if held.shards != spec.shards:
             raise ModelError(f"model {spec.name!r} has {held.shards} shards, not {spec.shards}")
+        if held.partitions != spec.partitions:
+            raise ModelError(
+                f"model {spec.name!r} has {held.partitions} partitions, not {spec.partitions}: all nodes of a cluster divide a "
+                "model in the same way"
+            )
         _check_tables(held, spec)
         _check_tensors(held, spec)
+
+    def _check_ids(self, spec: ModelSpec) -> None:
+        """Refuse a new model of whose ids another one has one.
+
+        Raises:
+            ModelError: naming the other.
+        """
+        ids = {spec.id, *spec.keyspaces}
+        for model in self._models.values():
+            if ids & {model.spec.id, *model.spec.keyspaces}:
+                raise ModelError(f"models {spec.name!r} and {model.spec.name!r} have the same id: rename one")
 
     def _check_room(self, count: int) -> None:
         """Refuse more models than there may be.
@@ -234,7 +255,8 @@ class Store:
 
     def _insert(self, model: ModelStore) -> None:
         self._models[model.spec.name] = model
-        self._by_id[model.keyspace] = model
+        for replica in replicas_of(model):
+            self._by_id.setdefault(replica.keyspace, replica)
 
     def _publish_manifest(self) -> None:
         """Write the manifest, then tell attached readers."""
@@ -287,12 +309,12 @@ class Store:
             parsed = parse_entry(entry)
             if not isinstance(parsed, ModelSpec):
                 parts.append((entry.keyspace, parsed))
-            elif specs.setdefault(entry.keyspace, parsed).shards != parsed.shards:
-                raise RemoteProtocolError(f"model {parsed.name!r} is described twice, with different shards")
+            elif specs.setdefault(entry.keyspace, parsed).bare() != parsed:
+                raise RemoteProtocolError(f"model {parsed.name!r} is described twice, with different shards or partitions")
+        known = {model.spec.id: model.spec for model in self._models.values()}
         for keyspace, part in parts:
-            held = self._by_id.get(keyspace)
-            if keyspace not in specs and isinstance(held, ModelStore):
-                specs[keyspace] = ModelSpec(held.spec.name, held.spec.shards)
+            if keyspace not in specs and keyspace in known:
+                specs[keyspace] = known[keyspace].bare()
             if keyspace not in specs:
                 raise RemoteProtocolError(f"schema entry for {part.name!r} of unknown model {keyspace}")
             names: dict[str, TableSpec] | dict[str, TensorSpec]
@@ -303,7 +325,9 @@ class Store:
 
 
 def _alone(spec: ModelSpec, tables: list[TableSpec], tensors: list[TensorSpec]) -> ModelSpec:
-    return ModelSpec(spec.name, spec.shards, {t.name: t for t in tables}, {t.name: t for t in tensors})
+    return ModelSpec(
+        spec.name, spec.shards, {t.name: t for t in tables}, {t.name: t for t in tensors}, partitions=spec.partitions
+    )
 
 
 def _check_tables(held: ModelSpec, new: ModelSpec) -> None:

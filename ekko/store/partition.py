@@ -1,0 +1,97 @@
+"""One partition of a model, as the protocol machine replicates it: a `p2p.replica.Replica` over a part of a `ModelStore`.
+
+partition = shard mod partitions. The model's tables, writer and clock are shared by all of its partitions; vector, frontier and
+what a peer may ask for are the partition's own. Shards are numbered within it: shard s of the model is shard
+`s // partitions` of partition `s mod partitions`.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.model import keyspace_id
+from ekko.store.model_store import ModelStore
+from p2p.errors import RemoteProtocolError
+from p2p.replica import U64, Applied, Place, Replica, RowColumns, Selection, WriterIdentity
+
+
+def replicas_of(model: ModelStore) -> list[Replica]:
+    """What the protocol machine replicates of a model: the model itself, or each partition of it that is held."""
+    return [model] if model.spec.partitions == 1 else [Partition(model, partition) for partition in model.hold]
+
+
+class Partition:
+    """A held partition of a model of several."""
+
+    def __init__(self, model: ModelStore, partition: int) -> None:
+        spec = model.spec
+        self._model = model
+        self._place = Place(spec.id, partition, spec.partitions)
+        self._keyspace = keyspace_id(spec.name, partition, spec.partitions)
+        self._vector: U64 = model.vector[partition :: spec.partitions]
+        self._frontier: U64 = model.frontiers[partition]
+
+    @property
+    def keyspace(self) -> int:
+        return self._keyspace
+
+    @property
+    def place(self) -> Place:
+        return self._place
+
+    @property
+    def shards(self) -> int:
+        return int(self._vector.shape[0])
+
+    @property
+    def vector(self) -> U64:
+        return self._vector
+
+    @property
+    def frontier(self) -> U64:
+        return self._frontier
+
+    @property
+    def writer(self) -> WriterIdentity | None:
+        return self._model.writer
+
+    @property
+    def stamp_max(self) -> int:
+        return self._model.stamp_max
+
+    def set_writer(self, identity: WriterIdentity) -> None:
+        self._model.set_writer(identity)
+
+    def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:
+        # What a step has written to other partitions before is in their vectors already, and need not stay pending.
+        self._model.begin_write(stamp, shards * self._place.partitions + self._place.partition)
+
+    def shards_of(self, keys: U64) -> NDArray[np.int64]:
+        return self._model.shards_of(keys) // self._place.partitions
+
+    def partition_of(self, keys: U64) -> NDArray[np.int64]:
+        return self._model.partition_of(keys)
+
+    def check(self, columns: Sequence[RowColumns]) -> None:
+        self._model.check(columns)
+        for column in columns:
+            if (self._model.partition_of(column.keys) != self._place.partition).any():
+                raise RemoteProtocolError(
+                    f"rows outside partition {self._place.partition} of model {self._model.spec.name!r}, as which they came"
+                )
+
+    def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
+        return self._model.apply(columns, stamp)
+
+    def changed_since(self, base: U64) -> list[Selection]:
+        return self._model.changed_in(self._place.partition, base)
+
+    def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
+        return self._model.read(table, slots)
+
+    def stray_digest(self) -> int:
+        return self._model.stray_digest_in(self._place.partition)
+
+    def set_synced_until(self, unix_ms: int) -> None:
+        self._model.set_partition_synced_until(self._place.partition, unix_ms)
