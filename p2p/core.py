@@ -12,7 +12,6 @@ from p2p.membership import SILENCE_MS_MAX, Membership
 from p2p.replica import Host, Replica
 from p2p.stamps import StampClock
 from p2p.sync import PUSH, SyncOptions
-from p2p.trees import Holder
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, agree
 from p2p.writers import WriterBook
 
@@ -98,10 +97,6 @@ class Core:
     first: bool = False  # no seed but ourselves, and no peer of a former life: nobody to catch up with
     deaf: bool = False  # we hear nobody
     effects: list[m.Effect] = field(default_factory=list)
-
-    @property
-    def me(self) -> Holder:
-        return Holder(self.options.region, self.options.node)
 
     def expected(self, now: m.Now) -> list[Peer]:
         """Peers of a former life that may yet answer, sorted by node; after a while they count as silent."""

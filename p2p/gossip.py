@@ -110,7 +110,7 @@ class Gossip:
         """Whether the beat that ends went as it should, and whether our clock is right."""
         core = self._core
         # One silent peer says nothing of us; several at once do.
-        alone = self._heard == 0 and len(core.membership.live(now.monotonic_ms)) > 1
+        alone = self._heard == 0 and core.membership.live_count(now.monotonic_ms) > 1
         self._silent_beats = self._silent_beats + 1 if alone else 0
         core.membership.suspicion.judge(not alone)
         core.deaf = self._silent_beats >= DEAF_BEATS

@@ -158,7 +158,7 @@ class Introductions:
     def call_contacts(self, now: m.Now) -> None:
         """Say hello to those who may know the cluster, unless we know it; in the end go on alone."""
         core = self._core
-        if not self.introduced or not core.membership.live(now.monotonic_ms):
+        if not self.introduced or not core.membership.live_count(now.monotonic_ms):
             addresses = self.contacts()
             if len(addresses) > CONTACTS_MAX:
                 addresses = core.rng.sample(addresses, CONTACTS_MAX)

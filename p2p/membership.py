@@ -24,12 +24,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from p2p.errors import RemoteProtocolError
 from p2p.messages import MemberRecord, NodeId, WriterRecord
 from p2p.replica import U64
 from p2p.suspicion import HEARTBEAT_MS, Suspicion, mix
-from p2p.trees import Holder
+from p2p.trees import Holder, Trees
 from p2p.versions import protocol_of
 
 __all__ = ["HEARTBEAT_MS", "HOLDER_ROLES", "Member", "Membership"]
@@ -60,17 +61,16 @@ class Member:
 
     record: MemberRecord
     slot: int
-    place: int  # in the rings
 
 
 @dataclass(slots=True)
 class _View:
-    """What follows from who is alive; rebuilt when that changes."""
+    """What follows from who is alive: begun anew when that changes, each part made when it is asked for."""
 
-    live: tuple[NodeId, ...]
-    holders: tuple[Holder, ...]
-    near: tuple[NodeId, ...]  # our fingers in our region's ring
-    far: tuple[NodeId, ...]  # and in everybody's
+    live: tuple[NodeId, ...] | None = None
+    holders: tuple[Holder, ...] | None = None
+    trees: Trees | None = None
+    fingers: tuple[tuple[NodeId, ...], tuple[NodeId, ...]] | None = None  # ours in our region's ring, and in everybody's
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ class Membership:
     news: bool = False  # a record has changed and has not been passed on yet
     _nodes: dict[int, NodeId] = field(default_factory=dict)  # by slot
     _writing: dict[NodeId, None] = field(default_factory=dict)  # members whose record names writers
-    _view: _View | None = None
+    _view: _View = field(default_factory=_View)
 
     # --- ourselves
 
@@ -113,7 +113,11 @@ class Membership:
 
     def live(self, now_ms: int) -> list[MemberRecord]:
         """Records of the live members, ourselves left out, sorted by node id."""
-        return [self.members[node].record for node in self._see(now_ms).live]
+        return [self.members[node].record for node in self._live(now_ms)]
+
+    def live_count(self, now_ms: int) -> int:
+        """How many others live."""
+        return len(self._live(now_ms))
 
     def live_writers(self, now_ms: int) -> list[WriterRecord]:
         """Every writer of a live member."""
@@ -128,39 +132,59 @@ class Membership:
         return protocol_of(int(self.suspicion.version[self.suspicion.alive].min(initial=np.uint64(self.own.version))))
 
     def holders(self, now_ms: int) -> tuple[Holder, ...]:
-        """The holders fit to forward, ourselves included; what the trees are computed from."""
-        return self._see(now_ms).holders
+        """The holders fit to forward, ourselves included, sorted."""
+        view = self._see(now_ms)
+        if view.holders is None:
+            in_trees = self.suspicion.in_trees(now_ms)
+            fit = [self.own, *(member.record for member in self.members.values() if in_trees[member.slot])]
+            view.holders = tuple(sorted(Holder(record.region, record.node) for record in fit if record.role in HOLDER_ROLES))
+        return view.holders
+
+    def trees(self, now_ms: int) -> Trees:
+        """Our part in the trees over the holders."""
+        view = self._see(now_ms)
+        if view.trees is None:
+            view.trees = Trees(Holder(self.own.region, self.own.node), self.holders(now_ms), self.protocol_min(now_ms))
+        return view.trees
 
     def fingers(self, now_ms: int) -> tuple[NodeId, ...]:
         """Everybody we gossip with as long as the view stays as it is."""
-        view = self._see(now_ms)
-        return tuple(dict.fromkeys([*view.near, *view.far]))
+        near, far = self._fingers(now_ms)
+        return tuple(dict.fromkeys([*near, *far]))
 
     def targets(self, now_ms: int, rng: random.Random) -> tuple[NodeId, ...]:
         """Whom to send a heartbeat, or news: some fingers of both rings, and always the first of the whole ring.
 
         That one closes the circle, so that news which everybody passes on once reaches everybody.
         """
-        view = self._see(now_ms)
-        near = rng.sample(view.near, min(FANOUT // 2, len(view.near)))
-        far = rng.sample(view.far[1:], max(0, len(view.far) - 1))
-        return tuple(dict.fromkeys([*view.far[:1], *near, *far]))[:FANOUT]
+        all_near, all_far = self._fingers(now_ms)
+        near = rng.sample(all_near, min(FANOUT // 2, len(all_near)))
+        far = rng.sample(all_far[1:], max(0, len(all_far) - 1))
+        return tuple(dict.fromkeys([*all_far[:1], *near, *far]))[:FANOUT]
 
     def _see(self, now_ms: int) -> _View:
         self.suspicion.assess(now_ms)
-        if self._view is None or self.suspicion.changed:
+        if self.suspicion.changed:
             self.suspicion.changed = False
-            alive, in_trees = self.suspicion.alive, self.suspicion.in_trees(now_ms)
-            live = [(node, member) for node, member in self.members.items() if alive[member.slot]]
-            fit = [self.own, *(member.record for _, member in live if in_trees[member.slot])]
-            holders = sorted(Holder(record.region, record.node) for record in fit if record.role in HOLDER_ROLES)
-            far = [(member.place, node) for node, member in live]
-            near = [(member.place, node) for node, member in live if member.record.region == self.own.region]
-            here = place_of(self.own.node)
-            self._view = _View(
-                tuple(sorted(node for node, _ in live)), tuple(holders), fingers_of(here, near), fingers_of(here, far)
-            )
+            self._view = _View()
         return self._view
+
+    def _live(self, now_ms: int) -> tuple[NodeId, ...]:
+        view = self._see(now_ms)
+        if view.live is None:
+            view.live = tuple(sorted(self._nodes[slot] for slot in np.flatnonzero(self.suspicion.alive).tolist()))
+        return view.live
+
+    def _fingers(self, now_ms: int) -> tuple[tuple[NodeId, ...], tuple[NodeId, ...]]:
+        view = self._see(now_ms)
+        if view.fingers is None:
+            suspicion, here = self.suspicion, place_of(self.own.node)
+            far = np.flatnonzero(suspicion.alive)
+            near = far[suspicion.near[far]]
+            chosen = (slots[fingers_of(here, suspicion.place[slots])] for slots in (near, far))
+            first, second = (tuple(self._nodes[slot] for slot in slots.tolist()) for slots in chosen)
+            view.fingers = first, second
+        return view.fingers
 
     def suspects(self) -> list[NodeId]:
         """Members that fell silent and did not say goodbye, sorted."""
@@ -205,8 +229,9 @@ class Membership:
             if not self.has_room(record.node):
                 raise RemoteProtocolError(f"more than {MEMBERS_MAX} members")
             slot = suspicion.take(record.boot, record.version, record.heartbeat, self._prior_ms(), now_ms)
-            known = self.members[record.node] = Member(record, slot, place_of(record.node))
+            known = self.members[record.node] = Member(record, slot)
             self._nodes[slot] = record.node
+            suspicion.place[slot] = place_of(record.node)
         elif (record.boot_ms, record.boot) != (known.record.boot_ms, known.record.boot):
             if (record.boot_ms, record.boot) < (known.record.boot_ms, known.record.boot):
                 suspicion.news[known.slot] = NEWS_TELLS  # somebody is behind
@@ -234,6 +259,7 @@ class Membership:
         slot, suspicion = known.slot, self.suspicion
         known.record = record
         suspicion.version[slot], suspicion.gone[slot], suspicion.deaf[slot] = record.version, record.left, record.deaf
+        suspicion.near[slot] = record.region == self.own.region
         if record.writers:
             self._writing[record.node] = None
         else:
@@ -353,14 +379,18 @@ def place_of(node: NodeId) -> int:
     return int(xxhash.xxh64_intdigest(f"ring/{node}".encode()))
 
 
-def fingers_of(here: int, others: Sequence[tuple[int, NodeId]]) -> tuple[NodeId, ...]:
-    """Those 1, 2, 4, 8 ... places behind us in a ring.
+def fingers_of(here: int, places: U64) -> NDArray[np.int64]:
+    """Which of the others stand 1, 2, 4, 8 ... places behind us in a ring.
 
     Args:
         here: our own place.
-        others: (place, node) of the others, in any order.
+        places: uint64[n], those of the others, in any order.
+
+    Returns:
+        int64[log2 n + 1], indices into `places`.
     """
-    line = sorted(others)
-    first = sum(place < here for place, _ in line)
-    line = line[first:] + line[:first]
-    return tuple(line[(1 << step) - 1][1] for step in range(len(line).bit_length()))
+    line = np.argsort(places)
+    first = int((places < np.uint64(here)).sum())
+    behind = (first + (1 << np.arange(len(line).bit_length())) - 1) % max(1, len(line))
+    chosen: NDArray[np.int64] = line[behind]
+    return chosen

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2p import messages as m
-from p2p import trees, wire
+from p2p import wire
 from p2p.core import Core, Keyspace
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.links import Link
@@ -85,7 +85,7 @@ class Push:
             columns,
             request.published_ns,
             core.options.machine,
-            trees=trees.tree_count(core.membership.holders(now.monotonic_ms)),
+            trees=core.membership.trees(now.monotonic_ms).count,
         )
         for message in split_step(batch, shard_of, wire.BATCH_BYTES_MAX):
             self._forward(wire.seal(message), hops=0, now=now)
@@ -148,7 +148,7 @@ class Push:
         while len(self._seen) >= SEEN_MAX:
             del self._seen[next(iter(self._seen))]
         self._seen[seen] = None
-        if envelope.hops >= trees.hops_max(core.membership.holders(now.monotonic_ms)):
+        if envelope.hops >= core.membership.trees(now.monotonic_ms).hops_max:
             core.counters.batches_circling += 1
         else:
             self._forward(batch, envelope.hops + 1, now)
@@ -207,7 +207,7 @@ class Push:
             return
         payload = sum(section.payload_bytes for section in batch.columns)
         rows = sum(len(section.keys) for section in batch.columns)
-        for node in trees.children(core.membership.holders(now.monotonic_ms), core.me, batch.origin, batch.tree):
+        for node in core.membership.trees(now.monotonic_ms).children(batch.origin, batch.tree):
             link = core.link(node)
             if link is None or not link.has_credit():
                 core.counters.batches_skipped += 1

@@ -64,6 +64,8 @@ _FIELDS: Final[dict[str, Any]] = {
     "gone": np.bool_,  # it left on purpose
     "suspect": np.bool_,
     "deaf": np.bool_,  # it says that it hears nobody
+    "near": np.bool_,  # it is in our region
+    "place": np.uint64,  # in the rings
     "boot": np.uint64,
     "version": np.uint64,  # of its record
     "beats": np.uint64,  # the largest heartbeat counter heard of
@@ -87,6 +89,8 @@ class Suspicion:
     gone: NDArray[np.bool_]
     suspect: NDArray[np.bool_]
     deaf: NDArray[np.bool_]
+    near: NDArray[np.bool_]
+    place: U64
     boot: U64
     version: U64
     beats: U64

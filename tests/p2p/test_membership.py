@@ -262,7 +262,11 @@ def test_news_rides_a_few_times_and_then_rests() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 6, 100, 1_000])
 def test_fingers_are_few_and_everybody_is_as_often_one(count: int) -> None:
     places = sorted((place_of(f"n{number}"), f"n{number}") for number in range(count))
-    chosen = {node: fingers_of(here, [p for p in places if p[1] != node]) for here, node in places}
+    chosen: dict[str, list[str]] = {}
+    for here, node in places:
+        others = [place for place in places if place[1] != node]
+        behind = fingers_of(here, np.array([place for place, _ in others], np.uint64))
+        chosen[node] = [others[index][1] for index in behind.tolist()]
     degree = (count - 1).bit_length()
     assert all(len(fingers) == len(set(fingers)) == degree and node not in fingers for node, fingers in chosen.items())
     pointed = [finger for fingers in chosen.values() for finger in fingers]

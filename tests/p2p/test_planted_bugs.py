@@ -149,39 +149,36 @@ def rows_are_applied_before_they_are_checked(patch: pytest.MonkeyPatch) -> None:
 
 def a_node_has_two_parents(patch: pytest.MonkeyPatch) -> None:
     """A node takes on a child of the next one."""
+    original = trees.Trees._find_children
 
-    def children(holders: Any, me: Any, origin: Any, tree: int) -> list[str]:
-        line = trees.order(holders, me.region, origin, tree)
-        if me.node == origin:
-            return original(holders, me, origin, tree)
-        first = line.index(me.node) * trees.TREE_ARITY + 1
-        return line[first : first + trees.TREE_ARITY + 1]
+    def find(self: trees.Trees, origin: str, tree: int) -> tuple[str, ...]:
+        own = original(self, origin, tree)
+        line = self.line(self._me.region, origin, tree)
+        return own + line[line.index(own[-1]) + 1 :][:1] if own and self._me.node != origin else own
 
-    original = trees.children
-    patch.setattr(trees, "children", children)
+    patch.setattr(trees.Trees, "_find_children", find)
 
 
 def a_region_has_two_leaders(patch: pytest.MonkeyPatch) -> None:
     """The origin sends to the first two of every region."""
-    original = trees.children
+    original = trees.Trees._find_children
 
-    def children(holders: Any, me: Any, origin: Any, tree: int) -> list[str]:
-        if me.node != origin:
-            return original(holders, me, origin, tree)
-        regions = sorted({holder.region for holder in holders})
-        return [node for region in regions for node in trees.order(holders, region, origin, tree)[:2]]
+    def find(self: trees.Trees, origin: str, tree: int) -> tuple[str, ...]:
+        if self._me.node != origin:
+            return original(self, origin, tree)
+        return tuple(node for region in self._regions for node in self.line(region, origin, tree)[:2])
 
-    patch.setattr(trees, "children", children)
+    patch.setattr(trees.Trees, "_find_children", find)
 
 
 def a_shard_has_two_trees(patch: pytest.MonkeyPatch) -> None:
     """R1: which leader a message goes to depends on when it is sent."""
-    original, calls = trees.children, itertools.count()
+    original, calls = trees.Trees.children, itertools.count()
 
-    def children(holders: Any, me: Any, origin: Any, tree: int) -> list[str]:
-        return original(holders, me, origin, next(calls) // 7 % trees.TREES_MAX if me.node == origin else tree)
+    def children(self: trees.Trees, origin: str, tree: int) -> tuple[str, ...]:
+        return original(self, origin, next(calls) // 7 % trees.TREES_MAX if self._me.node == origin else tree)
 
-    patch.setattr(trees, "children", children)
+    patch.setattr(trees.Trees, "children", children)
 
 
 def the_last_chunk_claims_without_its_rows(patch: pytest.MonkeyPatch) -> None:
