@@ -144,17 +144,12 @@ def seat_at(place: int, tree: int, count: int) -> int:
         tree: 0 to `TREES_MAX` - 1.
         count: how many sit in the region.
     """
-    rows = count // TREES_MAX
-    if not rows:
-        return (place + tree) % count  # too few for a row: everybody leads in turn
-    if place < rows:
-        return place * TREES_MAX + tree
-    if place >= rows * TREES_MAX:
-        return place  # of the row that is not full yet: leaves in every tree
-    while place % TREE_ARITY == 0:
+    inside = place * TREES_MAX < count
+    while not inside and place % TREE_ARITY == 0:
         place //= TREE_ARITY  # the leaf was here before, until an inside seat needed its place
-    row, leaf = place // TREE_ARITY, place % TREE_ARITY
-    return row * TREES_MAX + (tree + leaf) % TREES_MAX
+    row, leaf = (place, 0) if inside else divmod(place, TREE_ARITY)
+    width = min(TREES_MAX, count - row * TREES_MAX)  # the last row may not be full: there, trees take inside seats in turn
+    return row * TREES_MAX + (tree + leaf) % width
 
 
 def _depth(count: int) -> int:

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2p.trees import ONE_TREE_HOLDERS_MAX, SEATS_SINCE, TREE_ARITY, TREES_MAX, Holder, Trees, line, seat_at, seats
+from p2p.versions import FIRST_VERSION
+from sim_cluster.virtual import Meter, NetworkOptions, VirtualCluster
 
 VERSIONS = (1, SEATS_SINCE)
 
@@ -77,14 +79,13 @@ def copies_sent(count: int) -> list[int]:
 
 
 def test_trees_share_the_load() -> None:
-    """In a region of whatever size nobody sends more than two copies above its share of four (three nodes: of three)."""
+    """In a region of whatever size nobody sends more than four copies; the mean is nearly that: all but one, in four trees."""
     for count in range(2, 260):
         sent = copies_sent(count)
         mean = TREES_MAX * (count - 1) / count
         assert sum(sent) == TREES_MAX * (count - 1)
-        assert max(sent) <= min(mean + 2, 1.75 * mean) + 1e-9
-        if count % TREES_MAX < 2 and count >= TREES_MAX:
-            assert max(sent) <= TREE_ARITY, "as even as can be"
+        assert max(sent) <= TREE_ARITY
+        assert max(sent) <= (1.5 if count == 3 else 1.25) * mean
 
 
 def parents(nodes: tuple[str, ...]) -> dict[tuple[int, str], str]:
@@ -105,10 +106,38 @@ def test_who_comes_or_goes_changes_few_parents() -> None:
         before, after = parents(tuple(nodes)), parents(tuple(fewer))
         changed.append(sum(before[edge] != after[edge] for edge in after if edge in before) / len(after))
     assert sum(changed) / len(changed) < 0.07
-    assert max(changed) < 0.15
+    assert max(changed) < 0.2
 
 
 def test_a_line_of_the_first_version_is_what_its_nodes_compute() -> None:
     """Taken from a node of version 1; a cluster that has one uses these trees."""
     nodes = tuple(f"n{number}" for number in range(8))
     assert [" ".join(line(nodes, tree, 1)) for tree in (0, 3)] == ["n1 n0 n7 n2 n4 n6 n5 n3", "n4 n1 n7 n2 n6 n3 n5 n0"]
+
+
+def test_one_old_member_holds_all_to_its_trees() -> None:
+    """Nobody gets a batch twice or misses one, before the last node of version 1 is upgraded and after it."""
+    cluster = VirtualCluster(1, NetworkOptions())
+    cluster.add("t1", "train", "train")
+    for number in range(20):
+        cluster.add(f"n{number}", "eu", seeds=["t1"], protocol_version=FIRST_VERSION if number == 7 else SEATS_SINCE)
+    cluster.run(5_000)
+    busiest = publish_and_measure(cluster)
+    assert busiest > 2, "of the old trees"
+    cluster.crash("n7")
+    cluster.nodes["n7"].protocol_version = SEATS_SINCE
+    cluster.restart("n7")
+    cluster.run(5_000)
+    assert publish_and_measure(cluster) < 1.5
+
+
+def publish_and_measure(cluster: VirtualCluster) -> float:
+    """Forty steps; each comes to each node once, by push. Returns bytes sent by the busiest, as a multiple of the mean."""
+    meter = cluster.meter = Meter()
+    for step in range(40):
+        cluster.publish("t1", "item", range(step, step + 50), 1.0)
+        cluster.run(50)
+    cluster.run(500)
+    assert meter.rows == 40 * 50 * 20
+    sent = [meter.bytes_sent.get(f"n{number}", 0) for number in range(20)]
+    return max(sent) / (sum(sent) / len(sent))
