@@ -1,9 +1,12 @@
 """The network of the virtual cluster: every fault of a message in one options struct, and what it costs a message to pass.
 
 A link between two nodes has a queue: a message leaves when those before it have left, at the link's rate, and a queue that is
-full refuses it, as a socket at its high-water mark does. Then come loss, repetition, delay and reordering.
+full refuses it, as a socket at its high-water mark does. Nodes may also share what is narrow: the network card of the sender,
+and the pipe between two regions. Those queues refuse nothing; what waits in them is bounded by the senders' credit. Then come
+loss, repetition, delay and reordering.
 """
 
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +22,7 @@ class LinkOptions:
     delay_ms: int = 0
     rate_bytes_per_ms: float = 0.0  # of each pair of nodes, each way; 0: no limit
     loss_probability: float = 0.0
+    shared_bytes_per_ms: float = 0.0  # of all nodes of the two regions together, each way; 0: no limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class NetworkOptions:
     tail_ms: float = 0.0  # its mean
     corrupt_probability: float = 0.0  # of one flipped bit below the envelope
     rate_bytes_per_ms: float = 0.0  # of each link between two nodes, each way; 0: no limit
+    card_bytes_per_ms: float = 0.0  # of a node's network card, what it sends; 0: no limit
     links: Mapping[str, LinkOptions] = field(default_factory=dict)  # by `pair_of(region, region)`
 
 
@@ -59,7 +64,7 @@ class Network:
         self._free_ms: dict[tuple[str, str], float] = {}  # when what is queued on a link will have left
 
     def arrivals(
-        self, options: NetworkOptions, link: tuple[str, str], regions: tuple[str, str], size: int, now_ms: int
+        self, options: NetworkOptions, link: tuple[str, str], regions: tuple[str, str], size: float, now_ms: float
     ) -> list[int] | None:
         """When copies of a message arrive; none when it is lost, None when the link's queue refuses it.
 
@@ -68,7 +73,7 @@ class Network:
             link: names of sender and receiver.
             regions: theirs.
             size: bytes of the message.
-            now_ms: virtual time.
+            now_ms: virtual time at which it is sent.
         """
         rng = self._rng
         pair = options.links.get(pair_of(*regions), _PLAIN) if options.links else _PLAIN
@@ -79,12 +84,26 @@ class Network:
             if (begin - now_ms) * rate > QUEUE_BYTES_MAX:
                 return None
             leaves_ms = self._free_ms[link] = begin + size / rate
+        if options.card_bytes_per_ms or pair.shared_bytes_per_ms:
+            leaves_ms = self._pass_shared(options.card_bytes_per_ms, pair.shared_bytes_per_ms, link, regions, size, leaves_ms)
         loss = max(options.loss_probability, pair.loss_probability)
         if loss and rng.random() < loss:
             return []
         copies = 1 + (options.repeat_probability > 0 and rng.random() < options.repeat_probability)
         fixed_ms = pair.delay_ms + (options.region_delay_ms if regions[0] != regions[1] else 0)
-        return [self._arrival(options, link, int(leaves_ms) + fixed_ms) for _ in range(copies)]
+        return [self._arrival(options, link, math.ceil(leaves_ms) + fixed_ms) for _ in range(copies)]
+
+    def _pass_shared(
+        self, card: float, pipe: float, link: tuple[str, str], regions: tuple[str, str], size: float, now_ms: float
+    ) -> float:
+        """When the last byte has passed the sender's card and the pipe between the regions, which begins when the card does."""
+        begin_ms = end_ms = now_ms
+        for rate, place in ((card, (link[0], "")), (pipe, ("pipe " + regions[0], regions[1]))):
+            if rate:
+                begin_ms = max(begin_ms, self._free_ms.get(place, 0.0))
+                self._free_ms[place] = begin_ms + size / rate
+                end_ms = max(end_ms, begin_ms + size / rate)
+        return end_ms
 
     def _arrival(self, options: NetworkOptions, link: tuple[str, str], from_ms: int) -> int:
         rng = self._rng

@@ -2,13 +2,19 @@
 
 Messages are encoded and decoded on their way, so the codec is exercised too; receivers of one message share the work and what
 came of it. Time is a number that jumps to the next event; one seed gives one trace, whatever `PYTHONHASHSEED`.
+
+Work takes no time, unless the cluster has a cost model (`CpuModel`): then a node does one thing after the other, what comes
+meanwhile waits, and what an event sets off leaves when the work is done. Those accounts are exact; the machine's clock, as in
+the daemon, ticks in milliseconds.
 """
 
 import hashlib
 import heapq
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import xxhash
@@ -18,8 +24,9 @@ from ekko.store import Store
 from p2p import messages as m
 from p2p import wire
 from p2p.errors import RemoteProtocolError
+from p2p.ledger import Ledger
 from p2p.machine import Machine, MachineOptions
-from p2p.replica import RowColumns
+from p2p.replica import Host, RowColumns
 from p2p.stamps import AHEAD_MS_MAX, EPOCH_MS, WRITERS_MAX
 from p2p.sync import PUSH, SyncOptions
 from p2p.versions import PROTOCOL_VERSION
@@ -33,6 +40,33 @@ EVENTS_PER_INSTANT_MAX = 1_000_000
 SHARED_MAX = 256
 # Every so many batches and pull chunks, the receiver's state is compared before and after when it refuses one (invariant 8).
 AUDIT_EVERY = 16
+# What waits for a busy node, before more is lost as at a socket that nobody reads.
+WAITING_MAX = 1 << 16
+
+MachineFactory = Callable[[MachineOptions, Host, Ledger, random.Random], Machine]
+
+
+class CpuModel(Protocol):
+    """What work costs. One event is handled at a time, between `begin` and the last effect."""
+
+    def host(self, node: str, store: Store) -> Host:
+        """The node's store, as its machine sees it; what is asked of it is charged to the event at hand."""
+
+    def begin(self, node: str, start_ms: float) -> None:
+        """A node whose CPU is free begins to work at this moment."""
+
+    def handling(self, event: m.Event) -> None:
+        """Charge for an event, besides what it asks of the store."""
+
+    def sending(self, node: str, message: m.Message) -> None:
+        """Charge for a message on its way out."""
+
+    @property
+    def ends_ms(self) -> float:
+        """When the work so far will be done."""
+
+    def bytes_of(self, message: m.Message, frames: Sequence[bytes]) -> float:
+        """What a message is to count as on the links."""
 
 
 @dataclass(slots=True)
@@ -68,6 +102,9 @@ class VirtualNode:
     clock_ms: int = 0  # how far its wall clock is ahead of the cluster's
     paused: bool = False
     held: list[Callable[[], None]] = field(default_factory=list)  # what happened to it while it was paused
+    busy_until_ms: float = 0.0  # with a cost model: when its CPU is free
+    waiting: deque[m.Event] = field(default_factory=deque)  # events that came while it was busy
+    waiting_local: deque[m.Event] = field(default_factory=deque)  # of its own machine's processes; they go first
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +141,7 @@ class _Shared:
     message: m.Message  # kept, so that its id stays its own
     envelope: m.Envelope
     frames: list[bytes]
-    size: int
+    size: float
     digest: int
     decoded: m.Message | None = None
 
@@ -118,6 +155,8 @@ class VirtualCluster:
         model: the model that all nodes carry.
         more_models: others that they carry too.
         sync: by which protocol they keep equal.
+        cpu: what work costs; None: nothing.
+        make_machine: what runs on the nodes.
     """
 
     def __init__(
@@ -127,8 +166,11 @@ class VirtualCluster:
         model: ModelSpec | None = None,
         more_models: Sequence[ModelSpec] = (),
         sync: SyncOptions = PUSH,
+        cpu: CpuModel | None = None,
+        make_machine: MachineFactory = Machine,
     ) -> None:
         self.seed = seed
+        self.cpu = cpu
         self.options = options or NetworkOptions()
         self.sync = sync
         self.model = model or ModelSpec("ctr", 8, {"item": TableSpec("item", 4), "user": TableSpec("user", 2)})
@@ -140,6 +182,7 @@ class VirtualCluster:
         self.violations: list[str] = []  # of what is checked on the way (invariant 8)
         self.meter: Meter | None = None
         self.cut: set[tuple[str, str]] = set()  # one-way: nothing passes from the first to the second
+        self._make_machine = make_machine
         self._rng = random.Random(seed)
         self._network = Network(self._rng)
         self._queue: list[tuple[int, int, Callable[[], None]]] = []
@@ -159,10 +202,17 @@ class VirtualCluster:
     # --- nodes
 
     def add(
-        self, name: str, region: str, role: str = "serve", seeds: Sequence[str] = (), protocol_version: int = PROTOCOL_VERSION
+        self,
+        name: str,
+        region: str,
+        role: str = "serve",
+        seeds: Sequence[str] = (),
+        protocol_version: int = PROTOCOL_VERSION,
+        store: Store | None = None,
     ) -> VirtualNode:
-        """Start a node; `seeds` are names of nodes."""
+        """Start a node; `seeds` are names of nodes, `store` is what it finds in its memory."""
         node = VirtualNode(name, region, role, tuple(address_of(seed) for seed in seeds), self.model, protocol_version)
+        node.store = store or node.store
         self.nodes[name] = node
         self._boot(node)
         return node
@@ -173,6 +223,8 @@ class VirtualCluster:
         node.machine = None
         node.paused = False
         node.held.clear()
+        node.waiting.clear()
+        node.waiting_local.clear()
         self._timer_ms.pop(name, None)
 
     def restart(self, name: str, keep_state: bool = True) -> None:
@@ -232,7 +284,8 @@ class VirtualCluster:
             protocol_version=node.protocol_version,
             sync=self.sync,
         )
-        node.machine = Machine(options, node.store, node.ledger, random.Random(self._rng.random()))
+        host = node.store if self.cpu is None else self.cpu.host(node.name, node.store)
+        node.machine = self._make_machine(options, host, node.ledger, random.Random(self._rng.random()))
         self._timer_ms.pop(node.name, None)
         self._feed(node, node.machine, m.Started(address_of(node.name)))
 
@@ -302,12 +355,46 @@ class VirtualCluster:
     # --- effects
 
     def _feed(self, node: VirtualNode, machine: Machine, event: m.Event) -> None:
-        """Handle one event and carry out its effects, as the runtime does."""
+        """Handle one event and carry out its effects, as the runtime does; later, when the node's CPU is busy."""
+        if self.cpu is None:
+            self._carry_out(node, machine, event)
+            return
+        local = isinstance(event, m.PublishRequested | m.WaitRequested)
+        line = node.waiting_local if local else node.waiting
+        if len(line) >= WAITING_MAX:
+            return
+        idle = not node.waiting and not node.waiting_local
+        line.append(event)
+        if idle:
+            self._work_off(node, machine)
+
+    def _work_off(self, node: VirtualNode, machine: Machine) -> None:
+        """Handle what waits, as far as the CPU comes within this millisecond."""
+        if node.machine is not machine:
+            return
+        if node.paused:
+            node.held.append(lambda: self._work_off(node, machine))
+            return
+        while (node.waiting or node.waiting_local) and node.busy_until_ms < self.now_ms + 1:
+            assert self.cpu is not None
+            self.cpu.begin(node.name, max(float(self.now_ms), node.busy_until_ms))
+            # It leaves the line only when it is done: what it sets off on its own node waits behind it.
+            line = node.waiting_local or node.waiting
+            self._carry_out(node, machine, line[0])
+            node.busy_until_ms = self.cpu.ends_ms
+            if line:
+                line.popleft()
+        if node.waiting or node.waiting_local:
+            self._at(int(node.busy_until_ms), lambda: self._work_off(node, machine))
+
+    def _carry_out(self, node: VirtualNode, machine: Machine, event: m.Event) -> None:
         pending = [event]
         while pending:
             for effect in self._handle(node, machine, pending.pop(0)):
                 match effect:
                     case m.Send(address, envelope, message):
+                        if self.cpu is not None:
+                            self.cpu.sending(node.name, message)
                         if not self._transmit(node, address, envelope, message):
                             pending.append(m.SendFailed(address, envelope))
                     case m.Continue(after):
@@ -329,6 +416,8 @@ class VirtualCluster:
 
     def _handle(self, node: VirtualNode, machine: Machine, event: m.Event) -> list[m.Effect]:
         """The machine's effects; a message that it refuses must not have changed anything."""
+        if self.cpu is not None:
+            self.cpu.handling(event)
         before = self._fingerprint(node) if self._is_audited(event) else None
         try:
             return machine.handle(event, self.now_of(node))
@@ -381,7 +470,8 @@ class VirtualCluster:
             digest = xxhash.xxh3_64()
             for frame in frames[1:]:
                 digest.update(frame)
-            shared = _Shared(message, envelope, frames, sum(map(len, frames)), digest.intdigest())
+            size = sum(map(len, frames)) if self.cpu is None else self.cpu.bytes_of(message, frames)
+            shared = _Shared(message, envelope, frames, size, digest.intdigest())
             self._remember(message, shared)
         return shared
 
@@ -398,7 +488,8 @@ class VirtualCluster:
         if link in self.cut:
             return True  # lost on the way, which the sender cannot know
         shared = self._share(envelope, message)
-        arrivals = self._network.arrivals(self.options, link, regions, shared.size, self.now_ms)
+        leaves_ms = self.now_ms if self.cpu is None else self.cpu.ends_ms
+        arrivals = self._network.arrivals(self.options, link, regions, shared.size, leaves_ms)
         if arrivals is None:
             return False
         if self.meter is not None and isinstance(message, m.Batch | m.PullReply):
