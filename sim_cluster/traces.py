@@ -13,6 +13,7 @@ are the integral of a u. `skewed` and `hostile` solve that for the parameters th
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,9 +75,8 @@ class Trace:
     def save(self, path: Path) -> None:
         """Write it as a NumPy archive."""
         with path.open("wb") as file:
-            np.savez_compressed(
-                file, starts=self.starts, keys=self.keys, **{k: np.array(v) for k, v in asdict(self.options).items()}
-            )
+            columns: dict[str, Any] = {name: np.array(value) for name, value in asdict(self.options).items()}
+            np.savez_compressed(file, starts=self.starts, keys=self.keys, **columns)
 
     @staticmethod
     def load(path: Path) -> "Trace":
@@ -150,7 +150,8 @@ def record(options: TraceOptions) -> Trace:
 def _weights(options: TraceOptions) -> F64:
     """Which part of the updates goes to each rank of the working set."""
     weights: F64 = np.arange(1, options.working_set + 1, dtype=np.float64) ** -options.exponent
-    return weights / weights.sum()
+    weights /= weights.sum()
+    return weights
 
 
 def _solve(excess: Callable[[float], float], low: float, high: float) -> float:
