@@ -216,6 +216,10 @@ class ModelStore:
         """`changed_since` of one partition, with the vector uint64[its shards, WRITERS_MAX] of an asker."""
         return self._in_partition(partition, base, self.changed_since)
 
+    def scan_in(self, partition: int, base: U64) -> list[Selection]:
+        """`changed_in` by looking at every row."""
+        return self._in_partition(partition, base, self.scan_since)
+
     def stray_digest_in(self, partition: int) -> int:
         """`stray_digest` of one partition."""
         return self._in_partition(partition, self._vector[partition :: self.spec.partitions], self._digest_above)

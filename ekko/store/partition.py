@@ -87,6 +87,9 @@ class Partition:
     def changed_since(self, base: U64) -> list[Selection]:
         return self._model.changed_in(self._place.partition, base)
 
+    def scan_since(self, base: U64) -> list[Selection]:
+        return self._model.scan_in(self._place.partition, base)
+
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         return self._model.read(table, slots)
 
