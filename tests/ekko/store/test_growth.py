@@ -114,7 +114,7 @@ def test_the_first_index_takes_the_first_guess(rows: int) -> None:
 def test_half_built_indexes_of_a_killed_writer_are_removed(run_dir: Path) -> None:
     store = Store.open(run_dir)
     model = store.add_model(ModelSpec(MODEL, 8, {TABLE: TableSpec(TABLE, 1)}))
-    for begin in range(0, 110, 10):  # just above the load at which a larger index is begun
+    for begin in range(0, 160, 10):  # just above the load at which a larger index is begun
         keys = np.arange(begin, begin + 10, dtype=np.uint64)
         model.apply([RowColumns(table_id(TABLE), keys, np.ones((10, 4), np.uint8))], 5)
     assert model._tables[table_id(TABLE)]._next is not None
