@@ -64,6 +64,7 @@ class Pull:
         self._core = core
         self._asked: dict[int, _Asked] = {}  # by keyspace: one at a time
         self._seen: dict[tuple[str, int, int], _Seen] = {}  # (node, boot, keyspace)
+        self._bases: dict[int, U64] = {}  # by keyspace: zeros, but while an asker's vector is compared
         self.outboxes: dict[str, Outbox] = {}  # by node
         self._requests = 0
 
@@ -247,10 +248,16 @@ class Pull:
         # Read before the rows are selected: what is written meanwhile may be sent, and is not claimed.
         vector = np.ascontiguousarray(keyspace.knowledge.vector[:, writers])
         frontier = keyspace.knowledge.frontier[writers]
-        base = np.zeros((request.shards, WRITERS_MAX), np.uint64)
+        # One for all requests: a fresh one costs 6 us a shard, since 32 KiB of it are made and thrown away, 0.1 us of it used.
+        base = self._bases.get(request.keyspace)
+        if base is None:
+            base = self._bases[request.keyspace] = np.zeros((request.shards, WRITERS_MAX), np.uint64)
         base[:, request.writers] = request.vector
         select = keyspace.replica.changed_since if core.options.sync.cache else keyspace.replica.scan_since
-        selections = deque(select(base))
+        try:
+            selections = deque(select(base))
+        finally:
+            base[:, request.writers] = 0
         outbox.streams.pop(request.keyspace, None)
         outbox.streams[request.keyspace] = PullStream(request.keyspace, request.request, writers, vector, frontier, selections)
         core.counters.pulls_served += 1

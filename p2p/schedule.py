@@ -32,7 +32,8 @@ class Schedule:
         if self._due_ms is None or now.monotonic_ms < self._due_ms:
             return
         self._due_ms = now.monotonic_ms + self._core.options.sync.interval_ms
-        others = [holder.node for holder in self._core.membership.holders(now.monotonic_ms) if holder != self._core.me]
+        own = self._core.options.node
+        others = [holder.node for holder in self._core.membership.holders(now.monotonic_ms) if holder.node != own]
         if not others:
             return
         for keyspace in self._core.keyspaces.values():
