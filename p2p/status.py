@@ -22,6 +22,7 @@ class PeerStatus:
     role: str
     address: str
     alive: bool
+    in_trees: bool  # batches go through it; not while it hears nobody, or after it came and went too often
     linked: bool
     bytes_in_flight: int
     rows_in: int
@@ -74,6 +75,7 @@ def of_node(
     core: Core, pushing: Push, pulling: Pull, reaching: Reach, own: m.MemberRecord, introduced: bool, now: m.Now
 ) -> NodeStatus:
     """The whole node; `introduced` tells whether somebody of the cluster has answered it."""
+    holding = {holder.node for holder in core.membership.holders(now.monotonic_ms)}
     keyspaces = tuple(_of_keyspace(core, pulling, keyspace, own, now) for keyspace in core.keyspaces.values())
     return NodeStatus(
         core.options.node,
@@ -82,7 +84,7 @@ def of_node(
         core.options.boot,
         core.writers.cluster,
         (introduced or core.first) and all(keyspace.synced for keyspace in keyspaces),
-        tuple(_of_peer(core, pulling, node, now) for node in sorted(core.membership.members)),
+        tuple(_of_peer(core, pulling, node, holding, now) for node in sorted(core.membership.members)),
         keyspaces,
         _of_queues(core, pushing, pulling, reaching),
     )
@@ -113,7 +115,7 @@ def _of_keyspace(core: Core, pulling: Pull, keyspace: Keyspace, own: m.MemberRec
     )
 
 
-def _of_peer(core: Core, pulling: Pull, node: str, now: m.Now) -> PeerStatus:
+def _of_peer(core: Core, pulling: Pull, node: str, holding: set[str], now: m.Now) -> PeerStatus:
     record = core.membership.members[node].record
     link = core.links.get(node)
     traffic = link.traffic if link is not None else links.Traffic()
@@ -124,6 +126,7 @@ def _of_peer(core: Core, pulling: Pull, node: str, now: m.Now) -> PeerStatus:
         record.role,
         record.address,
         core.membership.alive(node, now.monotonic_ms),
+        node in holding,
         link is not None,
         link.bytes_in_flight if link is not None else 0,
         traffic.rows_in,

@@ -26,7 +26,7 @@ def contents(store: Store, model: str) -> Contents:
     """Every row version a store holds of a model."""
     replica = store.models[model]
     found: Contents = {}
-    for selection in replica.changed_since(np.zeros((replica.shards, WRITERS_MAX), np.uint64)):
+    for selection in replica.scan_since(_nothing(replica.shards)):
         columns = replica.read(selection.table, selection.slots)
         assert columns.stamps is not None
         for index, (key, stamp) in enumerate(zip(columns.keys.tolist(), columns.stamps.tolist(), strict=True)):
@@ -102,15 +102,18 @@ class Watch:
         self._columns: dict[tuple[str, str], _Columns] = {}
         self._history: list[Write] = []
         self._read = 0  # writes of the history that were taken up
-        self._held: dict[tuple[str, str, str], tuple[int, _Held]] = {}  # (node, model, table) -> (id of its store, rows)
+        self._held: dict[tuple[str, str, str], tuple[int, _Held]] = {}  # (node, model, table) -> (its losses, rows)
         self._marks: dict[str, tuple[int, ...]] = {}  # what a node had done when it was last read
+        self._asker = 0  # whose vector the next look at an update cache asks with
 
     def check(self) -> str:
-        """Invariants 1, 3 and 6 on every node that changed, and what the cluster found by itself (8)."""
+        """Invariants 1, 3, 6 and 11 on every node that changed, and what the cluster found by itself (8)."""
         if self._cluster.violations:
             return self._cluster.violations[0]
         self._take_up_history()
         for node in self._cluster.nodes.values():
+            if node.fatal:
+                return f"{node.name} gave up: {node.fatal}"
             mark = self._mark(node)
             if self._marks.get(node.name) != mark:
                 if problem := self._check_node(node):
@@ -192,11 +195,11 @@ class Watch:
     @staticmethod
     def _mark(node: VirtualNode) -> tuple[int, ...]:
         if node.machine is None:
-            return (id(node.store), 0)
+            return (node.losses, 0)
         counters = node.machine.counters
         return (
-            id(node.store),
-            id(node.machine),
+            node.losses,
+            node.lives,
             counters.rows_written,
             counters.batches_received,
             counters.batches_published,
@@ -207,8 +210,8 @@ class Watch:
         for model, name in self._tables:
             before = self._held.get((node.name, model, name))
             held = self._read_node(node, model, name)
-            self._held[node.name, model, name] = (id(node.store), held)
-            if before is not None and before[0] == id(node.store):
+            self._held[node.name, model, name] = (node.losses, held)
+            if before is not None and before[0] == node.losses:
                 old = before[1].stamps
                 sunk = np.flatnonzero(held.stamps[: len(old)] < old)
                 if len(sunk):
@@ -216,6 +219,22 @@ class Watch:
                     return f"{node.name}: {name} {key} went from stamp {old[sunk[0]]} to {held.stamps[sunk[0]]}"
             if problem := self._unheld_claim(node, (model, name), held) or self._wrong_row(node, (model, name), held):
                 return problem
+        return self._wrong_selection(node)
+
+    def _wrong_selection(self, node: VirtualNode) -> str:
+        """Invariant 11: what a peer would be sent, asking with the vector that it has, is what a scan finds."""
+        askers = list(self._cluster.nodes.values())
+        self._asker = (self._asker + 1) % len(askers)
+        for name, replica in node.store.models.items():
+            asker = askers[self._asker].store.models.get(name, replica)
+            if asker.vector.shape != replica.vector.shape:
+                continue
+            chosen, scanned = replica.changed_since(asker.vector, measured=False), replica.scan_since(asker.vector)
+            sent = {selection.table: np.sort(selection.slots) for selection in chosen}
+            due = {selection.table: np.sort(selection.slots) for selection in scanned}
+            if sent.keys() != due.keys() or not all(np.array_equal(sent[table], due[table]) for table in due):
+                counts = {table: (len(sent.get(table, ())), len(slots)) for table, slots in due.items()}
+                return f"{node.name}: the update cache of {name} chose other rows than a scan, (chosen, due) by table: {counts}"
         return ""
 
     def _unheld_claim(self, node: VirtualNode, place: tuple[str, str], held: _Held) -> str:
@@ -248,14 +267,14 @@ class Watch:
         """What a node holds; read anew when the history has named more keys since."""
         place = (node.name, model, name)
         if place not in self._held or len(self._held[place][1].stamps) != len(self._tables[model, name].keys):
-            self._held[place] = (id(node.store), self._read_node(node, model, name))
+            self._held[place] = (node.losses, self._read_node(node, model, name))
         return self._held[place][1]
 
     def _read_node(self, node: VirtualNode, model: str, name: str) -> _Held:
         columns, table, replica = self._columns_of((model, name)), self._tables[model, name], node.store.models[model]
         count = len(table.keys)
         held = _Held(np.zeros(count, np.uint64), np.zeros(count, np.bool_), np.zeros(count, np.float32))
-        for selection in replica.changed_since(_nothing(replica.shards)):
+        for selection in replica.scan_since(_nothing(replica.shards)):
             if selection.table != table.id or not count:
                 continue
             rows = replica.read(selection.table, selection.slots)

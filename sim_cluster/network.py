@@ -40,6 +40,7 @@ class NetworkOptions:
     corrupt_probability: float = 0.0  # of one flipped bit below the envelope
     rate_bytes_per_ms: float = 0.0  # of each link between two nodes, each way; 0: no limit
     card_bytes_per_ms: float = 0.0  # of a node's network card, what it sends; 0: no limit
+    afterlife_probability: float = 0.0  # of reaching the next process of a node whose process ended before it came
     links: Mapping[str, LinkOptions] = field(default_factory=dict)  # by `pair_of(region, region)`
 
 

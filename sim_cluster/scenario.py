@@ -6,8 +6,8 @@ as strong as chance has it (swarm testing: a run without a kind finds what a run
 
 import random
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,16 +19,24 @@ NODES_MAX: Final = 4_096
 BYTES_PER_MS_OF_MBPS: Final = 125.0
 # Wall clocks this far apart are within what a node takes from its peers (60 s), also after a few jumps.
 CLOCK_MS_MAX: Final = 20_000
+# And these are beyond it: what such a node writes is refused, and it may refuse what others write.
+CLOCK_JUMP_MS_MAX: Final = 100_000
+KILL_STEPS_MAX: Final = 60
 # kind -> what happens to `node`, for as long as the event lasts
 KINDS: Final = {
     "crash": "its process is killed, and started again with its memory",
+    "kill": "the same, in the middle of what it does: after `amount` steps of it",
+    "leave": "its process is told to end, says goodbye, and is started again with its memory",
     "lose": "its machine reboots: it starts again without its memory",
     "pause": "SIGSTOP, SIGCONT",
     "isolate": "nothing reaches it and nothing leaves it",
     "deaf": "nothing reaches it",
     "mute": "nothing leaves it",
+    "one-way": "nothing passes from it to the node `other`, while it hears that one",
+    "split": "nothing passes between its region and the others",
     "clock": "its wall clock is `amount_ms` ahead",
 }
+TIMES_MAX: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +68,12 @@ class FaultEvent:
     kind: str  # of KINDS
     node: str
     for_ms: int
-    amount_ms: int = 0
+    amount: int = 0  # milliseconds of a clock, steps before a kill
+    other: str = ""  # the node at the other end
 
     def __str__(self) -> str:
-        amount = f" by {self.amount_ms} ms" if self.amount_ms else ""
-        return f"{self.at_ms / 1000:7.2f} s  {self.kind} {self.node}{amount} for {self.for_ms / 1000:.2f} s"
+        other, amount = f" to {self.other}" if self.other else "", f" by {self.amount}" if self.amount else ""
+        return f"{self.at_ms / 1000:7.2f} s  {self.kind} {self.node}{other}{amount} for {self.for_ms / 1000:.2f} s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +102,13 @@ class Scenario:
 
     @property
     def trainer(self) -> str:
-        """The node that publishes."""
-        return next(node.name for node in self.nodes if node.role == "train")
+        """The node that publishes; of several, the one that they all begin with."""
+        return self.trainers[0]
+
+    @property
+    def trainers(self) -> list[str]:
+        """The nodes that may publish."""
+        return [node.name for node in self.nodes if node.role == "train"]
 
     def faults(self, seed: int) -> Faults:
         """What goes wrong under this seed."""
@@ -119,18 +133,44 @@ def draw_faults(scenario: Scenario, seed: int) -> Faults:
         tail_probability=some(0.4, 0.1),
         tail_ms=rng.uniform(50, 1_500),
         corrupt_probability=some(0.4, 0.05),
+        afterlife_probability=rng.choice([0.0, 0.5, 1.0]),
         rate_bytes_per_ms=rng.choice([0.0, 0.0, 1_000.0, 200.0, 60.0]),
-        links=base.links,
+        links={**base.links, **_draw_links(scenario, rng)},
     )
-    events: list[FaultEvent] = []
-    for kind in KINDS:
-        for _ in range(rng.choice([0, 0, 1, 2, 4])):
-            node = rng.choice(scenario.nodes).name
-            amount_ms = rng.randint(-CLOCK_MS_MAX, CLOCK_MS_MAX) if kind == "clock" else 0
-            at_ms = rng.randrange(scenario.duration_ms)
-            events.append(FaultEvent(at_ms, kind, node, int(rng.expovariate(1 / 3_000)) + 1, amount_ms))
-    events.sort(key=lambda event: (event.at_ms, event.kind, event.node))
-    return Faults(network, tuple(events), rng.choice([0, 0, 300, 1_000]))
+    events = [event for kind in KINDS for _ in range(rng.choice([0, 0, 1, 2, 4])) for event in _draw_event(scenario, kind, rng)]
+    return Faults(network, _in_order(events), rng.choice([0, 0, 300, 1_000]))
+
+
+def _draw_links(scenario: Scenario, rng: random.Random) -> dict[str, LinkOptions]:
+    """Some pairs of regions have a link of their own: longer, narrower or worse than the others."""
+    regions = sorted({node.region for node in scenario.nodes})
+    pairs = [pair_of(one, other) for one in regions for other in regions if one < other and rng.random() < 0.3]
+    rates = [0.0, 500.0, 100.0, 40.0]
+    return {pair: LinkOptions(rng.randrange(250), rng.choice(rates), rng.choice([0.0, 0.0, 0.1, 0.4])) for pair in pairs}
+
+
+def _draw_event(scenario: Scenario, kind: str, rng: random.Random) -> list[FaultEvent]:
+    """One fault of this kind; one in six flaps: it comes again and again, a moment after it ended."""
+    node, other = (one.name for one in rng.sample(scenario.nodes, 2))
+    amount = 0
+    if kind == "clock":
+        most = CLOCK_MS_MAX if rng.random() < 0.7 else CLOCK_JUMP_MS_MAX
+        amount = rng.randint(-most, most)
+    elif kind == "kill":
+        amount = rng.randrange(KILL_STEPS_MAX)
+    at_ms, for_ms, times, every_ms = rng.randrange(scenario.duration_ms), int(rng.expovariate(1 / 3_000)) + 1, 1, 0
+    if rng.random() < 1 / 6:
+        for_ms, times = rng.randint(20, 1_500), rng.randint(3, 10)
+        every_ms = for_ms + rng.randint(20, 1_500)
+    return _repeated(FaultEvent(at_ms, kind, node, for_ms, amount, other if kind == "one-way" else ""), times, every_ms)
+
+
+def _repeated(event: FaultEvent, times: int, every_ms: int) -> list[FaultEvent]:
+    return [replace(event, at_ms=event.at_ms + number * every_ms) for number in range(times)]
+
+
+def _in_order(events: Iterable[FaultEvent]) -> tuple[FaultEvent, ...]:
+    return tuple(sorted(events, key=lambda event: (event.at_ms, event.kind, event.node, event.other)))
 
 
 # --- from a file ------------------------------------------------------------------------------------------------------------
@@ -169,7 +209,7 @@ def _scenario(document: dict[str, Any], stem: str) -> Scenario:
     )
     load.done()
     duration_ms = int(1000 * top.number("duration_s", 20.0, 0.1, 86_400))
-    events = [_event(item, {node.name for node in nodes}) for item in document.pop("faults", [])]
+    events = [event for item in document.pop("faults", []) for event in _events(item, {node.name for node in nodes})]
     scenario = Scenario(
         str(top.take("name", stem)),
         nodes,
@@ -178,7 +218,7 @@ def _scenario(document: dict[str, Any], stem: str) -> Scenario:
         int(1000 * top.number("check_s", 0.25, 0.01, 3_600)),
         workload,
         network,
-        tuple(sorted(events, key=lambda event: (event.at_ms, event.kind, event.node))),
+        _in_order(events),
         bool(top.take("swarm", False)),
         sync_named(top.take("sync", "push")),
     )
@@ -211,8 +251,10 @@ def _nodes(regions: Mapping[str, Any]) -> tuple[NodePlan, ...]:
             count = section.whole(role, 0, 0, NODES_MAX)
             nodes += [NodePlan(f"{region}-{role[0]}{number + 1}", region, role) for number in range(count)]
         section.done()
-    if sum(node.role == "train" for node in nodes) != 1:
-        raise ConfigError("[regions] must have exactly one node with role train: home = { train = 1 }")
+    if not any(node.role == "train" for node in nodes):
+        raise ConfigError("[regions] has no node with role train, so nobody would publish: home = { train = 1 }")
+    if len(nodes) < 2:
+        raise ConfigError("[regions] has one node, and nobody to replicate to: eu = { serve = 2 }")
     if len(nodes) > NODES_MAX:
         raise ConfigError(f"{len(nodes)} nodes, limit {NODES_MAX}")
     return tuple(sorted(nodes, key=lambda node: node.role != "train"))
@@ -229,6 +271,7 @@ def _network(section: "_Section", links: Mapping[str, Any], regions: set[str]) -
         tail_probability=section.number("tail", 0.0, 0, 1),
         tail_ms=section.number("tail_ms", 500.0, 0, 60_000),
         corrupt_probability=section.number("corrupt", 0.0, 0, 1),
+        afterlife_probability=section.number("afterlife", 0.0, 0, 1),
         rate_bytes_per_ms=BYTES_PER_MS_OF_MBPS * section.number("rate_mbps", 0.0, 0, 1e6),
         links={_pair(name, regions): _link(name, values) for name, values in links.items()},
     )
@@ -253,22 +296,30 @@ def _link(name: str, values: Any) -> LinkOptions:
     return link
 
 
-def _event(item: Any, nodes: set[str]) -> FaultEvent:
+def _events(item: Any, nodes: set[str]) -> list[FaultEvent]:
     section = _Section("[faults]", item)
-    kind, node = section.take("kind", ""), section.take("node", "")
+    kind, node, other = section.take("kind", ""), section.take("node", ""), section.take("other", "")
     if kind not in KINDS:
         raise ConfigError(f"[[faults]] kind {kind!r} is not one of {', '.join(KINDS)}")
-    if node not in nodes:
-        raise ConfigError(f"[[faults]] node {node!r} does not exist: nodes are {', '.join(sorted(nodes)[:12])}")
+    for name in (node, other) if other or kind == "one-way" else (node,):
+        if name not in nodes:
+            raise ConfigError(f"[[faults]] node {name!r} does not exist: nodes are {', '.join(sorted(nodes)[:12])}")
+    if other and kind != "one-way":
+        raise ConfigError(f"[[faults]] {kind} of {node!r} has no other node: remove `other`, or use kind one-way")
+    amount = "amount" if kind == "kill" else "amount_ms"
     event = FaultEvent(
         int(1000 * section.number("at_s", 0.0, 0, 86_400)),
         kind,
         node,
         max(1, int(1000 * section.number("for_s", 1.0, 0, 86_400))),
-        section.whole("amount_ms", 0, -86_400_000, 86_400_000),
+        section.whole(amount, 0, -86_400_000, 86_400_000),
+        other,
     )
+    times, every_ms = section.whole("times", 1, 1, TIMES_MAX), int(1000 * section.number("every_s", 0.0, 0, 86_400))
     section.done()
-    return event
+    if times > 1 and every_ms <= event.for_ms:
+        raise ConfigError(f"[[faults]] {kind} of {node!r} comes {times} times: every_s must be longer than for_s")
+    return _repeated(event, times, every_ms)
 
 
 class _Section:

@@ -1,7 +1,8 @@
 """One scenario in virtual time, with every invariant checked; and what to do about a seed that fails.
 
 A run: the cluster forms, then load and faults run for the scenario's duration while a `Watch` looks again and again, then all
-faults end, and within the settling time every node must hold the same.
+faults end, and within the settling time every node must hold the same. At last the cluster must be as good as new: what is
+published then reaches every node by push alone, once, and waits for it end.
 """
 
 import random
@@ -12,14 +13,26 @@ from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from ekko.model import ModelSpec, TableSpec
+from p2p import messages as m
 from p2p import outbox, wire
+from p2p.machine import NodeStatus
+from p2p.stamps import writer_of
 from p2p.sync import PRESETS
 from sim_cluster.checkers import Watch
 from sim_cluster.network import NetworkOptions
 from sim_cluster.scenario import FaultEvent, Faults, Scenario
-from sim_cluster.virtual import Meter, VirtualCluster
+from sim_cluster.virtual import Meter, VirtualCluster, VirtualNode
 
 FORM_MS_MAX: Final = 60_000  # until all nodes have caught up with the cluster at its start
+# From the moment at which all rows are equal until everybody sees everybody alive and may write again.
+RECOVER_MS_MAX: Final = 120_000
+# Who came and went too often is kept out of the trees for up to 80 s. One seed in so many waits for that: idling costs too.
+READMIT_EVERY: Final = 10
+STEADY_MS: Final = 2_000
+STEADY_STEPS: Final = 6
+STEADY_EVERY_MS: Final = 400
+WAIT_PROBABILITY: Final = 0.1
+WAIT_MS_MAX: Final = 5_000
 QUEUES_EVERY_MS: Final = 5_000
 MINIMISE_RUNS_MAX: Final = 60
 _PLAIN: Final = NetworkOptions()
@@ -81,6 +94,15 @@ def models_of(scenario: Scenario) -> list[ModelSpec]:
     return [ModelSpec(f"model-{n + 1}", scenario.workload.shards, dict(tables)) for n in range(scenario.workload.models)]
 
 
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    """A wait for a step, and whom its asker took for alive then."""
+
+    model: str
+    stamp: int
+    nodes: tuple[tuple[str, int], ...]  # with the lives they were in
+
+
 class _Run:
     """One run of a scenario."""
 
@@ -95,12 +117,13 @@ class _Run:
         self.meter = self.cluster.meter = Meter()
         self._watch = Watch(self.cluster)
         self._published = 0
+        self._waits: dict[tuple[str, int, int], _Wait] = {}  # by node, its life and the request
         self._ends: list[tuple[int, int, Callable[[], None]]] = []  # what undoes a fault, and when
 
     def problem(self) -> str:
         """Run to the end, or to the first violation."""
         try:
-            return self._form() or self._disturb() or self._settle()
+            return self._form() or self._disturb() or self._settle() or self._recover() or self._work_on()
         except AssertionError as error:
             return f"an assertion failed: {error}"
 
@@ -127,6 +150,8 @@ class _Run:
                 self._begin(events.pop(0))
             self._publish()
             cluster.run(step_ms)
+            if problem := self._broken_promise():
+                return problem
             if cluster.now_ms >= check_ms:
                 check_ms = cluster.now_ms + scenario.check_ms
                 if problem := self._watch.check():
@@ -149,20 +174,129 @@ class _Run:
             return not problem
 
         cluster.run_until(settled, self._scenario.settle_ms, 500)
+        down = [node.name for node in cluster.nodes.values() if node.machine is None]
+        if down and not problem:
+            return f"not running after all faults ended: {', '.join(down)}"
         return problem or self._watch.check_queues()
+
+    def _recover(self) -> str:
+        """Everybody sees everybody, is in step with the cluster, and somebody may write."""
+        cluster, problem = self.cluster, ""
+
+        def recovered() -> bool:
+            nonlocal problem
+            problem = self._not_recovered()
+            return not problem
+
+        cluster.run_until(recovered, RECOVER_MS_MAX, 1_000)
+        return f"{RECOVER_MS_MAX / 1000:g} s after the storm {problem}" if problem else ""
+
+    def _not_recovered(self) -> str:
+        for node in self.cluster.nodes.values():
+            status = _status(self.cluster, node)
+            unseen = [peer.node for peer in status.peers if not peer.alive]
+            if unseen or len(status.peers) != len(self.cluster.nodes) - 1:
+                return f"{node.name} takes only {len(status.peers) - len(unseen)} others for alive"
+            if not status.synced:
+                return f"{node.name} has not caught up"
+        if self.cluster.seed % READMIT_EVERY == 0 and (held_out := self._held_out()):
+            return held_out
+        return "" if self._writer() else "nobody may write"
+
+    def _held_out(self) -> str:
+        for node in self.cluster.nodes.values():
+            for peer in _status(self.cluster, node).peers:
+                if not peer.in_trees:
+                    return f"{node.name} keeps {peer.node} out of the trees"
+        return ""
+
+    def _writer(self) -> str:
+        """Who may write to every model, found by writing; or nobody."""
+        for name in self._scenario.trainers:
+            if all(self.cluster.publish(name, "item", [0], -1.0, False, model) for model in self.cluster.models):
+                return name
+        return ""
+
+    def _work_on(self) -> str:
+        """Some more steps, and waits for them. While all nodes are in the trees nothing is wrong any more: each row of a batch
+        enters a region once and a node once (invariant 10), and nobody has to pull.
+        """
+        cluster, rng = self.cluster, self._rng
+        cluster.run(STEADY_MS)  # what was written while they recovered has come by now
+        before, steady = {name: self._counters(name) for name in cluster.nodes}, not self._held_out()
+        self.meter.into_region.clear()
+        writer, begin_ms = self._writer(), cluster.now_ms
+        for step in range(STEADY_STEPS if writer else 0):
+            model = rng.choice(list(cluster.models))
+            keys = [int(self._scenario.workload.keys * rng.random()) for _ in range(self._scenario.workload.rows)]
+            stamp = cluster.publish(writer, "item", keys, float(-step - 2), False, model)
+            self._wait_for(writer, model, stamp)
+            cluster.run(STEADY_EVERY_MS)
+        cluster.run(WAIT_MS_MAX)
+        if problem := self._broken_promise():
+            return problem
+        if self._waits or not writer:
+            return f"from {begin_ms} ms on nothing was wrong, and nobody could write, or waits did not end"
+        if steady and not self._held_out() and (problem := self._not_once(before)):
+            return f"from {begin_ms} ms on nothing was wrong, and {problem}"
+        return self._watch.check_converged()
+
+    def _counters(self, name: str) -> tuple[int, int]:
+        machine = self.cluster.nodes[name].machine
+        assert machine is not None
+        return machine.counters.batches_repeated, machine.counters.pulls_started
+
+    def _not_once(self, before: dict[str, tuple[int, int]]) -> str:
+        twice = [place for place, times in self.meter.into_region.items() if times > 1]
+        if twice:
+            return f"a batch entered a region twice: {twice[0]}"
+        for name, (repeats, pulls) in before.items():
+            repeats_now, pulls_now = self._counters(name)
+            if repeats_now > repeats:
+                return f"batches came twice to {name}"
+            if pulls_now > pulls:
+                return f"{name} pulled"
+        return ""
 
     # --- load
 
     def _publish(self) -> None:
         load, rng = self._scenario.workload, self._rng
-        trainer = self.cluster.nodes[self._scenario.trainer]
         count, table, model = rng.randint(1, load.rows), rng.choice(["item", "user"]), rng.choice(list(self.cluster.models))
         keys = [int(load.keys * rng.random() ** 3) for _ in range(count)]
-        delete = rng.random() < load.deletes
-        if trainer.machine is None or trainer.paused:
+        delete, trainer = rng.random() < load.deletes, rng.choice(self._scenario.trainers)
+        waits = rng.random() < WAIT_PROBABILITY
+        node = self.cluster.nodes[trainer]
+        if node.machine is None or node.paused:
             return
         self._published += 1
-        self.cluster.publish(trainer.name, table, keys, float(self._published), delete, model)
+        stamp = self.cluster.publish(trainer, table, keys, float(self._published), delete, model)
+        if stamp and waits:
+            self._wait_for(trainer, model, stamp)
+
+    def _wait_for(self, name: str, model: str, stamp: int) -> None:
+        node = self.cluster.nodes[name]
+        if node.machine is None:
+            return
+        peers = [peer.node for peer in node.machine.status(self.cluster.now_of(node)).peers if peer.alive]
+        seen = tuple((peer, self.cluster.nodes[peer].lives) for peer in peers)
+        keyspace = self.cluster.models[model].id
+        request = self.cluster.ask(name, lambda number: m.WaitRequested(number, keyspace, stamp, m.Scope.ALL, WAIT_MS_MAX))
+        self._waits[name, node.lives, request] = _Wait(model, stamp, seen)
+
+    def _broken_promise(self) -> str:
+        """R21: a wait that ended well says that the step is visible at all who were alive when it began."""
+        for (name, life, request), wait in list(self._waits.items()):
+            node = self.cluster.nodes[name]
+            reply = node.replies.get(request)
+            if reply is None and node.lives == life and node.machine is not None:
+                continue
+            del self._waits[name, life, request]
+            for peer, its_life in wait.nodes if isinstance(reply, m.WaitEnded) and not reply.lagging else ():
+                other = self.cluster.nodes[peer]
+                if other.lives == its_life and not _reached(other, wait):
+                    return f"a wait of {name} for {wait.stamp} ended, and {peer} has not got it"
+        return ""
 
     # --- faults
 
@@ -174,25 +308,55 @@ class _Run:
                 if node.machine is None:
                     return  # it is down already
                 cluster.crash(event.node)
-                undo = lambda: cluster.restart(event.node, keep_state=event.kind == "crash")  # noqa: E731
+                undo = lambda: self._start_again(event.node, keep_state=event.kind == "crash")  # noqa: E731
             case "pause":
                 if node.machine is None or node.paused:
                     return
                 cluster.pause(event.node)
                 undo = lambda: cluster.resume(event.node)  # noqa: E731
+            case "kill":
+                if node.machine is None or node.fuse is not None:
+                    return
+                cluster.kill_within(event.node, event.amount)
+                undo = lambda: self._end_kill(event.node)  # noqa: E731
+            case "leave":
+                if node.machine is None or node.paused:
+                    return
+                cluster.leave(event.node)
+                undo = lambda: self._start_again(event.node)  # noqa: E731
             case "clock":
-                cluster.shift_clock(event.node, event.amount_ms)
-                undo = lambda: cluster.shift_clock(event.node, -event.amount_ms)  # noqa: E731
+                cluster.shift_clock(event.node, event.amount)
+                undo = lambda: cluster.shift_clock(event.node, -event.amount)  # noqa: E731
             case _:
                 cut = self._links_of(event) - cluster.cut
                 cluster.cut |= cut
                 undo = lambda: cluster.cut.difference_update(cut)  # noqa: E731
         self._ends.append((event.at_ms + event.for_ms, len(self._ends), undo))
 
+    def _end_kill(self, name: str) -> None:
+        """Start again who was killed; who did too little to be killed in the middle of it is killed now."""
+        node = self.cluster.nodes[name]
+        if node.machine is not None and node.fuse is None:
+            return  # it was killed otherwise meanwhile, and runs again
+        if node.machine is not None:
+            self.cluster.crash(name)
+        self._start_again(name)
+
+    def _start_again(self, name: str, keep_state: bool = True) -> None:
+        if self.cluster.nodes[name].machine is None:  # the end of another fault may have come before
+            self.cluster.restart(name, keep_state)
+
     def _links_of(self, event: FaultEvent) -> set[tuple[str, str]]:
-        others = [name for name in self.cluster.nodes if name != event.node]
-        into = {(other, event.node) for other in others} if event.kind in ("isolate", "deaf") else set()
-        out = {(event.node, other) for other in others} if event.kind in ("isolate", "mute") else set()
+        names = [name for name in self.cluster.nodes if name != event.node]
+        into = {(other, event.node) for other in names} if event.kind in ("isolate", "deaf") else set()
+        out = {(event.node, other) for other in names} if event.kind in ("isolate", "mute") else set()
+        if event.kind == "one-way":
+            out = {(event.node, event.other)}
+        if event.kind == "split":
+            region = self.cluster.nodes[event.node].region
+            inside = [node.name for node in self.cluster.nodes.values() if node.region == region]
+            outside = [node.name for node in self.cluster.nodes.values() if node.region != region]
+            into, out = {(a, b) for a in outside for b in inside}, {(b, a) for a in outside for b in inside}
         return into | out
 
     def _undo(self, now_ms: int) -> None:
@@ -200,6 +364,16 @@ class _Run:
         self._ends = [end for end in self._ends if end[0] > now_ms]
         for _, _, undo in due:
             undo()
+
+
+def _status(cluster: VirtualCluster, node: VirtualNode) -> NodeStatus:
+    assert node.machine is not None
+    return node.machine.status(cluster.now_of(node))
+
+
+def _reached(node: VirtualNode, wait: _Wait) -> bool:
+    """Whether all that the step's writer wrote up to it is visible on a node."""
+    return int(node.store.models[wait.model].frontier[writer_of(wait.stamp)]) >= wait.stamp
 
 
 # --- a seed that fails --------------------------------------------------------------------------------------------------------

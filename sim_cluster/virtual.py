@@ -30,6 +30,7 @@ from p2p.replica import Host, RowColumns
 from p2p.stamps import AHEAD_MS_MAX, EPOCH_MS, WRITERS_MAX
 from p2p.sync import PUSH, SyncOptions
 from p2p.versions import PROTOCOL_VERSION
+from sim_cluster.kills import Fuse, KilledError, lay
 from sim_cluster.network import LinkOptions, Network, NetworkOptions, pair_of
 
 __all__ = ["LinkOptions", "NetworkOptions", "VirtualCluster", "VirtualNode", "Write", "address_of", "name_of", "pair_of"]
@@ -74,11 +75,14 @@ class MemoryLedger:
     """A ledger that survives a crash of its node, in memory."""
 
     record: bytes | None = None
+    fuse: Fuse | None = None  # of the process that writes it
 
     def load(self) -> bytes | None:
         return self.record
 
     def save(self, record: bytes) -> None:
+        if self.fuse is not None:
+            self.fuse.burn()
         self.record = record
 
 
@@ -105,6 +109,10 @@ class VirtualNode:
     busy_until_ms: float = 0.0  # with a cost model: when its CPU is free
     waiting: deque[m.Event] = field(default_factory=deque)  # events that came while it was busy
     waiting_local: deque[m.Event] = field(default_factory=deque)  # of its own machine's processes; they go first
+    queued: list[Callable[[], None]] = field(default_factory=list)  # in its peers' sockets, while it is down
+    fuse: Fuse | None = None  # of a process that is to be killed in the middle of something
+    lives: int = 0  # how many processes it has had
+    losses: int = 0  # how often it lost its memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,16 +230,33 @@ class VirtualCluster:
         node = self.nodes[name]
         node.machine = None
         node.paused = False
+        node.fuse = node.ledger.fuse = None
         node.held.clear()
         node.waiting.clear()
         node.waiting_local.clear()
         self._timer_ms.pop(name, None)
 
+    def kill_within(self, name: str, steps: int) -> None:
+        """Kill a node's process after so many steps (`sim_cluster.kills`), in the middle of whatever it does then."""
+        node = self.nodes[name]
+        node.fuse = node.ledger.fuse = Fuse(steps)
+        lay(node.fuse, node.store)
+
+    def leave(self, name: str) -> None:
+        """Stop a node's process as SIGTERM does: it says goodbye first."""
+        node = self.nodes[name]
+        if node.machine is not None:
+            self._feed(node, node.machine, m.Leaving())
+        self.crash(name)
+
     def restart(self, name: str, keep_state: bool = True) -> None:
         """Start a killed node again, with its memory or, as after a reboot, without; its disk (ledger) stays."""
         node = self.nodes[name]
-        if not keep_state:
+        if keep_state:
+            node.store = node.store.reopened()
+        else:
             node.store = Store.anonymous()
+            node.losses += 1
             # What only this node held is gone; no protocol can promise it (R21: memory, not disk).
             held = [self._stamps_held(other) for other in self.nodes.values() if other is not node]
             self.history = [w for w in self.history if any(one.get(self._key_of(w), 0) >= w.stamp for one in held)]
@@ -264,7 +289,7 @@ class VirtualCluster:
         """(model, table, key) -> stamp of every row version a node holds, tombstones too."""
         held: dict[tuple[str, int, int], int] = {}
         for name, replica in node.store.models.items():
-            for selection in replica.changed_since(np.zeros((replica.shards, WRITERS_MAX), np.uint64)):
+            for selection in replica.scan_since(np.zeros((replica.shards, WRITERS_MAX), np.uint64)):
                 columns = replica.read(selection.table, selection.slots)
                 assert columns.stamps is not None
                 keys = ((name, columns.table, key) for key in columns.keys.tolist())
@@ -284,10 +309,14 @@ class VirtualCluster:
             protocol_version=node.protocol_version,
             sync=self.sync,
         )
+        node.lives += 1
         host = node.store if self.cpu is None else self.cpu.host(node.name, node.store)
         node.machine = self._make_machine(options, host, node.ledger, random.Random(self._rng.random()))
         self._timer_ms.pop(node.name, None)
         self._feed(node, node.machine, m.Started(address_of(node.name)))
+        queued, node.queued = node.queued, []
+        for deliver in queued:
+            self._at(self.now_ms + 1, deliver)
 
     # --- local requests
 
@@ -311,11 +340,16 @@ class VirtualCluster:
 
     def request(self, name: str, make: Callable[[int], m.Event]) -> m.Reply | None:
         """Feed a local request now; its reply, if it came at once (later ones come to `VirtualNode.replies`)."""
+        return self.nodes[name].replies.get(self.ask(name, make))
+
+    def ask(self, name: str, make: Callable[[int], m.Event]) -> int:
+        """Feed a local request now; its number."""
         node = self.nodes[name]
         assert node.machine is not None, f"{name} is down"
         self._requests += 1
-        self._feed(node, node.machine, make(self._requests))
-        return node.replies.get(self._requests)
+        number = self._requests
+        self._feed(node, node.machine, make(number))
+        return number
 
     # --- time
 
@@ -388,9 +422,20 @@ class VirtualCluster:
             self._at(int(node.busy_until_ms), lambda: self._work_off(node, machine))
 
     def _carry_out(self, node: VirtualNode, machine: Machine, event: m.Event) -> None:
+        """Handle one event and carry out its effects, as the runtime does; or be killed in the middle of it."""
+        try:
+            self._carry_out_all(node, machine, event)
+        except KilledError:
+            self.crash(node.name)
+            return
+        self._arm(node, machine)
+
+    def _carry_out_all(self, node: VirtualNode, machine: Machine, event: m.Event) -> None:
         pending = [event]
         while pending:
             for effect in self._handle(node, machine, pending.pop(0)):
+                if node.fuse is not None:
+                    node.fuse.burn()
                 match effect:
                     case m.Send(address, envelope, message):
                         if self.cpu is not None:
@@ -412,7 +457,6 @@ class VirtualCluster:
                         self._measure_applied(effect)
                     case m.Forget():
                         pass
-        self._arm(node, machine)
 
     def _handle(self, node: VirtualNode, machine: Machine, event: m.Event) -> list[m.Effect]:
         """The machine's effects; a message that it refuses must not have changed anything."""
@@ -482,7 +526,7 @@ class VirtualCluster:
 
     def _transmit(self, sender: VirtualNode, address: str, envelope: m.Envelope, message: m.Message) -> bool:
         target = self.nodes.get(name_of(address))
-        if target is None or target.machine is None:
+        if target is None or (target.machine is None and not self._outlives()):
             return False
         link, regions = (sender.name, target.name), (sender.region, target.region)
         if link in self.cut:
@@ -494,20 +538,33 @@ class VirtualCluster:
             return False
         if self.meter is not None and isinstance(message, m.Batch | m.PullReply):
             self._measure_sent(self.meter, sender, message)
-        machine = target.machine
         for arrival_ms in arrivals:
-            self._schedule(arrival_ms, sender, target, machine, envelope, shared)
+            self._schedule(arrival_ms, sender, target, envelope, shared)
         return True
 
+    def _outlives(self) -> bool:
+        """Whether a message outlives the process that it was meant for, in its sender's socket, and reaches the next one."""
+        chance = self.options.afterlife_probability
+        return chance > 0 and self._rng.random() < chance
+
     def _schedule(
-        self, arrival_ms: int, sender: VirtualNode, target: VirtualNode, machine: Machine, envelope: m.Envelope, shared: _Shared
+        self, arrival_ms: int, sender: VirtualNode, target: VirtualNode, envelope: m.Envelope, shared: _Shared
     ) -> None:
+        machine, sending = target.machine, sender.machine
         chance = self.options.corrupt_probability
         corrupt = chance > 0 and self._rng.random() < chance
 
         def deliver() -> None:
-            if target.machine is not machine:
-                return  # the process it was sent to is gone
+            nonlocal machine
+            if machine is None and sender.machine is not sending:
+                return  # so is the process in whose socket it was
+            if target.machine is not machine:  # the process it was sent to is gone
+                if machine is not None and not self._outlives():
+                    return
+                machine = target.machine
+            if machine is None:
+                target.queued.append(deliver)
+                return
             if target.paused:
                 target.held.append(deliver)
                 return

@@ -11,7 +11,7 @@ import errno
 import mmap
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -164,13 +164,18 @@ class TmpfsMemory:
 
 @dataclass(frozen=True, slots=True)
 class AnonymousMemory:
-    """Memory of this process only."""
+    """Memory of this process only, by the names that files would have."""
+
+    _mapped: dict[str, Mapping] = field(default_factory=dict)
 
     def create(self, name: str, size: int) -> Mapping:
-        return Mapping.anonymous(size)
+        mapping = self._mapped[name] = Mapping.anonymous(size)
+        return mapping
 
     def open(self, name: str) -> Mapping:
-        raise StoreError(f"{name}: anonymous memory cannot be opened again")
+        if name not in self._mapped:
+            raise StoreError(f"{name}: there is no such memory")
+        return self._mapped[name]
 
     def remove(self, name: str) -> None:
-        pass
+        self._mapped.pop(name, None)

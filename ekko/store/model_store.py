@@ -347,8 +347,9 @@ class ModelStore:
             table.apply(_whole(column.keys), data, stamps, stamp, counts)
         return Applied(int(counts[rows.WRITTEN]), int(counts[rows.INSERTED]), int(counts[rows.STALE]))
 
-    def changed_since(self, base: U64) -> list[Selection]:
-        return self._select(base, lambda table, flat: table.changed_since(flat, self.shards))
+    def changed_since(self, base: U64, *, measured: bool = True) -> list[Selection]:
+        # Not measured: the update cache does not learn from the question how far back peers look.
+        return self._select(base, lambda table, flat: table.changed_since(flat, self.shards, measured=measured))
 
     def scan_since(self, base: U64) -> list[Selection]:
         """`changed_since` by looking at every row: what the update cache is measured against."""
@@ -369,7 +370,7 @@ class ModelStore:
 
     def _digest_above(self, base: U64) -> int:
         sums = np.zeros(2, np.uint64)
-        for selection in self._select(base, lambda table, flat: table.changed_since(flat, self.shards, measured=False)):
+        for selection in self.changed_since(base, measured=False):
             self._tables[selection.table].add_digest(selection.slots, sums)
         return int(sums[0]) | int(sums[1]) << 64
 

@@ -85,6 +85,15 @@ class Store:
         resumed = cls._resume(run_dir, memory_dir, table_bytes_max)
         return resumed if resumed is not None else cls._begin(run_dir, memory_dir, table_bytes_max)
 
+    def reopened(self) -> "Store":
+        """This anonymous store as the node's next process finds it: repaired by the code that attaches after a kill."""
+        assert isinstance(self._memory, AnonymousMemory)
+        store = Store(self._memory, None, self._table_bytes_max)
+        for model in self._models.values():
+            store._insert(ModelStore.open(model.entry(), self._memory, self._table_bytes_max))
+        store.resumed = True
+        return store
+
     @classmethod
     def _resume(cls, run_dir: Path, memory_dir: Path, table_bytes_max: int) -> "Store | None":
         """The store as it was left, or None when it is not intact."""

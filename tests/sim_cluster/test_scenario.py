@@ -14,7 +14,7 @@ from ekko.errors import ConfigError
 from p2p import knowledge
 from p2p.sync import PRESETS
 from sim_cluster.real import check_feasible
-from sim_cluster.scenario import FaultEvent, Faults, draw_faults, load_scenario
+from sim_cluster.scenario import KINDS, FaultEvent, Faults, draw_faults, load_scenario
 from sim_cluster.swarm import minimise, run_virtual
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,15 +64,8 @@ def test_seeds_draw_different_faults() -> None:
     scenario = load_scenario(SWARM)
     drawn = [draw_faults(scenario, seed) for seed in range(40)]
     assert drawn[0] == draw_faults(scenario, 0)
-    assert {event.kind for faults in drawn for event in faults.events} == {
-        "crash",
-        "lose",
-        "pause",
-        "isolate",
-        "deaf",
-        "mute",
-        "clock",
-    }
+    assert {event.kind for faults in drawn for event in faults.events} == set(KINDS)
+    assert all((event.other != "") == (event.kind == "one-way") for faults in drawn for event in faults.events)
     assert 0 < sum(faults.network.loss_probability > 0 for faults in drawn) < 40
 
 
@@ -95,14 +88,27 @@ def test_a_failure_keeps_only_the_faults_it_needs(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("[regions]\neu = { serve = 2 }", "exactly one node with role train"),
+        ("[regions]\neu = { serve = 2 }", "no node with role train"),
+        ("[regions]\neu = { train = 1 }", "nobody to replicate to"),
         ("[regions]\neu = { train = 1, server = 2 }", "regions.eu.server is not understood"),
-        ("[regions]\neu = { train = 1 }\n[network]\nloss = 2", "network.loss is 2"),
-        ("[regions]\neu = { train = 1 }\n[links]\n'eu/mars' = { delay_ms = 1 }", "no pair of regions"),
-        ("[regions]\neu = { train = 1 }\n[[faults]]\nkind = 'flood'", "kind 'flood' is not one of"),
-        ("[regions]\neu = { train = 1 }\n[[faults]]\nkind = 'crash'\nnode = 'x'", "node 'x' does not exist"),
+        ("[regions]\neu = { train = 1, serve = 1 }\n[network]\nloss = 2", "network.loss is 2"),
+        ("[regions]\neu = { train = 1, serve = 1 }\n[links]\n'eu/mars' = { delay_ms = 1 }", "no pair of regions"),
+        ("[regions]\neu = { train = 1, serve = 1 }\n[[faults]]\nkind = 'flood'", "kind 'flood' is not one of"),
+        ("[regions]\neu = { train = 1, serve = 1 }\n[[faults]]\nkind = 'crash'\nnode = 'x'", "node 'x' does not exist"),
+        (
+            "[regions]\neu = { train = 1, serve = 1 }\n[[faults]]\nkind = 'one-way'\nnode = 'eu-t1'",
+            "node '' does not exist",
+        ),
+        (
+            "[regions]\neu = { train = 1, serve = 1 }\n[[faults]]\nkind = 'deaf'\nnode = 'eu-t1'\nother = 'eu-s1'",
+            "use kind one-way",
+        ),
+        (
+            "[regions]\neu = { train = 1, serve = 1 }\n[[faults]]\nkind = 'deaf'\nnode = 'eu-t1'\ntimes = 3",
+            "every_s must be longer",
+        ),
         ("[scenario]\nsync = 'gossip'\n[regions]\neu = { train = 1 }", "sync 'gossip' is not one of vector, cache"),
-        ("[fault]\nx = 1\n[regions]\neu = { train = 1 }", "[fault] is not understood"),
+        ("[fault]\nx = 1\n[regions]\neu = { train = 1, serve = 1 }", "[fault] is not understood"),
         ("regions = [", "is not TOML"),
     ],
 )
