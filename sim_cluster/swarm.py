@@ -223,7 +223,8 @@ class _Run:
         """
         cluster, rng = self.cluster, self._rng
         cluster.run(STEADY_MS)  # what was written while they recovered has come by now
-        before, steady = {name: self._counters(name) for name in cluster.nodes}, not self._held_out()
+        before = {name: self._counters(name) for name in cluster.nodes}
+        steady = cluster.sync.push and not self._held_out()
         self.meter.into_region.clear()
         writer, begin_ms = self._writer(), cluster.now_ms
         for step in range(STEADY_STEPS if writer else 0):
