@@ -18,15 +18,13 @@ import xxhash
 
 from ekko.errors import ModelError
 from p2p.errors import RemoteProtocolError
-from p2p.replica import SchemaEntry
+from p2p.replica import PARTITIONS_MAX, SchemaEntry
 
 DENSE_TABLE = "_dense"
 DENSE_DIM = 256
 DENSE_ROWS_MAX = 1 << 20  # rows of one tensor; the key keeps 20 bits for them
 SHARDS_DEFAULT = 64
 SHARDS_MAX = 65_536
-# A partition costs every heartbeat a summary and every idle writer five small messages a second.
-PARTITIONS_MAX = 64
 DIM_MAX = 16_384
 TABLES_MAX = 4_096
 TENSORS_MAX = 65_536

@@ -9,11 +9,15 @@ from p2p.knowledge import Knowledge
 from p2p.ledger import NodeRecord, Peer
 from p2p.links import Link
 from p2p.membership import SILENCE_MS_MAX, Membership
+from p2p.placement import holdings_of
 from p2p.replica import Host, Replica
-from p2p.stamps import StampClock
+from p2p.stamps import StampClock, writer_of
 from p2p.sync import PUSH, SyncOptions
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, agree
 from p2p.writers import WriterBook
+
+# Steps of ours of which we remember what they touched, for those who wait for them: 4 s of 1,000 a second.
+TOUCHED_MAX = 4_096
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class Keyspace:
     replica: Replica
     knowledge: Knowledge
     synced: bool  # caught up with somebody at least once in this life
+    goal: dict[int, int] = field(default_factory=dict)  # writer -> stamp: how far it had come when we first compared
     last_batch_ms: int = 0  # monotonic, of our own writer
     gap_stamp: int = 0  # the oldest waiting step when we last looked
     gap_since_ms: int = 0
@@ -93,6 +98,8 @@ class Core:
     links: dict[str, Link] = field(default_factory=dict)  # by node id
     by_boot: dict[int, Link] = field(default_factory=dict)  # the same links
     keyspaces: dict[int, Keyspace] = field(default_factory=dict)
+    touched: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by stamp: the partitions of a step of ours
+    families: dict[int, list[Keyspace]] = field(default_factory=dict)  # the same keyspaces, by partition
     started_ms: int = 0  # monotonic
     first: bool = False  # no seed but ourselves, and no peer of a former life: nobody to catch up with
     deaf: bool = False  # we hear nobody
@@ -140,20 +147,41 @@ class Core:
     def own_record(self) -> m.MemberRecord:
         """What we say of ourselves."""
         writers = []
-        for number, keyspace in self.keyspaces.items():
-            identity = keyspace.replica.writer
+        for family, keyspaces in self.families.items():
+            identity = keyspaces[0].replica.writer
             if identity is not None:
-                last = int(keyspace.knowledge.frontier[identity.writer])
-                writers.append(m.WriterRecord(number, identity.writer, identity.nonce, last))
-        self.membership.restate(self.deaf, tuple(writers))
+                last = self.last_stamp(family, identity.writer)
+                writers.append(m.WriterRecord(family, identity.writer, identity.nonce, last))
+        holds = holdings_of(keyspace.replica.place for keyspace in self.keyspaces.values())
+        self.membership.restate(self.deaf, tuple(writers), holds)
         return self.membership.own
+
+    def last_stamp(self, family: int, writer: int) -> int:
+        """The newest stamp of a writer up to which some partition of the family is whole here."""
+        keyspaces = self.families.get(family, [])
+        return max((int(keyspace.knowledge.frontier[writer]) for keyspace in keyspaces), default=0)
+
+    def touched_by(self, family: int, stamp: int) -> list[Keyspace]:
+        """The keyspaces that a step of ours touched and that are whole up to it; empty when we never wrote it.
+
+        Of a step that is not remembered any more (`TOUCHED_MAX`, or a former life), all that are whole up to it: too many,
+        never too few.
+        """
+        whole = [keyspace for keyspace in self.families.get(family, []) if reached(keyspace, stamp)]
+        partitions = self.touched.get(stamp)
+        return whole if partitions is None else [k for k in whole if k.replica.place.partition in partitions]
+
+    def note_touched(self, stamp: int, partitions: tuple[int, ...]) -> None:
+        """Remember which partitions a step of ours touched."""
+        while len(self.touched) >= TOUCHED_MAX:
+            del self.touched[next(iter(self.touched))]
+        self.touched[stamp] = partitions
 
     def newest(self, record: m.MemberRecord) -> m.MemberRecord:
         """The record of another node, with its writers as far as we know that they have come."""
         writers = []
         for writer in record.writers:
-            keyspace = self.keyspaces.get(writer.keyspace)
-            known = 0 if keyspace is None else int(keyspace.knowledge.frontier[writer.writer])
+            known = self.last_stamp(writer.keyspace, writer.writer)
             writers.append(replace(writer, last_stamp=max(writer.last_stamp, known)))
         return replace(record, writers=tuple(writers)) if writers else record
 
@@ -180,5 +208,11 @@ class Core:
         for keyspace, replica in self.host.replicas.items():
             if keyspace not in self.keyspaces:
                 knowledge = Knowledge(replica.vector, replica.frontier)
-                self.keyspaces[keyspace] = Keyspace(replica, knowledge, synced=self.first or born)
+                held = self.keyspaces[keyspace] = Keyspace(replica, knowledge, synced=self.first or born)
+                self.families.setdefault(replica.place.family, []).append(held)
                 self.clock.observe(max(replica.stamp_max, int(replica.frontier.max())))
+
+
+def reached(keyspace: Keyspace, stamp: int) -> bool:
+    """Whether everything that the stamp's writer wrote to this keyspace up to it is visible here."""
+    return int(keyspace.knowledge.frontier[writer_of(stamp)]) >= stamp

@@ -91,7 +91,7 @@ class Gossip:
             core.emit(m.Forget(record.address))
         register.beat()
         beat = self._heartbeat(now)
-        for node in register.targets(now.monotonic_ms, core.rng):
+        for node in dict.fromkeys([*register.targets(now.monotonic_ms, core.rng), *self._partners(now)]):
             self._send(node, beat)
         # Both sides of a split suspect each other: somebody has to call.
         suspects = register.suspects()
@@ -105,6 +105,15 @@ class Gossip:
             record = register.members[core.rng.choice(left)].record
             self._introductions.say_hello(record.address, 0, answer_wanted=True, now=now)
         self._introductions.call_contacts(now)
+
+    def _partners(self, now: m.Now) -> list[m.NodeId]:
+        """Somebody who holds a partition that we hold, of those drawn one: only such peers can be compared with us."""
+        core = self._core
+        places = [k.replica.place for k in core.keyspaces.values() if k.replica.place.partitions > 1]
+        if not places:
+            return []
+        fingers = core.membership.partners(now.monotonic_ms, core.rng.choice(places))
+        return [core.rng.choice(fingers)] if fingers else []
 
     def _look_at_ourselves(self, now: m.Now) -> None:
         """Whether the beat that ends went as it should, and whether our clock is right."""

@@ -12,6 +12,7 @@ from p2p.core import Core
 from p2p.errors import RemoteProtocolError, SchemaClashError
 from p2p.ledger import Peer
 from p2p.links import Link
+from p2p.placement import holds
 from p2p.pull import Pull
 from p2p.replica import SchemaEntry
 from p2p.versions import agree, describe, lowest_spoken
@@ -68,7 +69,7 @@ class Introductions:
             self._admitted[member.node] = None
             self.say_hello(member.address, member.boot, answer_wanted=False, now=now)
         for keyspace in core.keyspaces.values():
-            if not keyspace.synced and member.role in membership.HOLDER_ROLES:
+            if not keyspace.synced and member.role in membership.HOLDER_ROLES and holds(member, keyspace.replica.place):
                 self._pull.ask(keyspace, link, now, "joining")
 
     def _admit(self, hello: m.Hello, now: m.Now) -> None:
@@ -192,7 +193,7 @@ class Introductions:
                 for writer in record.writers:
                     core.writers.check(writer.keyspace, writer.writer, writer.nonce)
                 for writer in record.writers:
-                    if writer.keyspace in core.keyspaces:  # what a peer can make us remember has a bound
+                    if writer.keyspace in core.families:  # what a peer can make us remember has a bound
                         core.writers.learn(writer.keyspace, writer.writer, writer.nonce)
             except RemoteProtocolError as error:  # its record alone is ignored: gossip of the others must go on
                 core.note("writer_conflict", alarm=True, node=record.node, reason=str(error))

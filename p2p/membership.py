@@ -26,9 +26,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from p2p import placement
 from p2p.errors import RemoteProtocolError
-from p2p.messages import MemberRecord, NodeId, WriterRecord
-from p2p.replica import U64
+from p2p.messages import Holding, MemberRecord, NodeId, WriterRecord
+from p2p.replica import U64, Place
 from p2p.suspicion import HEARTBEAT_MS, Suspicion, mix
 from p2p.trees import Holder, Trees
 from p2p.versions import protocol_of
@@ -53,6 +54,8 @@ NEWS_TELLS = 2
 RECORDS_MAX = 64
 # Roles whose nodes hold rows and forward batches.
 HOLDER_ROLES = ("train", "serve")
+# Those that hold rows and forward nothing: what they have is meant to be behind, or to be judged (R22).
+LEAF_ROLES = ("baseline", "witness")
 
 
 @dataclass(slots=True)
@@ -68,8 +71,9 @@ class _View:
     """What follows from who is alive: begun anew when that changes, each part made when it is asked for."""
 
     live: tuple[NodeId, ...] | None = None
-    holders: tuple[Holder, ...] | None = None
-    trees: Trees | None = None
+    holders: dict[Place | None, tuple[Holder, ...]] = field(default_factory=dict)  # None: of families of one partition
+    trees: dict[Place | None, Trees] = field(default_factory=dict)
+    partners: dict[Place, tuple[NodeId, ...]] = field(default_factory=dict)  # our fingers among those who hold the same
     fingers: tuple[tuple[NodeId, ...], tuple[NodeId, ...]] | None = None  # ours in our region's ring, and in everybody's
 
 
@@ -96,11 +100,11 @@ class Membership:
         self.own = replace(self.own, heartbeat=self.own.heartbeat + 1)
         return self.own
 
-    def restate(self, deaf: bool, writers: tuple[WriterRecord, ...]) -> None:
+    def restate(self, deaf: bool, writers: tuple[WriterRecord, ...], holds: tuple[Holding, ...] = ()) -> None:
         """Say how we are; what others must hear of makes a new version of our record."""
         before, after = ([(w.keyspace, w.writer, w.nonce, w.last_stamp > 0) for w in ws] for ws in (self.own.writers, writers))
-        changed = deaf != self.own.deaf or before != after
-        self.own = replace(self.own, deaf=deaf, writers=writers, version=self.own.version + changed)
+        changed = (deaf, holds) != (self.own.deaf, self.own.holds) or before != after
+        self.own = replace(self.own, deaf=deaf, writers=writers, holds=holds, version=self.own.version + changed)
         self.news = self.news or changed
 
     # --- the view
@@ -119,33 +123,54 @@ class Membership:
         """How many others live."""
         return len(self._live(now_ms))
 
-    def live_writers(self, now_ms: int) -> list[WriterRecord]:
-        """Every writer of a live member."""
+    def live_writers(self, now_ms: int, place: Place) -> list[WriterRecord]:
+        """Every writer of the family of a live member that may write at this place, since it holds it."""
         self.suspicion.assess(now_ms)
         alive = self.suspicion.alive
         members = [self.members[node] for node in sorted(self._writing)]
-        return [writer for member in members if alive[member.slot] for writer in member.record.writers]
+        return [
+            writer
+            for member in members
+            if alive[member.slot] and placement.holds(member.record, place)
+            for writer in member.record.writers
+            if writer.keyspace == place.family
+        ]
 
     def protocol_min(self, now_ms: int) -> int:
         """The oldest protocol version in the view, our own included: what is below it, everybody alive understands."""
         self.suspicion.assess(now_ms)
         return protocol_of(int(self.suspicion.version[self.suspicion.alive].min(initial=np.uint64(self.own.version))))
 
-    def holders(self, now_ms: int) -> tuple[Holder, ...]:
-        """The holders fit to forward, ourselves included, sorted."""
-        view = self._see(now_ms)
-        if view.holders is None:
-            in_trees = self.suspicion.in_trees(now_ms)
-            fit = [self.own, *(member.record for member in self.members.values() if in_trees[member.slot])]
-            view.holders = tuple(sorted(Holder(record.region, record.node) for record in fit if record.role in HOLDER_ROLES))
-        return view.holders
+    def holders(self, now_ms: int, place: Place | None = None) -> tuple[Holder, ...]:
+        """The holders of a place fit to forward, ourselves included, sorted; we are asked only for places that we hold."""
+        key, view = _divided(place), self._see(now_ms)
+        if key not in view.holders:
+            view.holders[key] = self._in_trees(now_ms, key, HOLDER_ROLES)
+        return view.holders[key]
 
-    def trees(self, now_ms: int) -> Trees:
-        """Our part in the trees over the holders."""
+    def trees(self, now_ms: int, place: Place | None = None) -> Trees:
+        """Our part in the trees over the holders of a place (R22)."""
+        key, view = _divided(place), self._see(now_ms)
+        if key not in view.trees:
+            me, leaves = Holder(self.own.region, self.own.node), self._in_trees(now_ms, key, LEAF_ROLES)
+            view.trees[key] = Trees(me, self.holders(now_ms, key), self.protocol_min(now_ms), leaves)
+        return view.trees[key]
+
+    def _in_trees(self, now_ms: int, place: Place | None, roles: tuple[str, ...]) -> tuple[Holder, ...]:
+        in_trees = self.suspicion.in_trees(now_ms)
+        others = (member.record for member in self.members.values() if in_trees[member.slot])
+        fit = [self.own, *(record for record in others if place is None or placement.holds(record, place))]
+        return tuple(sorted(Holder(record.region, record.node) for record in fit if record.role in roles))
+
+    def partners(self, now_ms: int, place: Place) -> tuple[NodeId, ...]:
+        """Our fingers in the ring of those who hold a partition that we hold, too: our own fingers may all hold others."""
         view = self._see(now_ms)
-        if view.trees is None:
-            view.trees = Trees(Holder(self.own.region, self.own.node), self.holders(now_ms), self.protocol_min(now_ms))
-        return view.trees
+        if place not in view.partners:
+            live = [self.members[node] for node in self._live(now_ms)]
+            slots = np.array([member.slot for member in live if placement.holds(member.record, place)])
+            chosen = slots[fingers_of(place_of(self.own.node), self.suspicion.place[slots])] if len(slots) else slots
+            view.partners[place] = tuple(self._nodes[slot] for slot in chosen.tolist())
+        return view.partners[place]
 
     def fingers(self, now_ms: int) -> tuple[NodeId, ...]:
         """Everybody we gossip with as long as the view stays as it is."""
@@ -372,6 +397,11 @@ class Membership:
 
     def _records(self, slots: Sequence[int]) -> tuple[MemberRecord, ...]:
         return tuple(self.members[self._nodes[slot]].record for slot in slots)
+
+
+def _divided(place: Place | None) -> Place | None:
+    """The place, where not everybody holds it; None stands for all places that everybody does."""
+    return None if place is None or place.partitions == 1 else place
 
 
 def place_of(node: NodeId) -> int:

@@ -42,12 +42,21 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True)
 class WriterRecord:
-    """A writer id in use: who writes with it in which keyspace, and how far it has come."""
+    """A writer id in use: who writes with it in which family of keyspaces, and how far it has come."""
 
-    keyspace: int
+    keyspace: int  # the family
     writer: int
     nonce: int
     last_stamp: int
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Which partitions a node holds of a family that has several."""
+
+    family: int
+    partitions: int  # how many there are
+    held: tuple[int, ...]  # ascending
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +74,7 @@ class MemberRecord:
     writers: tuple[WriterRecord, ...] = ()
     version: int = 0  # counts the changes of this record in this life, `heartbeat` and `last_stamp` left out
     deaf: bool = False  # it hears nobody, so nothing should be sent through it
+    holds: tuple[Holding, ...] = ()  # of families of several partitions; the others everybody holds whole
     told: int = field(default=PROTOCOL_VERSION, compare=False)  # the version in whose shape it came; later fields are unknown
 
     @property
@@ -312,7 +322,7 @@ class PublishRequested:
     """A local publisher's step. `columns` are checked by the caller against the schema; keys within one are unique."""
 
     request: int
-    keyspace: int
+    keyspace: int  # the family
     columns: tuple[RowColumns, ...]
     published_ns: int = 0
 
@@ -330,7 +340,7 @@ class WaitRequested:
     """Answer when `stamp` is visible at every live holder in scope, or name who lags after `timeout_ms`."""
 
     request: int
-    keyspace: int
+    keyspace: int  # the family
     stamp: int
     scope: Scope
     timeout_ms: int

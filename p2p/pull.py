@@ -76,7 +76,7 @@ class Pull:
     # --- asking
 
     def ask(self, keyspace: Keyspace, link: Link, now: m.Now, why: str) -> None:
-        """Pull a keyspace from a peer, unless a pull of it is on its way."""
+        """Pull a keyspace from a peer that holds it, unless a pull of it is on its way."""
         number = keyspace.replica.keyspace
         if number in self._asked or sum(asked.node == link.node for asked in self._asked.values()) >= STREAMS_MAX:
             return  # more would be refused; the next heartbeat is soon enough
@@ -188,11 +188,15 @@ class Pull:
         """We hold what a peer held. It may be as new as we are: what living writers are known to have written counts too."""
         if keyspace.synced or any(peer.role == "train" for peer in self._core.expected(now)):
             return
-        number, frontier = keyspace.replica.keyspace, keyspace.knowledge.frontier
-        known = [w for record in self._core.membership.live(now.monotonic_ms) for w in record.writers if w.keyspace == number]
+        frontier = keyspace.knowledge.frontier
+        known = self._core.membership.live_writers(now.monotonic_ms, keyspace.replica.place)
         # What a writer with a wrong clock says is refused everywhere, so nobody can wait for it (R14).
         told = [w for w in known if unix_ms_of(w.last_stamp) - now.unix_ms <= AHEAD_MS_MAX]
-        keyspace.synced = all(int(frontier[w.writer]) >= w.last_stamp for w in told)
+        # Writing goes on: what was written when we first looked is enough. In one of several partitions, the frontier
+        # would be behind the writer's newest stamp, which may be of another one, for ever.
+        for writer in told:
+            keyspace.goal.setdefault(writer.writer, writer.last_stamp)
+        keyspace.synced = all(int(frontier[w.writer]) >= keyspace.goal[w.writer] for w in told)
 
     def check_gaps(self, now: m.Now) -> None:
         """Pull where a claim has waited too long; give up pulls that stand still. Called on the timer."""

@@ -16,8 +16,10 @@ from p2p import wire
 from p2p.core import Core, Keyspace
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.links import Link
+from p2p.placement import divide, take
 from p2p.replica import U64, RowColumns, WriterIdentity
 from p2p.stamps import check_not_ahead
+from p2p.trees import TREES_MAX
 
 # An idle writer says "nothing since" this often; it bounds how stale a node must assume itself to be, and how long the loss
 # of the very last batch goes unnoticed.
@@ -44,62 +46,84 @@ class Push:
         """Stamp, store and send one step.
 
         Raises:
-            LocalProtocolError: this node cannot write, or the keyspace is unknown. Nothing happened.
+            LocalProtocolError: this node cannot write, the family is unknown, or some rows belong to a partition of it that
+                is not held here. Nothing happened.
         """
         core = self._core
-        keyspace = core.keyspaces.get(request.keyspace)
-        if keyspace is None:
+        family = core.families.get(request.keyspace)
+        if family is None:
             raise LocalProtocolError(f"keyspace {request.keyspace} does not exist on this node")
         self._check_may_write(now)
-        replica = keyspace.replica
-        if replica.writer is None:
-            self._become_writer(keyspace)
-        assert replica.writer is not None
-        writer = replica.writer.writer
         columns = tuple(section for section in request.columns if len(section.keys))
+        parts = _parts_of(family, columns)
+        if family[0].replica.writer is None:
+            self._become_writer(family)
+        identity = family[0].replica.writer
+        assert identity is not None
         if not columns:
-            core.emit(m.Published(request.request, int(replica.frontier[writer])))
+            core.emit(m.Published(request.request, core.last_stamp(request.keyspace, identity.writer)))
             return
+        stamp = core.clock.mint(now.unix_ms, identity.writer)
+        stored = [self._store(keyspace, part, stamp, identity, request.published_ns, now) for keyspace, part in parts]
+        core.counters.batches_published += 1
+        if family[0].replica.place.partitions > 1:
+            core.note_touched(stamp, tuple(keyspace.replica.place.partition for keyspace, _ in parts))
+        for batch, shard_of, _ in stored:  # all of the step is stored before any of it leaves
+            for message in split_step(batch, shard_of, wire.BATCH_BYTES_MAX):
+                self._forward(wire.seal(message), hops=0, now=now)
+        core.emit(m.Published(request.request, stamp))
+        core.emit(_applied_effect(stored[0][0], sum(written for _, _, written in stored)))
+
+    def _store(
+        self,
+        keyspace: Keyspace,
+        columns: tuple[RowColumns, ...],
+        stamp: int,
+        identity: WriterIdentity,
+        published_ns: int,
+        now: m.Now,
+    ) -> tuple[m.Batch, list[NDArray[np.int64]], int]:
+        """Write what a step of ours changes in one keyspace.
+
+        Returns:
+            What to send of it, the shard of each row, and how many rows were written.
+        """
+        core, replica, writer = self._core, keyspace.replica, identity.writer
         shard_of = [replica.shards_of(section.keys) for section in columns]
         touched = _touched(replica.shards, shard_of)
         prev = replica.vector[touched, writer].copy()
         writer_prev = int(replica.frontier[writer])
-        stamp = core.clock.mint(now.unix_ms, writer)
         replica.begin_write(stamp, touched)
         applied = replica.apply(columns, stamp)
         one = np.ones(len(touched), np.uint16)
         keyspace.knowledge.learn_step(stamp, writer_prev, len(touched), touched.astype(np.uint32), prev, one - 1, one)
         keyspace.last_batch_ms = now.monotonic_ms
-        core.counters.batches_published += 1
         core.counters.rows_written += applied.written
         batch = m.Batch(
-            request.keyspace,
+            replica.keyspace,
             core.options.node,
             core.options.region,
             writer,
-            replica.writer.nonce,
+            identity.nonce,
             stamp,
             writer_prev,
             len(touched),
             _claims(touched, prev),
             columns,
-            request.published_ns,
+            published_ns,
             core.options.machine,
-            trees=core.membership.trees(now.monotonic_ms).count,
+            trees=core.membership.trees(now.monotonic_ms, replica.place).count,
         )
-        for message in split_step(batch, shard_of, wire.BATCH_BYTES_MAX):
-            self._forward(wire.seal(message), hops=0, now=now)
-        core.emit(m.Published(request.request, stamp))
-        core.emit(_applied_effect(batch, applied.written))
+        return batch, shard_of, applied.written
 
     def beat(self, now: m.Now) -> None:
-        """Let every idle writer of ours say that nothing came since."""
+        """Let every idle writer of ours say that nothing came since, in each partition on its own."""
         for keyspace in self._core.keyspaces.values():
             identity = keyspace.replica.writer
             if identity is None or now.monotonic_ms - keyspace.last_batch_ms < IDLE_BEAT_MS:
                 continue
             writer_prev = int(keyspace.replica.frontier[identity.writer])
-            if not writer_prev:
+            if not writer_prev and not self._core.last_stamp(keyspace.replica.place.family, identity.writer):
                 continue  # it has not written yet: nobody waits for it
             stamp = self._core.clock.mint(now.unix_ms, identity.writer)
             none = np.empty(0, np.uint32), np.empty(0, np.uint64), np.empty(0, np.uint16), np.empty(0, np.uint16)
@@ -137,8 +161,9 @@ class Push:
             core.counters.batches_unknown += 1
             return False
         check_batch(keyspace, batch, now)
-        core.writers.learn(batch.keyspace, batch.writer, batch.nonce)
-        core.membership.note_writer(batch.origin, m.WriterRecord(batch.keyspace, batch.writer, batch.nonce, batch.stamp))
+        family = keyspace.replica.place.family
+        core.writers.learn(family, batch.writer, batch.nonce)
+        core.membership.note_writer(batch.origin, m.WriterRecord(family, batch.writer, batch.nonce, batch.stamp))
         claims = batch.claims
         first = (int(claims.shards[0]), int(claims.part[0])) if len(claims.shards) else (-1, 0)
         seen = (batch.keyspace, batch.stamp, *first)
@@ -148,7 +173,7 @@ class Push:
         while len(self._seen) >= SEEN_MAX:
             del self._seen[next(iter(self._seen))]
         self._seen[seen] = None
-        if envelope.hops >= core.membership.trees(now.monotonic_ms).hops_max:
+        if envelope.hops >= core.membership.trees(now.monotonic_ms, keyspace.replica.place).hops_max:
             core.counters.batches_circling += 1
         else:
             self._forward(batch, envelope.hops + 1, now)
@@ -191,15 +216,17 @@ class Push:
                     f"publish to it, or stop it first"
                 )
 
-    def _become_writer(self, keyspace: Keyspace) -> None:
-        if not keyspace.synced:
+    def _become_writer(self, family: Sequence[Keyspace]) -> None:
+        if not all(keyspace.synced for keyspace in family):
             raise LocalProtocolError(
                 f"node {self._core.options.node!r} has not caught up with its cluster yet, and does not know which writer ids "
                 "are taken: publish when it is ready"
             )
-        writer, nonce = self._core.writers.grant(keyspace.replica.keyspace, keyspace.knowledge.writers.tolist())
-        keyspace.replica.set_writer(WriterIdentity(writer, nonce))
-        self._core.note("writer_granted", keyspace=keyspace.replica.keyspace, writer=writer)
+        number = family[0].replica.place.family
+        seen = np.concatenate([keyspace.knowledge.writers for keyspace in family])
+        writer, nonce = self._core.writers.grant(number, seen.tolist())
+        family[0].replica.set_writer(WriterIdentity(writer, nonce))
+        self._core.note("writer_granted", keyspace=number, writer=writer)
 
     def _forward(self, batch: m.Batch, hops: int, now: m.Now) -> None:
         core = self._core
@@ -207,7 +234,10 @@ class Push:
             return
         payload = sum(section.payload_bytes for section in batch.columns)
         rows = sum(len(section.keys) for section in batch.columns)
-        for node in core.membership.trees(now.monotonic_ms).children(batch.origin, batch.tree):
+        place = core.keyspaces[batch.keyspace].replica.place
+        # Partitions of a small cluster, which has one tree, differ in who leads.
+        tree = (batch.tree + place.partition) % TREES_MAX
+        for node in core.membership.trees(now.monotonic_ms, place).children(batch.origin, tree):
             link = core.link(node)
             if link is None or not link.has_credit():
                 core.counters.batches_skipped += 1
@@ -218,6 +248,27 @@ class Push:
             core.counters.batches_forwarded += 1
             link.traffic.rows_out += rows
             link.traffic.bytes_out += payload
+
+
+def _parts_of(family: Sequence[Keyspace], columns: tuple[RowColumns, ...]) -> list[tuple[Keyspace, tuple[RowColumns, ...]]]:
+    """What a step changes in each of the keyspaces that it touches.
+
+    Raises:
+        LocalProtocolError: some of it belongs to a partition that is not held here (R22).
+    """
+    replica = family[0].replica
+    partitions = replica.place.partitions
+    if partitions == 1:
+        return [(family[0], columns)]
+    held = {keyspace.replica.place.partition: keyspace for keyspace in family}
+    parts = divide(columns, [replica.partition_of(section.keys) for section in columns], partitions)
+    missing = [partition for partition in parts if partition not in held]
+    if missing:
+        raise LocalProtocolError(
+            f"rows of partitions {missing}, of which this node holds {sorted(held)}: a node holds what it writes; publish them "
+            "at a node that holds them"
+        )
+    return [(held[partition], part) for partition, part in parts.items()]
 
 
 def check_batch(keyspace: Keyspace, batch: m.Batch, now: m.Now) -> None:
@@ -255,7 +306,7 @@ def split_step(batch: m.Batch, shard_of: Sequence[NDArray[np.int64]], bytes_max:
     for tree in np.unique(tree_of_claim).tolist():
         claimed = np.flatnonzero(tree_of_claim == tree)
         chosen = [np.flatnonzero(shards % batch.trees == tree) for shards in shard_of]
-        columns = tuple(_take(section, rows) for section, rows in zip(batch.columns, chosen, strict=True) if len(rows))
+        columns = tuple(take(section, rows) for section, rows in zip(batch.columns, chosen, strict=True) if len(rows))
         its_shards = [shards[rows] for shards, rows in zip(shard_of, chosen, strict=True) if len(rows)]
         claims = m.ShardClaims(
             batch.claims.shards[claimed], batch.claims.prev[claimed], batch.claims.part[claimed], batch.claims.parts[claimed]
@@ -313,7 +364,7 @@ def _pieces_of_shard(
                 room = bytes_max
             taken = rows[: max(1, room // row_bytes)]
             rows = rows[len(taken) :]
-            parts[-1].append(_take(section, taken))
+            parts[-1].append(take(section, taken))
             room -= len(taken) * row_bytes
     if len(parts) > PARTS_MAX:
         raise LocalProtocolError(
@@ -335,13 +386,6 @@ def _message_of(batch: m.Batch, group: Sequence[_Piece]) -> m.Batch:
         for section in piece.columns:
             by_table.setdefault(section.table, []).append(section)
     return replace(batch, claims=claims, columns=tuple(_join(sections) for sections in by_table.values()))
-
-
-def _take(section: RowColumns, indices: NDArray[np.int64]) -> RowColumns:
-    """Some rows of a section, in order; live rows come before tombstones, so they stay so."""
-    live = indices[indices < len(section.rows)]
-    significance = None if section.significance is None else section.significance[indices]
-    return RowColumns(section.table, section.keys[indices], section.rows[live], None, significance)
 
 
 def _join(sections: Sequence[RowColumns]) -> RowColumns:

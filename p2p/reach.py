@@ -1,17 +1,18 @@
 """`wait`: learning that a stamp is visible at other nodes.
 
-The publisher's node asks every live holder in scope to say when its frontier reaches the stamp. A question is repeated until
-its deadline, so a lost answer or a restarted peer costs a moment, not the promise; the answer counts for the life that gave it
-(R21).
+The publisher's node asks every live holder in scope to say when its frontier reaches the stamp, for each partition that the
+step touched (R21); it need not ask itself, since a node holds what it writes. A question is repeated until its deadline, so
+a lost answer or a restarted peer costs a moment, not the promise; the answer counts for the life that gave it.
 """
 
 from dataclasses import dataclass, field
 
 from p2p import messages as m
-from p2p.core import Core, Keyspace
+from p2p.core import Core, Keyspace, reached
 from p2p.errors import LocalProtocolError
 from p2p.links import Link
-from p2p.stamps import writer_of
+from p2p.membership import HOLDER_ROLES
+from p2p.placement import holds
 
 REPEAT_MS = 250
 WAITS_MAX = 1_024
@@ -23,12 +24,24 @@ QUESTION_LIFE_MS = 4 * REPEAT_MS
 @dataclass(slots=True, eq=False)
 class _Wait:
     request: int
-    keyspace: int
     stamp: int
     deadline_ms: int
-    lagging: dict[str, None]  # node ids that have not answered, in order
+    questions: dict[int, "_Question"]  # by query
     silent: tuple[str, ...]  # suspects at the time of the call: not waited for, but named
     repeat_ms: int
+
+    @property
+    def lagging(self) -> tuple[str, ...]:
+        """Who has not answered yet, in order."""
+        return tuple(dict.fromkeys(node for question in self.questions.values() for node in question.lagging))
+
+
+@dataclass(slots=True, eq=False)
+class _Question:
+    """What a wait asks of the holders of one keyspace."""
+
+    keyspace: Keyspace
+    lagging: dict[str, None]
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +49,7 @@ class Reach:
     """Waits of local publishers, and questions of peers."""
 
     core: Core
-    waits: dict[int, _Wait] = field(default_factory=dict)
+    waits: list[_Wait] = field(default_factory=list)
     questions: dict[tuple[str, int], tuple[m.ReachQuery, int]] = field(default_factory=dict)  # (node, query) -> until ms
     _queries: int = 0
 
@@ -47,41 +60,52 @@ class Reach:
             LocalProtocolError: unknown keyspace, a stamp that was never written here, or too many waits.
         """
         core = self.core
-        keyspace = core.keyspaces.get(request.keyspace)
-        if keyspace is None:
+        if request.keyspace not in core.families:
             raise LocalProtocolError(f"keyspace {request.keyspace} does not exist on this node")
-        if not reached(keyspace, request.stamp):
+        touched = core.touched_by(request.keyspace, request.stamp)
+        if not touched:
             raise LocalProtocolError(f"stamp {request.stamp} was not published on this node: wait at the node that stored it")
         if len(self.waits) >= WAITS_MAX:
             core.counters.waits_refused += 1
             raise LocalProtocolError(f"{WAITS_MAX} waits are open on this node already: wait for fewer stamps at a time")
-        nodes: list[str] = []
-        silent: list[str] = []
-        if request.scope is not m.Scope.LOCAL:
-            for node in sorted(core.membership.members):
-                record = core.membership.members[node].record
-                in_scope = request.scope is m.Scope.ALL or record.region == core.options.region
-                if record.left or not in_scope:
-                    continue
-                (nodes if core.membership.alive(node, now.monotonic_ms) else silent).append(node)
-            # Just restarted, we know few; who was there before is waited for until it counts as silent (R21).
-            everywhere = request.scope is m.Scope.ALL
-            nodes += [peer.node for peer in core.expected(now) if everywhere or peer.region == core.options.region]
-        self._queries += 1
+        questions: dict[int, _Question] = {}
+        silent: dict[str, None] = {}
+        for keyspace in touched:
+            nodes, suspects = self._holders(request.scope, keyspace, now)
+            silent |= suspects
+            self._queries += 1
+            questions[self._queries] = _Question(keyspace, nodes)
         deadline_ms = now.monotonic_ms + request.timeout_ms
-        wait = _Wait(
-            request.request, request.keyspace, request.stamp, deadline_ms, dict.fromkeys(nodes), tuple(silent), now.monotonic_ms
-        )
-        self.waits[self._queries] = wait
-        self._ask(self._queries, wait, now)
+        wait = _Wait(request.request, request.stamp, deadline_ms, questions, tuple(silent), now.monotonic_ms)
+        self.waits.append(wait)
+        self._ask(wait, now)
         self._finish(now)
+
+    def _holders(self, scope: m.Scope, keyspace: Keyspace, now: m.Now) -> tuple[dict[str, None], dict[str, None]]:
+        """The other holders in scope that a wait counts: the living, and the suspects."""
+        core, place = self.core, keyspace.replica.place
+        nodes: dict[str, None] = {}
+        silent: dict[str, None] = {}
+        if scope is m.Scope.LOCAL:
+            return nodes, silent
+        regions = None if scope is m.Scope.ALL else core.options.region
+        for node in sorted(core.membership.members):
+            record = core.membership.members[node].record
+            if record.left or regions not in (None, record.region) or record.role not in HOLDER_ROLES:
+                continue
+            if holds(record, place):
+                (nodes if core.membership.alive(node, now.monotonic_ms) else silent)[node] = None
+        # Just restarted, we know few; who was there before is waited for until it counts as silent (R21).
+        nodes |= dict.fromkeys(peer.node for peer in core.expected(now) if regions in (None, peer.region))
+        return nodes, silent
 
     def on_reached(self, link: Link, query: int, now: m.Now) -> None:
         """A peer has it."""
-        wait = self.waits.get(query)
-        if wait is not None:
-            wait.lagging.pop(link.node, None)
-            self._finish(now)
+        for wait in self.waits:
+            if query in wait.questions:
+                wait.questions[query].lagging.pop(link.node, None)
+                self._finish(now)
+                return
 
     def on_query(self, link: Link, query: m.ReachQuery, now: m.Now) -> None:
         """A peer asks; answer now or when it is so."""
@@ -105,37 +129,37 @@ class Reach:
 
     def on_timer(self, now: m.Now) -> None:
         """Repeat open questions, end overdue waits, drop questions nobody repeats."""
-        for query, wait in self.waits.items():
-            self._ask(query, wait, now)
+        for wait in self.waits:
+            self._ask(wait, now)
         self._finish(now)
         for key in [key for key, (_, until_ms) in self.questions.items() if now.monotonic_ms >= until_ms]:
             del self.questions[key]
 
     def next_ms(self) -> int | None:
         """When the timer is wanted next."""
-        return min((min(w.deadline_ms, w.repeat_ms) for w in self.waits.values()), default=None)
+        return min((min(w.deadline_ms, w.repeat_ms) for w in self.waits), default=None)
 
-    def _ask(self, query: int, wait: _Wait, now: m.Now) -> None:
+    def _ask(self, wait: _Wait, now: m.Now) -> None:
         if now.monotonic_ms < wait.repeat_ms:
             return
         wait.repeat_ms = now.monotonic_ms + REPEAT_MS
-        for node in wait.lagging:
-            link = self.core.link(node)
-            if link is not None:
-                self.core.send(link, m.ReachQuery(wait.keyspace, query, wait.stamp))
+        for query, question in wait.questions.items():
+            replica = question.keyspace.replica
+            for node in list(question.lagging):
+                member = self.core.membership.members.get(node)
+                if member is not None and not holds(member.record, replica.place):
+                    del question.lagging[node]  # a peer of our former life, of which we know by now what it holds
+                elif (link := self.core.link(node)) is not None:
+                    self.core.send(link, m.ReachQuery(replica.keyspace, query, wait.stamp))
 
     def _finish(self, now: m.Now) -> None:
-        for query, wait in list(self.waits.items()):
-            if not wait.lagging:
+        for wait in list(self.waits):
+            lagging = wait.lagging
+            if not lagging:
                 self.core.emit(m.WaitEnded(wait.request, ()))
             elif now.monotonic_ms >= wait.deadline_ms:
                 silent = tuple(f"{node} (silent)" for node in wait.silent)
-                self.core.emit(m.WaitEnded(wait.request, (*wait.lagging, *silent)))
+                self.core.emit(m.WaitEnded(wait.request, (*lagging, *silent)))
             else:
                 continue
-            del self.waits[query]
-
-
-def reached(keyspace: Keyspace, stamp: int) -> bool:
-    """Whether everything that the stamp's writer wrote up to it is visible here."""
-    return int(keyspace.knowledge.frontier[writer_of(stamp)]) >= stamp
+            self.waits.remove(wait)

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
 
+# Of one family. A partition costs every heartbeat a summary and every idle writer five small messages a second.
+PARTITIONS_MAX = 64
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowColumns:

@@ -29,15 +29,14 @@ class Schedule:
 
     def on_timer(self, now: m.Now) -> None:
         """Pull every keyspace, when it is time."""
+        core = self._core
         if self._due_ms is None or now.monotonic_ms < self._due_ms:
             return
-        self._due_ms = now.monotonic_ms + self._core.options.sync.interval_ms
-        own = self._core.options.node
-        others = [holder.node for holder in self._core.membership.holders(now.monotonic_ms) if holder.node != own]
-        if not others:
-            return
-        for keyspace in self._core.keyspaces.values():
+        self._due_ms = now.monotonic_ms + core.options.sync.interval_ms
+        for keyspace in core.keyspaces.values():
+            holders = core.membership.holders(now.monotonic_ms, keyspace.replica.place)
+            others = [holder.node for holder in holders if holder.node != core.options.node]
             # One that is still on its way is waited for: `Pull` has one of each keyspace at a time.
-            link = self._core.link(self._core.rng.choice(others))
+            link = core.link(core.rng.choice(others)) if others else None
             if link is not None:
                 self._pull.ask(keyspace, link, now, "interval")

@@ -98,8 +98,9 @@ def synced_until(core: Core, keyspace: Keyspace, own: m.MemberRecord, now: m.Now
 
 
 def _live_writers(core: Core, keyspace: Keyspace, own: m.MemberRecord, now: m.Now) -> tuple[m.WriterRecord, ...]:
-    writers = (*own.writers, *core.membership.live_writers(now.monotonic_ms))
-    return tuple(writer for writer in writers if writer.keyspace == keyspace.replica.keyspace)
+    place = keyspace.replica.place
+    ours = (writer for writer in own.writers if writer.keyspace == place.family)
+    return (*ours, *core.membership.live_writers(now.monotonic_ms, place))
 
 
 def _of_keyspace(core: Core, pulling: Pull, keyspace: Keyspace, own: m.MemberRecord, now: m.Now) -> KeyspaceStatus:

@@ -63,20 +63,24 @@ class Trees:
         me: this node.
         holders: all live holders, `me` included or not, in any order.
         version: the protocol version that all of them speak.
+        leaves: nodes that are sent everything and forward nothing, so they are in no line (R22).
     """
 
-    def __init__(self, me: Holder, holders: Sequence[Holder], version: int = SEATS_SINCE) -> None:
+    def __init__(
+        self, me: Holder, holders: Sequence[Holder], version: int = SEATS_SINCE, leaves: Sequence[Holder] = ()
+    ) -> None:
         nodes: dict[str, list[NodeId]] = {}
         for holder in sorted(holders):
             nodes.setdefault(holder.region, []).append(holder.node)
         self._me = me
         self._version = version
         self._regions = {region: tuple(members) for region, members in nodes.items()}  # sorted
+        self._leaves = sorted(leaves)
         self._children: dict[tuple[NodeId, int], tuple[NodeId, ...]] = {}
         # Over how many trees an origin with this view spreads a step; the batch says it, so receivers need not agree.
         self.count = 1 if len(holders) <= ONE_TREE_HOLDERS_MAX else TREES_MAX
         # The longest path a batch may take before it is dropped as circling (R17).
-        self.hops_max = _depth(max(map(len, self._regions.values()), default=1)) + HOPS_EXTRA
+        self.hops_max = _depth(max(map(len, self._regions.values()), default=1)) + bool(leaves) + HOPS_EXTRA
 
     def children(self, origin: NodeId, tree: int) -> tuple[NodeId, ...]:
         """Where we send a batch of `origin`; nowhere, when we take no part ourselves."""
@@ -95,13 +99,20 @@ class Trees:
         return line(nodes, tree, self._version)
 
     def _find_children(self, origin: NodeId, tree: int) -> tuple[NodeId, ...]:
+        leaves = tuple(leaf.node for leaf in self._leaves if self._parent_of(leaf, origin, tree) == self._me.node)
         if self._me.node == origin:
-            return tuple(node for region in self._regions for node in self.line(region, origin, tree)[:1])
+            return (*(node for region in self._regions for node in self.line(region, origin, tree)[:1]), *leaves)
         if self._me.node not in self._regions.get(self._me.region, ()):
             return ()
         own = self.line(self._me.region, origin, tree)
         first = own.index(self._me.node) * TREE_ARITY + 1
-        return own[first : first + TREE_ARITY]
+        return (*own[first : first + TREE_ARITY], *leaves)
+
+    def _parent_of(self, leaf: Holder, origin: NodeId, tree: int) -> NodeId:
+        """Who sends to a leaf: its region's last in line, who have no children of their own; without any, the origin."""
+        line = self.line(leaf.region, origin, tree)
+        number = sum(other.region == leaf.region and other.node < leaf.node for other in self._leaves)
+        return line[-1 - number % len(line)] if line else origin
 
 
 @lru_cache(_LINES_KEPT)

@@ -13,6 +13,7 @@ Bytes of a peer raise only `RemoteProtocolError` here.
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Final, TypeVar
 
 import msgpack
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from p2p import messages as m
 from p2p.errors import LocalProtocolError, RemoteProtocolError
-from p2p.replica import U64, RowColumns, SchemaEntry
+from p2p.replica import PARTITIONS_MAX, U64, RowColumns, SchemaEntry
 from p2p.stamps import WRITERS_MAX, writer_of
 from p2p.transport import FRAMES_MAX, Buffer
 from p2p.trees import TREES_MAX
@@ -43,6 +44,7 @@ MEMBERS_MAX: Final = 4_096
 SCHEMA_ENTRIES_MAX: Final = 131_072
 SECTIONS_MAX: Final = 4_096
 WRITER_RECORDS_MAX: Final = 4_096
+HOLDINGS_MAX: Final = 1_024
 SHARDS_MAX: Final = 65_536
 SUMMARIES_MAX: Final = 4_096
 HOPS_MAX: Final = 255
@@ -166,7 +168,7 @@ def _unpack_envelope(frame: memoryview) -> tuple[m.Envelope, int, int]:
 Added = tuple[tuple[int, Any], ...]
 
 _MEMBER_FIELDS: Final = 11  # of version 1
-_MEMBER_ADDED: Final[Added] = ()
+_MEMBER_ADDED: Final[Added] = ((2, []),)  # holds
 
 
 def trim(header: Header, added: Added, version: int) -> Header:
@@ -285,6 +287,7 @@ def _pack_member(member: m.MemberRecord, version: int) -> Header:
         writers,
         member.version,
         member.deaf,
+        [[holding.family, holding.partitions, list(holding.held)] for holding in member.holds],
     ]
     return trim(header, _MEMBER_ADDED, min(version, member.told))
 
@@ -292,7 +295,7 @@ def _pack_member(member: m.MemberRecord, version: int) -> Header:
 def _member(value: Header) -> m.MemberRecord:
     told = _told(value)
     value = extend(value, _MEMBER_ADDED, told)
-    node, boot, boot_ms, region, role, address, heartbeat, left, writers, version, deaf = value
+    node, boot, boot_ms, region, role, address, heartbeat, left, writers, version, deaf, holds = value
     return m.MemberRecord(
         _text(node),
         _uint(boot),
@@ -305,8 +308,19 @@ def _member(value: Header) -> m.MemberRecord:
         _items(writers, WRITER_RECORDS_MAX, _writer_record),
         _uint(version, 32),
         _flag(deaf),
+        _items(holds, HOLDINGS_MAX, _holding),
         told,
     )
+
+
+def _holding(value: Header) -> m.Holding:
+    family, partitions, held = value
+    if not 2 <= _uint(partitions, 32) <= PARTITIONS_MAX:
+        raise RemoteProtocolError(f"{partitions} partitions, expected 2 to {PARTITIONS_MAX}")
+    chosen = _items(held, PARTITIONS_MAX, lambda partition: _uint(partition, 32))
+    if any(later <= earlier for earlier, later in pairwise(chosen)) or (chosen and chosen[-1] >= partitions):
+        raise RemoteProtocolError(f"held partitions are not ascending, or not of {partitions}")
+    return m.Holding(_uint(family, 32), partitions, chosen)
 
 
 def _told(record: Header) -> int:

@@ -153,11 +153,10 @@ def test_a_batch_of_another_shape_is_encoded_anew(monkeypatch: pytest.MonkeyPatc
     assert old[1] is not batch.body[0]
 
 
-def test_a_record_is_told_in_the_shape_in_which_it_was_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if `deaf` had come with version 2: what a node of version 1 passes on lacks it, and the full record replaces that."""
-    monkeypatch.setattr(wire, "_MEMBER_FIELDS", 10)
-    monkeypatch.setattr(wire, "_MEMBER_ADDED", ((2, False),))
-    full = m.MemberRecord("us1", 5, 1, "us", "serve", "virtual://us1", 1, version=first_record_version(2), deaf=True)
+def test_a_record_is_told_in_the_shape_in_which_it_was_heard() -> None:
+    """`holds` came with version 2: what a node of version 1 passes on lacks it, and the full record replaces that."""
+    holds = (m.Holding(5, 4, (1, 3)),)
+    full = m.MemberRecord("us1", 5, 1, "us", "serve", "virtual://us1", 1, version=first_record_version(2), holds=holds)
 
     def over(version: int, record: m.MemberRecord) -> m.MemberRecord:
         frames = wire.encode(m.Envelope(1, 2, version=version), m.MemberNews((record,)))
@@ -166,15 +165,15 @@ def test_a_record_is_told_in_the_shape_in_which_it_was_heard(monkeypatch: pytest
         return message.members[0]
 
     heard = over(1, full)
-    assert (heard.told, heard.deaf, over(2, full).told) == (1, False, 2)
+    assert (heard.told, heard.holds, over(2, full).told) == (1, (), 2)
     assert over(2, heard).told == 1, "a guess was passed on as a fact"
     register = Membership(m.MemberRecord("eu1", 6, 1, "eu", "serve", "virtual://eu1", 1))
     assert register.learn(heard, 0)
     assert not register.learn(heard, 0)
     assert register.learn(over(2, full), 0), "the full record is news"
-    assert register.members["us1"].record.deaf
+    assert register.members["us1"].record.holds == holds
     assert not register.learn(heard, 0)
-    assert register.members["us1"].record.deaf
+    assert register.members["us1"].record.holds == holds
 
 
 # --- rolling upgrade ----------------------------------------------------------------------------------------------------------

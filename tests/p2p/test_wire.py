@@ -16,11 +16,20 @@ from p2p.replica import RowColumns, SchemaEntry
 from p2p.stamps import make_stamp
 from p2p.versions import PROTOCOL_VERSION
 
-ENVELOPE = m.Envelope(11, 22, 3, 4, 1)
+ENVELOPE = m.Envelope(11, 22, 3, 4, 1, PROTOCOL_VERSION)
 STAMP = make_stamp(1_700_000_000_000, 5, 9)
 WRITERS = np.array([2, 9], np.uint16)
 MEMBER = m.MemberRecord(
-    "eu-1", 77, 1_700_000_000_000, "eu", "serve", "tcp://127.0.0.1:1", 12, False, (m.WriterRecord(5, 9, 3, STAMP),)
+    "eu-1",
+    77,
+    1_700_000_000_000,
+    "eu",
+    "serve",
+    "tcp://127.0.0.1:1",
+    12,
+    False,
+    (m.WriterRecord(5, 9, 3, STAMP),),
+    holds=(m.Holding(5, 3, (0, 2)), m.Holding(6, 2, ())),
 )
 
 
@@ -88,7 +97,7 @@ def plain(value: object) -> object:
     if isinstance(value, tuple):
         return tuple(plain(item) for item in value)
     if hasattr(value, "__dataclass_fields__"):
-        received = ("body", "checksum", "body_version")
+        received = ("body", "checksum", "body_version", "told")
         return tuple((name, plain(getattr(value, name))) for name in value.__dataclass_fields__ if name not in received)
     return value
 
@@ -256,3 +265,16 @@ def test_another_protocol_version_is_named() -> None:
     frames[0] = frames[0][:2] + bytes([PROTOCOL_VERSION + 1]) + frames[0][3:]
     with pytest.raises(RemoteProtocolError, match="protocol version 3, this node speaks protocol versions 1 to 2"):
         wire.decode([memoryview(frame) for frame in frames])
+
+
+@pytest.mark.parametrize(
+    ("partitions", "held"),
+    [(3, [1, 1]), (3, [2, 1]), (3, [3]), (3, [-1]), (3, ["1"]), (0, []), (1, [0]), (65, [0]), (64, [0] * 65)],
+)
+def test_what_a_node_cannot_hold_is_refused(partitions: int, held: list[object]) -> None:
+    header = msgpack.unpackb(wire.encode(ENVELOPE, m.MemberNews((MEMBER,)))[1])
+    header[0][0][11] = [[5, partitions, held]]
+    body = [msgpack.packb(header)]
+    frame = wire._pack_envelope(ENVELOPE, wire._NUMBER_OF[m.MemberNews], wire.checksum(body))
+    with pytest.raises(RemoteProtocolError, match=r"partitions|unsigned|list of at most"):
+        wire.decode([memoryview(frame), memoryview(body[0])])
