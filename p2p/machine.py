@@ -8,7 +8,7 @@ A message of a peer can raise only `RemoteProtocolError`, before anything of it 
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import assert_never
 
@@ -26,6 +26,7 @@ from p2p.push import Push
 from p2p.reach import Reach
 from p2p.replica import Host
 from p2p.schedule import Schedule
+from p2p.shard_versions import ShardVersions
 from p2p.stamps import StampClock
 from p2p.status import NodeStatus
 from p2p.versions import describe, first_record_version, lowest_spoken
@@ -67,6 +68,11 @@ class Machine:
     def counters(self) -> Counters:
         """What happened so far."""
         return self._core.counters
+
+    @property
+    def shard_versions(self) -> Mapping[int, ShardVersions]:
+        """Keyspace -> versions of its shards, where the node is asked for them; for the checkers."""
+        return self._pull.rounds.versions
 
     def region_of(self, address: str) -> str | None:
         """The region of the member that peers dial at `address`, when we know it."""

@@ -100,7 +100,7 @@ class Rounds:
     def __init__(self, core: Core, outboxes: dict[m.NodeId, Outbox]) -> None:
         self._core = core
         self._outboxes = outboxes
-        self._versions: dict[int, ShardVersions] = {}
+        self.versions: dict[int, ShardVersions] = {}  # by keyspace, as far as somebody has asked for them
         self._rounds: dict[Place, _Round] = {}
         self._lists: dict[Place, _Listed] = {}  # the one used longest ago first
         self._requests = 0
@@ -113,9 +113,9 @@ class Rounds:
     def versions_of(self, keyspace: Keyspace) -> ShardVersions:
         """The versions of a keyspace's shards on this node."""
         number = keyspace.replica.keyspace
-        if number not in self._versions:
-            self._versions[number] = ShardVersions(keyspace.knowledge, self._core.options.boot, self._core.rng)
-        return self._versions[number]
+        if number not in self.versions:
+            self.versions[number] = ShardVersions(keyspace.knowledge, self._core.options.boot, self._core.rng)
+        return self.versions[number]
 
     def next_ms(self) -> int | None:
         """When the timer is wanted next."""

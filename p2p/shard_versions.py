@@ -44,6 +44,11 @@ def make_version(count: int, minter: int) -> int:
     return count << ID_BITS | minter
 
 
+def split_version(version: int) -> tuple[int, int]:
+    """Count and id of a version."""
+    return version >> ID_BITS, version & int(_ID_MASK)
+
+
 def covers(ours: U64, theirs: U64) -> Mask:
     """bool[n]: which of our versions are the same as theirs, or later ones of the same id. Both uint64[n]."""
     mask: Mask = ((ours ^ theirs) & _ID_MASK == 0) & (ours >= theirs)
