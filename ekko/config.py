@@ -88,7 +88,8 @@ class ModelSection(Section):
         Raises:
             ModelError: a name or a size is out of its limits.
         """
-        return ModelSpec(name, self.shards, {table: TableSpec(table, dim, self.codec) for table, dim in self.tables.items()})
+        tables = {table: TableSpec(table, dim, self.codec) for table, dim in self.tables.items()}
+        return ModelSpec(name, self.shards, tables, codec=self.codec)
 
 
 class LinkSection(Section):
@@ -410,8 +411,6 @@ def _check_model(name: str, model: ModelSection, places: Places) -> None:
     def refuse(key: str, message: str) -> NoReturn:
         raise places.error(("models", name, key), message)
 
-    if model.codec != "float32":
-        refuse("codec", f"codec {model.codec!r} {NOT_BUILT}: use 'float32'")
     if model.partitions != 1:
         refuse("partitions", f"more than one partition {NOT_BUILT}: use 1")
     if model.hold != "all":

@@ -15,7 +15,7 @@ import secrets
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
@@ -28,7 +28,7 @@ from ekko.errors import ConfigError, EkkoError, ModelError, NodeFailed, PublishE
 from ekko.http import HttpServer
 from ekko.local import REOPEN, Answer, Failed, Open, Opened, Ping, Pong, PublishStep, Request, Stored, Wait, Waited
 from ekko.metrics import Metrics
-from ekko.model import DENSE_DIM, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, model_id, table_id
+from ekko.model import CODEC_DEFAULT, DENSE_DIM, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, model_id, table_id
 from ekko.rundir import FileLedger, locked
 from ekko.security import WATCH_S, NodeKeys
 from ekko.status import ModelPicture, NodePicture, TablePicture
@@ -281,16 +281,19 @@ class Node:
                 f"unknown model {request.model!r} at node {self.config.node.id!r}: known: {known}; give its tables to create it"
             )
         shards = request.shards or (SHARDS_DEFAULT if held is None else held.shards)
-        tables = {name: TableSpec(name, dim) for name, dim in request.tables or ()}
+        codec = request.codec or (CODEC_DEFAULT if held is None else held.spec.codec)
+        tables = {name: TableSpec(name, dim, codec) for name, dim in request.tables or ()}
+        wanted = ModelSpec(request.model, shards, tables, codec=codec)
         if held is None or not tables.keys() <= held.spec.tables.keys():
-            self._grow_schema(parts, ModelSpec(request.model, shards, tables))
+            self._grow_schema(parts, wanted)
         else:  # refuses what contradicts it
-            parts.store.add_model(ModelSpec(request.model, shards, tables))
+            parts.store.add_model(wanted)
         model = parts.store.models[request.model]
         writer = model.writer
         last_stamp = 0 if writer is None else int(model.frontier[writer.writer])
         dims = {table.name: table.dim for table in model.spec.tables.values()}
-        return Opened(self.config.node.id, self.config.node.region, model.shards, dims, dict(model.spec.tensors), last_stamp)
+        node, tensors = self.config.node, dict(model.spec.tensors)
+        return Opened(node.id, node.region, model.shards, dims, tensors, last_stamp, model.spec.codec)
 
     def _publish(self, parts: "_Parts", number: int, step: PublishStep) -> Answer | None:
         """Check what would harm the store, then hand the step to the protocol.
@@ -301,9 +304,11 @@ class Node:
         model = parts.store.models.get(step.model)
         if model is None:
             return Failed(REOPEN, f"unknown model {step.model!r}")
+        if step.codec != model.spec.codec:
+            return Failed(REOPEN, f"rows in codec {step.codec!r} for model {step.model!r}, which has {model.spec.codec!r}")
         new = {tensor.name: tensor for tensor in step.tensors if model.spec.tensors.get(tensor.name) != tensor}
         if new:
-            self._grow_schema(parts, ModelSpec(step.model, model.shards, {}, new))
+            self._grow_schema(parts, replace(model.spec, tables={}, tensors=new))
         tables = [column.table for column in step.columns]
         if len(set(tables)) != len(tables):
             raise PublishError("a step names one table twice")
@@ -428,6 +433,7 @@ def _model_picture(model: ModelStore, keyspace: KeyspaceStatus, unix_ms: int) ->
         keyspace.open_steps,
         keyspace.steps_dropped,
         keyspace.pulling_from,
+        model.spec.codec,
         tuple(TablePicture(name, dims[name], stat.rows, stat.tombstones, stat.bytes) for name, stat in stats.items()),
         tuple(model.spec.tensors.values()),
     )

@@ -43,16 +43,16 @@ def _members(status: dict[str, Any]) -> Table:
 
 def _models(status: dict[str, Any]) -> Table:
     table = _table(
-        "Models", "model", "table", "dim", "rows", "deleted", "memory", "staleness", "state", numbers=(2, 3, 4, 5, 6)
+        "Models", "model", "table", "dim", "codec", "rows", "deleted", "memory", "staleness", "state", numbers=(2, 4, 5, 6, 7)
     )
     for name, model in status["models"].items():
         pulling = f", pulling from {model['pulling_from']}" if model["pulling_from"] else ""
         state = ("synced" if model["synced"] else "[yellow]catching up[/]") + pulling
         staleness = "-" if model["staleness_ms"] is None else f"{model['staleness_ms']:,} ms"
-        table.add_row(name, "", "", f"{model['rows']:,}", "", _size(model["bytes"]), staleness, state)
+        table.add_row(name, "", "", model["codec"], f"{model['rows']:,}", "", _size(model["bytes"]), staleness, state)
         for label, part in model["tables"].items():
             table.add_row(
-                "", label, str(part["dim"]), f"{part['rows']:,}", f"{part['tombstones']:,}", _size(part["bytes"]), "", ""
+                "", label, str(part["dim"]), "", f"{part['rows']:,}", f"{part['tombstones']:,}", _size(part["bytes"]), "", ""
             )
     return table
 

@@ -20,12 +20,12 @@ import numpy as np
 import zmq
 
 from ekko.errors import EkkoError, ModelError, NodeUnreachable, PublishError
-from ekko.model import DENSE_ROWS_MAX, TABLES_MAX, TensorSpec
+from ekko.model import CODEC_DEFAULT, CODECS, DENSE_ROWS_MAX, TABLES_MAX, TensorSpec
 from p2p.messages import Scope
 from p2p.replica import RowColumns
 from p2p.transport import Buffer
 
-LOCAL_PROTOCOL_VERSION: Final = 1
+LOCAL_PROTOCOL_VERSION: Final = 2  # 2: codecs
 # One step of one publisher. A step of this size is 4 million rows of float32[64]; larger ones are two steps.
 LOCAL_MESSAGE_BYTES_MAX: Final = 1 << 30
 HEADER_BYTES_MAX: Final = 4 << 20
@@ -42,21 +42,23 @@ ABANDON_S_MAX: Final = 10.0  # the I/O thread lets go of a closed socket's memor
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Attach to a model; what is not there yet of it is added. `tables` None: the model must exist."""
+    """Attach to a model; what is not there yet of it is added. `tables` None: the model must exist. `codec` None: as it is."""
 
     model: str
     tables: tuple[tuple[str, int], ...] | None = None
     shards: int | None = None
+    codec: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PublishStep:
-    """One optimiser step. Keys are unique within a table; rows are encoded as the table stores them."""
+    """One optimiser step. Keys are unique within a table; rows are encoded in `codec`, which must be the model's."""
 
     model: str
     columns: tuple[RowColumns, ...]
     tensors: tuple[TensorSpec, ...] = ()  # the dense tensors among the rows; new ones are added to the schema
     published_ns: int = 0  # CLOCK_MONOTONIC at the entry of the user's call
+    codec: str = CODEC_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class Opened:
     tables: dict[str, int]  # name -> dim
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
     last_stamp: int = 0  # of this node's own steps; 0: none yet
+    codec: str = CODEC_DEFAULT  # in which the model's rows are stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +141,11 @@ def encode_request(number: int, request: Request) -> list[Buffer]:
     """Frames of one request; `number` comes back in its answer."""
     frames: list[Buffer] = []
     match request:
-        case Open(model, tables, shards):
-            body: list[object] = ["open", model, tables, shards]
-        case PublishStep(model, columns, tensors, published_ns):
-            body = ["publish", model, [_column_header(c) for c in columns], [_tensor_body(t) for t in tensors], published_ns]
+        case Open(model, tables, shards, codec):
+            body: list[object] = ["open", model, tables, shards, codec]
+        case PublishStep(model, columns, tensors, published_ns, codec):
+            headers, specs = [_column_header(c) for c in columns], [_tensor_body(t) for t in tensors]
+            body = ["publish", model, headers, specs, published_ns, codec]
             for column in columns:
                 frames += [_bytes_of(column.keys), _bytes_of(column.rows)]
                 frames += [] if column.significance is None else [_bytes_of(column.significance)]
@@ -155,9 +159,9 @@ def encode_request(number: int, request: Request) -> list[Buffer]:
 def encode_answer(number: int, answer: Answer) -> bytes:
     """The one frame of an answer."""
     match answer:
-        case Opened(node, region, shards, tables, tensors, last_stamp):
+        case Opened(node, region, shards, tables, tensors, last_stamp, codec):
             specs = [_tensor_body(tensor) for tensor in tensors.values()]
-            body: list[object] = ["opened", node, region, shards, list(tables.items()), specs, last_stamp]
+            body: list[object] = ["opened", node, region, shards, list(tables.items()), specs, last_stamp, codec]
         case Stored(stamp):
             body = ["stored", stamp]
         case Waited(lagging):
@@ -209,12 +213,13 @@ def decode_request(frames: Sequence[Buffer]) -> tuple[int, Request]:
 
 def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
     match body:
-        case ["open", str(model), tables, shards] if len(frames) == 1:
+        case ["open", str(model), tables, shards, codec] if len(frames) == 1:
             pairs = None if tables is None else tuple((str(name), _whole(dim)) for name, dim in tables)
-            return Open(model, pairs, None if shards is None else _whole(shards))
-        case ["publish", str(model), list(headers), list(tensors), int(published_ns)]:
+            return Open(model, pairs, None if shards is None else _whole(shards), None if codec is None else _codec_of(codec))
+        case ["publish", str(model), list(headers), list(tensors), int(published_ns), codec]:
             columns = _decode_columns(headers, list(frames[1:]))
-            return PublishStep(model, columns, tuple(_tensor_of(tensor) for tensor in tensors), published_ns)
+            specs = tuple(_tensor_of(tensor) for tensor in tensors)
+            return PublishStep(model, columns, specs, published_ns, _codec_of(codec))
         case ["wait", str(model), int(stamp), int(scope), int(timeout_ms)] if len(frames) == 1:
             if not 0 <= timeout_ms <= WAIT_MS_MAX or not 0 <= stamp < 1 << 64:
                 raise MalformedError(f"a wait of {timeout_ms} ms for stamp {stamp} is out of range")
@@ -233,10 +238,10 @@ def decode_answer(frame: Buffer) -> tuple[int, Answer]:
     number, body = _header([frame])
     try:
         match body:
-            case ["opened", str(node), str(region), int(shards), list(tables), list(tensors), int(last_stamp)]:
-                specs = [_tensor_of(tensor) for tensor in tensors]
+            case ["opened", str(node), str(region), int(shards), list(tables), list(tensors), int(last_stamp), codec]:
+                specs = {spec.name: spec for spec in map(_tensor_of, tensors)}
                 dims = {str(name): _whole(dim) for name, dim in tables}
-                return number, Opened(node, region, shards, dims, {spec.name: spec for spec in specs}, last_stamp)
+                return number, Opened(node, region, shards, dims, specs, last_stamp, _codec_of(codec))
             case ["stored", int(stamp)]:
                 return number, Stored(stamp)
             case ["waited", list(lagging)]:
@@ -304,6 +309,12 @@ def _tensor_of(body: Any) -> TensorSpec:
     if min(tensor.shape, default=1) < 0 or tensor.rows > DENSE_ROWS_MAX:
         raise MalformedError(f"tensor {name!r} of shape {tensor.shape} is too large")
     return tensor
+
+
+def _codec_of(value: Any) -> str:
+    if not isinstance(value, str) or value not in CODECS:
+        raise MalformedError(f"codec {value!r}: there are {', '.join(CODECS)}"[:200])
+    return value
 
 
 def _whole(value: Any) -> int:

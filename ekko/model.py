@@ -4,13 +4,16 @@ A model's id is xxh32 of its name, a table's id is xxh32 of the table's name. A 
 partitions, a family of as many. The schema is a grow-only set of entries that nodes gossip; each entry is canonical msgpack, so
 that equal facts are equal bytes.
 
-Dense tensors are flattened into rows of `DENSE_DIM` float32 in the reserved table `_dense`,
+A model's codec says how the rows of its tables are stored and sent; `ekko.codec` has the arithmetic.
+
+Dense tensors are flattened into rows of `DENSE_DIM` float32 in the reserved table `_dense`, whatever the model's codec,
 `key = (xxh64(name) << 20) | row`; their shape and dtype are schema entries.
 """
 
 import re
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any, Final
 
 import msgpack
 import numpy as np
@@ -28,6 +31,7 @@ SHARDS_MAX = 65_536
 DIM_MAX = 16_384
 TABLES_MAX = 4_096
 TENSORS_MAX = 65_536
+CODEC_DEFAULT = "float32"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 
 
@@ -61,19 +65,52 @@ def check_name(kind: str, name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class CodecSpec:
+    """How a row of `dim` values is laid out: the scale if there is one, the values, zeros up to a multiple of `align`."""
+
+    number: int  # in shared memory
+    value_bytes: int
+    scale_bytes: int = 0
+    align: int = 1
+
+    def row_bytes(self, dim: int) -> int:
+        """Bytes of one encoded row."""
+        return self.scale_bytes + -(-dim * self.value_bytes // self.align) * self.align
+
+
+# An int8 row begins with its float32 scale, and is padded so that the next row's scale is aligned too.
+CODECS: Final = {
+    CODEC_DEFAULT: CodecSpec(0, 4),
+    "float16": CodecSpec(1, 2),
+    "bfloat16": CodecSpec(2, 2),
+    "int8": CodecSpec(3, 1, scale_bytes=4, align=4),
+}
+
+
+def check_codec(kind: str, name: str, codec: str) -> str:
+    """Return `codec`, or refuse it.
+
+    Raises:
+        ModelError: there is no such codec.
+    """
+    if not isinstance(codec, str) or codec not in CODECS:
+        raise ModelError(f"{kind} {name!r} asks for codec {codec!r}: there are {', '.join(map(repr, CODECS))}")
+    return codec
+
+
+@dataclass(frozen=True, slots=True)
 class TableSpec:
     """One embedding table: `float32[dim]` to its users, stored as `codec` encodes it."""
 
     name: str
     dim: int
-    codec: str = "float32"
+    codec: str = CODEC_DEFAULT
 
     def __post_init__(self) -> None:
         check_name("table", self.name)
         if not isinstance(self.dim, int) or not 1 <= self.dim <= DIM_MAX:
             raise ModelError(f"table {self.name!r} has dim {self.dim!r}: expected a whole number from 1 to {DIM_MAX}")
-        if self.codec != "float32":
-            raise ModelError(f"table {self.name!r} asks for codec {self.codec!r}: only 'float32' is available in this version")
+        check_codec("table", self.name, self.codec)
 
     @property
     def id(self) -> int:
@@ -82,7 +119,10 @@ class TableSpec:
     @property
     def row_bytes(self) -> int:
         """Bytes of one encoded row."""
-        return 4 * self.dim
+        return CODECS[self.codec].row_bytes(self.dim)
+
+
+DENSE_SPEC: Final = TableSpec(DENSE_TABLE, DENSE_DIM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +154,11 @@ class ModelSpec:
     tables: dict[str, TableSpec] = field(default_factory=dict)
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
     partitions: int = 1
+    codec: str = CODEC_DEFAULT  # of all its tables
 
     def __post_init__(self) -> None:
         check_name("model", self.name)
+        check_codec("model", self.name, self.codec)
         if not isinstance(self.shards, int) or not 1 <= self.shards <= SHARDS_MAX:
             raise ModelError(
                 f"model {self.name!r} has shards = {self.shards!r}: expected a whole number from 1 to {SHARDS_MAX}"
@@ -139,7 +181,7 @@ class ModelSpec:
 
     def bare(self) -> "ModelSpec":
         """The same model, without tables and tensors."""
-        return ModelSpec(self.name, self.shards, partitions=self.partitions)
+        return ModelSpec(self.name, self.shards, partitions=self.partitions, codec=self.codec)
 
     def entries(self) -> list[SchemaEntry]:
         """The model as schema entries, sorted by name."""
@@ -149,11 +191,17 @@ class ModelSpec:
         return sorted(entries, key=lambda entry: entry.name)
 
 
+# What a model's entry leaves out at its end: partitions and codec.
+_AS_ALWAYS: Final[tuple[Any, ...]] = (None, None, 1, CODEC_DEFAULT)
+
+
 def _body(fact: ModelSpec | TableSpec | TensorSpec) -> bytes:
     match fact:
         case ModelSpec():
-            # As before there were partitions, where there is one: equal facts are equal bytes, whatever the version.
-            body: list[object] = [fact.name, fact.shards, *([fact.partitions] if fact.partitions > 1 else [])]
+            # What is as always is not said: earlier versions understand such a model, and equal facts are equal bytes.
+            body: list[object] = [fact.name, fact.shards, fact.partitions, fact.codec]
+            while body[2:] and body[-1] == _AS_ALWAYS[len(body) - 1]:
+                body.pop()
         case TableSpec():
             body = [fact.name, fact.dim, fact.codec]
         case TensorSpec():
@@ -176,11 +224,11 @@ def parse_entry(entry: SchemaEntry) -> ModelSpec | TableSpec | TensorSpec:
 
 def _parse(entry: SchemaEntry) -> ModelSpec | TableSpec | TensorSpec:
     try:
-        body = msgpack.unpackb(entry.body)
+        body: list[Any] = msgpack.unpackb(entry.body)
         match entry.name.split(":", 1):
             case ["model"]:
-                name, shards, *partitions = body
-                spec = ModelSpec(name, shards, partitions=partitions[0] if partitions else 1)
+                name, shards, partitions, codec = (*body, *_AS_ALWAYS[len(body) :])
+                spec = ModelSpec(name, shards, partitions=partitions, codec=codec)
                 if spec.id != entry.keyspace:
                     raise RemoteProtocolError(f"model {name!r} does not have id {entry.keyspace}")
                 return spec

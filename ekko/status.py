@@ -29,6 +29,7 @@ class ModelPicture:
     open_steps: int  # steps of which a part or a predecessor is missing
     steps_dropped: int
     pulling_from: str  # node id; empty: not pulling
+    codec: str  # of its tables; `_dense` is float32
     tables: tuple[TablePicture, ...]
     tensors: tuple[TensorSpec, ...]
 
@@ -110,6 +111,7 @@ def _model_json(model: ModelPicture) -> dict[str, object]:
         "open_steps": model.open_steps,
         "steps_dropped": model.steps_dropped,
         "pulling_from": model.pulling_from,
+        "codec": model.codec,
         "rows": model.rows,
         "bytes": model.bytes,
         "tables": {

@@ -37,7 +37,6 @@ from p2p.messages import (
     PullReply,
     Send,
     SendFailed,
-    ShardsReply,
     Started,
     TimerFired,
 )
@@ -52,7 +51,7 @@ REJECTED_SENDERS_MAX: Final = 1_024
 REJECTED_OTHERS: Final = "others"
 REJECTED_UNREADABLE: Final = "unreadable"
 # What a link's credit limits; everything else counts as a call.
-_BOUND_BY_CREDIT: Final = (Batch, PullReply, ShardsReply, Ack)
+_BOUND_BY_CREDIT: Final = (Batch, PullReply, Ack)
 
 
 class Handler(Protocol):

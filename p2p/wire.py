@@ -52,7 +52,8 @@ VERSIONS: Final = range(FIRST_VERSION, PROTOCOL_VERSION + 1)
 
 _HAS_STAMPS: Final = 1
 _HAS_SIGNIFICANCE: Final = 2
-_CODEC_FLOAT32: Final = 0
+# How rows are encoded is a fact of the schema, on which nodes agree before they send any; the field is 0 in all versions.
+_CODEC_OF_SCHEMA: Final = 0
 
 T = TypeVar("T")
 Packed = tuple[list[Any], list[NDArray[Any]]]  # header and columns
@@ -379,7 +380,7 @@ def _pack_sections(columns: Sequence[RowColumns]) -> Packed:
             _HAS_SIGNIFICANCE if section.significance is not None else 0
         )
         live, row_bytes = section.rows.shape
-        header.append([section.table, len(section.keys), live, row_bytes, _CODEC_FLOAT32, flags])
+        header.append([section.table, len(section.keys), live, row_bytes, _CODEC_OF_SCHEMA, flags])
         arrays.append(np.ascontiguousarray(section.keys))
         if section.stamps is not None:
             arrays.append(np.ascontiguousarray(section.stamps))
@@ -393,7 +394,7 @@ def _sections(value: object, columns: _Columns, with_stamps: bool) -> tuple[RowC
     def parse(item: Header) -> RowColumns:
         table, count, live, row_bytes, codec, flags = item
         _uint(table, 32), _uint(count, 32), _uint(live, 32), _uint(row_bytes, 24), _uint(flags, 2)
-        if codec != _CODEC_FLOAT32:
+        if codec != _CODEC_OF_SCHEMA:
             raise RemoteProtocolError(f"unknown codec {codec!r}"[:80])
         if live > count or not row_bytes or bool(flags & _HAS_STAMPS) != with_stamps:
             raise RemoteProtocolError("rows that contradict themselves")
@@ -572,41 +573,16 @@ def _pack_pull(pull: m.PullRequest, _version: int) -> Packed:
 def _take_vector(columns: _Columns, shards: int, writers: int) -> tuple[NDArray[np.uint16], U64, U64]:
     if _uint(shards, 32) > SHARDS_MAX or _uint(writers, 32) > WRITERS_MAX:
         raise RemoteProtocolError(f"vector of {shards} shards and {writers} writers")
-    ids = _take_writers(columns, writers)
-    return ids, _take_stamps(columns, shards, ids), _take_stamps(columns, 1, ids)[0]
-
-
-def _take_writers(columns: _Columns, count: int) -> NDArray[np.uint16]:
-    if _uint(count, 32) > WRITERS_MAX:
-        raise RemoteProtocolError(f"{count} writers, limit {WRITERS_MAX}")
-    ids = columns.take(np.uint16, count)
-    if len(ids) and (ids[-1] >= WRITERS_MAX or np.any(ids[1:] <= ids[:-1])):
+    ids = columns.take(np.uint16, writers)
+    vector = columns.take(np.uint64, shards * writers).reshape(shards, writers)
+    frontier = columns.take(np.uint64, writers)
+    if writers and (ids[-1] >= WRITERS_MAX or np.any(ids[1:] <= ids[:-1])):
         raise RemoteProtocolError("writers are not ascending")
-    return ids
-
-
-def _take_stamps(columns: _Columns, shards: int, writers: NDArray[np.uint16]) -> U64:
-    """uint64[shards, w], in each column stamps of its writer, or 0."""
-    stamps = columns.take(np.uint64, shards * len(writers)).reshape(shards, len(writers))
-    if np.any((stamps & np.uint64(WRITERS_MAX - 1) != writers) & (stamps != 0)):
+    own = ids.astype(np.uint64)
+    mask = np.uint64(WRITERS_MAX - 1)
+    if np.any((vector & mask != own) & (vector != 0)) or np.any((frontier & mask != own) & (frontier != 0)):
         raise RemoteProtocolError("a vector holds a stamp of another writer")
-    return stamps
-
-
-def _take_shards(columns: _Columns, count: int) -> NDArray[np.uint32]:
-    if _uint(count, 32) > SHARDS_MAX:
-        raise RemoteProtocolError(f"{count} shards, limit {SHARDS_MAX}")
-    shards = columns.take(np.uint32, count)
-    if len(shards) and (shards[-1] >= SHARDS_MAX or np.any(shards[1:] <= shards[:-1])):
-        raise RemoteProtocolError("shards are not ascending")
-    return shards
-
-
-def _take_versions(columns: _Columns, count: int) -> U64:
-    versions = columns.take(np.uint64, count)
-    if not versions.all():
-        raise RemoteProtocolError("a shard without a version")
-    return versions
+    return ids, vector, frontier
 
 
 def _pull(header: Header, columns: _Columns) -> m.PullRequest:
@@ -684,69 +660,6 @@ def _news(header: Header, _columns: _Columns) -> m.MemberNews:
     return m.MemberNews(_items(members, MEMBERS_MAX, _member))
 
 
-def _pack_versions_wanted(wanted: m.VersionsWanted, _version: int) -> Packed:
-    return [wanted.keyspace, wanted.request, wanted.since], []
-
-
-def _versions_wanted(header: Header, _columns: _Columns) -> m.VersionsWanted:
-    keyspace, request, since = header
-    return m.VersionsWanted(_uint(keyspace, 32), _uint(request), _uint(since, 63))
-
-
-def _pack_version_list(told: m.VersionList, _version: int) -> Packed:
-    header: Header = [told.keyspace, told.request, told.mark, len(told.shards), len(told.writers)]
-    return header, [told.shards, told.versions, told.writers, told.frontier]
-
-
-def _version_list(header: Header, columns: _Columns) -> m.VersionList:
-    keyspace, request, mark, count, writers = header
-    shards = _take_shards(columns, count)
-    versions = _take_versions(columns, len(shards))
-    ids = _take_writers(columns, writers)
-    frontier = _take_stamps(columns, 1, ids)[0]
-    return m.VersionList(_uint(keyspace, 32), _uint(request), _uint(mark, 63), shards, versions, ids, frontier)
-
-
-def _pack_shards_wanted(wanted: m.ShardsWanted, _version: int) -> Packed:
-    header: Header = [wanted.keyspace, wanted.request, len(wanted.shards), len(wanted.writers)]
-    return header, [wanted.shards, wanted.writers, np.ascontiguousarray(wanted.vectors)]
-
-
-def _shards_wanted(header: Header, columns: _Columns) -> m.ShardsWanted:
-    keyspace, request, count, writers = header
-    shards = _take_shards(columns, count)
-    if not len(shards):
-        raise RemoteProtocolError("nothing is wanted")
-    ids = _take_writers(columns, writers)
-    return m.ShardsWanted(_uint(keyspace, 32), _uint(request), shards, ids, _take_stamps(columns, len(shards), ids))
-
-
-def _pack_shards_reply(reply: m.ShardsReply, _version: int) -> Packed:
-    sections, arrays = _pack_sections(reply.columns)
-    header: Header = [
-        reply.keyspace,
-        reply.request,
-        reply.chunk,
-        reply.last,
-        len(reply.shards),
-        len(reply.writers),
-        sections,
-    ]
-    return header, [reply.shards, reply.versions, reply.writers, np.ascontiguousarray(reply.vectors), *arrays]
-
-
-def _shards_reply(header: Header, columns: _Columns) -> m.ShardsReply:
-    keyspace, request, chunk, last, count, writers, sections = header
-    shards = _take_shards(columns, count)
-    versions = _take_versions(columns, len(shards))
-    ids = _take_writers(columns, writers)
-    vectors = _take_stamps(columns, len(shards), ids)
-    rows = _sections(sections, columns, with_stamps=True)
-    return m.ShardsReply(
-        _uint(keyspace, 32), _uint(request), _uint(chunk, 32), _flag(last), rows, shards, versions, ids, vectors
-    )
-
-
 # Which kinds there are and since when: a message's number on the wire is its place here, from 1; new ones go to the end.
 _KINDS: Final = (
     _Kind(m.Hello, _pack_hello, _hello),
@@ -763,9 +676,5 @@ _KINDS: Final = (
     _Kind(m.Reached, _pack_reached, _reached),
     _Kind(m.RegisterIndex, _pack_index, _index),
     _Kind(m.MemberNews, _pack_news, _news),
-    _Kind(m.VersionsWanted, _pack_versions_wanted, _versions_wanted, since=2),
-    _Kind(m.VersionList, _pack_version_list, _version_list, since=2),
-    _Kind(m.ShardsWanted, _pack_shards_wanted, _shards_wanted, since=2),
-    _Kind(m.ShardsReply, _pack_shards_reply, _shards_reply, since=2),
 )
 _NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(_KINDS, start=1)}

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.model import ModelSpec
+from ekko.codec import decode, rounded
+from ekko.model import ModelSpec, TableSpec
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
 from p2p.stamps import WRITER_MASK, WRITERS_MAX
@@ -51,7 +52,7 @@ class _Table:
     """The acknowledged history of one table, as columns."""
 
     model: str
-    id: int
+    spec: TableSpec
     numbers: dict[int, int] = field(default_factory=dict)  # key -> its number, in order of appearance
     keys: list[int] = field(default_factory=list)
     which: list[int] = field(default_factory=list)  # a write's key number
@@ -159,7 +160,7 @@ class Watch:
             model = write.model or self._cluster.model.name
             place = (model, write.table)
             if place not in self._tables:
-                self._tables[place] = _Table(model, self._cluster.models[model].tables[write.table].id)
+                self._tables[place] = _Table(model, self._cluster.models[model].tables[write.table])
             self._tables[place].add(write)
             self._columns.pop(place, None)
         self._read = len(history)
@@ -181,7 +182,7 @@ class Watch:
                 shards,
                 newest,
                 np.array(table.deleted, np.bool_),
-                np.array(table.values, np.float32),
+                rounded(table.spec.codec, np.array(table.values, np.float32)[:, None])[:, 0],
                 keys[by_key],
                 by_key,
             )
@@ -275,14 +276,14 @@ class Watch:
         count = len(table.keys)
         held = _Held(np.zeros(count, np.uint64), np.zeros(count, np.bool_), np.zeros(count, np.float32))
         for selection in replica.scan_since(_nothing(replica.shards)):
-            if selection.table != table.id or not count:
+            if selection.table != table.spec.id or not count:
                 continue
             rows = replica.read(selection.table, selection.slots)
             assert rows.stamps is not None
             at = np.minimum(np.searchsorted(columns.sorted_keys, rows.keys), count - 1)
             known = columns.sorted_keys[at] == rows.keys
             numbers = columns.sorted_numbers[at]
-            values = rows.rows.view(np.float32)
+            values = decode(table.spec.codec, rows.rows, table.spec.dim)
             held.stamps[numbers[known]] = rows.stamps[known]
             alive = known[: len(values)]
             held.live[numbers[: len(values)][alive]] = True

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from ekko.errors import EkkoError
+from ekko.model import CODEC_DEFAULT
 from ekko.store.manifest import prefix_of
 
 # Below the range from which the kernel takes ports for outgoing connections: none of those can take a port we chose.
@@ -67,6 +68,7 @@ class ModelTables:
     tables: Mapping[str, int]
     shards: int = 64
     capacity_rows: int = 100_000
+    codec: str = CODEC_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,7 @@ class NodeProcess:
         for name, model in models.items():
             tables = ", ".join(f"{json.dumps(table)} = {dim}" for table, dim in model.tables.items())
             lines += [f"[models.{json.dumps(name)}]", f"shards = {model.shards}", f"tables = {{ {tables} }}"]
-            lines += [f"capacity_rows = {model.capacity_rows}"]
+            lines += [f"capacity_rows = {model.capacity_rows}", f"codec = {json.dumps(model.codec)}"]
         lines += ["[links]", *(f"{json.dumps(pair)} = {{ delay_ms = {delay} }}" for pair, delay in delays_ms.items())]
         self.config_path.write_text("\n".join(lines) + "\n")
 

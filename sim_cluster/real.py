@@ -158,7 +158,7 @@ class _Run:
             return  # it would only make us wait
         try:
             if self._publisher is None:
-                self._publisher = Publisher(self._trainer.local, MODEL, TABLES, load.shards, PUBLISH_TIMEOUT_S)
+                self._publisher = Publisher(self._trainer.local, MODEL, TABLES, load.shards, PUBLISH_TIMEOUT_S, load.codec)
             if delete:
                 stamp = self._publisher.delete(table, keys)
             else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ekko.errors import ConfigError
+from ekko.model import CODEC_DEFAULT, CODECS
 from p2p.sync import PRESETS
 from sim_cluster.network import LinkOptions, NetworkOptions, pair_of
 
@@ -58,6 +59,7 @@ class Workload:
     deletes: float = 0.05  # fraction of batches that delete
     models: int = 1
     shards: int = 8
+    codec: str = CODEC_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +208,10 @@ def _scenario(document: dict[str, Any], stem: str) -> Scenario:
         load.number("deletes", 0.05, 0, 1),
         load.whole("models", 1, 1, 64),
         load.whole("shards", 8, 1, 65_536),
+        str(load.take("codec", CODEC_DEFAULT)),
     )
+    if workload.codec not in CODECS:
+        raise ConfigError(f"[workload].codec is {workload.codec!r}: expected one of {', '.join(CODECS)}")
     load.done()
     duration_ms = int(1000 * top.number("duration_s", 20.0, 0.1, 86_400))
     events = [event for item in document.pop("faults", []) for event in _events(item, {node.name for node in nodes})]

@@ -21,7 +21,6 @@ from p2p.sync import PRESETS
 from sim_cluster.checkers import Watch
 from sim_cluster.network import NetworkOptions
 from sim_cluster.scenario import FaultEvent, Faults, Scenario
-from sim_cluster.version_watch import VersionWatch
 from sim_cluster.virtual import Meter, VirtualCluster, VirtualNode
 
 FORM_MS_MAX: Final = 60_000  # until all nodes have caught up with the cluster at its start
@@ -91,8 +90,9 @@ def small_messages(bytes_max: int) -> Iterator[None]:
 
 def models_of(scenario: Scenario) -> list[ModelSpec]:
     """The models that the scenario's nodes carry."""
-    tables = {"item": TableSpec("item", 4), "user": TableSpec("user", 2)}
-    return [ModelSpec(f"model-{n + 1}", scenario.workload.shards, dict(tables)) for n in range(scenario.workload.models)]
+    load = scenario.workload
+    tables = {name: TableSpec(name, dim, load.codec) for name, dim in (("item", 4), ("user", 2))}
+    return [ModelSpec(f"model-{n + 1}", load.shards, dict(tables), codec=load.codec) for n in range(load.models)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,6 @@ class _Run:
         )
         self.meter = self.cluster.meter = Meter()
         self._watch = Watch(self.cluster)
-        self._versions = VersionWatch(self.cluster)
         self._published = 0
         self._waits: dict[tuple[str, int, int], _Wait] = {}  # by node, its life and the request
         self._ends: list[tuple[int, int, Callable[[], None]]] = []  # what undoes a fault, and when
@@ -156,7 +155,7 @@ class _Run:
                 return problem
             if cluster.now_ms >= check_ms:
                 check_ms = cluster.now_ms + scenario.check_ms
-                if problem := self._watch.check() or self._versions.check():
+                if problem := self._watch.check():
                     return problem
             if cluster.now_ms >= queues_ms:
                 queues_ms = cluster.now_ms + QUEUES_EVERY_MS

@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
+from ekko.codec import encode
 from ekko.model import ModelSpec, TableSpec
 from ekko.store import Store
 from p2p import messages as m
@@ -331,7 +332,7 @@ class VirtualCluster:
         spec = keyspace.tables[table]
         unique = np.array(sorted(set(keys)), np.uint64)
         live = 0 if delete else len(unique)
-        rows = np.full((live, spec.dim), value, np.float32).view(np.uint8)
+        rows = encode(spec.codec, np.full((live, spec.dim), value, np.float32))
         reply = self.request(name, lambda number: m.PublishRequested(number, keyspace.id, (RowColumns(spec.id, unique, rows),)))
         if not isinstance(reply, m.Published):
             return 0
@@ -473,7 +474,7 @@ class VirtualCluster:
 
     def _is_audited(self, event: m.Event) -> bool:
         """Some batches and chunks are; all of them where clocks are so far apart that many will be refused."""
-        if not isinstance(event, m.MessageReceived) or not isinstance(event.message, m.Batch | m.PullReply | m.ShardsReply):
+        if not isinstance(event, m.MessageReceived) or not isinstance(event.message, m.Batch | m.PullReply):
             return False
         self._audited += 1
         return self._clocks_apart or self._audited % AUDIT_EVERY == 0
@@ -536,7 +537,7 @@ class VirtualCluster:
         arrivals = self._network.arrivals(self.options, link, regions, shared.size, leaves_ms)
         if arrivals is None:
             return False
-        if self.meter is not None and isinstance(message, m.Batch | m.PullReply | m.ShardsReply):
+        if self.meter is not None and isinstance(message, m.Batch | m.PullReply):
             self._measure_sent(self.meter, sender, message)
         for arrival_ms in arrivals:
             self._schedule(arrival_ms, sender, target, envelope, shared)
@@ -574,7 +575,7 @@ class VirtualCluster:
             if corrupt:
                 self._deliver_corrupt(target, shared)
                 return
-            if self.meter is not None and isinstance(shared.message, m.Batch | m.PullReply | m.ShardsReply):
+            if self.meter is not None and isinstance(shared.message, m.Batch | m.PullReply):
                 self._measure_received(self.meter, sender, target, envelope, shared.message)
             try:
                 message = self._decode(shared)
@@ -612,20 +613,16 @@ class VirtualCluster:
             self.meter.delays_ms.append(self.now_ms - published_ms)
 
     @staticmethod
-    def _measure_sent(meter: Meter, sender: VirtualNode, batch: m.Batch | m.PullReply | m.ShardsReply) -> None:
+    def _measure_sent(meter: Meter, sender: VirtualNode, batch: m.Batch | m.PullReply) -> None:
         payload = sum(section.payload_bytes for section in batch.columns)
         meter.bytes_sent[sender.name] = meter.bytes_sent.get(sender.name, 0) + payload
 
     @staticmethod
     def _measure_received(
-        meter: Meter,
-        sender: VirtualNode,
-        target: VirtualNode,
-        envelope: m.Envelope,
-        batch: m.Batch | m.PullReply | m.ShardsReply,
+        meter: Meter, sender: VirtualNode, target: VirtualNode, envelope: m.Envelope, batch: m.Batch | m.PullReply
     ) -> None:
         meter.rows += sum(len(section.keys) for section in batch.columns)
-        if not batch.columns or isinstance(batch, m.PullReply | m.ShardsReply):
+        if not batch.columns or isinstance(batch, m.PullReply):
             return
         meter.copies += 1
         meter.hops_max = max(meter.hops_max, envelope.hops + 1)

@@ -10,12 +10,13 @@ plain accesses while a writer may be storing to it; the row's sequence lock thro
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ekko.store.compile import kernel
+from ekko.store.compile import inline_kernel, kernel
 
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
@@ -129,6 +130,49 @@ def _zero_typed(typing_context: Any, target: Any, count: Any) -> Any:
 
 # Set so many bytes to zero.
 zero_bytes = _intrinsic(_zero_typed)
+
+
+def _pointer_typed(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        return _pointer(builder, arguments[0], ir.IntType(8))
+
+    return types.voidptr(types.int64), generate
+
+
+_pointer_to = _intrinsic(_pointer_typed)
+
+
+@inline_kernel
+def floats_at(address: Any, count: Any) -> Any:
+    """float32[count] at an address that is a multiple of 4, for plain loads and stores that may become vector instructions."""
+    return carray(_pointer_to(address), (count,), np.float32)
+
+
+@inline_kernel
+def uints16_at(address: Any, count: Any) -> Any:
+    """uint16[count] at an address that is a multiple of 2, likewise."""
+    return carray(_pointer_to(address), (count,), np.uint16)
+
+
+@inline_kernel
+def uints8_at(address: Any, count: Any) -> Any:
+    """uint8[count], likewise."""
+    return carray(_pointer_to(address), (count,), np.uint8)
+
+
+def _bitcast(to: ir.Type, result: types.Type, argument: types.Type) -> Callable[..., Any]:
+    def typed(typing_context: Any, value: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+            return builder.bitcast(arguments[0], to)
+
+        return result(argument), generate
+
+    return typed
+
+
+# The bits of a float32 as a uint32, and back.
+bits_of = _intrinsic(_bitcast(_I32, types.uint32, types.float32))
+float_of = _intrinsic(_bitcast(ir.FloatType(), types.float32, types.uint32))
 
 
 @kernel("int64(int64)")

@@ -3,28 +3,33 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.store.compile import inline_kernel, kernel
+from ekko.store.compile import Int, inline_kernel, kernel
 from ekko.store.index import mix64
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
-# The exponent of a float32; all ones means infinite or not a number.
-_EXPONENT = np.uint32(0x7F800000)
+_MAGNITUDE = np.uint32(0x7FFF_FFFF)
+INFINITY_BITS = 0x7F80_0000  # of a float32; what is not a number lies above
 
 
-@kernel("boolean(Array(uint32, 1, 'C', readonly=True))")
-def _all_finite(bits: NDArray[np.uint32]) -> bool:
+@kernel("boolean(Array(uint32, 1, 'C', readonly=True), uint32)")
+def _all_below(bits: NDArray[np.uint32], limit: Int) -> bool:
     bad = np.uint32(0)
     for i in range(bits.size):
         # Without a branch, so that the loop becomes vector instructions.
-        bad |= np.uint32((bits[i] & _EXPONENT) == _EXPONENT)
+        bad |= np.uint32((bits[i] & _MAGNITUDE) >= limit)
     return bool(bad == 0)
+
+
+def all_below(rows: NDArray[np.float32], limit_bits: int) -> bool:
+    """True when every magnitude in float32[...] is below the limit, given as the bits of a float32; NaN is above all limits."""
+    return bool(_all_below(np.ascontiguousarray(rows, np.float32).reshape(-1).view(np.uint32), limit_bits))
 
 
 def all_finite(rows: NDArray[np.float32]) -> bool:
     """True when no value of float32[...] is infinite or not a number."""
-    return bool(_all_finite(np.ascontiguousarray(rows, np.float32).reshape(-1).view(np.uint32)))
+    return all_below(rows, INFINITY_BITS)
 
 
 @inline_kernel

@@ -137,7 +137,7 @@ TABLE = Structure(
         Field("table", 16, 8, "the table's id"),
         Field("row_bytes", 24, 8, "bytes of an encoded row"),
         Field("row_stride", 32, 8, "bytes from one row to the next"),
-        Field("codec", 40, 8, "0: float32"),
+        Field("codec", 40, 8, "0: float32, 1: float16, 2: bfloat16, 3: int8"),
         Field("rows_used", 64, 8, "rows written so far; slots are given out in order"),
         Field("tombstones", 72, 8, "of those, deleted ones"),
         Field("index_generation", 128, 8, "number of the index file in use; grows when the index grows"),
@@ -152,7 +152,7 @@ ROW = Structure(
     "row",
     (
         Field("lock", 0, 4, "sequence lock: odd while the row is being written"),
-        Field("flags", 4, 4, "bit 0: tombstone; bits 8-15: codec; bits 16-31: slot epoch (reserved)"),
+        Field("flags", 4, 4, "bit 0: tombstone; bits 8-15: reserved; bits 16-31: slot epoch (reserved)"),
         Field("stamp", 8, 8, "the version's stamp"),
         Field("key", 16, 8, "the key; never changes"),
         Field("data", 24, 0, "the encoded row, padded to 8 bytes"),

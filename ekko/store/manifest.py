@@ -12,7 +12,7 @@ from pathlib import Path
 import xxhash
 
 from ekko.errors import StoreError
-from ekko.model import TableSpec, TensorSpec
+from ekko.model import CODEC_DEFAULT, TableSpec, TensorSpec
 from ekko.store import layout
 
 MANIFEST_NAME = "manifest.json"
@@ -30,6 +30,7 @@ class ModelEntry:
     tensors: list[TensorSpec] = field(default_factory=list)
     partitions: int = 1
     hold: list[int] | None = None  # partitions that are here, ascending; None: all
+    codec: str = CODEC_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ def read_manifest(run_dir: Path) -> Manifest | None:
                 [TensorSpec(tensor["name"], tuple(tensor["shape"]), tensor["dtype"]) for tensor in model["tensors"]],
                 int(model.get("partitions", 1)),
                 None if model.get("hold") is None else [int(partition) for partition in model["hold"]],
+                model.get("codec", CODEC_DEFAULT),  # not there in a manifest of an older version
             )
             for model in raw["models"]
         ]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import ModelError, StoreError
-from ekko.model import DENSE_DIM, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
+from ekko.model import DENSE_SPEC, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
 from ekko.store import index, layout, rows
 from ekko.store.atomics import publish_word
 from ekko.store.manifest import ModelEntry, header_name, index_name, rows_name
@@ -32,8 +32,6 @@ I64 = NDArray[np.int64]
 
 T = TypeVar("T")
 
-DENSE_SPEC = TableSpec(DENSE_TABLE, DENSE_DIM)
-
 
 @dataclass(frozen=True, slots=True)
 class TableStats:
@@ -48,7 +46,7 @@ class ModelStore:
     """Rows and knowledge of one model on this node. Use `create` or `open`; one thread writes."""
 
     def __init__(self, entry: ModelEntry, memory: Memory, table_bytes_max: int, header: Mapping) -> None:
-        self.spec = ModelSpec(entry.name, entry.shards, partitions=entry.partitions)
+        self.spec = ModelSpec(entry.name, entry.shards, partitions=entry.partitions, codec=entry.codec)
         self._hold = tuple(range(entry.partitions)) if entry.hold is None else tuple(entry.hold)
         self._capacity_rows = entry.capacity_rows
         self._memory = memory
@@ -122,8 +120,8 @@ class ModelStore:
         """What the manifest says of the model."""
         tables = [table.spec for table in self._tables.values()]
         hold = None if self.holds_all else list(self._hold)
-        tensors = list(self.spec.tensors.values())
-        return ModelEntry(self.spec.name, self.spec.shards, self._capacity_rows, tables, tensors, self.spec.partitions, hold)
+        spec, tensors = self.spec, list(self.spec.tensors.values())
+        return ModelEntry(spec.name, spec.shards, self._capacity_rows, tables, tensors, spec.partitions, hold, spec.codec)
 
     def file_names(self) -> list[str]:
         """Names of the files that it consists of."""
@@ -175,7 +173,7 @@ class ModelStore:
             known = ", ".join(map(repr, self.spec.tables)) or "none"
             raise ModelError(f"model {self.spec.name!r} has no table {table!r}: it has {known}")
         out, stamps = np.empty((keys.size, held.spec.dim), np.float32), np.empty(keys.size, np.uint64)
-        source = RowSource(table, held.mapping.address, held.stride, held.spec.row_bytes)
+        source = RowSource.of(held.spec, held.mapping.address)
         gather_rows(source, held.index, _whole(keys), out, stamps)
         return out, stamps
 

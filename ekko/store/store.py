@@ -187,7 +187,7 @@ class Store:
             raise ModelError(f"model {spec.name!r} has partitions 0 to {spec.partitions - 1}: cannot hold {list(hold)}")
         if model is None:
             tables = max(1, len(spec.tables))
-            entry = ModelEntry(spec.name, spec.shards, capacity_rows // tables, partitions=spec.partitions)
+            entry = ModelEntry(spec.name, spec.shards, capacity_rows // tables, partitions=spec.partitions, codec=spec.codec)
             entry = entry if hold is None else replace(entry, hold=sorted(set(hold)))
             model = ModelStore.create(entry, self._memory, self._table_bytes_max)
         changed = spec.name not in self._models
@@ -238,6 +238,10 @@ class Store:
             raise ModelError(
                 f"model {spec.name!r} has {held.partitions} partitions, not {spec.partitions}: all nodes of a cluster divide a "
                 "model in the same way"
+            )
+        if held.codec != spec.codec:
+            raise ModelError(
+                f"model {spec.name!r} has codec {held.codec!r}, not {spec.codec!r}: a model's codec is the same on all nodes"
             )
         _check_tables(held, spec)
         _check_tensors(held, spec)
@@ -319,7 +323,7 @@ class Store:
             if not isinstance(parsed, ModelSpec):
                 parts.append((entry.keyspace, parsed))
             elif specs.setdefault(entry.keyspace, parsed).bare() != parsed:
-                raise RemoteProtocolError(f"model {parsed.name!r} is described twice, with different shards or partitions")
+                raise RemoteProtocolError(f"model {parsed.name!r} is described twice, differently")
         known = {model.spec.id: model.spec for model in self._models.values()}
         for keyspace, part in parts:
             if keyspace not in specs and keyspace in known:
@@ -334,9 +338,7 @@ class Store:
 
 
 def _alone(spec: ModelSpec, tables: list[TableSpec], tensors: list[TensorSpec]) -> ModelSpec:
-    return ModelSpec(
-        spec.name, spec.shards, {t.name: t for t in tables}, {t.name: t for t in tensors}, partitions=spec.partitions
-    )
+    return replace(spec, tables={t.name: t for t in tables}, tensors={t.name: t for t in tensors})
 
 
 def _check_tables(held: ModelSpec, new: ModelSpec) -> None:
@@ -344,12 +346,13 @@ def _check_tables(held: ModelSpec, new: ModelSpec) -> None:
     for table in new.tables.values():
         if table.name == DENSE_TABLE:
             raise ModelError(f"table name {DENSE_TABLE!r} is reserved for dense tensors: choose another")
+        if table.codec != held.codec:
+            raise ModelError(
+                f"model {new.name!r} has codec {held.codec!r}, and its table {table.name!r} cannot have {table.codec!r}"
+            )
         existing = held.tables.get(table.name, table)
         if existing != table:
-            raise ModelError(
-                f"table {table.name!r} of model {new.name!r} has dim {existing.dim} and codec {existing.codec!r}, "
-                f"not dim {table.dim} and codec {table.codec!r}"
-            )
+            raise ModelError(f"table {table.name!r} of model {new.name!r} has dim {existing.dim}, not {table.dim}")
         if ids.setdefault(table.id, table.name) != table.name:
             raise ModelError(f"tables {table.name!r} and {ids[table.id]!r} have the same id: rename one")
     if len(held.tables | new.tables) > TABLES_MAX:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import StoreError
-from ekko.model import TableSpec
+from ekko.model import CODECS, TableSpec
 from ekko.store import index as index_kernels
 from ekko.store import layout, rows
 from ekko.store.atomics import publish_word, watch_word
@@ -90,6 +90,18 @@ def open_index(mapping: Mapping, generation: int) -> Index:
     return Index(generation, capacity_log2, mapping)
 
 
+def check_table_file(spec: TableSpec, mapping: Mapping) -> None:
+    """Refuse a mapped rows file that is not of this table and layout.
+
+    Raises:
+        StoreError: it is not.
+    """
+    stride = layout.row_stride(spec.row_bytes)
+    expected = (layout.TABLE_MAGIC, layout.LAYOUT_VERSION, spec.id, spec.row_bytes, stride, CODECS[spec.codec].number)
+    if tuple(int(word) for word in mapping.words(0, len(expected))) != expected:
+        raise StoreError(f"the rows file of table {spec.name!r} is damaged, or of another version of ekko")
+
+
 class Table:
     """Rows and index of one table. One thread of one process writes.
 
@@ -131,6 +143,7 @@ class Table:
         self._word("table")[...] = self.spec.id
         self._word("row_bytes")[...] = self.spec.row_bytes
         self._word("row_stride")[...] = self.stride
+        self._word("codec")[...] = CODECS[self.spec.codec].number
         self.index = self._create_index(1, index_log2_for(capacity_rows))
         self.index.mapping.ensure(len(self.index.mapping))
         publish_word(self._generation_address, 1)
@@ -142,9 +155,7 @@ class Table:
             StoreError: the files are damaged or do not fit the table.
         """
         self._attach(self._memory.open(self._rows_name))
-        expected = (layout.TABLE_MAGIC, layout.LAYOUT_VERSION, self.spec.id, self.spec.row_bytes, self.stride)
-        if tuple(int(word) for word in self.mapping.words(0, 5)) != expected:
-            raise StoreError(f"the rows file of table {self.spec.name!r} is damaged, or of another version of ekko")
+        check_table_file(self.spec, self.mapping)
         generation = watch_word(self._generation_address)
         self.index = open_index(self._memory.open(self._index_name(generation)), generation)
         self.index.mapping.ensure(len(self.index.mapping))

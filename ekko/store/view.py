@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import StoreError
-from ekko.model import TableSpec
+from ekko.model import CODECS, TableSpec
 from ekko.store import layout, rows
 from ekko.store.manifest import index_name, rows_name
 from ekko.store.memory import Mapping, TmpfsMemory
-from ekko.store.table import Index, open_index
+from ekko.store.table import Index, check_table_file, open_index
 
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
@@ -30,16 +30,21 @@ _GENERATION = layout.TABLE.offset("index_generation") // 8
 
 @dataclass(frozen=True, slots=True)
 class RowSource:
-    """Where the rows of a table are mapped, and how long they are."""
+    """Where the rows of a table are mapped, how long they are, and how they are encoded."""
 
     table: str
     address: int
     stride: int
-    row_bytes: int
+    codec: int
+
+    @staticmethod
+    def of(spec: TableSpec, address: int) -> "RowSource":
+        """The rows of a table that is mapped at `address`."""
+        return RowSource(spec.name, address, layout.row_stride(spec.row_bytes), CODECS[spec.codec].number)
 
 
 def gather_rows(source: RowSource, index: Index, keys: U64, out: F32, stamps: U64) -> None:
-    """Copy rows by key: absent and deleted ones are zero, with stamp 0.
+    """Copy and decode rows by key: absent and deleted ones are zero, with stamp 0.
 
     Args:
         source: the rows.
@@ -51,9 +56,7 @@ def gather_rows(source: RowSource, index: Index, keys: U64, out: F32, stamps: U6
     Raises:
         StoreError: a row stayed locked for `ROW_DEADLINE_S`; its writer was killed and has not been started again.
     """
-    done = rows.gather(
-        source.address, source.stride, source.row_bytes, index.address, index.capacity_log2, keys, out, stamps, 0
-    )
+    done = rows.gather(source.address, source.stride, source.codec, index.address, index.capacity_log2, keys, out, stamps, 0)
     stuck, deadline = -1, 0.0
     while done != keys.size:
         now = time.monotonic()
@@ -66,7 +69,7 @@ def gather_rows(source: RowSource, index: Index, keys: U64, out: F32, stamps: U6
             )
         time.sleep(0)
         done = rows.gather(
-            source.address, source.stride, source.row_bytes, index.address, index.capacity_log2, keys, out, stamps, done
+            source.address, source.stride, source.codec, index.address, index.capacity_log2, keys, out, stamps, done
         )
 
 
@@ -91,10 +94,8 @@ class TableView:
         self.spec = spec
         self.files = files
         self._mapping = Mapping.open_to_read(files.memory.path(rows_name(files.model_id, files.table_id)))
-        expected = (layout.TABLE_MAGIC, layout.LAYOUT_VERSION, spec.id, spec.row_bytes, layout.row_stride(spec.row_bytes))
-        if tuple(int(word) for word in self._mapping.words(0, 5)) != expected:
-            raise StoreError(f"the rows file of table {spec.name!r} is damaged, or of another version of ekko")
-        self._source = RowSource(spec.name, self._mapping.address, layout.row_stride(spec.row_bytes), spec.row_bytes)
+        check_table_file(spec, self._mapping)
+        self._source = RowSource.of(spec, self._mapping.address)
         # A memoryview reads a word in 40 ns; the order of memory accesses comes from the kernels.
         self._header = self._mapping.view(layout.TABLE.offset("rows"))
         self._reopening = threading.Lock()

@@ -1,7 +1,8 @@
 """The training side: hand changed rows to the local node, one optimiser step at a time.
 
 A step is a batch under one stamp: rows of any number of tables, deletes and dense tensors. Everything that can be wrong with
-the data is found here, at the call, in the caller's own process. `publish` returns once the local node has stored the step;
+the data is found here, at the call, in the caller's own process. Rows are encoded here too (R20): the node's one thread has no
+work with it, and the local hop carries as few bytes as the others. `publish` returns once the local node has stored the step;
 how it travels from there is the node's business.
 
     pub = ekko.Publisher("tcp://127.0.0.1:7700", model="ctr", tables={"item": 16})
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ekko.addresses import check_endpoint
+from ekko.codec import LIMIT_BITS, encode, limit_of
 from ekko.errors import ConfigError, EkkoError, ModelError, PublishError
 from ekko.local import (
     FAILURES,
@@ -39,8 +41,19 @@ from ekko.local import (
     Wait,
     Waited,
 )
-from ekko.model import DENSE_DIM, DENSE_ROWS_MAX, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, check_name, table_id
-from ekko.store.checks import all_finite, last_occurrences
+from ekko.model import (
+    DENSE_DIM,
+    DENSE_ROWS_MAX,
+    DENSE_SPEC,
+    DENSE_TABLE,
+    ModelSpec,
+    TableSpec,
+    TensorSpec,
+    check_codec,
+    check_name,
+    table_id,
+)
+from ekko.store.checks import all_below, all_finite, last_occurrences
 from p2p.messages import Scope
 from p2p.replica import U64, RowColumns
 
@@ -50,6 +63,7 @@ CONNECTIONS_IDLE_MAX: Final = 8
 SIGNIFICANCE_DEFAULT: Final = 1.0
 
 Rows = NDArray[np.float32]
+U8 = NDArray[np.uint8]
 ScopeName = Literal["local", "region", "all"]
 
 
@@ -61,6 +75,7 @@ class Publisher:
         model: the model's name.
         tables: table name -> dim; tables that the node does not know yet are added. None: the model must exist.
         shards: the model's number of shards, if this publisher creates it.
+        codec: how its rows are stored and sent (`ekko.codec`), if this publisher creates it; None: as the node has it.
         timeout: seconds after which a node that does not answer counts as unreachable.
 
     Raises:
@@ -75,6 +90,7 @@ class Publisher:
         tables: Mapping[str, int] | None = None,
         shards: int | None = None,
         timeout: float = 5.0,
+        codec: str | None = None,
     ) -> None:
         try:
             check_endpoint(address, ipc=True)
@@ -84,7 +100,9 @@ class Publisher:
             raise ConfigError(f"timeout is {timeout!r}: expected a positive number of seconds")
         self._timeout = float(timeout)
         self._connections = _Connections(address)
-        self._open = Open(check_name("model", model), _table_pairs(model, tables), _shards_of(model, shards))
+        check_name("model", model)
+        wanted = None if codec is None else check_codec("model", model, codec)
+        self._open = Open(model, _table_pairs(model, tables), _shards_of(model, shards), wanted)
         try:
             opened = self._attach()
         except BaseException:
@@ -93,6 +111,7 @@ class Publisher:
         self._tables = dict(opened.tables)
         self._tensors = dict(opened.tensors)
         self._last_stamp = opened.last_stamp
+        self.codec = opened.codec
         self.model = model
         self.node = opened.node
         self.region = opened.region
@@ -113,7 +132,7 @@ class Publisher:
         Args:
             table: a table of the model.
             keys: integer[n], not negative; of duplicates the last counts.
-            rows: float32[n, dim], finite.
+            rows: float32[n, dim], finite, and below what the model's codec can hold (`ekko.codec`).
             significance: float32[n], how much each row matters; None: as much as any.
 
         Returns:
@@ -215,7 +234,8 @@ class Publisher:
         columns = step.columns()
         if not columns:
             return self._last_stamp
-        answer = self._ask(PublishStep(self.model, columns, tuple(step.tensors.values()), started_ns), self._timeout)
+        request = PublishStep(self.model, columns, tuple(step.tensors.values()), started_ns, self.codec)
+        answer = self._ask(request, self._timeout)
         assert isinstance(answer, Stored), answer
         self._tensors.update(step.tensors)
         self._last_stamp = max(self._last_stamp, answer.stamp)  # other threads publish too
@@ -230,7 +250,12 @@ class Publisher:
     def _ask(self, request: Request, timeout_s: float) -> Answer:
         answer = self._connections.ask(request, timeout_s)
         if isinstance(answer, Failed) and answer.kind == REOPEN:
-            self._attach()
+            opened = self._attach()
+            if opened.codec != self.codec:  # what is encoded already cannot be sent
+                raise PublishError(
+                    f"node {opened.node!r} now has model {self.model!r} in codec {opened.codec!r}, this publisher began with "
+                    f"{self.codec!r}: make a new Publisher, and publish all rows again"
+                )
             answer = self._connections.ask(request, timeout_s)
         return _checked(answer)
 
@@ -264,9 +289,9 @@ class Step:
         self._check_collecting()
         dim = self._publisher.dim_of(table)
         checked_keys = _keys_of(table, keys)
-        checked_rows = _rows_of(table, checked_keys, rows, dim)
+        encoded = encode(self._publisher.codec, _rows_of(table, checked_keys, rows, dim, self._publisher.codec))
         weights = None if significance is None else _significance_of(table, checked_keys, significance)
-        self._add(table, _Change(checked_keys, checked_rows, weights))
+        self._add(table, _Change(checked_keys, encoded, weights))
 
     def delete(self, table: str, keys: ArrayLike) -> None:
         """Add deletes of one table."""
@@ -283,7 +308,7 @@ class Step:
             raise ModelError(f"tensor {name!r} appears in one step with shapes {self.tensors[name].shape} and {spec.shape}")
         rows = np.zeros((spec.rows, DENSE_DIM), np.float32)
         rows.reshape(-1)[: values.size] = values.reshape(-1)
-        self._add(DENSE_TABLE, _Change(spec.keys, rows, None))
+        self._add(DENSE_TABLE, _Change(spec.keys, encode(DENSE_SPEC.codec, rows), None))
 
     def columns(self) -> tuple[RowColumns, ...]:
         """Everything collected, one column per table: unique keys, live rows first."""
@@ -310,11 +335,11 @@ class Step:
 
 
 class _Change:
-    """One call of a step on one table; `rows` None: a delete."""
+    """One call of a step on one table; `rows`, uint8[n, row_bytes] as they are stored; None: a delete."""
 
     __slots__ = ("keys", "rows", "significance")
 
-    def __init__(self, keys: U64, rows: Rows | None, significance: NDArray[np.float32] | None) -> None:
+    def __init__(self, keys: U64, rows: U8 | None, significance: NDArray[np.float32] | None) -> None:
         self.keys = keys
         self.rows = rows
         self.significance = significance
@@ -333,7 +358,7 @@ def _column_of(table: int, changes: list[_Change]) -> RowColumns:
     keys = changes[0].keys if len(changes) == 1 else np.concatenate([change.keys for change in changes])
     keep = last_occurrences(keys)
     live_parts = [change.rows for change in changes if change.rows is not None]
-    rows = np.concatenate(live_parts) if len(live_parts) > 1 else live_parts[0] if live_parts else np.empty((0, 1), np.float32)
+    rows = np.concatenate(live_parts) if len(live_parts) > 1 else live_parts[0] if live_parts else np.empty((0, 4), np.uint8)
     weights = _weights_of(changes)
     if keep is not None or len(live_parts) != len(changes):
         live = np.concatenate([np.full(len(change.keys), change.rows is not None) for change in changes])
@@ -343,12 +368,7 @@ def _column_of(table: int, changes: list[_Change]) -> RowColumns:
         order = np.concatenate([stays, goes])
         keys, rows = keys[order], rows[row_of[stays]]
         weights = None if weights is None else weights[order]
-    encoded = (
-        np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)
-        if len(rows)
-        else np.empty((0, rows.shape[1] * 4), np.uint8)
-    )
-    return RowColumns(table, np.ascontiguousarray(keys), encoded, None, weights)
+    return RowColumns(table, np.ascontiguousarray(keys), np.ascontiguousarray(rows), None, weights)
 
 
 def _weights_of(changes: list[_Change]) -> NDArray[np.float32] | None:
@@ -396,8 +416,8 @@ def _keys_of(table: str, keys: ArrayLike) -> U64:
     return np.ascontiguousarray(array, dtype=np.uint64)
 
 
-def _rows_of(table: str, keys: U64, rows: ArrayLike, dim: int) -> Rows:
-    """float32[n, dim], contiguous, finite."""
+def _rows_of(table: str, keys: U64, rows: ArrayLike, dim: int, codec: str) -> Rows:
+    """float32[n, dim], contiguous, finite, and within the codec's range."""
     array = _array_of(f"rows of table {table!r}", rows)
     if array.size == 0 and len(keys) == 0 and array.shape in ((0,), (0, dim)):
         return np.empty((0, dim), np.float32)
@@ -408,11 +428,15 @@ def _rows_of(table: str, keys: U64, rows: ArrayLike, dim: int) -> Rows:
     if len(array) != len(keys):
         raise PublishError(f"table {table!r} was given {len(keys)} keys and {len(array)} rows: expected a row for each key")
     array = np.ascontiguousarray(array)
-    if not all_finite(array):
+    if not all_below(array, LIMIT_BITS[codec]):
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
+        what, remedy = "NaN or infinity", ""
+        if not len(bad):
+            bad = np.flatnonzero((np.abs(array) >= limit_of(codec)).any(axis=1))
+            what, remedy = f"values from {limit_of(codec):g} on, which {codec} cannot hold", ", or use codec 'bfloat16'"
         raise PublishError(
-            f"rows of table {table!r} contain NaN or infinity: {len(bad)} of {len(array)} rows, first at index {bad[0]} "
-            f"(key {keys[bad[0]]}); nothing was published: drop these rows or lower the learning rate"
+            f"rows of table {table!r} contain {what}: {len(bad)} of {len(array)} rows, first at index {bad[0]} "
+            f"(key {keys[bad[0]]}); nothing was published: drop these rows or lower the learning rate{remedy}"
         )
     return array
 

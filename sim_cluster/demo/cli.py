@@ -7,6 +7,7 @@ from typing import Annotated, Final
 import typer
 
 from ekko.errors import ConfigError, EkkoError
+from ekko.model import CODEC_DEFAULT, CODECS
 
 QUICK_EVENTS: Final = 10_000
 QUICK_DELAYS: Final = (1_000, 5_000)  # ten thousand events late would be frozen
@@ -28,6 +29,9 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Of the model and the bootstrap.")] = 0,
     kill: Annotated[bool, typer.Option("--kill", help="Kill -9 a serving node in mid-stream; restart it after 5 s.")] = False,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Use generated events, not MovieLens.")] = False,
+    codec: Annotated[
+        str, typer.Option("--codec", help="How rows are stored and sent: " + ", ".join(CODECS) + ".")
+    ] = CODEC_DEFAULT,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of tables.")] = False,
 ) -> None:
     """The whole system on this machine: a trainer, seven nodes in four regions, and what fresh rows are worth.
@@ -45,9 +49,11 @@ def demo(
         from sim_cluster.demo.run import Options, run_demo
     except ImportError as error:
         raise EkkoError(f"the demo needs more packages ({error}): pip install 'ekko-dissemination[demo]'") from None
-    options = Options(out=out, rate=rate, seed=seed, kill=kill, synthetic=synthetic)
+    if codec not in CODECS:
+        raise ConfigError(f"--codec is {codec!r}: expected one of {', '.join(CODECS)}")
+    options = Options(out=out, rate=rate, seed=seed, kill=kill, synthetic=synthetic, codec=codec)
     if quick:
-        options = Options(out, QUICK_EVENTS, QUICK_DELAYS, rate, seed, kill, synthetic)
+        options = Options(out, QUICK_EVENTS, QUICK_DELAYS, rate, seed, kill, synthetic, codec)
     with Display(Console(stderr=True)) as display:
         result = run_demo(options, display)
     if as_json:

@@ -13,6 +13,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ekko.codec import rounded
+from ekko.model import CODEC_DEFAULT, CODECS
 from ekko.torch import PublishStep, StepPublisher
 from sim_cluster.demo.data import Events
 from sim_cluster.demo.learning import STREAM_BATCH
@@ -25,10 +27,11 @@ Floats = NDArray[np.float32]
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """One published step, as copies."""
+    """One published step, as copies of what a replica makes of it."""
 
     tables: dict[str, tuple[NDArray[np.uint64], Floats]] = field(default_factory=dict)
     dense: dict[str, Floats] = field(default_factory=dict)
+    codec: str = CODEC_DEFAULT
 
     @property
     def row_count(self) -> int:
@@ -37,16 +40,23 @@ class Batch:
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of keys and values, dense ones included."""
-        rows = sum(keys.nbytes + rows.nbytes for keys, rows in self.tables.values())
+        """Bytes of keys and values as they are sent, dense ones included."""
+        row_bytes = CODECS[self.codec].row_bytes
+        rows = sum(keys.nbytes + len(rows) * row_bytes(rows.shape[1]) for keys, rows in self.tables.values())
         return rows + sum(value.nbytes for value in self.dense.values())
 
 
 class Recorder:
-    """A publisher that writes down what passes through it on its way to the real one."""
+    """A publisher that writes down what passes through it on its way to the real one.
 
-    def __init__(self, publisher: StepPublisher) -> None:
+    Args:
+        publisher: the real one.
+        codec: in which its model's rows are stored.
+    """
+
+    def __init__(self, publisher: StepPublisher, codec: str = CODEC_DEFAULT) -> None:
         self._publisher = publisher
+        self._codec = codec
         self.batches: list[Batch] = []
 
     @property
@@ -58,15 +68,15 @@ class Recorder:
     def step(self) -> Iterator[PublishStep]:
         """One batch; it is kept once the real publisher has published it."""
         with self._publisher.step() as step:
-            recording = _RecordingStep(step)
+            recording = _RecordingStep(step, self._codec)
             yield recording
         self.batches.append(recording.batch)
 
 
 class _RecordingStep:
-    def __init__(self, step: PublishStep) -> None:
+    def __init__(self, step: PublishStep, codec: str) -> None:
         self._step = step
-        self.batch = Batch()
+        self.batch = Batch(codec=codec)
 
     @property
     def stamp(self) -> int:
@@ -76,7 +86,7 @@ class _RecordingStep:
         self, table: str, keys: NDArray[np.uint64], rows: Floats, significance: NDArray[np.float32] | None = None
     ) -> None:
         self._step.publish(table, keys, rows, significance)
-        self.batch.tables[table] = (keys.copy(), rows.copy())
+        self.batch.tables[table] = (keys.copy(), rounded(self.batch.codec, rows))
 
     def publish_dense(self, name: str, array: Floats) -> None:
         self._step.publish_dense(name, array)

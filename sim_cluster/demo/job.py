@@ -19,6 +19,7 @@ class Job:
         start: index of the stream's first event; all before it are learnt offline.
         rate: events per second of the stream.
         seed: of the model.
+        codec: of the published model's tables.
         parent: process id of the demo; a worker ends when it is gone.
     """
 
@@ -28,6 +29,7 @@ class Job:
     start: int
     rate: float
     seed: int
+    codec: str
     parent: int
 
     @property

@@ -84,6 +84,7 @@ class Result:
     """
 
     dataset: str
+    codec: str
     note: str
     seed: int
     rate: float
@@ -121,6 +122,7 @@ class Result:
         """The report."""
         return {
             "dataset": self.dataset,
+            "codec": self.codec,
             "synthetic": bool(self.note),
             "note": self.note,
             "rows_published": self.rows,
@@ -168,7 +170,7 @@ def print_result(result: Result, console: Console) -> None:
     console.print(
         f"[bold]{result.dataset}[/]: {result.events_offline:,} events learnt offline, {result.events_stream:,} streamed "
         f"at {result.rate:g} a second. Published meanwhile: {result.rows:,} rows in {result.batches:,} batches, "
-        f"{result.bytes / 1e6:.1f} MB, {result.rows_per_s:,.0f} rows a second."
+        f"{result.codec}, {result.bytes / 1e6:.1f} MB, {result.rows_per_s:,.0f} rows a second."
     )
     console.print(_latency_table(result))
     console.print(_quality_table(result))

@@ -13,6 +13,7 @@ from typing import Any, Final, NoReturn
 
 import numpy as np
 
+from ekko.model import CODEC_DEFAULT
 from sim_cluster.demo import data, plots
 from sim_cluster.demo.board import Board, Word
 from sim_cluster.demo.cluster import (
@@ -55,6 +56,7 @@ class Options:
         seed: of the model, the bootstrap and synthetic events.
         kill: kill one serving node in mid-stream, and start it again.
         synthetic: do not even try to get the real data.
+        codec: how rows are stored and sent.
     """
 
     out: Path
@@ -64,6 +66,7 @@ class Options:
     seed: int = 0
     kill: bool = False
     synthetic: bool = False
+    codec: str = CODEC_DEFAULT
 
 
 def run_demo(options: Options, display: Display) -> Result:
@@ -122,7 +125,8 @@ class _Run:
         display.phase("starting nodes, training offline")
         run_dirs = {region: str(cluster.in_region(region)[0].run_dir) for region in REGIONS}
         options = self._options
-        job = Job(MODEL, cluster[TRAIN_NODE].local, run_dirs, self._start, options.rate, options.seed, parent=os.getpid())
+        local, parent = cluster[TRAIN_NODE].local, os.getpid()
+        job = Job(MODEL, local, run_dirs, self._start, options.rate, options.seed, options.codec, parent)
         job.save(self._folder)
         workers.start("trainer", "sim_cluster.demo.trainer")
         for region in REGIONS:
@@ -246,6 +250,7 @@ class _Run:
             raise DemoError(f"no node of region {without[0]!r} reported a delay: nothing was pushed to it")
         return Result(
             dataset=self._events.name,
+            codec=self._options.codec,
             note=self._events.note,
             seed=self._options.seed,
             rate=self._options.rate,

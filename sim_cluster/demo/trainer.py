@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 import ekko.torch
 from ekko import Publisher
+from ekko.codec import rounded
 from sim_cluster.demo.board import Board, Word
 from sim_cluster.demo.data import Events
 from sim_cluster.demo.history import Floats, History, Recorder
@@ -43,8 +44,9 @@ class Trainer:
         self._learner.train_offline(self._job.start, self._show_offline)
         board.wait_for(lambda: board[Word.CLUSTER_READY] == 1)
         tables = dict.fromkeys(self._events.rows, DIM)
-        with Publisher(self._job.local, self._job.model, tables) as publisher:
-            recorder = Recorder(publisher)
+        codec = self._job.codec
+        with Publisher(self._job.local, self._job.model, tables, codec=codec) as publisher:
+            recorder = Recorder(publisher, codec)
             learner = self._learner
             tracker = ekko.torch.track(
                 learner.model, learner.optimizer, recorder, learner.model.tracked, dense_every=DENSE_EVERY
@@ -68,9 +70,9 @@ class Trainer:
         self._board.check()
 
     def _state(self) -> tuple[dict[str, Floats], dict[str, Floats]]:
-        """Copies of the tables, and of the dense parameters."""
-        model = self._learner.model
-        tables = {name: _copy(table.get_parameter("weight")) for name, table in model.tables.items()}
+        """Copies of the tables, as replicas hold them, and of the dense parameters."""
+        model, codec = self._learner.model, self._job.codec
+        tables = {name: rounded(codec, _copy(table.get_parameter("weight"))) for name, table in model.tables.items()}
         return tables, {name: _copy(value) for name, value in model.named_parameters() if not name.startswith("tables.")}
 
     def _stream(self, recorder: Recorder) -> list[int]:

@@ -82,7 +82,6 @@ def test_the_contract_is_understood(tmp_path: Path) -> None:
         ("item = 16", "_dense = 16", ":13: models.ctr.tables._dense: ", "reserved"),
         ("item = 16", '"it em" = 16', ':13: models.ctr.tables."it em": ', "is not usable"),
         ("capacity_rows = 1_000", "capacity_rows = 0", ":14: models.ctr.capacity_rows: ", "from 1 to"),
-        ("capacity_rows = 1_000", 'codec = "int8"', ":14: models.ctr.codec: ", "not available in this version"),
         (
             "capacity_rows = 1_000",
             'codec = "int9"',

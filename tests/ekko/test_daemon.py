@@ -18,9 +18,11 @@ import pytest
 import zmq
 
 import ekko
+from ekko.codec import rounded
 from ekko.errors import ModelError, NodeUnreachable, PublishError
 from ekko.metrics import COUNTERS, UPDATE_DELAY
-from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
+from sim_cluster.demo.verify import contents
+from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, free_ports, wait_until
 
 pytestmark = pytest.mark.processes
 F32 = np.float32
@@ -81,6 +83,49 @@ def test_a_step_reaches_the_readers_of_both_nodes(pair: LocalCluster) -> None:
         publisher.wait(stamp, "all")
         with closing(ekko.Reader("ctr", run_dir=pair["serve-1"].run_dir)) as reader:
             assert reader.lookup("item", np.array([1], np.uint64)).tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize("codec", ["float16", "bfloat16", "int8"])
+def test_rows_of_a_codec_are_the_same_everywhere_and_come_back_as_they_are(pair: LocalCluster, codec: str) -> None:
+    values = np.random.default_rng(0).standard_normal((50, 6)).astype(F32)
+    keys, name = np.arange(50, dtype=np.uint64), f"as-{codec}"
+    with ekko.Publisher(pair["train-1"].local, model=name, tables={"item": 6}, codec=codec) as publisher:
+        publisher.wait(publisher.publish("item", keys, values), "all")
+        for node in pair.nodes.values():
+            with closing(ekko.Reader(name, run_dir=node.run_dir)) as reader:
+                seen = reader.lookup("item", keys)
+                assert seen.tobytes() == rounded(codec, values).tobytes()
+        before = contents(pair["train-1"].run_dir, name)["item"]["data"]
+        publisher.wait(publisher.publish("item", keys, seen), "all")  # what was read, again
+        for node in pair.nodes.values():
+            assert contents(node.run_dir, name)["item"]["data"].tobytes() == before.tobytes()
+    with ekko.Publisher(pair["train-1"].local, model=name, tables={"more": 3}) as publisher:
+        assert publisher.codec == codec, "a table that comes later has its model's codec"
+    with pytest.raises(ModelError, match=f"model '{name}' has codec '{codec}', not 'float32'"):
+        ekko.Publisher(pair["train-1"].local, model=name, tables={"item": 6}, codec="float32")
+    assert pair["train-1"].status()["models"][name]["codec"] == codec
+
+
+def test_nodes_that_name_different_codecs_refuse_each_other_in_one_line(tmp_path: Path) -> None:
+    first = LocalCluster(
+        tmp_path, [NodeSpec("first", "eu", "train")], models={"ctr": ModelTables({"item": 4}, codec="float16")}
+    )
+    with first as cluster:
+        cluster.start()
+        other = NodeProcess(NodeSpec("other", "us"), tmp_path / "other", free_ports(3))
+        other.write_config([cluster["first"].peers], {"ctr": ModelTables({}, codec="bfloat16")}, {})
+        other.start()
+        try:
+            wait_until(lambda: not other.running, "the newcomer's end", 20)
+            last = other.log_path.read_text().splitlines()[-1]
+            assert last == (
+                "ekko: refused by the cluster: first: model 'ctr' has codec 'float16', not 'bfloat16': "
+                "a model's codec is the same on all nodes"
+            )
+            assert cluster["first"].running
+        finally:
+            other.stop()
+            other.remove_memory()
 
 
 def test_a_table_and_a_model_may_come_while_nodes_run(pair: LocalCluster) -> None:

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ekko
+from ekko.codec import encode
 from ekko.endpoint import CLIENT_QUEUE_MAX, REQUESTS_PER_TURN_MAX, LocalEndpoint
 from ekko.errors import ConfigError, EkkoError, ModelError, NodeUnreachable, PublishError
 from ekko.local import (
@@ -60,6 +61,7 @@ class ScriptedNode:
     silent: bool = False
     gate: threading.Event | None = None  # requests wait for it
     lagging: tuple[str, ...] = ()
+    codec: str = "float32"
     requests: list[Request] = field(default_factory=list)
 
     def handle_request(self, number: int, request: Request) -> Answer | None:
@@ -74,7 +76,7 @@ class ScriptedNode:
             case Open(tables=tables):
                 self.lost_memory = False
                 self.tables.update(dict(tables or ()))
-                return Opened("n1", "eu", 64, self.tables, {}, 7)
+                return Opened("n1", "eu", 64, self.tables, {}, 7, self.codec)
             case PublishStep() if self.lost_memory:
                 return Failed(REOPEN, "unknown table")
             case PublishStep():
@@ -212,13 +214,61 @@ def test_a_step_means_its_calls_in_order(calls: list[tuple[bool, list[int]]]) ->
     changes = []
     for number, (live, keys) in enumerate(calls):
         values = np.array([[number * 10 + i] for i in range(len(keys))], F32)
-        changes.append(_Change(np.array(keys, np.uint64), values if live else None, None))
+        changes.append(_Change(np.array(keys, np.uint64), encode("float32", values) if live else None, None))
         expected.update({key: float(values[i, 0]) if live else None for i, key in enumerate(keys)})
     column = _column_of(1, changes)
     values = column.rows.view(F32).reshape(-1)
     got = {int(key): float(values[i]) if i < len(values) else None for i, key in enumerate(column.keys)}
     assert len(column.keys) == len(got)
     assert got == expected
+
+
+@pytest.mark.parametrize("codec", ["float16", "bfloat16", "int8"])
+def test_rows_leave_in_the_codec_that_the_node_names(node: ScriptedNode, tmp_path: Path, codec: str) -> None:
+    node.codec = codec
+    tensor = np.full((3,), 1 / 3, F32)
+    with ekko.Publisher(address_of(tmp_path), model="ctr") as publisher:
+        assert publisher.codec == codec
+        values = np.linspace(-1, 1, 12, dtype=F32).reshape(3, 4)
+        with publisher.step() as step:
+            step.publish("item", [1, 2, 1], values)
+            step.delete("item", [9])
+            step.publish_dense("w", tensor)
+    (sent,) = node.steps
+    assert sent.codec == codec
+    item, dense = sent.columns
+    assert item.keys.tolist() == [2, 1, 9]
+    assert item.rows.tobytes() == encode(codec, values)[1:].tobytes()
+    assert dense.rows.view(F32)[0, :3].tolist() == tensor.tolist(), "dense tensors are float32 whatever the codec"
+
+
+def test_what_a_codec_cannot_hold_is_refused(node: ScriptedNode, tmp_path: Path) -> None:
+    node.codec = "float16"
+    values = rows(3)
+    values[1, 2] = -65_520
+    with ekko.Publisher(address_of(tmp_path), model="ctr") as publisher:
+        with pytest.raises(PublishError, match=r"from 65520 on, which float16 cannot hold: 1 of 3 rows, .* \(key 8\)"):
+            publisher.publish("item", [7, 8, 9], values)
+        values[1, 2] = np.nan
+        with pytest.raises(PublishError, match="NaN or infinity: 1 of 3 rows"):
+            publisher.publish("item", [7, 8, 9], values)
+        assert node.steps == []
+        values[1, 2] = -65_519
+        publisher.publish("item", [7, 8, 9], values)
+    assert len(node.steps) == 1
+
+
+def test_a_codec_that_changed_meanwhile_is_an_error_and_not_a_wrong_row(node: ScriptedNode, publisher: Publisher) -> None:
+    publisher.publish("item", [1], rows(1))
+    node.codec, node.lost_memory = "bfloat16", True
+    with pytest.raises(PublishError, match="now has model 'ctr' in codec 'bfloat16', this publisher began with 'float32'"):
+        publisher.publish("item", [1], rows(1))
+    assert len(node.steps) == 2
+
+
+def test_an_unknown_codec_is_refused_before_any_node_is_asked(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="codec 'fp16': there are 'float32'"):
+        ekko.Publisher(address_of(tmp_path), model="ctr", codec="fp16", timeout=60)
 
 
 def test_an_empty_batch_is_no_step(node: ScriptedNode, publisher: Publisher) -> None:
@@ -463,7 +513,7 @@ def test_a_late_answer_to_an_older_request_is_dropped(tmp_path: Path) -> None:
 
 def step_frames() -> list[bytes]:
     """A request of three rows of table 3."""
-    column = _column_of(3, [_Change(np.arange(3, dtype=np.uint64), rows(3), None)])
+    column = _column_of(3, [_Change(np.arange(3, dtype=np.uint64), encode("float32", rows(3)), None)])
     return [bytes(frame) for frame in encode_request(5, PublishStep("ctr", (column,)))]
 
 
@@ -491,8 +541,8 @@ def test_a_step_and_its_header_must_agree(damage: Callable[[list[bytes]], list[b
 
 
 def test_another_release_is_told_so(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ekko.local.encode_request", lambda number, request: [msgpack.packb([2, number, "publish", {}])])
-    with pytest.raises(PublishError, match="version 2 met version 1: use one release"):
+    monkeypatch.setattr("ekko.local.encode_request", lambda number, request: [msgpack.packb([3, number, "publish", {}])])
+    with pytest.raises(PublishError, match="version 3 met version 2: use one release"):
         publisher.publish("item", [1], rows(1))
 
 

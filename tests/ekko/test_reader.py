@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ekko.codec import encode, rounded
 from ekko.errors import ModelError, StoreError
-from ekko.model import DENSE_DIM, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
+from ekko.model import CODECS, DENSE_DIM, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
 from ekko.serve.reader import Reader
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
@@ -105,6 +106,30 @@ def test_deleted_keys_are_absent_and_may_come_back(model: ModelStore, run_dir: P
         assert (rows[:, 0].tolist(), stamps.tolist()) == ([0.0, 0.0, 10.0], [0, 0, 10])
         put(model, "item", [1], 12)
         assert reader.lookup("item", [1], stamps=True)[1].tolist() == [12]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dim", [1, 5, 64, 67])
+def test_rows_of_every_codec_are_decoded(store: Store, run_dir: Path, codec: str, dim: int) -> None:
+    count = 5_000  # more than the kernel takes in one part
+    rows = np.random.default_rng(dim).standard_normal((count, dim), dtype=np.float32) * 0.1
+    keys = np.arange(count, dtype=np.uint64) * np.uint64(7)
+    table = TableSpec("item", dim, codec)
+    model = store.add_model(ModelSpec("ctr", 8, {"item": table}, codec=codec))
+    model.apply([RowColumns(table.id, keys, encode(codec, rows))], 10)
+    gone = np.array([14, 3_500], np.uint64)
+    model.apply([RowColumns(table.id, gone, np.empty((0, table.row_bytes), np.uint8))], 11)
+    expected, stamps = rounded(codec, rows), np.full(count, 10, np.uint64)
+    expected[[2, 500]], stamps[[2, 500]] = 0, 0
+    asked = np.append(keys, [1, 2**64 - 1]).astype(np.uint64)  # two that are absent
+    order = np.random.default_rng(1).permutation(len(asked))
+    expected = np.concatenate([expected, np.zeros((2, dim), np.float32)])[order]
+    out = np.full((len(asked), dim), np.nan, np.float32)
+    with Reader("ctr", run_dir) as reader:
+        assert reader.lookup("item", asked[order]).tobytes() == expected.tobytes()
+        seen, found = reader.lookup("item", asked[order], stamps=True, out=out)
+    assert seen.tobytes() == expected.tobytes()
+    assert found.tolist() == np.append(stamps, [0, 0])[order].tolist()
 
 
 def test_out_is_written_and_returned(model: ModelStore, run_dir: Path) -> None:

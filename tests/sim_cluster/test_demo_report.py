@@ -31,6 +31,7 @@ def latency(delay: float, p99: float) -> Latency:
 
 RESULT = Result(
     dataset="MovieLens-100K",
+    codec="float32",
     note="",
     seed=0,
     rate=500.0,

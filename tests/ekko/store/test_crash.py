@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_writer import MODEL, STAMP_MASK, TABLE, WRITER
+from store_writer import MODEL, STAMP_MASK, TABLE, WRITER, value_of
 
 from ekko.errors import StoreError
 from ekko.model import ModelSpec, TableSpec, table_id
@@ -28,9 +28,9 @@ DEADLINE_S = 60
 
 
 @contextmanager
-def writer(mode: str, run_dir: Path, dim: int, count: int) -> Iterator["subprocess.Popen[str]"]:
+def writer(mode: str, run_dir: Path, dim: int, count: int, *codec: str) -> Iterator["subprocess.Popen[str]"]:
     script = str(Path(__file__).with_name("store_writer.py"))
-    command = [sys.executable, script, mode, str(run_dir), str(dim), str(count)]
+    command = [sys.executable, script, mode, str(run_dir), str(dim), str(count), *codec]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -283,16 +283,17 @@ def test_a_model_that_found_no_room_can_be_added_later(run_dir: Path, monkeypatc
     store.close()
 
 
-def test_wide_rows_that_are_always_being_written_are_never_torn(run_dir: Path) -> None:
-    """Two rows of 32 KiB, overwritten without pause: a reader that does not look at the lock again takes many of them torn."""
-    dim, lookups = 8_192, 20_000
+@pytest.mark.parametrize(("codec", "lookups"), [("float32", 20_000), ("float16", 8_000), ("bfloat16", 4_000), ("int8", 8_000)])
+def test_wide_rows_that_are_always_being_written_are_never_torn(run_dir: Path, codec: str, lookups: int) -> None:
+    """Two rows of 8,192 values, overwritten without pause: a reader that does not look at the lock again takes torn ones."""
+    dim = 8_192
     keys = np.arange(2, dtype=np.uint64)
-    with writer("overwrite", run_dir, dim, 2), Reader(MODEL, run_dir, wait=10.0) as reader:
+    with writer("overwrite", run_dir, dim, 2, codec), Reader(MODEL, run_dir, wait=10.0) as reader:
         newest = np.zeros(2, np.uint64)
         out = np.empty((2, dim), np.float32)
         for _ in range(lookups):
             _, stamps = reader.lookup(TABLE, keys, stamps=True, out=out)
-            written = (stamps & np.uint64(STAMP_MASK)).astype(np.float32)
+            written = value_of(stamps, codec)
             assert (out == written[:, None]).all(), "torn, or another version's stamp"
             assert (stamps >= newest).all(), "went back"
             newest = stamps

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ekko.codec import encode, rounded
 from ekko.errors import ModelError, StoreError
-from ekko.model import DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
+from ekko.model import CODECS, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
 from ekko.store import Store, layout
 from ekko.store.manifest import read_manifest
 from ekko.store.model_store import ModelStore
@@ -275,6 +276,8 @@ def test_a_table_of_a_known_model_can_be_adopted_alone() -> None:
         pytest.param(ModelSpec("ctr", SHARDS + 1, dict(SPEC.tables)), id="shards"),
         pytest.param(ModelSpec("ctr", SHARDS, {"item": TableSpec("item", 6), "new": TableSpec("new", 2)}), id="dim"),
         pytest.param(ModelSpec("ctr", SHARDS, {}, {"w": TensorSpec("w", (4,), "float32")}), id="tensor"),
+        pytest.param(ModelSpec("ctr", SHARDS, codec="int8"), id="codec"),
+        pytest.param(ModelSpec("ctr", SHARDS, {"new": TableSpec("new", 2, "float16")}), id="codec-of-a-table"),
     ],
 )
 def test_a_clash_is_refused_and_changes_nothing(other: ModelSpec) -> None:
@@ -286,6 +289,26 @@ def test_a_clash_is_refused_and_changes_nothing(other: ModelSpec) -> None:
     with pytest.raises(ModelError):
         store.add_model(other)
     assert store.schema() == before
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_store_is_resumed_in_its_codec(tmp_path: Path, codec: str) -> None:
+    spec = ModelSpec("ctr", SHARDS, {"item": TableSpec("item", 5, codec)}, codec=codec)
+    rows = np.linspace(-3, 3, 10, dtype=np.float32).reshape(2, 5)
+    keys = np.array([1, 2], np.uint64)
+    store = Store.open(tmp_path)
+    store.add_model(spec).apply([RowColumns(table_id("item"), keys, encode(codec, rows))], 7)
+    store.close()
+    store = Store.open(tmp_path)
+    assert store.resumed
+    model = store.models["ctr"]
+    assert model.spec == spec
+    assert model.lookup("item", keys)[0].tobytes() == rounded(codec, rows).tobytes()
+    (selection,) = model.changed_since(np.zeros((SHARDS, WRITERS_MAX), np.uint64))
+    assert model.read(selection.table, selection.slots).rows.tobytes() == encode(codec, rows).tobytes()
+    store.add_model(ModelSpec("ctr", SHARDS, {}, {"w": TensorSpec("w", (3,), "float32")}, codec=codec))
+    assert model.lookup("_dense", keys)[0].shape == (2, 256), "dense tensors are float32 in every model"
+    store.destroy()
 
 
 def test_entries_that_make_no_sense_are_refused_and_change_nothing() -> None:
