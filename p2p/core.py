@@ -81,6 +81,8 @@ class Keyspace:
     stray_digest: int = 0
     stray_digest_ms: int = -1_000_000  # monotonic time of the scan that found it
     strays_possible: bool = True  # rows may be held above the vector
+    live_writers: tuple[int, ...] = ()  # as `Core.live_writers` found them last
+    live_writers_of: tuple[object, int] = (None, -1)  # and of what: the others' records, and our own writer
 
 
 @dataclass(slots=True, eq=False)
@@ -143,6 +145,17 @@ class Core:
         for node in self.membership.fingers(now.monotonic_ms):
             self.link(node)
         return list(self.links.values())
+
+    def live_writers(self, keyspace: Keyspace, now: m.Now) -> tuple[int, ...]:
+        """Ids of the writers of a keyspace that live, our own included. Asked after every batch."""
+        identity = keyspace.replica.writer
+        records = self.membership.live_writers(now.monotonic_ms, keyspace.replica.place)
+        own = -1 if identity is None else identity.writer
+        if keyspace.live_writers_of[0] is not records or keyspace.live_writers_of[1] != own:
+            others = tuple(record.writer for record in records)
+            keyspace.live_writers = others if identity is None else (*others, own)
+            keyspace.live_writers_of = records, own
+        return keyspace.live_writers
 
     def own_record(self) -> m.MemberRecord:
         """What we say of ourselves."""

@@ -48,12 +48,12 @@ class Gossip:
         self._silent_beats = 0
         self._clock_off = False
 
-    def next_ms(self, now: m.Now) -> int:
+    def next_ms(self, now_ms: int) -> int:
         """When the timer is wanted next."""
         if not self._core.membership.news:
             self._news_ms = None
         elif self._news_ms is None:
-            self._news_ms = now.monotonic_ms + NEWS_DELAY_MS * (1 + len(self._core.membership.members) // NEWS_MEMBERS)
+            self._news_ms = now_ms + NEWS_DELAY_MS * (1 + len(self._core.membership.members) // NEWS_MEMBERS)
         return self.beat_ms if self._news_ms is None else min(self.beat_ms, self._news_ms)
 
     def on_timer(self, now: m.Now) -> None:

@@ -129,7 +129,7 @@ class Knowledge:
         complete = parts == 1
         if not complete.all():
             self._note_parts(self._step(stamp, writer_prev, shards_touched), shards, part, parts, complete)
-        shards, prev = shards[complete], prev[complete]
+            shards, prev = shards[complete], prev[complete]
         fits = merge_claims(self.vector, shards, writer, prev, np.uint64(stamp))
         whole = bool(fits.all()) and len(shards) == shards_touched
         progress = whole and self._advance_frontier(writer, writer_prev, stamp)

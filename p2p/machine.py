@@ -60,13 +60,22 @@ class Machine:
         self._soon_ms: int | None = None  # when an acknowledgement or a gap wants the timer
         self._started = False
         self._handled_ms = 0  # monotonic time of the last event
-        self.deadline_ms = 0
+        self._deadline_ms = 0
+        self._planned = True  # `_deadline_ms` accounts for the last event
         self._core.refresh_keyspaces()
 
     @property
     def counters(self) -> Counters:
         """What happened so far."""
         return self._core.counters
+
+    @property
+    def deadline_ms(self) -> int:
+        """Monotonic time at which `TimerFired` is due; worked out when asked for, once for many messages that came together."""
+        if not self._planned:
+            self._plan(self._handled_ms)
+            self._planned = True
+        return self._deadline_ms
 
     def region_of(self, address: str) -> str | None:
         """The region of the member that peers dial at `address`, when we know it."""
@@ -87,12 +96,10 @@ class Machine:
         """
         self._core.effects = []
         if self._started:
-            self._gossip.note_late(now.monotonic_ms - max(self.deadline_ms, self._handled_ms))
+            self._gossip.note_late(now.monotonic_ms - max(self._deadline_ms, self._handled_ms))
         self._handled_ms = now.monotonic_ms
-        try:
-            self._dispatch(event, now)
-        finally:
-            self._plan(now)
+        self._planned = False
+        self._dispatch(event, now)
         return self._core.effects
 
     def _dispatch(self, event: m.Event, now: m.Now) -> None:
@@ -304,7 +311,7 @@ class Machine:
                 link.restart_session()
                 self._drop_streams(link)
 
-    def _plan(self, now: m.Now) -> None:
+    def _plan(self, now_ms: int) -> None:
         """When the timer is wanted next. Each part of it is an absolute moment: events must not push it away."""
         core = self._core
         waiting = any(link.ack_waits for link in core.links.values())
@@ -312,8 +319,8 @@ class Machine:
         if not waiting:
             self._soon_ms = None
         elif self._soon_ms is None:
-            self._soon_ms = now.monotonic_ms + links.ACK_DELAY_MS
-        wanted = [self._gossip.next_ms(now), self._soon_ms, self._reach.next_ms(), self._schedule.next_ms()]
+            self._soon_ms = now_ms + links.ACK_DELAY_MS
+        wanted = [self._gossip.next_ms(now_ms), self._soon_ms, self._reach.next_ms(), self._schedule.next_ms()]
         wanted += [
             keyspace.last_batch_ms + push.IDLE_BEAT_MS
             for keyspace in core.keyspaces.values()
@@ -322,14 +329,14 @@ class Machine:
         if any(
             node in core.links and core.links[node].has_credit() for node, box in self._pull.outboxes.items() if box.streams
         ):
-            wanted.append(now.monotonic_ms)
-        self.deadline_ms = min(moment for moment in wanted if moment is not None)
+            wanted.append(now_ms)
+        self._deadline_ms = min(moment for moment in wanted if moment is not None)
 
     # --- what several events share
 
     def _progress(self, keyspace: Keyspace, now: m.Now) -> None:
         """A frontier may have moved: tell readers how fresh they are, and peers who wait."""
-        keyspace.replica.set_synced_until(status.synced_until(self._core, keyspace, self._core.own_record(), now))
+        keyspace.replica.set_synced_until(status.synced_until(self._core, keyspace, now))
         self._reach.on_progress(keyspace)
 
     def _pump(self, link: Link) -> None:
@@ -347,6 +354,4 @@ class Machine:
 
     def status(self, now: m.Now) -> NodeStatus:
         """A picture of now."""
-        return status.of_node(
-            self._core, self._push, self._pull, self._reach, self._core.own_record(), self._introductions.introduced, now
-        )
+        return status.of_node(self._core, self._push, self._pull, self._reach, self._introductions.introduced, now)

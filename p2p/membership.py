@@ -74,6 +74,7 @@ class _View:
     holders: dict[Place | None, tuple[Holder, ...]] = field(default_factory=dict)  # None: of families of one partition
     trees: dict[Place | None, Trees] = field(default_factory=dict)
     partners: dict[Place, tuple[NodeId, ...]] = field(default_factory=dict)  # our fingers among those who hold the same
+    writers: dict[Place, tuple[WriterRecord, ...]] = field(default_factory=dict)  # begun anew also when a record changes
     fingers: tuple[tuple[NodeId, ...], tuple[NodeId, ...]] | None = None  # ours in our region's ring, and in everybody's
 
 
@@ -123,18 +124,24 @@ class Membership:
         """How many others live."""
         return len(self._live(now_ms))
 
-    def live_writers(self, now_ms: int, place: Place) -> list[WriterRecord]:
-        """Every writer of the family of a live member that may write at this place, since it holds it."""
-        self.suspicion.assess(now_ms)
-        alive = self.suspicion.alive
-        members = [self.members[node] for node in sorted(self._writing)]
-        return [
-            writer
-            for member in members
-            if alive[member.slot] and placement.holds(member.record, place)
-            for writer in member.record.writers
-            if writer.keyspace == place.family
-        ]
+    def live_writers(self, now_ms: int, place: Place) -> tuple[WriterRecord, ...]:
+        """Every writer of the family of a live member that may write at this place, since it holds it.
+
+        The same tuple until that changes.
+        """
+        view = self._see(now_ms)
+        known = view.writers.get(place)
+        if known is None:
+            alive = self.suspicion.alive
+            members = [self.members[node] for node in sorted(self._writing)]
+            known = view.writers[place] = tuple(
+                writer
+                for member in members
+                if alive[member.slot] and placement.holds(member.record, place)
+                for writer in member.record.writers
+                if writer.keyspace == place.family
+            )
+        return known
 
     def protocol_min(self, now_ms: int) -> int:
         """The oldest protocol version in the view, our own included: what is below it, everybody alive understands."""
@@ -283,6 +290,7 @@ class Membership:
     def _keep(self, known: Member, record: MemberRecord) -> None:
         slot, suspicion = known.slot, self.suspicion
         known.record = record
+        self._view.writers.clear()
         suspicion.version[slot], suspicion.gone[slot], suspicion.deaf[slot] = record.version, record.left, record.deaf
         suspicion.near[slot] = record.region == self.own.region
         if record.writers:

@@ -128,11 +128,11 @@ class Replica(Protocol):
     def partition_of(self, keys: U64) -> NDArray[np.int64]:
         """int64[n]: in which partition of the family each key, of whatever partition, belongs."""
 
-    def check(self, columns: Sequence[RowColumns]) -> None:
-        """Refuse rows that do not fit the schema.
+    def check(self, columns: Sequence[RowColumns], shards: NDArray[np.uint32] | None = None) -> None:
+        """Refuse rows that do not fit the schema, or lie outside `shards` (ascending, each below `self.shards`; None: any).
 
         Raises:
-            RemoteProtocolError: an unknown table, another row width, or keys of another partition. Nothing is changed.
+            RemoteProtocolError: an unknown table, another row width, or keys of another partition or shard. Nothing is changed.
         """
 
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:

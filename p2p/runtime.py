@@ -112,6 +112,7 @@ class Runtime:
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms = 0  # for which deadline `_timer` is armed
+        self._turn_end: asyncio.Handle | None = None  # after the messages of this turn of the loop
         self._stopped: asyncio.Future[None] | None = None
 
     async def run(self) -> None:
@@ -158,6 +159,8 @@ class Runtime:
         if source and not self.conduct.admits(source, now_ms):
             return
         self._source = source
+        if self._turn_end is None:  # when the timer is wanted next is worked out once for all messages of a turn
+            self._turn_end = asyncio.get_running_loop().call_soon(self._end_turn)
         sender = REJECTED_UNREADABLE
         try:
             envelope, message = wire.decode(frames)
@@ -170,7 +173,6 @@ class Runtime:
         except Exception as error:  # noqa: BLE001 - a bug: the state may be half changed, so the node ends with it
             self._fail(error)
         else:
-            self._arm_timer()
             if source and not isinstance(message, _BOUND_BY_CREDIT):
                 self._note_shut_out(self.conduct.note_call(source, now_ms), "a flood of calls")
         finally:
@@ -179,6 +181,10 @@ class Runtime:
     def _note_shut_out(self, length_ms: int, reason: str) -> None:
         if length_ms:
             self._on_effect(Note("peer_shut_out", (("peer", self._source), ("ms", length_ms), ("reason", reason)), alarm=True))
+
+    def _end_turn(self) -> None:
+        self._turn_end = None
+        self._arm_timer()
 
     def _on_timer(self) -> None:
         self._timer = None

@@ -71,12 +71,10 @@ class NodeStatus:
     queues: tuple[QueueStatus, ...]
 
 
-def of_node(
-    core: Core, pushing: Push, pulling: Pull, reaching: Reach, own: m.MemberRecord, introduced: bool, now: m.Now
-) -> NodeStatus:
+def of_node(core: Core, pushing: Push, pulling: Pull, reaching: Reach, introduced: bool, now: m.Now) -> NodeStatus:
     """The whole node; `introduced` tells whether somebody of the cluster has answered it."""
     holding = {holder.node for holder in core.membership.holders(now.monotonic_ms)}
-    keyspaces = tuple(_of_keyspace(core, pulling, keyspace, own, now) for keyspace in core.keyspaces.values())
+    keyspaces = tuple(_of_keyspace(core, pulling, keyspace, now) for keyspace in core.keyspaces.values())
     return NodeStatus(
         core.options.node,
         core.options.region,
@@ -90,11 +88,12 @@ def of_node(
     )
 
 
-def synced_until(core: Core, keyspace: Keyspace, own: m.MemberRecord, now: m.Now) -> int:
+def synced_until(core: Core, keyspace: Keyspace, now: m.Now) -> int:
     """The newest Unix time up to which this node has everything of every live writer; 0 without one."""
-    frontier = [int(keyspace.knowledge.frontier[w.writer]) for w in _live_writers(core, keyspace, own, now)]
+    known = keyspace.knowledge.frontier
+    oldest = min([int(known[writer]) for writer in core.live_writers(keyspace, now)], default=0)
     # A live writer that has not written, or of which nothing has come, leaves the moment open.
-    return min((unix_ms_of(stamp) for stamp in frontier), default=0) if all(frontier) else 0
+    return unix_ms_of(oldest) if oldest else 0
 
 
 def _live_writers(core: Core, keyspace: Keyspace, own: m.MemberRecord, now: m.Now) -> tuple[m.WriterRecord, ...]:
@@ -103,16 +102,16 @@ def _live_writers(core: Core, keyspace: Keyspace, own: m.MemberRecord, now: m.No
     return (*ours, *core.membership.live_writers(now.monotonic_ms, place))
 
 
-def _of_keyspace(core: Core, pulling: Pull, keyspace: Keyspace, own: m.MemberRecord, now: m.Now) -> KeyspaceStatus:
+def _of_keyspace(core: Core, pulling: Pull, keyspace: Keyspace, now: m.Now) -> KeyspaceStatus:
     number = keyspace.replica.keyspace
     return KeyspaceStatus(
         number,
         keyspace.synced,
-        synced_until(core, keyspace, own, now),
+        synced_until(core, keyspace, now),
         keyspace.knowledge.open_steps,
         keyspace.knowledge.dropped,
         pulling.asking.get(number, ""),
-        _live_writers(core, keyspace, own, now),
+        _live_writers(core, keyspace, core.own_record(), now),
     )
 
 

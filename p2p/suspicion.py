@@ -113,6 +113,8 @@ class Suspicion:
         self._assess_ms = 0
         self._assessed_ms = 0
         self._places: tuple[U64, NDArray[np.int64]] | None = None
+        self._clock: tuple[int, int] = 0, 0  # the others' wall clock minus our monotonic one, and how many they are
+        self._clock_until_ms = 0
 
     def take(self, boot: int, version: int, beats: int, prior_ms: float, now_ms: int) -> int:
         """A slot for a new member, heard of now."""
@@ -262,16 +264,19 @@ class Suspicion:
         """A member said what time it is."""
         self.clock_ms[slot] = unix_ms - now_ms
         self.clock_heard_ms[slot] = now_ms
+        self._clock_until_ms = now_ms
 
     def clock_error_ms(self, unix_ms: int, now_ms: int) -> tuple[int, int]:
         """How far our wall clock is ahead of the median of those who told us theirs lately, and how many they are (R14).
 
         Theirs are kept against our monotonic clock, so a step of our own wall clock shows at once.
         """
-        clocks = self.clock_ms[self.used & (now_ms - self.clock_heard_ms < CLOCK_LIFE_MS)]
-        if not len(clocks):
-            return 0, 0
-        return unix_ms - (int(np.median(clocks)) + now_ms), len(clocks)
+        if now_ms >= self._clock_until_ms:  # asked at every publish, and a median takes 76 us
+            clocks = self.clock_ms[self.used & (now_ms - self.clock_heard_ms < CLOCK_LIFE_MS)]
+            self._clock = (int(np.median(clocks)), len(clocks)) if len(clocks) else (0, 0)
+            self._clock_until_ms = now_ms + HEARTBEAT_MS
+        offset_ms, count = self._clock
+        return (unix_ms - (offset_ms + now_ms) if count else 0), count
 
 
 def mix(boots: U64, versions: U64) -> U64:

@@ -1,8 +1,12 @@
 """Messages to frames and back, and every limit on their size.
 
-A message is `[envelope, header, column, column, ...]`. The envelope is 48 fixed bytes and is rewritten at every hop; the
-header is msgpack, the columns are raw little-endian arrays, uncopied in both directions. The checksum in the envelope
-covers header and columns, so a batch is checked at each hop and forwarded without being encoded again (R17).
+A message is `[envelope, head, column, column, ...]`. The envelope is 48 fixed bytes and is rewritten at every hop. The head
+holds the header, which is msgpack, and behind it the small columns; each large one is a frame of its own, uncopied in both
+directions. Columns are raw little-endian arrays. The checksum in the envelope covers everything below it, so a batch is checked
+at each hop and forwarded without being encoded again (R17).
+
+    head (since version 2): uint32 header_bytes | header | 0..7 zeros | column | 0..7 zeros | column ...
+    head (version 1):       header, and every column is a frame of its own
 
 Versions of the protocol (`p2p.versions`): `_KINDS` at the end says which kinds of message there are since when, `_MEMBER_ADDED`
 and `_Kind.added` which fields. What a link does not speak is left out at its end of the header, and filled in at the other.
@@ -48,7 +52,16 @@ HOLDINGS_MAX: Final = 1_024
 SHARDS_MAX: Final = 65_536
 SUMMARIES_MAX: Final = 4_096
 HOPS_MAX: Final = 255
+# A frame costs 3 to 5 us at each end, whatever is in it, so columns smaller than this share one. Larger ones ZeroMQ hands on
+# uncopied, which is worth a frame.
+PACK_BYTES_MAX: Final = 16_384
+PACKED_SINCE: Final = 2
 VERSIONS: Final = range(FIRST_VERSION, PROTOCOL_VERSION + 1)
+
+_HEADER_BYTES: Final = struct.Struct("<I")
+_ALIGNMENT: Final = 8
+_UINT8, _UINT16, _UINT32, _UINT64 = (np.dtype(f"<u{size}") for size in (1, 2, 4, 8))
+_FLOAT32: Final = np.dtype("<f4")
 
 _HAS_STAMPS: Final = 1
 _HAS_SIGNIFICANCE: Final = 2
@@ -74,17 +87,32 @@ def encode(envelope: m.Envelope, message: m.Message) -> list[Buffer]:
         raise LocalProtocolError(f"{kind.name} exists since protocol version {kind.since}, the link speaks {envelope.version}")
     if isinstance(message, m.Batch) and message.body and kind.same_shape(message.body_version, envelope.version):
         return [_pack_envelope(envelope, number, message.checksum), *message.body]
-    body = _body(*kind.encode(message, envelope.version))
+    body = _body(*kind.encode(message, envelope.version), envelope.version)
     return [_pack_envelope(envelope, number, checksum(body)), *body]
 
 
-def _body(header: Header, columns: Sequence[NDArray[Any]]) -> list[Buffer]:
-    return [msgpack.packb(header), *(column.reshape(-1).view(np.uint8).data for column in columns)]
+def _body(header: Header, columns: Sequence[NDArray[Any]], version: int) -> list[Buffer]:
+    """Head and large columns."""
+    packed = msgpack.packb(header)
+    if version < PACKED_SINCE:
+        return [packed, *(column.reshape(-1).view(np.uint8).data for column in columns)]
+    head = [_HEADER_BYTES.pack(len(packed)), packed, _padding(_HEADER_BYTES.size + len(packed))]
+    large: list[Buffer] = []
+    for column in columns:
+        if column.nbytes < PACK_BYTES_MAX:
+            head += [column.tobytes(), _padding(column.nbytes)]
+        else:
+            large.append(column.reshape(-1).view(np.uint8).data)
+    return [b"".join(head), *large]
+
+
+def _padding(size: int) -> bytes:
+    return bytes(-size % _ALIGNMENT)
 
 
 def seal(batch: m.Batch) -> m.Batch:
     """The batch with its frames made, so that it is encoded once for all of its receivers."""
-    body = _body(*_KINDS[_NUMBER_OF[m.Batch] - 1].encode(batch, PROTOCOL_VERSION))
+    body = _body(*_KINDS[_NUMBER_OF[m.Batch] - 1].encode(batch, PROTOCOL_VERSION), PROTOCOL_VERSION)
     return replace(batch, body=tuple(body), checksum=checksum(body), body_version=PROTOCOL_VERSION)
 
 
@@ -110,11 +138,9 @@ def decode(frames: Sequence[memoryview]) -> tuple[m.Envelope, m.Message]:
     kind = _KINDS[number - 1]
     if checksum(frames[1:]) != expected:
         raise RemoteProtocolError("checksum mismatch")
-    if frames[1].nbytes > HEADER_BYTES_MAX:
-        raise RemoteProtocolError(f"header of {frames[1].nbytes} bytes, limit {HEADER_BYTES_MAX}")
+    packed, columns = _open_body(frames[1], frames[2:], envelope.version)
     try:
-        header = msgpack.unpackb(frames[1], max_str_len=STRING_BYTES_MAX, strict_map_key=True)
-        columns = _Columns(frames[2:])
+        header = msgpack.unpackb(packed, max_str_len=STRING_BYTES_MAX, strict_map_key=True)
         message = kind.unpack(extend(header, kind.added, envelope.version), columns)
         columns.done()
     except RemoteProtocolError:
@@ -128,8 +154,24 @@ def decode(frames: Sequence[memoryview]) -> tuple[m.Envelope, m.Message]:
     return envelope, message
 
 
+def _open_body(head: memoryview, large: Sequence[memoryview], version: int) -> tuple[memoryview, "_Columns"]:
+    """The packed header, and the columns behind it."""
+    if version < PACKED_SINCE:
+        header, columns = head, _Columns(None, 0, large)
+    else:
+        if head.nbytes < _HEADER_BYTES.size or head.nbytes % _ALIGNMENT:
+            raise RemoteProtocolError(f"head of {head.nbytes} bytes")
+        end = _HEADER_BYTES.size + _HEADER_BYTES.unpack_from(head)[0]
+        if end > head.nbytes:
+            raise RemoteProtocolError(f"header ends at byte {end} of {head.nbytes}")
+        header, columns = head[_HEADER_BYTES.size : end], _Columns(head, end, large)
+    if header.nbytes > HEADER_BYTES_MAX:
+        raise RemoteProtocolError(f"header of {header.nbytes} bytes, limit {HEADER_BYTES_MAX}")
+    return header, columns
+
+
 def checksum(body: Sequence[Buffer]) -> int:
-    """xxh3-64 over header and columns."""
+    """xxh3-64 over head and columns."""
     digest = xxhash.xxh3_64()
     for frame in body:
         digest.update(frame)
@@ -213,30 +255,47 @@ class _Kind:
 
 
 class _Columns:
-    """The raw column frames of a message, taken in order."""
+    """The raw columns of a message, taken in order.
 
-    def __init__(self, frames: Sequence[memoryview]) -> None:
+    Args:
+        head: the frame in which small columns are, or None where each is a frame of its own (version 1).
+        end: where they begin in it, at the next multiple of 8.
+        frames: the large ones, or all.
+    """
+
+    def __init__(self, head: memoryview | None, end: int, frames: Sequence[memoryview]) -> None:
+        # ZeroMQ lets small messages point into its receive buffer at any offset; kernels want aligned columns.
+        aligned = head is None or head.nbytes == 0 or np.frombuffer(head, np.uint64).flags.aligned
+        self._head = head if aligned or head is None else np.frombuffer(head, np.uint64).copy().data.cast("B")
+        self._offset = end + -end % _ALIGNMENT
         self._frames = frames
         self._next = 0
 
-    def take(self, dtype: Any, count: int) -> NDArray[Any]:
-        """The next frame as `dtype[count]`."""
+    def take(self, dtype: "np.dtype[Any]", count: int) -> NDArray[Any]:
+        """The next column as `dtype[count]`."""
+        size = count * dtype.itemsize
+        if self._head is not None and size < PACK_BYTES_MAX:
+            begin = self._offset
+            self._offset = begin + size + -size % _ALIGNMENT
+            if self._offset > self._head.nbytes:
+                raise RemoteProtocolError("a column is missing")
+            return np.frombuffer(self._head, dtype, count, begin) if count else np.empty(0, dtype)
         if self._next >= len(self._frames):
             raise RemoteProtocolError("a column is missing")
         frame = self._frames[self._next]
         self._next += 1
-        expected = count * np.dtype(dtype).itemsize
-        if frame.nbytes != expected:
-            raise RemoteProtocolError(f"column of {frame.nbytes} bytes, expected {expected}")
+        if frame.nbytes != size:
+            raise RemoteProtocolError(f"column of {frame.nbytes} bytes, expected {size}")
         if count == 0:
             return np.empty(0, dtype)
         column = np.frombuffer(frame, dtype)
-        # ZeroMQ lets small messages point into its receive buffer at any offset; kernels want aligned columns.
         return column if column.flags.aligned else column.copy()
 
     def done(self) -> None:
         if self._next != len(self._frames):
             raise RemoteProtocolError(f"{len(self._frames) - self._next} columns too many")
+        if self._head is not None and self._offset != self._head.nbytes:
+            raise RemoteProtocolError(f"{self._head.nbytes - self._offset} bytes too many behind the header")
 
 
 def _uint(value: object, bits: int = 64) -> int:
@@ -398,10 +457,10 @@ def _sections(value: object, columns: _Columns, with_stamps: bool) -> tuple[RowC
             raise RemoteProtocolError(f"unknown codec {codec!r}"[:80])
         if live > count or not row_bytes or bool(flags & _HAS_STAMPS) != with_stamps:
             raise RemoteProtocolError("rows that contradict themselves")
-        keys = columns.take(np.uint64, count)
-        stamps = columns.take(np.uint64, count) if flags & _HAS_STAMPS else None
-        significance = columns.take(np.float32, count) if flags & _HAS_SIGNIFICANCE else None
-        rows = columns.take(np.uint8, live * row_bytes).reshape(live, row_bytes)
+        keys = columns.take(_UINT64, count)
+        stamps = columns.take(_UINT64, count) if flags & _HAS_STAMPS else None
+        significance = columns.take(_FLOAT32, count) if flags & _HAS_SIGNIFICANCE else None
+        rows = columns.take(_UINT8, live * row_bytes).reshape(live, row_bytes)
         return RowColumns(table, keys, rows, stamps, significance)
 
     return _items(value, SECTIONS_MAX, parse)
@@ -475,7 +534,7 @@ def _take_lives(columns: _Columns, count: object) -> tuple[U64, U64]:
     """Lives of members, and a 32-bit number for each."""
     if type(count) is not int or not 0 <= count <= MEMBERS_MAX + 1:
         raise RemoteProtocolError(f"expected at most {MEMBERS_MAX + 1} lives")
-    return columns.take(np.uint64, count), columns.take(np.uint32, count).astype(np.uint64)
+    return columns.take(_UINT64, count), columns.take(_UINT32, count).astype(np.uint64)
 
 
 def _pack_schema(update: m.SchemaUpdate, _version: int) -> Packed:
@@ -525,10 +584,10 @@ def _batch(header: Header, columns: _Columns) -> m.Batch:
     if _uint(claimed, 32) > SHARDS_MAX or _uint(touched, 32) > SHARDS_MAX or claimed > touched:
         raise RemoteProtocolError(f"batch touches {touched} shards, limit {SHARDS_MAX}")
     claims = m.ShardClaims(
-        columns.take(np.uint32, claimed),
-        columns.take(np.uint64, claimed),
-        columns.take(np.uint16, claimed),
-        columns.take(np.uint16, claimed),
+        columns.take(_UINT32, claimed),
+        columns.take(_UINT64, claimed),
+        columns.take(_UINT16, claimed),
+        columns.take(_UINT16, claimed),
     )
     batch = m.Batch(
         _uint(keyspace, 32),
@@ -551,18 +610,18 @@ def _batch(header: Header, columns: _Columns) -> m.Batch:
 
 
 def _check_claims(batch: m.Batch) -> None:
-    claims = batch.claims
-    if not 1 <= batch.trees <= TREES_MAX or np.any(claims.shards % batch.trees != batch.tree):
+    claims, shards = batch.claims, batch.claims.shards
+    if not 1 <= batch.trees <= TREES_MAX or (batch.trees > 1 and (shards % batch.trees != batch.tree).any()):
         raise RemoteProtocolError(f"one message for several of {batch.trees} trees")
     if writer_of(batch.stamp) != batch.writer or batch.writer_prev >= batch.stamp:
         raise RemoteProtocolError(f"stamp {batch.stamp} does not follow {batch.writer_prev} of writer {batch.writer}")
-    if len(claims.shards) == 0:
+    if len(shards) == 0:
         if any(len(section.keys) for section in batch.columns):
             raise RemoteProtocolError("rows without a claimed shard")
         return
-    if claims.shards[-1] >= SHARDS_MAX or np.any(claims.shards[1:] <= claims.shards[:-1]):
+    if shards[-1] >= SHARDS_MAX or (shards[1:] <= shards[:-1]).any():
         raise RemoteProtocolError("shards are not ascending")
-    if np.any(claims.prev >= np.uint64(batch.stamp)) or np.any(claims.part >= claims.parts):
+    if int(claims.prev.max()) >= batch.stamp or (claims.part >= claims.parts).any():
         raise RemoteProtocolError("a claim contradicts itself")
 
 
@@ -573,9 +632,9 @@ def _pack_pull(pull: m.PullRequest, _version: int) -> Packed:
 def _take_vector(columns: _Columns, shards: int, writers: int) -> tuple[NDArray[np.uint16], U64, U64]:
     if _uint(shards, 32) > SHARDS_MAX or _uint(writers, 32) > WRITERS_MAX:
         raise RemoteProtocolError(f"vector of {shards} shards and {writers} writers")
-    ids = columns.take(np.uint16, writers)
-    vector = columns.take(np.uint64, shards * writers).reshape(shards, writers)
-    frontier = columns.take(np.uint64, writers)
+    ids = columns.take(_UINT16, writers)
+    vector = columns.take(_UINT64, shards * writers).reshape(shards, writers)
+    frontier = columns.take(_UINT64, writers)
     if writers and (ids[-1] >= WRITERS_MAX or np.any(ids[1:] <= ids[:-1])):
         raise RemoteProtocolError("writers are not ascending")
     own = ids.astype(np.uint64)
@@ -667,7 +726,7 @@ _KINDS: Final = (
     _Kind(m.Heartbeat, _pack_heartbeat, _heartbeat),
     _Kind(m.SchemaUpdate, _pack_schema, _schema),
     _Kind(m.Leave, _pack_leave, _leave),
-    _Kind(m.Batch, _pack_batch, _batch),
+    _Kind(m.Batch, _pack_batch, _batch, changed=(PACKED_SINCE,)),
     _Kind(m.PullRequest, _pack_pull, _pull),
     _Kind(m.PullReply, _pack_reply, _reply),
     _Kind(m.Ack, _pack_ack, _ack),

@@ -100,6 +100,18 @@ def insert_rows(index: Int, capacity_log2: Int, table: Int, stride: Int, slot_be
             publish(search(index, capacity_log2, key, first_entry(index, capacity_log2, key)), key, slot)
 
 
+@kernel("boolean(Array(uint64, 1, 'C', readonly=True), int64, Array(uint32, 1, 'C', readonly=True))")
+def all_in_shards(keys: U64, shards: Int, chosen: NDArray[np.uint32]) -> bool:
+    """Whether the shard of every key is among the chosen ones, each of which is below `shards`."""
+    mask = np.zeros(shards, np.bool_)
+    for i in range(chosen.size):
+        mask[chosen[i]] = True
+    inside = True
+    for i in range(keys.size):
+        inside &= mask[np.int64(mix64(keys[i]) % np.uint64(shards))]
+    return inside
+
+
 @kernel("void(Array(uint64, 1, 'C', readonly=True), int64, int64[::1])")
 def shards_of(keys: U64, shards: Int, out: I64) -> None:
     """The shard of each key: `mix64(key) mod shards`."""

@@ -61,6 +61,8 @@ class ModelStore:
         self._stamp_max = self._word("stamp_max")
         self._synced_until = np.zeros(entry.partitions, np.int64)  # of each partition
         self._elsewhere: U64 | None = None  # scratch of `changed_in`
+        self._identity = self._read_identity()
+        self._place = Place(self.spec.id)
 
     @classmethod
     def create(cls, entry: ModelEntry, memory: Memory, table_bytes_max: int) -> "ModelStore":
@@ -247,7 +249,7 @@ class ModelStore:
 
     @property
     def place(self) -> Place:
-        return Place(self.spec.id)
+        return self._place
 
     @property
     def shards(self) -> int:
@@ -265,6 +267,10 @@ class ModelStore:
 
     @property
     def writer(self) -> WriterIdentity | None:
+        return self._identity
+
+    def _read_identity(self) -> WriterIdentity | None:
+        """The identity in the header, whose words nobody else writes."""
         if not int(self._word("writer_bound")):
             return None
         writer = int(self._word("writer_id"))
@@ -285,6 +291,7 @@ class ModelStore:
         self._word("writer_nonce")[...] = identity.nonce
         self._word("writer_last_stamp")[...] = identity.last_stamp
         publish_word(bound, 1)
+        self._identity = self._read_identity()
 
     def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:
         last = self.writer
@@ -297,6 +304,8 @@ class ModelStore:
         packed = np.packbits(bitmap, bitorder="little").view(np.uint64)
         self._pending_shards[: packed.size] = packed
         publish_word(pending, stamp)
+        if last is not None and writer_of(stamp) == last.writer:
+            self._identity = WriterIdentity(last.writer, last.nonce, stamp)
 
     def _merge_pending(self) -> None:
         """Attach (R4): what the last local step wrote before the kill is all that anybody will ever see of it."""
@@ -314,7 +323,8 @@ class ModelStore:
         index.shards_of(_whole(keys), self.spec.shards, out)
         return out
 
-    def check(self, columns: Sequence[RowColumns]) -> None:
+    def check(self, columns: Sequence[RowColumns], shards: NDArray[np.uint32] | None = None) -> None:
+        some = None if shards is None or len(shards) == self.shards else shards
         for column in columns:
             table = self._tables.get(column.table)
             if table is None:
@@ -330,6 +340,8 @@ class ModelStore:
                 )
             if column.stamps is not None and (column.stamps.dtype != np.uint64 or column.stamps.shape != column.keys.shape):
                 raise RemoteProtocolError(f"table {table.spec.name!r}: stamps do not match the keys")
+            if some is not None and not index.all_in_shards(_whole(column.keys), self.shards, some):
+                raise RemoteProtocolError(f"a row of table {table.spec.name!r} lies outside the shards that it came as")
 
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
         counts = np.zeros(3, np.int64)

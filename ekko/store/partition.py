@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ekko.model import keyspace_id
 from ekko.store.model_store import ModelStore
-from p2p.errors import RemoteProtocolError
 from p2p.replica import U64, Applied, Place, Replica, RowColumns, Selection, WriterIdentity
 
 
@@ -73,13 +72,9 @@ class Partition:
     def partition_of(self, keys: U64) -> NDArray[np.int64]:
         return self._model.partition_of(keys)
 
-    def check(self, columns: Sequence[RowColumns]) -> None:
-        self._model.check(columns)
-        for column in columns:
-            if (self._model.partition_of(column.keys) != self._place.partition).any():
-                raise RemoteProtocolError(
-                    f"rows outside partition {self._place.partition} of model {self._model.spec.name!r}, as which they came"
-                )
+    def check(self, columns: Sequence[RowColumns], shards: NDArray[np.uint32] | None = None) -> None:
+        own = np.arange(self.shards, dtype=np.uint32) if shards is None else shards
+        self._model.check(columns, own * np.uint32(self._place.partitions) + np.uint32(self._place.partition))
 
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
         return self._model.apply(columns, stamp)

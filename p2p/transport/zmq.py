@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import numpy as np
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
@@ -106,6 +107,7 @@ class ZmqTransport:
         self._router: zmq.Socket[bytes] | None = None
         self._monitor: _Monitor | None = None
         self._peers: dict[str, _Peer] = {}
+        self._origins: dict[bytes, Origin] = {}  # by the routing id of a connection
 
     @property
     def address(self) -> str:
@@ -273,7 +275,7 @@ class ZmqTransport:
             self.counters.junk += 1
             return
         if self._keys is None:
-            origin = Origin(f"connection {routing.bytes.hex()}")
+            origin = self._origin_of(routing.bytes)
         else:
             node = self._keys.owner(str(routing.get("User-Id")))
             if node is None:  # until `check_keys` has cut it off
@@ -283,6 +285,15 @@ class ZmqTransport:
         self.counters.messages_in += 1
         self.counters.bytes_in += sum(frame.nbytes for frame in frames)
         receive(frames, origin)
+
+    def _origin_of(self, routing: bytes) -> Origin:
+        """Who speaks on an unauthenticated connection, as the ROUTER numbers them; the same object for the same one."""
+        origin = self._origins.get(routing)
+        if origin is None:
+            if len(self._origins) >= PEERS_MAX:
+                self._origins.clear()
+            origin = self._origins[routing] = Origin(f"connection {routing.hex()}")
+        return origin
 
 
 class _Peer:
@@ -395,8 +406,9 @@ class _Peer:
             return False
         for index, frame in enumerate(frames):
             more = zmq.SNDMORE if index + 1 < len(frames) else 0
+            sent = _sendable(frame)
             try:
-                self._socket.send(_sendable(frame), zmq.NOBLOCK | more, copy=False)
+                self._socket.send(sent, zmq.NOBLOCK | more, copy=not isinstance(sent, zmq.Frame))
             except zmq.Again:
                 if index:
                     # The connection broke inside the message, and ZeroMQ now swallows frames until a message ends: it would
@@ -488,14 +500,19 @@ def _configured(new: "zmq.Socket[bytes]", address: str) -> "zmq.Socket[bytes]":
 
 
 def _sendable(frame: Buffer) -> Buffer | zmq.Frame:
-    if not isinstance(frame, memoryview):
-        return frame
-    # A frame that came from ZeroMQ and goes on whole shares its memory inside ZeroMQ; a view of it would wake a Python thread
-    # at every receiver to let go of it: 0.1 ms for three of them.
-    owner: object = frame.obj
-    if isinstance(owner, zmq.Frame) and len(owner) == frame.nbytes >= COPY_BYTES_MAX:
-        return owner
-    return byte_view(frame)
+    """A small frame as it is, to be copied; a large one as ZeroMQ's own, to be shared.
+
+    A large frame that came from ZeroMQ and goes on whole, through whatever views, shares its memory inside ZeroMQ. A view of it
+    would wake a Python thread at every receiver to let go of it: 0.1 ms for three of them.
+    """
+    view = byte_view(frame)
+    if view.nbytes < COPY_BYTES_MAX:
+        return view
+    owner: object = view
+    while isinstance(owner, (memoryview, np.ndarray)):
+        owner = owner.obj if isinstance(owner, memoryview) else owner.base
+    # Of equal length: not a part of it.
+    return owner if isinstance(owner, zmq.Frame) and len(owner) == view.nbytes else zmq.Frame(view, copy=False)
 
 
 def _receive_message(router: "zmq.Socket[bytes]") -> tuple[zmq.Frame, list[memoryview]] | None:

@@ -2,8 +2,8 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
-import msgpack
 import numpy as np
 import pytest
 from hypothesis import given
@@ -116,27 +116,66 @@ def test_round_trip(message: m.Message) -> None:
 def test_a_forwarded_batch_keeps_its_frames() -> None:
     frames = [memoryview(bytes(frame)) for frame in wire.encode(ENVELOPE, batch())]
     _, received = wire.decode(frames)
-    again = wire.encode(m.Envelope(5, 6, 7, 8, 2), received)
+    again = wire.encode(m.Envelope(5, 6, 7, 8, 2, PROTOCOL_VERSION), received)
     assert all(ours is theirs for ours, theirs in zip(again[1:], frames[1:], strict=True))
     envelope, _ = wire.decode([memoryview(bytes(frame)) for frame in again])
     assert envelope.hops == 2
 
 
+def big_batch() -> m.Batch:
+    """Keys are just too large for the head, rows are, significance is not."""
+    count = wire.PACK_BYTES_MAX // 8
+    keys, rows = np.arange(count, dtype=np.uint64), np.arange(count * 12, dtype=np.uint32).view(np.uint8).reshape(count, 48)
+    return replace(batch(), columns=(RowColumns(1, keys, rows, None, np.ones(count, np.float32)), *sections(False)))
+
+
+def test_small_columns_share_the_head_and_large_ones_are_frames() -> None:
+    big = big_batch()
+    assert len(wire.encode(ENVELOPE, batch())) == 2
+    frames = wire.encode(ENVELOPE, big)
+    assert [memoryview(frame).nbytes for frame in frames[2:]] == [big.columns[0].keys.nbytes, big.columns[0].rows.nbytes]
+    assert plain(transfer(big)[1]) == plain(big)
+    first = replace(ENVELOPE, version=1)
+    assert len(wire.encode(first, big)) == 2 + 4 + 3 + 2 + 3
+    assert plain(transfer(big, first)[1]) == plain(big)
+
+
 def test_columns_are_not_copied() -> None:
-    frames = [memoryview(bytes(frame)) for frame in wire.encode(ENVELOPE, batch())]
-    _, received = wire.decode(frames)
-    assert isinstance(received, m.Batch)
-    rows = received.columns[0].rows
-    assert any(np.shares_memory(rows, np.frombuffer(frame, np.uint8)) for frame in frames[2:] if frame.nbytes)
+    for message in (batch(), big_batch()):
+        frames = [memoryview(bytes(frame)) for frame in wire.encode(ENVELOPE, message)]
+        _, received = wire.decode(frames)
+        assert isinstance(received, m.Batch)
+        for column in (received.claims.prev, received.columns[0].keys, received.columns[0].rows):
+            assert any(np.shares_memory(column, np.frombuffer(frame, np.uint8)) for frame in frames[1:])
 
 
-def test_unaligned_columns_become_aligned() -> None:
-    frames = [bytes(frame) for frame in wire.encode(ENVELOPE, batch())]
+@pytest.mark.parametrize("version", wire.VERSIONS)
+def test_unaligned_columns_become_aligned(version: int) -> None:
+    frames = [bytes(frame) for frame in wire.encode(replace(ENVELOPE, version=version), batch())]
     shifted = [memoryview(b"x" + frame)[1:] for frame in frames]
     _, received = wire.decode(shifted)
     assert isinstance(received, m.Batch)
     assert all(section.keys.flags.aligned for section in received.columns)
+    assert received.claims.prev.flags.aligned
     assert plain(received) == plain(batch())
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda head: head[:-8], "a column is missing"),
+        (lambda head: head + bytes(8), "8 bytes too many"),
+        (lambda head: head[:-1], "head of"),
+        (lambda head: b"", "head of 0 bytes"),
+        (lambda head: b"\xff\xff\xff\x7f" + head[4:], "header ends at byte 2147483651"),
+        (lambda head: bytes(4) + head[4:], "malformed Batch"),
+    ],
+)
+def test_a_head_that_contradicts_itself_is_refused(damage: Callable[[bytes], bytes], complaint: str) -> None:
+    head = damage(bytes(wire.encode(ENVELOPE, batch())[1]))
+    envelope = wire._pack_envelope(ENVELOPE, wire._NUMBER_OF[m.Batch], wire.checksum([head]))
+    with pytest.raises(RemoteProtocolError, match=complaint):
+        wire.decode([memoryview(envelope), memoryview(head)])
 
 
 def test_a_flipped_bit_in_a_row_is_noticed() -> None:
@@ -184,10 +223,13 @@ def test_damaged_messages_raise_one_error_type(message: m.Message, seed: int) ->
         max_leaves=30,
     ),
     st.lists(st.binary(max_size=64), max_size=6),
+    st.sampled_from(wire.VERSIONS),
 )
-def test_junk_with_a_valid_checksum_raises_one_error_type(kind: int, header: object, columns: list[bytes]) -> None:
-    body = [msgpack.packb(header), *columns]
-    envelope = wire.ENVELOPE.pack(wire.MAGIC, PROTOCOL_VERSION, kind, 1, 2, 0, 0, 0, wire.checksum(body))
+def test_junk_with_a_valid_checksum_raises_one_error_type(
+    kind: int, header: object, columns: list[bytes], version: int
+) -> None:
+    body = wire._body(header, [np.frombuffer(column, np.uint8) for column in columns], version)  # type: ignore[arg-type]
+    envelope = wire.ENVELOPE.pack(wire.MAGIC, version, kind, 1, 2, 0, 0, 0, wire.checksum(body))
     decode_or_refuse([envelope, *body])
 
 
@@ -272,9 +314,9 @@ def test_another_protocol_version_is_named() -> None:
     [(3, [1, 1]), (3, [2, 1]), (3, [3]), (3, [-1]), (3, ["1"]), (0, []), (1, [0]), (65, [0]), (64, [0] * 65)],
 )
 def test_what_a_node_cannot_hold_is_refused(partitions: int, held: list[object]) -> None:
-    header = msgpack.unpackb(wire.encode(ENVELOPE, m.MemberNews((MEMBER,)))[1])
+    header, _ = wire._pack_news(m.MemberNews((MEMBER,)), PROTOCOL_VERSION)
     header[0][0][11] = [[5, partitions, held]]
-    body = [msgpack.packb(header)]
+    body = wire._body(header, [], PROTOCOL_VERSION)
     frame = wire._pack_envelope(ENVELOPE, wire._NUMBER_OF[m.MemberNews], wire.checksum(body))
     with pytest.raises(RemoteProtocolError, match=r"partitions|unsigned|list of at most"):
         wire.decode([memoryview(frame), memoryview(body[0])])

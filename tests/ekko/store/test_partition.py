@@ -93,7 +93,7 @@ def test_rows_of_another_partition_are_refused() -> None:
     store = Store.anonymous()
     model = store.add_model(spec(), hold=[0, 2])
     replica = next(iter(store.replicas.values()))
-    with pytest.raises(RemoteProtocolError, match="outside partition 0 of model 'ctr'"):
+    with pytest.raises(RemoteProtocolError, match="lies outside the shards"):
         replica.check([rows_of(np.concatenate([keys_of(model, 0, 3), keys_of(model, 1, 1)]))])
 
 
