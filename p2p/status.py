@@ -32,6 +32,7 @@ class PeerStatus:
     batches_skipped: int
     sessions_broken: int
     rows_due: int
+    protocol_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class NodeStatus:
     peers: tuple[PeerStatus, ...]
     keyspaces: tuple[KeyspaceStatus, ...]
     queues: tuple[QueueStatus, ...]
+    protocol_version: int
 
 
 def of_node(core: Core, pushing: Push, pulling: Pull, reaching: Reach, introduced: bool, now: m.Now) -> NodeStatus:
@@ -85,6 +87,7 @@ def of_node(core: Core, pushing: Push, pulling: Pull, reaching: Reach, introduce
         tuple(_of_peer(core, pulling, node, holding, now) for node in sorted(core.membership.members)),
         keyspaces,
         _of_queues(core, pushing, pulling, reaching),
+        core.options.protocol_version,
     )
 
 
@@ -136,6 +139,7 @@ def _of_peer(core: Core, pulling: Pull, node: str, holding: set[str], now: m.Now
         traffic.batches_skipped,
         traffic.sessions_broken,
         outbox.rows_due if outbox is not None else 0,
+        record.protocol,
     )
 
 
