@@ -71,9 +71,13 @@ class NodeStatus:
     keyspaces: tuple[KeyspaceStatus, ...]
     queues: tuple[QueueStatus, ...]
     protocol_version: int
+    writer_blocks: int  # of writer ids, that are ours
+    ids_wanted: str  # why this training node has no writer id to use; empty when it has
 
 
-def of_node(core: Core, pushing: Push, pulling: Pull, reaching: Reach, introduced: bool, now: m.Now) -> NodeStatus:
+def of_node(
+    core: Core, pushing: Push, pulling: Pull, reaching: Reach, introduced: bool, ids_wanted: str, now: m.Now
+) -> NodeStatus:
     """The whole node; `introduced` tells whether somebody of the cluster has answered it."""
     holding = {holder.node for holder in core.membership.holders(now.monotonic_ms)}
     keyspaces = tuple(_of_keyspace(core, pulling, keyspace, now) for keyspace in core.keyspaces.values())
@@ -88,6 +92,8 @@ def of_node(core: Core, pushing: Push, pulling: Pull, reaching: Reach, introduce
         keyspaces,
         _of_queues(core, pushing, pulling, reaching),
         core.options.protocol_version,
+        len(core.writers.blocks),
+        ids_wanted,
     )
 
 
