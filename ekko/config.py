@@ -70,6 +70,7 @@ class NodeSection(Section):
     seeds: list[str] = []
     advertise: str | None = None
     http_public: Annotated[bool, BeforeValidator(_truth)] = False
+    compression: Literal["auto", "always", "never"] = "auto"
 
 
 class ModelSection(Section):

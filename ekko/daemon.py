@@ -38,6 +38,7 @@ from ekko.store.model_store import ModelStore
 from ekko.store.recent import CacheStats
 from ekko.version import __version__
 from p2p import messages as m
+from p2p.compression import Mode
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.machine import Machine, MachineOptions
 from p2p.membership import MEMBERS_MAX
@@ -74,7 +75,7 @@ class Node:
         self._failure: BaseException | None = None
         self._nodes: dict[str, str] = {}  # address -> node
         self._nodes_until_ms = 0
-        self._delays_s: dict[str, float] = {}
+        self._regions: dict[str, str] = {}  # address -> region
         self._parts: _Parts | None = None
 
     # --- lifecycle
@@ -150,7 +151,14 @@ class Node:
         if (security := self.config.security) is not None:
             keys = NodeKeys(node.id, security.key_file, security.allow, self._node_at)
         transport = ZmqTransport(node.peers, advertise=node.advertise, keys=keys)
-        runtime = Runtime(machine, transport, on_effect=self._on_effect, delay_s=self._delay_s)
+        runtime = Runtime(
+            machine,
+            transport,
+            on_effect=self._on_effect,
+            delay_s=self._delay_s,
+            compression=Mode(node.compression),
+            crosses=self._crosses,
+        )
         return _Parts(store, machine, transport, runtime, keys)
 
     async def _run_protocol(self, runtime: Runtime) -> None:
@@ -240,20 +248,25 @@ class Node:
             )
         return readable
 
+    def _region_of(self, address: str) -> str | None:
+        """The region of a peer; None until it is known. Asked at each send."""
+        region = self._regions.get(address)
+        if region is None and self._parts is not None and (region := self._parts.machine.region_of(address)) is not None:
+            if len(self._regions) >= MEMBERS_MAX:
+                self._regions.clear()
+            self._regions[address] = region
+        return region
+
     def _delay_s(self, address: str) -> float:
         """Emulated one-way delay towards a peer; none until its region is known."""
         if not self.config.links:
             return 0.0
-        known = self._delays_s.get(address)
-        if known is not None:
-            return known
-        region = self._parts.machine.region_of(address) if self._parts is not None else None
-        if region is None:
-            return 0.0
-        if len(self._delays_s) >= MEMBERS_MAX:
-            self._delays_s.clear()
-        self._delays_s[address] = delay_s = self.config.delay_s(self.config.node.region, region)
-        return delay_s
+        region = self._region_of(address)
+        return 0.0 if region is None else self.config.delay_s(self.config.node.region, region)
+
+    def _crosses(self, address: str) -> bool:
+        """Whether a peer is known to be in another region."""
+        return self._region_of(address) not in (None, self.config.node.region)
 
     # --- requests of publishers and tools
 
@@ -353,8 +366,6 @@ class Node:
             self._caught_up = self._parts.machine.status(_now()).synced
             if not self._caught_up:
                 waiting.append("the cluster: this node has not caught up with it yet")
-        if self._parts is not None and (reason := self._parts.machine.ids_wanted):
-            waiting.append(f"a writer id: {reason}")
         return waiting
 
     def status(self) -> dict[str, object]:
@@ -384,6 +395,7 @@ class Node:
         cache = sum((model.cache_stats() for model in parts.store.models.values()), CacheStats())
         counters |= {"cache_hits": cache.hits, "cache_misses": cache.misses}
         counters |= {"cache_pruned": cache.pruned, "cache_left_out": cache.left_out}
+        counters |= {f"compression_{name}": count for name, count in asdict(parts.runtime.outgoing.counters).items()}
         counters |= {"peers_shut_out": parts.runtime.conduct.shut_outs, "shut_out_messages": parts.runtime.conduct.dropped}
         own_queues = (
             QueueStatus("local_requests", self._endpoint.pending, REQUESTS_PENDING_MAX),

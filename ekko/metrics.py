@@ -68,6 +68,11 @@ COUNTERS = {
     "ekko_cache_misses": ("Answers that took a scan of the table.", "cache_misses"),
     "ekko_cache_pruned": ("Changes dropped from update caches.", "cache_pruned"),
     "ekko_cache_left_out": ("Rows too old to be cached when they came.", "cache_left_out"),
+    "ekko_compressed_messages": ("Messages to other regions that were sent compressed.", "compression_messages"),
+    "ekko_compressed_bytes": ("Bytes of those before they were compressed.", "compression_bytes_before"),
+    "ekko_compression_saved_bytes": ("Bytes less that they were afterwards.", "compression_bytes_saved"),
+    "ekko_compressed_in_vain": ("Messages that were compressed, and sent as they were.", "compression_in_vain"),
+    "ekko_compression_microseconds": ("Processor time spent on compressing.", "compression_microseconds"),
     "ekko_sessions_broken": ("Link sessions that ended with a hole.", "sessions_broken"),
     "ekko_local_requests_malformed": ("Messages on the local endpoint that are not of its protocol.", "local_malformed"),
 }

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from p2p import wire
+from p2p.compression import Mode
 from p2p.conduct import Conduct
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.messages import (
@@ -40,7 +41,9 @@ from p2p.messages import (
     Started,
     TimerFired,
 )
+from p2p.outgoing import Outgoing
 from p2p.transport import Origin, Transport
+from p2p.wrapping import unwrap
 
 # Effects of one event, and of all that it sets off. A full pull reply to each of 1,000 peers is far below; more is a loop.
 EFFECTS_MAX: Final = 1 << 17
@@ -88,6 +91,8 @@ class Runtime:
         on_effect: called for every effect that is not the runtime's own (replies, notes, metrics). It may call `submit`.
         delay_s: emulated one-way delay towards an address, seconds; asked at each send, since regions become known late.
         clock: reads both clocks.
+        compression: what is compressed on links between regions.
+        crosses: whether an address is in another region.
     """
 
     def __init__(
@@ -98,10 +103,13 @@ class Runtime:
         on_effect: Callable[[Effect], None],
         delay_s: Callable[[str], float] = no_delay,
         clock: Callable[[], Now] = read_clock,
+        compression: Mode = Mode.NEVER,
+        crosses: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.started = asyncio.Event()  # the transport is bound and the machine has begun
         self.rejected: dict[str, int] = {}  # sender -> messages dropped as malformed or out of place
         self.conduct = Conduct()
+        self.outgoing = Outgoing(transport, compression, crosses)
         self._machine = machine
         self._transport = transport
         self._on_effect = on_effect
@@ -139,6 +147,7 @@ class Runtime:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
+            await self.outgoing.close()
             await self._transport.close()
 
     def submit(self, event: Event) -> None:
@@ -163,10 +172,12 @@ class Runtime:
             self._turn_end = asyncio.get_running_loop().call_soon(self._end_turn)
         sender = REJECTED_UNREADABLE
         try:
-            envelope, message = wire.decode(frames)
+            envelope, message = wire.decode(unwrap(frames))
             sender = f"{envelope.sender_boot:016x}"
             if isinstance(message, Hello) and origin.node is not None and message.member.node != origin.node:
                 raise RemoteProtocolError(f"hello of {message.member.node!r} from the owner of {origin.node!r}'s key")
+            if isinstance(message, Ack):
+                self.outgoing.on_ack(envelope.sender_boot, message)
             self._handle(MessageReceived(envelope, message))
         except RemoteProtocolError as error:
             self._reject(sender, error)
@@ -233,6 +244,7 @@ class Runtime:
             case Continue(event):
                 self._continue(event)
             case Forget(address):
+                self.outgoing.forget(address)
                 self._transport.disconnect(address)
             case Fatal(reason):
                 self._on_effect(effect)
@@ -242,7 +254,7 @@ class Runtime:
 
     def _send(self, send: Send) -> None:
         self._transport.set_delay(send.address, self._delay_s(send.address))
-        if not self._transport.send(send.address, wire.encode(send.envelope, send.message)):
+        if not self.outgoing.send(send.address, send.envelope, send.message):
             self._handle(SendFailed(send.address, send.envelope))
 
     def _continue(self, event: Event) -> None:

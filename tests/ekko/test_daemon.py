@@ -106,6 +106,23 @@ def test_rows_of_a_codec_are_the_same_everywhere_and_come_back_as_they_are(pair:
     assert pair["train-1"].status()["models"][name]["codec"] == codec
 
 
+def test_rows_that_compress_go_compressed_to_another_region(pair: LocalCluster) -> None:
+    keys, train, serve = np.arange(5_000, dtype=np.uint64), pair["train-1"], pair["serve-1"]
+    before = train.status()["counters"]
+    with ekko.Publisher(train.local, model="even", tables={"item": 16}) as publisher:
+        for value in range(4):
+            stamp = publisher.publish("item", keys, rows(value, len(keys), 16))
+        publisher.wait(stamp, "all")
+        with closing(ekko.Reader("even", run_dir=serve.run_dir)) as reader:
+            assert (reader.lookup("item", keys) == 3).all()
+    counters = train.status()["counters"]
+    payload = counters["compression_bytes_before"] - before["compression_bytes_before"]
+    assert counters["compression_messages"] - before["compression_messages"] >= 4
+    assert payload >= 4 * keys.size * (8 + 64)
+    assert counters["compression_bytes_saved"] - before["compression_bytes_saved"] > 0.6 * payload  # keys are not all alike
+    assert serve.status()["rejected"] == {}
+
+
 def test_nodes_that_name_different_codecs_refuse_each_other_in_one_line(tmp_path: Path) -> None:
     first = LocalCluster(
         tmp_path, [NodeSpec("first", "eu", "train")], models={"ctr": ModelTables({"item": 4}, codec="float16")}
