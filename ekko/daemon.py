@@ -366,6 +366,8 @@ class Node:
             self._caught_up = self._parts.machine.status(_now()).synced
             if not self._caught_up:
                 waiting.append("the cluster: this node has not caught up with it yet")
+        if self._parts is not None and (reason := self._parts.machine.ids_wanted):
+            waiting.append(f"a writer id: {reason}")
         return waiting
 
     def status(self) -> dict[str, object]:

@@ -74,6 +74,7 @@ class NodePicture:
                 "address": self.address,
                 "run_dir": self.run_dir,
                 "version": self.version,
+                "protocol_version": protocol.protocol_version,
                 "boot": f"{protocol.boot:016x}",
                 "cluster": f"{protocol.cluster:016x}",
                 "uptime_s": round(self.uptime_s, 3),

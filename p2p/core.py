@@ -1,6 +1,7 @@
 """What the parts of the machine share: who we are, who we know, and the effects of the event at hand."""
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from p2p import messages as m
@@ -14,7 +15,10 @@ from p2p.replica import Host, Replica
 from p2p.stamps import StampClock, writer_of
 from p2p.sync import PUSH, SyncOptions
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, agree
-from p2p.writers import WriterBook
+from p2p.writers import WriterBook, WriterConflictError
+
+# Conflicts between writers that are told apart; each is a mistake of somebody, so that many more would be told by nobody.
+CONFLICTS_MAX = 1_024
 
 # Steps of ours of which we remember what they touched, for those who wait for them: 4 s of 1,000 a second.
 TOUCHED_MAX = 4_096
@@ -61,6 +65,8 @@ class Counters:
     waits_refused: int = 0
     peers_refused: int = 0
     versions_refused: int = 0  # peers, and records of members, of a version that we do not speak
+    writer_conflicts: int = 0  # batches, pulls and records dropped, since they know a writer id under another nonce
+    blocks_given: int = 0  # of writer ids
     messages_unspoken: int = 0  # not sent, since the peer's version does not know them
 
 
@@ -106,6 +112,7 @@ class Core:
     first: bool = False  # no seed but ourselves, and no peer of a former life: nobody to catch up with
     deaf: bool = False  # we hear nobody
     effects: list[m.Effect] = field(default_factory=list)
+    conflicts: dict[str, None] = field(default_factory=dict)  # between writers, that were told
 
     def expected(self, now: m.Now) -> list[Peer]:
         """Peers of a former life that may yet answer, sorted by node; after a while they count as silent."""
@@ -156,6 +163,30 @@ class Core:
             keyspace.live_writers = others if identity is None else (*others, own)
             keyspace.live_writers_of = records, own
         return keyspace.live_writers
+
+    def same_writers(self, peer: str, keyspace: int, writers: Iterable[int], nonces: Iterable[int]) -> bool:
+        """Whether a peer knows these ids under the nonces that we know; if so, those that are new are learned.
+
+        If not, nothing of it may be merged (R12). 0 stands for a nonce that the peer does not know.
+        """
+        told = [(writer, nonce) for writer, nonce in zip(writers, nonces, strict=True) if nonce]
+        try:
+            for writer, nonce in told:
+                self.writers.check(keyspace, writer, nonce)
+        except WriterConflictError as error:
+            self.note_conflict(peer, error)
+            return False
+        for writer, nonce in told:
+            self.writers.learn(keyspace, writer, nonce)
+        return True
+
+    def note_conflict(self, node: str, error: WriterConflictError) -> None:
+        """Two nonces under one id were met: a person must know, once."""
+        self.counters.writer_conflicts += 1
+        reason = str(error)
+        if reason not in self.conflicts and len(self.conflicts) < CONFLICTS_MAX:
+            self.conflicts[reason] = None
+            self.note("writer_conflict", alarm=True, node=node, reason=reason)
 
     def own_record(self) -> m.MemberRecord:
         """What we say of ourselves."""
@@ -224,6 +255,8 @@ class Core:
                 held = self.keyspaces[keyspace] = Keyspace(replica, knowledge, synced=self.first or born)
                 self.families.setdefault(replica.place.family, []).append(held)
                 self.clock.observe(max(replica.stamp_max, int(replica.frontier.max())))
+                if replica.writer is not None:
+                    knowledge.note_writer(replica.writer.writer)
 
 
 def reached(keyspace: Keyspace, stamp: int) -> bool:

@@ -144,6 +144,7 @@ class Gossip:
             register.digest(now.monotonic_ms),
             boots,
             counters,
+            core.writers.cluster,
         )
 
     def _take_news(self) -> tuple[m.MemberRecord, ...]:
@@ -172,6 +173,7 @@ class Gossip:
         register = core.membership
         if beat.member.boot != link.boot or beat.member.node != link.node:
             raise RemoteProtocolError(f"heartbeat of {beat.member.node!r} over the link of {link.node!r}")
+        core.writers.adopt_cluster(beat.cluster)
         self._introductions.learn((beat.member, *beat.members), now)
         member = register.members.get(link.node)
         if member is not None and member.record.boot == link.boot:

@@ -16,6 +16,7 @@ from p2p.placement import holds
 from p2p.pull import Pull
 from p2p.replica import SchemaEntry
 from p2p.versions import agree, describe, lowest_spoken
+from p2p.writers import WriterConflictError
 
 # What all nodes must agree on for the trees to be equal on all of them.
 CONSTANTS = (trees.TREE_ARITY, trees.TREES_MAX, trees.ONE_TREE_HOLDERS_MAX)
@@ -53,6 +54,16 @@ class Introductions:
             return
         if core.membership.succeeded(member, now.monotonic_ms):
             core.counters.strangers += 1
+            return
+        if self._alone_in_another(hello):
+            core.emit(
+                m.Fatal(
+                    f"this node founded cluster {core.writers.cluster:016x}, and {member.node!r} calls it from cluster "
+                    f"{hello.cluster:016x}, which has {len(hello.members) + 1} nodes: a node without seeds and without its "
+                    "run_dir begins a cluster of its own. Remove its run_dir, give it seeds, start it again, and publish again "
+                    "what was published here since"
+                )
+            )
             return
         try:
             self._admit(hello, now)
@@ -95,6 +106,17 @@ class Introductions:
             core.writers.check(writer.keyspace, writer.writer, writer.nonce)
         self.adopt_schema(hello.schema, None, now)  # all of it or nothing; the last that can be refused
         core.writers.adopt_cluster(hello.cluster)
+
+    def _alone_in_another(self, hello: m.Hello) -> bool:
+        """Whether our cluster consists of us, and a caller who is not alone belongs to another: ours was founded by mistake."""
+        core = self._core
+        alone = not self.introduced and not core.record.peers
+        return (
+            alone
+            and bool(hello.members)
+            and 0 not in (hello.cluster, core.writers.cluster)
+            and (hello.cluster != core.writers.cluster)
+        )
 
     def _check_version(self, hello: m.Hello, now: m.Now) -> None:
         """Refuse a newcomer that somebody here could not talk to.
@@ -195,8 +217,8 @@ class Introductions:
                 for writer in record.writers:
                     if writer.keyspace in core.families:  # what a peer can make us remember has a bound
                         core.writers.learn(writer.keyspace, writer.writer, writer.nonce)
-            except RemoteProtocolError as error:  # its record alone is ignored: gossip of the others must go on
-                core.note("writer_conflict", alarm=True, node=record.node, reason=str(error))
+            except WriterConflictError as error:  # its record alone is ignored: gossip of the others must go on
+                core.note_conflict(record.node, error)
                 continue
             known = core.membership.members.get(record.node)
             before = None if known is None else known.record

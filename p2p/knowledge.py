@@ -87,6 +87,10 @@ class Knowledge:
         """uint16[w]: every writer ever heard of here, ascending."""
         return np.array(sorted(self._writers), np.uint16)
 
+    def note_writer(self, writer: int) -> None:
+        """A writer has begun, and has written nothing yet: from now on our vector names it."""
+        self._writers.add(writer)
+
     @property
     def open_steps(self) -> int:
         """Steps that wait for a gap or for parts."""

@@ -1,7 +1,7 @@
 """What a node must remember beyond its process and its shared memory: a small durable record.
 
-Granted writer ids, so that none is granted twice; the cluster it belongs to; when its last life began; and whom it knew, so
-that a first node that comes back alone calls the others instead of believing that there are none.
+Granted writer ids and blocks of them, so that none is granted twice; the cluster it belongs to; when its last life began; and
+whom it knew, so that a first node that comes back alone calls the others instead of believing that there are none.
 """
 
 from dataclasses import dataclass, field
@@ -43,6 +43,11 @@ class NodeRecord:
     boot_ms: int = 0
     bindings: dict[tuple[int, int], int] = field(default_factory=dict)  # (keyspace, writer) -> nonce
     peers: dict[NodeId, Peer] = field(default_factory=dict)
+    founded: bool = False  # a cluster of version 1 whose writer ids are in blocks by now
+    holder: int = 0  # the nonce under which others give us blocks of writer ids
+    blocks: dict[int, None] = field(default_factory=dict)  # ours
+    given: dict[int, int] = field(default_factory=dict)  # block -> the holder that we gave it to
+    clock_floor: int = 0  # no stamp of ours may be below: who gave us blocks had seen it
 
     @classmethod
     def load(cls, ledger: Ledger) -> Self:
@@ -62,6 +67,11 @@ class NodeRecord:
                 int(state["boot_ms"]),
                 {(int(keyspace), int(writer)): int(nonce) for keyspace, writer, nonce in state["granted"]},
                 {str(peer[0]): Peer(*map(str, peer)) for peer in state.get("peers", [])},
+                bool(state.get("founded", False)),
+                int(state.get("holder", 0)),
+                {int(block): None for block in state.get("blocks", [])},
+                {int(block): int(holder) for block, holder in state.get("given", [])},
+                int(state.get("clock_floor", 0)),
             )
         except Exception as error:
             raise LocalProtocolError(
@@ -72,7 +82,17 @@ class NodeRecord:
         """Write it down, durably."""
         granted = [[keyspace, writer, nonce] for (keyspace, writer), nonce in self.bindings.items()]
         peers = [[peer.node, peer.region, peer.role, peer.address] for peer in self.peers.values()]
-        state = {"cluster": self.cluster, "boot_ms": self.boot_ms, "granted": granted, "peers": peers}
+        state = {
+            "cluster": self.cluster,
+            "boot_ms": self.boot_ms,
+            "granted": granted,
+            "peers": peers,
+            "founded": self.founded,
+            "holder": self.holder,
+            "blocks": list(self.blocks),
+            "given": list(self.given.items()),
+            "clock_floor": self.clock_floor,
+        }
         self.ledger.save(msgpack.packb(state))
 
     def begin_life(self, boot_ms: int) -> int:

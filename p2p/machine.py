@@ -14,6 +14,7 @@ from typing import assert_never
 
 from p2p import links, push, status
 from p2p import messages as m
+from p2p.allotment import Allotment
 from p2p.core import Core, Counters, Keyspace, MachineOptions
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.gossip import Gossip
@@ -51,7 +52,9 @@ class Machine:
         own = m.MemberRecord(options.node, options.boot, boot_ms, options.region, options.role, "", 0, version=version)
         self._core = Core(options, host, record, WriterBook(record, rng), rng, Membership(own), StampClock())
         self._core.first = not options.seeds and not record.peers
-        self._push = Push(self._core)
+        self._core.clock.observe(record.clock_floor)
+        self._allotment = Allotment(self._core)
+        self._push = Push(self._core, self._allotment)
         self._pull = Pull(self._core)
         self._schedule = Schedule(self._core, self._pull)
         self._reach = Reach(self._core)
@@ -76,6 +79,11 @@ class Machine:
             self._plan(self._handled_ms)
             self._planned = True
         return self._deadline_ms
+
+    @property
+    def ids_wanted(self) -> str:
+        """Why this training node has no writer id to use; empty when it has, or does not need one."""
+        return self._allotment.reason
 
     def region_of(self, address: str) -> str | None:
         """The region of the member that peers dial at `address`, when we know it."""
@@ -211,6 +219,10 @@ class Machine:
                 member = core.membership.members.get(link.node)
                 if member is not None and member.record.boot == link.boot:  # gossip of its next life may have come first
                     self._introductions.learn((replace(member.record, left=True),), now)
+            case m.BlockRequest():
+                self._allotment.on_request(link, message, now)
+            case m.BlockGrant():
+                self._allotment.on_grant(link, message, now)
             case m.RegisterIndex():
                 self._gossip.on_index(link, message, now)
             case m.MemberNews(members):
@@ -291,6 +303,7 @@ class Machine:
         if self._started:
             if now.monotonic_ms >= self._gossip.beat_ms:
                 self._free_stuck_links(now)
+                self._allotment.on_beat(now)
             self._gossip.on_timer(now)
         self._push.beat(now)
         for keyspace in core.keyspaces.values():
@@ -354,4 +367,5 @@ class Machine:
 
     def status(self, now: m.Now) -> NodeStatus:
         """A picture of now."""
-        return status.of_node(self._core, self._push, self._pull, self._reach, self._introductions.introduced, now)
+        wanted = self._allotment.reason
+        return status.of_node(self._core, self._push, self._pull, self._reach, self._introductions.introduced, wanted, now)

@@ -117,6 +117,10 @@ def _no_numbers() -> U64:
     return np.empty(0, np.uint64)
 
 
+def _no_writers() -> NDArray[np.uint16]:
+    return np.empty(0, np.uint16)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Heartbeat:
     """Sent to a few members each interval."""
@@ -129,6 +133,7 @@ class Heartbeat:
     register_digest: int = 0  # over the lives and versions of all that the sender takes for alive
     boots: U64 = field(default_factory=_no_numbers)  # [n] lives of some members
     counters: U64 = field(default_factory=_no_numbers)  # [n] and their heartbeat counters
+    cluster: int = 0  # the cluster nonce (R12); 0: none yet, or not told
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -212,6 +217,7 @@ class PullRequest:
     vector: U64  # [shards, w]
     frontier: U64  # [w], the asker's
     shards: int
+    nonces: U64 = field(default_factory=_no_numbers)  # [w] or empty: to which the asker knows them bound; 0: unknown
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -226,6 +232,8 @@ class PullReply:
     writers: NDArray[np.uint16]  # [w]; empty unless last
     vector: U64  # [shards, w]; the answerer's vector, read before it selected the rows
     frontier: U64  # [w]
+    bound: NDArray[np.uint16] = field(default_factory=_no_writers)  # [b] in the first chunk: writers whose nonces are known
+    nonces: U64 = field(default_factory=_no_numbers)  # [b]
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +267,26 @@ class Reached:
     query: int
 
 
+@dataclass(frozen=True, slots=True)
+class BlockRequest:
+    """Give me writer ids (R12)."""
+
+    cluster: int  # as in `Hello`
+    holder: int  # nonce of the asker's ledger
+    held: tuple[int, ...]  # blocks that it has
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGrant:
+    """These blocks of writer ids are yours, and no longer mine; none when I have none to spare."""
+
+    cluster: int
+    holder: int
+    blocks: tuple[int, ...]
+    clock_floor: int  # the newest stamp that the sender has seen: new writers write above it (R5)
+    founded: bool  # whether the sender knows that the cluster's ids are in blocks
+
+
 Message = (
     Hello
     | Refusal
@@ -274,6 +302,8 @@ Message = (
     | Reached
     | RegisterIndex
     | MemberNews
+    | BlockRequest
+    | BlockGrant
 )
 
 

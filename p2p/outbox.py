@@ -33,6 +33,8 @@ class PullStream:
     vector: U64  # [shards, w]
     frontier: U64  # [w]
     selections: deque[Selection]
+    bound: np.ndarray[tuple[int], np.dtype[np.uint16]]  # writers whose nonces we know
+    nonces: U64
     next_chunk: int = 0
     row_offset: int = 0  # into the first selection
 
@@ -87,6 +89,9 @@ def next_chunk(stream: PullStream, keyspace: Keyspace) -> m.PullReply:
     shards = keyspace.knowledge.shards
     nothing = np.empty(0, np.uint16), np.empty((shards, 0), np.uint64), np.empty(0, np.uint64)
     writers, vector, frontier = (stream.writers, stream.vector, stream.frontier) if last else nothing
-    chunk = m.PullReply(stream.keyspace, stream.request, stream.next_chunk, last, tuple(columns), writers, vector, frontier)
+    bindings = (stream.bound, stream.nonces) if stream.next_chunk == 0 else (np.empty(0, np.uint16), np.empty(0, np.uint64))
+    chunk = m.PullReply(
+        stream.keyspace, stream.request, stream.next_chunk, last, tuple(columns), writers, vector, frontier, *bindings
+    )
     stream.next_chunk += 1
     return chunk

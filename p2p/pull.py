@@ -87,7 +87,10 @@ class Pull:
         self._asked[number] = _Asked(link.node, link.boot, self._requests, writers, base, 0, now.monotonic_ms + PULL_SILENCE_MS)
         self._core.counters.pulls_started += 1
         self._core.note("pull_started", peer=link.node, keyspace=number, why=why)
-        self._core.send(link, m.PullRequest(number, self._requests, writers, base, frontier, keyspace.knowledge.shards))
+        nonces = np.array(
+            [self._core.writers.nonce_of(keyspace.replica.place.family, writer) for writer in writers.tolist()], np.uint64
+        )
+        self._core.send(link, m.PullRequest(number, self._requests, writers, base, frontier, keyspace.knowledge.shards, nonces))
 
     def on_reply(self, link: Link, reply: m.PullReply, now: m.Now) -> None:
         """Apply one chunk; with the last one, merge the answerer's vector.
@@ -103,6 +106,9 @@ class Pull:
             self._abandon(reply.keyspace, "a chunk is missing")
             return
         keyspace = core.keyspaces[reply.keyspace]
+        if not core.same_writers(link.node, keyspace.replica.place.family, reply.bound.tolist(), reply.nonces.tolist()):
+            self._abandon(reply.keyspace, "the answer knows a writer under another nonce")
+            return
         try:
             self._check_reply(keyspace, reply, now)
         except RemoteProtocolError:
@@ -248,6 +254,11 @@ class Pull:
             return
         if request.shards != keyspace.knowledge.shards:
             raise RemoteProtocolError(f"pull of {request.shards} shards, the keyspace has {keyspace.knowledge.shards}")
+        if len(request.nonces) and not core.same_writers(
+            link.node, keyspace.replica.place.family, request.writers.tolist(), request.nonces.tolist()
+        ):
+            core.counters.pulls_refused += 1
+            return
         writers = keyspace.knowledge.writers
         # Read before the rows are selected: what is written meanwhile may be sent, and is not claimed.
         vector = np.ascontiguousarray(keyspace.knowledge.vector[:, writers])
@@ -262,8 +273,13 @@ class Pull:
             selections = deque(select(base))
         finally:
             base[:, request.writers] = 0
+        known = [(writer, core.writers.nonce_of(keyspace.replica.place.family, writer)) for writer in writers.tolist()]
+        bound = np.array([writer for writer, nonce in known if nonce], np.uint16)
+        nonces = np.array([nonce for _, nonce in known if nonce], np.uint64)
         outbox.streams.pop(request.keyspace, None)
-        outbox.streams[request.keyspace] = PullStream(request.keyspace, request.request, writers, vector, frontier, selections)
+        outbox.streams[request.keyspace] = PullStream(
+            request.keyspace, request.request, writers, vector, frontier, selections, bound, nonces
+        )
         core.counters.pulls_served += 1
 
     def forget(self, node: str) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from p2p import messages as m
 from p2p import wire
+from p2p.allotment import Allotment
 from p2p.core import Core, Keyspace
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.links import Link
@@ -33,8 +34,9 @@ PARTS_MAX = 65_535
 class Push:
     """The pushing part of the machine."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, allotment: Allotment) -> None:
         self._core = core
+        self._allotment = allotment
         self._seen: dict[tuple[int, ...], None] = {}
 
     @property
@@ -53,11 +55,11 @@ class Push:
         family = core.families.get(request.keyspace)
         if family is None:
             raise LocalProtocolError(f"keyspace {request.keyspace} does not exist on this node")
-        self._check_may_write(now)
+        self._allotment.check_may_write(now)
         columns = tuple(section for section in request.columns if len(section.keys))
         parts = _parts_of(family, columns)
         if family[0].replica.writer is None:
-            self._become_writer(family)
+            self._allotment.become_writer(family, now)
         identity = family[0].replica.writer
         assert identity is not None
         if not columns:
@@ -165,7 +167,9 @@ class Push:
             return False
         check_batch(keyspace, batch, now)
         family = keyspace.replica.place.family
-        core.writers.learn(family, batch.writer, batch.nonce)
+        known = core.writers.nonce_of(family, batch.writer) == batch.nonce
+        if not known and not core.same_writers(link.node, family, [batch.writer], [batch.nonce]):
+            return False  # whoever sent it on may not know
         core.membership.note_writer(batch.origin, m.WriterRecord(family, batch.writer, batch.nonce, batch.stamp))
         claims = batch.claims
         first = (int(claims.shards[0]), int(claims.part[0])) if len(claims.shards) else (-1, 0)
@@ -200,36 +204,6 @@ class Push:
             core.counters.rows_written += applied.written
             core.counters.rows_stale += applied.stale
             core.emit(_applied_effect(batch, applied.written))
-
-    def _check_may_write(self, now: m.Now) -> None:
-        options = self._core.options
-        if options.role != "train":
-            raise LocalProtocolError(
-                f"node {options.node!r} has role {options.role!r} and refuses to publish: publish to a node with role 'train'"
-            )
-        core = self._core
-        # Who writes already comes first, then who has lived longest: of several, all nodes name the same one, and a training
-        # node that comes back does not stop the one that took over.
-        writes = any(keyspace.replica.writer is not None for keyspace in core.keyspaces.values())
-        own = (not writes, core.membership.own.boot_ms, options.node)
-        for record in core.membership.live(now.monotonic_ms):
-            if record.role == "train" and (not record.writers, record.boot_ms, record.node) < own:
-                raise LocalProtocolError(
-                    f"node {record.node!r} is the training node of this cluster, which has one in this version: "
-                    f"publish to it, or stop it first"
-                )
-
-    def _become_writer(self, family: Sequence[Keyspace]) -> None:
-        if not all(keyspace.synced for keyspace in family):
-            raise LocalProtocolError(
-                f"node {self._core.options.node!r} has not caught up with its cluster yet, and does not know which writer ids "
-                "are taken: publish when it is ready"
-            )
-        number = family[0].replica.place.family
-        seen = np.concatenate([keyspace.knowledge.writers for keyspace in family])
-        writer, nonce = self._core.writers.grant(number, seen.tolist())
-        family[0].replica.set_writer(WriterIdentity(writer, nonce))
-        self._core.note("writer_granted", keyspace=number, writer=writer)
 
     def _forward(self, batch: m.Batch, hops: int, now: m.Now) -> None:
         core = self._core

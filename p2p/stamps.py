@@ -52,6 +52,11 @@ class StampClock:
         assert 0 < self._tick <= TICK_MAX, f"clock out of range: {now_ms}"
         return (self._tick << WRITER_BITS) | writer
 
+    @property
+    def last(self) -> int:
+        """The largest stamp minted or observed, with writer 0."""
+        return self._tick << WRITER_BITS
+
     def observe(self, stamp: int) -> None:
         """Take note of a stamp; later ones minted here are greater."""
         self._tick = max(self._tick, stamp >> WRITER_BITS)

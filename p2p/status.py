@@ -32,6 +32,7 @@ class PeerStatus:
     batches_skipped: int
     sessions_broken: int
     rows_due: int
+    protocol_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,14 @@ class NodeStatus:
     peers: tuple[PeerStatus, ...]
     keyspaces: tuple[KeyspaceStatus, ...]
     queues: tuple[QueueStatus, ...]
+    protocol_version: int
+    writer_blocks: int  # of writer ids, that are ours
+    ids_wanted: str  # why this training node has no writer id to use; empty when it has
 
 
-def of_node(core: Core, pushing: Push, pulling: Pull, reaching: Reach, introduced: bool, now: m.Now) -> NodeStatus:
+def of_node(
+    core: Core, pushing: Push, pulling: Pull, reaching: Reach, introduced: bool, ids_wanted: str, now: m.Now
+) -> NodeStatus:
     """The whole node; `introduced` tells whether somebody of the cluster has answered it."""
     holding = {holder.node for holder in core.membership.holders(now.monotonic_ms)}
     keyspaces = tuple(_of_keyspace(core, pulling, keyspace, now) for keyspace in core.keyspaces.values())
@@ -85,6 +91,9 @@ def of_node(core: Core, pushing: Push, pulling: Pull, reaching: Reach, introduce
         tuple(_of_peer(core, pulling, node, holding, now) for node in sorted(core.membership.members)),
         keyspaces,
         _of_queues(core, pushing, pulling, reaching),
+        core.options.protocol_version,
+        len(core.writers.blocks),
+        ids_wanted,
     )
 
 
@@ -136,6 +145,7 @@ def _of_peer(core: Core, pulling: Pull, node: str, holding: set[str], now: m.Now
         traffic.batches_skipped,
         traffic.sessions_broken,
         outbox.rows_due if outbox is not None else 0,
+        record.protocol,
     )
 
 

@@ -32,6 +32,7 @@ from p2p.stamps import WRITERS_MAX, writer_of
 from p2p.transport import FRAMES_MAX, Buffer
 from p2p.trees import TREES_MAX
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, describe
+from p2p.writers import BLOCKS
 
 ENVELOPE: Final = struct.Struct("<2sBBQQIB3xQQ4x")  # magic, version, type, boots, session, hops, sequence, checksum
 MAGIC: Final = b"EK"
@@ -67,6 +68,9 @@ _HAS_STAMPS: Final = 1
 _HAS_SIGNIFICANCE: Final = 2
 # How rows are encoded is a fact of the schema, on which nodes agree before they send any; the field is 0 in all versions.
 _CODEC_OF_SCHEMA: Final = 0
+
+_NO_NONCES: Final = np.empty(0, np.uint64)
+_NO_WRITERS: Final = np.empty(0, np.uint16)
 
 T = TypeVar("T")
 Packed = tuple[list[Any], list[NDArray[Any]]]  # header and columns
@@ -512,11 +516,12 @@ def _pack_heartbeat(beat: m.Heartbeat, version: int) -> Packed:
         [_pack_summary(summary) for summary in beat.summaries],
         beat.register_digest,
         len(beat.boots),
+        beat.cluster,
     ], [beat.boots, beat.counters.astype(np.uint32)]
 
 
 def _heartbeat(header: Header, columns: _Columns) -> m.Heartbeat:
-    member, members, schema_digest, unix_ms, summaries, register_digest, count = header
+    member, members, schema_digest, unix_ms, summaries, register_digest, count, cluster = header
     boots, counters = _take_lives(columns, count)
     return m.Heartbeat(
         _member(member),
@@ -527,6 +532,7 @@ def _heartbeat(header: Header, columns: _Columns) -> m.Heartbeat:
         _uint(register_digest),
         boots,
         counters,
+        _uint(cluster),
     )
 
 
@@ -625,8 +631,9 @@ def _check_claims(batch: m.Batch) -> None:
         raise RemoteProtocolError("a claim contradicts itself")
 
 
-def _pack_pull(pull: m.PullRequest, _version: int) -> Packed:
-    return [pull.keyspace, pull.request, pull.shards, len(pull.writers)], [pull.writers, pull.vector, pull.frontier]
+def _pack_pull(pull: m.PullRequest, version: int) -> Packed:
+    header = [pull.keyspace, pull.request, pull.shards, len(pull.writers), len(pull.nonces)]
+    return header, [pull.writers, pull.vector, pull.frontier, *([pull.nonces] if version >= 2 else [])]
 
 
 def _take_vector(columns: _Columns, shards: int, writers: int) -> tuple[NDArray[np.uint16], U64, U64]:
@@ -645,23 +652,33 @@ def _take_vector(columns: _Columns, shards: int, writers: int) -> tuple[NDArray[
 
 
 def _pull(header: Header, columns: _Columns) -> m.PullRequest:
-    keyspace, request, shards, writers = header
+    keyspace, request, shards, writers, bound = header
     ids, vector, frontier = _take_vector(columns, shards, writers)
-    return m.PullRequest(_uint(keyspace, 32), _uint(request), ids, vector, frontier, shards)
+    nonces = _NO_NONCES if bound is None else columns.take(_UINT64, _uint(bound, 32))
+    if len(nonces) not in (0, len(ids)):
+        raise RemoteProtocolError(f"{len(nonces)} nonces of {len(ids)} writers")
+    return m.PullRequest(_uint(keyspace, 32), _uint(request), ids, vector, frontier, shards, nonces)
 
 
-def _pack_reply(reply: m.PullReply, _version: int) -> Packed:
+def _pack_reply(reply: m.PullReply, version: int) -> Packed:
     sections, arrays = _pack_sections(reply.columns)
     shards = reply.vector.shape[0]
     header: Header = [reply.keyspace, reply.request, reply.chunk, reply.last, shards, len(reply.writers), sections]
-    return header, [reply.writers, np.ascontiguousarray(reply.vector), reply.frontier, *arrays]
+    bindings: list[NDArray[Any]] = [reply.bound, reply.nonces] if version >= 2 else []
+    return [*header, len(reply.bound)], [reply.writers, np.ascontiguousarray(reply.vector), reply.frontier, *arrays, *bindings]
 
 
 def _reply(header: Header, columns: _Columns) -> m.PullReply:
-    keyspace, request, chunk, last, shards, writers, sections = header
+    keyspace, request, chunk, last, shards, writers, sections, bound = header
     ids, vector, frontier = _take_vector(columns, shards, writers)
     rows = _sections(sections, columns, with_stamps=True)
-    return m.PullReply(_uint(keyspace, 32), _uint(request), _uint(chunk, 32), _flag(last), rows, ids, vector, frontier)
+    who, nonces = _NO_WRITERS, _NO_NONCES
+    if bound is not None:
+        who, nonces = columns.take(_UINT16, _uint(bound, 32)), columns.take(_UINT64, bound)
+        if len(who) and int(who.max()) >= WRITERS_MAX:
+            raise RemoteProtocolError(f"a nonce of writer {int(who.max())}")
+    reply = _uint(keyspace, 32), _uint(request), _uint(chunk, 32), _flag(last)
+    return m.PullReply(*reply, rows, ids, vector, frontier, who, nonces)
 
 
 def _pack_ack(ack: m.Ack, _version: int) -> Packed:
@@ -719,21 +736,47 @@ def _news(header: Header, _columns: _Columns) -> m.MemberNews:
     return m.MemberNews(_items(members, MEMBERS_MAX, _member))
 
 
+def _pack_block_request(request: m.BlockRequest, _version: int) -> Packed:
+    return [request.cluster, request.holder, list(request.held)], []
+
+
+def _block_request(header: Header, _columns: _Columns) -> m.BlockRequest:
+    cluster, holder, held = header
+    return m.BlockRequest(_uint(cluster), _uint(holder), _items(held, BLOCKS, _block))
+
+
+def _block(value: object) -> int:
+    if _uint(value, 16) >= BLOCKS:
+        raise RemoteProtocolError(f"block {value} of writer ids, there are {BLOCKS}")
+    return value  # type: ignore[return-value]
+
+
+def _pack_block_grant(grant: m.BlockGrant, _version: int) -> Packed:
+    return [grant.cluster, grant.holder, list(grant.blocks), grant.clock_floor, grant.founded], []
+
+
+def _block_grant(header: Header, _columns: _Columns) -> m.BlockGrant:
+    cluster, holder, blocks, clock_floor, founded = header
+    return m.BlockGrant(_uint(cluster), _uint(holder), _items(blocks, BLOCKS, _block), _uint(clock_floor), _flag(founded))
+
+
 # Which kinds there are and since when: a message's number on the wire is its place here, from 1; new ones go to the end.
 _KINDS: Final = (
     _Kind(m.Hello, _pack_hello, _hello),
     _Kind(m.Refusal, _pack_refusal, _refusal),
-    _Kind(m.Heartbeat, _pack_heartbeat, _heartbeat),
+    _Kind(m.Heartbeat, _pack_heartbeat, _heartbeat, added=((2, 0),)),
     _Kind(m.SchemaUpdate, _pack_schema, _schema),
     _Kind(m.Leave, _pack_leave, _leave),
     _Kind(m.Batch, _pack_batch, _batch, changed=(PACKED_SINCE,)),
-    _Kind(m.PullRequest, _pack_pull, _pull),
-    _Kind(m.PullReply, _pack_reply, _reply),
+    _Kind(m.PullRequest, _pack_pull, _pull, added=((2, None),)),
+    _Kind(m.PullReply, _pack_reply, _reply, added=((2, None),)),
     _Kind(m.Ack, _pack_ack, _ack),
     _Kind(m.SessionBroken, _pack_broken, _broken),
     _Kind(m.ReachQuery, _pack_query, _query),
     _Kind(m.Reached, _pack_reached, _reached),
     _Kind(m.RegisterIndex, _pack_index, _index),
     _Kind(m.MemberNews, _pack_news, _news),
+    _Kind(m.BlockRequest, _pack_block_request, _block_request, since=2),
+    _Kind(m.BlockGrant, _pack_block_grant, _block_grant, since=2),
 )
 _NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(_KINDS, start=1)}

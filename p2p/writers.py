@@ -1,20 +1,39 @@
-"""Writer ids: who may write under which 12-bit id, and the cluster they belong to.
+"""Writer ids: who may write under which 12-bit id, and the cluster they belong to (R12).
 
-An id is bound for ever to a 64-bit nonce that every batch carries: a second nonce under one id is a duplicated machine or a
-lost record, and is refused, never merged (R12). Ids are granted by one founder, here the training node itself, which records
-a grant durably before it uses it. The cluster nonce, minted with the first grant, keeps two clusters from merging.
+Think of a mint that hands out rolls of numbered tickets. The node that founds a cluster holds all 4,096 ids, in blocks of
+`BLOCK_IDS`. It gives blocks to nodes that ask (`p2p.allotment`), and these may pass some of theirs on; whoever gives writes
+down that a block is gone *before* it says so, and whoever uses an id writes down that it is used before it writes a row. So no
+id is ever in two hands, whatever crashes in between, and nobody has to be asked when a writer loses its memory and needs a
+fresh one.
+
+An id is bound to a 64-bit nonce that every batch carries: a second nonce under one id is a duplicated machine or a lost record,
+and is refused, never merged. The cluster nonce, minted by the founder, keeps two clusters from merging.
+
+Clusters of protocol version 1 have no blocks: there the only training node grants itself the id above all that it knows of.
+Such a cluster is founded anew when all of its nodes have been upgraded; its nonce is odd for ever, that of others even.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Final
 
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.ledger import NodeRecord
 from p2p.stamps import WRITERS_MAX
 
+# A trainer uses up an id a model with each loss of its memory: 16 of these are years of bad luck.
+BLOCK_IDS: Final = 16
+BLOCKS: Final = WRITERS_MAX // BLOCK_IDS
+# Given at once. The founder can do so some thirty times before it halves what is left.
+GIVEN_BLOCKS_MAX: Final = 8
+
+
+class WriterConflictError(RemoteProtocolError):
+    """Two nonces under one writer id."""
+
 
 class WriterBook:
-    """Bindings of writer ids that this node has heard of or granted.
+    """Ids that this node may use or give away, and bindings that it has heard of.
 
     Args:
         record: where grants are recorded.
@@ -25,10 +44,31 @@ class WriterBook:
         self._record = record
         self._rng = rng
 
+    # --- the cluster
+
     @property
     def cluster(self) -> int:
         """The cluster nonce; 0: none yet."""
         return self._record.cluster
+
+    @property
+    def founded(self) -> bool:
+        """Whether the ids of this cluster are in blocks."""
+        return self._record.founded or (self.cluster != 0 and self.cluster % 2 == 0)
+
+    def found(self) -> None:
+        """Take all ids, durably; only where nobody else can do so."""
+        if not self.cluster:
+            self._record.cluster = (self._rng.getrandbits(63) | 1) << 1
+        self._record.founded = True
+        self._record.blocks = dict.fromkeys(range(BLOCKS))
+        self._record.save()
+
+    def note_founded(self) -> None:
+        """Somebody has founded our cluster, which is one of version 1."""
+        if not self.founded:
+            self._record.founded = True
+            self._record.save()
 
     def check_cluster(self, cluster: int) -> None:
         """Refuse a peer of another cluster; changes nothing.
@@ -49,6 +89,8 @@ class WriterBook:
             self._record.cluster = cluster
             self._record.save()
 
+    # --- bindings
+
     def learn(self, keyspace: int, writer: int, nonce: int) -> None:
         """Learn a binding. Raises as `check`."""
         self.check(keyspace, writer, nonce)
@@ -58,32 +100,95 @@ class WriterBook:
         """Refuse a second nonce under a bound id; changes nothing.
 
         Raises:
-            RemoteProtocolError: the id is bound to another nonce.
+            WriterConflictError: the id is bound to another nonce.
         """
         known = self._record.bindings.get((keyspace, writer), nonce)
         if known != nonce:
-            raise RemoteProtocolError(
+            raise WriterConflictError(
                 f"writer {writer} of keyspace {keyspace} is bound to nonce {known:016x}, refused {nonce:016x}: "
                 "two nodes write under one id, or a founder lost its record"
             )
 
+    def nonce_of(self, keyspace: int, writer: int) -> int:
+        """The nonce that an id is bound to; 0: unknown."""
+        return self._record.bindings.get((keyspace, writer), 0)
+
+    # --- ids
+
+    @property
+    def holder(self) -> int:
+        """Under this nonce others give us blocks; as old as our record."""
+        if not self._record.holder:
+            self._record.holder = self._rng.getrandbits(64) | 1
+            self._record.save()
+        return self._record.holder
+
+    @property
+    def blocks(self) -> Collection[int]:
+        """Blocks that are ours."""
+        return self._record.blocks.keys()
+
+    def free_id(self, keyspaces: Collection[int], seen: Iterable[int] = ()) -> int | None:
+        """The first id of our blocks that nobody uses in any of these families; None when there is none."""
+        used = {*seen, *(writer for keyspace, writer in self._record.bindings if keyspace in keyspaces)}
+        ids = (id_ for block in sorted(self.blocks) for id_ in range(block * BLOCK_IDS, (block + 1) * BLOCK_IDS))
+        return next((id_ for id_ in ids if id_ not in used), None)
+
     def grant(self, keyspace: int, seen: Iterable[int]) -> tuple[int, int]:
-        """A fresh (writer, nonce), recorded before it is returned.
+        """A fresh (writer, nonce) for ourselves, recorded before it is returned.
 
         Args:
-            keyspace: where it is to write.
+            keyspace: the family where it is to write.
             seen: writers that rows and vectors speak of; a founder that lost its record knows of them by these alone.
 
         Raises:
-            LocalProtocolError: all 4,096 ids of this keyspace were granted.
+            LocalProtocolError: there is no free id.
         """
+        writer = self._next_id(keyspace, list(seen))
+        nonce = self._rng.getrandbits(64) | 1
+        self._record.bindings[keyspace, writer] = nonce
+        if not self.cluster:
+            assert not self.founded, "somebody founded a cluster without a nonce"
+            self._record.cluster = self._rng.getrandbits(64) | 1  # one of version 1
+        self._record.save()
+        return writer, nonce
+
+    def _next_id(self, keyspace: int, seen: list[int]) -> int:
+        if self.founded:
+            free = self.free_id([keyspace], seen)
+            if free is None:
+                raise LocalProtocolError("this node has no writer id left: it asks others for a block of them")
+            return free
         used = [*seen, *(writer for bound, writer in self._record.bindings if bound == keyspace)]
         writer = max(used, default=-1) + 1
         if writer >= WRITERS_MAX:
             raise LocalProtocolError(f"all {WRITERS_MAX} writer ids of this model were granted; load it as a new model")
-        nonce = self._rng.getrandbits(64) | 1
-        self._record.bindings[keyspace, writer] = nonce
-        if not self.cluster:
-            self._record.cluster = self._rng.getrandbits(64) | 1
+        return writer
+
+    # --- blocks
+
+    def give(self, asker: int, held: Collection[int]) -> tuple[int, ...]:
+        """Blocks for another node, recorded as gone before they are returned; none when we have none to spare.
+
+        Args:
+            asker: the other's holder nonce. What was given to it before and has not reached it is given again.
+            held: the blocks that it has.
+        """
+        again = tuple(block for block, who in self._record.given.items() if who == asker and block not in held)
+        if again:
+            return again
+        touched = {writer // BLOCK_IDS for _, writer in self._record.bindings}
+        spare = [block for block in sorted(self.blocks) if block not in touched]
+        blocks = tuple(spare[-min(GIVEN_BLOCKS_MAX, len(spare) // 2) :]) if len(spare) > 1 else ()
+        for block in blocks:
+            del self._record.blocks[block]
+            self._record.given[block] = asker
+        if blocks:
+            self._record.save()
+        return blocks
+
+    def take(self, blocks: Iterable[int], clock_floor: int) -> None:
+        """Blocks were given to us; no stamp that we mint may be below `clock_floor`. Durable on return."""
+        self._record.blocks.update(dict.fromkeys(block for block in blocks if block not in self._record.given))
+        self._record.clock_floor = max(self._record.clock_floor, clock_floor)
         self._record.save()
-        return writer, nonce

@@ -121,6 +121,7 @@ class NodeProcess:
         self.peers = f"tcp://127.0.0.1:{peers}"
         self.local = f"tcp://127.0.0.1:{local}"
         self.http = f"127.0.0.1:{http_port}"
+        self.source: Path | None = None  # a folder with another release of ekko, which the next `start` runs instead of ours
         self._http_port = http_port
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -176,9 +177,18 @@ class NodeProcess:
             raise NodeProcessError(f"node {self.id} runs already")
         node = [sys.executable, "-m", "ekko.cli", "node", "--config", str(self.config_path)]
         launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *node]
+        place = None if self.source is None else {**os.environ, "PYTHONPATH": str(self.source)}
         with self.log_path.open("ab") as log:
             # A session of its own: Ctrl-C in the terminal is for us, and we stop the nodes in order.
-            self._process = subprocess.Popen(launch, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(
+                launch,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.source,
+                env=place,
+            )
 
     def wait_ready(self, timeout_s: float = READY_S_MAX) -> float:
         """Wait until GET /readyz answers 200; returns the seconds it took.

@@ -236,9 +236,10 @@ def test_serving_nodes_refuse_to_publish() -> None:
     assert "role 'serve'" in reply.reason
 
 
-def test_a_second_training_node_refuses_while_the_first_lives() -> None:
+def test_a_second_training_node_refuses_while_the_first_lives_among_nodes_of_version_1() -> None:
     cluster = start()
     cluster.publish("t1", "item", [1], 1.0)
+    cluster.add("us9", "us", "serve", ["t1"], protocol_version=1)
     cluster.add("t2", "train", "train", ["t1"])
     assert cluster.run_until(lambda: synced(cluster, "t2"))
     cluster.run(1_000)
@@ -313,13 +314,33 @@ def test_messages_of_a_peer_that_lie_change_nothing() -> None:
         lying_batch(cluster, stamp, RowColumns(**good | {"rows": np.ones((1, 12), np.uint8)})),
         lying_batch(cluster, stamp, RowColumns(**good), shard=wrong_shard % 8),
         lying_batch(cluster, stamp, RowColumns(**good), shard=99),
-        lying_batch(cluster, stamp, RowColumns(**good), nonce=666),
     ):
         rejected = len(victim.rejected)
         envelope = link.next_envelope(0)
         cluster._feed(victim, victim.machine, m.MessageReceived(envelope, lie))
         assert len(victim.rejected) == rejected + 1
         assert contents(victim.store, "ctr") == before
+
+
+def test_a_second_nonce_under_one_writer_id_is_dropped_and_told_once() -> None:
+    cluster = start()
+    cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(100)
+    victim = cluster.nodes["eu1"]
+    before = contents(victim.store, "ctr")
+    columns = RowColumns(cluster.model.tables["item"].id, np.array([1], np.uint64), np.ones((1, 16), np.uint8))
+    assert victim.machine is not None
+    link = victim.machine._core.link("t1")
+    for step in range(3):
+        batch = lying_batch(cluster, make_stamp(cluster.now().unix_ms + 1 + step, 0, 0), columns, nonce=666)
+        envelope = m.Envelope(link.boot, link.own_boot, 9, step + 1, version=2)
+        cluster._feed(victim, victim.machine, m.MessageReceived(envelope, batch))
+    assert contents(victim.store, "ctr") == before
+    assert victim.machine.counters.writer_conflicts == 3
+    alarms = [note for note in victim.notes if note.name == "writer_conflict"]
+    assert len(alarms) == 1, "an alarm for each batch would fill the log"
+    assert alarms[0].alarm
+    assert "two nodes write under one id" in str(dict(alarms[0].fields)["reason"])
 
 
 def lying_batch(

@@ -83,6 +83,14 @@ MESSAGES: list[m.Message] = [
     m.Reached(8),
     m.RegisterIndex(BOOTS, BOOTS & np.uint64(0xFFFF), True),
     m.MemberNews((MEMBER,)),
+    m.BlockRequest(99, 7, (0, 255)),
+    m.BlockGrant(99, 7, (3, 4), STAMP, True),
+]
+# With what version 2 added.
+LATER: list[m.Message] = [
+    m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS),
+    m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS, BOOTS),
+    m.Heartbeat(MEMBER, (), 7, 1_700_000_000_000, (), 5, BOOTS, BOOTS & np.uint64(3), 99),
 ]
 
 
@@ -106,11 +114,35 @@ def test_every_message_type_is_tried_here() -> None:
     assert {type(message) for message in MESSAGES} == set(m.Message.__args__)
 
 
-@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+@pytest.mark.parametrize("message", [*MESSAGES, *LATER], ids=lambda message: type(message).__name__)
 def test_round_trip(message: m.Message) -> None:
     envelope, received = transfer(message)
     assert envelope == ENVELOPE
     assert plain(received) == plain(message)
+
+
+@pytest.mark.parametrize("message", LATER, ids=lambda message: type(message).__name__)
+def test_what_version_1_does_not_have_is_left_out(message: m.Message) -> None:
+    first = replace(ENVELOPE, version=1)
+    received = transfer(message, first)[1]
+    assert plain(received) != plain(message)
+    assert plain(received) == plain(transfer(received, first)[1])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.BlockRequest(99, 7, (0, 256)),
+        m.BlockGrant(99, 7, (256,), STAMP, True),
+        m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS[:1]),
+        m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS * 1_000, BOOTS),
+        m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS, BOOTS[:1]),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_nonsense_of_version_2_is_refused(message: m.Message) -> None:
+    with pytest.raises(RemoteProtocolError):
+        transfer(message)
 
 
 def test_a_forwarded_batch_keeps_its_frames() -> None:
@@ -187,10 +219,10 @@ def test_a_flipped_bit_in_a_row_is_noticed() -> None:
         wire.decode([memoryview(bytes(frame)) for frame in frames])
 
 
-@given(st.sampled_from(MESSAGES), st.integers(0, 2**32))
+@given(st.sampled_from([*MESSAGES, *LATER]), st.integers(0, 2**32))
 def test_damaged_messages_raise_one_error_type(message: m.Message, seed: int) -> None:
     draw = random.Random(seed)
-    frames = [bytearray(frame) for frame in wire.encode(ENVELOPE, message)]
+    frames = [bytearray(frame) for frame in wire.encode(replace(ENVELOPE, version=PROTOCOL_VERSION), message)]
     for _ in range(draw.randint(1, 3)):
         match draw.randrange(5):
             case 0:
@@ -211,7 +243,7 @@ def test_damaged_messages_raise_one_error_type(message: m.Message, seed: int) ->
 
 
 @given(
-    st.integers(1, 12),
+    st.integers(1, len(MESSAGES)),
     st.recursive(
         st.none()
         | st.booleans()

@@ -1,0 +1,204 @@
+"""Writer ids in blocks: scenarios, the rules behind them switched off one at a time, and the book itself."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from p2p.allotment import Allotment
+from p2p.errors import LocalProtocolError
+from p2p.ledger import NodeRecord
+from p2p.messages import Leaving
+from p2p.writers import BLOCK_IDS, BLOCKS, GIVEN_BLOCKS_MAX, WriterBook, WriterConflictError
+from sim_cluster.virtual import MemoryLedger
+from tests.p2p.chaos import at_rest, form
+from tests.p2p.writer_chaos import (
+    SCENARIOS,
+    a_machine_is_cloned,
+    an_allotter_crashes_as_it_answers,
+    formed,
+    record_of,
+    several_write_at_once,
+    writes,
+)
+
+SEEDS = 6
+
+Scenario = Callable[[int], None]
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_scenario(scenario: Scenario, seed: int) -> None:
+    scenario(seed)
+
+
+# --- planted bugs -----------------------------------------------------------------------------------------------------------
+
+
+def a_gift_is_sent_before_it_is_recorded(patch: pytest.MonkeyPatch) -> None:
+    """R12: the allotter forgets, with a crash, that a block is not its own any more."""
+    original = WriterBook.give
+
+    def give(self: WriterBook, asker: int, held: tuple[int, ...]) -> tuple[int, ...]:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(NodeRecord, "save", lambda _self: None)
+            return original(self, asker, held)
+
+    patch.setattr(WriterBook, "give", give)
+
+
+def a_second_nonce_is_merged(patch: pytest.MonkeyPatch) -> None:
+    """R12: an id that is bound to another nonce is taken for the same writer."""
+    patch.setattr(WriterBook, "check", lambda *_args: None)
+
+
+def everybody_founds(patch: pytest.MonkeyPatch) -> None:
+    """R12: each training node takes all ids with its first step, whoever else is there."""
+    patch.setattr(Allotment, "_may_found", lambda _self, _now: True)
+    patch.setattr(WriterBook, "founded", property(lambda self: bool(self._record.blocks)))
+
+
+def a_used_block_is_given(patch: pytest.MonkeyPatch) -> None:
+    """R12: what is given away stays the giver's own, too."""
+    original = WriterBook.give
+
+    def give(self: WriterBook, asker: int, held: tuple[int, ...]) -> tuple[int, ...]:
+        blocks = original(self, asker, held)
+        self._record.blocks.update(dict.fromkeys(blocks))
+        self._record.save()
+        return blocks
+
+    patch.setattr(WriterBook, "give", give)
+
+
+def a_writer_without_memory_goes_on(patch: pytest.MonkeyPatch) -> None:
+    """R4: ids are not written down before they are used, and with its memory a node forgets which it had."""
+    original = WriterBook.free_id
+
+    def free_id(self: WriterBook, keyspaces: list[int], _seen: tuple[int, ...] = ()) -> int | None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(self._record, "bindings", {})
+            return original(self, keyspaces)
+
+    patch.setattr(WriterBook, "free_id", free_id)
+
+
+@pytest.mark.parametrize(
+    ("plant", "scenario"),
+    [
+        (a_gift_is_sent_before_it_is_recorded, an_allotter_crashes_as_it_answers),
+        (a_second_nonce_is_merged, a_machine_is_cloned),
+        (everybody_founds, several_write_at_once),
+        (a_used_block_is_given, an_allotter_crashes_as_it_answers),
+        (a_writer_without_memory_goes_on, several_write_at_once),
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_the_simulator_catches(plant: Plant, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    for seed in range(SEEDS):
+        try:
+            scenario(seed)
+        except AssertionError:
+            return
+    pytest.fail(f"{plant.__doc__} Nobody noticed in {SEEDS} runs.")
+
+
+# --- the book ---------------------------------------------------------------------------------------------------------------
+
+
+def book(ledger: MemoryLedger | None = None) -> WriterBook:
+    return WriterBook(NodeRecord.load(ledger or MemoryLedger()), random.Random(1))
+
+
+def test_the_founder_has_all_ids_and_each_is_used_once() -> None:
+    ledger = MemoryLedger()
+    founder = book(ledger)
+    founder.found()
+    ids = [founder.grant(5, [3])[0] for _ in range(5)]
+    assert ids == [0, 1, 2, 4, 5]
+    assert founder.grant(6, [])[0] == 0, "ids are of one model"
+    assert book(ledger).grant(5, [3])[0] == 6, "it forgot what it had used"
+    assert founder.cluster % 2 == 0
+
+
+def test_blocks_are_given_until_one_is_left() -> None:
+    founder, given = book(), set[int]()
+    founder.found()
+    founder.grant(5, [])
+    for asker in range(1, 1_000):
+        blocks = founder.give(asker, ())
+        assert not given & set(blocks)
+        assert len(blocks) <= GIVEN_BLOCKS_MAX
+        given |= set(blocks)
+    assert len(founder.blocks) >= 2, "the block in use, and one more for itself"
+    assert len(given) + len(founder.blocks) == BLOCKS
+    assert founder.give(1_001, ()) == ()
+
+
+def test_who_asks_again_is_given_the_same_blocks_until_it_has_them() -> None:
+    ledger = MemoryLedger()
+    founder = book(ledger)
+    founder.found()
+    blocks = founder.give(7, ())
+    assert book(ledger).give(7, ()) == blocks
+    more = founder.give(7, blocks)
+    assert more
+    assert not set(more) & set(blocks)
+
+
+def test_all_ids_of_a_node_may_be_used_up() -> None:
+    one = book()
+    one.take([3], 0)
+    one.note_founded()
+    one.adopt_cluster(4)
+    assert [one.grant(5, [])[0] for _ in range(BLOCK_IDS)] == list(range(3 * BLOCK_IDS, 4 * BLOCK_IDS))
+    with pytest.raises(LocalProtocolError, match="no writer id left"):
+        one.grant(5, [])
+
+
+def test_a_second_nonce_is_refused() -> None:
+    one = book()
+    one.learn(5, 1, 77)
+    one.learn(5, 1, 77)
+    with pytest.raises(WriterConflictError, match="bound to nonce 000000000000004d, refused 0000000000000042"):
+        one.learn(5, 1, 66)
+    assert one.nonce_of(5, 1) == 77
+
+
+def test_a_writer_starts_above_what_the_giver_of_its_ids_had_seen() -> None:
+    """R5, also when it crashes before it uses one."""
+    cluster = form(1)
+    formed(cluster)
+    cluster.shift_clock("t1", 20_000)
+    first = writes(cluster, "t1")
+    cluster.add("t2", "eu", "train", ["t1"])
+    cluster.shift_clock("t2", -8_000)
+    assert cluster.run_until(lambda: bool(record_of(cluster.nodes["t2"]).blocks))
+    cluster.crash("t2")
+    cluster.crash("t1")
+    cluster.restart("t2", keep_state=False)
+    assert writes(cluster, "t2", 60_000) > first
+    at_rest(cluster)
+
+
+def test_a_node_alone_that_others_call_from_their_cluster_stops_and_says_what_to_do() -> None:
+    """It lost its run_dir, has no seeds, and publishes before anybody who knew it calls."""
+    cluster = form(1)
+    formed(cluster)
+    writes(cluster, "t1")
+    cluster.run(3_000)  # heartbeats tell the others which cluster it is
+    node = cluster.nodes["t1"]
+    assert node.machine is not None
+    cluster._feed(node, node.machine, Leaving())
+    cluster.run(50)
+    cluster.crash("t1")
+    node.ledger = MemoryLedger()
+    cluster.cut |= {(name, "t1") for name in cluster.nodes}
+    cluster.restart("t1", keep_state=False)
+    writes(cluster, "t1")
+    cluster.cut = set()
+    assert cluster.run_until(lambda: node.fatal != "", 30_000), "it goes on in a cluster of its own"
+    assert "Remove its run_dir, give it seeds, start it again" in node.fatal
