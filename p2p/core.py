@@ -60,6 +60,11 @@ class Counters:
     pulls_refused: int = 0
     pull_rows_received: int = 0
     pull_rows_sent: int = 0
+    rounds_started: int = 0  # by shard versions
+    rounds_completed: int = 0
+    rounds_abandoned: int = 0
+    shards_listed: int = 0  # whose version changed, as told to others
+    shards_asked: int = 0  # whose vector was sent, since our version did not cover the neighbour's
     sessions_broken: int = 0
     strangers: int = 0  # messages of another life of ours, or of a boot we were not introduced to
     waits_refused: int = 0

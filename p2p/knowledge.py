@@ -149,21 +149,36 @@ class Knowledge:
             self._absorb(writer)
         return int(self.frontier[writer]) >= stamp
 
-    def learn_reply(self, writers: NDArray[np.uint16], base: U64, until: U64, frontier: U64) -> None:
-        """Take the claims of a whole pull reply over all shards: the answerer's vector, from what we asked with.
+    def learn_reply(
+        self, writers: NDArray[np.uint16], base: U64, until: U64, frontier: U64, shards: NDArray[np.uint32] | None = None
+    ) -> None:
+        """Take the claims of a whole pull reply over these shards: the answerer's vector, from what we asked with.
 
         Args:
             writers: uint16[w], ascending.
             base: uint64[shards, w], the vector the request carried (0 for writers unknown to us then).
             until: uint64[shards, w], the answerer's vector.
-            frontier: uint64[w], the answerer's.
+            frontier: uint64[w], the answerer's; zeros where `shards` are not all.
+            shards: uint32[k], if not all; then `base` and `until` have k rows.
         """
-        every = np.arange(self.shards, dtype=np.uint32)
+        every = np.arange(self.shards, dtype=np.uint32) if shards is None else shards
         for column, writer in enumerate(writers.tolist()):
             self._writers.add(writer)
             fits = merge_claims(self.vector, every, writer, base[:, column], until[:, column])
             if fits.all() and frontier[column] > self.frontier[writer]:
                 self.frontier[writer] = frontier[column]
+            self._absorb(writer)
+
+    def learn_frontier(self, writers: NDArray[np.uint16], frontier: U64) -> None:
+        """Our vector dominates, in every shard, the one that somebody had when this was its frontier.
+
+        Args:
+            writers: uint16[w], ascending.
+            frontier: uint64[w].
+        """
+        self.frontier[writers] = np.maximum(self.frontier[writers], frontier)
+        for writer in writers.tolist():
+            self._writers.add(writer)
             self._absorb(writer)
 
     def give_up(self, writer: int) -> None:

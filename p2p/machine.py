@@ -8,7 +8,7 @@ A message of a peer can raise only `RemoteProtocolError`, before anything of it 
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import assert_never
 
@@ -27,6 +27,7 @@ from p2p.push import Push
 from p2p.reach import Reach
 from p2p.replica import Host
 from p2p.schedule import Schedule
+from p2p.shard_versions import ShardVersions
 from p2p.stamps import StampClock
 from p2p.status import NodeStatus
 from p2p.versions import describe, first_record_version, lowest_spoken
@@ -84,6 +85,11 @@ class Machine:
     def ids_wanted(self) -> str:
         """Why this training node has no writer id to use; empty when it has, or does not need one."""
         return self._allotment.reason
+
+    @property
+    def shard_versions(self) -> Mapping[int, ShardVersions]:
+        """Keyspace -> versions of its shards, where the node is asked for them; for the checkers."""
+        return self._pull.rounds.versions
 
     def region_of(self, address: str) -> str | None:
         """The region of the member that peers dial at `address`, when we know it."""
@@ -199,7 +205,7 @@ class Machine:
         match message:
             case m.Batch():
                 self._on_batch(link, envelope, message, now)
-            case m.PullReply():
+            case m.PullReply() | m.ShardsReply():
                 self._on_pull_reply(link, envelope, message, now)
             case m.Ack(session, sequence):
                 if link.on_ack(session, sequence):
@@ -231,6 +237,14 @@ class Machine:
                 self._reach.on_query(link, message, now)
             case m.Reached(query):
                 self._reach.on_reached(link, query, now)
+            case m.VersionsWanted():
+                self._pull.rounds.on_versions_wanted(link, message)
+            case m.VersionList():
+                self._pull.rounds.on_list(link, message, now)
+                self._progress_of(message.keyspace, now)
+            case m.ShardsWanted():
+                self._pull.rounds.on_shards_wanted(link, message)
+                self._pump(link)
             case _:
                 assert_never(message)
 
@@ -255,7 +269,7 @@ class Machine:
         if link is not None and envelope.session == link.session_in:
             self._applied(link, sum(section.payload_bytes for section in batch.columns))
 
-    def _on_pull_reply(self, link: Link, envelope: m.Envelope, reply: m.PullReply, now: m.Now) -> None:
+    def _on_pull_reply(self, link: Link, envelope: m.Envelope, reply: m.PullReply | m.ShardsReply, now: m.Now) -> None:
         payload = sum(section.payload_bytes for section in reply.columns)
         arrival = self._arrive(link, envelope, payload)
         link.traffic.rows_in += sum(len(section.keys) for section in reply.columns)
@@ -263,14 +277,16 @@ class Machine:
         if arrival is not Arrival.NEXT:
             return
         try:
-            self._pull.on_reply(link, reply, now)
+            if isinstance(reply, m.PullReply):
+                self._pull.on_reply(link, reply, now)
+            else:
+                self._pull.rounds.on_reply(link, reply, now)
         except RemoteProtocolError:
             self._refused(link, arrival, payload)
             raise
         self._applied(link, payload)
-        keyspace = self._core.keyspaces.get(reply.keyspace)
-        if keyspace is not None and reply.last:
-            self._progress(keyspace, now)
+        if reply.last:
+            self._progress_of(reply.keyspace, now)
 
     def _arrive(self, link: Link, envelope: m.Envelope, payload: int) -> Arrival:
         if envelope.session == 0:
@@ -309,6 +325,7 @@ class Machine:
         for keyspace in core.keyspaces.values():
             self._progress(keyspace, now)
         self._pull.check_gaps(now)
+        self._pull.rounds.on_timer(now)
         self._schedule.on_timer(now)
         self._reach.on_timer(now)
         for link in list(core.links.values()):
@@ -333,7 +350,13 @@ class Machine:
             self._soon_ms = None
         elif self._soon_ms is None:
             self._soon_ms = now_ms + links.ACK_DELAY_MS
-        wanted = [self._gossip.next_ms(now_ms), self._soon_ms, self._reach.next_ms(), self._schedule.next_ms()]
+        wanted = [
+            self._gossip.next_ms(now_ms),
+            self._soon_ms,
+            self._reach.next_ms(),
+            self._schedule.next_ms(),
+            self._pull.rounds.next_ms(),
+        ]
         wanted += [
             keyspace.last_batch_ms + push.IDLE_BEAT_MS
             for keyspace in core.keyspaces.values()
@@ -351,6 +374,11 @@ class Machine:
         """A frontier may have moved: tell readers how fresh they are, and peers who wait."""
         keyspace.replica.set_synced_until(status.synced_until(self._core, keyspace, now))
         self._reach.on_progress(keyspace)
+
+    def _progress_of(self, number: int, now: m.Now) -> None:
+        keyspace = self._core.keyspaces.get(number)
+        if keyspace is not None:
+            self._progress(keyspace, now)
 
     def _pump(self, link: Link) -> None:
         outbox = self._pull.outboxes.get(link.node)

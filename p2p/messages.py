@@ -236,6 +236,59 @@ class PullReply:
     nonces: U64 = field(default_factory=_no_numbers)  # [b]
 
 
+# The four messages of a round by shard versions (`p2p.rounds`), since protocol version 2.
+
+
+@dataclass(frozen=True, slots=True)
+class VersionsWanted:
+    """1: which shard versions of yours have changed?"""
+
+    keyspace: int
+    request: int
+    since: int  # a mark that the receiver gave in this life; 0: tell me all
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VersionList:
+    """2: these have."""
+
+    keyspace: int
+    request: int
+    mark: int  # what to ask with next time
+    shards: NDArray[np.uint32]  # [k], ascending, no repeats
+    versions: U64  # [k]
+    writers: NDArray[np.uint16]  # [w] of `frontier`, ascending
+    frontier: U64  # [w], the sender's when it read its versions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardsWanted:
+    """3: send me everything above these vectors in those shards."""
+
+    keyspace: int
+    request: int
+    shards: NDArray[np.uint32]  # [k], ascending, no repeats, not empty
+    writers: NDArray[np.uint16]  # [w] columns of `vectors`, ascending
+    vectors: U64  # [k, w], the asker's
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardsReply:
+    """4: one chunk of the answer. Rows claim nothing; vectors and versions are in the last one and count only if all came."""
+
+    keyspace: int
+    request: int
+    chunk: int  # 0-based
+    last: bool
+    columns: tuple[RowColumns, ...]  # with stamps
+    shards: NDArray[np.uint32]  # [k], as asked; empty unless last, as all that follows
+    versions: U64  # [k]
+    writers: NDArray[np.uint16]  # [w]
+    vectors: U64  # [k, w]; the answerer's, read before it selected the rows
+    bound: NDArray[np.uint16] = field(default_factory=_no_writers)  # [b] in the first chunk: writers whose nonces are known
+    nonces: U64 = field(default_factory=_no_numbers)  # [b]
+
+
 @dataclass(frozen=True, slots=True)
 class Ack:
     """Everything of the peer's session up to `sequence` is applied."""
@@ -304,6 +357,10 @@ Message = (
     | MemberNews
     | BlockRequest
     | BlockGrant
+    | VersionsWanted
+    | VersionList
+    | ShardsWanted
+    | ShardsReply
 )
 
 

@@ -31,10 +31,12 @@ class PullStream:
     request: int
     writers: np.ndarray[tuple[int], np.dtype[np.uint16]]
     vector: U64  # [shards, w]
-    frontier: U64  # [w]
+    frontier: U64  # [w]; of a round nothing
     selections: deque[Selection]
     bound: np.ndarray[tuple[int], np.dtype[np.uint16]]  # writers whose nonces we know
     nonces: U64
+    shards: np.ndarray[tuple[int], np.dtype[np.uint32]] | None = None  # the only ones, in a round by shard versions
+    versions: U64 | None = None  # and theirs
     next_chunk: int = 0
     row_offset: int = 0  # into the first selection
 
@@ -70,7 +72,7 @@ class Outbox:
                 del self.streams[stream.keyspace]
 
 
-def next_chunk(stream: PullStream, keyspace: Keyspace) -> m.PullReply:
+def next_chunk(stream: PullStream, keyspace: Keyspace) -> m.PullReply | m.ShardsReply:
     """Read the next rows of a stream into a chunk, and move past them."""
     columns: list[RowColumns] = []
     room = CHUNK_BYTES_MAX
@@ -86,12 +88,34 @@ def next_chunk(stream: PullStream, keyspace: Keyspace) -> m.PullReply:
             stream.selections.popleft()
             stream.row_offset = 0
     last = not stream.selections
-    shards = keyspace.knowledge.shards
+    number = stream.next_chunk
+    stream.next_chunk += 1
+    if stream.shards is None or stream.versions is None:
+        return _of_pull(stream, number, last, tuple(columns), keyspace.knowledge.shards)
+    return _of_round(stream, number, last, tuple(columns), stream.shards, stream.versions)
+
+
+def _of_pull(stream: PullStream, number: int, last: bool, columns: tuple[RowColumns, ...], shards: int) -> m.PullReply:
     nothing = np.empty(0, np.uint16), np.empty((shards, 0), np.uint64), np.empty(0, np.uint64)
     writers, vector, frontier = (stream.writers, stream.vector, stream.frontier) if last else nothing
-    bindings = (stream.bound, stream.nonces) if stream.next_chunk == 0 else (np.empty(0, np.uint16), np.empty(0, np.uint64))
-    chunk = m.PullReply(
-        stream.keyspace, stream.request, stream.next_chunk, last, tuple(columns), writers, vector, frontier, *bindings
-    )
-    stream.next_chunk += 1
-    return chunk
+    bindings = _bindings(stream, number)
+    return m.PullReply(stream.keyspace, stream.request, number, last, columns, writers, vector, frontier, *bindings)
+
+
+def _of_round(
+    stream: PullStream,
+    number: int,
+    last: bool,
+    columns: tuple[RowColumns, ...],
+    shards: np.ndarray[tuple[int], np.dtype[np.uint32]],
+    versions: U64,
+) -> m.ShardsReply:
+    if last:
+        staged = shards, versions, stream.writers, stream.vector
+    else:
+        staged = shards[:0], versions[:0], stream.writers[:0], stream.vector[:0, :0]
+    return m.ShardsReply(stream.keyspace, stream.request, number, last, columns, *staged, *_bindings(stream, number))
+
+
+def _bindings(stream: PullStream, number: int) -> tuple[np.ndarray[tuple[int], np.dtype[np.uint16]], U64]:
+    return (stream.bound, stream.nonces) if number == 0 else (stream.bound[:0], stream.nonces[:0])

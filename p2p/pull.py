@@ -8,7 +8,8 @@ known there already, so they travel by the same selection (R8).
 When is a pull due? Three signs: a batch's claim has waited for a gap longer than `GAP_GRACE_MS`; a peer said a heartbeat ago
 that a writer's frontier lies above what ours has reached by now; or digests of vector and strays differ although neither
 side moved between two heartbeats. In a busy cluster digests always differ for a moment, which is why the third sign waits.
-Without push none of them counts: pulls are regular there (`p2p.schedule`).
+Without push pulls are regular (`p2p.schedule`), and none of these counts but a difference in strays, where rounds by shard
+versions (`p2p.rounds`) would not see it.
 """
 
 from collections import deque
@@ -19,10 +20,12 @@ import numpy as np
 from p2p import messages as m
 from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
+from p2p.intake import bindings_of, check_rows, take_rows
 from p2p.links import Link
 from p2p.outbox import STREAMS_MAX, Outbox, PullStream
 from p2p.replica import U64
-from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX, check_not_ahead, unix_ms_of, writer_of
+from p2p.rounds import Rounds
+from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX, unix_ms_of, writer_of
 
 # A batch overtaken by the next one, or a view that just changed, heals by itself within this; a pull may cost a scan.
 GAP_GRACE_MS = 50
@@ -66,6 +69,7 @@ class Pull:
         self._seen: dict[tuple[str, int, int], _Seen] = {}  # (node, boot, keyspace)
         self._bases: dict[int, U64] = {}  # by keyspace: zeros, but while an asker's vector is compared
         self.outboxes: dict[str, Outbox] = {}  # by node
+        self.rounds = Rounds(core, self.outboxes)
         self._requests = 0
 
     @property
@@ -116,14 +120,7 @@ class Pull:
             raise
         asked.next_chunk += 1
         asked.deadline_ms = now.monotonic_ms + PULL_SILENCE_MS
-        for section in reply.columns:
-            if section.stamps is not None and len(section.stamps):
-                core.clock.observe(int(section.stamps.max()))
-        applied = keyspace.replica.apply(reply.columns, 0)
-        keyspace.strays_possible = True
-        core.counters.rows_written += applied.written
-        core.counters.rows_stale += applied.stale
-        core.counters.pull_rows_received += sum(len(section.keys) for section in reply.columns)
+        take_rows(core, keyspace, reply.columns)
         if reply.last:
             self._complete(keyspace, asked, reply, now)
 
@@ -140,15 +137,9 @@ class Pull:
         self._core.note("pull_completed", peer=asked.node, keyspace=reply.keyspace, chunks=asked.next_chunk)
 
     def _check_reply(self, keyspace: Keyspace, reply: m.PullReply, now: m.Now) -> None:
-        keyspace.replica.check(reply.columns)
         if reply.vector.shape[0] != keyspace.knowledge.shards:
             raise RemoteProtocolError(f"vector of {reply.vector.shape[0]} shards, expected {keyspace.knowledge.shards}")
-        if any(section.stamps is not None and len(section.stamps) and not section.stamps.all() for section in reply.columns):
-            raise RemoteProtocolError("a row without a stamp")
-        newest = [int(section.stamps.max()) for section in reply.columns if section.stamps is not None and len(section.stamps)]
-        newest += [int(reply.vector.max())] if reply.vector.size else []
-        newest += [int(reply.frontier.max())] if reply.frontier.size else []
-        check_not_ahead(max(newest, default=0), now.unix_ms)
+        check_rows(keyspace, reply.columns, (reply.vector, reply.frontier), now)
 
     def _abandon(self, keyspace: int, why: str) -> None:
         asked = self._asked.pop(keyspace, None)
@@ -158,6 +149,7 @@ class Pull:
 
     def abandon_from(self, node: str, why: str) -> None:
         """Give up every pull from a peer whose session or life ended."""
+        self.rounds.abandon_from(node, why)
         for keyspace in [keyspace for keyspace, asked in self._asked.items() if asked.node == node]:
             self._abandon(keyspace, why)
 
@@ -178,17 +170,25 @@ class Pull:
             self._note_caught_up(keyspace, now)
         elif not keyspace.synced:
             self.ask(keyspace, link, now, "joining")
-        elif before is not None and core.options.sync.push:
-            if any(stamp > int(keyspace.knowledge.frontier[writer]) for writer, stamp in before.summary.frontier):
-                self.ask(keyspace, link, now, "frontier behind")
-            else:
-                still = (before.summary.vector_digest, before.summary.stray_digest, before.own) == (
-                    summary.vector_digest,
-                    summary.stray_digest,
-                    own,
-                )
-                if still:
-                    self.ask(keyspace, link, now, "digests differ")
+        elif before is not None and (why := self._why_pull(keyspace, before, _Seen(summary, own))):
+            self.ask(keyspace, link, now, why)
+
+    def _why_pull(self, keyspace: Keyspace, before: _Seen, seen: _Seen) -> str:
+        """What a peer's summaries, a heartbeat ago and now, say that we lack; an empty string when nothing does."""
+        sync, summary, own = self._core.options.sync, seen.summary, seen.own
+        if sync.push and any(stamp > int(keyspace.knowledge.frontier[writer]) for writer, stamp in before.summary.frontier):
+            return "frontier behind"
+        still = (before.summary.vector_digest, before.summary.stray_digest, before.own) == (
+            summary.vector_digest,
+            summary.stray_digest,
+            own,
+        )
+        if still and sync.push:
+            return "digests differ"
+        # Rounds compare versions, which stand for vectors only. Regular pulls by vector bring strays anyway.
+        if still and sync.shard_versions and summary.stray_digest != own[1]:
+            return "strays differ"
+        return ""
 
     def _note_caught_up(self, keyspace: Keyspace, now: m.Now) -> None:
         """We hold what a peer held. It may be as new as we are: what living writers are known to have written counts too."""
@@ -273,12 +273,9 @@ class Pull:
             selections = deque(select(base))
         finally:
             base[:, request.writers] = 0
-        known = [(writer, core.writers.nonce_of(keyspace.replica.place.family, writer)) for writer in writers.tolist()]
-        bound = np.array([writer for writer, nonce in known if nonce], np.uint16)
-        nonces = np.array([nonce for _, nonce in known if nonce], np.uint64)
         outbox.streams.pop(request.keyspace, None)
         outbox.streams[request.keyspace] = PullStream(
-            request.keyspace, request.request, writers, vector, frontier, selections, bound, nonces
+            request.keyspace, request.request, writers, vector, frontier, selections, *bindings_of(core, keyspace)
         )
         core.counters.pulls_served += 1
 
@@ -286,5 +283,6 @@ class Pull:
         """A peer's life ended: drop what was meant for it and what it had told us."""
         self.outboxes.pop(node, None)
         self.abandon_from(node, "the peer began a new life")
+        self.rounds.forget(node)
         for key in [key for key in self._seen if key[0] == node]:
             del self._seen[key]

@@ -38,6 +38,7 @@ from p2p.messages import (
     PullReply,
     Send,
     SendFailed,
+    ShardsReply,
     Started,
     TimerFired,
 )
@@ -54,7 +55,7 @@ REJECTED_SENDERS_MAX: Final = 1_024
 REJECTED_OTHERS: Final = "others"
 REJECTED_UNREADABLE: Final = "unreadable"
 # What a link's credit limits; everything else counts as a call.
-_BOUND_BY_CREDIT: Final = (Batch, PullReply, Ack)
+_BOUND_BY_CREDIT: Final = (Batch, PullReply, ShardsReply, Ack)
 
 
 class Handler(Protocol):

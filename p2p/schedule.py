@@ -1,12 +1,34 @@
 """Regular pulls: every interval, from whom.
 
-This is the paper's way of moving updates, where push has no part (`p2p.sync`). The first pull of a life comes after a random
-part of the interval, so that nodes which start together do not all ask at the same moment for ever after.
+This is the paper's way of moving updates, where push has no part (`p2p.sync`). Three ways of choosing:
+
+- By vector: one peer at random, everything.
+- By shard versions: the *freshest* peer, as far as the neighbours' lists tell (`Rounds.freshness`), and one other, so that a
+  fresher one is found and everybody is asked now and then: those of whom there is no list yet come first.
+- With leaders (the paper, section 4.5): of a region's shards each node leads some. Those it pulls from the freshest node of the
+  other regions, and from one other there; a shard that somebody else leads it pulls from its leader only. And a leader asks its
+  own region, too: that is where its region's writers are.
+
+The first pull of a life comes after a random part of the interval, so that nodes which start together do not all ask at the
+same moment for ever after.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from p2p import messages as m
-from p2p.core import Core
+from p2p import placement
+from p2p.core import Core, Keyspace
+from p2p.leaders import leaders_of
+from p2p.membership import HOLDER_ROLES
 from p2p.pull import Pull
+from p2p.rounds import speaks_rounds
+from p2p.shard_versions import Mask
+from p2p.trees import Holder
+
+# Nodes of its own region that a node asks in one interval, in turn. A region of more spreads by way of several.
+MATES_MAX = 16
 
 
 class Schedule:
@@ -16,6 +38,8 @@ class Schedule:
         self._core = core
         self._pull = pull
         self._due_ms: int | None = None  # monotonic; None: there are no regular pulls
+        self._intervals = 0
+        self._freshest: dict[int, m.NodeId] = {}  # by keyspace: who was it last time
 
     def start(self, now: m.Now) -> None:
         """The node is up."""
@@ -33,10 +57,72 @@ class Schedule:
         if self._due_ms is None or now.monotonic_ms < self._due_ms:
             return
         self._due_ms = now.monotonic_ms + core.options.sync.interval_ms
+        self._intervals += 1
         for keyspace in core.keyspaces.values():
-            holders = core.membership.holders(now.monotonic_ms, keyspace.replica.place)
-            others = [holder.node for holder in holders if holder.node != core.options.node]
-            # One that is still on its way is waited for: `Pull` has one of each keyspace at a time.
-            link = core.link(core.rng.choice(others)) if others else None
-            if link is not None:
-                self._pull.ask(keyspace, link, now, "interval")
+            sources = self._sources(keyspace, now)
+            if not sources:
+                continue
+            if not core.options.sync.shard_versions:
+                self._pull_all(keyspace, core.rng.choice(sources).node, now)
+            elif not keyspace.synced:
+                continue  # it joins, by a pull of everything
+            elif core.options.sync.leaders:
+                self._pull_as_led(keyspace, sources, now)
+            else:
+                self._pull_from_freshest(keyspace, sources, np.ones(keyspace.knowledge.shards, np.bool_), now)
+
+    def _sources(self, keyspace: Keyspace, now: m.Now) -> list[Holder]:
+        """Who else holds the keyspace and lives, fit to forward or not: a writer whose links come and go has rows."""
+        place = keyspace.replica.place
+        return [
+            Holder(record.region, record.node)
+            for record in self._core.membership.live(now.monotonic_ms)
+            if record.role in HOLDER_ROLES and placement.holds(record, place)
+        ]
+
+    def _pull_all(self, keyspace: Keyspace, node: m.NodeId, now: m.Now) -> None:
+        # One that is still on its way is waited for: `Pull` has one of each keyspace at a time.
+        link = self._core.link(node)
+        if link is not None:
+            self._pull.ask(keyspace, link, now, "interval")
+
+    def _pull_as_led(self, keyspace: Keyspace, sources: Sequence[Holder], now: m.Now) -> None:
+        options, shards = self._core.options, keyspace.knowledge.shards
+        fit = self._core.membership.holders(now.monotonic_ms, keyspace.replica.place)
+        leading = [holder.node for holder in fit if holder.region == options.region]
+        # A region without holders that are fit to lead has no leader (R22): whoever is there sees for itself.
+        leader = leaders_of(leading, shards) if leading else np.full(shards, -1)
+        led = {node: leader == number for number, node in enumerate(leading)}
+        own = led.get(options.node, leader < 0)
+        mates = [source.node for source in sources if source.region == options.region]
+        begin = self._intervals * MATES_MAX % len(mates) if len(mates) > MATES_MAX else 0
+        for mate in (mates[begin:] + mates[:begin])[:MATES_MAX]:
+            self._round(keyspace, mate, own | led.get(mate, leader < 0), now)
+        self._pull_from_freshest(keyspace, [source for source in sources if source.region != options.region], own, now)
+
+    def _pull_from_freshest(self, keyspace: Keyspace, sources: Sequence[Holder], wanted: Mask, now: m.Now) -> None:
+        if not sources or not wanted.any():
+            return
+        number, rng = keyspace.replica.keyspace, self._core.rng
+        nodes = [source.node for source in sources]
+        before = self._freshest.get(number)
+        if before in nodes:  # of equals, who it was
+            nodes.remove(before)
+            nodes.insert(0, before)
+        scores = self._pull.rounds.freshness(keyspace, nodes, wanted)
+        freshest = nodes[scores.index(max(scores))]
+        self._freshest[number] = freshest
+        self._round(keyspace, freshest, wanted, now)
+        unheard = [node for node, score in zip(nodes, scores, strict=True) if score < 0]
+        other = rng.choice(unheard or nodes)
+        if other != freshest:
+            self._round(keyspace, other, wanted, now)
+
+    def _round(self, keyspace: Keyspace, node: m.NodeId, wanted: Mask, now: m.Now) -> None:
+        link = self._core.link(node)
+        if link is None or not wanted.any():
+            return
+        if speaks_rounds(link):
+            self._pull.rounds.begin(keyspace, link, wanted, now)
+        else:
+            self._pull.ask(keyspace, link, now, "interval")

@@ -10,6 +10,7 @@ from p2p.outbox import STREAMS_MAX
 from p2p.pull import Pull
 from p2p.push import Push
 from p2p.reach import Reach
+from p2p.rounds import LISTS_MAX
 from p2p.stamps import unix_ms_of
 
 
@@ -157,6 +158,7 @@ def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach) -> tup
         QueueStatus("open_steps", open_steps, OPEN_STEPS_MAX),
         QueueStatus("link_bytes_in_flight", in_flight, links.CREDIT_BYTES_MAX),
         QueueStatus("pull_streams", streams, STREAMS_MAX),
+        QueueStatus("neighbour_lists", pulling.rounds.lists, LISTS_MAX),
         QueueStatus("batches_seen", pushing.seen, push.SEEN_MAX),
         QueueStatus("waits", len(reaching.waits), reach.WAITS_MAX),
         QueueStatus("questions", len(reaching.questions), reach.QUESTIONS_MAX),

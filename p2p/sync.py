@@ -7,6 +7,8 @@ time, and so do these presets, on the same machine and the same store:
 |---|---|---|
 | `VECTOR` | pull from a random peer; what it lacks is found by a scan | `p2p.pull`, `p2p.schedule` |
 | `CACHE` | found in the update cache | `ekko.store.recent` |
+| `SHARD_VERSIONS` | vectors only of shards whose version differs; the freshest peer | `p2p.shard_versions`, `p2p.rounds` |
+| `LEADERS` | a region pulls a shard from others once | `p2p.leaders` |
 | `PUSH` | the product: fresh batches down trees, pulls only when something shows that one is due | `p2p.push`, `p2p.pull` |
 
 All nodes of a cluster must run the same one. Operators are not offered the choice (docs/decisions/0014): the simulator is.
@@ -24,21 +26,29 @@ class SyncOptions:
     """What takes part in keeping replicas equal.
 
     Raises:
-        ValueError: nothing would.
+        ValueError: they do not fit together, or nothing would.
     """
 
     push: bool = True  # fresh batches travel down the trees
     cache: bool = True  # answers come from the update cache where it reaches back far enough; else always from a scan
+    shard_versions: bool = False  # versions before vectors; with push they would almost never match (R9)
+    leaders: bool = False  # of each region and shard one node pulls across regions, the others from it
     interval_ms: int = 0  # of regular pulls; 0: a pull starts only when something shows that one is due
 
     def __post_init__(self) -> None:
         if not self.push and self.interval_ms <= 0:
             raise ValueError("without push, pulls need an interval_ms above 0")
+        if self.push and self.shard_versions:
+            raise ValueError("shard versions almost never match while push moves vectors: choose one of push, shard_versions")
+        if self.leaders and not self.shard_versions:
+            raise ValueError("leaders pull single shards, which only rounds by shard versions can: set shard_versions")
 
 
 VECTOR: Final = SyncOptions(push=False, cache=False, interval_ms=INTERVAL_MS)
 CACHE: Final = SyncOptions(push=False, interval_ms=INTERVAL_MS)
+SHARD_VERSIONS: Final = SyncOptions(push=False, shard_versions=True, interval_ms=INTERVAL_MS)
+LEADERS: Final = SyncOptions(push=False, shard_versions=True, leaders=True, interval_ms=INTERVAL_MS)
 PUSH: Final = SyncOptions()
 
 # In the order of the paper's ablation; the last is the product.
-PRESETS: Final = {"vector": VECTOR, "cache": CACHE, "push": PUSH}
+PRESETS: Final = {"vector": VECTOR, "cache": CACHE, "shard_versions": SHARD_VERSIONS, "leaders": LEADERS, "push": PUSH}

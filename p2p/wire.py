@@ -639,16 +639,41 @@ def _pack_pull(pull: m.PullRequest, version: int) -> Packed:
 def _take_vector(columns: _Columns, shards: int, writers: int) -> tuple[NDArray[np.uint16], U64, U64]:
     if _uint(shards, 32) > SHARDS_MAX or _uint(writers, 32) > WRITERS_MAX:
         raise RemoteProtocolError(f"vector of {shards} shards and {writers} writers")
-    ids = columns.take(_UINT16, writers)
-    vector = columns.take(_UINT64, shards * writers).reshape(shards, writers)
-    frontier = columns.take(_UINT64, writers)
-    if writers and (ids[-1] >= WRITERS_MAX or np.any(ids[1:] <= ids[:-1])):
+    ids = _take_writers(columns, writers)
+    return ids, _take_stamps(columns, shards, ids), _take_stamps(columns, 1, ids)[0]
+
+
+def _take_writers(columns: _Columns, count: int) -> NDArray[np.uint16]:
+    if _uint(count, 32) > WRITERS_MAX:
+        raise RemoteProtocolError(f"{count} writers, limit {WRITERS_MAX}")
+    ids = columns.take(_UINT16, count)
+    if len(ids) and (ids[-1] >= WRITERS_MAX or np.any(ids[1:] <= ids[:-1])):
         raise RemoteProtocolError("writers are not ascending")
-    own = ids.astype(np.uint64)
-    mask = np.uint64(WRITERS_MAX - 1)
-    if np.any((vector & mask != own) & (vector != 0)) or np.any((frontier & mask != own) & (frontier != 0)):
+    return ids
+
+
+def _take_stamps(columns: _Columns, shards: int, writers: NDArray[np.uint16]) -> U64:
+    """uint64[shards, w], in each column stamps of its writer, or 0."""
+    stamps = columns.take(_UINT64, shards * len(writers)).reshape(shards, len(writers))
+    if np.any((stamps & np.uint64(WRITERS_MAX - 1) != writers) & (stamps != 0)):
         raise RemoteProtocolError("a vector holds a stamp of another writer")
-    return ids, vector, frontier
+    return stamps
+
+
+def _take_shards(columns: _Columns, count: int) -> NDArray[np.uint32]:
+    if _uint(count, 32) > SHARDS_MAX:
+        raise RemoteProtocolError(f"{count} shards, limit {SHARDS_MAX}")
+    shards = columns.take(_UINT32, count)
+    if len(shards) and (shards[-1] >= SHARDS_MAX or np.any(shards[1:] <= shards[:-1])):
+        raise RemoteProtocolError("shards are not ascending")
+    return shards
+
+
+def _take_versions(columns: _Columns, count: int) -> U64:
+    versions = columns.take(_UINT64, count)
+    if not versions.all():
+        raise RemoteProtocolError("a shard without a version")
+    return versions
 
 
 def _pull(header: Header, columns: _Columns) -> m.PullRequest:
@@ -672,13 +697,16 @@ def _reply(header: Header, columns: _Columns) -> m.PullReply:
     keyspace, request, chunk, last, shards, writers, sections, bound = header
     ids, vector, frontier = _take_vector(columns, shards, writers)
     rows = _sections(sections, columns, with_stamps=True)
-    who, nonces = _NO_WRITERS, _NO_NONCES
-    if bound is not None:
-        who, nonces = columns.take(_UINT16, _uint(bound, 32)), columns.take(_UINT64, bound)
-        if len(who) and int(who.max()) >= WRITERS_MAX:
-            raise RemoteProtocolError(f"a nonce of writer {int(who.max())}")
+    who, nonces = (_NO_WRITERS, _NO_NONCES) if bound is None else _take_bindings(columns, bound)
     reply = _uint(keyspace, 32), _uint(request), _uint(chunk, 32), _flag(last)
     return m.PullReply(*reply, rows, ids, vector, frontier, who, nonces)
+
+
+def _take_bindings(columns: _Columns, count: object) -> tuple[NDArray[np.uint16], U64]:
+    who, nonces = columns.take(_UINT16, _uint(count, 32)), columns.take(_UINT64, _uint(count, 32))
+    if len(who) and int(who.max()) >= WRITERS_MAX:
+        raise RemoteProtocolError(f"a nonce of writer {int(who.max())}")
+    return who, nonces
 
 
 def _pack_ack(ack: m.Ack, _version: int) -> Packed:
@@ -760,6 +788,70 @@ def _block_grant(header: Header, _columns: _Columns) -> m.BlockGrant:
     return m.BlockGrant(_uint(cluster), _uint(holder), _items(blocks, BLOCKS, _block), _uint(clock_floor), _flag(founded))
 
 
+def _pack_versions_wanted(wanted: m.VersionsWanted, _version: int) -> Packed:
+    return [wanted.keyspace, wanted.request, wanted.since], []
+
+
+def _versions_wanted(header: Header, _columns: _Columns) -> m.VersionsWanted:
+    keyspace, request, since = header
+    return m.VersionsWanted(_uint(keyspace, 32), _uint(request), _uint(since, 63))
+
+
+def _pack_version_list(told: m.VersionList, _version: int) -> Packed:
+    header: Header = [told.keyspace, told.request, told.mark, len(told.shards), len(told.writers)]
+    return header, [told.shards, told.versions, told.writers, told.frontier]
+
+
+def _version_list(header: Header, columns: _Columns) -> m.VersionList:
+    keyspace, request, mark, count, writers = header
+    shards = _take_shards(columns, count)
+    versions = _take_versions(columns, len(shards))
+    ids = _take_writers(columns, writers)
+    frontier = _take_stamps(columns, 1, ids)[0]
+    return m.VersionList(_uint(keyspace, 32), _uint(request), _uint(mark, 63), shards, versions, ids, frontier)
+
+
+def _pack_shards_wanted(wanted: m.ShardsWanted, _version: int) -> Packed:
+    header: Header = [wanted.keyspace, wanted.request, len(wanted.shards), len(wanted.writers)]
+    return header, [wanted.shards, wanted.writers, np.ascontiguousarray(wanted.vectors)]
+
+
+def _shards_wanted(header: Header, columns: _Columns) -> m.ShardsWanted:
+    keyspace, request, count, writers = header
+    shards = _take_shards(columns, count)
+    if not len(shards):
+        raise RemoteProtocolError("nothing is wanted")
+    ids = _take_writers(columns, writers)
+    return m.ShardsWanted(_uint(keyspace, 32), _uint(request), shards, ids, _take_stamps(columns, len(shards), ids))
+
+
+def _pack_shards_reply(reply: m.ShardsReply, _version: int) -> Packed:
+    sections, arrays = _pack_sections(reply.columns)
+    header: Header = [
+        reply.keyspace,
+        reply.request,
+        reply.chunk,
+        reply.last,
+        len(reply.shards),
+        len(reply.writers),
+        sections,
+        len(reply.bound),
+    ]
+    staged: list[NDArray[Any]] = [reply.shards, reply.versions, reply.writers, np.ascontiguousarray(reply.vectors)]
+    return header, [*staged, *arrays, reply.bound, reply.nonces]
+
+
+def _shards_reply(header: Header, columns: _Columns) -> m.ShardsReply:
+    keyspace, request, chunk, last, count, writers, sections, bound = header
+    shards = _take_shards(columns, count)
+    versions = _take_versions(columns, len(shards))
+    ids = _take_writers(columns, writers)
+    vectors = _take_stamps(columns, len(shards), ids)
+    rows = _sections(sections, columns, with_stamps=True)
+    reply = _uint(keyspace, 32), _uint(request), _uint(chunk, 32), _flag(last)
+    return m.ShardsReply(*reply, rows, shards, versions, ids, vectors, *_take_bindings(columns, bound))
+
+
 # Which kinds there are and since when: a message's number on the wire is its place here, from 1; new ones go to the end.
 _KINDS: Final = (
     _Kind(m.Hello, _pack_hello, _hello),
@@ -778,5 +870,9 @@ _KINDS: Final = (
     _Kind(m.MemberNews, _pack_news, _news),
     _Kind(m.BlockRequest, _pack_block_request, _block_request, since=2),
     _Kind(m.BlockGrant, _pack_block_grant, _block_grant, since=2),
+    _Kind(m.VersionsWanted, _pack_versions_wanted, _versions_wanted, since=2),
+    _Kind(m.VersionList, _pack_version_list, _version_list, since=2),
+    _Kind(m.ShardsWanted, _pack_shards_wanted, _shards_wanted, since=2),
+    _Kind(m.ShardsReply, _pack_shards_reply, _shards_reply, since=2),
 )
 _NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(_KINDS, start=1)}

@@ -37,7 +37,9 @@ def run(
     sync: Annotated[
         str,
         typer.Option(
-            "--sync", help="By which protocol: vector, cache, push (the product); instead of the scenario's.", metavar="PRESET"
+            "--sync",
+            help="By which protocol: vector, cache, shard_versions, leaders, push (the product); instead of the scenario's.",
+            metavar="PRESET",
         ),
     ] = "",
     json_out: Annotated[str, typer.Option("--json", help="Write the outcome here, or to stdout with -.", metavar="OUT")] = "",

@@ -21,6 +21,7 @@ from p2p.sync import PRESETS
 from sim_cluster.checkers import Watch
 from sim_cluster.network import NetworkOptions
 from sim_cluster.scenario import FaultEvent, Faults, Scenario
+from sim_cluster.version_watch import VersionWatch
 from sim_cluster.virtual import Meter, VirtualCluster, VirtualNode
 
 FORM_MS_MAX: Final = 60_000  # until all nodes have caught up with the cluster at its start
@@ -117,6 +118,7 @@ class _Run:
         )
         self.meter = self.cluster.meter = Meter()
         self._watch = Watch(self.cluster)
+        self._versions = VersionWatch(self.cluster)
         self._published = 0
         self._waits: dict[tuple[str, int, int], _Wait] = {}  # by node, its life and the request
         self._ends: list[tuple[int, int, Callable[[], None]]] = []  # what undoes a fault, and when
@@ -155,7 +157,7 @@ class _Run:
                 return problem
             if cluster.now_ms >= check_ms:
                 check_ms = cluster.now_ms + scenario.check_ms
-                if problem := self._watch.check():
+                if problem := self._watch.check() or self._versions.check():
                     return problem
             if cluster.now_ms >= queues_ms:
                 queues_ms = cluster.now_ms + QUEUES_EVERY_MS

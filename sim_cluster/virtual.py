@@ -474,7 +474,7 @@ class VirtualCluster:
 
     def _is_audited(self, event: m.Event) -> bool:
         """Some batches and chunks are; all of them where clocks are so far apart that many will be refused."""
-        if not isinstance(event, m.MessageReceived) or not isinstance(event.message, m.Batch | m.PullReply):
+        if not isinstance(event, m.MessageReceived) or not isinstance(event.message, m.Batch | m.PullReply | m.ShardsReply):
             return False
         self._audited += 1
         return self._clocks_apart or self._audited % AUDIT_EVERY == 0
@@ -537,7 +537,7 @@ class VirtualCluster:
         arrivals = self._network.arrivals(self.options, link, regions, shared.size, leaves_ms)
         if arrivals is None:
             return False
-        if self.meter is not None and isinstance(message, m.Batch | m.PullReply):
+        if self.meter is not None and isinstance(message, m.Batch | m.PullReply | m.ShardsReply):
             self._measure_sent(self.meter, sender, message)
         for arrival_ms in arrivals:
             self._schedule(arrival_ms, sender, target, envelope, shared)
@@ -575,7 +575,7 @@ class VirtualCluster:
             if corrupt:
                 self._deliver_corrupt(target, shared)
                 return
-            if self.meter is not None and isinstance(shared.message, m.Batch | m.PullReply):
+            if self.meter is not None and isinstance(shared.message, m.Batch | m.PullReply | m.ShardsReply):
                 self._measure_received(self.meter, sender, target, envelope, shared.message)
             try:
                 message = self._decode(shared)
@@ -613,16 +613,20 @@ class VirtualCluster:
             self.meter.delays_ms.append(self.now_ms - published_ms)
 
     @staticmethod
-    def _measure_sent(meter: Meter, sender: VirtualNode, batch: m.Batch | m.PullReply) -> None:
+    def _measure_sent(meter: Meter, sender: VirtualNode, batch: m.Batch | m.PullReply | m.ShardsReply) -> None:
         payload = sum(section.payload_bytes for section in batch.columns)
         meter.bytes_sent[sender.name] = meter.bytes_sent.get(sender.name, 0) + payload
 
     @staticmethod
     def _measure_received(
-        meter: Meter, sender: VirtualNode, target: VirtualNode, envelope: m.Envelope, batch: m.Batch | m.PullReply
+        meter: Meter,
+        sender: VirtualNode,
+        target: VirtualNode,
+        envelope: m.Envelope,
+        batch: m.Batch | m.PullReply | m.ShardsReply,
     ) -> None:
         meter.rows += sum(len(section.keys) for section in batch.columns)
-        if not batch.columns or isinstance(batch, m.PullReply):
+        if not batch.columns or isinstance(batch, m.PullReply | m.ShardsReply):
             return
         meter.copies += 1
         meter.hops_max = max(meter.hops_max, envelope.hops + 1)

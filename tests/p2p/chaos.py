@@ -8,6 +8,7 @@ from p2p.messages import Batch, Now
 from p2p.stamps import unix_ms_of
 from p2p.sync import PUSH, SyncOptions
 from sim_cluster.checkers import Watch, check_converged, check_knowledge, contents
+from sim_cluster.version_watch import VersionWatch
 from sim_cluster.virtual import Meter, NetworkOptions, VirtualCluster, address_of
 
 CALM = NetworkOptions()
@@ -40,19 +41,24 @@ def chaos(seed: int, sync: SyncOptions = PUSH) -> None:
     """One run; raises AssertionError on the first violation. Messages are cut small, so that parts and chunks are many."""
     with mock.patch.object(wire, "BATCH_BYTES_MAX", 150), mock.patch.object(outbox, "CHUNK_BYTES_MAX", 300):
         cluster = form(seed, FAULTS, sync=sync)
-        watch = Watch(cluster)
+        watch, versions = Watch(cluster), VersionWatch(cluster)
         cluster.run(3_000)
         for step in range(60):
             if cluster.nodes["t1"].machine is not None:
                 keys = [(step * 7 + offset) % 40 for offset in range(1 + step % 9)]
                 cluster.publish("t1", "item" if step % 3 else "user", keys, float(step), delete=step % 11 == 0)
             _disturb(cluster, step, seed)
-            cluster.run(60)
-            problem = watch.check()
+            problem = ""
+            for _ in range(4):
+                cluster.run(15)
+                problem = problem or versions.check()
+            problem = problem or watch.check()
             assert problem == "", f"seed {seed}, {cluster.now_ms} ms: {problem}"
         cluster.options = CALM
         at_rest(cluster)
         assert watch.check_converged() == ""
+        assert versions.check() == ""
+        assert versions.versions or not sync.shard_versions
 
 
 def _disturb(cluster: VirtualCluster, step: int, seed: int) -> None:

@@ -85,6 +85,12 @@ MESSAGES: list[m.Message] = [
     m.MemberNews((MEMBER,)),
     m.BlockRequest(99, 7, (0, 255)),
     m.BlockGrant(99, 7, (3, 4), STAMP, True),
+    m.VersionsWanted(5, 1, 17),
+    m.VersionList(5, 1, 19, np.array([0, 3], np.uint32), BOOTS, WRITERS, vector()[0]),
+    m.ShardsWanted(5, 1, np.array([0, 1, 7], np.uint32), WRITERS, vector()),
+    m.ShardsReply(
+        5, 1, 0, True, sections(True), np.arange(3, dtype=np.uint32), BOOTS[[0, 0, 1]], WRITERS, vector(), WRITERS, BOOTS
+    ),
 ]
 # With what version 2 added.
 LATER: list[m.Message] = [
@@ -243,7 +249,7 @@ def test_damaged_messages_raise_one_error_type(message: m.Message, seed: int) ->
 
 
 @given(
-    st.integers(1, len(MESSAGES)),
+    st.integers(1, len(wire._KINDS) + 1),
     st.recursive(
         st.none()
         | st.booleans()
@@ -324,6 +330,30 @@ def test_a_vector_with_a_foreign_stamp_is_refused() -> None:
     frames = wire.encode(ENVELOPE, m.PullRequest(5, 1, WRITERS, bad, vector()[0], 3))
     with pytest.raises(RemoteProtocolError, match="another writer"):
         wire.decode([memoryview(bytes(frame)) for frame in frames])
+
+
+SHARDS = np.array([0, 1, 7], np.uint32)
+VERSIONS = np.ones(3, np.uint64)
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (m.VersionList(5, 1, 1, SHARDS[::-1].copy(), VERSIONS, WRITERS, vector()[0]), "not ascending"),
+        (m.VersionList(5, 1, 1, SHARDS, VERSIONS * np.uint64(0), WRITERS, vector()[0]), "without a version"),
+        (m.VersionList(5, 1, 1, SHARDS, VERSIONS, WRITERS, vector()[0, ::-1].copy()), "another writer"),
+        (m.VersionList(5, 1, 1, SHARDS, VERSIONS, WRITERS[::-1].copy(), vector()[0, ::-1].copy()), "writers are not ascending"),
+        (m.ShardsWanted(5, 1, SHARDS[:0], WRITERS, vector(0)), "nothing is wanted"),
+        (m.ShardsWanted(5, 1, SHARDS + np.uint32(wire.SHARDS_MAX), WRITERS, vector()), "not ascending"),
+        (m.ShardsWanted(5, 1, SHARDS, WRITERS, vector()[:, ::-1].copy()), "another writer"),
+        (m.ShardsWanted(5, 1, SHARDS, WRITERS, vector(2)), "column"),
+        (m.ShardsReply(5, 1, 0, True, (), SHARDS, VERSIONS * np.uint64(0), WRITERS, vector()), "without a version"),
+        (m.ShardsReply(5, 1, 0, True, sections(False), SHARDS, VERSIONS, WRITERS, vector()), "contradict themselves"),
+    ],
+)
+def test_rounds_that_contradict_themselves_are_refused(message: m.Message, complaint: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=complaint):
+        transfer(message)
 
 
 def test_sizes_are_limited() -> None:
