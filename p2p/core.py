@@ -83,6 +83,7 @@ class Keyspace:
     knowledge: Knowledge
     synced: bool  # caught up with somebody at least once in this life
     goal: dict[int, int] = field(default_factory=dict)  # writer -> stamp: how far it had come when we first compared
+    alone_since_ms: int | None = None  # monotonic: since when nobody else alive holds it
     last_batch_ms: int = 0  # monotonic, of our own writer
     gap_stamp: int = 0  # the oldest waiting step when we last looked
     gap_since_ms: int = 0

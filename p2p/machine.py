@@ -160,7 +160,8 @@ class Machine:
     def _on_publish(self, event: m.PublishRequested, now: m.Now) -> None:
         self._gossip.check_clock(now)
         self._push.publish(event, now)
-        self._progress(self._core.keyspaces[event.keyspace], now)
+        for keyspace in self._core.families[event.keyspace]:
+            self._progress(keyspace, now)
 
     def _on_schema_changed(self, now: m.Now) -> None:
         self._core.refresh_keyspaces(born=self._introductions.introduced)

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from p2p.messages import Holding, MemberRecord
 from p2p.replica import Place, RowColumns
 
+# The protocol version in which a record says what its node holds.
+HOLDS_SINCE = 2
+
 
 def holds(record: MemberRecord, place: Place) -> bool:
     """Whether the node with this record holds the keyspace at `place`."""
@@ -22,6 +25,12 @@ def holds(record: MemberRecord, place: Place) -> bool:
         holding.family == place.family and holding.partitions == place.partitions and place.partition in holding.held
         for holding in record.holds
     )
+
+
+def may_hold(record: MemberRecord, place: Place) -> bool:
+    """The same, also when we cannot tell yet: a hello and nodes of version 1 leave out what a node holds."""
+    untold = record.told < HOLDS_SINCE <= record.protocol
+    return holds(record, place) or untold
 
 
 def holdings_of(places: Iterable[Place]) -> tuple[Holding, ...]:

@@ -23,6 +23,7 @@ from p2p.errors import RemoteProtocolError
 from p2p.intake import bindings_of, check_rows, take_rows
 from p2p.links import Link
 from p2p.outbox import STREAMS_MAX, Outbox, PullStream
+from p2p.placement import may_hold
 from p2p.replica import U64
 from p2p.rounds import Rounds
 from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX, unix_ms_of, writer_of
@@ -35,6 +36,8 @@ GAP_DOUBLINGS_MAX = 5
 GAP_TRIES_MAX = 8
 # An answer that stands still this long is given up, and asked of somebody else.
 PULL_SILENCE_MS = 3_000
+# A partition that nobody else among the living has held for so long is served as it is: its other holders may be gone for good.
+PARTITION_ALONE_MS = 10_000
 # Finding strays is a scan when the update cache does not reach back; peers compare once a heartbeat, so more would be wasted.
 STRAY_SCAN_MS = 450
 
@@ -210,6 +213,20 @@ class Pull:
             self._abandon(number, "no answer")
         for keyspace in self._core.keyspaces.values():
             self._check_gap(keyspace, now)
+            if not keyspace.synced and keyspace.replica.place.partitions > 1:
+                self._check_alone(keyspace, now)
+
+    def _check_alone(self, keyspace: Keyspace, now: m.Now) -> None:
+        """Nobody to catch up with: of those who live, nobody else holds this partition."""
+        core, place = self._core, keyspace.replica.place
+        live = core.membership.live(now.monotonic_ms)
+        if not live or core.expected(now) or any(may_hold(record, place) for record in live):
+            keyspace.alone_since_ms = None
+        elif keyspace.alone_since_ms is None:
+            keyspace.alone_since_ms = now.monotonic_ms
+        elif now.monotonic_ms - keyspace.alone_since_ms >= PARTITION_ALONE_MS:
+            keyspace.synced = True
+            core.note("partition_alone", alarm=True, keyspace=place.family, partition=place.partition)
 
     def _check_gap(self, keyspace: Keyspace, now: m.Now) -> None:
         oldest = keyspace.knowledge.oldest_open

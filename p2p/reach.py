@@ -12,7 +12,7 @@ from p2p.core import Core, Keyspace, reached
 from p2p.errors import LocalProtocolError
 from p2p.links import Link
 from p2p.membership import HOLDER_ROLES
-from p2p.placement import holds
+from p2p.placement import may_hold
 
 REPEAT_MS = 250
 WAITS_MAX = 1_024
@@ -93,7 +93,7 @@ class Reach:
             record = core.membership.members[node].record
             if record.left or regions not in (None, record.region) or record.role not in HOLDER_ROLES:
                 continue
-            if holds(record, place):
+            if may_hold(record, place):
                 (nodes if core.membership.alive(node, now.monotonic_ms) else silent)[node] = None
         # Just restarted, we know few; who was there before is waited for until it counts as silent (R21).
         nodes |= dict.fromkeys(peer.node for peer in core.expected(now) if regions in (None, peer.region))
@@ -147,8 +147,8 @@ class Reach:
             replica = question.keyspace.replica
             for node in list(question.lagging):
                 member = self.core.membership.members.get(node)
-                if member is not None and not holds(member.record, replica.place):
-                    del question.lagging[node]  # a peer of our former life, of which we know by now what it holds
+                if member is not None and not may_hold(member.record, replica.place):
+                    del question.lagging[node]  # by now we know what it holds
                 elif (link := self.core.link(node)) is not None:
                     self.core.send(link, m.ReachQuery(replica.keyspace, query, wait.stamp))
 

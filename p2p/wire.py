@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from p2p import messages as m
 from p2p.errors import LocalProtocolError, RemoteProtocolError
+from p2p.placement import HOLDS_SINCE
 from p2p.replica import PARTITIONS_MAX, U64, RowColumns, SchemaEntry
 from p2p.stamps import WRITERS_MAX, writer_of
 from p2p.transport import FRAMES_MAX, Buffer
@@ -215,7 +216,7 @@ def _unpack_envelope(frame: memoryview) -> tuple[m.Envelope, int, int]:
 Added = tuple[tuple[int, Any], ...]
 
 _MEMBER_FIELDS: Final = 11  # of version 1
-_MEMBER_ADDED: Final[Added] = ((2, []),)  # holds
+_MEMBER_ADDED: Final[Added] = ((HOLDS_SINCE, []),)  # holds
 
 
 def trim(header: Header, added: Added, version: int) -> Header:

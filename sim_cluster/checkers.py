@@ -4,7 +4,9 @@ Numbers are those of docs/ARCHITECTURE.md. A `Watch` follows one cluster and che
 node's rows only when something was written there since, and compares arrays, so that looking often costs little.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from sim_cluster.virtual import VirtualCluster, VirtualNode, Write
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
+T = TypeVar("T")
 Row = tuple[int, bytes]  # stamp, value; a tombstone has no value
 Contents = dict[tuple[int, int], Row]  # (table, key) -> row
 
@@ -43,8 +46,9 @@ class _Held:
     stamps: U64  # [keys]
     live: NDArray[np.bool_]  # [keys]
     values: NDArray[np.float32]  # [keys], the row's first number
+    unknown: I64  # [partitions]: rows that nobody acknowledged: a step whose publisher died may leave some
     even: bool = True  # every row is one number, repeated, as publishers of the simulator write them
-    unknown: int = 0  # rows that nobody acknowledged: a step whose publisher died may leave some
+    misplaced: int = 0  # rows of partitions that the node does not hold
 
 
 @dataclass(slots=True)
@@ -83,6 +87,7 @@ class _Columns:
     which: I64
     stamps: U64
     shards: I64  # of each write
+    partitions: I64  # [keys]
     newest: I64  # [keys]: the write with the largest stamp, or -1
     deleted: NDArray[np.bool_]
     values: NDArray[np.float32]
@@ -138,12 +143,16 @@ class Watch:
         problem = self.check()
         live = [node for node in self._cluster.nodes.values() if node.machine is not None]
         for model, name in self._tables if not problem else ():
-            first: tuple[str, _Held] | None = None
+            first: dict[int, tuple[str, _Held]] = {}  # who was looked at first, by partition
+            partitions = self._columns_of((model, name)).partitions
             for node in live:
                 held = self._held_of(node, model, name)
-                if problem := self._behind(node, (model, name), held) or _different(node, first, held):
+                if problem := self._behind(node, (model, name), held):
                     return f"{problem} (model {model!r}, table {name!r})"
-                first = first or (node.name, held)
+                for partition in node.store.models[model].hold:
+                    other = first.setdefault(partition, (node.name, held))
+                    if problem := _different(node.name, *other, held, partitions == partition, partition):
+                        return f"{problem} (model {model!r}, table {name!r})"
         return problem
 
     # --- history
@@ -175,11 +184,13 @@ class Watch:
             newest = np.full(len(keys), -1, np.int64)
             newest[which[order]] = order  # of repeated places the last counts
             by_key = np.argsort(keys)
-            shards = self._a_replica(table.model).shards_of(keys)[which]
+            replica = self._a_replica(table.model)
+            shards = replica.shards_of(keys)[which]
             columns = self._columns[place] = _Columns(
                 which,
                 stamps,
                 shards,
+                replica.partition_of(keys),
                 newest,
                 np.array(table.deleted, np.bool_),
                 rounded(table.spec.codec, np.array(table.values, np.float32)[:, None])[:, 0],
@@ -220,6 +231,8 @@ class Watch:
                     return f"{node.name}: {name} {key} went from stamp {old[sunk[0]]} to {held.stamps[sunk[0]]}"
             if problem := self._unheld_claim(node, (model, name), held) or self._wrong_row(node, (model, name), held):
                 return problem
+            if held.misplaced:
+                return f"{node.name} has {held.misplaced} rows of {name} in partitions that it does not hold"
         return self._wrong_selection(node)
 
     def _wrong_selection(self, node: VirtualNode) -> str:
@@ -242,7 +255,8 @@ class Watch:
         """Invariant 3: what vector or frontier claim is held, in that version or a newer one."""
         columns, replica = self._columns_of(place), node.store.models[place[0]]
         writers = (columns.stamps & np.uint64(WRITER_MASK)).astype(np.int64)
-        known = np.maximum(replica.vector[columns.shards, writers], replica.frontier[writers])
+        frontiers = replica.frontiers[columns.shards % replica.spec.partitions, writers]
+        known = np.maximum(replica.vector[columns.shards, writers], frontiers)
         wrong = np.flatnonzero((known >= columns.stamps) & (held.stamps[columns.which] < columns.stamps))
         if not len(wrong):
             return ""
@@ -274,7 +288,8 @@ class Watch:
     def _read_node(self, node: VirtualNode, model: str, name: str) -> _Held:
         columns, table, replica = self._columns_of((model, name)), self._tables[model, name], node.store.models[model]
         count = len(table.keys)
-        held = _Held(np.zeros(count, np.uint64), np.zeros(count, np.bool_), np.zeros(count, np.float32))
+        unknown = np.zeros(replica.spec.partitions, np.int64)
+        held = _Held(np.zeros(count, np.uint64), np.zeros(count, np.bool_), np.zeros(count, np.float32), unknown)
         for selection in replica.scan_since(_nothing(replica.shards)):
             if selection.table != table.spec.id or not count:
                 continue
@@ -289,23 +304,28 @@ class Watch:
             held.live[numbers[: len(values)][alive]] = True
             held.values[numbers[: len(values)][alive]] = values[alive, 0]
             held.even = bool((values == values[:, :1]).all())
-            held.unknown = int((~known).sum())
+            belongs = replica.partition_of(rows.keys)
+            unknown += np.bincount(belongs[~known], minlength=len(unknown))
+            held.misplaced += int((~np.isin(belongs, replica.hold)).sum())
         return held
 
     def missed(self) -> int:
         """Rows that live nodes lack in their newest acknowledged version, over all nodes."""
         self._take_up_history()
         live = [node for node in self._cluster.nodes.values() if node.machine is not None]
-        return sum(len(self._rows_behind(place, self._read_node(node, *place))) for place in self._tables for node in live)
+        return sum(
+            len(self._rows_behind(node, place, self._read_node(node, *place))) for place in self._tables for node in live
+        )
 
-    def _rows_behind(self, place: tuple[str, str], held: _Held) -> I64:
+    def _rows_behind(self, node: VirtualNode, place: tuple[str, str], held: _Held) -> I64:
         columns = self._columns_of(place)
-        numbers = np.flatnonzero(columns.newest >= 0)
+        here = np.isin(columns.partitions, node.store.models[place[0]].hold)
+        numbers = np.flatnonzero((columns.newest >= 0) & here)
         behind: I64 = numbers[held.stamps[numbers] < columns.stamps[columns.newest[numbers]]]
         return behind
 
     def _behind(self, node: VirtualNode, place: tuple[str, str], held: _Held) -> str:
-        behind, columns = self._rows_behind(place, held), self._columns_of(place)
+        behind, columns = self._rows_behind(node, place, held), self._columns_of(place)
         if not len(behind):
             return ""
         key, newest = self._tables[place].keys[behind[0]], columns.stamps[columns.newest[behind[0]]]
@@ -320,15 +340,13 @@ def _nothing(shards: int) -> U64:
     return _NOTHING.setdefault(shards, np.zeros((shards, WRITERS_MAX), np.uint64))
 
 
-def _different(node: VirtualNode, first: tuple[str, _Held] | None, held: _Held) -> str:
-    if first is None:
-        return ""
-    name, other = first
+def _different(node: str, first: str, other: _Held, held: _Held, keys: NDArray[np.bool_], partition: int) -> str:
+    """What two nodes hold of one partition; `keys` says which ones are of it."""
     for what, ours, theirs in (("stamp", held.stamps, other.stamps), ("life", held.live, other.live)):
-        if not np.array_equal(ours, theirs):
-            return f"{node.name} and {name} differ in {what} of a row"
-    if not np.array_equal(held.values, other.values) or held.unknown != other.unknown:
-        return f"{node.name} and {name} hold different rows"
+        if not np.array_equal(ours[keys], theirs[keys]):
+            return f"{node} and {first} differ in {what} of a row"
+    if not np.array_equal(held.values[keys], other.values[keys]) or held.unknown[partition] != other.unknown[partition]:
+        return f"{node} and {first} hold different rows"
     return ""
 
 
@@ -340,7 +358,7 @@ def check_knowledge(cluster: VirtualCluster, node: VirtualNode) -> str:
         replica = node.store.models[model]
         shard = int(replica.shards_of(np.array([write.key], np.uint64))[0])
         writer = write.stamp & WRITER_MASK
-        known = max(int(replica.vector[shard, writer]), int(replica.frontier[writer]))
+        known = max(int(replica.vector[shard, writer]), int(replica.frontiers[shard % replica.spec.partitions, writer]))
         stamp = held[model].get((cluster.models[model].tables[write.table].id, write.key), (0, b""))[0]
         if known >= write.stamp > stamp:
             return f"{node.name} claims {write} but holds stamp {stamp}"
@@ -348,7 +366,7 @@ def check_knowledge(cluster: VirtualCluster, node: VirtualNode) -> str:
 
 
 def check_converged(cluster: VirtualCluster) -> str:
-    """Invariant 2: at rest, all live nodes hold the newest acknowledged version of every row."""
+    """Invariant 2: at rest, all live holders of a row have its newest acknowledged version, and nobody else has the row."""
     for model in cluster.models.values():
         if problem := _check_converged(cluster, model):
             return problem
@@ -361,16 +379,31 @@ def _check_converged(cluster: VirtualCluster, model: ModelSpec) -> str:
         if (write.model or cluster.model.name) == model.name:
             key = (model.tables[write.table].id, write.key)
             newest[key] = max(newest.get(key, 0), write.stamp)
-    reference: tuple[str, Contents] | None = None
+    references: dict[int, tuple[str, Contents]] = {}  # by partition
     for node in cluster.nodes.values():
         if node.machine is None:
             continue
-        held = contents(node.store, model.name)
-        for key, stamp in newest.items():
-            if held.get(key, (0, b""))[0] < stamp:
-                return f"{node.name} holds {held.get(key)} of {key}, newest is {stamp}"
-        if reference is not None and held != reference[1]:
-            different = sorted(set(held.items()) ^ set(reference[1].items()))[:2]
-            return f"{node.name} and {reference[0]} differ: {different}"
-        reference = (node.name, held)
+        replica = node.store.models[model.name]
+        by_partition = _by_partition(replica, contents(node.store, model.name))
+        due = _by_partition(replica, newest)
+        if misplaced := sorted(by_partition.keys() - set(replica.hold)):
+            return f"{node.name} has rows of partitions {misplaced}, which it does not hold"
+        for partition in replica.hold:
+            held = by_partition.get(partition, {})
+            for key, stamp in due.get(partition, {}).items():
+                if held.get(key, (0, b""))[0] < stamp:
+                    return f"{node.name} holds {held.get(key)} of {key}, newest is {stamp}"
+            name, reference = references.setdefault(partition, (node.name, held))
+            if held != reference:
+                different = sorted(set(held.items()) ^ set(reference.items()))[:2]
+                return f"{node.name} and {name} differ: {different}"
     return ""
+
+
+def _by_partition(replica: ModelStore, rows: Mapping[tuple[int, int], T]) -> dict[int, dict[tuple[int, int], T]]:
+    """What there is of (table, key), by the partition of the key."""
+    belongs = replica.partition_of(np.array([key for _, key in rows], np.uint64)).tolist()
+    found: dict[int, dict[tuple[int, int], T]] = {}
+    for partition, (place, row) in zip(belongs, rows.items(), strict=True):
+        found.setdefault(partition, {})[place] = row
+    return found

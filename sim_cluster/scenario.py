@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from ekko.errors import ConfigError
 from ekko.model import CODEC_DEFAULT, CODECS
+from p2p.replica import PARTITIONS_MAX
 from p2p.sync import PRESETS
 from sim_cluster.network import LinkOptions, NetworkOptions, pair_of
 
@@ -60,6 +61,13 @@ class Workload:
     models: int = 1
     shards: int = 8
     codec: str = CODEC_DEFAULT
+    partitions: int = 1  # of a model
+    hold: str = "all"  # what serving nodes hold of them: "all", or "random": drawn from the seed
+
+    @property
+    def model_names(self) -> list[str]:
+        """The models that the nodes carry."""
+        return [f"model-{number + 1}" for number in range(self.models)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +119,23 @@ class Scenario:
     def trainers(self) -> list[str]:
         """The nodes that may publish."""
         return [node.name for node in self.nodes if node.role == "train"]
+
+    def holds(self, seed: int) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Which partitions of each model each node holds under this seed: node -> model -> partitions.
+
+        Training nodes hold all, since they write all; each partition of the others has at least one holder among them.
+        """
+        rng, everything = random.Random(f"holds of {seed}"), tuple(range(self.workload.partitions))
+        serving = [node.name for node in self.nodes if node.role != "train"]
+        drawn = {node.name: dict.fromkeys(self.workload.model_names, everything) for node in self.nodes}
+        for model in self.workload.model_names if self.workload.hold == "random" else ():
+            held = {name: {rng.choice(everything), *(p for p in everything if rng.random() < 0.4)} for name in serving}
+            for partition in everything:
+                if serving and not any(partition in one for one in held.values()):
+                    held[rng.choice(serving)].add(partition)
+            for name in serving:
+                drawn[name][model] = tuple(sorted(held[name]))
+        return drawn
 
     def faults(self, seed: int) -> Faults:
         """What goes wrong under this seed."""
@@ -209,10 +234,16 @@ def _scenario(document: dict[str, Any], stem: str) -> Scenario:
         load.whole("models", 1, 1, 64),
         load.whole("shards", 8, 1, 65_536),
         str(load.take("codec", CODEC_DEFAULT)),
+        load.whole("partitions", 1, 1, PARTITIONS_MAX),
+        str(load.take("hold", "all")),
     )
     if workload.codec not in CODECS:
         raise ConfigError(f"[workload].codec is {workload.codec!r}: expected one of {', '.join(CODECS)}")
     load.done()
+    if workload.partitions > workload.shards:
+        raise ConfigError(f"workload.partitions is {workload.partitions}, more than its {workload.shards} shards")
+    if workload.hold not in ("all", "random"):
+        raise ConfigError(f"workload.hold is {workload.hold!r}: expected 'all' or 'random'")
     duration_ms = int(1000 * top.number("duration_s", 20.0, 0.1, 86_400))
     events = [event for item in document.pop("faults", []) for event in _events(item, {node.name for node in nodes})]
     scenario = Scenario(

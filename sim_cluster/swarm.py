@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
+import numpy as np
+
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
 from p2p import outbox, wire
@@ -93,7 +95,9 @@ def models_of(scenario: Scenario) -> list[ModelSpec]:
     """The models that the scenario's nodes carry."""
     load = scenario.workload
     tables = {name: TableSpec(name, dim, load.codec) for name, dim in (("item", 4), ("user", 2))}
-    return [ModelSpec(f"model-{n + 1}", load.shards, dict(tables), codec=load.codec) for n in range(load.models)]
+    return [
+        ModelSpec(name, load.shards, dict(tables), partitions=load.partitions, codec=load.codec) for name in load.model_names
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,7 @@ class _Wait:
 
     model: str
     stamp: int
+    partitions: tuple[int, ...]  # that the step touched
     nodes: tuple[tuple[str, int], ...]  # with the lives they were in
 
 
@@ -113,6 +118,7 @@ class _Run:
         self._scenario = scenario
         self._rng = random.Random(f"load of {seed}")
         models = models_of(scenario)
+        self._holds = scenario.holds(seed)
         self.cluster = VirtualCluster(
             seed, NetworkOptions(links=scenario.network.links), models[0], models[1:], PRESETS[scenario.sync]
         )
@@ -133,7 +139,8 @@ class _Run:
     def _form(self) -> str:
         cluster, seeds = self.cluster, [self._scenario.trainer]
         for node in self._scenario.nodes:
-            cluster.add(node.name, node.region, node.role, [] if node.name in seeds else seeds)
+            hold = self._holds[node.name]
+            cluster.add(node.name, node.region, node.role, [] if node.name in seeds else seeds, hold=hold)
 
         def formed() -> bool:
             return all(node.machine and node.machine.status(cluster.now_of(node)).synced for node in cluster.nodes.values())
@@ -286,7 +293,9 @@ class _Run:
         seen = tuple((peer, self.cluster.nodes[peer].lives) for peer in peers)
         keyspace = self.cluster.models[model].id
         request = self.cluster.ask(name, lambda number: m.WaitRequested(number, keyspace, stamp, m.Scope.ALL, WAIT_MS_MAX))
-        self._waits[name, node.lives, request] = _Wait(model, stamp, seen)
+        keys = np.array([write.key for write in self.cluster.history if write.stamp == stamp], np.uint64)
+        touched = np.unique(node.store.models[model].partition_of(keys)).tolist()
+        self._waits[name, node.lives, request] = _Wait(model, stamp, tuple(touched), seen)
 
     def _broken_promise(self) -> str:
         """R21: a wait that ended well says that the step is visible at all who were alive when it began."""
@@ -377,7 +386,9 @@ def _status(cluster: VirtualCluster, node: VirtualNode) -> NodeStatus:
 
 def _reached(node: VirtualNode, wait: _Wait) -> bool:
     """Whether all that the step's writer wrote up to it is visible on a node."""
-    return int(node.store.models[wait.model].frontier[writer_of(wait.stamp)]) >= wait.stamp
+    model = node.store.models[wait.model]
+    held = [partition for partition in wait.partitions if partition in model.hold]
+    return bool((model.frontiers[held, writer_of(wait.stamp)] >= wait.stamp).all())
 
 
 # --- a seed that fails --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import hashlib
 import heapq
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from ekko.codec import encode
-from ekko.model import ModelSpec, TableSpec
+from ekko.model import SHARDS_MAX, ModelSpec, TableSpec
 from ekko.store import Store
 from p2p import messages as m
 from p2p import wire
@@ -96,6 +96,7 @@ class VirtualNode:
     role: str
     seeds: tuple[str, ...]
     model: ModelSpec
+    hold: Mapping[str, Sequence[int]] = field(default_factory=dict)  # partitions of a model; models not named: all of them
     protocol_version: int = PROTOCOL_VERSION  # of its next life
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     store: Store = field(default_factory=Store.anonymous)
@@ -136,7 +137,8 @@ class Meter:
     delays_ms: list[int] = field(default_factory=list)  # of every batch applied at another node
     copies: int = 0  # batches with rows that were received, repeats included
     rows: int = 0  # received in batches and in answers to pulls, repeats included
-    into_region: dict[tuple[str, int, int, int], int] = field(default_factory=dict)  # (region, stamp, shard, part) -> times
+    # (region, stamp, shard, part) -> times; shards of different keyspaces are different shards
+    into_region: dict[tuple[str, int, int, int], int] = field(default_factory=dict)
     entries: dict[tuple[str, int], list[str]] = field(default_factory=dict)  # (region, shard) -> nodes at which it came in
     bytes_into: dict[str, int] = field(default_factory=dict)  # payload of batches that crossed into a region
     bytes_sent: dict[str, int] = field(default_factory=dict)  # payload of batches and answers sent, by node
@@ -218,9 +220,11 @@ class VirtualCluster:
         seeds: Sequence[str] = (),
         protocol_version: int = PROTOCOL_VERSION,
         store: Store | None = None,
+        hold: Mapping[str, Sequence[int]] | None = None,
     ) -> VirtualNode:
-        """Start a node; `seeds` are names of nodes, `store` is what it finds in its memory."""
-        node = VirtualNode(name, region, role, tuple(address_of(seed) for seed in seeds), self.model, protocol_version)
+        """Start a node; `seeds` are names of nodes, `store` is what it finds in its memory, `hold` its partitions of models."""
+        addresses = tuple(address_of(seed) for seed in seeds)
+        node = VirtualNode(name, region, role, addresses, self.model, hold or {}, protocol_version)
         node.store = store or node.store
         self.nodes[name] = node
         self._boot(node)
@@ -299,7 +303,7 @@ class VirtualCluster:
 
     def _boot(self, node: VirtualNode) -> None:
         for model in (node.model, *(spec for spec in self.models.values() if spec is not self.model)):
-            node.store.add_model(model, capacity_rows=64)
+            node.store.add_model(model, capacity_rows=64, hold=node.hold.get(model.name))
         options = MachineOptions(
             node.name,
             self._rng.getrandbits(64) | 1,
@@ -483,7 +487,7 @@ class VirtualCluster:
     def _fingerprint(node: VirtualNode) -> list[tuple[int, int, int]]:
         """Rows and knowledge, which a refused message may not change (invariant 8)."""
         replicas = node.store.models.values()
-        return [(r.stamp_max, int(r.vector.sum()), int(r.frontier.sum())) for r in replicas]
+        return [(r.stamp_max, int(r.vector.sum()), int(r.frontiers.sum())) for r in replicas]
 
     def _arm(self, node: VirtualNode, machine: Machine) -> None:
         """Have the timer fire at the machine's deadline; one that is set for an earlier moment asks again then."""
@@ -631,10 +635,11 @@ class VirtualCluster:
         meter.copies += 1
         meter.hops_max = max(meter.hops_max, envelope.hops + 1)
         if sender.region != target.region:
-            place = (target.region, batch.stamp, int(batch.claims.shards[0]), int(batch.claims.part[0]))
+            first = batch.keyspace * SHARDS_MAX
+            place = (target.region, batch.stamp, first + int(batch.claims.shards[0]), int(batch.claims.part[0]))
             meter.into_region[place] = meter.into_region.get(place, 0) + 1
             for shard in batch.claims.shards.tolist():
-                nodes = meter.entries.setdefault((target.region, shard), [])
+                nodes = meter.entries.setdefault((target.region, first + shard), [])
                 if target.name not in nodes:
                     nodes.append(target.name)
             payload = sum(section.payload_bytes for section in batch.columns)
