@@ -20,6 +20,7 @@ from pydantic_settings.exceptions import SettingsError
 from ekko.addresses import check_endpoint, is_loopback, is_wildcard, split_host_port
 from ekko.errors import ConfigError, ModelError
 from ekko.model import DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, check_name
+from p2p.replica import PARTITIONS_MAX
 
 ENVIRONMENT_PREFIX = "EKKO_"
 CONFIG_BYTES_MAX = 1 << 20  # a node's file has some dozens of lines; anything near this is not a configuration
@@ -90,7 +91,12 @@ class ModelSection(Section):
             ModelError: a name or a size is out of its limits.
         """
         tables = {table: TableSpec(table, dim, self.codec) for table, dim in self.tables.items()}
-        return ModelSpec(name, self.shards, tables, codec=self.codec)
+        return ModelSpec(name, self.shards, tables, partitions=self.partitions, codec=self.codec)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The partitions that this node is to hold."""
+        return tuple(range(self.partitions)) if self.hold == "all" else tuple(self.hold)
 
 
 class LinkSection(Section):
@@ -299,6 +305,8 @@ def _describe(kind: str, path: KeyPath, value: object, message: str, context: Ma
                 if len(path) == 1
                 else f"missing; add `{path[-1]} = ...` to [{_dotted(path[:-1])}]"
             )
+        case "literal_error" | "list_type" | "int_type" if "hold" in path[2:3]:
+            return f"expected 'all' or a list of partitions such as [0, 2], got {value!r}"
         case "literal_error":
             return f"expected {context.get('expected')}, got {value!r}"
         case "string_type":
@@ -412,10 +420,19 @@ def _check_model(name: str, model: ModelSection, places: Places) -> None:
     def refuse(key: str, message: str) -> NoReturn:
         raise places.error(("models", name, key), message)
 
-    if model.partitions != 1:
-        refuse("partitions", f"more than one partition {NOT_BUILT}: use 1")
+    if not 1 <= model.partitions <= min(PARTITIONS_MAX, max(1, model.shards)):
+        refuse(
+            "partitions",
+            f"expected a whole number from 1 to {PARTITIONS_MAX}, and no more than its {model.shards} shards, "
+            f"got {model.partitions}",
+        )
     if model.hold != "all":
-        refuse("hold", f"holding single partitions {NOT_BUILT}: use 'all'")
+        if not model.hold:
+            refuse("hold", "expected 'all' or a list of partitions, got []: a node without any needs no entry for the model")
+        if not set(model.hold) <= set(range(model.partitions)):
+            refuse("hold", f"expected 'all' or partitions from 0 to {model.partitions - 1}, got {model.hold}")
+        if len(set(model.hold)) != len(model.hold):
+            refuse("hold", f"a partition is there twice: {model.hold}")
     if not 1 <= model.capacity_rows <= CAPACITY_ROWS_MAX:
         refuse("capacity_rows", f"expected a whole number from 1 to {CAPACITY_ROWS_MAX}, got {model.capacity_rows}")
     for table, dim in model.tables.items():

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
+import numpy as np
 import structlog
 import xxhash
 
@@ -133,10 +134,10 @@ class Node:
 
     def _make_parts(self) -> "_Parts":
         node = self.config.node
-        store = Store.open(node.run_dir, memory_dir=self._memory_dir)
+        store = self._open_store()
         for name, model in self.config.models.items():
             try:
-                store.add_model(model.spec(name), model.capacity_rows)
+                store.add_model(model.spec(name), model.capacity_rows, model.held)
             except ModelError as error:
                 raise ConfigError(f"models.{name}: {error}: change the configuration, or remove {node.run_dir}") from None
         log.info("store_open", resumed=store.resumed, models=list(store.models))
@@ -160,6 +161,18 @@ class Node:
             crosses=self._crosses,
         )
         return _Parts(store, machine, transport, runtime, keys)
+
+    def _open_store(self) -> Store:
+        """The store as it was left, without the partitions that are not to be held any more."""
+        store = Store.open(self.config.node.run_dir, memory_dir=self._memory_dir)
+        hold = {}
+        for name, model in self.config.models.items():
+            left = store.models.get(name)
+            if left is not None and left.spec.partitions == model.partitions:  # otherwise it is refused in a moment
+                hold[name] = model.held
+                if dropped := sorted(set(left.hold) - set(model.held)):
+                    log.warning("partitions_dropped", model=name, partitions=dropped)
+        return store.narrowed(hold)
 
     async def _run_protocol(self, runtime: Runtime) -> None:
         try:
@@ -244,7 +257,8 @@ class Node:
         if "keyspace" in readable and self._parts is not None:
             number = readable.pop("keyspace")
             readable["model"] = next(
-                (name for name, model in self._parts.store.models.items() if model.keyspace == number), number
+                (name for name, model in self._parts.store.models.items() if number in (model.spec.id, *model.spec.keyspaces)),
+                number,
             )
         return readable
 
@@ -296,17 +310,16 @@ class Node:
         shards = request.shards or (SHARDS_DEFAULT if held is None else held.shards)
         codec = request.codec or (CODEC_DEFAULT if held is None else held.spec.codec)
         tables = {name: TableSpec(name, dim, codec) for name, dim in request.tables or ()}
-        wanted = ModelSpec(request.model, shards, tables, codec=codec)
+        partitions = 1 if held is None else held.spec.partitions
+        wanted = ModelSpec(request.model, shards, tables, partitions=partitions, codec=codec)
         if held is None or not tables.keys() <= held.spec.tables.keys():
             self._grow_schema(parts, wanted)
         else:  # refuses what contradicts it
             parts.store.add_model(wanted)
         model = parts.store.models[request.model]
-        writer = model.writer
-        last_stamp = 0 if writer is None else int(model.frontier[writer.writer])
         dims = {table.name: table.dim for table in model.spec.tables.values()}
         node, tensors = self.config.node, dict(model.spec.tensors)
-        return Opened(node.id, node.region, model.shards, dims, tensors, last_stamp, model.spec.codec)
+        return Opened(node.id, node.region, model.shards, dims, tensors, model.last_stamp, model.spec.codec)
 
     def _publish(self, parts: "_Parts", number: int, step: PublishStep) -> Answer | None:
         """Check what would harm the store, then hand the step to the protocol.
@@ -332,7 +345,26 @@ class Node:
             model.check(step.columns)
         except RemoteProtocolError as error:
             raise ModelError(str(error)) from None
+        self._check_held(model, step)
         return self._submit(m.PublishRequested(number, model.keyspace, step.columns, step.published_ns))
+
+    def _check_held(self, model: ModelStore, step: PublishStep) -> None:
+        """A node holds what it writes (R22): otherwise nobody could repair what is lost on the way.
+
+        Raises:
+            PublishError: some rows belong to partitions that are not held here.
+        """
+        if model.holds_all:
+            return
+        for column in step.columns:
+            missing = sorted(set(np.unique(model.partition_of(column.keys)).tolist()) - set(model.hold))
+            if missing:
+                table = next((name for name, spec in model.spec.tables.items() if spec.id == column.table), DENSE_TABLE)
+                raise PublishError(
+                    f"rows of table {table!r} belong to partitions {missing} of model {step.model!r}, of which node "
+                    f"{self.config.node.id!r} holds {list(model.hold)}: publish them at a node that holds them, or add them to "
+                    f"models.{step.model}.hold; nothing was published"
+                )
 
     def _check_may_publish(self) -> None:
         node = self.config.node
@@ -389,8 +421,12 @@ class Node:
             return None
         parts, now = self._parts, _now()
         protocol = parts.machine.status(now)
-        names = {model.keyspace: model for model in parts.store.models.values()}
-        models = tuple(_model_picture(names[k.keyspace], k, now.unix_ms) for k in protocol.keyspaces if k.keyspace in names)
+        keyspaces = {keyspace.keyspace: keyspace for keyspace in protocol.keyspaces}
+        models = tuple(
+            _model_picture(model, [keyspaces[n] for n in model.spec.keyspaces if n in keyspaces], now.unix_ms)
+            for model in parts.store.models.values()
+            if keyspaces.keys() & set(model.spec.keyspaces)
+        )
         counters = asdict(parts.machine.counters)
         counters |= {f"transport_{name}": count for name, count in asdict(parts.transport.counters).items()}
         counters |= {"local_malformed": self._endpoint.malformed, "local_unanswerable": self._endpoint.unanswerable}
@@ -438,17 +474,21 @@ def _now() -> m.Now:
     return m.Now(time.monotonic_ns() // 1_000_000, time.time_ns() // 1_000_000)
 
 
-def _model_picture(model: ModelStore, keyspace: KeyspaceStatus, unix_ms: int) -> ModelPicture:
+def _model_picture(model: ModelStore, parts: list[KeyspaceStatus], unix_ms: int) -> ModelPicture:
+    """What is to be said of a model, of whose held partitions there is a status each."""
+    synced_until_ms = min(part.synced_until_ms for part in parts)
     dims = {table.name: table.dim for table in model.spec.tables.values()} | {DENSE_TABLE: DENSE_DIM}
     stats = model.table_stats()
     return ModelPicture(
         model.spec.name,
         model.shards,
-        keyspace.synced,
-        max(0, unix_ms - keyspace.synced_until_ms) if keyspace.synced_until_ms else None,
-        keyspace.open_steps,
-        keyspace.steps_dropped,
-        keyspace.pulling_from,
+        model.spec.partitions,
+        model.hold,
+        all(part.synced for part in parts),
+        max(0, unix_ms - synced_until_ms) if synced_until_ms else None,
+        sum(part.open_steps for part in parts),
+        sum(part.steps_dropped for part in parts),
+        ", ".join(dict.fromkeys(part.pulling_from for part in parts if part.pulling_from)),
         model.spec.codec,
         tuple(TablePicture(name, dims[name], stat.rows, stat.tombstones, stat.bytes) for name, stat in stats.items()),
         tuple(model.spec.tensors.values()),

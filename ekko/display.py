@@ -29,32 +29,40 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
 
 
 def _members(status: dict[str, Any]) -> Table:
-    table = _table("Members", "node", "region", "role", "address", "state")
+    table = _table("Members", "node", "region", "role", "address", "holds", "state")
+    divided = {name: model["partitions"] for name, model in status["models"].items() if model["partitions"] > 1}
     for member in status["members"]:
         table.add_row(
             member["node"],
             member["region"],
             member["role"],
             member["address"],
+            "; ".join(f"{name}: {_partitions(member['hold'].get(name, []), count)}" for name, count in divided.items()),
             "[green]alive[/]" if member["alive"] else "[red]silent[/]",
         )
     return table
 
 
 def _models(status: dict[str, Any]) -> Table:
-    table = _table(
-        "Models", "model", "table", "dim", "codec", "rows", "deleted", "memory", "staleness", "state", numbers=(2, 4, 5, 6, 7)
-    )
+    columns = ("model", "table", "dim", "codec", "partitions", "rows", "deleted", "memory", "staleness", "state")
+    table = _table("Models", *columns, numbers=(2, 5, 6, 7, 8))
     for name, model in status["models"].items():
         pulling = f", pulling from {model['pulling_from']}" if model["pulling_from"] else ""
         state = ("synced" if model["synced"] else "[yellow]catching up[/]") + pulling
         staleness = "-" if model["staleness_ms"] is None else f"{model['staleness_ms']:,} ms"
-        table.add_row(name, "", "", model["codec"], f"{model['rows']:,}", "", _size(model["bytes"]), staleness, state)
+        held = _partitions(model["hold"], model["partitions"])
+        table.add_row(name, "", "", model["codec"], held, f"{model['rows']:,}", "", _size(model["bytes"]), staleness, state)
         for label, part in model["tables"].items():
-            table.add_row(
-                "", label, str(part["dim"]), "", f"{part['rows']:,}", f"{part['tombstones']:,}", _size(part["bytes"]), "", ""
-            )
+            counts = f"{part['rows']:,}", f"{part['tombstones']:,}", _size(part["bytes"])
+            table.add_row("", label, str(part["dim"]), "", "", *counts, "", "")
     return table
+
+
+def _partitions(hold: list[int], partitions: int) -> str:
+    """What is held of a model: "all of 4", "0, 2 of 4"; nothing of one that is not divided."""
+    if partitions == 1:
+        return ""
+    return f"{'all' if len(hold) == partitions else ', '.join(map(str, hold)) or 'none'} of {partitions}"
 
 
 def _peers(status: dict[str, Any]) -> Table:

@@ -171,6 +171,7 @@ def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
 def _models(picture: NodePicture) -> Iterator[Metric]:
     staleness = GaugeMetricFamily("ekko_staleness_ms", "How far this node may be behind the live writers.", labels=["model"])
     open_steps = GaugeMetricFamily("ekko_open_steps", "Steps of which something is still missing.", labels=["model"])
+    held = GaugeMetricFamily("ekko_partitions_held", "Partitions of the model that this node holds.", labels=["model"])
     rows = GaugeMetricFamily("ekko_table_rows", "Live rows.", labels=["model", "table"])
     tombstones = GaugeMetricFamily("ekko_table_tombstones", "Deleted rows that are remembered.", labels=["model", "table"])
     size = GaugeMetricFamily("ekko_table_bytes", "Shared memory.", labels=["model", "table"])
@@ -178,11 +179,12 @@ def _models(picture: NodePicture) -> Iterator[Metric]:
         if model.staleness_ms is not None:
             staleness.add_metric([model.name], model.staleness_ms)
         open_steps.add_metric([model.name], model.open_steps)
+        held.add_metric([model.name], len(model.hold))
         for table in model.tables:
             rows.add_metric([model.name, table.name], table.rows)
             tombstones.add_metric([model.name, table.name], table.tombstones)
             size.add_metric([model.name, table.name], table.bytes)
-    yield from (staleness, open_steps, rows, tombstones, size)
+    yield from (staleness, open_steps, held, rows, tombstones, size)
 
 
 def _peers(picture: NodePicture) -> Iterator[Metric]:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from ekko.model import TensorSpec
-from p2p.status import NodeStatus, QueueStatus
+from ekko.model import TensorSpec, model_id
+from p2p.status import NodeStatus, PeerStatus, QueueStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,13 @@ class ModelPicture:
 
     name: str
     shards: int
+    partitions: int
+    hold: tuple[int, ...]  # those that are here
     synced: bool
     staleness_ms: int | None  # None: no live writer is known, or nothing of one has come
     open_steps: int  # steps of which a part or a predecessor is missing
     steps_dropped: int
-    pulling_from: str  # node id; empty: not pulling
+    pulling_from: str  # node ids; empty: not pulling
     codec: str  # of its tables; `_dense` is float32
     tables: tuple[TablePicture, ...]
     tensors: tuple[TensorSpec, ...]
@@ -90,23 +92,35 @@ class NodePicture:
                     "role": protocol.role,
                     "address": self.address,
                     "alive": True,
+                    "hold": {model.name: list(model.hold) for model in self.models if model.partitions > 1},
                 },
-                *(
-                    {"node": peer.node, "region": peer.region, "role": peer.role, "address": peer.address, "alive": peer.alive}
-                    for peer in protocol.peers
-                ),
+                *(self._member_json(peer) for peer in protocol.peers),
             ],
             "models": {model.name: _model_json(model) for model in self.models},
-            "peers": [asdict(peer) for peer in protocol.peers],
+            "peers": [{key: value for key, value in asdict(peer).items() if key != "holds"} for peer in protocol.peers],
             "queues": [asdict(queue) for queue in self.queues],
             "counters": dict(self.counters),
             "rejected": dict(self.rejected),
+        }
+
+    def _member_json(self, peer: PeerStatus) -> dict[str, object]:
+        """Another node, and what it holds of models that are divided."""
+        names = {model_id(model.name): model.name for model in self.models}
+        return {
+            "node": peer.node,
+            "region": peer.region,
+            "role": peer.role,
+            "address": peer.address,
+            "alive": peer.alive,
+            "hold": {names[one.family]: list(one.held) for one in peer.holds if one.family in names},
         }
 
 
 def _model_json(model: ModelPicture) -> dict[str, object]:
     return {
         "shards": model.shards,
+        "partitions": model.partitions,
+        "hold": list(model.hold),
         "synced": model.synced,
         "staleness_ms": model.staleness_ms,
         "open_steps": model.open_steps,

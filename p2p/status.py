@@ -34,6 +34,7 @@ class PeerStatus:
     sessions_broken: int
     rows_due: int
     protocol_version: int
+    holds: tuple[m.Holding, ...]  # of families of several partitions
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,7 @@ def _of_peer(core: Core, pulling: Pull, node: str, holding: set[str], now: m.Now
         traffic.sessions_broken,
         outbox.rows_due if outbox is not None else 0,
         record.protocol,
+        record.holds,
     )
 
 

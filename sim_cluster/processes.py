@@ -59,6 +59,7 @@ class NodeSpec:
     id: str
     region: str
     role: str = "serve"  # "train" | "serve"
+    hold: Mapping[str, Sequence[int]] = field(default_factory=dict)  # partitions of a model; not named: all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class ModelTables:
     shards: int = 64
     capacity_rows: int = 100_000
     codec: str = CODEC_DEFAULT
+    partitions: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,8 @@ class NodeProcess:
             tables = ", ".join(f"{json.dumps(table)} = {dim}" for table, dim in model.tables.items())
             lines += [f"[models.{json.dumps(name)}]", f"shards = {model.shards}", f"tables = {{ {tables} }}"]
             lines += [f"capacity_rows = {model.capacity_rows}", f"codec = {json.dumps(model.codec)}"]
+            hold = list(self.spec.hold[name]) if name in self.spec.hold else "all"
+            lines += [f"partitions = {model.partitions}", f"hold = {json.dumps(hold)}"]
         lines += ["[links]", *(f"{json.dumps(pair)} = {{ delay_ms = {delay} }}" for pair, delay in delays_ms.items())]
         self.config_path.write_text("\n".join(lines) + "\n")
 

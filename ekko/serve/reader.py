@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from ekko.errors import ModelError, StoreError
 from ekko.model import DENSE_DIM, DENSE_TABLE, ModelSpec, TensorSpec, model_id
 from ekko.store import layout
+from ekko.store.index import shards_of
 from ekko.store.manifest import CONTROL_NAME, Manifest, ModelEntry, header_name, kernel_boot_id, read_manifest
 from ekko.store.memory import Mapping, TmpfsMemory
 from ekko.store.view import NO_STAMPS, TableFiles, TableView
@@ -48,6 +49,9 @@ class _Attachment:
     header: memoryview  # of the model
     tables: dict[str, TableView]
     tensors: dict[str, TensorSpec]
+    shards: int
+    partitions: int
+    hold: tuple[int, ...]  # the partitions that are here
 
     @property
     def current(self) -> bool:
@@ -62,14 +66,21 @@ class Reader:
         model: the model's name.
         run_dir: the node's `run_dir`.
         wait: seconds to wait for the model when the node does not have it yet; None: raise at once.
+        unheld: what keys in partitions that the node does not hold are: "raise", a `ModelError`, since zeros in their place
+            would spoil a model's answers in silence; or "absent", for those who merge the answers of several nodes.
 
     Raises:
         ModelError: the node does not have the model (within `wait`).
         StoreError: what is in shared memory cannot be read by this version.
     """
 
-    def __init__(self, model: str, run_dir: str | Path, wait: float | None = None) -> None:
+    def __init__(
+        self, model: str, run_dir: str | Path, wait: float | None = None, unheld: Literal["raise", "absent"] = "raise"
+    ) -> None:
+        if unheld not in ("raise", "absent"):
+            raise ModelError(f"unheld is {unheld!r}: expected 'raise' or 'absent'")
         self.model = model
+        self._refuses_unheld = unheld == "raise"
         self._id = ModelSpec(model).id
         self._run_dir = Path(run_dir)
         self._wait_s = wait or 0.0
@@ -95,6 +106,22 @@ class Reader:
         tables = self._current().tables
         return MappingProxyType({name: view.spec.dim for name, view in tables.items() if name != DENSE_TABLE})
 
+    @property
+    def partitions(self) -> int:
+        """Into how many partitions the model is divided."""
+        return self._current().partitions
+
+    @property
+    def hold(self) -> tuple[int, ...]:
+        """The partitions that the node holds, ascending."""
+        return self._current().hold
+
+    def partition_of(self, keys: ArrayLike) -> NDArray[np.int64]:
+        """int64[*keys.shape]: the partition of each key, for sending it to a node that holds it."""
+        wanted = _as_keys(keys)
+        attachment = self._current()
+        return _partition_of(wanted.reshape(-1), attachment.shards, attachment.partitions).reshape(wanted.shape)
+
     @overload
     def lookup(self, table: str, keys: ArrayLike, *, out: F32 | None = None, stamps: Literal[False] = False) -> F32: ...
 
@@ -115,11 +142,15 @@ class Reader:
             such keys. Each row is one version of it, whole, and never older than one this process saw before.
 
         Raises:
-            ModelError: an unknown table, keys that are not integers >= 0, or an `out` that does not fit.
+            ModelError: an unknown table, keys that are not integers >= 0, an `out` that does not fit, or keys in partitions
+                that the node does not hold (see `unheld`). `out` is unchanged.
             StoreError: a row stays locked because its node was killed in mid-row.
         """
-        view = self._table(table)
+        attachment = self._current()
+        view = self._view(attachment, table)
         wanted = _as_keys(keys)
+        if len(attachment.hold) != attachment.partitions and self._refuses_unheld:
+            self._check_held(attachment, wanted.reshape(-1), f"keys of table {table!r}")
         dim = view.spec.dim
         rows = _output(out, (*wanted.shape, dim))
         found = np.empty(wanted.shape, np.uint64) if stamps else NO_STAMPS
@@ -136,12 +167,15 @@ class Reader:
         few times; a mixture of two versions remains possible.
 
         Raises:
-            ModelError: an unknown tensor, or one that was never published.
+            ModelError: an unknown tensor, one that was never published, or one of which some rows are in partitions that the
+                node does not hold: like all rows, those of a tensor are spread over the partitions by their keys.
         """
         attachment = self._current()
         spec = attachment.tensors.get(name)
         if spec is None:
             raise ModelError(f"model {self.model!r} has no dense tensor {name!r}: it has {_names(attachment.tensors)}")
+        if len(attachment.hold) != attachment.partitions:
+            self._check_held(attachment, spec.keys, f"rows of dense tensor {name!r}")
         rows = np.empty((spec.rows, DENSE_DIM), np.float32)
         stamps = np.empty(spec.rows, np.uint64)
         for _ in range(DENSE_ATTEMPTS_MAX):
@@ -158,8 +192,27 @@ class Reader:
         until = self._current().header[_SYNCED_UNTIL]
         return max(0.0, time.time() * 1000 - until) if until else None
 
+    def _check_held(self, attachment: _Attachment, keys: U64, what: str) -> None:
+        """Refuse keys of partitions that are not here.
+
+        Raises:
+            ModelError: naming those partitions, and the ones that are here.
+        """
+        partitions = _partition_of(keys, attachment.shards, attachment.partitions)
+        here = np.zeros(attachment.partitions, np.bool_)
+        here[list(attachment.hold)] = True
+        missing = np.unique(partitions[~here[partitions]]).tolist()
+        if missing:
+            raise ModelError(
+                f"{what} are in partitions {missing} of model {self.model!r}, and the node at {self._run_dir} holds "
+                f"{list(attachment.hold)} of {attachment.partitions}: ask a node that holds them (see Reader.partition_of), or "
+                f"add them to models.{self.model}.hold of this one"
+            )
+
     def _table(self, name: str) -> TableView:
-        attachment = self._current()
+        return self._view(self._current(), name)
+
+    def _view(self, attachment: _Attachment, name: str) -> TableView:
         view = attachment.tables.get(name)
         if view is None:
             raise ModelError(f"model {self.model!r} has no table {name!r}: it has {_names(self.tables)}")
@@ -218,7 +271,9 @@ class Reader:
                 entry = next((model for model in manifest.models if model.name == self.model), None)
                 if entry is None:
                     return None
-                return _Attachment(words, generation, *self._map_model(entry, memory, old))
+                hold = tuple(range(entry.partitions) if entry.hold is None else entry.hold)
+                mapped = self._map_model(entry, memory, old)
+                return _Attachment(words, generation, *mapped, entry.shards, entry.partitions, hold)
             except FileNotFoundError:
                 continue  # replaced under our hands
         return None
@@ -233,6 +288,14 @@ class Reader:
             held = old.tables.get(spec.name) if old is not None else None
             tables[spec.name] = held if held is not None and held.files == files else TableView(spec, files)
         return header, tables, {spec.name: spec for spec in entry.tensors}
+
+
+def _partition_of(keys: U64, shards: int, partitions: int) -> NDArray[np.int64]:
+    """int64[n]: shard mod partitions of each key of uint64[n]."""
+    out = np.empty(keys.size, np.int64)
+    shards_of(np.ascontiguousarray(keys), shards, out)
+    out %= partitions
+    return out
 
 
 def _names(known: ReadOnlyMapping[str, object]) -> str:

@@ -154,6 +154,11 @@ class ModelStore:
         self.spec.tensors[spec.name] = spec
         return True
 
+    @property
+    def table_specs(self) -> list[TableSpec]:
+        """All tables, `_dense` included."""
+        return [table.spec for table in self._tables.values()]
+
     def table_stats(self) -> dict[str, TableStats]:
         """How full each table is, `_dense` included."""
         return {

@@ -14,10 +14,37 @@ from ekko.model import keyspace_id
 from ekko.store.model_store import ModelStore
 from p2p.replica import U64, Applied, Place, Replica, RowColumns, Selection, WriterIdentity
 
+# Rows in one step of a copy; what it takes in memory besides the two models.
+COPIED_AT_ONCE = 1 << 16
+
 
 def replicas_of(model: ModelStore) -> list[Replica]:
     """What the protocol machine replicates of a model: the model itself, or each partition of it that is held."""
     return [model] if model.spec.partitions == 1 else [Partition(model, partition) for partition in model.hold]
+
+
+def copy_held(model: ModelStore, twin: ModelStore) -> None:
+    """Fill an empty model with what another one holds of the partitions that both hold.
+
+    Raises:
+        StoreError: shared memory is full.
+    """
+    for spec in model.table_specs:
+        twin.add_table(spec)
+    for tensor in model.spec.tensors.values():
+        twin.add_tensor(tensor)
+    for selection in model.scan_since(np.zeros(model.vector.shape, np.uint64)):
+        for begin in range(0, len(selection.slots), COPIED_AT_ONCE):
+            rows = model.read(selection.table, selection.slots[begin : begin + COPIED_AT_ONCE])
+            kept = np.isin(model.partition_of(rows.keys), twin.hold)
+            assert rows.stamps is not None
+            twin.apply([RowColumns(rows.table, rows.keys[kept], rows.rows[kept[: len(rows.rows)]], rows.stamps[kept])], 0)
+    for partition in twin.hold:  # after the rows, as always (R4)
+        twin.vector[partition :: twin.spec.partitions] = model.vector[partition :: twin.spec.partitions]
+        twin.frontiers[partition] = model.frontiers[partition]
+    # Who holds less than it did cannot tell any more what it wrote there: it takes a fresh writer id, as after a loss (R4).
+    if model.writer is not None and twin.hold == model.hold:
+        twin.set_writer(model.writer)
 
 
 class Partition:

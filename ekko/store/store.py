@@ -29,7 +29,7 @@ from ekko.store.manifest import (
 )
 from ekko.store.memory import AnonymousMemory, Mapping, Memory, TmpfsMemory
 from ekko.store.model_store import ModelStore
-from ekko.store.partition import replicas_of
+from ekko.store.partition import copy_held, replicas_of
 from p2p.errors import RemoteProtocolError, SchemaClashError
 from p2p.replica import Replica, SchemaEntry
 
@@ -122,18 +122,50 @@ class Store:
 
     @classmethod
     def _begin(cls, run_dir: Path, memory_dir: Path, table_bytes_max: int) -> "Store":
+        store = cls(_fresh_memory(run_dir, memory_dir), None, table_bytes_max)
+        store._replace(run_dir, memory_dir)
+        return store
+
+    def narrowed(self, hold: ReadOnlyMapping[str, Sequence[int]]) -> "Store":
+        """This store without the partitions that `hold` leaves out of a model: a copy, whose files take the place of these.
+
+        Models that it does not name are kept whole. Both stores exist until the copy is complete; a kill meanwhile changes
+        nothing. Afterwards only the result may be used.
+
+        Raises:
+            StoreError: shared memory has no room for what is kept beside what there is.
+        """
+        models = self._models.items()
+        kept = {name: tuple(p for p in model.hold if p in hold.get(name, model.hold)) for name, model in models}
+        if all(kept[name] == model.hold for name, model in models):
+            return self
+        run_dir, old = self._run_dir, self._memory
+        memory: Memory = AnonymousMemory()
+        if run_dir is not None and isinstance(old, TmpfsMemory):
+            memory = _fresh_memory(run_dir, old.directory)
+        store = Store(memory, None, self._table_bytes_max)
+        for name, model in models:
+            twin = ModelStore.create(replace(model.entry(), hold=list(kept[name])), memory, self._table_bytes_max)
+            copy_held(model, twin)
+            store._insert(twin)
+        store.resumed = self.resumed
+        if run_dir is not None and isinstance(old, TmpfsMemory):
+            self.close()
+            store._replace(run_dir, old.directory)
+        return store
+
+    def _replace(self, run_dir: Path, memory_dir: Path) -> None:
+        """Become the store of this run_dir: readers of the one before are told, and its files removed."""
         old = _control_of_old_store(run_dir)
-        memory = TmpfsMemory(memory_dir, f"{prefix_of(run_dir)}-{token_hex(4)}")
-        store = cls(memory, run_dir, table_bytes_max)
-        store._control = memory.create(CONTROL_NAME, layout.CONTROL_BYTES)
-        store._control.ensure(layout.CONTROL_BYTES)
-        words = store._control.words(0, 2)
+        self._run_dir = run_dir
+        self._control = self._memory.create(CONTROL_NAME, layout.CONTROL_BYTES)
+        self._control.ensure(layout.CONTROL_BYTES)
+        words = self._control.words(0, 2)
         words[...] = (layout.CONTROL_MAGIC, layout.LAYOUT_VERSION)
-        store._publish_manifest()
+        self._publish_manifest()
         if old is not None:  # after the new manifest is there: whoever is told finds it
             _retire(old)
-        store._remove_strangers(memory_dir, keep=store._file_names())
-        return store
+        self._remove_strangers(memory_dir, keep=self._file_names())
 
     def _file_names(self) -> set[str]:
         assert isinstance(self._memory, TmpfsMemory)
@@ -369,6 +401,11 @@ def _check_tensors(held: ModelSpec, new: ModelSpec) -> None:
             )
     if len(held.tensors | new.tensors) > TENSORS_MAX:
         raise ModelError(f"model {new.name!r} would have more than {TENSORS_MAX} tensors")
+
+
+def _fresh_memory(run_dir: Path, memory_dir: Path) -> TmpfsMemory:
+    """Under names that no other store of this run_dir has."""
+    return TmpfsMemory(memory_dir, f"{prefix_of(run_dir)}-{token_hex(4)}")
 
 
 def _control_of_old_store(run_dir: Path) -> Mapping | None:

@@ -145,10 +145,22 @@ STATUS = {
     "ready": False,
     "waiting_for": ["the cluster"],
     "synced": False,
-    "members": [{"node": "t-1", "region": "us", "role": "train", "address": "tcp://127.0.0.1:2", "alive": False}],
+    "members": [
+        {
+            "node": "t-1",
+            "region": "us",
+            "role": "train",
+            "address": "tcp://127.0.0.1:2",
+            "alive": False,
+            "hold": {"ctr": [0, 1, 2, 3]},
+        }
+    ],
     "models": {
         "ctr": {
             "shards": 64,
+            "partitions": 4,
+            "hold": [0, 3],
+            "codec": "float16",
             "synced": False,
             "staleness_ms": 1234,
             "open_steps": 0,
@@ -196,6 +208,8 @@ def test_status_for_people() -> None:
         "3.0 GiB",
         "1,234 ms",
         "pulling from t-1",
+        "0, 3 of 4",
+        "ctr: all of 4",
     ):
         assert part in text, part
     assert "2.0 KiB" in text

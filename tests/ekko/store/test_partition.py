@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ekko.errors import ModelError
-from ekko.model import ModelSpec, TableSpec, table_id
+from ekko.model import ModelSpec, TableSpec, TensorSpec, table_id
 from ekko.store import Store
 from ekko.store.manifest import read_manifest
 from ekko.store.model_store import ModelStore
@@ -222,3 +222,82 @@ def test_partitions_have_bounds(partitions: int) -> None:
 def test_a_partition_that_does_not_exist_cannot_be_held() -> None:
     with pytest.raises(ModelError, match="has partitions 0 to 2: cannot hold"):
         Store.anonymous().add_model(spec(), hold=[3])
+
+
+# --- holding less -----------------------------------------------------------------------------------------------------------
+
+
+def filled(tmp_path: Path) -> Store:
+    memory = tmp_path / "shm"
+    memory.mkdir()
+    store = Store.open(tmp_path / "run", memory_dir=memory)
+    model = store.add_model(spec())
+    store.add_tensor("ctr", TensorSpec("w", (3,), "float32"))
+    for replica in store.replicas.values():
+        keys = keys_of(model, replica.place.partition)
+        replica.apply([rows_of(keys)], STAMP)
+        replica.apply([RowColumns(ITEM, keys[:3], np.empty((0, 8), np.uint8))], STAMP + WRITERS_MAX)
+        replica.vector[:, 3] = STAMP + WRITERS_MAX
+        replica.frontier[3] = STAMP
+    model.set_writer(WriterIdentity(3, 7))
+    return store
+
+
+def test_less_is_held_after_a_copy_and_the_old_files_are_gone(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    before = [selected(replica, nothing(replica)) for replica in store.replicas.values()]
+    keys = [keys_of(store.models["ctr"], partition) for partition in range(3)]
+    held = store.models["ctr"].lookup("item", keys[0])
+    control = store._control
+    narrow = store.narrowed({"ctr": [0, 2]})
+    model = narrow.models["ctr"]
+    assert model.hold == (0, 2)
+    assert [selected(replica, nothing(replica)) for replica in narrow.replicas.values()] == [before[0], before[2]]
+    assert all(np.array_equal(ours, theirs) for ours, theirs in zip(held, model.lookup("item", keys[0]), strict=True))
+    assert model.lookup("item", keys[1])[1].tolist() == [0] * len(keys[1])
+    assert [int(model.vector[p::3, 3].max()) for p in range(3)] == [STAMP + WRITERS_MAX, 0, STAMP + WRITERS_MAX]
+    assert model.frontiers[:, 3].tolist() == [STAMP, 0, STAMP]
+    assert model.spec.tensors == {"w": TensorSpec("w", (3,), "float32")}
+    assert model.table_stats()["item"].tombstones == 6
+    assert model.writer is None, "it cannot know any more what it wrote in partition 1"
+    assert int(control.words(72)) == 1, "readers were not told"  # type: ignore[union-attr]
+    names = {path.name for path in (tmp_path / "shm").iterdir()}
+    assert names == narrow._file_names()
+    narrow.close()
+    again = Store.open(tmp_path / "run", memory_dir=tmp_path / "shm")
+    assert again.resumed
+    assert again.models["ctr"].hold == (0, 2)
+    assert again.models["ctr"].table_stats()["item"].rows == sum(len(keys[p]) for p in (0, 2)) - 6
+    again.destroy()
+
+
+def test_a_writer_that_holds_as_much_as_before_stays_itself(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    assert store.narrowed({"ctr": [0, 1, 2]}) is store
+    assert store.narrowed({}) is store
+    store.add_model(ModelSpec("other", 8, {"item": TableSpec("item", 2)}, partitions=2))
+    narrow = store.narrowed({"other": [1]})
+    assert narrow.models["ctr"].writer == WriterIdentity(3, 7)
+    assert narrow.models["other"].hold == (1,)
+    narrow.destroy()
+
+
+def test_a_kill_in_mid_copy_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = filled(tmp_path)
+    before = [selected(replica, nothing(replica)) for replica in store.replicas.values()]
+
+    class KilledError(Exception):
+        pass
+
+    def killed(*_: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "_publish_manifest", killed)
+        with pytest.raises(KilledError):
+            store.narrowed({"ctr": [0]})
+    again = Store.open(tmp_path / "run", memory_dir=tmp_path / "shm")
+    assert again.resumed
+    assert [selected(replica, nothing(replica)) for replica in again.replicas.values()] == before
+    assert {path.name for path in (tmp_path / "shm").iterdir()} == again._file_names(), "the half copy was left behind"
+    again.destroy()
