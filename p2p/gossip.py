@@ -89,6 +89,7 @@ class Gossip:
                 self._introductions.drop_link(link)
             core.record.part(record.node)
             core.emit(m.Forget(record.address))
+        core.record.save_peers()
         register.beat()
         beat = self._heartbeat(now)
         for node in dict.fromkeys([*register.targets(now.monotonic_ms, core.rng), *self._partners(now)]):

@@ -203,8 +203,7 @@ class Introductions:
     def learn(self, records: tuple[m.MemberRecord, ...], now: m.Now) -> None:
         """Merge what a peer tells of members; a record that contradicts a writer's binding is ignored alone."""
         core = self._core
-        met: list[Peer] = []
-        for record in records:
+        for record in core.membership.sift(records, now.monotonic_ms):
             if record.node != core.options.node and not core.membership.has_room(record.node):
                 core.counters.peers_refused += 1
                 continue
@@ -229,9 +228,8 @@ class Introductions:
                 core.note("member_left", node=record.node)
             elif before is None or before.boot != record.boot:
                 core.note("member_seen", node=record.node, region=record.region, role=record.role, address=record.address)
-                met.append(Peer(record.node, record.region, record.role, record.address))
+                core.record.meet(Peer(record.node, record.region, record.role, record.address))
                 self._end_former_life(record)
-        core.record.meet(*met)
 
     def _end_former_life(self, record: m.MemberRecord) -> None:
         link = self._core.links.get(record.node)

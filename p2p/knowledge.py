@@ -21,6 +21,7 @@ from p2p.stamps import WRITERS_MAX, writer_of
 # Steps whose claims wait for a gap. At 1,000 steps a second this is 4 s of a stream, longer than a repair takes; beyond it
 # the oldest is dropped, which is safe: the pull that fills the gap claims at least as much.
 OPEN_STEPS_MAX = 4_096
+_TRUE = np.ones(1, np.bool_)
 
 
 def merge_claims(vector: U64, shards: NDArray[np.uint32], writer: int, base: U64, until: U64 | np.uint64) -> NDArray[np.bool_]:
@@ -56,8 +57,15 @@ class _OpenStep:
 
     def add(self, shards: NDArray[np.uint32], prev: U64) -> None:
         """More shards are complete; repeats are harmless."""
-        self.shards, first = np.unique(np.concatenate([self.shards, shards]), return_index=True)
-        self.prev = np.concatenate([self.prev, prev])[first]
+        if not len(self.shards):
+            self.shards, self.prev = shards, prev
+            return
+        # As `np.unique` does it, which takes three times as long to find out what it was asked.
+        every = np.concatenate([self.shards, shards])
+        order = every.argsort(kind="stable")
+        every = every[order]
+        first = np.concatenate([_TRUE, every[1:] != every[:-1]])
+        self.shards, self.prev = every[first], np.concatenate([self.prev, prev])[order[first]]
 
 
 class Knowledge:

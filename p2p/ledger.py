@@ -13,6 +13,9 @@ from p2p.errors import LocalProtocolError
 from p2p.membership import MEMBERS_MAX
 from p2p.messages import NodeId
 
+# Peers that are written down as soon as they are met.
+FIRST_PEERS = 16
+
 
 class Ledger(Protocol):
     """Where the record is kept; `save` returns once it would survive a crash of the machine."""
@@ -48,6 +51,7 @@ class NodeRecord:
     blocks: dict[int, None] = field(default_factory=dict)  # ours
     given: dict[int, int] = field(default_factory=dict)  # block -> the holder that we gave it to
     clock_floor: int = 0  # no stamp of ours may be below: who gave us blocks had seen it
+    _stale: bool = False  # `peers` changed since it was written down
 
     @classmethod
     def load(cls, ledger: Ledger) -> Self:
@@ -94,6 +98,16 @@ class NodeRecord:
             "clock_floor": self.clock_floor,
         }
         self.ledger.save(msgpack.packb(state))
+        self._stale = False
+
+    def save_peers(self) -> None:
+        """Write down who was met and who parted since the last time; to be called now and then.
+
+        A crash in between forgets the last of them; the first few, one of whom is enough to find the others, are written down
+        at once. In a start of many, a write for each message that introduces somebody would take longer than all else.
+        """
+        if self._stale:
+            self.save()
 
     def begin_life(self, boot_ms: int) -> int:
         """Record a new life; returns its `boot_ms`, larger than that of every life before, whatever the clock says."""
@@ -101,16 +115,15 @@ class NodeRecord:
         self.save()
         return self.boot_ms
 
-    def meet(self, *peers: Peer) -> None:
-        """Remember peers, unless they are known so already."""
-        new = [peer for peer in peers if self.peers.get(peer.node) != peer]
-        for peer in new:
-            if peer.node in self.peers or len(self.peers) < MEMBERS_MAX:
-                self.peers[peer.node] = peer
-        if new:
-            self.save()
+    def meet(self, peer: Peer) -> None:
+        """Remember a peer, unless it is known so already."""
+        if self.peers.get(peer.node) != peer and (peer.node in self.peers or len(self.peers) < MEMBERS_MAX):
+            self.peers[peer.node] = peer
+            self._stale = True
+            if len(self.peers) <= FIRST_PEERS:
+                self.save()
 
     def part(self, node: NodeId) -> None:
         """Forget a peer that left, or was silent for too long."""
         if self.peers.pop(node, None) is not None:
-            self.save()
+            self._stale = True

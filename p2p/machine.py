@@ -35,6 +35,9 @@ from p2p.writers import WriterBook
 
 __all__ = ["Machine", "MachineOptions", "NodeStatus"]
 
+# How often to look whether a step that is not whole yet has waited too long.
+GAP_LOOK_MS = 20
+
 
 class Machine:
     """The protocol of one node.
@@ -61,7 +64,9 @@ class Machine:
         self._reach = Reach(self._core)
         self._introductions = Introductions(self._core, self._pull)
         self._gossip = Gossip(self._core, self._pull, self._introductions)
-        self._soon_ms: int | None = None  # when an acknowledgement or a gap wants the timer
+        self._owed: dict[int, Link] = {}  # by boot: links on which something applied is not acknowledged yet
+        self._ack_ms: int | None = None  # when those want the timer
+        self._gap_ms: int | None = None  # and when an open step does
         self._started = False
         self._handled_ms = 0  # monotonic time of the last event
         self._deadline_ms = 0
@@ -90,6 +95,11 @@ class Machine:
     def shard_versions(self) -> Mapping[int, ShardVersions]:
         """Keyspace -> versions of its shards, where the node is asked for them; for the checkers."""
         return self._pull.rounds.versions
+
+    @property
+    def peers_known(self) -> int:
+        """How many other nodes are in the register."""
+        return len(self._core.membership.members)
 
     def region_of(self, address: str) -> str | None:
         """The region of the member that peers dial at `address`, when we know it."""
@@ -302,21 +312,23 @@ class Machine:
     def _applied(self, link: Link, payload: int) -> None:
         if link.note_applied(payload):
             self._core.send(link, m.Ack(*link.take_ack()))
+        else:
+            self._owed[link.boot] = link
 
-    @staticmethod
-    def _refused(link: Link, arrival: Arrival, payload: int) -> None:
+    def _refused(self, link: Link, arrival: Arrival, payload: int) -> None:
         """What was refused is not on its way any more: its credit goes back, or the link would dry up.
 
         With the timer, since a message that is refused has no effects of its own.
         """
         if arrival is Arrival.NEXT:
             link.note_applied(payload)
+            self._owed[link.boot] = link
 
     # --- the timer
 
     def _on_timer(self, now: m.Now) -> None:
         core = self._core
-        self._soon_ms = None
+        self._gap_ms = None
         if self._started:
             if now.monotonic_ms >= self._gossip.beat_ms:
                 self._free_stuck_links(now)
@@ -329,10 +341,18 @@ class Machine:
         self._pull.rounds.on_timer(now)
         self._schedule.on_timer(now)
         self._reach.on_timer(now)
-        for link in list(core.links.values()):
-            if link.ack_waits:
-                core.send(link, m.Ack(*link.take_ack()))
-            self._pump(link)
+        if self._ack_ms is not None and now.monotonic_ms >= self._ack_ms:
+            self._acknowledge()
+        for node in list(self._pull.outboxes):
+            if node in core.links:
+                self._pump(core.links[node])
+
+    def _acknowledge(self) -> None:
+        """Everything that is applied and not acknowledged yet."""
+        owed, self._owed, self._ack_ms = self._owed, {}, None
+        for boot, link in owed.items():
+            if link.ack_waits and self._core.by_boot.get(boot) is link:
+                self._core.send(link, m.Ack(*link.take_ack()))
 
     def _free_stuck_links(self, now: m.Now) -> None:
         core = self._core
@@ -345,15 +365,18 @@ class Machine:
     def _plan(self, now_ms: int) -> None:
         """When the timer is wanted next. Each part of it is an absolute moment: events must not push it away."""
         core = self._core
-        waiting = any(link.ack_waits for link in core.links.values())
-        waiting = waiting or any(keyspace.knowledge.open_steps for keyspace in core.keyspaces.values())
-        if not waiting:
-            self._soon_ms = None
-        elif self._soon_ms is None:
-            self._soon_ms = now_ms + links.ACK_DELAY_MS
+        if not self._owed:
+            self._ack_ms = None
+        elif self._ack_ms is None:
+            self._ack_ms = now_ms + links.ACK_DELAY_MS
+        if not any(keyspace.knowledge.open_steps for keyspace in core.keyspaces.values()):
+            self._gap_ms = None
+        elif self._gap_ms is None:
+            self._gap_ms = now_ms + GAP_LOOK_MS
         wanted = [
             self._gossip.next_ms(now_ms),
-            self._soon_ms,
+            self._ack_ms,
+            self._gap_ms,
             self._reach.next_ms(),
             self._schedule.next_ms(),
             self._pull.rounds.next_ms(),
@@ -385,6 +408,8 @@ class Machine:
         outbox = self._pull.outboxes.get(link.node)
         if outbox is not None:
             outbox.pump(self._core, link)
+            if not outbox.streams:  # only those that stream are looked at again and again
+                del self._pull.outboxes[link.node]
 
     def _drop_streams(self, link: Link) -> None:
         """A stream with a hole is worthless: its asker gives it up too, and asks again."""

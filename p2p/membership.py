@@ -75,6 +75,7 @@ class _View:
     trees: dict[Place | None, Trees] = field(default_factory=dict)
     partners: dict[Place, tuple[NodeId, ...]] = field(default_factory=dict)  # our fingers among those who hold the same
     writers: dict[Place, tuple[WriterRecord, ...]] = field(default_factory=dict)  # begun anew also when a record changes
+    digest: int | None = None  # of the others' records
     fingers: tuple[tuple[NodeId, ...], tuple[NodeId, ...]] | None = None  # ours in our region's ring, and in everybody's
 
 
@@ -245,6 +246,25 @@ class Membership:
             return False
         return self.alive(record.node, now_ms)
 
+    def sift(self, records: Sequence[MemberRecord], now_ms: int) -> list[MemberRecord]:
+        """Take those that only say what we know, as signs of life; returns the others, which are to be learned one by one.
+
+        News reaches everybody several times over, so most records are of this kind.
+        """
+        slots: list[int] = []
+        beats: list[int] = []
+        others: list[MemberRecord] = []
+        for record in records:
+            known = self.members.get(record.node)
+            if known is None or record.writers or known.record.boot != record.boot or says_more(record, known.record):
+                others.append(record)
+            else:
+                slots.append(known.slot)
+                beats.append(record.heartbeat)
+        if slots:
+            self.suspicion.hear(np.array(slots), np.array(beats, np.uint64), now_ms)
+        return others
+
     def learn(self, record: MemberRecord, now_ms: int) -> bool:
         """Merge one record, ours or of another node, from wherever.
 
@@ -279,9 +299,7 @@ class Membership:
     def _advance(self, known: Member, record: MemberRecord, now_ms: int) -> bool:
         """The same life, perhaps later; True when its record says something new."""
         slots = np.array([known.slot])
-        newer = record.version > known.record.version or (record.left and not known.record.left)
-        # The same record again, from somebody who knows of more fields than those who told it first.
-        newer = newer or (record.version == known.record.version and record.told > known.record.told)
+        newer = says_more(record, known.record)
         if record.heartbeat > known.record.heartbeat and not newer and record.version == known.record.version:
             self._keep(known, record)  # how far its writers have come
         self.suspicion.hear(slots, np.array([record.heartbeat], np.uint64), now_ms)
@@ -368,9 +386,11 @@ class Membership:
 
     def digest(self, now_ms: int) -> int:
         """64 bits over the lives and versions of all living, ourselves included."""
-        self.suspicion.assess(now_ms)
+        view = self._see(now_ms)
+        if view.digest is None:
+            view.digest = self.suspicion.digest()
         own = mix(np.array([self.own.boot], np.uint64), np.array([self.own.version], np.uint64))
-        return self.suspicion.digest() ^ int(own[0])
+        return view.digest ^ int(own[0])
 
     def index(self, now_ms: int) -> tuple[U64, U64]:
         """What the digest is over: boots uint64[n] and versions uint64[n], ourselves included."""
@@ -410,6 +430,13 @@ class Membership:
 def _divided(place: Place | None) -> Place | None:
     """The place, where not everybody holds it; None stands for all places that everybody does."""
     return None if place is None or place.partitions == 1 else place
+
+
+def says_more(record: MemberRecord, known: MemberRecord) -> bool:
+    """Whether a record of the same life says what the known one does not."""
+    if record.version == known.version:  # the same again, but from somebody who knows of more fields; or a farewell
+        return record.told > known.told or record.left > known.left
+    return record.version > known.version or record.left > known.left
 
 
 def place_of(node: NodeId) -> int:

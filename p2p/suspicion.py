@@ -108,6 +108,7 @@ class Suspicion:
     def __init__(self) -> None:
         for name, dtype in _FIELDS.items():
             setattr(self, name, np.zeros(SLOTS_MIN, dtype))
+        self._free = list(range(SLOTS_MIN - 1, -1, -1))
         self.health = 0
         self.changed = True  # who is alive or may be in the trees has changed; the reader resets it
         self._assess_ms = 0
@@ -118,15 +119,13 @@ class Suspicion:
 
     def take(self, boot: int, version: int, beats: int, prior_ms: float, now_ms: int) -> int:
         """A slot for a new member, heard of now."""
-        free = np.flatnonzero(~self.used)
-        if not len(free):
+        if not self._free:
+            size = len(self.used)
             for name in _FIELDS:
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
-            free = np.flatnonzero(~self.used)
-        slot = int(free[0])
-        for name in _FIELDS:
-            getattr(self, name)[slot] = 0
+            self._free = list(range(2 * size - 1, size - 1, -1))
+        slot = self._free.pop()
         self.used[slot] = True
         self.clock_heard_ms[slot] = -CLOCK_LIFE_MS
         self.renew(slot, boot, version, beats, prior_ms, now_ms)
@@ -145,7 +144,9 @@ class Suspicion:
 
     def drop(self, slot: int) -> None:
         """Forget a member."""
-        self.used[slot] = False
+        for name in _FIELDS:
+            getattr(self, name)[slot] = 0
+        self._free.append(slot)
         self._places = None
         self.changed = True
 

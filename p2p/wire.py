@@ -17,6 +17,7 @@ Bytes of a peer raise only `RemoteProtocolError` here.
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final, TypeVar
 
@@ -390,8 +391,13 @@ def _holding(value: Header) -> m.Holding:
 
 def _told(record: Header) -> int:
     """The newest version in whose shape a member's record is; its length tells."""
-    lengths = {version: _MEMBER_FIELDS + sum(since <= version for since, _ in _MEMBER_ADDED) for version in VERSIONS}
-    return max(version for version, length in lengths.items() if length == len(record))
+    return _lengths(_MEMBER_FIELDS, tuple([since for since, _ in _MEMBER_ADDED]))[len(record)]
+
+
+@lru_cache(8)
+def _lengths(fields: int, added: tuple[int, ...]) -> dict[int, int]:
+    """Length of a member's record -> the newest version that has it."""
+    return {fields + sum(since <= version for since in added): version for version in VERSIONS}
 
 
 def _writer_record(value: Header) -> m.WriterRecord:

@@ -38,8 +38,9 @@ __all__ = ["LinkOptions", "NetworkOptions", "VirtualCluster", "VirtualNode", "Wr
 
 # A run that handles more events than this at one virtual instant circles.
 EVENTS_PER_INSTANT_MAX = 1_000_000
-# Messages whose frames are kept for their next receivers; a batch waits one hop until it is forwarded. Dropping costs speed.
+# Batches whose frames are kept for their next receivers: one waits a hop until it is forwarded. Dropping costs speed.
 SHARED_MAX = 256
+_CARRIES_ROWS = (m.Batch, m.PullReply, m.ShardsReply)
 # Every so many batches and pull chunks, the receiver's state is compared before and after when it refuses one (invariant 8).
 AUDIT_EVERY = 16
 # What waits for a busy node, before more is lost as at a socket that nobody reads.
@@ -102,7 +103,7 @@ class VirtualNode:
     store: Store = field(default_factory=Store.anonymous)
     machine: Machine | None = None
     replies: dict[int, m.Reply] = field(default_factory=dict)
-    notes: list[m.Note] = field(default_factory=list)
+    notes: list[m.Note] = field(default_factory=list)  # what a person must see
     rejected: list[str] = field(default_factory=list)
     fatal: str = ""
     clock_ms: int = 0  # how far its wall clock is ahead of the cluster's
@@ -157,6 +158,38 @@ class _Shared:
     decoded: m.Message | None = None
 
 
+# What is due is an object without a reference to itself, which a closure that may wait again would have: the queue holds a
+# hundred thousand of them, and the collector of cycles would look at all of them over and over.
+@dataclass(slots=True, eq=False)
+class _Delivery:
+    """A message that arrives."""
+
+    cluster: "VirtualCluster"
+    sender: VirtualNode
+    target: VirtualNode
+    envelope: m.Envelope
+    shared: _Shared
+    machine: Machine | None  # the process it was sent to; None: it waits for the next one
+    sending: Machine | None  # the process that sent it
+    corrupt: bool
+
+    def __call__(self) -> None:
+        self.cluster.deliver(self)
+
+
+@dataclass(slots=True, eq=False)
+class _Timer:
+    """A node's timer that fires."""
+
+    cluster: "VirtualCluster"
+    node: VirtualNode
+    machine: Machine
+    deadline_ms: int
+
+    def __call__(self) -> None:
+        self.cluster.fire(self)
+
+
 class VirtualCluster:
     """Nodes, a network between them, and the history of what was acknowledged.
 
@@ -202,7 +235,8 @@ class VirtualCluster:
         self._audited = 0
         self._clocks_apart = False  # so far that some refuse what others write
         self._timer_ms: dict[str, int] = {}
-        self._shared: dict[tuple[int, int], _Shared] = {}  # by id of the message, and protocol version
+        self._shared: dict[tuple[int, int], _Shared] = {}  # batches, by id of the message and protocol version
+        self._shared_now: dict[tuple[int, int], _Shared] = {}  # other messages of the event at hand
         self._trace = hashlib.sha256()
 
     @property
@@ -433,6 +467,8 @@ class VirtualCluster:
         except KilledError:
             self.crash(node.name)
             return
+        finally:
+            self._shared_now.clear()
         self._arm(node, machine)
 
     def _carry_out_all(self, node: VirtualNode, machine: Machine, event: m.Event) -> None:
@@ -454,7 +490,8 @@ class VirtualCluster:
                         if isinstance(effect, m.Published) and self.meter is not None:
                             self.meter.published_ms[effect.stamp] = self.now_ms
                     case m.Note():
-                        node.notes.append(effect)
+                        if effect.alarm:
+                            node.notes.append(effect)
                     case m.Fatal(reason):
                         node.fatal = reason
                         node.machine = None
@@ -478,7 +515,7 @@ class VirtualCluster:
 
     def _is_audited(self, event: m.Event) -> bool:
         """Some batches and chunks are; all of them where clocks are so far apart that many will be refused."""
-        if not isinstance(event, m.MessageReceived) or not isinstance(event.message, m.Batch | m.PullReply | m.ShardsReply):
+        if not isinstance(event, m.MessageReceived) or not isinstance(event.message, _CARRIES_ROWS):
             return False
         self._audited += 1
         return self._clocks_apart or self._audited % AUDIT_EVERY == 0
@@ -496,24 +533,26 @@ class VirtualCluster:
         if armed_ms is not None and armed_ms <= deadline_ms:
             return
         self._timer_ms[node.name] = deadline_ms
+        self._at(deadline_ms, _Timer(self, node, machine, deadline_ms))
 
-        def fire() -> None:
-            if node.machine is not machine or self._timer_ms.get(node.name) != deadline_ms:
-                return
-            if node.paused:
-                node.held.append(fire)
-                return
-            del self._timer_ms[node.name]
-            if machine.deadline_ms <= self.now_ms:
-                self._feed(node, machine, m.TimerFired())
-            else:
-                self._arm(node, machine)
-
-        self._at(deadline_ms, fire)
+    def fire(self, timer: "_Timer") -> None:
+        """A node's timer comes."""
+        node, machine = timer.node, timer.machine
+        if node.machine is not machine or self._timer_ms.get(node.name) != timer.deadline_ms:
+            return
+        if node.paused:
+            node.held.append(timer)
+            return
+        del self._timer_ms[node.name]
+        if machine.deadline_ms <= self.now_ms:
+            self._feed(node, machine, m.TimerFired())
+        else:
+            self._arm(node, machine)
 
     def _share(self, envelope: m.Envelope, message: m.Message) -> _Shared:
         """The message's frames, made once for all of its receivers; a forwarded batch is the very message that was decoded."""
-        shared = self._shared.get((id(message), envelope.version))
+        kept = self._shared if isinstance(message, m.Batch) else self._shared_now
+        shared = kept.get((id(message), envelope.version))
         if shared is None:
             frames = [bytes(frame) for frame in wire.encode(envelope, message)]
             digest = xxhash.xxh3_64()
@@ -525,9 +564,10 @@ class VirtualCluster:
         return shared
 
     def _remember(self, message: m.Message, shared: _Shared) -> None:
-        while len(self._shared) >= SHARED_MAX:
-            del self._shared[next(iter(self._shared))]
-        self._shared[id(message), shared.envelope.version] = shared
+        kept = self._shared if isinstance(message, m.Batch) else self._shared_now
+        while len(kept) >= SHARED_MAX:
+            del kept[next(iter(kept))]
+        kept[id(message), shared.envelope.version] = shared
 
     def _transmit(self, sender: VirtualNode, address: str, envelope: m.Envelope, message: m.Message) -> bool:
         target = self.nodes.get(name_of(address))
@@ -541,7 +581,7 @@ class VirtualCluster:
         arrivals = self._network.arrivals(self.options, link, regions, shared.size, leaves_ms)
         if arrivals is None:
             return False
-        if self.meter is not None and isinstance(message, m.Batch | m.PullReply | m.ShardsReply):
+        if self.meter is not None and isinstance(message, _CARRIES_ROWS):
             self._measure_sent(self.meter, sender, message)
         for arrival_ms in arrivals:
             self._schedule(arrival_ms, sender, target, envelope, shared)
@@ -555,40 +595,39 @@ class VirtualCluster:
     def _schedule(
         self, arrival_ms: int, sender: VirtualNode, target: VirtualNode, envelope: m.Envelope, shared: _Shared
     ) -> None:
-        machine, sending = target.machine, sender.machine
         chance = self.options.corrupt_probability
         corrupt = chance > 0 and self._rng.random() < chance
+        self._at(arrival_ms, _Delivery(self, sender, target, envelope, shared, target.machine, sender.machine, corrupt))
 
-        def deliver() -> None:
-            nonlocal machine
-            if machine is None and sender.machine is not sending:
-                return  # so is the process in whose socket it was
-            if target.machine is not machine:  # the process it was sent to is gone
-                if machine is not None and not self._outlives():
-                    return
-                machine = target.machine
-            if machine is None:
-                target.queued.append(deliver)
+    def deliver(self, delivery: "_Delivery") -> None:
+        """A message arrives, or waits for who is to get it."""
+        sender, target, envelope, shared = delivery.sender, delivery.target, delivery.envelope, delivery.shared
+        if delivery.machine is None and sender.machine is not delivery.sending:
+            return  # so is the process in whose socket it was
+        if target.machine is not delivery.machine:  # the process it was sent to is gone
+            if delivery.machine is not None and not self._outlives():
                 return
-            if target.paused:
-                target.held.append(deliver)
-                return
-            self.delivered += 1
-            place = f"{self.now_ms} {sender.name} {target.name} {envelope.session} {envelope.sequence} {shared.digest:x}\n"
-            self._trace.update(place.encode())
-            if corrupt:
-                self._deliver_corrupt(target, shared)
-                return
-            if self.meter is not None and isinstance(shared.message, m.Batch | m.PullReply | m.ShardsReply):
-                self._measure_received(self.meter, sender, target, envelope, shared.message)
-            try:
-                message = self._decode(shared)
-            except RemoteProtocolError as error:
-                target.rejected.append(str(error))
-                return
-            self._feed(target, machine, m.MessageReceived(envelope, message))
-
-        self._at(arrival_ms, deliver)
+            delivery.machine = target.machine
+        if delivery.machine is None:
+            target.queued.append(delivery)
+            return
+        if target.paused:
+            target.held.append(delivery)
+            return
+        self.delivered += 1
+        place = f"{self.now_ms} {sender.name} {target.name} {envelope.session} {envelope.sequence} {shared.digest:x}\n"
+        self._trace.update(place.encode())
+        if delivery.corrupt:
+            self._deliver_corrupt(target, shared)
+            return
+        if self.meter is not None and isinstance(shared.message, _CARRIES_ROWS):
+            self._measure_received(self.meter, sender, target, envelope, shared.message)
+        try:
+            message = self._decode(shared)
+        except RemoteProtocolError as error:
+            target.rejected.append(str(error))
+            return
+        self._feed(target, delivery.machine, m.MessageReceived(envelope, message))
 
     def _decode(self, shared: _Shared) -> m.Message:
         if shared.decoded is None:

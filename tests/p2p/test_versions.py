@@ -11,7 +11,6 @@ import pytest
 from p2p import messages as m
 from p2p import wire
 from p2p.errors import LocalProtocolError, RemoteProtocolError
-from p2p.machine import Machine
 from p2p.membership import Membership
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, agree, first_record_version, lowest_spoken
 from sim_cluster.checkers import Watch, check_converged
@@ -184,12 +183,10 @@ def listen(cluster: VirtualCluster, monkeypatch: pytest.MonkeyPatch) -> set[tupl
     heard: set[tuple[int, int]] = set()
     original = cluster._schedule
 
-    def schedule(
-        arrival_ms: int, sender: VirtualNode, target: VirtualNode, machine: Machine, envelope: m.Envelope, shared: Any
-    ) -> None:
-        version = machine._core.options.protocol_version
-        heard.add((version, envelope.version))
-        original(arrival_ms, sender, target, machine, envelope, shared)
+    def schedule(arrival_ms: int, sender: VirtualNode, target: VirtualNode, envelope: m.Envelope, shared: Any) -> None:
+        assert target.machine is not None
+        heard.add((target.machine._core.options.protocol_version, envelope.version))
+        original(arrival_ms, sender, target, envelope, shared)
 
     monkeypatch.setattr(cluster, "_schedule", schedule)
     return heard
