@@ -24,16 +24,17 @@ from p2p.sync import PRESETS, PUSH
 from sim_cluster.demo.verify import Contents, contents, difference
 from sim_cluster.network import NetworkOptions
 from sim_cluster.processes import LocalCluster, NodeProcess, NodeProcessError, NodeSpec, wait_until
-from sim_cluster.scenario import FaultEvent, Scenario
+from sim_cluster.scenario import NETWORK, FaultEvent, Scenario
 
-KINDS_REAL: Final = ("crash", "pause")
+# A kill comes in the middle of whatever a process does, wanted or not.
+KINDS_REAL: Final = ("crash", "kill", "leave", "pause")
 SHOW_EVERY_S: Final = 0.5
 PUBLISH_TIMEOUT_S: Final = 2.0
 MODEL: Final = "sim"
 TABLES: Final = {"item": 4, "user": 2}
 _PLAIN: Final = NetworkOptions()
 # What the virtual network has of itself; between real processes, loopback does.
-_IGNORED: Final = ("delay_ms_min", "delay_ms_max", "region_delay_ms", "links", "tail_ms")
+_IGNORED: Final = ("delay_ms_min", "delay_ms_max", "region_delay_ms", "links", "tail_ms", "afterlife_probability")
 
 
 def check_feasible(scenario: Scenario) -> None:
@@ -47,8 +48,11 @@ def check_feasible(scenario: Scenario) -> None:
     impossible += [f'links."{pair}"' for pair, link in scenario.network.links.items() if link.rate_bytes_per_ms]
     impossible += [f'links."{pair}".loss' for pair, link in scenario.network.links.items() if link.loss_probability]
     impossible += sorted({f"fault {event.kind!r}" for event in scenario.events if event.kind not in KINDS_REAL})
-    if scenario.swarm:
-        impossible.append("swarm")
+    if scenario.swarm and NETWORK in scenario.kinds:
+        impossible.append(f"swarm with {NETWORK!r} among its kinds")
+    impossible += sorted(
+        {f"fault {kind!r}" for kind in scenario.kinds if scenario.swarm and kind not in (*KINDS_REAL, NETWORK)}
+    )
     if PRESETS[scenario.sync] != PUSH:
         impossible.append(f"sync = {scenario.sync!r}")
     if scenario.workload.models > 1:
@@ -93,6 +97,7 @@ class _Run:
         self._scenario = scenario
         self._cluster = cluster
         self._rng = random.Random(f"load of {seed}")
+        self._events = scenario.faults(seed).events
         self._trainer = cluster[scenario.trainer]
         self._publisher: Publisher | None = None
         self._acknowledged: dict[tuple[str, int], int] = {}  # (table, key) -> stamp
@@ -103,7 +108,7 @@ class _Run:
         """Load and faults, for the scenario's duration."""
         begin = shown = time.monotonic()
         every_s = 1 / self._scenario.workload.batches_per_s
-        events, due = list(self._scenario.events), begin
+        events, due = list(self._events), begin
         while (now := time.monotonic()) < begin + self._scenario.duration_ms / 1000:
             while events and begin + events[0].at_ms / 1000 <= now:
                 self._begin(events.pop(0), now)
@@ -174,19 +179,21 @@ class _Run:
         if event.node in self._happening:
             return
         node = self._cluster[event.node]
-        act: Callable[[], None] = node.kill if event.kind == "crash" else node.pause
-        act()
-        self._happening[event.node] = "killed" if event.kind == "crash" else "paused"
+        act: dict[str, Callable[[], object]] = {"pause": node.pause, "leave": node.request_stop}
+        act.get(event.kind, node.kill)()
+        self._happening[event.node] = {"pause": "paused", "leave": "stopped"}.get(event.kind, "killed")
         self._ends.append((now + event.for_ms / 1000, event))
 
     def _undo(self, now: float) -> None:
         for end in [end for end in self._ends if end[0] <= now]:
             self._ends.remove(end)
             node = self._cluster[end[1].node]
-            if end[1].kind == "crash":
-                node.start()
-            else:
+            if end[1].kind == "pause":
                 node.resume()
+            else:
+                if end[1].kind == "leave":
+                    node.stop()
+                node.start()
             del self._happening[node.id]
 
     def table(self) -> Table:

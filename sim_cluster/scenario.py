@@ -38,6 +38,10 @@ KINDS: Final = {
     "split": "nothing passes between its region and the others",
     "clock": "its wall clock is `amount_ms` ahead",
 }
+NETWORK: Final = "network"  # the kind that stands for loss, delays and the like
+# A swarm draws so many faults of each kind in so long; a longer run has more.
+COUNTS: Final = (0, 0, 1, 2, 4)
+COUNTS_MS: Final = 20_000
 TIMES_MAX: Final = 10_000
 
 
@@ -108,6 +112,7 @@ class Scenario:
     network: NetworkOptions = field(default_factory=NetworkOptions)
     events: tuple[FaultEvent, ...] = ()
     swarm: bool = False
+    kinds: tuple[str, ...] = (*KINDS, NETWORK)  # what a swarm draws from
     sync: str = "push"  # by which protocol replicas are kept equal: one of `p2p.sync.PRESETS`
 
     @property
@@ -146,11 +151,25 @@ def draw_faults(scenario: Scenario, seed: int) -> Faults:
     """Each kind of fault on or off, and as strong as chance has it."""
     rng = random.Random(f"faults of {seed}")
 
+    network = _draw_network(scenario, rng) if NETWORK in scenario.kinds else scenario.network
+    rounds = max(1, round(scenario.duration_ms / COUNTS_MS))
+    events = [
+        event
+        for kind in KINDS
+        if kind in scenario.kinds
+        for _ in range(sum(rng.choice(COUNTS) for _ in range(rounds)))
+        for event in _draw_event(scenario, kind, rng)
+    ]
+    cut = rng.choice([0, 0, 300, 1_000]) if NETWORK in scenario.kinds else 0
+    return Faults(network, _in_order(events), cut)
+
+
+def _draw_network(scenario: Scenario, rng: random.Random) -> NetworkOptions:
     def some(probability: float, strongest: float) -> float:
         return rng.uniform(0, strongest) if rng.random() < probability else 0.0
 
     base = scenario.network
-    network = NetworkOptions(
+    return NetworkOptions(
         delay_ms_min=base.delay_ms_min,
         delay_ms_max=base.delay_ms_max + int(some(0.5, 40)),
         region_delay_ms=base.region_delay_ms + int(some(0.5, 150)),
@@ -164,8 +183,6 @@ def draw_faults(scenario: Scenario, seed: int) -> Faults:
         rate_bytes_per_ms=rng.choice([0.0, 0.0, 1_000.0, 200.0, 60.0]),
         links={**base.links, **_draw_links(scenario, rng)},
     )
-    events = [event for kind in KINDS for _ in range(rng.choice([0, 0, 1, 2, 4])) for event in _draw_event(scenario, kind, rng)]
-    return Faults(network, _in_order(events), rng.choice([0, 0, 300, 1_000]))
 
 
 def _draw_links(scenario: Scenario, rng: random.Random) -> dict[str, LinkOptions]:
@@ -256,6 +273,7 @@ def _scenario(document: dict[str, Any], stem: str) -> Scenario:
         network,
         _in_order(events),
         bool(top.take("swarm", False)),
+        _kinds(top.take("kinds", [*KINDS, NETWORK])),
         sync_named(top.take("sync", "push")),
     )
     top.done()
@@ -330,6 +348,13 @@ def _link(name: str, values: Any) -> LinkOptions:
     link = LinkOptions(section.whole("delay_ms", 0, 0, 60_000), rate, section.number("loss", 0.0, 0, 1))
     section.done()
     return link
+
+
+def _kinds(value: Any) -> tuple[str, ...]:
+    known = (*KINDS, NETWORK)
+    if not isinstance(value, list) or not value or any(kind not in known for kind in value):
+        raise ConfigError(f"scenario.kinds is {value!r}: expected some of {', '.join(known)}")
+    return tuple(value)
 
 
 def _events(item: Any, nodes: set[str]) -> list[FaultEvent]:

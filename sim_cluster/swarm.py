@@ -209,6 +209,8 @@ class _Run:
                 return f"{node.name} takes only {len(status.peers) - len(unseen)} others for alive"
             if not status.synced:
                 return f"{node.name} has not caught up"
+            if any(keyspace.open_steps or keyspace.pulling_from for keyspace in status.keyspaces):
+                return f"{node.name} still repairs"
         if self.cluster.seed % READMIT_EVERY == 0 and (held_out := self._held_out()):
             return held_out
         return "" if self._writer() else "nobody may write"
