@@ -61,6 +61,7 @@ class Network:
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
+        self.latest_ms = 0  # when the last of all messages on their way will have come
         self._last_arrival: dict[tuple[str, str], int] = {}
         self._free_ms: dict[tuple[str, str], float] = {}  # when what is queued on a link will have left
 
@@ -114,4 +115,5 @@ class Network:
             arrival_ms += int(rng.expovariate(1.0 / max(options.tail_ms, 1e-9)))
         if not options.reorder_probability or rng.random() >= options.reorder_probability:
             arrival_ms = self._last_arrival[link] = max(arrival_ms, self._last_arrival.get(link, 0))
+        self.latest_ms = max(self.latest_ms, arrival_ms)
         return arrival_ms

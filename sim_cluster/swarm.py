@@ -29,8 +29,9 @@ from sim_cluster.virtual import Meter, VirtualCluster, VirtualNode
 FORM_MS_MAX: Final = 60_000  # until all nodes have caught up with the cluster at its start
 # From the moment at which all rows are equal until everybody sees everybody alive and may write again.
 RECOVER_MS_MAX: Final = 120_000
-# Who came and went too often is kept out of the trees for up to 80 s. One seed in so many waits for that: idling costs too.
-READMIT_EVERY: Final = 10
+# Who came and went too often is kept out of the trees for up to 80 s, and as long messages may queue on a slow link. One seed
+# in so many waits for all that; the others go on, since idle clusters cost time too.
+PATIENT_EVERY: Final = 10
 STEADY_MS: Final = 2_000
 STEADY_STEPS: Final = 6
 STEADY_EVERY_MS: Final = 400
@@ -125,7 +126,9 @@ class _Run:
         self.meter = self.cluster.meter = Meter()
         self._watch = Watch(self.cluster)
         self._versions = VersionWatch(self.cluster)
+        self._trainers = scenario.trainers[: 1 + seed % len(scenario.trainers)]
         self._published = 0
+        self._drained_ms = 0  # when what was sent before the faults ended will have come
         self._waits: dict[tuple[str, int, int], _Wait] = {}  # by node, its life and the request
         self._ends: list[tuple[int, int, Callable[[], None]]] = []  # what undoes a fault, and when
 
@@ -176,6 +179,7 @@ class _Run:
         cluster = self.cluster
         self._undo(cluster.now_ms + 1_000_000_000)
         cluster.options = NetworkOptions(links=self._scenario.network.links)
+        self._drained_ms = cluster.drained_ms
         problem = ""
 
         def settled() -> bool:
@@ -190,7 +194,7 @@ class _Run:
         return problem or self._watch.check_queues()
 
     def _recover(self) -> str:
-        """Everybody sees everybody, is in step with the cluster, and somebody may write."""
+        """Nothing of before is on its way, everybody sees everybody and is in step with the cluster, and somebody may write."""
         cluster, problem = self.cluster, ""
 
         def recovered() -> bool:
@@ -202,6 +206,9 @@ class _Run:
         return f"{RECOVER_MS_MAX / 1000:g} s after the storm {problem}" if problem else ""
 
     def _not_recovered(self) -> str:
+        patient = self.cluster.seed % PATIENT_EVERY == 0
+        if patient and self.cluster.now_ms < self._drained_ms:
+            return "messages of before are on their way"
         for node in self.cluster.nodes.values():
             status = _status(self.cluster, node)
             unseen = [peer.node for peer in status.peers if not peer.alive]
@@ -211,7 +218,7 @@ class _Run:
                 return f"{node.name} has not caught up"
             if any(keyspace.open_steps or keyspace.pulling_from for keyspace in status.keyspaces):
                 return f"{node.name} still repairs"
-        if self.cluster.seed % READMIT_EVERY == 0 and (held_out := self._held_out()):
+        if patient and (held_out := self._held_out()):
             return held_out
         return "" if self._writer() else "nobody may write"
 
@@ -230,13 +237,13 @@ class _Run:
         return ""
 
     def _work_on(self) -> str:
-        """Some more steps, and waits for them. While all nodes are in the trees nothing is wrong any more: each row of a batch
+        """Some more steps, and waits for them. When all nodes are in the trees nothing is wrong any more: each row of a batch
         enters a region once and a node once (invariant 10), and nobody has to pull.
         """
         cluster, rng = self.cluster, self._rng
         cluster.run(STEADY_MS)  # what was written while they recovered has come by now
         before = {name: self._counters(name) for name in cluster.nodes}
-        steady = cluster.sync.push and not self._held_out()
+        steady = cluster.sync.push and not self._held_out() and cluster.now_ms >= self._drained_ms
         self.meter.into_region.clear()
         writer, begin_ms = self._writer(), cluster.now_ms
         for step in range(STEADY_STEPS if writer else 0):
@@ -277,7 +284,7 @@ class _Run:
         load, rng = self._scenario.workload, self._rng
         count, table, model = rng.randint(1, load.rows), rng.choice(["item", "user"]), rng.choice(list(self.cluster.models))
         keys = [int(load.keys * rng.random() ** 3) for _ in range(count)]
-        delete, trainer = rng.random() < load.deletes, rng.choice(self._scenario.trainers)
+        delete, trainer = rng.random() < load.deletes, rng.choice(self._trainers)
         waits = rng.random() < WAIT_PROBABILITY
         node = self.cluster.nodes[trainer]
         if node.machine is None or node.paused:

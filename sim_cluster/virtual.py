@@ -244,6 +244,11 @@ class VirtualCluster:
         """Hash of everything delivered so far."""
         return self._trace.hexdigest()
 
+    @property
+    def drained_ms(self) -> int:
+        """When everything that is on its way now will have come."""
+        return self._network.latest_ms
+
     # --- nodes
 
     def add(

@@ -13,7 +13,7 @@ from ekko.cli import app, register_commands
 from ekko.errors import ConfigError
 from p2p import knowledge
 from p2p.sync import PRESETS
-from sim_cluster.real import check_feasible
+from sim_cluster.real import check_feasible, run_real
 from sim_cluster.scenario import KINDS, FaultEvent, Faults, draw_faults, load_scenario
 from sim_cluster.swarm import minimise, run_virtual
 
@@ -107,7 +107,7 @@ def test_a_failure_keeps_only_the_faults_it_needs(monkeypatch: pytest.MonkeyPatc
             "[regions]\neu = { train = 1, serve = 1 }\n[[faults]]\nkind = 'deaf'\nnode = 'eu-t1'\ntimes = 3",
             "every_s must be longer",
         ),
-        ("[scenario]\nsync = 'gossip'\n[regions]\neu = { train = 1 }", "sync 'gossip' is not one of vector, cache"),
+        ("[scenario]\nsync = 'gossip'\n[regions]\neu = { train = 1, serve = 1 }", "sync 'gossip' is not one of vector, cache"),
         ("[fault]\nx = 1\n[regions]\neu = { train = 1, serve = 1 }", "[fault] is not understood"),
         ("regions = [", "is not TOML"),
     ],
@@ -122,16 +122,35 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, text: str, complain
 
 
 def test_real_processes_refuse_what_they_cannot_do() -> None:
-    with pytest.raises(ConfigError, match="swarm"):
+    with pytest.raises(ConfigError, match="swarm with 'network'"):
         check_feasible(load_scenario(SWARM))
+    check_feasible(load_scenario(ROOT / "scenarios/storm.toml"))
     kills = load_scenario(ROOT / "scenarios/kills.toml")
     check_feasible(kills)
     with pytest.raises(ConfigError, match="loss_probability"):
         check_feasible(replace(kills, network=replace(kills.network, loss_probability=0.1)))
-    with pytest.raises(ConfigError, match="sync = 'vector'"):
-        check_feasible(replace(kills, sync="vector"))
     with pytest.raises(ConfigError, match="'deaf'"):
         check_feasible(replace(kills, events=(FaultEvent(0, "deaf", "eu-s1", 10),)))
+
+
+def test_a_swarm_draws_only_the_kinds_it_is_given() -> None:
+    storm = load_scenario(ROOT / "scenarios/storm.toml")
+    drawn = [storm.faults(seed) for seed in range(4)]
+    assert {event.kind for faults in drawn for event in faults.events} == set(storm.kinds)
+    assert all(faults.network == storm.network for faults in drawn)
+    assert min(len(faults.events) for faults in drawn) > 40, "five minutes with hardly a fault"
+
+
+def test_a_storm_in_virtual_time() -> None:
+    storm = replace(load_scenario(ROOT / "scenarios/storm.toml"), duration_ms=20_000)
+    assert run_virtual(storm, 1).problem == ""
+
+
+def test_real_processes_weather_a_short_storm() -> None:
+    storm = replace(load_scenario(ROOT / "scenarios/storm.toml"), duration_ms=6_000, settle_ms=60_000)
+    result = run_real(storm, 4)
+    assert result["problem"] == ""
+    assert result["batches"] > 10
 
 
 def test_the_command_runs_seeds_and_writes_json(tmp_path: Path) -> None:
