@@ -23,7 +23,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.model import ModelSpec, TableSpec
+from ekko.codec import encode
+from ekko.model import CODEC_DEFAULT, ModelSpec, TableSpec
 from ekko.store import Store, layout
 from ekko.store.memory import Mapping as SharedMemory
 from ekko.store.model_store import ModelStore
@@ -77,13 +78,15 @@ def alternate(rounds: int, sides: Mapping[str, Callable[[int], None]]) -> Sides:
 
 
 @contextmanager
-def shared_model(tables: Mapping[str, int], capacity_rows: int = 0) -> Iterator[tuple[ModelStore, Path]]:
+def shared_model(
+    tables: Mapping[str, int], capacity_rows: int = 0, codec: str = CODEC_DEFAULT
+) -> Iterator[tuple[ModelStore, Path]]:
     """A model in real shared memory, and the run_dir under which readers find it; removed afterwards."""
     with TemporaryDirectory(prefix="ekko-bench-") as directory:
         run_dir = Path(directory)
         store = Store.open(run_dir)
         try:
-            spec = ModelSpec(MODEL, tables={name: TableSpec(name, dim) for name, dim in tables.items()})
+            spec = ModelSpec(MODEL, tables={name: TableSpec(name, dim, codec) for name, dim in tables.items()}, codec=codec)
             yield store.add_model(spec, capacity_rows), run_dir
         finally:
             store.destroy()
@@ -125,7 +128,7 @@ def fill(model: ModelStore, keys: U64, dim: int, stamp: int, table: str = TABLE,
     for begin in range(0, keys.size, batch):
         part = keys[begin : begin + batch]
         rows = np.repeat(np.arange(begin, begin + part.size, dtype=np.float32)[:, None], dim, axis=1)
-        model.apply([RowColumns(table_id, part, rows.view(np.uint8))], stamp)
+        model.apply([RowColumns(table_id, part, encode(model.spec.codec, rows))], stamp)
 
 
 def environment(seconds: float, quick: bool) -> dict[str, str | int | float | bool]:

@@ -19,12 +19,15 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
+
 import ekko
 from benchmarks.baselines.fleet import BaselineError, Fleet, differences
 from benchmarks.baselines.load import Batches, Load
 from benchmarks.baselines.servers import absent, server
 from benchmarks.baselines.sides import SIDES, WINDOW
 from benchmarks.common import MODEL, TABLE, Figure
+from ekko.codec import rounded
 from sim_cluster.processes import LocalCluster, ModelTables, NodeSpec, free_ports
 
 TARGETS = {
@@ -41,6 +44,7 @@ WARM_S, WARM_S_QUICK = 2.0, 0.1
 WAIT_S_MAX = 60.0
 # How often, in batches, ekko's publisher asks whether the replicas have what it published a window ago.
 ASK_EVERY = WINDOW // 4
+CODECS = ("float32", "float16")
 
 TRAIN = NodeSpec("train", "home", "train")
 SERVE = [NodeSpec(f"serve-{number}", "home") for number in range(REPLICAS)]
@@ -54,7 +58,8 @@ def run(quick: bool) -> dict[str, Figure]:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="ekko-bench-")))
         ours = stack.enter_context(_Ours(folder, load))
         fleet = stack.enter_context(Fleet(load, REPLICAS))
-        sides: dict[str, Callable[[float], float]] = {"ekko": ours.round}
+        sides: dict[str, Callable[[float], float]] = {"ekko": partial(ours.round, "float32")}
+        sides["ekko_float16"] = partial(ours.round, "float16")
         notes: dict[str, Figure] = {}
         ports: dict[str, int] = {}
         for name, side in SIDES.items():
@@ -87,11 +92,9 @@ def _figures(rates: dict[str, list[float]], notes: dict[str, Figure]) -> dict[st
     ours = rates["ekko"]
     figures: dict[str, Figure] = {"rows_per_s": statistics.median(ours)}
     for name in SIDES:
-        # Rounds next to each other see the same machine, so that a slow minute does not count for one side only.
-        pairs = zip(ours, rates.get(name, ()), strict=False)
-        figures[f"vs_{name}"] = statistics.median(a / b for a, b in pairs) if name in rates else None
-    figures["vs_raw_zmq_float16"] = None
-    notes["note_raw_zmq_float16"] = "this version has no codec but float32"
+        figures[f"vs_{name}"] = _ratio(ours, rates[name]) if name in rates else None
+    # float16 rows on our wire and in our memory; raw ZeroMQ sends and stores float32, as it always does.
+    figures["vs_raw_zmq_float16"] = _ratio(rates["ekko_float16"], rates["raw_zmq"])
     figures["rounds"] = [
         {"side": name, "rows_per_s": statistics.median(found), "slowest": min(found), "fastest": max(found)}
         for name, found in rates.items()
@@ -99,64 +102,80 @@ def _figures(rates: dict[str, list[float]], notes: dict[str, Figure]) -> dict[st
     return figures | notes
 
 
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    """Rounds next to each other see the same machine, so that a slow minute does not count for one side only."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
 class _Ours:
-    """ekko's side. Use as a context manager."""
+    """ekko's side: one cluster with a model for each codec. Use as a context manager."""
 
     def __init__(self, folder: Path, load: Load) -> None:
         self._load = load
         self._batches: Batches = load.batches()
-        models = {MODEL: ModelTables({TABLE: load.dim}, capacity_rows=load.table_rows)}
+        self._publishers: dict[str, ekko.Publisher] = {}  # codec -> of its model
+        models = {
+            _model_of(codec): ModelTables({TABLE: load.dim}, capacity_rows=load.table_rows, codec=codec) for codec in CODECS
+        }
         self._cluster = LocalCluster(folder / "nodes", [TRAIN, *SERVE], models=models)
         self._stack = ExitStack()
 
     def __enter__(self) -> "_Ours":
         self._stack.enter_context(self._cluster)
         self._cluster.start()
-        self._publisher = self._stack.enter_context(ekko.Publisher(self._cluster["train"].local, MODEL))
-        # Insert every key, as the opponents' tables have every row.
-        for number in range(self._load.cycle):
-            self._publish(number)
-            if number % ASK_EVERY == 0:
-                self._wait(self._publisher.last_stamp)
-        self._wait(self._publisher.last_stamp)
+        for codec in CODECS:
+            publisher = ekko.Publisher(self._cluster["train"].local, _model_of(codec))
+            self._publishers[codec] = self._stack.enter_context(publisher)
+            # Insert every key, as the opponents' tables have every row.
+            for number in range(self._load.cycle):
+                stamp = self._publish(publisher, number)
+                if number % ASK_EVERY == 0:
+                    self._wait(publisher, stamp)
+            self._wait(publisher, stamp)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _publish(self, number: int) -> int:
-        return self._publisher.publish(TABLE, self._batches.keys_of(number), self._batches.rows_of(number))
+    def _publish(self, publisher: ekko.Publisher, number: int) -> int:
+        return publisher.publish(TABLE, self._batches.keys_of(number), self._batches.rows_of(number))
 
-    def _wait(self, stamp: int) -> None:
-        self._publisher.wait(stamp, "all", WAIT_S_MAX)
+    def _wait(self, publisher: ekko.Publisher, stamp: int) -> None:
+        publisher.wait(stamp, "all", WAIT_S_MAX)
 
-    def round(self, seconds: float) -> float:
+    def round(self, codec: str, seconds: float) -> float:
         """Rows a second that the slowest replica applied.
 
         Raises:
             BaselineError: a replica does not hold what was published last.
         """
         self._batches = replace(self._batches, round=self._batches.round + 1)
+        publisher = self._publishers[codec]
         asked: deque[int] = deque()
         number = 0
         begin = time.monotonic()
         while time.monotonic() < begin + seconds:
-            stamp = self._publish(number)
+            stamp = self._publish(publisher, number)
             number += 1
             if number % ASK_EVERY == 0:
                 asked.append(stamp)
                 if len(asked) * ASK_EVERY >= WINDOW:
-                    self._wait(asked.popleft())
-        self._wait(stamp)
+                    self._wait(publisher, asked.popleft())
+        self._wait(publisher, stamp)
         rate = number * self._load.batch_rows / (time.monotonic() - begin)
         for spec in SERVE:
-            with ekko.Reader(MODEL, run_dir=self._cluster[spec.id].run_dir) as reader:
-                wrong = differences(partial(reader.lookup, TABLE), self._batches, number)
+            with ekko.Reader(_model_of(codec), run_dir=self._cluster[spec.id].run_dir) as reader:
+                stored = replace(self._batches, blocks=np.stack([rounded(codec, rows) for rows in self._batches.blocks]))
+                wrong = differences(partial(reader.lookup, TABLE), stored, number)
             if wrong:
-                raise BaselineError(f"{spec.id} does not hold {wrong} of the newest batches")
+                raise BaselineError(f"{spec.id} does not hold {wrong} of the newest batches in {codec}")
         return rate
 
     def notes(self) -> dict[str, Figure]:
         """How much of it did not go down the trees."""
         counters = [self._cluster[spec.id].status()["counters"] for spec in (TRAIN, *SERVE)]
         return {f"ekko_{key}": sum(c[key] for c in counters) for key in ("batches_skipped", "gaps", "pull_rows_sent")}
+
+
+def _model_of(codec: str) -> str:
+    return f"{MODEL}-{codec}"

@@ -2,6 +2,9 @@
 
 Both sides copy the same rows from equally large shared memory into memory that they are given. NumPy is given the positions;
 ekko finds them by key and makes sure that no row is torn. The gated cell is the first: dim 64, 4 million rows, uniform keys.
+
+`codecs`: the same with encoded rows, decoded on their way, against `np.take` of float32 rows; and what encoding a batch
+costs its publisher, against NumPy's `astype(np.float16)` of the same rows.
 """
 
 from collections.abc import Callable
@@ -23,6 +26,8 @@ from benchmarks.common import (
     shared_array,
     shared_model,
 )
+from ekko.codec import encode, rounded
+from ekko.model import CODEC_DEFAULT, CODECS
 from ekko.serve.reader import Reader
 
 TARGETS = {"vs_np_take": ">= 0.55", "vs_torch_embedding": ">= 0.7", "cells_vs_np_take_min": ">= 0.4"}
@@ -64,6 +69,32 @@ def run(quick: bool) -> dict[str, Figure]:
         "vs_torch_embedding": gated["vs_torch_embedding"],
         "cells_vs_np_take_min": min(float(cell["vs_np_take"]) for cell in cells),
         "cells": cells,
+        "codecs": [_measure_codec(codec, quick) for codec in CODECS],
+    }
+
+
+def _measure_codec(codec: str, quick: bool) -> dict[str, float | int | str]:
+    cell = Cell(64, 10_000 if quick else 1_000_000, "uniform", BATCH)
+    found = _measure(cell, ROUNDS_QUICK if quick else ROUNDS, 20_000 if quick else 500_000, codec)
+    rows = np.random.default_rng(3).standard_normal((1_000, cell.dim), dtype=np.float32) * np.float32(0.05)
+    repeats = range(2 if quick else 200)
+
+    def ours(_: int) -> None:
+        for _ in repeats:
+            encode(codec, rows)
+
+    def numpy(_: int) -> None:
+        for _ in repeats:
+            rows.astype(np.float16)
+
+    timed = alternate(ROUNDS_QUICK if quick else ROUNDS, {"ours": ours, "numpy": numpy})
+    return {
+        "codec": codec,
+        "row_bytes": CODECS[codec].row_bytes(cell.dim),
+        "keys_per_s": found["keys_per_s"],
+        "vs_np_take": found["vs_np_take"],
+        "encoded_rows_per_s": len(repeats) * len(rows) / timed.median("ours"),
+        "encode_vs_numpy_float16": timed.ratio("ours", "numpy"),
     }
 
 
@@ -78,9 +109,9 @@ def _positions(cell: Cell, count: int, seed: int) -> NDArray[np.int64]:
     return (ranks * 2_654_435_761 % cell.rows).reshape(-1, cell.batch)
 
 
-def _measure(cell: Cell, rounds: int, count: int) -> dict[str, float | int | str]:
+def _measure(cell: Cell, rounds: int, count: int, codec: str = CODEC_DEFAULT) -> dict[str, float | int | str]:
     keys = distinct_keys(cell.rows, seed=2)
-    with shared_model({TABLE: cell.dim}) as (model, run_dir), shared_array(cell.rows, cell.dim) as array:
+    with shared_model({TABLE: cell.dim}, codec=codec) as (model, run_dir), shared_array(cell.rows, cell.dim) as array:
         fill(model, keys, cell.dim, stamp=1)
         array[...] = np.arange(cell.rows, dtype=np.float32)[:, None]
         out = np.empty((cell.batch, cell.dim), np.float32)
@@ -93,7 +124,7 @@ def _measure(cell: Cell, rounds: int, count: int) -> dict[str, float | int | str
             sides = _sides(reader, keys, array, out, places)
             timed = alternate(rounds, sides)
             reader.lookup(TABLE, keys[: cell.batch], out=out)
-            assert np.array_equal(out, array[: cell.batch]), "both sides must read the same rows"
+            assert np.array_equal(out, rounded(codec, array[: cell.batch])), "both sides must read the same rows"
     return {
         "dim": cell.dim,
         "rows": cell.rows,

@@ -15,7 +15,8 @@ DEADLINE_S = 200
 # What the readers of a benchmark's JSON rely on, by benchmark.
 KEYS = {
     "apply": {"rows_per_s", "vs_numpy_scatter", "inserts_per_s"},
-    "lookup": {"keys_per_s", "vs_np_take", "vs_torch_embedding", "cells"},
+    "compression": {"saved_float32", "saved_float16", "saved_int8", "dataset", "cells"},
+    "lookup": {"keys_per_s", "vs_np_take", "vs_torch_embedding", "cells", "codecs"},
     "read-under-write": {"p99_ratio", "torn_rows", "rows_read", "growth_p999_ratio", "growth_stall_cpu_ms_max"},
     "dissemination": {
         "rows_per_s",
