@@ -372,6 +372,12 @@ class Node:
             raise PublishError(f"node {node.id!r} has role {node.role!r}: publish to a node with role 'train'")
 
     def _grow_schema(self, parts: "_Parts", spec: ModelSpec) -> None:
+        oldest = parts.machine.protocol_min(_now())
+        if oldest < spec.since:
+            raise ModelError(
+                f"model {spec.name!r} has a codec or partitions, which protocol version {oldest} does not know and some node "
+                "still speaks: upgrade all nodes first (`ekko status` shows who)"
+            )
         parts.store.add_model(spec, CAPACITY_ROWS_GUESS)
         self._submit(m.SchemaChanged())
 

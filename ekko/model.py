@@ -22,6 +22,7 @@ import xxhash
 from ekko.errors import ModelError
 from p2p.errors import RemoteProtocolError
 from p2p.replica import PARTITIONS_MAX, SchemaEntry
+from p2p.versions import FIRST_VERSION
 
 DENSE_TABLE = "_dense"
 DENSE_DIM = 256
@@ -183,15 +184,21 @@ class ModelSpec:
         """The same model, without tables and tensors."""
         return ModelSpec(self.name, self.shards, partitions=self.partitions, codec=self.codec)
 
+    @property
+    def since(self) -> int:
+        """The first protocol version whose nodes understand this model."""
+        return FIRST_VERSION if (self.partitions, self.codec) == _AS_ALWAYS[2:] else EXTRAS_SINCE
+
     def entries(self) -> list[SchemaEntry]:
         """The model as schema entries, sorted by name."""
-        entries = [SchemaEntry(self.id, "model", _body(self))]
+        entries = [SchemaEntry(self.id, "model", _body(self), self.since)]
         entries += [SchemaEntry(self.id, f"table:{t.name}", _body(t)) for t in self.tables.values()]
         entries += [SchemaEntry(self.id, f"tensor:{t.name}", _body(t)) for t in self.tensors.values()]
         return sorted(entries, key=lambda entry: entry.name)
 
 
-# What a model's entry leaves out at its end: partitions and codec.
+# What a model's entry leaves out at its end: partitions and codec, which came with protocol version 2.
+EXTRAS_SINCE: Final = 2
 _AS_ALWAYS: Final[tuple[Any, ...]] = (None, None, 1, CODEC_DEFAULT)
 
 

@@ -122,13 +122,19 @@ class Introductions:
         """Refuse a newcomer that somebody here could not talk to.
 
         Raises:
-            RemoteProtocolError: its protocol version is not next to ours, or to that of a live member.
+            RemoteProtocolError: its protocol version is too old for the schema, or not next to ours or a live member's.
         """
         core, theirs = self._core, hello.member.protocol
         ours = core.options.protocol_version
         if agree(ours, theirs) is None or hello.protocol_version != lowest_spoken(theirs):
             core.counters.versions_refused += 1
             raise RemoteProtocolError(f"the peer has {describe(theirs)}, this node {describe(ours)}: upgrade the older first")
+        needs = max(core.host.schema(), key=lambda entry: entry.since, default=None)
+        if needs is not None and theirs < needs.since:
+            core.counters.versions_refused += 1
+            raise RemoteProtocolError(
+                f"the peer has {describe(theirs)}, and the cluster's schema needs version {needs.since}: upgrade the peer first"
+            )
         for record in core.membership.live(now.monotonic_ms):
             if record.node != hello.member.node and agree(record.protocol, theirs) is None:
                 core.counters.versions_refused += 1

@@ -101,6 +101,10 @@ class Machine:
         """How many other nodes are in the register."""
         return len(self._core.membership.members)
 
+    def protocol_min(self, now: m.Now) -> int:
+        """The oldest protocol version that a member here speaks."""
+        return self._core.membership.protocol_min(now.monotonic_ms)
+
     def region_of(self, address: str) -> str | None:
         """The region of the member that peers dial at `address`, when we know it."""
         for member in self._core.membership.members.values():

@@ -7,11 +7,13 @@ row width. All arrays are columns, one entry a row; nothing here is called once 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from p2p.versions import FIRST_VERSION
 
 U64 = NDArray[np.uint64]
 
@@ -76,11 +78,15 @@ class WriterIdentity:
 
 @dataclass(frozen=True, slots=True)
 class SchemaEntry:
-    """One fact of the grow-only schema; `body` is opaque here and byte-equal on all nodes."""
+    """One fact of the grow-only schema; `body` is opaque here and byte-equal on all nodes.
+
+    `since` is the first protocol version whose nodes understand it; known of our own entries, and not sent.
+    """
 
     keyspace: int
     name: str
     body: bytes
+    since: int = field(default=FIRST_VERSION, compare=False)
 
 
 class Replica(Protocol):

@@ -13,6 +13,7 @@ from torch import nn
 
 import ekko.torch
 from ekko import Reader
+from ekko.codec import encode, rounded
 from ekko.errors import ModelError, PublishError
 from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.store import Store
@@ -344,6 +345,18 @@ def test_bag_counts_absent_keys_as_zeros_and_reads_hashed_keys(reader: Reader, w
     indices = torch.tensor([[3, 999_999], [-1, 4]])  # the bits of -1 are the key 2^64 - 1
     expected = torch.from_numpy(np.stack([weight[3], weight[ROWS - 1] + weight[4]]))
     torch.testing.assert_close(bag(indices), expected)
+
+
+@pytest.mark.parametrize("codec", ["float16", "bfloat16", "int8"])
+def test_bag_reads_rows_of_every_codec(weight: np.ndarray, tmp_path: Path, codec: str) -> None:
+    store = Store.open(tmp_path)
+    model = store.add_model(ModelSpec("ctr", tables={"item": TableSpec("item", DIM, codec)}, codec=codec))
+    model.apply([RowColumns(table_id("item"), np.arange(ROWS, dtype=np.uint64), encode(codec, weight))], stamp=1 << 22)
+    with Reader("ctr", tmp_path) as reader:
+        ours, theirs = twins(reader, rounded(codec, weight), "sum")
+        indices = torch.randint(ROWS, (5, 7))
+        assert torch.equal(ours(indices), theirs(indices))
+    store.destroy()
 
 
 def test_bag_is_for_inference_and_holds_nothing(reader: Reader) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
 from p2p import wire
 from p2p.errors import LocalProtocolError, RemoteProtocolError
@@ -104,6 +105,18 @@ def test_a_record_of_a_version_that_we_do_not_speak_is_ignored() -> None:
     first.machine.handle(m.MessageReceived(envelope, m.MemberNews((record,))), cluster.now())
     assert "new" not in first.machine._core.membership.members
     assert first.machine.counters.versions_refused == 1
+
+
+def test_a_schema_that_version_1_cannot_read_keeps_it_out_in_one_line() -> None:
+    cluster = VirtualCluster(1, model=ModelSpec("ctr", 8, {"item": TableSpec("item", 4, "int8")}, codec="int8"))
+    first = cluster.add("t1", "train", "train")
+    second = cluster.add("eu1", "eu", seeds=["t1"], protocol_version=1)
+    cluster.run(3_000)
+    line = "the peer has protocol version 1, and the cluster's schema needs version 2: upgrade the peer first"
+    assert second.fatal == f"refused by the cluster: t1: {line}"
+    assert first.machine is not None
+    assert first.machine.counters.versions_refused >= 1
+    assert first.machine.protocol_min(cluster.now()) == 2
 
 
 def test_versions_that_agree() -> None:

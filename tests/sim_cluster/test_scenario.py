@@ -35,6 +35,13 @@ def test_a_swarm_seed_under_every_preset(sync: str) -> None:
     assert run_virtual(scenario, 5).problem == ""
 
 
+@pytest.mark.parametrize("codec", ["float16", "bfloat16", "int8"])
+def test_a_swarm_seed_in_every_codec(codec: str) -> None:
+    scenario = load_scenario(SWARM)
+    scenario = replace(scenario, duration_ms=4_000, workload=replace(scenario.workload, codec=codec))
+    assert run_virtual(scenario, 2).problem == ""
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "scenarios").glob("*.toml")), ids=lambda path: path.name)
 def test_the_example_scenarios_are_understood(path: Path) -> None:
     assert load_scenario(path).nodes
