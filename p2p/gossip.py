@@ -17,10 +17,12 @@ from p2p.core import Core, Keyspace
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.introductions import Introductions
 from p2p.links import Link
-from p2p.membership import HEARTBEAT_MS
+from p2p.membership import FANOUT, HEARTBEAT_MS
 from p2p.pull import Pull
 from p2p.stamps import AHEAD_MS_MAX
 
+# Heartbeats more each interval for the sake of partitions, one of which none of the usual receivers may hold.
+PARTNERS_MAX = FANOUT
 # A member that left on purpose is called at every so many of our heartbeats.
 CALL_LEFT_BEATS = 4
 # Records that change together, in a restart of many, travel together; the more there are, the longer it pays to collect them.
@@ -108,13 +110,12 @@ class Gossip:
         self._introductions.call_contacts(now)
 
     def _partners(self, now: m.Now) -> list[m.NodeId]:
-        """Somebody who holds a partition that we hold, of those drawn one: only such peers can be compared with us."""
+        """For some partitions that we hold somebody who holds it, too: only such peers can be compared with us."""
         core = self._core
         places = [k.replica.place for k in core.keyspaces.values() if k.replica.place.partitions > 1]
-        if not places:
-            return []
-        fingers = core.membership.partners(now.monotonic_ms, core.rng.choice(places))
-        return [core.rng.choice(fingers)] if fingers else []
+        drawn = core.rng.sample(places, min(PARTNERS_MAX, len(places)))
+        rings = [core.membership.partners(now.monotonic_ms, place) for place in drawn]
+        return [core.rng.choice(fingers) for fingers in rings if fingers]
 
     def _look_at_ourselves(self, now: m.Now) -> None:
         """Whether the beat that ends went as it should, and whether our clock is right."""

@@ -29,6 +29,15 @@ def test_a_swarm_seed(seed: int) -> None:
     assert run_virtual(scenario, seed).problem == ""
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_swarm_seed_in_partitions(seed: int) -> None:
+    scenario = replace(load_scenario(ROOT / "scenarios/partitions.toml"), duration_ms=8_000)
+    held = scenario.holds(seed)
+    for partition in range(scenario.workload.partitions):
+        assert sum(partition in models["model-1"] for models in held.values()) >= 2, "a partition without a serving holder"
+    assert run_virtual(scenario, seed).problem == ""
+
+
 @pytest.mark.parametrize("sync", [name for name in PRESETS if name != "push"])
 def test_a_swarm_seed_under_every_preset(sync: str) -> None:
     scenario = replace(load_scenario(SWARM), duration_ms=5_000, sync=sync)
