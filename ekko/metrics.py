@@ -74,6 +74,16 @@ COUNTERS = {
     "ekko_compressed_in_vain": ("Messages that were compressed, and sent as they were.", "compression_in_vain"),
     "ekko_compression_microseconds": ("Processor time spent on compressing.", "compression_microseconds"),
     "ekko_sessions_broken": ("Link sessions that ended with a hole.", "sessions_broken"),
+    "ekko_former_life_messages": ("Messages to a former life of this node, or of a node it does not know.", "strangers"),
+    "ekko_peers_refused": ("Nodes that were not let in.", "peers_refused"),
+    "ekko_peers_shut_out": ("Times that a peer was not listened to for a while, for junk or a flood.", "peers_shut_out"),
+    "ekko_shut_out_messages": ("Messages of peers that were shut out.", "shut_out_messages"),
+    "ekko_transport_strangers": ("Connections refused for their key.", "transport_strangers"),
+    "ekko_transport_revoked": ("Messages dropped unread: their sender's key is not allowed any more.", "transport_revoked"),
+    "ekko_transport_handshakes_failed": ("Connections that never spoke ekko's protocol.", "transport_handshakes_failed"),
+    "ekko_transport_junk": ("Messages dropped for their frames, before they were read.", "transport_junk"),
+    "ekko_transport_connections_lost": ("Connections that ended, in either direction.", "transport_connections_lost"),
+    "ekko_waits_refused": ("Waits of publishers that found too many waiting.", "waits_refused"),
     "ekko_local_requests_malformed": ("Messages on the local endpoint that are not of its protocol.", "local_malformed"),
 }
 

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from types import ModuleType
 from typing import Final
 
 import numpy as np
 
 from ekko.model import ModelSpec, TableSpec
+from ekko.store import recent
 from p2p import messages as m
 from p2p import outbox, wire
 from p2p.machine import NodeStatus
@@ -35,6 +37,7 @@ PATIENT_EVERY: Final = 10
 STEADY_MS: Final = 2_000
 STEADY_STEPS: Final = 6
 STEADY_EVERY_MS: Final = 400
+SMALL_RING: Final = 16  # changes; tables of a swarm have some hundred rows
 WAIT_PROBABILITY: Final = 0.1
 WAIT_MS_MAX: Final = 5_000
 QUEUES_EVERY_MS: Final = 5_000
@@ -80,15 +83,23 @@ def run_virtual(scenario: Scenario, seed: int, faults: Faults | None = None) -> 
 
 @contextmanager
 def small_messages(bytes_max: int) -> Iterator[None]:
-    """Batches and chunks are cut at so many bytes meanwhile, so that parts and chunks are many; 0: as in production."""
-    places = ((wire, "BATCH_BYTES_MAX"), (outbox, "CHUNK_BYTES_MAX"))
-    before = [getattr(module, name) for module, name in places]
+    """Batches and chunks are cut at so many bytes meanwhile, so that parts and chunks are many, and update caches begin small,
+    so that they forget; 0: as in production.
+    """
+    changes: tuple[tuple[ModuleType, str, int], ...] = (
+        (wire, "BATCH_BYTES_MAX", bytes_max),
+        (outbox, "CHUNK_BYTES_MAX", bytes_max),
+        (recent, "RING_START", SMALL_RING),
+        (recent, "WINDOW_MIN", 2 * SMALL_RING),
+        (recent, "WINDOW_START", 4 * SMALL_RING),
+    )
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     try:
-        for module, name in places if bytes_max else ():
-            setattr(module, name, bytes_max)
+        for module, name, value in changes if bytes_max else ():
+            setattr(module, name, value)
         yield
     finally:
-        for (module, name), value in zip(places, before, strict=True):
+        for module, name, value in before:
             setattr(module, name, value)
 
 
