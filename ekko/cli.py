@@ -97,6 +97,34 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="The node's answer as it is.")] = False,
 ) -> None:
     """Show what a node says of itself: members, models, peers, queues."""
+    answer = fetch_status(_http_of(config, http))
+    if as_json:
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    from ekko.display import print_status
+
+    print_status(answer)
+
+
+@app.command()
+def expel(
+    node: Annotated[str, typer.Argument(help="The id of the member.", metavar="NODE")],
+    config: ConfigOption = None,
+    http: Annotated[str | None, typer.Option("--http", help="The HTTP address of a node here.", metavar="HOST:PORT")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The node's answer as it is.")] = False,
+) -> None:
+    """Expel a node that is down for good, or out of reach for too long: its writers are retired, and nobody waits for it.
+
+    Ask any node of the cluster, on its own machine. Should the expelled one come back, it drops what it holds and joins anew.
+    """
+    answer = ask_node(_http_of(config, http), "/expel", {"node": node})
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    typer.echo(f"node {answer['node']} is expelled; {answer['writers']} of its writers are being retired")
+
+
+def _http_of(config: Path | None, http: str | None) -> str:
     if (config is None) == (http is None):
         raise ConfigError("give either --config FILE or --http HOST:PORT")
     if config is not None:
@@ -104,13 +132,7 @@ def status(
 
         http = load_config(config).node.http
     assert http is not None
-    answer = fetch_status(http)
-    if as_json:
-        typer.echo(json.dumps(answer, indent=2))
-        return
-    from ekko.display import print_status
-
-    print_status(answer)
+    return http
 
 
 def fetch_status(http: str) -> dict[str, Any]:
@@ -120,6 +142,18 @@ def fetch_status(http: str) -> dict[str, Any]:
         ConfigError: `http` is not HOST:PORT.
         NodeUnreachable: nobody answers there, or somebody who is no node of ekko.
     """
+    return ask_node(http, "/status")
+
+
+def ask_node(http: str, path: str, body: dict[str, str] | None = None) -> dict[str, Any]:
+    """GET `path` of the node at `HOST:PORT`, or POST `body` to it.
+
+    Raises:
+        ConfigError: `http` is not HOST:PORT.
+        EkkoError: the node refuses; its reason.
+        NodeUnreachable: nobody answers there, or somebody who is no node of ekko.
+    """
+    data = None if body is None else json.dumps(body).encode()
     try:
         split_host_port(http)
     except ValueError as error:
@@ -127,8 +161,11 @@ def fetch_status(http: str) -> dict[str, Any]:
     try:
         # A proxy of the environment is for other hosts.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"http://{http}/status", timeout=STATUS_TIMEOUT_S) as response:
+        request = urllib.request.Request(f"http://{http}{path}", data, {"Content-Type": "application/json"})
+        with opener.open(request, timeout=STATUS_TIMEOUT_S) as response:
             answer = json.loads(response.read(STATUS_BYTES_MAX))
+    except urllib.error.HTTPError as error:
+        raise _refused(http, error) from None
     except (OSError, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise NodeUnreachable(
@@ -137,6 +174,13 @@ def fetch_status(http: str) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise NodeUnreachable(f"what answers at http://{http} is not a node of ekko")
     return answer
+
+
+def _refused(http: str, error: urllib.error.HTTPError) -> EkkoError:
+    try:
+        return EkkoError(str(json.loads(error.read(STATUS_BYTES_MAX))["error"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return NodeUnreachable(f"http://{http} answers {error.code} {error.reason}: is it a node of this version of ekko?")
 
 
 def register_commands() -> None:

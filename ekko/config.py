@@ -72,6 +72,7 @@ class NodeSection(Section):
     advertise: str | None = None
     http_public: Annotated[bool, BeforeValidator(_truth)] = False
     compression: Literal["auto", "always", "never"] = "auto"
+    expel_after_s: Number = 86_400.0
 
 
 class ModelSection(Section):

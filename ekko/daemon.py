@@ -43,7 +43,7 @@ from p2p.compression import Mode
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.machine import Machine, MachineOptions
 from p2p.membership import MEMBERS_MAX
-from p2p.runtime import NodeStopped, Runtime
+from p2p.runtime import NodeExpelled, NodeStopped, Runtime
 from p2p.status import KeyspaceStatus, QueueStatus
 from p2p.transport.zmq import ZmqTransport
 
@@ -52,6 +52,8 @@ CAPACITY_ROWS_GUESS = 65_536
 # Asked for at every dial; a whole cluster is dialled at once.
 NODES_KNOWN_MS = 200
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Requests of tools are answered at once, so that one number is enough; those of the local endpoint count from 0.
+TOOL_REQUEST = -1
 MEMORY_DIR = Path("/dev/shm")  # noqa: S108 - the tmpfs that Linux has for shared memory
 
 log = structlog.get_logger(__name__)
@@ -63,14 +65,11 @@ class Node:
     def __init__(self, config: NodeConfig, *, memory_dir: Path = MEMORY_DIR) -> None:
         self.config = config
         self._memory_dir = memory_dir
-        self._boot = secrets.randbits(64) | 1
-        self._boot_ms = time.time_ns() // 1_000_000
         self._started_s = time.monotonic()
         self._machine_hash = machine_hash()
         self._metrics = Metrics(self.picture, self._machine_hash)
-        self._endpoint = LocalEndpoint(config.node.local, self)
-        self._preparing = ["kernels", "sockets"]
-        self._caught_up = False
+        self._begin_life()
+        self._tool_answer: m.Expelled | m.Refused | None = None
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
         self._failure: BaseException | None = None
@@ -78,6 +77,14 @@ class Node:
         self._nodes_until_ms = 0
         self._regions: dict[str, str] = {}  # address -> region
         self._parts: _Parts | None = None
+
+    def _begin_life(self) -> None:
+        """What is new in each life of the node; more than one where it is expelled and starts over."""
+        self._boot = secrets.randbits(64) | 1
+        self._boot_ms = time.time_ns() // 1_000_000
+        self._endpoint = LocalEndpoint(self.config.node.local, self)
+        self._preparing = ["kernels", "sockets"]
+        self._caught_up = False
 
     # --- lifecycle
 
@@ -91,21 +98,32 @@ class Node:
         """
         self._task = asyncio.current_task()
         with locked(self.config.node.run_dir), self._signals():
-            http = HttpServer(self, *self.config.http_address)
-            try:
-                await self._serve(http)
-            except asyncio.CancelledError:
-                if self._failure is not None:
-                    raise self._failure from None
-                if not self._stopping:
-                    raise
-            except BaseExceptionGroup as group:
-                raise _first_of(group) from None
-            finally:
-                http.close()
-                if self._parts is not None:
-                    self._parts.store.close()
-                log.info("node_stopped")
+            while await self._live():
+                self._begin_life()
+
+    async def _live(self) -> bool:
+        """One life, to its end; True when the node was expelled, has dropped its rows, and is to begin another one."""
+        http = HttpServer(self, *self.config.http_address)
+        try:
+            await self._serve(http)
+        except asyncio.CancelledError:
+            if self._failure is not None:
+                raise self._failure from None
+            if not self._stopping:
+                raise
+        except BaseExceptionGroup as group:
+            error = _first_of(group)
+            if not isinstance(error, NodeExpelled) or self._parts is None:
+                raise error from None
+            self._parts.store.destroy()
+            self._parts = None
+            return True
+        finally:
+            http.close()
+            if self._parts is not None:
+                self._parts.store.close()
+            log.info("node_stopped")
+        return False
 
     async def _serve(self, http: HttpServer) -> None:
         node = self.config.node
@@ -142,7 +160,14 @@ class Node:
                 raise ConfigError(f"models.{name}: {error}: change the configuration, or remove {node.run_dir}") from None
         log.info("store_open", resumed=store.resumed, models=list(store.models))
         options = MachineOptions(
-            node.id, self._boot, self._boot_ms, node.region, node.role, tuple(node.seeds), self._machine_hash
+            node.id,
+            self._boot,
+            self._boot_ms,
+            node.region,
+            node.role,
+            tuple(node.seeds),
+            self._machine_hash,
+            expel_after_ms=int(node.expel_after_s * 1000),
         )
         try:
             machine = Machine(options, store, FileLedger(node.run_dir), random.Random(secrets.randbits(64)))
@@ -177,6 +202,8 @@ class Node:
     async def _run_protocol(self, runtime: Runtime) -> None:
         try:
             await runtime.run()
+        except NodeExpelled:
+            raise
         except NodeStopped as error:
             raise NodeFailed(str(error)) from None
         except OSError as error:
@@ -238,14 +265,20 @@ class Node:
                 self._metrics.on_applied(effect, time.monotonic_ns(), time.time_ns() // 1_000_000)
             case m.Published(request, stamp):
                 self._endpoint.answer(request, Stored(stamp))
+            case m.Refused(request) if request == TOOL_REQUEST:
+                self._tool_answer = effect
             case m.Refused(request, reason):
                 self._endpoint.answer(request, Failed("publish", reason))
             case m.WaitEnded(request, lagging):
                 self._endpoint.answer(request, Waited(lagging))
             case m.Note(name, fields, alarm):
                 (log.warning if alarm else log.info)(name, **self._readable(fields))
+            case m.Expelled():
+                self._tool_answer = effect
             case m.Fatal(reason):
                 log.error("node_fatal", reason=reason)
+            case m.StartOver(reason, rows_lost):
+                log.error("node_starts_over", reason=reason, rows_lost=rows_lost)
             case m.Send() | m.Forget() | m.Continue():
                 raise AssertionError(f"the runtime carries out {effect}")
             case _:
@@ -381,7 +414,7 @@ class Node:
         parts.store.add_model(spec, CAPACITY_ROWS_GUESS)
         self._submit(m.SchemaChanged())
 
-    def _submit(self, event: m.PublishRequested | m.WaitRequested | m.SchemaChanged) -> Answer | None:
+    def _submit(self, event: m.PublishRequested | m.WaitRequested | m.SchemaChanged | m.ExpelRequested) -> Answer | None:
         """Hand an event to the protocol; the answer comes as an effect, often before this returns."""
         assert self._parts is not None
         try:
@@ -412,6 +445,21 @@ class Node:
         """See `ekko.http.Source`."""
         picture = self.picture()
         return {"ready": False, "waiting_for": self.waiting_for()} if picture is None else picture.to_json()
+
+    def expel(self, node: str) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        if self._parts is None:
+            raise EkkoError(f"node {self.config.node.id!r} is starting: ask again when it is ready")
+        failed = self._submit(m.ExpelRequested(TOOL_REQUEST, node))
+        answer = self._take_tool_answer()
+        if isinstance(answer, m.Expelled):
+            return {"node": answer.node, "writers": answer.writers}
+        reason = answer.reason if answer is not None else failed.reason if isinstance(failed, Failed) else "no answer"
+        raise EkkoError(reason)
+
+    def _take_tool_answer(self) -> m.Expelled | m.Refused | None:
+        answer, self._tool_answer = self._tool_answer, None
+        return answer
 
     def metrics_text(self) -> bytes:
         """See `ekko.http.Source`."""

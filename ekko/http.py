@@ -3,7 +3,7 @@
 `/healthz` answers as soon as the process runs, `/readyz` says 200 once the node serves, `/status` is JSON for people and tools,
 `/metrics` is for Prometheus, `/delays?since=N` has the exact delay of every applied batch since the N-th. The server runs on
 the node's own event loop: what it reads is never half-changed, and whatever takes long here holds up the node, so every
-answer is bounded.
+answer is bounded. `POST /expel` alone changes anything, and only for callers on this machine.
 """
 
 import asyncio
@@ -20,7 +20,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ekko.errors import ConfigError
+from ekko.addresses import is_loopback
+from ekko.errors import ConfigError, EkkoError
 
 # Requests at once; scrapers and scripts, on loopback.
 REQUESTS_MAX = 64
@@ -37,6 +38,13 @@ class Source(Protocol):
 
     def status(self) -> dict[str, object]:
         """The node as JSON."""
+
+    def expel(self, node: str) -> dict[str, object]:
+        """Expel a member for good.
+
+        Raises:
+            EkkoError: why it cannot be; nothing is changed.
+        """
 
     def metrics_text(self) -> bytes:
         """The node in Prometheus' text format."""
@@ -58,6 +66,24 @@ def make_app(source: Source) -> Starlette:
     async def status(_: Request) -> Response:
         return Response(json.dumps(source.status()), media_type="application/json")
 
+    async def expel(request: Request) -> Response:
+        if request.client is None or not is_loopback(request.client.host):
+            return JSONResponse({"error": "only from the node's own machine: log in there, and call `ekko expel`"}, 403)
+        # A web page in somebody's browser cannot send this type without asking us first, which we do not answer.
+        if request.headers.get("content-type") != "application/json":
+            return JSONResponse({"error": "expected content of type application/json"}, 415)
+        try:
+            body = json.loads(await request.body())
+            node = body["node"]
+        except (ValueError, KeyError, TypeError):
+            node = None
+        if not isinstance(node, str):
+            return JSONResponse({"error": 'expected {"node": NODE}'}, 400)
+        try:
+            return JSONResponse(source.expel(node))
+        except EkkoError as error:
+            return JSONResponse({"error": str(error)}, 409)
+
     async def metrics(_: Request) -> Response:
         return Response(source.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
@@ -68,7 +94,8 @@ def make_app(source: Source) -> Starlette:
         return Response(json.dumps(source.delays(int(since))), media_type="application/json")
 
     handlers = {"/healthz": healthz, "/readyz": readyz, "/status": status, "/metrics": metrics, "/delays": delays}
-    return Starlette(routes=[Route(path, handler) for path, handler in handlers.items()])
+    routes = [Route(path, handler) for path, handler in handlers.items()]
+    return Starlette(routes=[*routes, Route("/expel", expel, methods=["POST"])])
 
 
 class _Server(uvicorn.Server):

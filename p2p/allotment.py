@@ -21,8 +21,9 @@ import xxhash
 
 from p2p import messages as m
 from p2p.core import Core, Keyspace
-from p2p.errors import LocalProtocolError
+from p2p.errors import LocalProtocolError, NotYetError
 from p2p.links import Link
+from p2p.membership import HEARTBEAT_MS
 from p2p.replica import WriterIdentity
 from p2p.stamps import check_not_ahead
 from p2p.trees import Holder
@@ -85,7 +86,8 @@ class Allotment:
         """Bind this node to a writer id in a family of keyspaces.
 
         Raises:
-            LocalProtocolError: there is none to be had now; the reason says what to do.
+            LocalProtocolError: this node does not know the family well enough; the reason says what to do.
+            NotYetError: it has no id yet, and is asking for one.
         """
         core = self._core
         if not all(keyspace.synced for keyspace in family):
@@ -102,8 +104,8 @@ class Allotment:
         if (in_blocks and not core.writers.founded) or (core.writers.founded and core.writers.free_id([number], seen) is None):
             self._needed = True
             self._ask(now)
-            reason = self.reason or "it is asking for one: publish again in a moment"
-            raise LocalProtocolError(f"node {core.options.node!r} has no writer id: {reason}")
+            reason = self.reason or "it is asking for one"
+            raise NotYetError(f"node {core.options.node!r} has no writer id: {reason}: publish again in a moment")
         writer, nonce = core.writers.grant(number, seen)
         for keyspace in family:
             keyspace.knowledge.note_writer(writer)  # before anybody hears of it (R5)
@@ -160,7 +162,8 @@ class Allotment:
         if not self._refused:
             self._reason = "nobody who could have a block of writer ids is in sight: publish when this node sees its cluster"
         self._refused.clear()
-        self._round_ms = now.monotonic_ms + ROUND_MS
+        # Who is to found the cluster may only lack what its own keyspaces lack yet.
+        self._round_ms = now.monotonic_ms + (ROUND_MS if core.writers.founded else HEARTBEAT_MS)
 
     def _candidates(self, now: m.Now) -> list[m.MemberRecord]:
         """Whom to ask: training nodes, then the stewards of our region, then those of others."""

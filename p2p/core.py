@@ -20,6 +20,8 @@ from p2p.writers import WriterBook, WriterConflictError
 # Conflicts between writers that are told apart; each is a mistake of somebody, so that many more would be told by nobody.
 CONFLICTS_MAX = 1_024
 
+# A node that is away for longer than a long night is repaired or replaced, not waited for (R13).
+EXPEL_AFTER_MS = 24 * 3_600_000
 # Steps of ours of which we remember what they touched, for those who wait for them: 4 s of 1,000 a second.
 TOUCHED_MAX = 4_096
 
@@ -35,6 +37,7 @@ class MachineOptions:
     role: str  # "train" | "serve"
     seeds: tuple[str, ...] = ()
     machine: int = 0  # hash of the machine, sent with `published_ns`
+    expel_after_ms: int = EXPEL_AFTER_MS  # of absence; 0: never
     protocol_version: int = PROTOCOL_VERSION  # an older one makes a node of before an upgrade, for tests of it
     sync: SyncOptions = PUSH  # the same on all nodes of a cluster
 
@@ -70,6 +73,7 @@ class Counters:
     waits_refused: int = 0
     peers_refused: int = 0
     versions_refused: int = 0  # peers, and records of members, of a version that we do not speak
+    retired_refused: int = 0  # batches dropped, since their writer is retired
     writer_conflicts: int = 0  # batches, pulls and records dropped, since they know a writer id under another nonce
     blocks_given: int = 0  # of writer ids
     messages_unspoken: int = 0  # not sent, since the peer's version does not know them
@@ -118,6 +122,7 @@ class Core:
     first: bool = False  # no seed but ourselves, and no peer of a former life: nobody to catch up with
     deaf: bool = False  # we hear nobody
     effects: list[m.Effect] = field(default_factory=list)
+    retired_digest: int = 0  # over all expulsions and retirements that we know of (R13)
     conflicts: dict[str, None] = field(default_factory=dict)  # between writers, that were told
 
     def expected(self, now: m.Now) -> list[Peer]:
@@ -180,7 +185,10 @@ class Core:
             for writer, nonce in told:
                 self.writers.check(keyspace, writer, nonce)
         except WriterConflictError as error:
-            self.note_conflict(peer, error)
+            known = self.writers.nonce_of(keyspace, writer)
+            # One of us has not heard yet that the id is another's now.
+            if not self.writers.is_retired(keyspace, writer, known) and not self.writers.is_retired(keyspace, writer, nonce):
+                self.note_conflict(peer, error)
             return False
         for writer, nonce in told:
             self.writers.learn(keyspace, writer, nonce)
@@ -263,6 +271,10 @@ class Core:
                 self.clock.observe(max(replica.stamp_max, int(replica.frontier.max())))
                 if replica.writer is not None:
                     knowledge.note_writer(replica.writer.writer)
+                for retired in self.record.retired.values():
+                    bound = self.writers.nonce_of(retired.family, retired.writer)
+                    if retired.keyspace == keyspace and retired.stage == m.DONE and not bound:
+                        knowledge.retire(retired.writer, retired.floor)
 
 
 def reached(keyspace: Keyspace, stamp: int) -> bool:

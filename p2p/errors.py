@@ -14,6 +14,10 @@ class LocalProtocolError(ProtocolError):
     """We misused the machine: the call is refused and the state is unchanged."""
 
 
+class NotYetError(LocalProtocolError):
+    """What was asked for needs an answer of another node first; asked again in a moment, it may be done."""
+
+
 class RemoteProtocolError(ProtocolError):
     """A peer misbehaved: its message is dropped and the state is unchanged."""
 

@@ -19,6 +19,7 @@ from p2p.introductions import Introductions
 from p2p.links import Link
 from p2p.membership import FANOUT, HEARTBEAT_MS
 from p2p.pull import Pull
+from p2p.retirement import Retirement
 from p2p.stamps import AHEAD_MS_MAX
 
 # Heartbeats more each interval for the sake of partitions, one of which none of the usual receivers may hold.
@@ -39,7 +40,8 @@ CLOCK_ERROR_MS_MAX = AHEAD_MS_MAX // 2
 class Gossip:
     """The part of the machine that keeps the register current."""
 
-    def __init__(self, core: Core, pull: Pull, introductions: Introductions) -> None:
+    def __init__(self, core: Core, pull: Pull, introductions: Introductions, retirement: Retirement) -> None:
+        self._retirement = retirement
         self._core = core
         self._pull = pull
         self._introductions = introductions
@@ -147,6 +149,7 @@ class Gossip:
             boots,
             counters,
             core.writers.cluster,
+            core.retired_digest,
         )
 
     def _take_news(self) -> tuple[m.MemberRecord, ...]:
@@ -176,6 +179,7 @@ class Gossip:
         if beat.member.boot != link.boot or beat.member.node != link.node:
             raise RemoteProtocolError(f"heartbeat of {beat.member.node!r} over the link of {link.node!r}")
         core.writers.adopt_cluster(beat.cluster)
+        self._retirement.compare(link, beat.retired_digest, now)
         self._introductions.learn((beat.member, *beat.members), now)
         member = register.members.get(link.node)
         if member is not None and member.record.boot == link.boot:

@@ -15,6 +15,7 @@ from p2p.links import Link
 from p2p.placement import holds
 from p2p.pull import Pull
 from p2p.replica import SchemaEntry
+from p2p.retirement import Retirement
 from p2p.versions import agree, describe, lowest_spoken
 from p2p.writers import WriterConflictError
 
@@ -29,7 +30,8 @@ CONTACTS_MAX = 16
 class Introductions:
     """The part of the machine that lets others in."""
 
-    def __init__(self, core: Core, pull: Pull) -> None:
+    def __init__(self, core: Core, pull: Pull, retirement: Retirement) -> None:
+        self._retirement = retirement
         self._core = core
         self._pull = pull
         self.introduced = False  # somebody of the cluster has answered us
@@ -55,6 +57,10 @@ class Introductions:
         if core.membership.succeeded(member, now.monotonic_ms):
             core.counters.strangers += 1
             return
+        if member.boot in core.record.expelled:
+            core.counters.strangers += 1
+            self._retirement.tell_all(member.address, m.Envelope(core.options.boot, member.boot))
+            return
         if self._alone_in_another(hello):
             core.emit(
                 m.Fatal(
@@ -79,6 +85,8 @@ class Introductions:
         if hello.answer_wanted:
             self._admitted[member.node] = None
             self.say_hello(member.address, member.boot, answer_wanted=False, now=now)
+            if core.retired_digest and link.version >= 2:
+                self._retirement.tell_all(link.address, link.envelope())
         for keyspace in core.keyspaces.values():
             if not keyspace.synced and member.role in membership.HOLDER_ROLES and holds(member, keyspace.replica.place):
                 self._pull.ask(keyspace, link, now, "joining")
@@ -129,6 +137,12 @@ class Introductions:
         if agree(ours, theirs) is None or hello.protocol_version != lowest_spoken(theirs):
             core.counters.versions_refused += 1
             raise RemoteProtocolError(f"the peer has {describe(theirs)}, this node {describe(ours)}: upgrade the older first")
+        if theirs < 2 and core.retired_digest:
+            core.counters.versions_refused += 1
+            raise RemoteProtocolError(
+                f"the peer has {describe(theirs)}, and cannot be told of the nodes and writers that this cluster has expelled: "
+                "upgrade it first"
+            )
         needs = max(core.host.schema(), key=lambda entry: entry.since, default=None)
         if needs is not None and theirs < needs.since:
             core.counters.versions_refused += 1
@@ -212,6 +226,8 @@ class Introductions:
         for record in core.membership.sift(records, now.monotonic_ms):
             if record.node != core.options.node and not core.membership.has_room(record.node):
                 core.counters.peers_refused += 1
+                continue
+            if record.boot in core.record.expelled:
                 continue
             if agree(core.options.protocol_version, record.protocol) is None:
                 core.counters.versions_refused += 1  # whoever let it in speaks with it; we do not

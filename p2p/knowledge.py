@@ -83,6 +83,7 @@ class Knowledge:
         self.dropped = 0  # open steps given up because there were too many
         self._open: dict[int, _OpenStep] = {}  # by stamp
         self._writers: set[int] = {int(w) for w in np.flatnonzero(vector.any(axis=0) | (frontier > 0))}
+        self._retired: dict[int, U64] = {}  # writers whose retirement is done, whose id nobody uses, and where each ends (R13)
         # Per writer, the shards in which some open step waits for a lower claim: only a merge there can unblock anything.
         self._awaited: dict[int, NDArray[np.bool_]] = {}
 
@@ -92,12 +93,37 @@ class Knowledge:
 
     @property
     def writers(self) -> NDArray[np.uint16]:
-        """uint16[w]: every writer ever heard of here, ascending."""
-        return np.array(sorted(self._writers), np.uint16)
+        """uint16[w]: every writer ever heard of here, ascending; without retired ones of which all is here."""
+        gone = self._retired.keys() if not self._retired else {w for w in self._retired if self.is_settled(w)}
+        return np.array(sorted(self._writers - gone), np.uint16)
+
+    def is_settled(self, writer: int) -> bool:
+        """Whether a retired writer's entry is exactly what is left of it, so that it needs not be told."""
+        floor = self._retired.get(writer)
+        return floor is not None and np.array_equal(self.vector[:, writer], floor)
+
+    @property
+    def settled(self) -> dict[int, U64]:
+        """Retired writers, and where each ends: uint64[shards]."""
+        return self._retired
+
+    def retire(self, writer: int, floor: U64) -> None:
+        """The entry of a writer leaves the vector wherever it equals `floor`, until its id is used again."""
+        self._retired[writer] = floor
+        self._writers.add(writer)  # until all of it is here it is told, above all by who has nothing of it
+        self.give_up(writer)
+
+    def settle(self, writer: int, floor: U64) -> None:
+        """What is here of a writer is all that there is: by decree, its vector says so."""
+        self.vector[:, writer] = np.maximum(self.vector[:, writer], floor)
+        self.frontier[writer] = max(int(self.frontier[writer]), int(floor.max(initial=np.uint64(0))))
+        self._writers.add(writer)
+        self.give_up(writer)
 
     def note_writer(self, writer: int) -> None:
         """A writer has begun, and has written nothing yet: from now on our vector names it."""
         self._writers.add(writer)
+        self._retired.pop(writer, None)
 
     @property
     def open_steps(self) -> int:
@@ -135,7 +161,7 @@ class Knowledge:
             True when the whole step is known and nothing before it is missing; False: something waits, a gap is open.
         """
         writer = writer_of(stamp)
-        self._writers.add(writer)
+        self.note_writer(writer)
         if int(self.frontier[writer]) >= stamp:
             return True  # a repeat, or a pull was faster
         complete = parts == 1

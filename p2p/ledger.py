@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import msgpack
+import numpy as np
 
 from p2p.errors import LocalProtocolError
 from p2p.membership import MEMBERS_MAX
-from p2p.messages import NodeId
+from p2p.messages import Expulsion, NodeId, Retired, WriterRecord
+
+# Lives that used our memory one after another. Others know of the last that they saw: it is far fewer lives ago.
+LIVES_MAX = 1_024
 
 # Peers that are written down as soon as they are met.
 FIRST_PEERS = 16
@@ -37,6 +41,17 @@ class Peer:
     address: str
 
 
+@dataclass(frozen=True, slots=True)
+class Absent:
+    """A member that is away, and since when (Unix milliseconds)."""
+
+    node: NodeId
+    boot: int
+    boot_ms: int
+    since_ms: int
+    writers: tuple[WriterRecord, ...]
+
+
 @dataclass(slots=True, eq=False)
 class NodeRecord:
     """The record in use; change it, then `save`."""
@@ -51,6 +66,10 @@ class NodeRecord:
     blocks: dict[int, None] = field(default_factory=dict)  # ours
     given: dict[int, int] = field(default_factory=dict)  # block -> the holder that we gave it to
     clock_floor: int = 0  # no stamp of ours may be below: who gave us blocks had seen it
+    lives: list[int] = field(default_factory=list)  # boots of the lives that used our memory as it is
+    expelled: dict[int, Expulsion] = field(default_factory=dict)  # by boot
+    retired: dict[tuple[int, int, int], Retired] = field(default_factory=dict)  # by (keyspace, writer, nonce)
+    absent: dict[NodeId, Absent] = field(default_factory=dict)
     _stale: bool = False  # `peers` changed since it was written down
 
     @classmethod
@@ -76,6 +95,10 @@ class NodeRecord:
                 {int(block): None for block in state.get("blocks", [])},
                 {int(block): int(holder) for block, holder in state.get("given", [])},
                 int(state.get("clock_floor", 0)),
+                [int(boot) for boot in state.get("lives", [])],
+                {int(one[1]): Expulsion(str(one[0]), int(one[1]), int(one[2])) for one in state.get("expelled", [])},
+                {(one[0], one[2], one[3]): _retired_of(one) for one in state.get("retired", [])},
+                {str(one[0]): _absent_of(one) for one in state.get("absent", [])},
             )
         except Exception as error:
             raise LocalProtocolError(
@@ -96,6 +119,16 @@ class NodeRecord:
             "blocks": list(self.blocks),
             "given": list(self.given.items()),
             "clock_floor": self.clock_floor,
+            "lives": self.lives,
+            "expelled": [[one.node, one.boot, one.boot_ms] for one in self.expelled.values()],
+            "retired": [
+                [one.keyspace, one.family, one.writer, one.nonce, one.stage, one.floor.tobytes()]
+                for one in self.retired.values()
+            ],
+            "absent": [
+                [one.node, one.boot, one.boot_ms, one.since_ms, [_writer_list(w) for w in one.writers]]
+                for one in self.absent.values()
+            ],
         }
         self.ledger.save(msgpack.packb(state))
         self._stale = False
@@ -109,11 +142,22 @@ class NodeRecord:
         if self._stale:
             self.save()
 
-    def begin_life(self, boot_ms: int) -> int:
-        """Record a new life; returns its `boot_ms`, larger than that of every life before, whatever the clock says."""
+    def begin_life(self, boot: int, boot_ms: int, empty: bool) -> int:
+        """Record a new life; returns its `boot_ms`, larger than that of every life before, whatever the clock says.
+
+        Args:
+            boot: its nonce.
+            boot_ms: Unix milliseconds.
+            empty: it begins without memory of those before.
+        """
+        self.lives = [boot] if empty else [*self.lives, boot][-LIVES_MAX:]
         self.boot_ms = max(boot_ms, self.boot_ms + 1)
         self.save()
         return self.boot_ms
+
+    def is_expelled(self) -> bool:
+        """Whether our memory was used by a life that was expelled."""
+        return any(boot in self.expelled for boot in self.lives)
 
     def meet(self, peer: Peer) -> None:
         """Remember a peer, unless it is known so already."""
@@ -127,3 +171,17 @@ class NodeRecord:
         """Forget a peer that left, or was silent for too long."""
         if self.peers.pop(node, None) is not None:
             self._stale = True
+
+
+def _retired_of(saved: list[Any]) -> Retired:
+    keyspace, family, writer, nonce, stage, floor = saved
+    return Retired(int(keyspace), int(family), int(writer), int(nonce), int(stage), np.frombuffer(floor, np.uint64).copy())
+
+
+def _writer_list(writer: WriterRecord) -> list[int]:
+    return [writer.keyspace, writer.writer, writer.nonce, writer.last_stamp]
+
+
+def _absent_of(saved: list[Any]) -> Absent:
+    node, boot, boot_ms, since_ms, writers = saved
+    return Absent(str(node), int(boot), int(boot_ms), int(since_ms), tuple(WriterRecord(*map(int, one)) for one in writers))

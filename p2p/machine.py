@@ -8,6 +8,7 @@ A message of a peer can raise only `RemoteProtocolError`, before anything of it 
 """
 
 import random
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import assert_never
@@ -16,7 +17,7 @@ from p2p import links, push, status
 from p2p import messages as m
 from p2p.allotment import Allotment
 from p2p.core import Core, Counters, Keyspace, MachineOptions
-from p2p.errors import LocalProtocolError, RemoteProtocolError
+from p2p.errors import LocalProtocolError, NotYetError, RemoteProtocolError
 from p2p.gossip import Gossip
 from p2p.introductions import Introductions
 from p2p.ledger import Ledger, NodeRecord
@@ -26,12 +27,17 @@ from p2p.pull import Pull
 from p2p.push import Push
 from p2p.reach import Reach
 from p2p.replica import Host
+from p2p.retirement import Retirement, digest_of
 from p2p.schedule import Schedule
 from p2p.shard_versions import ShardVersions
 from p2p.stamps import StampClock
 from p2p.status import NodeStatus
 from p2p.versions import describe, first_record_version, lowest_spoken
 from p2p.writers import WriterBook
+
+# A step of a node that has no writer id yet waits for so long; an answer takes a round trip, the next candidate a second.
+IDS_WAIT_MS = 5_000
+STEPS_WAITING_MAX = 256
 
 __all__ = ["Machine", "MachineOptions", "NodeStatus"]
 
@@ -51,23 +57,27 @@ class Machine:
 
     def __init__(self, options: MachineOptions, host: Host, ledger: Ledger, rng: random.Random) -> None:
         record = NodeRecord.load(ledger)
-        boot_ms = record.begin_life(options.boot_ms)
+        empty = all(replica.stamp_max == 0 and replica.writer is None for replica in host.replicas.values())
+        boot_ms = record.begin_life(options.boot, options.boot_ms, empty)
         version = first_record_version(options.protocol_version)
         own = m.MemberRecord(options.node, options.boot, boot_ms, options.region, options.role, "", 0, version=version)
         self._core = Core(options, host, record, WriterBook(record, rng), rng, Membership(own), StampClock())
         self._core.first = not options.seeds and not record.peers
         self._core.clock.observe(record.clock_floor)
+        self._core.retired_digest = digest_of(record)
         self._allotment = Allotment(self._core)
         self._push = Push(self._core, self._allotment)
         self._pull = Pull(self._core)
         self._schedule = Schedule(self._core, self._pull)
         self._reach = Reach(self._core)
-        self._introductions = Introductions(self._core, self._pull)
-        self._gossip = Gossip(self._core, self._pull, self._introductions)
+        self._retirement = Retirement(self._core, self._pull)
+        self._introductions = Introductions(self._core, self._pull, self._retirement)
+        self._gossip = Gossip(self._core, self._pull, self._introductions, self._retirement)
         self._owed: dict[int, Link] = {}  # by boot: links on which something applied is not acknowledged yet
         self._ack_ms: int | None = None  # when those want the timer
         self._gap_ms: int | None = None  # and when an open step does
         self._started = False
+        self._steps: deque[tuple[m.PublishRequested, int]] = deque()  # that wait for a writer id, and until when
         self._handled_ms = 0  # monotonic time of the last event
         self._deadline_ms = 0
         self._planned = True  # `_deadline_ms` accounts for the last event
@@ -139,9 +149,12 @@ class Machine:
             case m.TimerFired():
                 self._on_timer(now)
             case m.PublishRequested():
-                self._answer(event.request, lambda: self._on_publish(event, now))
+                self._steps.append((event, now.monotonic_ms + IDS_WAIT_MS))
+                self._publish_waiting(now)
             case m.WaitRequested():
                 self._answer(event.request, lambda: self._reach.wait(event, now))
+            case m.ExpelRequested():
+                self._answer(event.request, lambda: self._retirement.expel(event, now))
             case m.SendFailed(address, envelope):
                 self._on_send_failed(address, envelope)
             case m.SchemaChanged():
@@ -152,6 +165,20 @@ class Machine:
                 self._on_leaving(now)
             case _:
                 assert_never(event)
+
+    def _publish_waiting(self, now: m.Now) -> None:
+        """Publish steps in their order; those that wait for a writer id do so for a while, and none overtakes another."""
+        while self._steps:
+            event, until_ms = self._steps[0]
+            try:
+                self._on_publish(event, now)
+            except NotYetError as error:
+                if now.monotonic_ms < until_ms and len(self._steps) <= STEPS_WAITING_MAX:
+                    return
+                self._core.emit(m.Refused(event.request, str(error)))
+            except LocalProtocolError as error:
+                self._core.emit(m.Refused(event.request, str(error)))
+            self._steps.popleft()
 
     def _answer(self, request: int, serve: Callable[[], None]) -> None:
         """A local request that cannot be served is answered, not raised: its asker is another process."""
@@ -170,6 +197,7 @@ class Machine:
         self._schedule.start(now)
         if not self._introductions.contacts():
             self._introductions.be_first()
+        self._retirement.start(now)
 
     def _on_publish(self, event: m.PublishRequested, now: m.Now) -> None:
         self._gossip.check_clock(now)
@@ -213,7 +241,11 @@ class Machine:
         link = core.link_of(envelope.sender_boot)
         if link is None or envelope.receiver_boot != core.options.boot:
             core.counters.strangers += 1
-            if isinstance(message, m.Heartbeat) and message.member.boot == envelope.sender_boot:
+            if isinstance(message, m.Heartbeat) and envelope.sender_boot in core.record.expelled:
+                self._retirement.tell_all(message.member.address, m.Envelope(core.options.boot, envelope.sender_boot))
+            elif isinstance(message, m.Retirements) and envelope.receiver_boot == core.options.boot:
+                self._retirement.on_farewell(message, now)
+            elif isinstance(message, m.Heartbeat) and message.member.boot == envelope.sender_boot:
                 self._introductions.say_hello(message.member.address, envelope.sender_boot, answer_wanted=True, now=now)
             return
         self._gossip.note_heard()
@@ -230,8 +262,15 @@ class Machine:
                     link.restart_session()
                     self._drop_streams(link)
             case m.PullRequest():
-                self._pull.on_request(link, message)
-                self._pump(link)
+                if self._retirement.compare(link, message.retired_digest, now):
+                    self._pull.on_request(link, message)
+                    self._pump(link)
+                else:
+                    core.counters.pulls_refused += 1
+            case m.Retirements():
+                self._retirement.on_retirements(message, link, now)
+            case m.RetireReport():
+                self._retirement.on_report(link, message, now)
             case m.Heartbeat():
                 self._gossip.on_heartbeat(link, message, now)
             case m.SchemaUpdate(entries):
@@ -244,6 +283,7 @@ class Machine:
                 self._allotment.on_request(link, message, now)
             case m.BlockGrant():
                 self._allotment.on_grant(link, message, now)
+                self._publish_waiting(now)
             case m.RegisterIndex():
                 self._gossip.on_index(link, message, now)
             case m.MemberNews(members):
@@ -337,6 +377,8 @@ class Machine:
             if now.monotonic_ms >= self._gossip.beat_ms:
                 self._free_stuck_links(now)
                 self._allotment.on_beat(now)
+                self._retirement.on_timer(now)
+                self._publish_waiting(now)
             self._gossip.on_timer(now)
         self._push.beat(now)
         for keyspace in core.keyspaces.values():

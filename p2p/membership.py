@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from p2p import placement
 from p2p.errors import RemoteProtocolError
 from p2p.messages import Holding, MemberRecord, NodeId, WriterRecord
+from p2p.placement import holds
 from p2p.replica import U64, Place
 from p2p.suspicion import HEARTBEAT_MS, Suspicion, mix
 from p2p.trees import Holder, Trees
@@ -363,6 +364,18 @@ class Membership:
         return gone
 
     # --- telling
+
+    def forget(self, node: NodeId) -> None:
+        """A member is none any more."""
+        member = self.members.pop(node)
+        del self._nodes[member.slot]
+        self.suspicion.drop(member.slot)
+        self._writing.pop(node, None)
+
+    def expected_of(self, place: Place) -> list[MemberRecord]:
+        """Every member that holds the keyspace at `place`, silent ones too, but for those that left; ourselves left out."""
+        gone = self.suspicion.gone
+        return [one.record for one in self.members.values() if not gone[one.slot] and holds(one.record, place)]
 
     def records(self, now_ms: int) -> tuple[MemberRecord, ...]:
         """Every other node worth telling about: alive, or gone on purpose and lately."""

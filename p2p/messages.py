@@ -134,6 +134,7 @@ class Heartbeat:
     boots: U64 = field(default_factory=_no_numbers)  # [n] lives of some members
     counters: U64 = field(default_factory=_no_numbers)  # [n] and their heartbeat counters
     cluster: int = 0  # the cluster nonce (R12); 0: none yet, or not told
+    retired_digest: int = 0  # over all that the sender knows of expulsions and retirements (R13)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -218,6 +219,7 @@ class PullRequest:
     frontier: U64  # [w], the asker's
     shards: int
     nonces: U64 = field(default_factory=_no_numbers)  # [w] or empty: to which the asker knows them bound; 0: unknown
+    retired_digest: int = 0  # as in `Heartbeat`: writers whose retirement is done are left out where all of it is reached
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -340,6 +342,55 @@ class BlockGrant:
     founded: bool  # whether the sender knows that the cluster's ids are in blocks
 
 
+# Stages of a writer's retirement (R13), see `p2p.retirement`.
+FROZEN, FLOORED, DONE = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class Expulsion:
+    """A life of a node that is no member any more, for ever."""
+
+    node: NodeId
+    boot: int
+    boot_ms: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Retired:
+    """How far the retirement of a writer has come in one keyspace."""
+
+    keyspace: int
+    family: int
+    writer: int
+    nonce: int
+    stage: int
+    floor: U64 = field(default_factory=_no_numbers)  # [shards] from stage `FLOORED` on: all that there is of it; empty before
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What tells it apart from others."""
+        return self.keyspace, self.writer, self.nonce
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Retirements:
+    """Who was expelled, and which writers are retired: some of it, or all."""
+
+    expulsions: tuple[Expulsion, ...]
+    retired: tuple[Retired, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RetireReport:
+    """What the sender holds of a writer at this stage of its retirement; it takes nothing more of it."""
+
+    keyspace: int
+    writer: int
+    nonce: int
+    stage: int
+    column: U64  # [shards]
+
+
 Message = (
     Hello
     | Refusal
@@ -361,6 +412,8 @@ Message = (
     | VersionList
     | ShardsWanted
     | ShardsReply
+    | Retirements
+    | RetireReport
 )
 
 
@@ -434,6 +487,14 @@ class WaitRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpelRequested:
+    """The operator says that a node will not come back as it was."""
+
+    request: int
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
 class SchemaChanged:
     """The local node added schema entries; peers are to hear of them now."""
 
@@ -451,6 +512,7 @@ Event = (
     | BatchReady
     | PublishRequested
     | WaitRequested
+    | ExpelRequested
     | SchemaChanged
     | Leaving
 )
@@ -499,6 +561,15 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Expelled:
+    """Answer to `ExpelRequested`: it is decided, durably, and told."""
+
+    request: int
+    node: NodeId
+    writers: int  # that are retired with it
+
+
+@dataclass(frozen=True, slots=True)
 class WaitEnded:
     """Answer to `WaitRequested`: `lagging` is empty when it is visible everywhere in scope, else names who lags."""
 
@@ -534,5 +605,13 @@ class Fatal:
     reason: str
 
 
-Reply = Published | Refused | WaitEnded
-Effect = Send | Forget | Continue | Published | Refused | WaitEnded | BatchApplied | Note | Fatal
+@dataclass(frozen=True, slots=True)
+class StartOver:
+    """The node must drop its rows and begin a new life: what it knows does not belong to the cluster any more (R13)."""
+
+    reason: str
+    rows_lost: int  # that it wrote itself, and nobody else is known to have
+
+
+Reply = Published | Refused | WaitEnded | Expelled
+Effect = Send | Forget | Continue | Published | Refused | WaitEnded | Expelled | BatchApplied | Note | Fatal | StartOver

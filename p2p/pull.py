@@ -34,6 +34,8 @@ GAP_GRACE_MS = 50
 GAP_DOUBLINGS_MAX = 5
 # After this many it is given up: whoever had the missing step is gone, and what is left of it spreads as strays (R8).
 GAP_TRIES_MAX = 8
+# Lives and keyspaces of which we remember when we last got everything.
+PULLED_MAX = 65_536
 # An answer that stands still this long is given up, and asked of somebody else.
 PULL_SILENCE_MS = 3_000
 # A partition that nobody else among the living has held for so long is served as it is: its other holders may be gone for good.
@@ -53,6 +55,7 @@ class _Asked:
     base: U64  # uint64[shards, w], our vector when we asked
     next_chunk: int
     deadline_ms: int
+    asked_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,7 @@ class Pull:
         self.outboxes: dict[str, Outbox] = {}  # by node
         self.rounds = Rounds(core, self.outboxes)
         self._requests = 0
+        self._pulled_ms: dict[tuple[int, int], int] = {}  # (boot, keyspace) -> when we asked, of the last that was completed
 
     @property
     def asking(self) -> dict[int, str]:
@@ -91,13 +95,20 @@ class Pull:
         writers = keyspace.knowledge.writers
         base = np.ascontiguousarray(keyspace.knowledge.vector[:, writers])
         frontier = keyspace.knowledge.frontier[writers]
-        self._asked[number] = _Asked(link.node, link.boot, self._requests, writers, base, 0, now.monotonic_ms + PULL_SILENCE_MS)
+        self._asked[number] = _Asked(
+            link.node, link.boot, self._requests, writers, base, 0, now.monotonic_ms + PULL_SILENCE_MS, now.monotonic_ms
+        )
         self._core.counters.pulls_started += 1
         self._core.note("pull_started", peer=link.node, keyspace=number, why=why)
         nonces = np.array(
             [self._core.writers.nonce_of(keyspace.replica.place.family, writer) for writer in writers.tolist()], np.uint64
         )
-        self._core.send(link, m.PullRequest(number, self._requests, writers, base, frontier, keyspace.knowledge.shards, nonces))
+        self._core.send(
+            link,
+            m.PullRequest(
+                number, self._requests, writers, base, frontier, keyspace.knowledge.shards, nonces, self._core.retired_digest
+            ),
+        )
 
     def on_reply(self, link: Link, reply: m.PullReply, now: m.Now) -> None:
         """Apply one chunk; with the last one, merge the answerer's vector.
@@ -136,6 +147,9 @@ class Pull:
         keyspace.knowledge.learn_reply(reply.writers, base, reply.vector, reply.frontier)
         self._note_caught_up(keyspace, now)
         del self._asked[reply.keyspace]
+        while len(self._pulled_ms) >= PULLED_MAX:
+            del self._pulled_ms[next(iter(self._pulled_ms))]
+        self._pulled_ms[asked.boot, reply.keyspace] = asked.asked_ms
         self._core.counters.pulls_completed += 1
         self._core.note("pull_completed", peer=asked.node, keyspace=reply.keyspace, chunks=asked.next_chunk)
 
@@ -149,6 +163,22 @@ class Pull:
         if asked is not None:
             self._core.counters.pulls_abandoned += 1
             self._core.note("pull_abandoned", peer=asked.node, keyspace=keyspace, why=why)
+
+    def abandon_all(self, why: str) -> None:
+        """Give up every pull that is on its way, and every answer."""
+        for keyspace in list(self._asked):
+            self._abandon(keyspace, why)
+        for outbox in self.outboxes.values():
+            outbox.streams.clear()
+
+    def asked_ms(self, boot: int, keyspace: int) -> int:
+        """When we asked this life for what we have got from it last, monotonic; -1: never."""
+        return self._pulled_ms.get((boot, keyspace), -1)
+
+    def frontier_told(self, keyspace: int, writer: int) -> int:
+        """How far anybody said that it has everything of a writer."""
+        summaries = [seen.summary for key, seen in self._seen.items() if key[2] == keyspace]
+        return max((stamp for summary in summaries for w, stamp in summary.frontier if w == writer), default=0)
 
     def abandon_from(self, node: str, why: str) -> None:
         """Give up every pull from a peer whose session or life ended."""
@@ -276,7 +306,8 @@ class Pull:
         ):
             core.counters.pulls_refused += 1
             return
-        writers = keyspace.knowledge.writers
+        told, settled = set(request.writers.tolist()), keyspace.knowledge.settled
+        writers = np.union1d(keyspace.knowledge.writers, [w for w in settled if w in told]).astype(np.uint16)
         # Read before the rows are selected: what is written meanwhile may be sent, and is not claimed.
         vector = np.ascontiguousarray(keyspace.knowledge.vector[:, writers])
         frontier = keyspace.knowledge.frontier[writers]
@@ -285,11 +316,16 @@ class Pull:
         if base is None:
             base = self._bases[request.keyspace] = np.zeros((request.shards, WRITERS_MAX), np.uint64)
         base[:, request.writers] = request.vector
+        # Who agrees with us on what is retired leaves out what it has all of.
+        reached = [writer for writer in settled if writer not in told]
+        for writer in reached:
+            base[:, writer] = settled[writer]
         select = keyspace.replica.changed_since if core.options.sync.cache else keyspace.replica.scan_since
         try:
             selections = deque(select(base))
         finally:
             base[:, request.writers] = 0
+            base[:, reached] = 0
         outbox.streams.pop(request.keyspace, None)
         outbox.streams[request.keyspace] = PullStream(
             request.keyspace, request.request, writers, vector, frontier, selections, *bindings_of(core, keyspace)

@@ -167,6 +167,9 @@ class Push:
             return False
         check_batch(keyspace, batch, now)
         family = keyspace.replica.place.family
+        if core.writers.is_retired(family, batch.writer, batch.nonce):
+            core.counters.retired_refused += 1
+            return False
         known = core.writers.nonce_of(family, batch.writer) == batch.nonce
         if not known and not core.same_writers(link.node, family, [batch.writer], [batch.nonce]):
             return False  # whoever sent it on may not know

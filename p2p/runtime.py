@@ -40,6 +40,7 @@ from p2p.messages import (
     SendFailed,
     ShardsReply,
     Started,
+    StartOver,
     TimerFired,
 )
 from p2p.outgoing import Outgoing
@@ -71,6 +72,10 @@ class Handler(Protocol):
 
 class NodeStopped(Exception):  # noqa: N818 - not always an error: another node may rightly own our id
     """The machine asked for the node to stop (`Fatal`): going on would break an invariant."""
+
+
+class NodeExpelled(NodeStopped):
+    """The node must drop its rows and begin a new life (`StartOver`)."""
 
 
 def read_clock() -> Now:
@@ -247,6 +252,9 @@ class Runtime:
             case Forget(address):
                 self.outgoing.forget(address)
                 self._transport.disconnect(address)
+            case StartOver(reason):
+                self._on_effect(effect)
+                self._fail(NodeExpelled(reason))
             case Fatal(reason):
                 self._on_effect(effect)
                 self._fail(NodeStopped(reason))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from p2p import links, membership, push, reach
+from p2p import links, membership, push, reach, retirement
 from p2p import messages as m
 from p2p.core import Core, Keyspace
 from p2p.knowledge import OPEN_STEPS_MAX
@@ -164,5 +164,7 @@ def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach) -> tup
         QueueStatus("batches_seen", pushing.seen, push.SEEN_MAX),
         QueueStatus("waits", len(reaching.waits), reach.WAITS_MAX),
         QueueStatus("questions", len(reaching.questions), reach.QUESTIONS_MAX),
+        QueueStatus("expelled", len(core.record.expelled), retirement.EXPELLED_MAX),
+        QueueStatus("retired_writers", len(core.record.retired), retirement.RETIRED_MAX),
         QueueStatus("members", len(core.membership.members), membership.MEMBERS_MAX),
     )

@@ -524,11 +524,12 @@ def _pack_heartbeat(beat: m.Heartbeat, version: int) -> Packed:
         beat.register_digest,
         len(beat.boots),
         beat.cluster,
+        beat.retired_digest,
     ], [beat.boots, beat.counters.astype(np.uint32)]
 
 
 def _heartbeat(header: Header, columns: _Columns) -> m.Heartbeat:
-    member, members, schema_digest, unix_ms, summaries, register_digest, count, cluster = header
+    member, members, schema_digest, unix_ms, summaries, register_digest, count, cluster, retired_digest = header
     boots, counters = _take_lives(columns, count)
     return m.Heartbeat(
         _member(member),
@@ -540,6 +541,7 @@ def _heartbeat(header: Header, columns: _Columns) -> m.Heartbeat:
         boots,
         counters,
         _uint(cluster),
+        _uint(retired_digest),
     )
 
 
@@ -639,7 +641,7 @@ def _check_claims(batch: m.Batch) -> None:
 
 
 def _pack_pull(pull: m.PullRequest, version: int) -> Packed:
-    header = [pull.keyspace, pull.request, pull.shards, len(pull.writers), len(pull.nonces)]
+    header = [pull.keyspace, pull.request, pull.shards, len(pull.writers), len(pull.nonces), pull.retired_digest]
     return header, [pull.writers, pull.vector, pull.frontier, *([pull.nonces] if version >= 2 else [])]
 
 
@@ -684,12 +686,12 @@ def _take_versions(columns: _Columns, count: int) -> U64:
 
 
 def _pull(header: Header, columns: _Columns) -> m.PullRequest:
-    keyspace, request, shards, writers, bound = header
+    keyspace, request, shards, writers, bound, retired_digest = header
     ids, vector, frontier = _take_vector(columns, shards, writers)
     nonces = _NO_NONCES if bound is None else columns.take(_UINT64, _uint(bound, 32))
     if len(nonces) not in (0, len(ids)):
         raise RemoteProtocolError(f"{len(nonces)} nonces of {len(ids)} writers")
-    return m.PullRequest(_uint(keyspace, 32), _uint(request), ids, vector, frontier, shards, nonces)
+    return m.PullRequest(_uint(keyspace, 32), _uint(request), ids, vector, frontier, shards, nonces, _uint(retired_digest))
 
 
 def _pack_reply(reply: m.PullReply, version: int) -> Packed:
@@ -859,15 +861,58 @@ def _shards_reply(header: Header, columns: _Columns) -> m.ShardsReply:
     return m.ShardsReply(*reply, rows, shards, versions, ids, vectors, *_take_bindings(columns, bound))
 
 
+def _pack_retirements(told: m.Retirements, _version: int) -> Packed:
+    floors = [one.floor for one in told.retired]
+    expulsions = [[one.node, one.boot, one.boot_ms] for one in told.expulsions]
+    retired = [[one.keyspace, one.family, one.writer, one.nonce, one.stage, len(one.floor)] for one in told.retired]
+    return [expulsions, retired], [np.concatenate(floors) if floors else _NO_NONCES]
+
+
+def _retirements(header: Header, columns: _Columns) -> m.Retirements:
+    expulsions, retired = header
+    lives = _items(expulsions, MEMBERS_MAX, lambda one: m.Expulsion(_text(one[0]), _uint(one[1]), _uint(one[2])))
+    counts = _items(retired, WRITERS_MAX, lambda one: _uint(one[5], 32))
+    if max(counts, default=0) > SHARDS_MAX:
+        raise RemoteProtocolError(f"a floor of {max(counts)} shards, limit {SHARDS_MAX}")
+    floors = np.split(columns.take(_UINT64, sum(counts)), np.cumsum(counts)[:-1].astype(np.int64))
+    return m.Retirements(lives, tuple(_retired(one, floor) for one, floor in zip(retired, floors, strict=False)))
+
+
+def _retired(value: Header, floor: U64) -> m.Retired:
+    keyspace, family, writer, nonce, stage, _ = value
+    if _uint(stage, 8) > m.DONE or (stage == m.FROZEN) != (len(floor) == 0):
+        raise RemoteProtocolError(f"stage {stage} of a retirement, with a floor of {len(floor)} shards")
+    _check_column(_uint(writer, 12), floor)
+    return m.Retired(_uint(keyspace, 32), _uint(family, 32), writer, _uint(nonce), stage, floor)
+
+
+def _check_column(writer: int, column: U64) -> None:
+    if np.any((column & np.uint64(WRITERS_MAX - 1) != writer) & (column != 0)):
+        raise RemoteProtocolError(f"a column of writer {writer} holds a stamp of another")
+
+
+def _pack_retire_report(report: m.RetireReport, _version: int) -> Packed:
+    return [report.keyspace, report.writer, report.nonce, report.stage, len(report.column)], [report.column]
+
+
+def _retire_report(header: Header, columns: _Columns) -> m.RetireReport:
+    keyspace, writer, nonce, stage, shards = header
+    if _uint(shards, 32) > SHARDS_MAX:
+        raise RemoteProtocolError(f"a report of {shards} shards, limit {SHARDS_MAX}")
+    column = columns.take(_UINT64, shards)
+    _check_column(_uint(writer, 12), column)
+    return m.RetireReport(_uint(keyspace, 32), writer, _uint(nonce), _uint(stage, 8), column)
+
+
 # Which kinds there are and since when: a message's number on the wire is its place here, from 1; new ones go to the end.
 _KINDS: Final = (
     _Kind(m.Hello, _pack_hello, _hello),
     _Kind(m.Refusal, _pack_refusal, _refusal),
-    _Kind(m.Heartbeat, _pack_heartbeat, _heartbeat, added=((2, 0),)),
+    _Kind(m.Heartbeat, _pack_heartbeat, _heartbeat, added=((2, 0), (2, 0))),
     _Kind(m.SchemaUpdate, _pack_schema, _schema),
     _Kind(m.Leave, _pack_leave, _leave),
     _Kind(m.Batch, _pack_batch, _batch, changed=(PACKED_SINCE,)),
-    _Kind(m.PullRequest, _pack_pull, _pull, added=((2, None),)),
+    _Kind(m.PullRequest, _pack_pull, _pull, added=((2, None), (2, 0))),
     _Kind(m.PullReply, _pack_reply, _reply, added=((2, None),)),
     _Kind(m.Ack, _pack_ack, _ack),
     _Kind(m.SessionBroken, _pack_broken, _broken),
@@ -881,5 +926,7 @@ _KINDS: Final = (
     _Kind(m.VersionList, _pack_version_list, _version_list, since=2),
     _Kind(m.ShardsWanted, _pack_shards_wanted, _shards_wanted, since=2),
     _Kind(m.ShardsReply, _pack_shards_reply, _shards_reply, since=2),
+    _Kind(m.Retirements, _pack_retirements, _retirements, since=2),
+    _Kind(m.RetireReport, _pack_retire_report, _retire_report, since=2),
 )
 _NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(_KINDS, start=1)}

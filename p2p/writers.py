@@ -19,6 +19,7 @@ from typing import Final
 
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.ledger import NodeRecord
+from p2p.messages import DONE
 from p2p.stamps import WRITERS_MAX
 
 # A trainer uses up an id a model with each loss of its memory: 16 of these are years of bad luck.
@@ -43,6 +44,10 @@ class WriterBook:
     def __init__(self, record: NodeRecord, rng: random.Random) -> None:
         self._record = record
         self._rng = rng
+        self._retired = dict.fromkeys((one.family, one.writer, one.nonce) for one in record.retired.values())
+        for one in record.retired.values():
+            if one.stage == DONE:
+                self.release(one.family, one.writer, one.nonce)
 
     # --- the cluster
 
@@ -94,7 +99,9 @@ class WriterBook:
     def learn(self, keyspace: int, writer: int, nonce: int) -> None:
         """Learn a binding. Raises as `check`."""
         self.check(keyspace, writer, nonce)
-        self._record.bindings[keyspace, writer] = nonce
+        if (keyspace, writer) not in self._record.bindings and not self.is_retired(keyspace, writer, nonce):
+            self._record.bindings[keyspace, writer] = nonce
+            self._record.save()  # or a second one could take its place while we are down
 
     def check(self, keyspace: int, writer: int, nonce: int) -> None:
         """Refuse a second nonce under a bound id; changes nothing.
@@ -108,6 +115,19 @@ class WriterBook:
                 f"writer {writer} of keyspace {keyspace} is bound to nonce {known:016x}, refused {nonce:016x}: "
                 "two nodes write under one id, or a founder lost its record"
             )
+
+    def release(self, keyspace: int, writer: int, nonce: int) -> None:
+        """A retired writer's id may be bound to another nonce; durable with the next save."""
+        if self.nonce_of(keyspace, writer) == nonce:
+            del self._record.bindings[keyspace, writer]
+
+    def is_retired(self, keyspace: int, writer: int, nonce: int) -> bool:
+        """Whether the writer with this nonce writes no more, in a family of keyspaces."""
+        return (keyspace, writer, nonce) in self._retired
+
+    def note_retired(self, keyspace: int, writer: int, nonce: int) -> None:
+        """This writer writes no more."""
+        self._retired[keyspace, writer, nonce] = None
 
     def nonce_of(self, keyspace: int, writer: int) -> int:
         """The nonce that an id is bound to; 0: unknown."""

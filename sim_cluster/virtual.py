@@ -24,6 +24,7 @@ from ekko.model import SHARDS_MAX, ModelSpec, TableSpec
 from ekko.store import Store
 from p2p import messages as m
 from p2p import wire
+from p2p.core import EXPEL_AFTER_MS
 from p2p.errors import RemoteProtocolError
 from p2p.ledger import Ledger
 from p2p.machine import Machine, MachineOptions
@@ -233,6 +234,7 @@ class VirtualCluster:
         self._submitted = 0
         self._requests = 0
         self._audited = 0
+        self.expel_after_ms = EXPEL_AFTER_MS  # of nodes that are started from now on
         self._clocks_apart = False  # so far that some refuse what others write
         self._timer_ms: dict[str, int] = {}
         self._shared: dict[tuple[int, int], _Shared] = {}  # batches, by id of the message and protocol version
@@ -351,6 +353,7 @@ class VirtualCluster:
             node.role,
             node.seeds,
             protocol_version=node.protocol_version,
+            expel_after_ms=self.expel_after_ms,
             sync=self.sync,
         )
         node.lives += 1
@@ -490,7 +493,7 @@ class VirtualCluster:
                             pending.append(m.SendFailed(address, envelope))
                     case m.Continue(after):
                         pending.append(after)
-                    case m.Published() | m.Refused() | m.WaitEnded():
+                    case m.Published() | m.Refused() | m.WaitEnded() | m.Expelled():
                         node.replies[effect.request] = effect
                         if isinstance(effect, m.Published) and self.meter is not None:
                             self.meter.published_ms[effect.stamp] = self.now_ms
@@ -500,6 +503,11 @@ class VirtualCluster:
                     case m.Fatal(reason):
                         node.fatal = reason
                         node.machine = None
+                    case m.StartOver(reason):
+                        node.notes.append(m.Note("started_over", (("reason", reason), ("rows_lost", effect.rows_lost))))
+                        self.crash(node.name)
+                        self.restart(node.name, keep_state=False)
+                        return
                     case m.BatchApplied():
                         self._measure_applied(effect)
                     case m.Forget():

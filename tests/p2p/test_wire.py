@@ -91,12 +91,21 @@ MESSAGES: list[m.Message] = [
     m.ShardsReply(
         5, 1, 0, True, sections(True), np.arange(3, dtype=np.uint32), BOOTS[[0, 0, 1]], WRITERS, vector(), WRITERS, BOOTS
     ),
+    m.Retirements(
+        (m.Expulsion("us-1", 5, 6),),
+        (
+            m.Retired(5, 5, 9, 3, m.FROZEN),
+            m.Retired(5, 5, 2, 3, m.DONE, vector()[:, 0]),
+            m.Retired(6, 6, 9, 3, m.FLOORED, vector()[:, 1]),
+        ),
+    ),
+    m.RetireReport(5, 9, 3, m.FROZEN, vector()[:, 1]),
 ]
 # With what version 2 added.
 LATER: list[m.Message] = [
-    m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS),
+    m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98),
     m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS, BOOTS),
-    m.Heartbeat(MEMBER, (), 7, 1_700_000_000_000, (), 5, BOOTS, BOOTS & np.uint64(3), 99),
+    m.Heartbeat(MEMBER, (), 7, 1_700_000_000_000, (), 5, BOOTS, BOOTS & np.uint64(3), 99, 98),
 ]
 
 
@@ -139,6 +148,11 @@ def test_what_version_1_does_not_have_is_left_out(message: m.Message) -> None:
     "message",
     [
         m.BlockRequest(99, 7, (0, 256)),
+        m.Retirements((), (m.Retired(5, 5, 9, 3, m.FROZEN, vector()[:, 1]),)),
+        m.Retirements((), (m.Retired(5, 5, 9, 3, m.DONE),)),
+        m.Retirements((), (m.Retired(5, 5, 8, 3, m.DONE, vector()[:, 1]),)),
+        m.Retirements((), (m.Retired(5, 5, 9, 3, 3, vector()[:, 1]),)),
+        m.RetireReport(5, 9, 3, m.FROZEN, vector()[:, 0]),
         m.BlockGrant(99, 7, (256,), STAMP, True),
         m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS[:1]),
         m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS * 1_000, BOOTS),

@@ -1,0 +1,413 @@
+"""Members that are gone for good, and what they wrote: expulsion of a life, retirement of its writers (R13).
+
+Think of an author who has died with a part of the manuscript on the desk. The publishers agree first to print nothing more
+under the name, then lay together what each of them has got, and from then on that is the whole work: whoever turns up with
+further pages later throws them away, and starts with a fresh copy.
+
+*Expulsion* names a life (its boot nonce) of a node. It is decided by the operator or after a long absence, told to everybody,
+kept for ever, and makes the life a stranger: its records and its knowledge are refused. Who learns that its own life, or an
+earlier one whose memory it still uses, was expelled drops what it holds and joins anew (`StartOver`).
+
+*Retirement* of a writer goes through three stages, each told to everybody and kept:
+
+    FROZEN   nobody takes batches of it any more, and every member reports what it holds of it (rows above the vector included)
+    FLOORED  one coordinator, the first living holder by name, has pulled from each who reported more than it held itself; what
+             it holds now is all that there is: F. Members pull up to F and say so
+    DONE     all have reached F. The entry leaves vectors, digests and pulls, and the id may be bound to another nonce
+
+Two nodes pull from each other only while they agree on all this (a digest in the request), so that what was refused once cannot
+come back by way of somebody who does not know yet. Who holds more than F of a writer, because it was away, starts over: the
+rule's "reset that shard", for all shards at once, since a node that was away for so long lacks more than that.
+
+A coordinator that dies is replaced by the next one by name, which asks again: reports are repeated until the stage changes.
+Of two floors the one of the later stage counts, then the larger.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import xxhash
+
+from p2p import messages as m
+from p2p.core import Core, Keyspace
+from p2p.errors import LocalProtocolError
+from p2p.ledger import Absent, NodeRecord
+from p2p.links import Link
+from p2p.membership import HEARTBEAT_MS, MEMBERS_MAX
+from p2p.messages import DONE, FLOORED, FROZEN
+from p2p.pull import Pull
+from p2p.replica import U64
+from p2p.stamps import WRITERS_MAX, check_not_ahead
+
+# Kept for ever and told to every newcomer. A cluster that needs more expels a node a day for eleven years.
+EXPELLED_MAX = 4_096
+RETIRED_MAX = 4_096
+# Sets that differ are told in full, cut into messages of about so much.
+TOLD_BYTES_MAX = 1 << 20
+# Reports are repeated, since any of them and its receiver may be lost.
+REPORT_MS = 2 * HEARTBEAT_MS
+
+Key = tuple[int, int, int]  # keyspace, writer, nonce
+
+
+class Retirement:
+    """The part of the machine that lets go of members and writers."""
+
+    def __init__(self, core: Core, pull: Pull) -> None:
+        self._core = core
+        self._pull = pull
+        self._reports: dict[Key, dict[int, tuple[U64, int]]] = {}  # of this stage, by life: what it holds, when we heard
+        self._report_ms = 0
+        self._told_ms = -HEARTBEAT_MS
+
+    # --- deciding
+
+    def expel(self, request: m.ExpelRequested, now: m.Now) -> None:
+        """The operator says that a node will not come back as it was.
+
+        Raises:
+            LocalProtocolError: it is us, it is alive, nobody knows it, or nodes of version 1 would not understand.
+        """
+        core, node = self._core, request.node
+        member, absent = core.membership.members.get(node), core.record.absent.get(node)
+        if node == core.options.node:
+            raise LocalProtocolError(f"node {node!r} cannot expel itself: ask another node")
+        if core.membership.alive(node, now.monotonic_ms):
+            raise LocalProtocolError(f"node {node!r} is alive: stop it first, then expel it")
+        old = core.membership.protocol_min(now.monotonic_ms)
+        if old < 2:
+            raise LocalProtocolError("nodes of protocol version 1 do not understand expulsion: upgrade all nodes first")
+        if member is None and absent is None:
+            if any(expelled.node == node for expelled in core.record.expelled.values()):
+                raise LocalProtocolError(f"node {node!r} was expelled already, and has not come back since")
+            raise LocalProtocolError(f"no node {node!r} is known here, present or absent: look at the members in `ekko status`")
+        if member is not None:
+            absent = _absent(member.record, now)
+        assert absent is not None
+        writers = self._expel(absent, now, "by the operator")
+        core.emit(m.Expelled(request.request, node, writers))
+
+    def _expel(self, absent: Absent, now: m.Now, why: str) -> int:
+        """Returns how many writers are retired with it."""
+        core = self._core
+        expulsion = m.Expulsion(absent.node, absent.boot, absent.boot_ms)
+        retired = [
+            m.Retired(keyspace.replica.keyspace, writer.keyspace, writer.writer, writer.nonce, FROZEN)
+            for writer in absent.writers
+            for keyspace in core.families.get(writer.keyspace, ())
+        ]
+        core.note("node_expelled", alarm=True, node=absent.node, why=why, writers=len(absent.writers))
+        self.learn(m.Retirements((expulsion,), tuple(retired)), None, now)
+        return len(absent.writers)
+
+    def _expel_absent(self, now: m.Now) -> None:
+        """After a long absence; by the coordinator alone, so that one decision is told and not a hundred."""
+        core = self._core
+        after_ms = core.options.expel_after_ms
+        if not after_ms or not core.record.absent or core.membership.protocol_min(now.monotonic_ms) < 2:
+            return
+        if any(record.node < core.options.node for record in core.membership.live(now.monotonic_ms)):
+            return
+        for absent in list(core.record.absent.values()):
+            if now.unix_ms - absent.since_ms >= after_ms:
+                self._expel(absent, now, f"absent for {(now.unix_ms - absent.since_ms) // 1000} s")
+
+    # --- learning
+
+    def on_retirements(self, told: m.Retirements, source: Link | None, now: m.Now) -> None:
+        """A peer, or somebody whom we do not know any more, tells what it knows.
+
+        Raises:
+            RemoteProtocolError: a floor lies in the future; nothing is changed.
+        """
+        for retired in told.retired:
+            check_not_ahead(int(retired.floor.max(initial=np.uint64(0))), now.unix_ms)
+        self.learn(told, source, now)
+
+    def on_farewell(self, told: m.Retirements, now: m.Now) -> None:
+        """Somebody who is no peer of ours any more says that we are none of his; anything else of strangers means nothing.
+
+        Raises:
+            RemoteProtocolError: as `on_retirements`.
+        """
+        if any(expulsion.boot in self._core.record.lives for expulsion in told.expulsions):
+            self.on_retirements(told, None, now)
+
+    def learn(self, told: m.Retirements, source: Link | None, now: m.Now) -> None:
+        """Merge what a peer knows, or we decided; durable before anything follows from it."""
+        core = self._core
+        record = core.record
+        new = [one for one in told.expulsions if one.boot not in record.expelled and len(record.expelled) < EXPELLED_MAX]
+        for expulsion in new:
+            record.expelled[expulsion.boot] = expulsion
+            absent = record.absent.get(expulsion.node)
+            if absent is not None and absent.boot == expulsion.boot:
+                del record.absent[expulsion.node]
+        changed = [retired for retired in told.retired if self._merge(retired)]
+        if not new and not changed:
+            return
+        record.save()
+        core.retired_digest = digest_of(record)
+        self._pull.abandon_all("what was retired has changed")
+        self._tell(told, source, now)
+        for expulsion in new:
+            self._drop(expulsion)
+        if record.is_expelled():
+            self._start_over(now, "this node was expelled")
+            return
+        for retired in changed:
+            self._follow(retired, now)
+
+    def _merge(self, told: m.Retired) -> bool:
+        """Whether this is news."""
+        retired = self._core.record.retired
+        known = retired.get(told.key)
+        keyspace = self._core.keyspaces.get(told.keyspace)
+        if keyspace is not None and len(told.floor) not in (0, keyspace.knowledge.shards):
+            return False  # of a keyspace that was made anew with other shards
+        if known is None:
+            if len(retired) >= RETIRED_MAX:
+                self._core.note("retirements_full", alarm=True, bound=RETIRED_MAX)
+                return False
+            retired[told.key] = told
+            self._core.writers.note_retired(told.family, told.writer, told.nonce)
+            return True
+        if told.stage < known.stage or (told.stage == known.stage and not _above(told.floor, known.floor)):
+            return False
+        floor = told.floor if told.stage > known.stage else np.maximum(told.floor, known.floor)
+        retired[told.key] = replace(told, floor=floor)
+        return True
+
+    def _drop(self, expulsion: m.Expulsion) -> None:
+        """An expelled life is a stranger."""
+        core = self._core
+        link = core.by_boot.get(expulsion.boot)
+        if link is not None:
+            self._pull.forget(link.node)
+            core.by_boot.pop(link.boot, None)
+            core.links.pop(link.node, None)
+        member = core.membership.members.get(expulsion.node)
+        if member is not None and member.record.boot == expulsion.boot:
+            core.membership.forget(expulsion.node)
+            core.record.part(expulsion.node)
+
+    def _follow(self, retired: m.Retired, now: m.Now) -> None:
+        """A stage began."""
+        core = self._core
+        keyspace = core.keyspaces.get(retired.keyspace)
+        self._reports.pop(retired.key, None)
+        if keyspace is None:
+            return
+        core.note("writer_retired", keyspace=retired.keyspace, writer=retired.writer, stage=retired.stage)
+        bound = core.writers.nonce_of(retired.family, retired.writer)
+        if bound not in (0, retired.nonce):
+            return  # the id is in use again, so what we hold of it is of another nonce, and at or above this floor
+        keyspace.knowledge.give_up(retired.writer)
+        own = keyspace.replica.writer
+        if own is not None and own.nonce == retired.nonce:
+            self._start_over(now, "this node's writer was retired")
+            return
+        if retired.stage == FROZEN:
+            return
+        if _above(self._held(keyspace, retired.writer), retired.floor):
+            self._start_over(now, f"this node holds more of writer {retired.writer} than was left of it when it was retired")
+        elif retired.stage == DONE:
+            core.writers.release(retired.family, retired.writer, retired.nonce)
+            keyspace.knowledge.retire(retired.writer, retired.floor)
+
+    def start(self, now: m.Now) -> None:
+        """The node is up; it may have learned in its former life that it does not belong here any more."""
+        if self._core.record.is_expelled():
+            self._start_over(now, "this node was expelled")
+
+    def _start_over(self, now: m.Now, why: str) -> None:
+        """Drop everything and join anew; what nobody else has got is lost, and counted."""
+        rows = sum(self._tail(keyspace) for keyspace in self._core.keyspaces.values())
+        self._core.emit(
+            m.StartOver(
+                f"{why}: it drops what it holds and joins anew. {rows} rows that it wrote and that no peer is known to have "
+                "are lost with it",
+                rows,
+            )
+        )
+
+    def _tail(self, keyspace: Keyspace) -> int:
+        """Rows of our own writer that no peer is known to have."""
+        identity = keyspace.replica.writer
+        if identity is None:
+            return 0
+        told = self._pull.frontier_told(keyspace.replica.keyspace, identity.writer)
+        base = _only(keyspace, identity.writer, np.full(keyspace.knowledge.shards, told, np.uint64))
+        return sum(len(selection.slots) for selection in keyspace.replica.scan_since(base))
+
+    # --- telling
+
+    def compare(self, link: Link, digest: int, now: m.Now) -> bool:
+        """Whether a peer knows the same; if not, it is told, and tells in turn."""
+        own = self._core.retired_digest
+        if digest == own:
+            return True
+        if own and now.monotonic_ms - self._told_ms >= HEARTBEAT_MS:
+            self._told_ms = now.monotonic_ms
+            self.tell_all(link.address, link.envelope())
+        return False
+
+    def tell_all(self, address: str, envelope: m.Envelope) -> None:
+        """Send everything to one node, which may be a stranger."""
+        record = self._core.record
+        parts: list[list[m.Retired]] = [[]]
+        room = TOLD_BYTES_MAX
+        for retired in record.retired.values():
+            if room <= 0:
+                parts.append([])
+                room = TOLD_BYTES_MAX
+            parts[-1].append(retired)
+            room -= 64 + retired.floor.nbytes
+        for index, part in enumerate(parts):
+            expulsions = tuple(record.expelled.values()) if index == 0 else ()
+            self._core.emit(m.Send(address, replace(envelope, version=2), m.Retirements(expulsions, tuple(part))))
+
+    def _tell(self, told: m.Retirements, source: Link | None, now: m.Now) -> None:
+        for link in self._core.neighbours(now):
+            if link is not source:
+                self._core.send(link, told)
+
+    # --- the stages
+
+    def on_timer(self, now: m.Now) -> None:
+        """Called at every heartbeat."""
+        self._note_absent(now)
+        self._expel_absent(now)
+        open_ = [retired for retired in self._core.record.retired.values() if retired.stage != DONE]
+        if not open_ or now.monotonic_ms < self._report_ms:
+            return
+        self._report_ms = now.monotonic_ms + REPORT_MS
+        for retired in open_:
+            keyspace = self._core.keyspaces.get(retired.keyspace)
+            if keyspace is None or not keyspace.synced:
+                continue
+            coordinator = self._coordinator(keyspace, now)
+            if coordinator is None:
+                self._advance(keyspace, retired, now)
+            elif (link := self._core.link(coordinator)) is not None:
+                self._report(keyspace, retired, link, now)
+
+    def _coordinator(self, keyspace: Keyspace, now: m.Now) -> m.NodeId | None:
+        """The first living holder by name; None when it is us."""
+        core = self._core
+        holders = core.membership.holders(now.monotonic_ms, keyspace.replica.place)
+        first = min((holder.node for holder in holders), default=core.options.node)
+        return None if first >= core.options.node else first
+
+    def _report(self, keyspace: Keyspace, retired: m.Retired, link: Link, now: m.Now) -> None:
+        """Say what we hold of a frozen writer, or that we have reached its floor."""
+        held = self._held(keyspace, retired.writer)
+        if retired.stage == FLOORED:
+            held = keyspace.knowledge.vector[:, retired.writer].copy()
+            if _above(retired.floor, held):
+                self._pull.ask(keyspace, link, now, "up to the floor of a retired writer")
+        self._core.send(link, m.RetireReport(retired.keyspace, retired.writer, retired.nonce, retired.stage, held))
+
+    def on_report(self, link: Link, report: m.RetireReport, now: m.Now) -> None:
+        """A member says what it holds; kept for when all have.
+
+        Raises:
+            RemoteProtocolError: it holds something of the future; nothing is changed.
+        """
+        check_not_ahead(int(report.column.max(initial=np.uint64(0))), now.unix_ms)
+        retired = self._core.record.retired.get((report.keyspace, report.writer, report.nonce))
+        keyspace = self._core.keyspaces.get(report.keyspace)
+        if retired is None or keyspace is None or len(report.column) != keyspace.knowledge.shards:
+            return
+        if report.stage == retired.stage:
+            reports = self._reports.setdefault(retired.key, {})
+            before = reports.get(link.boot)
+            # A repeated report is as old as what it says: what was pulled since is all that it speaks of.
+            if before is None or not np.array_equal(before[0], report.column):
+                reports[link.boot] = (report.column, now.monotonic_ms)
+            self._advance(keyspace, retired, now)
+
+    def _advance(self, keyspace: Keyspace, retired: m.Retired, now: m.Now) -> None:
+        """As coordinator: begin the next stage when everybody is ready for it."""
+        core = self._core
+        reports = self._reports.get(retired.key, {})
+        members = core.membership.expected_of(keyspace.replica.place)
+        if self._coordinator(keyspace, now) is not None or not keyspace.synced:
+            return
+        if any(record.boot not in reports for record in members):
+            return
+        if retired.stage == FLOORED:
+            if all(not _above(retired.floor, reports[record.boot][0]) for record in members):
+                self.learn(m.Retirements((), (replace(retired, stage=DONE),)), None, now)
+            return
+        own = keyspace.knowledge.vector[:, retired.writer]
+        for record in members:
+            held, heard_ms = reports[record.boot]
+            if _above(held, own) and self._pull.asked_ms(record.boot, retired.keyspace) < heard_ms:
+                link = core.link(record.node)
+                if link is not None:
+                    self._pull.ask(keyspace, link, now, "what is left of a retired writer")
+                return
+        # All that is left of it is here: what we hold is the whole, by decree, since nobody can ever bring more.
+        floor = self._held(keyspace, retired.writer)
+        keyspace.knowledge.settle(retired.writer, floor)
+        keyspace.strays_possible = True
+        self.learn(m.Retirements((), (replace(retired, stage=FLOORED, floor=floor),)), None, now)
+
+    def _held(self, keyspace: Keyspace, writer: int) -> U64:
+        """uint64[shards]: the newest that we hold of a writer, by the vector or as a row above it."""
+        held = keyspace.knowledge.vector[:, writer].copy()
+        if not keyspace.strays_possible and not keyspace.stray_digest:
+            return held
+        replica = keyspace.replica
+        for selection in replica.scan_since(_only(keyspace, writer, held)):
+            rows = replica.read(selection.table, selection.slots)
+            assert rows.stamps is not None
+            np.maximum.at(held, replica.shards_of(rows.keys), rows.stamps)
+        return held
+
+    # --- absence
+
+    def _note_absent(self, now: m.Now) -> None:
+        """Remember since when members have been away, beyond our own life."""
+        core = self._core
+        record, changed = core.record, False
+        for node in [*core.membership.suspects(), *core.membership.left()]:
+            member = core.membership.members[node].record
+            known = record.absent.get(node)
+            if (known is None or known.boot != member.boot) and len(record.absent) < MEMBERS_MAX:
+                record.absent[node] = _absent(member, now)
+                changed = True
+        for node in [node for node in record.absent if core.membership.alive(node, now.monotonic_ms)]:
+            del record.absent[node]
+            changed = True
+        if changed:
+            record.save()
+
+
+def digest_of(record: NodeRecord) -> int:
+    """64 bits over all expulsions and retirements; 0 when there are none."""
+    total = 0
+    for boot in record.expelled:
+        total ^= xxhash.xxh3_64_intdigest(f"expelled {boot}".encode())
+    for retired in record.retired.values():
+        total ^= xxhash.xxh3_64_intdigest(f"{retired.key} {retired.stage} ".encode() + retired.floor.tobytes())
+    return total
+
+
+def _absent(record: m.MemberRecord, now: m.Now) -> Absent:
+    return Absent(record.node, record.boot, record.boot_ms, now.unix_ms, record.writers)
+
+
+def _above(one: U64, other: U64) -> bool:
+    """Whether any shard of one is above the other's; no floor is below all."""
+    if len(one) == 0:
+        return False
+    return True if len(other) == 0 else bool((one > other).any())
+
+
+def _only(keyspace: Keyspace, writer: int, column: U64) -> U64:
+    """The vector of somebody who has everything but what this writer wrote above `column`."""
+    base = np.full((keyspace.knowledge.shards, WRITERS_MAX), np.iinfo(np.uint64).max, np.uint64)
+    base[:, writer] = column
+    return base

@@ -1,0 +1,203 @@
+"""Expulsion and retirement: scenarios, and the rules behind them switched off one at a time (R13)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from p2p import messages as m
+from p2p.knowledge import Knowledge
+from p2p.membership import Membership
+from p2p.pull import Pull
+from p2p.retirement import Retirement
+from p2p.writers import WriterBook
+from sim_cluster.virtual import VirtualCluster
+from tests.p2p.chaos import at_rest, form
+from tests.p2p.retirement_chaos import (
+    SCENARIOS,
+    a_dead_writer_is_retired,
+    a_late_batch_of_a_retired_writer_arrives,
+    a_node_returns_with_more_than_was_left,
+    an_expelled_writer_returns,
+    an_id_is_used_again,
+    expel,
+    isolate,
+    two_trainers,
+    who_is_away_for_long_is_expelled,
+)
+from tests.p2p.writer_chaos import formed, record_of
+
+SEEDS = 6
+
+Scenario = Callable[[int], None]
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_scenario(scenario: Scenario, seed: int) -> None:
+    scenario(seed)
+
+
+# --- planted bugs
+
+
+def a_retired_writer_is_still_heard(patch: pytest.MonkeyPatch) -> None:
+    """A batch of a retired writer is taken, whenever it comes."""
+    patch.setattr(WriterBook, "is_retired", lambda *_args: False)
+
+
+def the_entry_leaves_before_all_is_here(patch: pytest.MonkeyPatch) -> None:
+    """A node leaves the entry out of its vector although it has not reached the floor."""
+    patch.setattr(Knowledge, "is_settled", lambda self, writer: writer in self._retired)
+
+
+def the_floor_is_what_the_coordinator_has(patch: pytest.MonkeyPatch) -> None:
+    """F is fixed without pulling what others reported."""
+    patch.setattr(Pull, "asked_ms", lambda *_args: 1 << 60)
+
+
+def the_floor_is_fixed_before_all_have_reported(patch: pytest.MonkeyPatch) -> None:
+    """The coordinator asks nobody."""
+    patch.setattr(Membership, "expected_of", lambda *_args: [])
+
+
+def strays_are_not_reported(patch: pytest.MonkeyPatch) -> None:
+    """A report leaves out rows above the vector, so that F cuts them off."""
+    patch.setattr(
+        Retirement, "_held", lambda _self, keyspace, writer: np.ascontiguousarray(keyspace.knowledge.vector[:, writer])
+    )
+
+
+def old_knowledge_comes_back(patch: pytest.MonkeyPatch) -> None:
+    """Who was expelled, or holds more than was left, goes on with what it knows."""
+    patch.setattr(Retirement, "_start_over", lambda *_args: None)
+
+
+def a_new_life_is_a_new_node(patch: pytest.MonkeyPatch) -> None:
+    """An expelled node that restarts on its old memory is taken for somebody else."""
+    from p2p.ledger import NodeRecord
+
+    def is_expelled(self: Any) -> bool:
+        return self.lives[-1] in self.expelled
+
+    patch.setattr(NodeRecord, "is_expelled", is_expelled)
+    original = Retirement._follow
+
+    def follow(self: Any, retired: m.Retired, now: m.Now) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Retirement, "_start_over", lambda *_args: None)
+            original(self, retired, now)
+
+    patch.setattr(Retirement, "_follow", follow)
+
+
+def absence_is_forgotten_with_a_restart(patch: pytest.MonkeyPatch) -> None:
+    """Since when a member has been away is not remembered."""
+    patch.setattr(Retirement, "_note_absent", lambda *_args: None)
+
+
+def the_id_is_free_at_once(patch: pytest.MonkeyPatch) -> None:
+    """Whoever retires a writer forgets its nonce with the first stage."""
+    original = Retirement._follow
+
+    def follow(self: Any, retired: m.Retired, now: m.Now) -> None:
+        original(self, retired, now)
+        self._core.writers.release(retired.family, retired.writer, retired.nonce)
+        self._core.writers._retired.clear()
+
+    patch.setattr(Retirement, "_follow", follow)
+
+
+@pytest.mark.parametrize(
+    ("plant", "scenario"),
+    [
+        (a_retired_writer_is_still_heard, a_late_batch_of_a_retired_writer_arrives),
+        (the_entry_leaves_before_all_is_here, a_dead_writer_is_retired),
+        (the_floor_is_what_the_coordinator_has, a_dead_writer_is_retired),
+        (the_floor_is_fixed_before_all_have_reported, a_dead_writer_is_retired),
+        (strays_are_not_reported, a_dead_writer_is_retired),
+        (old_knowledge_comes_back, an_expelled_writer_returns),
+        (old_knowledge_comes_back, a_node_returns_with_more_than_was_left),
+        (a_new_life_is_a_new_node, an_expelled_writer_returns),
+        (absence_is_forgotten_with_a_restart, who_is_away_for_long_is_expelled),
+        (the_id_is_free_at_once, a_late_batch_of_a_retired_writer_arrives),
+        (the_entry_leaves_before_all_is_here, an_id_is_used_again),
+    ],
+    ids=lambda function: function.__name__,
+)
+def test_the_simulator_catches(plant: Plant, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    for seed in range(SEEDS):
+        try:
+            scenario(seed)
+        except AssertionError:
+            return
+    pytest.fail(f"{plant.__doc__} Nobody noticed in {SEEDS} runs.")
+
+
+# --- what is refused
+
+
+def refusal(cluster: VirtualCluster, name: str, at: str) -> str:
+    reply = cluster.request(at, lambda number: m.ExpelRequested(number, name))
+    assert isinstance(reply, m.Refused), reply
+    return reply.reason
+
+
+def test_who_cannot_be_expelled() -> None:
+    cluster = form(1)
+    formed(cluster)
+    assert refusal(cluster, "eu1", "eu1") == "node 'eu1' cannot expel itself: ask another node"
+    assert refusal(cluster, "us1", "eu1") == "node 'us1' is alive: stop it first, then expel it"
+    assert "no node 'us9' is known here" in refusal(cluster, "us9", "eu1")
+    cluster.crash("us3")
+    cluster.run(10_000)
+    expel(cluster, "us3", "eu1")
+    cluster.run(3_000)
+    assert refusal(cluster, "us3", "eu2") == "node 'us3' was expelled already, and has not come back since"
+
+
+def test_nodes_of_version_1_are_neither_told_nor_let_in_afterwards() -> None:
+    cluster = form(1)
+    cluster.add("old", "ap", seeds=["t1"], protocol_version=1)
+    formed(cluster)
+    cluster.crash("us3")
+    cluster.run(10_000)
+    assert "upgrade all nodes first" in refusal(cluster, "us3", "eu1")
+    cluster.leave("old")
+    cluster.run(1_000)
+    expel(cluster, "us3", "eu1")
+    cluster.run(3_000)
+    cluster.restart("old")
+    cluster.run(3_000)
+    assert "cannot be told of the nodes and writers that this cluster has expelled" in cluster.nodes["old"].fatal
+
+
+def test_an_expulsion_reaches_who_was_away_meanwhile() -> None:
+    cluster = two_trainers(1)
+    cluster.crash("us1")
+    isolate(cluster, "t2")
+    cluster.run(10_000)
+    expel(cluster, "t2", "eu1")
+    cluster.run(2_000)
+    cluster.restart("us1")
+    cluster.run(3_000)
+    assert list(record_of(cluster.nodes["us1"]).expelled) == list(record_of(cluster.nodes["eu1"]).expelled)
+    assert "t2" not in cluster.nodes["us1"].machine._core.membership.members  # type: ignore[union-attr]
+
+
+def test_a_node_that_died_as_it_learned_of_its_expulsion_starts_over_when_it_starts() -> None:
+    cluster = two_trainers(1)
+    isolate(cluster, "t2")
+    cluster.run(10_000)
+    expel(cluster, "t2", "eu1")
+    cluster.crash("t2")
+    record = record_of(cluster.nodes["t2"])
+    record.expelled = dict(record_of(cluster.nodes["eu1"]).expelled)
+    record.save()
+    cluster.restart("t2")
+    assert any(note.name == "started_over" for note in cluster.nodes["t2"].notes)
+    cluster.cut = set()
+    at_rest(cluster)
