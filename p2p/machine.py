@@ -115,6 +115,19 @@ class Machine:
         """The oldest protocol version that a member here speaks."""
         return self._core.membership.protocol_min(now.monotonic_ms)
 
+    def peers_alive(self, now: m.Now) -> tuple[m.NodeId, ...]:
+        """The other nodes that are there, as far as this one can tell, sorted."""
+        return self._core.membership.live_nodes(now.monotonic_ms)
+
+    def silence_max(self, now: m.Now) -> float:
+        """The longest silence of a live peer, as a fraction of that at which it is suspected; 0 without one."""
+        return self._core.membership.suspicion.silence_max(now.monotonic_ms)
+
+    @property
+    def links_open(self) -> int:
+        """With how many peers we have exchanged anything."""
+        return len(self._core.links)
+
     def region_of(self, address: str) -> str | None:
         """The region of the member that peers dial at `address`, when we know it."""
         for member in self._core.membership.members.values():

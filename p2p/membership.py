@@ -120,11 +120,11 @@ class Membership:
 
     def live(self, now_ms: int) -> list[MemberRecord]:
         """Records of the live members, ourselves left out, sorted by node id."""
-        return [self.members[node].record for node in self._live(now_ms)]
+        return [self.members[node].record for node in self.live_nodes(now_ms)]
 
     def live_count(self, now_ms: int) -> int:
         """How many others live."""
-        return len(self._live(now_ms))
+        return len(self.live_nodes(now_ms))
 
     def live_writers(self, now_ms: int, place: Place) -> tuple[WriterRecord, ...]:
         """Every writer of the family of a live member that may write at this place, since it holds it.
@@ -175,7 +175,7 @@ class Membership:
         """Our fingers in the ring of those who hold a partition that we hold, too: our own fingers may all hold others."""
         view = self._see(now_ms)
         if place not in view.partners:
-            live = [self.members[node] for node in self._live(now_ms)]
+            live = [self.members[node] for node in self.live_nodes(now_ms)]
             slots = np.array([member.slot for member in live if placement.holds(member.record, place)])
             chosen = slots[fingers_of(place_of(self.own.node), self.suspicion.place[slots])] if len(slots) else slots
             view.partners[place] = tuple(self._nodes[slot] for slot in chosen.tolist())
@@ -203,7 +203,8 @@ class Membership:
             self._view = _View()
         return self._view
 
-    def _live(self, now_ms: int) -> tuple[NodeId, ...]:
+    def live_nodes(self, now_ms: int) -> tuple[NodeId, ...]:
+        """The live members, ourselves left out, sorted."""
         view = self._see(now_ms)
         if view.live is None:
             view.live = tuple(sorted(self._nodes[slot] for slot in np.flatnonzero(self.suspicion.alive).tolist()))

@@ -48,8 +48,10 @@ INTERVAL_MS_MAX: Final = 6_000
 INTERVAL_SAMPLES: Final = 32
 PRIOR_SAMPLES: Final = 4
 HEALTH_MAX: Final = 4
-# Re-examining every member is a handful of vector operations; deadlines are met within this.
+# Re-examining every member is a handful of vector operations; deadlines are met within this, or within a beat where patience
+# has shrunk since we last looked.
 ASSESS_MS: Final = 100
+_NEVER: Final = np.iinfo(np.int64).max
 # A restart or two, or a short outage, is normal operation.
 FREE_RETURNS: Final = 2
 FLAP_HOLD_MS: Final = 5_000
@@ -218,14 +220,23 @@ class Suspicion:
         """Suspect who has been silent too long. Cheap to call often."""
         if now_ms < self._assess_ms:
             return
-        self._assess_ms = now_ms + ASSESS_MS
-        late = self.alive & (now_ms - self.heard_ms >= self.patience_ms())
+        due_ms, alive = self.heard_ms + self.patience_ms(), self.alive
+        late = alive & (due_ms <= now_ms)
         if late.any():
             self.suspect |= late
             self.changed = True
-        if (self.used & (self.readmit_ms > self._assessed_ms) & (self.readmit_ms <= now_ms)).any():
+        held = self.used & (self.readmit_ms > self._assessed_ms)
+        if (held & (self.readmit_ms <= now_ms)).any():
             self.changed = True
         self._assessed_ms = now_ms
+        # Nobody is late before the first of these moments, as long as patience does not shrink: soon enough to look again.
+        readmit_ms = self.readmit_ms[held & (self.readmit_ms > now_ms)].min(initial=_NEVER)
+        next_ms = min(due_ms[alive & ~late].min(initial=np.inf), float(readmit_ms))
+        self._assess_ms = now_ms + int(min(max(next_ms - now_ms, ASSESS_MS), HEARTBEAT_MS))
+
+    def silence_max(self, now_ms: int) -> float:
+        """The longest silence among the living, as a fraction of what makes a suspicion."""
+        return float(((now_ms - self.heard_ms) / self.patience_ms())[self.alive].max(initial=0.0))
 
     def patience_ms(self) -> NDArray[np.float64]:
         """float64[slots]: the silence at which each member is suspected."""

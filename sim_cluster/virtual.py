@@ -144,6 +144,7 @@ class Meter:
     entries: dict[tuple[str, int], list[str]] = field(default_factory=dict)  # (region, shard) -> nodes at which it came in
     bytes_into: dict[str, int] = field(default_factory=dict)  # payload of batches that crossed into a region
     bytes_sent: dict[str, int] = field(default_factory=dict)  # payload of batches and answers sent, by node
+    bytes_all: float = 0.0  # of all messages sent, encoded
     hops_max: int = 0
 
 
@@ -594,8 +595,10 @@ class VirtualCluster:
         arrivals = self._network.arrivals(self.options, link, regions, shared.size, leaves_ms)
         if arrivals is None:
             return False
-        if self.meter is not None and isinstance(message, _CARRIES_ROWS):
-            self._measure_sent(self.meter, sender, message)
+        if self.meter is not None:
+            self.meter.bytes_all += shared.size
+            if isinstance(message, _CARRIES_ROWS):
+                self._measure_sent(self.meter, sender, message)
         for arrival_ms in arrivals:
             self._schedule(arrival_ms, sender, target, envelope, shared)
         return True
