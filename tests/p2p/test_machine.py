@@ -13,11 +13,12 @@ from p2p import membership, wire
 from p2p import messages as m
 from p2p import push as push_module
 from p2p.introductions import ALONE_MS
+from p2p.links import ACK_DELAY_MS
 from p2p.machine import Machine, MachineOptions
 from p2p.replica import RowColumns
 from p2p.stamps import EPOCH_MS, make_stamp
 from sim_cluster.checkers import check_converged, check_knowledge, contents
-from sim_cluster.virtual import NetworkOptions, VirtualCluster
+from sim_cluster.virtual import NetworkOptions, VirtualCluster, VirtualNode
 from tests.p2p.chaos import (
     CALM,
     REGIONS,
@@ -395,3 +396,27 @@ def test_a_first_node_whose_peers_are_all_gone_goes_on_alone_after_a_while() -> 
     cluster.run(ALONE_MS)
     assert synced(cluster, "t1")
     assert any(note.name == "alone" and note.alarm for note in cluster.nodes["t1"].notes)
+
+
+def test_what_little_is_applied_is_acknowledged_together_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link that carries ten messages a second would otherwise carry as many acknowledgements."""
+    cluster = start()
+    cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(ACK_DELAY_MS * 2)
+    acks: list[m.Ack] = []
+    original = cluster._transmit
+
+    def transmit(sender: VirtualNode, address: str, envelope: m.Envelope, message: m.Message) -> bool:
+        if isinstance(message, m.Ack):
+            acks.append(message)
+        return original(sender, address, envelope, message)
+
+    monkeypatch.setattr(cluster, "_transmit", transmit)
+    for step in range(8):
+        cluster.publish("t1", "item", [step], 1.0)
+        cluster.run(ACK_DELAY_MS // 4)
+    cluster.run(ACK_DELAY_MS)
+    assert len(cluster.nodes) - 1 <= len(acks) <= 4 * (len(cluster.nodes) - 1), "of eight steps, in three times the delay"
+    for node in cluster.nodes.values():
+        assert node.machine is not None
+        assert all(peer.bytes_in_flight == 0 for peer in node.machine.status(cluster.now()).peers)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -230,6 +231,21 @@ def test_registers_that_heard_the_same_are_equal(records: list[m.MemberRecord], 
         second.learn(told, number)
     seen = [{node: (x.record.boot, x.record.left) for node, x in r.members.items()} for r in (first, second)]
     assert seen[0] == seen[1]
+
+
+@given(st.lists(st.lists(RECORDS, max_size=8), max_size=6))
+def test_sifting_leaves_out_only_what_says_nothing_new(messages: list[list[m.MemberRecord]]) -> None:
+    """A register that learns every record one by one ends where one does that takes repeats as signs of life."""
+    first, second = Membership(record("me", 999)), Membership(record("me", 999))
+    for number, records in enumerate(messages):
+        for one in records:
+            news = first.learn(one, number * 100)
+            rest = second.sift((one,), number * 100)
+            assert (second.learn(rest[0], number * 100) if rest else False) is news
+    told = [{node: replace(one.record, heartbeat=0) for node, one in r.members.items()} for r in (first, second)]
+    assert told[0] == told[1]
+    for name in ("boot", "version", "beats", "heard_ms", "gone", "news"):
+        assert np.array_equal(getattr(first.suspicion, name), getattr(second.suspicion, name)), name
 
 
 @given(st.sets(st.integers(1, 30)), st.sets(st.integers(1, 30)))
