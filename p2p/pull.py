@@ -64,6 +64,7 @@ class _Seen:
 
     summary: m.KeyspaceSummary
     own: tuple[int, int]  # digests of our vector and strays
+    frontier: tuple[int, ...]  # ours, of the writers in the summary
 
 
 class Pull:
@@ -197,20 +198,26 @@ class Pull:
         own = self.digests(keyspace, now)
         key = (link.node, link.boot, summary.keyspace)
         before = self._seen.get(key)
-        self._seen[key] = _Seen(summary, own)
+        reached = tuple(int(keyspace.knowledge.frontier[writer]) for writer, _ in summary.frontier)
+        seen = self._seen[key] = _Seen(summary, own, reached)
         equal = (summary.vector_digest, summary.stray_digest) == own
         if equal:
             self._note_caught_up(keyspace, now)
         elif not keyspace.synced:
             self.ask(keyspace, link, now, "joining")
-        elif before is not None and (why := self._why_pull(keyspace, before, _Seen(summary, own))):
+        elif before is not None and (why := self._why_pull(keyspace, before, seen)):
             self.ask(keyspace, link, now, why)
 
     def _why_pull(self, keyspace: Keyspace, before: _Seen, seen: _Seen) -> str:
         """What a peer's summaries, a heartbeat ago and now, say that we lack; an empty string when nothing does."""
         sync, summary, own = self._core.options.sync, seen.summary, seen.own
-        if sync.push and any(stamp > int(keyspace.knowledge.frontier[writer]) for writer, stamp in before.summary.frontier):
-            return "frontier behind"
+        if sync.push:
+            known = keyspace.knowledge.frontier
+            for (writer, stamp), reached in zip(before.summary.frontier, before.frontier, strict=True):
+                # Whose frontier has moved is late, not cut off: steps come in order, and the rest is on its way. A busy node is
+                # where its writer was a heartbeat ago or more, and would pull what waits in its socket.
+                if stamp > int(known[writer]) == reached:
+                    return "frontier behind"
         still = (before.summary.vector_digest, before.summary.stray_digest, before.own) == (
             summary.vector_digest,
             summary.stray_digest,

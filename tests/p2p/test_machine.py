@@ -188,6 +188,32 @@ def test_a_lost_last_batch_is_noticed_by_the_idle_beat() -> None:
     assert cluster.now_ms - lost_ms < 500, "sooner than a heartbeat's round"
 
 
+def test_a_node_that_is_late_pulls_only_when_nothing_comes_any_more() -> None:
+    cluster = start()
+    cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(2_000)
+    node = cluster.nodes["us3"]
+    assert node.machine is not None
+    pull, core = node.machine._pull, node.machine._core
+    keyspace, link = core.keyspaces[cluster.model.id], core.link("t1")
+    assert link is not None
+    started = node.machine.counters.pulls_started
+
+    def told(ahead_ms: int) -> int:
+        """The training node says that it has written far more than what has come; how many pulls there were."""
+        stamp = make_stamp(cluster.now().unix_ms + ahead_ms, 0, 0)
+        pull.on_summary(link, m.KeyspaceSummary(cluster.model.id, ahead_ms, 0, ((0, stamp),)), cluster.now())
+        assert int(keyspace.knowledge.frontier[0]) < stamp
+        return node.machine.counters.pulls_started - started
+
+    for ahead_ms in (10_000, 10_001, 10_002):
+        assert told(ahead_ms) == 0
+        cluster.publish("t1", "item", [2], 1.0)  # moves the frontier
+        cluster.run(10)
+    assert told(10_003) == 0
+    assert told(10_004) == 1
+
+
 def test_wait_ends_when_all_in_scope_have_it_and_names_who_lags() -> None:
     cluster = start(options=NetworkOptions(region_delay_ms=30))
     stamp = cluster.publish("t1", "item", [1], 1.0)
