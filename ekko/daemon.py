@@ -26,6 +26,7 @@ import xxhash
 from ekko.config import NodeConfig
 from ekko.endpoint import REQUESTS_PENDING_MAX, LocalEndpoint
 from ekko.errors import ConfigError, EkkoError, ModelError, NodeFailed, PublishError, StoreError
+from ekko.heap import keep_freed_memory
 from ekko.http import HttpServer
 from ekko.local import REOPEN, Answer, Failed, Open, Opened, Ping, Pong, PublishStep, Request, Stored, Wait, Waited
 from ekko.metrics import Metrics
@@ -127,6 +128,7 @@ class Node:
 
     async def _serve(self, http: HttpServer) -> None:
         node = self.config.node
+        keep_freed_memory()
         log.info("node_starting", version=__version__, run_dir=str(node.run_dir), http=node.http)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(http.serve())
@@ -279,7 +281,7 @@ class Node:
                 log.error("node_fatal", reason=reason)
             case m.StartOver(reason, rows_lost):
                 log.error("node_starts_over", reason=reason, rows_lost=rows_lost)
-            case m.Send() | m.Forget() | m.Continue():
+            case m.Send() | m.Dial() | m.Forget() | m.Continue():
                 raise AssertionError(f"the runtime carries out {effect}")
             case _:
                 assert_never(effect)

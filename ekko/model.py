@@ -12,6 +12,7 @@ Dense tensors are flattened into rows of `DENSE_DIM` float32 in the reserved tab
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 from typing import Any, Final
 
@@ -36,6 +37,7 @@ CODEC_DEFAULT = "float32"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 
 
+@lru_cache(4_096)  # asked at every publish
 def model_id(name: str) -> int:
     """uint32 id of a model; the id of its p2p family."""
     return int(xxhash.xxh32_intdigest(name.encode()))
@@ -47,6 +49,7 @@ def keyspace_id(name: str, partition: int, partitions: int) -> int:
     return model_id(name) if partitions == 1 else model_id(f"{name}/{partition}")
 
 
+@lru_cache(4_096)  # asked several times a batch
 def table_id(name: str) -> int:
     """uint32 id of a table inside its model."""
     return int(xxhash.xxh32_intdigest(name.encode()))
@@ -120,7 +123,12 @@ class TableSpec:
     @property
     def row_bytes(self) -> int:
         """Bytes of one encoded row."""
-        return CODECS[self.codec].row_bytes(self.dim)
+        return _row_bytes(self.codec, self.dim)
+
+
+@lru_cache(4_096)  # asked several times a batch
+def _row_bytes(codec: str, dim: int) -> int:
+    return CODECS[codec].row_bytes(dim)
 
 
 DENSE_SPEC: Final = TableSpec(DENSE_TABLE, DENSE_DIM)

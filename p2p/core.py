@@ -150,6 +150,7 @@ class Core:
         version = self.version_with(record)
         link = Link(record.node, record.boot, record.address, record.region, self.options.boot, version)
         self.links[record.node] = self.by_boot[record.boot] = link
+        self.emit(m.Dial(record.address))
         self.note("link_opened", peer=record.node, region=record.region, address=record.address)
         return link
 

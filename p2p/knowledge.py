@@ -169,8 +169,10 @@ class Knowledge:
             self._note_parts(self._step(stamp, writer_prev, shards_touched), shards, part, parts, complete)
             shards, prev = shards[complete], prev[complete]
         fits = merge_claims(self.vector, shards, writer, prev, np.uint64(stamp))
-        whole = bool(fits.all()) and len(shards) == shards_touched
+        whole = len(shards) == shards_touched and bool(fits.all())
         progress = whole and self._advance_frontier(writer, writer_prev, stamp)
+        if progress and not self._open:
+            return True  # as a rule: steps come whole and in order
         if progress:
             self._open.pop(stamp, None)
         elif int(self.frontier[writer]) < stamp:

@@ -389,6 +389,7 @@ class Machine:
         if self._started:
             if now.monotonic_ms >= self._gossip.beat_ms:
                 self._free_stuck_links(now)
+                self._push.open_links(now)
                 self._allotment.on_beat(now)
                 self._retirement.on_timer(now)
                 self._publish_waiting(now)

@@ -146,6 +146,11 @@ class Membership:
             )
         return known
 
+    def writing(self, family: int) -> list[NodeId]:
+        """Members, sorted, whose record names a writer of the family."""
+        writers = ((node, self.members[node].record.writers) for node in sorted(self._writing))
+        return [node for node, records in writers if any(record.keyspace == family for record in records)]
+
     def protocol_min(self, now_ms: int) -> int:
         """The oldest protocol version in the view, our own included: what is below it, everybody alive understands."""
         self.suspicion.assess(now_ms)

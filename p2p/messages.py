@@ -531,6 +531,13 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
+class Dial:
+    """Connect to this address: something will be sent to it, and should find a connection."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """Close the connection to this address."""
 
@@ -614,4 +621,4 @@ class StartOver:
 
 
 Reply = Published | Refused | WaitEnded | Expelled
-Effect = Send | Forget | Continue | Published | Refused | WaitEnded | Expelled | BatchApplied | Note | Fatal | StartOver
+Effect = Send | Dial | Forget | Continue | Published | Refused | WaitEnded | Expelled | BatchApplied | Note | Fatal | StartOver

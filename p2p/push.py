@@ -5,6 +5,7 @@ checked, forwarded, and only then applied (R17). What cannot be sent for want of
 and pulls. Push may lose everything; that costs latency only (theorem T7).
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -150,6 +151,18 @@ class Push:
             )
             self._forward(wire.seal(batch), hops=0, now=now)
 
+    def open_links(self, now: m.Now) -> None:
+        """Have links to all that we would send the next batch of a writer to: its first one should find them connected."""
+        core = self._core
+        for family, keyspaces in core.families.items():
+            origins = [core.options.node] if core.options.role == "train" else []
+            origins += core.membership.writing(family)
+            for keyspace in keyspaces:
+                trees = range(core.membership.trees(now.monotonic_ms, keyspace.replica.place).count)
+                for origin, tree in itertools.product(origins, trees):
+                    for node in self._children(keyspace, origin, tree, now):
+                        core.link(node)
+
     def receive(self, link: Link, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> bool:
         """Check, forward, and schedule the apply of a batch (R17).
 
@@ -214,10 +227,7 @@ class Push:
             return
         payload = sum(section.payload_bytes for section in batch.columns)
         rows = sum(len(section.keys) for section in batch.columns)
-        place = core.keyspaces[batch.keyspace].replica.place
-        # Partitions of a small cluster, which has one tree, differ in who leads.
-        tree = (batch.tree + place.partition) % TREES_MAX
-        for node in core.membership.trees(now.monotonic_ms, place).children(batch.origin, tree):
+        for node in self._children(core.keyspaces[batch.keyspace], batch.origin, batch.tree, now):
             link = core.link(node)
             if link is None or not link.has_credit():
                 core.counters.batches_skipped += 1
@@ -228,6 +238,12 @@ class Push:
             core.counters.batches_forwarded += 1
             link.traffic.rows_out += rows
             link.traffic.bytes_out += payload
+
+    def _children(self, keyspace: Keyspace, origin: m.NodeId, tree: int, now: m.Now) -> tuple[m.NodeId, ...]:
+        """Where we send a batch of `origin` that goes down this tree."""
+        place = keyspace.replica.place
+        # Partitions of a small cluster, which has one tree, differ in who leads.
+        return self._core.membership.trees(now.monotonic_ms, place).children(origin, (tree + place.partition) % TREES_MAX)
 
 
 def _parts_of(family: Sequence[Keyspace], columns: tuple[RowColumns, ...]) -> list[tuple[Keyspace, tuple[RowColumns, ...]]]:

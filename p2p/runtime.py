@@ -25,6 +25,7 @@ from p2p.messages import (
     Ack,
     Batch,
     Continue,
+    Dial,
     Effect,
     Envelope,
     Event,
@@ -249,6 +250,8 @@ class Runtime:
                 self._send(effect)
             case Continue(event):
                 self._continue(event)
+            case Dial(address):
+                self._transport.set_delay(address, self._delay_s(address))  # connects on first use
             case Forget(address):
                 self.outgoing.forget(address)
                 self._transport.disconnect(address)

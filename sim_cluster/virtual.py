@@ -511,7 +511,7 @@ class VirtualCluster:
                         return
                     case m.BatchApplied():
                         self._measure_applied(effect)
-                    case m.Forget():
+                    case m.Dial() | m.Forget():
                         pass
 
     def _handle(self, node: VirtualNode, machine: Machine, event: m.Event) -> list[m.Effect]:

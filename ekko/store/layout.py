@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ekko.model import SHARDS_MAX
 from p2p.stamps import WRITERS_MAX
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 PAGE_BYTES = 4096
 LINE_BYTES = 64  # words with different writers or rhythms lie on different cache lines
@@ -108,7 +108,7 @@ MODEL = Structure(
         Field("pending_shards", PAGE_BYTES, SHARDS_MAX // 8, "bitmap of the shards that the pending step touches"),
         Field("undo", 4 * PAGE_BYTES, UNDO_RECORDS * UNDO_BYTES, "undo records (R23)"),
         Field("frontier", 144 * PAGE_BYTES, 8 * WRITERS_MAX, "uint64 per writer, in a model of one partition"),
-        Field("vector", 152 * PAGE_BYTES, 0, "uint64[shards, 4096]; after it frontiers, then the loss floor"),
+        Field("vector", 152 * PAGE_BYTES, 0, "uint64[4096, shards]; after it frontiers, then the loss floor"),
     ),
 )
 

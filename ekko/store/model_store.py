@@ -54,7 +54,9 @@ class ModelStore:
         self._header = header
         self._tables: dict[int, Table] = {}
         self._words: dict[str, U64] = {}  # views of the header, by name: making one costs more than reading it
-        self._vector = header.words(layout.MODEL.offset("vector"), entry.shards, WRITERS_MAX)
+        # Each batch looks at all shards of one writer: these lie together, where a row of 4,096 writers for each shard costs a
+        # page and a cache line each, all in one set of the cache (107 us against 5 for 64 shards).
+        self._vector = header.words(layout.MODEL.offset("vector"), WRITERS_MAX, entry.shards).T
         frontiers = layout.frontiers_offset(entry.shards, entry.partitions)
         self._frontiers = header.words(frontiers, entry.partitions, WRITERS_MAX)
         self._pending_shards = header.words(layout.MODEL.offset("pending_shards"), (entry.shards + 63) // 64)

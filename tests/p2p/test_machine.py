@@ -64,6 +64,20 @@ def test_a_step_reaches_every_node_once_by_push_alone() -> None:
     assert children == 2 * cluster.nodes["t1"].machine.counters.batches_published + 2 * idle_beats(cluster)
 
 
+def test_links_of_the_trees_are_open_before_anything_is_sent() -> None:
+    cluster = start()
+    for node in cluster.nodes.values():
+        assert node.machine is not None
+        core, pushing = node.machine._core, node.machine._push
+        core.links.clear()  # gossip may have opened them
+        core.by_boot.clear()
+        pushing.open_links(cluster.now())
+        children = pushing._children(core.keyspaces[cluster.model.id], "t1", 0, cluster.now())
+        # Who writes sends to leaders; the others learn with the first batch that it writes.
+        assert set(core.links) == set(children if node.name == "t1" else ())
+        assert children or node.name != "t1"
+
+
 def idle_beats(cluster: VirtualCluster) -> int:
     received = counters(cluster, "eu1").batches_received
     return received - cluster.nodes["t1"].machine.counters.batches_published

@@ -413,7 +413,7 @@ def damage_manifest(run_dir: Path) -> None:
 
 def damage_version(run_dir: Path) -> None:
     text = (run_dir / "manifest.json").read_text()
-    (run_dir / "manifest.json").write_text(text.replace('"layout_version": 1', '"layout_version": 99'))
+    (run_dir / "manifest.json").write_text(text.replace(f'"layout_version": {layout.LAYOUT_VERSION}', '"layout_version": 99'))
 
 
 def remove_rows(run_dir: Path) -> None:

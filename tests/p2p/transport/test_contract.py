@@ -230,6 +230,11 @@ def test_a_frame_that_came_from_zmq_goes_on_as_it_is() -> None:
     assert _sendable(large.buffer.toreadonly()) is large
     assert _sendable(large.buffer[1:]) is not large
     assert _sendable(small.buffer) is not small  # copying it is cheaper
+    rows = np.frombuffer(large.buffer, np.float32).reshape(-1, 64)  # as a batch holds it
+    assert _sendable(rows.reshape(-1).view(np.uint8).data) is large
+    part = _sendable(rows[1:].reshape(-1).view(np.uint8).data)
+    assert isinstance(part, memoryview)
+    assert part.nbytes == COPY_BYTES_MAX - 256
 
 
 @every_transport
