@@ -25,7 +25,10 @@ from p2p.messages import Scope
 from p2p.replica import RowColumns
 from p2p.transport import Buffer
 
-LOCAL_PROTOCOL_VERSION: Final = 2  # 2: codecs
+# Version 2: codecs, as a message's last word. Where nothing but float32 is meant, a message is of version 1, word for word:
+# publisher and node may be of neighbouring releases, as they are while a cluster is upgraded node by node.
+LOCAL_PROTOCOL_VERSION: Final = 2
+LOCAL_PROTOCOL_VERSION_MIN: Final = 1
 # One step of one publisher. A step of this size is 4 million rows of float32[64]; larger ones are two steps.
 LOCAL_MESSAGE_BYTES_MAX: Final = 1 << 30
 HEADER_BYTES_MAX: Final = 4 << 20
@@ -140,12 +143,14 @@ class MalformedError(EkkoError):
 def encode_request(number: int, request: Request) -> list[Buffer]:
     """Frames of one request; `number` comes back in its answer."""
     frames: list[Buffer] = []
+    wanted: str | None = None  # a codec that version 1 has no word for
     match request:
-        case Open(model, tables, shards, codec):
-            body: list[object] = ["open", model, tables, shards, codec]
+        case Open(model, tables, shards, wanted):
+            body: list[object] = ["open", model, tables, shards, *_said(wanted)]
         case PublishStep(model, columns, tensors, published_ns, codec):
             headers, specs = [_column_header(c) for c in columns], [_tensor_body(t) for t in tensors]
-            body = ["publish", model, headers, specs, published_ns, codec]
+            wanted = None if codec == CODEC_DEFAULT else codec
+            body = ["publish", model, headers, specs, published_ns, *_said(wanted)]
             for column in columns:
                 frames += [_bytes_of(column.keys), _bytes_of(column.rows)]
                 frames += [] if column.significance is None else [_bytes_of(column.significance)]
@@ -153,15 +158,17 @@ def encode_request(number: int, request: Request) -> list[Buffer]:
             body = ["wait", model, stamp, int(scope), timeout_ms]
         case Ping():
             body = ["ping"]
-    return [msgpack.packb([LOCAL_PROTOCOL_VERSION, number, *body]), *frames]
+    return [_packed(number, body, wanted), *frames]
 
 
 def encode_answer(number: int, answer: Answer) -> bytes:
     """The one frame of an answer."""
+    named: str | None = None
     match answer:
         case Opened(node, region, shards, tables, tensors, last_stamp, codec):
             specs = [_tensor_body(tensor) for tensor in tensors.values()]
-            body: list[object] = ["opened", node, region, shards, list(tables.items()), specs, last_stamp, codec]
+            named = None if codec == CODEC_DEFAULT else codec
+            body: list[object] = ["opened", node, region, shards, list(tables.items()), specs, last_stamp, *_said(named)]
         case Stored(stamp):
             body = ["stored", stamp]
         case Waited(lagging):
@@ -170,7 +177,18 @@ def encode_answer(number: int, answer: Answer) -> bytes:
             body = ["pong", node]
         case Failed(kind, reason):
             body = ["failed", kind, reason]
-    return bytes(msgpack.packb([LOCAL_PROTOCOL_VERSION, number, *body]))
+    return _packed(number, body, named)
+
+
+def _said(codec: str | None) -> list[str]:
+    """The last word of a message that names a codec."""
+    return [] if codec is None else [codec]
+
+
+def _packed(number: int, body: list[object], codec: str | None) -> bytes:
+    """A header, in the oldest version that can say it."""
+    version = LOCAL_PROTOCOL_VERSION_MIN if codec is None else LOCAL_PROTOCOL_VERSION
+    return bytes(msgpack.packb([version, number, *body]))
 
 
 def frames_bytes(frames: Sequence[Buffer]) -> int:
@@ -213,10 +231,10 @@ def decode_request(frames: Sequence[Buffer]) -> tuple[int, Request]:
 
 def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
     match body:
-        case ["open", str(model), tables, shards, codec] if len(frames) == 1:
+        case ["open", str(model), tables, shards, *codec] if len(frames) == 1:
             pairs = None if tables is None else tuple((str(name), _whole(dim)) for name, dim in tables)
-            return Open(model, pairs, None if shards is None else _whole(shards), None if codec is None else _codec_of(codec))
-        case ["publish", str(model), list(headers), list(tensors), int(published_ns), codec]:
+            return Open(model, pairs, None if shards is None else _whole(shards), _codec_of(codec) if codec else None)
+        case ["publish", str(model), list(headers), list(tensors), int(published_ns), *codec]:
             columns = _decode_columns(headers, list(frames[1:]))
             specs = tuple(_tensor_of(tensor) for tensor in tensors)
             return PublishStep(model, columns, specs, published_ns, _codec_of(codec))
@@ -238,7 +256,7 @@ def decode_answer(frame: Buffer) -> tuple[int, Answer]:
     number, body = _header([frame])
     try:
         match body:
-            case ["opened", str(node), str(region), int(shards), list(tables), list(tensors), int(last_stamp), codec]:
+            case ["opened", str(node), str(region), int(shards), list(tables), list(tensors), int(last_stamp), *codec]:
                 specs = {spec.name: spec for spec in map(_tensor_of, tensors)}
                 dims = {str(name): _whole(dim) for name, dim in tables}
                 return number, Opened(node, region, shards, dims, specs, last_stamp, _codec_of(codec))
@@ -265,7 +283,7 @@ def _header(frames: Sequence[Buffer]) -> tuple[int, list[Any]]:
     except Exception as error:  # junk can fail in any way
         raise MalformedError("a header that is not msgpack") from error
     match header:
-        case [int(version), int(number), *body] if version == LOCAL_PROTOCOL_VERSION:
+        case [int(version), int(number), *body] if LOCAL_PROTOCOL_VERSION_MIN <= version <= LOCAL_PROTOCOL_VERSION:
             return number, body
         case [int(version), int(number), *_]:
             raise MalformedError(
@@ -311,10 +329,15 @@ def _tensor_of(body: Any) -> TensorSpec:
     return tensor
 
 
-def _codec_of(value: Any) -> str:
-    if not isinstance(value, str) or value not in CODECS:
-        raise MalformedError(f"codec {value!r}: there are {', '.join(CODECS)}"[:200])
-    return value
+def _codec_of(last_words: list[Any]) -> str:
+    """The codec that ends a message, float32 where none does."""
+    match last_words:
+        case []:
+            return CODEC_DEFAULT
+        case [str(codec)] if codec in CODECS:
+            return codec
+        case _:
+            raise MalformedError(f"codec {last_words!r}: there are {', '.join(CODECS)}"[:200])
 
 
 def _whole(value: Any) -> int:

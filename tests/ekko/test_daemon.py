@@ -18,9 +18,12 @@ import pytest
 import zmq
 
 import ekko
-from ekko.codec import rounded
+from ekko.codec import encode, rounded
 from ekko.errors import ModelError, NodeUnreachable, PublishError
+from ekko.local import REOPEN, Connection, Failed, PublishStep, Stored
 from ekko.metrics import COUNTERS, UPDATE_DELAY
+from ekko.model import table_id
+from p2p.replica import RowColumns
 from sim_cluster.demo.verify import contents
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, free_ports, wait_until
 
@@ -104,6 +107,18 @@ def test_rows_of_a_codec_are_the_same_everywhere_and_come_back_as_they_are(pair:
     with pytest.raises(ModelError, match=f"model '{name}' has codec '{codec}', not 'float32'"):
         ekko.Publisher(pair["train-1"].local, model=name, tables={"item": 6}, codec="float32")
     assert pair["train-1"].status()["models"][name]["codec"] == codec
+
+
+def test_a_step_in_another_codec_is_sent_back(pair: LocalCluster) -> None:
+    """bfloat16 is as wide as float16: by their size alone such rows would pass."""
+    with ekko.Publisher(pair["train-1"].local, model="half", tables={"item": 4}, codec="float16"):
+        pass
+    column = RowColumns(table_id("item"), np.array([1], np.uint64), encode("bfloat16", rows(1)))
+    with closing(Connection(pair["train-1"].local)) as connection:
+        for codec, kind in (("bfloat16", Failed), ("float32", Failed), ("float16", Stored)):
+            answer = connection.request(PublishStep("half", (column,), codec=codec), 10.0)
+            assert isinstance(answer, kind)
+            assert isinstance(answer, Stored) or answer.kind == REOPEN
 
 
 def test_rows_that_compress_go_compressed_to_another_region(pair: LocalCluster) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -581,3 +582,27 @@ def test_importing_ekko_loads_nothing_heavy() -> None:
     code = f"import sys, ekko; print([m for m in {heavy} if m in sys.modules]); ekko.Reader; print('zmq' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split("\n")[:2] == ["[]", "False"]
+
+
+def test_what_names_no_codec_is_said_as_version_1_said_it() -> None:
+    """Publisher and node may be of neighbouring releases while a cluster is upgraded."""
+    column = _column_of(3, [_Change(np.arange(3, dtype=np.uint64), encode("float32", rows(3)), None)])
+    opened = Opened("n1", "eu", 64, {"item": 4}, {}, 7)
+    said = [
+        encode_request(5, Open("ctr", (("item", 4),), 8))[0],
+        encode_request(5, PublishStep("ctr", (column,), (), 9))[0],
+        encode_answer(5, opened),
+    ]
+    assert [msgpack.unpackb(frame) for frame in said] == [
+        [1, 5, "open", "ctr", [["item", 4]], 8],
+        [1, 5, "publish", "ctr", [[3, 3, 3, 16, False]], [], 9],
+        [1, 5, "opened", "n1", "eu", 64, [["item", 4]], [], 7],
+    ]
+    half = dataclasses.replace(opened, codec="float16")
+    assert decode_answer(encode_answer(5, half)) == (5, half)
+    assert msgpack.unpackb(encode_answer(5, half))[0] == 2
+    for codec in (None, "float32", "int8"):
+        request = Open("ctr", None, None, codec)
+        assert decode_request(encode_request(5, request)) == (5, request)
+    with pytest.raises(MalformedError, match="codec"):
+        decode_request([msgpack.packb([2, 5, "open", "ctr", None, None, "int9"])])

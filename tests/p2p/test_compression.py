@@ -213,6 +213,14 @@ def test_a_link_is_measured_only_while_it_is_busy() -> None:
         rate.on_sent(1, sequence, size, 10**9 + number * 80_000_000)
         sequence += 1
     assert rate.rate == pytest.approx(size / 80_000_000, rel=0.05)
+    # An acknowledgement that comes right after another one is no sign of a faster link.
+    for number in range(60, 120):
+        at_ns = 10**9 + number * 80_000_000
+        for sent, after_ns in ((size, 0), (1_000, 1_000)):
+            rate.on_sent(1, sequence, sent, at_ns)
+            rate.on_ack(1, sequence - 4, at_ns + after_ns)
+            sequence += 1
+    assert rate.rate == pytest.approx(size / 80_000_000, rel=0.1)
 
 
 def test_what_an_ended_session_had_under_way_is_forgotten() -> None:
