@@ -71,6 +71,11 @@ class Link:
     _unacknowledged_bytes: int = 0
     _unacknowledged_messages: int = 0
 
+    @property
+    def messages_in_flight(self) -> int:
+        """Messages that are not acknowledged yet."""
+        return len(self._in_flight)
+
     def envelope(self) -> Envelope:
         """For a message outside any session."""
         return Envelope(self.own_boot, self.boot, version=self.version)

@@ -85,6 +85,11 @@ class Pull:
         """Keyspace -> node of the pull on its way."""
         return {keyspace: asked.node for keyspace, asked in self._asked.items()}
 
+    @property
+    def summaries(self) -> int:
+        """Heartbeats' summaries that are kept, to be compared with the next."""
+        return len(self._seen)
+
     # --- asking
 
     def ask(self, keyspace: Keyspace, link: Link, now: m.Now, why: str) -> None:

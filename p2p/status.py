@@ -155,10 +155,14 @@ def _of_peer(core: Core, pulling: Pull, node: str, holding: set[str], now: m.Now
 def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach) -> tuple[QueueStatus, ...]:
     open_steps = max((keyspace.knowledge.open_steps for keyspace in core.keyspaces.values()), default=0)
     in_flight = max((link.bytes_in_flight for link in core.links.values()), default=0)
+    messages = max((link.messages_in_flight for link in core.links.values()), default=0)
     streams = max((len(outbox.streams) for outbox in pulling.outboxes.values()), default=0)
     return (
         QueueStatus("open_steps", open_steps, OPEN_STEPS_MAX),
         QueueStatus("link_bytes_in_flight", in_flight, links.CREDIT_BYTES_MAX),
+        QueueStatus("link_messages_in_flight", messages, links.CREDIT_MESSAGES_MAX),
+        QueueStatus("links", max(len(core.links), len(core.by_boot)), membership.MEMBERS_MAX),
+        QueueStatus("summaries", pulling.summaries, len(core.keyspaces) * membership.MEMBERS_MAX),
         QueueStatus("pull_streams", streams, STREAMS_MAX),
         QueueStatus("neighbour_lists", pulling.rounds.lists, LISTS_MAX),
         QueueStatus("batches_seen", pushing.seen, push.SEEN_MAX),

@@ -42,6 +42,7 @@ NETWORK: Final = "network"  # the kind that stands for loss, delays and the like
 # A swarm draws so many faults of each kind in so long; a longer run has more.
 COUNTS: Final = (0, 0, 1, 2, 4)
 COUNTS_MS: Final = 20_000
+SHORT_QUEUES: Final = 0.25
 TIMES_MAX: Final = 10_000
 
 
@@ -97,6 +98,7 @@ class Faults:
     network: NetworkOptions
     events: tuple[FaultEvent, ...] = ()
     message_bytes_max: int = 0  # batches and chunks are cut this small; 0: as in production
+    short_queues: bool = False  # every bound is met all the time
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,7 @@ def draw_faults(scenario: Scenario, seed: int) -> Faults:
         for event in _draw_event(scenario, kind, rng)
     ]
     cut = rng.choice([0, 0, 300, 1_000]) if NETWORK in scenario.kinds else 0
-    return Faults(network, _in_order(events), cut)
+    return Faults(network, _in_order(events), cut, NETWORK in scenario.kinds and rng.random() < SHORT_QUEUES)
 
 
 def _draw_network(scenario: Scenario, rng: random.Random) -> NetworkOptions:

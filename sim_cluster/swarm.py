@@ -7,7 +7,7 @@ published then reaches every node by push alone, once, and waits for it end.
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
@@ -17,8 +17,8 @@ import numpy as np
 
 from ekko.model import ModelSpec, TableSpec
 from ekko.store import recent
+from p2p import knowledge, links, outbox, pull, push, reach, rounds, status, wire
 from p2p import messages as m
-from p2p import outbox, wire
 from p2p.machine import NodeStatus
 from p2p.stamps import writer_of
 from p2p.sync import PRESETS
@@ -40,7 +40,7 @@ STEADY_EVERY_MS: Final = 400
 SMALL_RING: Final = 16  # changes; tables of a swarm have some hundred rows
 WAIT_PROBABILITY: Final = 0.1
 WAIT_MS_MAX: Final = 5_000
-QUEUES_EVERY_MS: Final = 5_000
+QUEUES_EVERY_MS: Final = 1_000
 MINIMISE_RUNS_MAX: Final = 60
 _PLAIN: Final = NetworkOptions()
 
@@ -64,7 +64,7 @@ def run_virtual(scenario: Scenario, seed: int, faults: Faults | None = None) -> 
     """Run a scenario once; never raises for what the cluster does wrong."""
     begin = time.perf_counter()
     run = _Run(scenario, seed, faults if faults is not None else scenario.faults(seed))
-    with small_messages(run.faults.message_bytes_max):
+    with small_messages(run.faults.message_bytes_max), short_queues(run.faults.short_queues):
         problem = run.problem()
     cluster, meter = run.cluster, run.meter
     delays = sorted(meter.delays_ms)
@@ -93,14 +93,38 @@ def small_messages(bytes_max: int) -> Iterator[None]:
         (recent, "WINDOW_MIN", 2 * SMALL_RING),
         (recent, "WINDOW_START", 4 * SMALL_RING),
     )
+    with _changed(changes if bytes_max else ()):
+        yield
+
+
+@contextmanager
+def short_queues(wanted: bool) -> Iterator[None]:
+    """Bounds of the protocol are so low meanwhile that they are met all the time: what does not fit must be repaired."""
+    changes: tuple[tuple[ModuleType, str, int], ...] = (
+        (knowledge, "OPEN_STEPS_MAX", 8),
+        (links, "CREDIT_MESSAGES_MAX", 16),
+        (links, "CREDIT_BYTES_MAX", 8_000),
+        (push, "SEEN_MAX", 32),
+        (reach, "WAITS_MAX", 2),
+        (reach, "QUESTIONS_MAX", 2),
+        # Those that other modules have under the same name.
+        (status, "OPEN_STEPS_MAX", 8),
+        *((module, "STREAMS_MAX", 1) for module in (outbox, pull, rounds, status)),
+    )
+    with _changed(changes if wanted else ()):
+        yield
+
+
+@contextmanager
+def _changed(changes: Iterable[tuple[ModuleType, str, int]]) -> Iterator[None]:
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     try:
-        for module, name, value in changes if bytes_max else ():
+        for module, name, value in changes:
             setattr(module, name, value)
         yield
     finally:
-        for module, name, value in before:
-            setattr(module, name, value)
+        for module, name, old in before:
+            setattr(module, name, old)
 
 
 def models_of(scenario: Scenario) -> list[ModelSpec]:

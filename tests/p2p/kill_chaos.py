@@ -3,14 +3,19 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 from ekko.store import recent
 from p2p import messages as m
 from p2p import push, wire
 from p2p.stamps import writer_of
+from sim_cluster.scenario import FaultEvent, load_scenario
+from sim_cluster.swarm import run_virtual
 from sim_cluster.virtual import NetworkOptions, VirtualCluster
 from tests.p2p.chaos import REGIONS, at_rest, chaos, check_claims, form
+
+SWARM = Path(__file__).parent.parent.parent / "scenarios/swarm.toml"
 
 
 def an_answer_comes_to_the_next_life(seed: int) -> None:
@@ -115,6 +120,15 @@ def nothing_goes_wrong_in_many_messages(seed: int) -> None:
         at_rest(cluster)
         pulled = [name for name, pulls in before.items() if _pulls(cluster, name) > pulls]
         assert not pulled, f"seed {seed}: {pulled} had to pull"
+
+
+def a_storm_with_short_queues(seed: int) -> None:
+    """Invariant 5: a few seconds of swarm in which every bound is met, and nothing of former lives may be kept."""
+    scenario = replace(load_scenario(SWARM), duration_ms=6_000)
+    crashes = tuple(FaultEvent(at, "crash", "us-s1", 300) for at in (500, 1_500, 2_500))
+    faults = scenario.faults(seed)
+    outcome = run_virtual(scenario, seed, replace(faults, events=(*crashes, *faults.events[:4]), short_queues=True))
+    assert outcome.problem == "", f"seed {seed}: {outcome.problem}"
 
 
 def _pulls(cluster: VirtualCluster, name: str) -> int:

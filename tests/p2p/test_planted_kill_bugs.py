@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,14 @@ from ekko.store.model_store import ModelStore
 from ekko.store.recent import RecentRows
 from p2p import outbox, push, reach
 from p2p.core import Keyspace
+from p2p.introductions import Introductions
 from p2p.machine import Machine
 from p2p.messages import PullReply
 from p2p.pull import Pull
 from p2p.stamps import writer_of
 from tests.p2p.chaos import chaos, origin_dies_in_mid_push
 from tests.p2p.kill_chaos import (
+    a_storm_with_short_queues,
     a_wait_for_what_was_not_pushed,
     a_writer_is_killed_in_mid_step,
     an_answer_comes_to_the_next_life,
@@ -119,9 +122,22 @@ def whoever_is_asked_has_it(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(reach, "reached", lambda _keyspace, _stamp: True)
 
 
+def what_was_seen_is_never_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Invariant 5: the set of batches seen has no bound."""
+    patch.setattr(push, "SEEN_MAX", 1 << 40)
+    patch.setattr("sim_cluster.swarm.push", SimpleNamespace(SEEN_MAX=32))
+    patch.setattr("p2p.status.push", SimpleNamespace(SEEN_MAX=32))
+
+
+def former_lives_are_kept(patch: pytest.MonkeyPatch) -> None:
+    """Invariant 5: what a peer's former life told, and its link, are not dropped."""
+    patch.setattr(Introductions, "drop_link", lambda self, link: self._core.links.pop(link.node, None))
+
+
 @pytest.mark.parametrize(
     "scenario",
     [
+        a_storm_with_short_queues,
         a_wait_for_what_was_not_pushed,
         a_writer_is_killed_in_mid_step,
         an_answer_comes_to_the_next_life,
@@ -145,6 +161,8 @@ def test_the_scenarios_pass_as_they_are(scenario: Callable[[int], None]) -> None
         (parts_are_taken_for_repeats, nothing_goes_wrong_in_many_messages),
         (answers_leave_out_strays, origin_dies_in_mid_push),
         (rows_advance_the_vector, chaos),
+        (what_was_seen_is_never_forgotten, a_storm_with_short_queues),
+        (former_lives_are_kept, a_storm_with_short_queues),
         (whoever_is_asked_has_it, a_wait_for_what_was_not_pushed),
     ],
     ids=lambda function: function.__name__,
