@@ -71,6 +71,10 @@ class _Listed:
         self.mark, self.writers, self.frontier = told.mark, told.writers, told.frontier
         self.frontier_merged = False
 
+    def settle(self, own: U64) -> None:
+        """Note where our versions, uint64[shards], cover the listed ones."""
+        self.settled |= covers(own, self.versions) & (self.versions != 0)
+
 
 @dataclass(slots=True, eq=False)
 class _Round:
@@ -81,6 +85,8 @@ class _Round:
     question: m.VersionsWanted | m.ShardsWanted
     repeat_ms: int
     deadline_ms: int
+    after: Place | None = None  # a round whose list is to be compared first
+    listed: bool = False  # message 2 came
     next_chunk: int = 0
 
     @property
@@ -129,7 +135,7 @@ class Rounds:
 
     # --- asking
 
-    def begin(self, keyspace: Keyspace, link: Link, wanted: Mask, now: m.Now) -> None:
+    def begin(self, keyspace: Keyspace, link: Link, wanted: Mask, now: m.Now, after: m.NodeId | None = None) -> None:
         """Message 1, unless a round with this neighbour is on its way.
 
         Args:
@@ -137,6 +143,7 @@ class Rounds:
             link: to the neighbour.
             wanted: bool[shards]: which of them to pull from it.
             now: both clocks.
+            after: a fresher neighbour that is asked, too; this one is to give what that one has not.
         """
         place = keyspace.replica.keyspace, link.node
         if place in self._rounds:
@@ -152,7 +159,9 @@ class Rounds:
         self._lists[place] = listed
         self._requests += 1
         question = m.VersionsWanted(place[0], self._requests, listed.mark)
-        self._rounds[place] = _Round(link.boot, wanted, question, now.monotonic_ms, now.monotonic_ms + ROUND_SILENCE_MS)
+        deadline_ms = now.monotonic_ms + ROUND_SILENCE_MS
+        first = None if after is None else (place[0], after)
+        self._rounds[place] = _Round(link.boot, wanted, question, now.monotonic_ms, deadline_ms, first)
         self._core.counters.rounds_started += 1
         self._ask(self._rounds[place], link, now)
 
@@ -164,25 +173,36 @@ class Rounds:
         """
         place = told.keyspace, link.node
         found = self._find(place, link, told.request)
-        if found is None or isinstance(found.question, m.ShardsWanted):
+        if found is None or found.listed:
             return
         keyspace, listed = self._core.keyspaces[told.keyspace], self._lists[place]
         if len(told.shards) and int(told.shards[-1]) >= keyspace.knowledge.shards:
             raise RemoteProtocolError(f"version of shard {told.shards[-1]}, the keyspace has {keyspace.knowledge.shards}")
         check_not_ahead(int(told.frontier.max()) if told.frontier.size else 0, now.unix_ms)
         listed.take(told)
-        self._settle_covered(keyspace, listed)
+        found.listed = True
+        first = self._rounds.get(found.after) if found.after is not None else None
+        if first is None or first.listed:
+            self._compare(place, now)
+        for other in [other for other, one in self._rounds.items() if one.after == place and one.listed and not len(one.asked)]:
+            self._compare(other, now)
+
+    def _compare(self, place: Place, now: m.Now) -> None:
+        """A neighbour's list is here: message 3, if it has something for us."""
+        found, listed, keyspace = self._rounds[place], self._lists[place], self._core.keyspaces[place[0]]
+        listed.settle(self.versions_of(keyspace).current())
         wanted = found.wanted & ~listed.settled & (listed.versions != 0)
         for (number, _), other in self._rounds.items():
-            if number == told.keyspace:
+            if number == place[0]:
                 wanted[other.asked] = False  # on its way from somebody else
         writers = keyspace.knowledge.writers
         shards = np.flatnonzero(wanted).astype(np.uint32)[: VECTORS_BYTES_MAX // (8 * max(1, len(writers)))]
-        if not len(shards):
+        link = self._core.links.get(place[1])
+        if not len(shards) or link is None:
             self._finish(place, keyspace)
             return
         vectors = np.ascontiguousarray(keyspace.knowledge.vector[np.ix_(shards, writers)])
-        found.question = m.ShardsWanted(told.keyspace, told.request, shards, writers, vectors)
+        found.question = m.ShardsWanted(place[0], found.question.request, shards, writers, vectors)
         found.deadline_ms = now.monotonic_ms + ROUND_SILENCE_MS
         self._core.counters.shards_asked += len(shards)
         self._ask(found, link, now)
@@ -233,16 +253,13 @@ class Rounds:
         """A round is over. What it brought may complete what some neighbour had."""
         del self._rounds[place]
         self._core.counters.rounds_completed += 1
+        own = self.versions_of(keyspace).current()
         for (number, _), listed in self._lists.items():
             if number == place[0] and not listed.frontier_merged:
-                self._settle_covered(keyspace, listed)
+                listed.settle(own)
                 if listed.settled.all():
                     keyspace.knowledge.learn_frontier(listed.writers, listed.frontier)
                     listed.frontier_merged = True
-
-    def _settle_covered(self, keyspace: Keyspace, listed: _Listed) -> None:
-        own = self.versions_of(keyspace).current()
-        listed.settled |= covers(own, listed.versions) & (listed.versions != 0)
 
     def _ask(self, one: _Round, link: Link, now: m.Now) -> None:
         one.repeat_ms = now.monotonic_ms + REPEAT_MS
@@ -259,7 +276,10 @@ class Rounds:
             if now.monotonic_ms >= one.deadline_ms or link is None or link.boot != one.boot:
                 self._abandon(place, "no answer")
             elif not one.next_chunk and now.monotonic_ms >= one.repeat_ms:
-                self._ask(one, link, now)
+                if one.listed and not len(one.asked):
+                    self._compare(place, now)  # whom it waited for does not answer
+                else:
+                    self._ask(one, link, now)
 
     def abandon_from(self, node: m.NodeId, why: str) -> None:
         """Give up every round with a neighbour whose session or life ended."""

@@ -4,7 +4,8 @@ This is the paper's way of moving updates, where push has no part (`p2p.sync`). 
 
 - By vector: one peer at random, everything.
 - By shard versions: the *freshest* peer, as far as the neighbours' lists tell (`Rounds.freshness`), and one other, so that a
-  fresher one is found and everybody is asked now and then: those of whom there is no list yet come first.
+  fresher one is found and everybody is asked now and then: those of whom there is no list yet come first, and every second one
+  is a node that writes. The other gives what the freshest has not.
 - With leaders (the paper, section 4.5): of a region's shards each node leads some. Those it pulls from the freshest node of the
   other regions, and from one other there; a shard that somebody else leads it pulls from its leader only. And a leader asks its
   own region, too: that is where its region's writers are.
@@ -25,7 +26,6 @@ from p2p.membership import HOLDER_ROLES
 from p2p.pull import Pull
 from p2p.rounds import speaks_rounds
 from p2p.shard_versions import Mask
-from p2p.trees import Holder
 
 # Nodes of its own region that a node asks in one interval, in turn. A region of more spreads by way of several.
 MATES_MAX = 16
@@ -71,11 +71,11 @@ class Schedule:
             else:
                 self._pull_from_freshest(keyspace, sources, np.ones(keyspace.knowledge.shards, np.bool_), now)
 
-    def _sources(self, keyspace: Keyspace, now: m.Now) -> list[Holder]:
+    def _sources(self, keyspace: Keyspace, now: m.Now) -> list[m.MemberRecord]:
         """Who else holds the keyspace and lives, fit to forward or not: a writer whose links come and go has rows."""
         place = keyspace.replica.place
         return [
-            Holder(record.region, record.node)
+            record
             for record in self._core.membership.live(now.monotonic_ms)
             if record.role in HOLDER_ROLES and placement.holds(record, place)
         ]
@@ -86,7 +86,7 @@ class Schedule:
         if link is not None:
             self._pull.ask(keyspace, link, now, "interval")
 
-    def _pull_as_led(self, keyspace: Keyspace, sources: Sequence[Holder], now: m.Now) -> None:
+    def _pull_as_led(self, keyspace: Keyspace, sources: Sequence[m.MemberRecord], now: m.Now) -> None:
         options, shards = self._core.options, keyspace.knowledge.shards
         fit = self._core.membership.holders(now.monotonic_ms, keyspace.replica.place)
         leading = [holder.node for holder in fit if holder.region == options.region]
@@ -100,7 +100,7 @@ class Schedule:
             self._round(keyspace, mate, own | led.get(mate, leader < 0), now)
         self._pull_from_freshest(keyspace, [source for source in sources if source.region != options.region], own, now)
 
-    def _pull_from_freshest(self, keyspace: Keyspace, sources: Sequence[Holder], wanted: Mask, now: m.Now) -> None:
+    def _pull_from_freshest(self, keyspace: Keyspace, sources: Sequence[m.MemberRecord], wanted: Mask, now: m.Now) -> None:
         if not sources or not wanted.any():
             return
         number, rng = keyspace.replica.keyspace, self._core.rng
@@ -114,15 +114,17 @@ class Schedule:
         self._freshest[number] = freshest
         self._round(keyspace, freshest, wanted, now)
         unheard = [node for node, score in zip(nodes, scores, strict=True) if score < 0]
-        other = rng.choice(unheard or nodes)
+        # Who writes has something new more often than others.
+        writing = [source.node for source in sources if source.writers] if self._intervals % 2 else []
+        other = rng.choice(unheard or writing or nodes)
         if other != freshest:
-            self._round(keyspace, other, wanted, now)
+            self._round(keyspace, other, wanted, now, after=freshest)
 
-    def _round(self, keyspace: Keyspace, node: m.NodeId, wanted: Mask, now: m.Now) -> None:
+    def _round(self, keyspace: Keyspace, node: m.NodeId, wanted: Mask, now: m.Now, after: m.NodeId | None = None) -> None:
         link = self._core.link(node)
         if link is None or not wanted.any():
             return
         if speaks_rounds(link):
-            self._pull.rounds.begin(keyspace, link, wanted, now)
+            self._pull.rounds.begin(keyspace, link, wanted, now, after)
         else:
             self._pull.ask(keyspace, link, now, "interval")
