@@ -5,12 +5,13 @@ shards. So whatever is done for each row or shard costs that many times what was
 slower than those that they stand for, while a message stays a message. Its fixed part, and messages about members and not
 about rows, therefore count on the links as a fraction of their bytes only.
 
-A node's CPU does one thing after the other, as the daemon's one thread does. Not charged: the threads inside ZeroMQ, which run
+A node does one thing after the other, as the daemon's one thread does. What it does for rows and shards may be spread over
+several cores (shards are independent), what it does for a message is not. Not charged: the threads inside ZeroMQ, which run
 beside it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -56,11 +57,18 @@ class CostTable:
     answer_shard: float  # its use by who answers
     learn_shard: float  # merging the answer's vector
     digest_shard: float  # in each heartbeat about a model
+    # For each shard of the model, in a round by shard versions (`p2p.rounds`).
+    begin_shard: float  # message 1 at who asks, with the choice of whom to ask
+    versions_shard: float  # message 1 at who answers
+    list_shard: float  # message 2
+    wanted_shard: float  # message 3, besides `answer_shard`
+    reply_shard: float  # message 4, the last chunk
 
 
 COSTS = tuple(field.name for field in fields(CostTable))
 # Paid once, whatever a message holds; everything else of the table is paid for each row or shard.
 _ONCE = frozenset({"batch", "call", "timer", "publish", "send", "receive"})
+_ROUND = {m.VersionsWanted: "versions_shard", m.VersionList: "list_shard", m.ShardsWanted: "wanted_shard"}
 
 
 class VirtualCpus:
@@ -69,20 +77,21 @@ class VirtualCpus:
     Args:
         costs: measured.
         rows_per_row: how many rows one row stands for.
+        cores: over which work for rows and shards is spread.
         observer: told of every row that is written, and when that is done.
     """
 
-    def __init__(self, costs: CostTable, rows_per_row: float = 1.0, observer: Observer | None = None) -> None:
+    def __init__(self, costs: CostTable, rows_per_row: float = 1.0, cores: int = 1, observer: Observer | None = None) -> None:
         self.rows_per_row = rows_per_row
         self.charging = True  # off while a cluster is set up
         self.busy_ms: dict[str, float] = {}  # by node
         self.spent_ms: dict[str, float] = {}  # of all nodes together, by name of the cost
-        self._cost_ms = {name: getattr(costs, name) * (1.0 if name in _ONCE else rows_per_row) / 1e6 for name in COSTS}
+        self._cost_ms = {name: getattr(costs, name) * (1.0 if name in _ONCE else rows_per_row / cores) / 1e6 for name in COSTS}
         self._observer = observer
         self._hosts: dict[str, MeteredHost] = {}
         self._node = ""
         self._ends_ms = 0.0
-        self._encoded = 0  # stamp of the batch that was encoded last
+        self._encoded: m.Message | None = None  # once for all of its receivers, who come one after the other
 
     # --- sim_cluster.virtual.CpuModel
 
@@ -120,31 +129,41 @@ class VirtualCpus:
                 self.charge("learn_shard", message.vector.size)
             case m.Heartbeat():
                 self.charge("call")
-                replicas = self._hosts[self._node].replicas
-                known = [replicas[summary.keyspace].shards for summary in message.summaries if summary.keyspace in replicas]
-                self.charge("digest_shard", sum(known))
+                self.charge("digest_shard", sum(self._shards(summary.keyspace) for summary in message.summaries))
+            case m.VersionsWanted() | m.VersionList() | m.ShardsWanted():
+                self.charge("call")
+                self.charge(_ROUND[type(message)], self._shards(message.keyspace))
+            case m.ShardsReply():
+                self.charge("call")
+                self.charge("check_row", _rows(message.columns))
+                self.charge("reply_shard", self._shards(message.keyspace) * message.last)
             case _:
                 self.charge("call")
 
+    def _shards(self, keyspace: int) -> int:
+        replica = self._hosts[self._node].replicas.get(keyspace)
+        return 0 if replica is None else replica.shards
+
     def sending(self, node: str, message: m.Message) -> None:
         self.charge("send")
+        if message is self._encoded:
+            return
+        self._encoded = message
         match message:
-            case m.Batch() if message.origin == node and message.stamp != self._encoded:
-                self._encoded = message.stamp  # once for all of its receivers
+            case m.Batch() if message.origin == node:
                 self.charge("encode_row", _rows(message.columns))
                 self.charge("claim", len(message.claims.shards))
-            case m.PullReply():
+            case m.PullReply() | m.ShardsReply():
                 self.charge("encode_row", _rows(message.columns))
             case m.PullRequest():
                 self.charge("ask_shard", message.vector.size)
+            case m.VersionsWanted():
+                self.charge("begin_shard", self._shards(message.keyspace))
 
     def bytes_of(self, message: m.Message, frames: Sequence[bytes]) -> float:
-        fixed, columns = sum(map(len, frames[:2])), sum(map(len, frames[2:]))
-        return (
-            (fixed + columns) / self.rows_per_row
-            if isinstance(message, _ABOUT_MEMBERS)
-            else fixed / self.rows_per_row + columns
-        )
+        total = sum(map(len, frames))
+        columns = 0 if isinstance(message, _ABOUT_MEMBERS) else min(total, _column_bytes(message))
+        return columns + (total - columns) / self.rows_per_row
 
     # --- accounts
 
@@ -234,6 +253,17 @@ class MeteredReplica:
     def _charge_walk(self, chosen: Sequence[Selection]) -> None:
         self._cpus.charge("walk_entry", self._model.cache_stats().cached)
         self._cpus.charge("select_row", sum(len(selection.slots) for selection in chosen))
+
+
+def _column_bytes(part: object) -> int:
+    """Bytes of the arrays in a message: what grows with rows and shards."""
+    if isinstance(part, np.ndarray):
+        return part.nbytes
+    if isinstance(part, tuple):
+        return sum(_column_bytes(item) for item in part)
+    if is_dataclass(part):
+        return sum(_column_bytes(getattr(part, field.name)) for field in fields(part) if field.name != "body")
+    return 0
 
 
 def _rows(columns: Sequence[RowColumns]) -> int:

@@ -10,6 +10,7 @@ u(t), the chance that the row now there was not updated yet, obeys u' = -a u + d
 are the integral of a u. `skewed` and `hostile` solve that for the parameters they are free to choose.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +29,9 @@ HOSTILE_SHARES = ((600.0, 0.58),)
 # be updated now and then, so it is flatter.
 SKEWED_EXPONENT = 0.8
 HOSTILE_EXPONENT = 0.5
-# How much the rate of updates varies from second to second: the standard deviation of its logarithm. A guess.
+# How much the rate of updates varies: the standard deviation of its logarithm, and for how long it remembers. Guesses.
 BURSTS = 0.3
+BURST_S = 10.0
 _HALVINGS = 32
 
 
@@ -66,6 +68,13 @@ class Trace:
             keys = self.keys[self.starts[step] : self.starts[step + 1]]
             if len(keys):
                 yield (step - first) * self.options.step_ms, keys.astype(np.uint64)
+
+    def typical_s(self, duration_s: float, after_s: float = 0.0) -> float:
+        """The first second of the part of this length whose rate of updates is nearest that of the whole trace."""
+        per_second = np.diff(self.starts[:: 1_000 // self.options.step_ms])
+        length, first = int(duration_s), int(after_s)
+        updates = np.convolve(per_second[first:], np.ones(length), "valid")
+        return float(first + np.abs(updates / length - per_second.mean()).argmin())
 
     def share_changed(self, begin_s: float, end_s: float) -> float:
         """Which part of the table's rows changes in a part of the trace."""
@@ -135,11 +144,14 @@ def record(options: TraceOptions) -> Trace:
     cumulated = np.cumsum(_weights(options))
     per_second = 1_000 // options.step_ms
     steps: list[NDArray[np.uint32]] = []
+    level = rng.normal(0.0, BURSTS)  # logarithm of the rate, an autoregressive process
+    kept = math.exp(-1.0 / BURST_S)
     for _ in range(int(options.duration_s)):
         swapped = np.flatnonzero(rng.random(options.working_set) < options.swaps_per_s)
         for rank, other in zip(swapped.tolist(), rng.integers(0, options.rows, len(swapped)).tolist(), strict=True):
             place[rank], place[other] = place[other], place[rank]
-        rate = options.updates_per_s * rng.lognormal(-(BURSTS**2) / 2, BURSTS)
+        level = kept * level + rng.normal(0.0, BURSTS * math.sqrt(1.0 - kept**2))
+        rate = options.updates_per_s * math.exp(level - BURSTS**2 / 2)
         for count in rng.poisson(rate / per_second, per_second).tolist():
             ranks = np.searchsorted(cumulated, rng.random(count) * cumulated[-1])
             steps.append(np.unique(place[ranks]))

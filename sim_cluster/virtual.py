@@ -230,7 +230,7 @@ class VirtualCluster:
         self.cut: set[tuple[str, str]] = set()  # one-way: nothing passes from the first to the second
         self._make_machine = make_machine
         self._rng = random.Random(seed)
-        self._network = Network(self._rng)
+        self.network = Network(self._rng)
         self._queue: list[tuple[int, int, Callable[[], None]]] = []
         self._submitted = 0
         self._requests = 0
@@ -250,7 +250,7 @@ class VirtualCluster:
     @property
     def drained_ms(self) -> int:
         """When everything that is on its way now will have come."""
-        return self._network.latest_ms
+        return self.network.latest_ms
 
     # --- nodes
 
@@ -281,6 +281,7 @@ class VirtualCluster:
         node.held.clear()
         node.waiting.clear()
         node.waiting_local.clear()
+        node.busy_until_ms = 0.0
         self._timer_ms.pop(name, None)
 
     def kill_within(self, name: str, steps: int) -> None:
@@ -592,7 +593,7 @@ class VirtualCluster:
             return True  # lost on the way, which the sender cannot know
         shared = self._share(envelope, message)
         leaves_ms = self.now_ms if self.cpu is None else self.cpu.ends_ms
-        arrivals = self._network.arrivals(self.options, link, regions, shared.size, leaves_ms)
+        arrivals = self.network.arrivals(self.options, link, regions, shared.size, leaves_ms)
         if arrivals is None:
             return False
         if self.meter is not None:

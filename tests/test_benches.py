@@ -28,6 +28,7 @@ KEYS = {
     },
     "membership": {"detect_s_100", "detect_s_100_loss_50pct", "false_suspicions", "idle_bytes_per_s"},
     "latency": {"p50_ms", "p99_ms", "wan_excess_p99_ms"},
+    "ablation": {"mean_ms", "p99_ms", "max_ms", "hostile"},
     "sync-cost": {"ratio_10m_to_1m", "vs_scan", "metadata_bytes_per_row", "memory_bytes_per_row"},
 }
 
