@@ -40,7 +40,7 @@ ROWS, ROWS_QUICK = 200_000, 4_000
 TRACE_S = 1_200.0
 WINDOW = Window(after_s=600, warm_s=8, measured_s=24, drain_s=600)
 WINDOW_HOSTILE = Window(after_s=600, warm_s=3, measured_s=9, drain_s=300)
-WINDOW_QUICK = Window(after_s=600, warm_s=1, measured_s=2, drain_s=30)
+WINDOW_QUICK = Window(after_s=600, warm_s=1, measured_s=5, drain_s=20)
 # Without load: steps of 100 rows, 10 a second, each row counting as itself.
 UNLOADED = TraceOptions(10_000, 3, 500.0, 10_000, HOSTILE_EXPONENT, 0.0, duration_s=30)
 WINDOW_UNLOADED = Window(after_s=0, warm_s=5, measured_s=25, drain_s=10)

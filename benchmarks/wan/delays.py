@@ -76,6 +76,8 @@ class Delays:
         chosen = (committed >= begin_ms) & (committed < end_ms)
         missing = chosen & (self._shown[: self._count] < self._replicas)
         delays = np.where(missing, now_ms, self._visible_ms[: self._count])[chosen] - committed[chosen]
+        if not len(delays):
+            return Summary(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
         third = max(1, len(delays) // 3)
         return Summary(
             len(delays),
