@@ -37,18 +37,27 @@ def show(result: dict[str, object], console: Console) -> None:
     targets = common.targets(name)
     summary = Table("figure", "measured", "target", "", title=f"{name} ({environment['commit']}, {environment['cores']} cores)")
     for figure, value in figures.items():
-        if isinstance(value, list):
+        if isinstance(value, list | dict):
             continue
         target = targets.get(figure, "")
         verdict = "" if not target or environment["quick"] else _verdict(value, target)
         summary.add_row(figure, _number(value), target, verdict)
     console.print(summary)
-    for figure, cells in figures.items():
-        if isinstance(cells, list) and cells:
+    for figure, value in figures.items():
+        cells = _cells(value)
+        if cells:
             grid = Table(*cells[0], title=figure)
             for cell in cells:
                 grid.add_row(*(_number(value) for value in cell.values()))
             console.print(grid)
+
+
+def _cells(value: object) -> list[dict[str, object]]:
+    """The rows of a grid: a figure may be a list of them, or a dictionary of values or of rows."""
+    if isinstance(value, dict):
+        rows = all(isinstance(row, dict) for row in value.values())
+        return [{"": name, **row} for name, row in value.items()] if rows else [value]
+    return value if isinstance(value, list) else []
 
 
 def _verdict(value: float | None, target: str) -> str:
