@@ -26,10 +26,10 @@ from p2p.sync import PUSH, SHARD_VERSIONS, SyncOptions
 from sim_cluster.costs import CostTable
 from sim_cluster.virtual import NetworkOptions, VirtualCluster
 
-ROUNDS = 15
+ROUNDS = 9
 WRITER = 1
 TABLE = TableSpec("rows", 36)
-ROWS, ROWS_QUICK = 500_000, 20_000
+ROWS, ROWS_QUICK = 400_000, 20_000
 BATCH = 10_000
 SHARDS = 8_192
 
@@ -37,8 +37,9 @@ SHARDS = 8_192
 def calibrate(quick: bool) -> CostTable:
     """Measure everything; a table of 20,000 rows when quick."""
     rows, shards = _rows(ROWS_QUICK if quick else ROWS), _shards()
-    once = _messages(steps=50 if quick else 400)
-    rounds = _rounds(256 if quick else 1_024, 10 if quick else 40, shards["answer_shard"])
+    nodes = 9 if quick else 30
+    once = _messages(nodes, steps=50 if quick else 200)
+    rounds = _rounds(nodes, 256 if quick else 1_024, 20, shards["answer_shard"])
     send, receive = _socket()
     return CostTable(
         batch=once["batch"],
@@ -81,12 +82,13 @@ def _rows(total: int) -> dict[str, float]:
     # Other rows each time would have to be drawn within the time that is measured; these lie too far apart to stay cached.
     chosen = _columns(rng.choice(keys, BATCH, replace=False))
     everything = np.zeros((model.shards, WRITERS_MAX), np.uint64)
-    behind = everything.copy()
-    behind[:, WRITER] = 1 << 12 | WRITER
     ahead = everything + (1 << 62)
     apply_row = _best(apply, BATCH)
+    behind = everything.copy()
+    behind[:, WRITER] = stamp - (1 << 12)  # it lacks the last step only
     slots = model.changed_since(behind)[0].slots
     assert len(slots) == BATCH, f"{len(slots)} rows changed, not {BATCH}"
+    assert model.cache_stats().misses == 0
     scan_row = _best(lambda: model.scan_since(ahead), total)
     walked = model.cache_stats().cached
     walk_entry = _best(lambda: model.changed_since(ahead), walked)
@@ -165,11 +167,11 @@ class _TimedMachine(Machine):
         return effects
 
 
-def _timed_cluster(shards: int, sync: SyncOptions, steps: int) -> dict[str, float]:
-    """Medians of the machine's own time, by kind of event, in a cluster of 30 that publishes steps of one row."""
+def _timed_cluster(nodes: int, shards: int, sync: SyncOptions, steps: int) -> dict[str, float]:
+    """Medians of the machine's own time, by kind of event, in a cluster that publishes steps of one row."""
     model = ModelSpec("calibration", shards, {"rows": TABLE})
     cluster = VirtualCluster(1, NetworkOptions(), model, sync=sync, make_machine=_TimedMachine)
-    for number in range(30):
+    for number in range(nodes):
         cluster.add(f"n{number}", f"r{number // 3}", "serve" if number else "train", ["n0"] if number else [])
     cluster.run(5_000)
     _TimedMachine.taken.clear()
@@ -179,9 +181,9 @@ def _timed_cluster(shards: int, sync: SyncOptions, steps: int) -> dict[str, floa
     return {kind: float(np.median(times)) for kind, times in _TimedMachine.taken.items()}
 
 
-def _rounds(more: int, steps: int, answer_shard: float) -> dict[str, float]:
+def _rounds(nodes: int, more: int, steps: int, answer_shard: float) -> dict[str, float]:
     """Costs for each shard of the model in rounds by shard versions: what more shards cost more."""
-    few, many = (_timed_cluster(shards, SHARD_VERSIONS, steps) for shards in (64, 64 + more))
+    few, many = (_timed_cluster(nodes, shards, SHARD_VERSIONS, steps) for shards in (64, 64 + more))
 
     def slope(kind: str) -> float:
         return max(0.0, (many[kind] - few[kind]) / more)
@@ -195,9 +197,9 @@ def _rounds(more: int, steps: int, answer_shard: float) -> dict[str, float]:
     }
 
 
-def _messages(steps: int) -> dict[str, float]:
+def _messages(nodes: int, steps: int) -> dict[str, float]:
     """Costs for each message, whatever it holds."""
-    taken = _timed_cluster(64, PUSH, steps)
+    taken = _timed_cluster(nodes, 64, PUSH, steps)
     calls = [taken[kind] for kind in ("Heartbeat", "Ack") if kind in taken]
     batch = m.Batch(1, "n0", "r0", WRITER, 1, 1 << 12 | WRITER, 0, 1, _ONE_CLAIM, (_columns(np.ones(1, np.uint64)),))
     sealed = wire.seal(batch)
