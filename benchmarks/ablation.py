@@ -93,7 +93,7 @@ def run(quick: bool) -> dict[str, object]:
         calm = _replay_all(NAMES, trace, window, bed, costs, bed.wan(), "skewed", begin)
         wild = _replay_all(NAMES_QUICK if quick else NAMES, other, window_hostile, bed, costs, bed.wan(), "hostile", begin)
         half = _replay_all(
-            HALF_RATE, trace, WINDOW_QUICK if quick else WINDOW_HALF_RATE, bed, costs, bed.wan(SLOW_REGION), "half rate", begin
+            () if quick else HALF_RATE, trace, WINDOW_HALF_RATE, bed, costs, bed.wan(SLOW_REGION), "half rate", begin
         )
     unloaded = replay(
         SYSTEMS["push"],

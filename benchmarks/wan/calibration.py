@@ -177,7 +177,7 @@ def _timed_cluster(nodes: int, shards: int, sync: SyncOptions, steps: int) -> di
     _TimedMachine.taken.clear()
     for step in range(steps):
         cluster.publish("n0", "rows", [step], 1.0)
-        cluster.run(20)
+        cluster.run(50)
     return {kind: float(np.median(times)) for kind, times in _TimedMachine.taken.items()}
 
 
