@@ -127,10 +127,14 @@ class LocalEndpoint:
             if self._socket is None:
                 return True
             try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                client = part = self._socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return True
-            self._serve_one(parts[0].bytes, [part.buffer for part in parts[1:]])
+            frames: list[memoryview] = []
+            while part.more:  # `recv_multipart` asks the socket instead, which costs 10 us a frame
+                part = self._socket.recv(zmq.NOBLOCK, copy=False)
+                frames.append(part.buffer)
+            self._serve_one(client.bytes, frames)
         return False
 
     def _serve_one(self, client: bytes, frames: list[memoryview]) -> None:

@@ -390,18 +390,24 @@ class Connection:
             raise PublishError(
                 f"a step of {size} bytes: one step may have {LOCAL_MESSAGE_BYTES_MAX}: publish it as several steps"
             )
-        if not self._socket.poll(_milliseconds_until(deadline), zmq.POLLOUT):
+        handed_over = size > COPY_BYTES_MAX
+        # Time limits of the socket: to poll it first takes an object and two calls of the system for each step.
+        self._socket.set(zmq.SNDTIMEO, _milliseconds_until(deadline))
+        try:
+            tracker = self._socket.send_multipart(frames, copy=not handed_over, track=handed_over)
+        except zmq.Again:
             raise NodeUnreachable(
                 f"no node answers at {self._address} within {timeout_s:g} s: start it (ekko node --config node.toml) "
                 "or check [node].local in its configuration"
-            )
-        handed_over = size > COPY_BYTES_MAX
-        tracker = self._socket.send_multipart(frames, copy=not handed_over, track=handed_over)
+            ) from None
         try:
-            while self._socket.poll(_milliseconds_until(deadline), zmq.POLLIN):
+            while True:
+                self._socket.set(zmq.RCVTIMEO, _milliseconds_until(deadline))
                 number, answer = decode_answer(self._socket.recv())
                 if number == self._number:
                     return answer
+        except zmq.Again:
+            pass
         except BaseException:
             self._abandon(tracker)
             raise
