@@ -274,7 +274,7 @@ class Core:
                     knowledge.note_writer(replica.writer.writer)
                 for retired in self.record.retired.values():
                     bound = self.writers.nonce_of(retired.family, retired.writer)
-                    if retired.keyspace == keyspace and retired.stage == m.DONE and not bound:
+                    if retired.keyspace == keyspace and retired.stage == m.DONE and bound in (0, retired.nonce):
                         knowledge.retire(retired.writer, retired.floor)
 
 

@@ -70,7 +70,7 @@ class NodeRecord:
     expelled: dict[int, Expulsion] = field(default_factory=dict)  # by boot
     retired: dict[tuple[int, int, int], Retired] = field(default_factory=dict)  # by (keyspace, writer, nonce)
     absent: dict[NodeId, Absent] = field(default_factory=dict)
-    _stale: bool = False  # `peers` changed since it was written down
+    _stale: bool = False  # `peers` or `absent` changed since it was written down
 
     @classmethod
     def load(cls, ledger: Ledger) -> Self:
@@ -133,8 +133,12 @@ class NodeRecord:
         self.ledger.save(msgpack.packb(state))
         self._stale = False
 
+    def note_change(self) -> None:
+        """Something changed that may be written down with the next `save_peers`."""
+        self._stale = True
+
     def save_peers(self) -> None:
-        """Write down who was met and who parted since the last time; to be called now and then.
+        """Write down who was met, who parted and who is away since the last time; to be called now and then.
 
         A crash in between forgets the last of them; the first few, one of whom is enough to find the others, are written down
         at once. In a start of many, a write for each message that introduces somebody would take longer than all else.

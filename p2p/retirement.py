@@ -91,10 +91,9 @@ class Retirement:
         """Returns how many writers are retired with it."""
         core = self._core
         expulsion = m.Expulsion(absent.node, absent.boot, absent.boot_ms)
+        # The family's own number is a keyspace's where it has one partition; else whoever holds some puts in theirs (`learn`).
         retired = [
-            m.Retired(keyspace.replica.keyspace, writer.keyspace, writer.writer, writer.nonce, FROZEN)
-            for writer in absent.writers
-            for keyspace in core.families.get(writer.keyspace, ())
+            m.Retired(writer.keyspace, writer.keyspace, writer.writer, writer.nonce, FROZEN) for writer in absent.writers
         ]
         core.note("node_expelled", alarm=True, node=absent.node, why=why, writers=len(absent.writers))
         self.learn(m.Retirements((expulsion,), tuple(retired)), None, now)
@@ -143,13 +142,18 @@ class Retirement:
             absent = record.absent.get(expulsion.node)
             if absent is not None and absent.boot == expulsion.boot:
                 del record.absent[expulsion.node]
-        changed = [retired for retired in told.retired if self._merge(retired)]
+        own = [
+            m.Retired(keyspace.replica.keyspace, retired.family, retired.writer, retired.nonce, FROZEN)
+            for retired in told.retired
+            for keyspace in core.families.get(retired.family, ())
+        ]
+        changed = [retired for retired in (*told.retired, *own) if self._merge(retired)]
         if not new and not changed:
             return
         record.save()
         core.retired_digest = digest_of(record)
         self._pull.abandon_all("what was retired has changed")
-        self._tell(told, source, now)
+        self._tell(m.Retirements(tuple(new), tuple(changed)), source, now)
         for expulsion in new:
             self._drop(expulsion)
         if record.is_expelled():
@@ -212,7 +216,8 @@ class Retirement:
         if _above(self._held(keyspace, retired.writer), retired.floor):
             self._start_over(now, f"this node holds more of writer {retired.writer} than was left of it when it was retired")
         elif retired.stage == DONE:
-            core.writers.release(retired.family, retired.writer, retired.nonce)
+            if retired.keyspace == retired.family:  # of a family in partitions we may not know who is done with the others
+                core.writers.release(retired.family, retired.writer, retired.nonce)
             keyspace.knowledge.retire(retired.writer, retired.floor)
 
     def start(self, now: m.Now) -> None:
@@ -382,7 +387,7 @@ class Retirement:
             del record.absent[node]
             changed = True
         if changed:
-            record.save()
+            record.note_change()
 
 
 def digest_of(record: NodeRecord) -> int:

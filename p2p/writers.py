@@ -46,7 +46,7 @@ class WriterBook:
         self._rng = rng
         self._retired = dict.fromkeys((one.family, one.writer, one.nonce) for one in record.retired.values())
         for one in record.retired.values():
-            if one.stage == DONE:
+            if one.stage == DONE and one.keyspace == one.family:
                 self.release(one.family, one.writer, one.nonce)
 
     # --- the cluster

@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
 from p2p.knowledge import Knowledge
+from p2p.ledger import NodeRecord
 from p2p.membership import Membership
 from p2p.pull import Pull
 from p2p.retirement import Retirement
 from p2p.writers import WriterBook
+from sim_cluster.checkers import check_converged
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import at_rest, form
 from tests.p2p.retirement_chaos import (
@@ -77,7 +80,6 @@ def old_knowledge_comes_back(patch: pytest.MonkeyPatch) -> None:
 
 def a_new_life_is_a_new_node(patch: pytest.MonkeyPatch) -> None:
     """An expelled node that restarts on its old memory is taken for somebody else."""
-    from p2p.ledger import NodeRecord
 
     def is_expelled(self: Any) -> bool:
         return self.lives[-1] in self.expelled
@@ -201,3 +203,44 @@ def test_a_node_that_died_as_it_learned_of_its_expulsion_starts_over_when_it_sta
     assert any(note.name == "started_over" for note in cluster.nodes["t2"].notes)
     cluster.cut = set()
     at_rest(cluster)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_writer_is_retired_in_every_partition(seed: int) -> None:
+    """The operator asks a node that holds one of two; each is settled among its holders."""
+    model = ModelSpec("ctr", 8, {"item": TableSpec("item", 4)}, partitions=2)
+    cluster = VirtualCluster(seed, model=model)
+    for name, region, role, hold in (
+        ("t1", "train", "train", (0, 1)),
+        ("eu1", "eu", "serve", (0,)),
+        ("eu2", "eu", "serve", (1,)),
+        ("us1", "us", "serve", (0,)),
+        ("us2", "us", "serve", (1,)),
+        ("t2", "us", "train", (0, 1)),
+    ):
+        cluster.add(name, region, role, [] if name == "t1" else ["t1"], hold={"ctr": hold})
+    formed(cluster)
+    for name in ("t1", "t2"):
+        assert cluster.run_until(lambda name=name: cluster.publish(name, "item", range(40), 1.0) != 0, 20_000)  # type: ignore[misc]
+    cluster.run(5_000)
+    assert check_converged(cluster) == ""
+    cluster.crash("t2")
+    cluster.run(10_000)
+    expel(cluster, "t2", "us1")
+    del cluster.nodes["t2"]
+
+    def done() -> bool:
+        for node in cluster.nodes.values():
+            assert node.machine is not None
+            core = node.machine._core
+            held = [retired for retired in core.record.retired.values() if retired.keyspace in core.keyspaces]
+            if len(held) != len(core.keyspaces) or any(retired.stage != m.DONE for retired in held):
+                return False
+        return True
+
+    assert cluster.run_until(done, 60_000), "a partition is not done with the writer"
+    cluster.run(5_000)
+    assert check_converged(cluster) == ""
+    assert cluster.publish("t1", "item", range(20), 2.0)
+    cluster.run(2_000)
+    assert check_converged(cluster) == ""
