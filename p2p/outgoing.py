@@ -99,10 +99,9 @@ class Outgoing:
         line = self._lines.get(address)
         if line is None and (shared is None or shared.job is None):
             return self._hand_over(address, _Waiting(plain, size, envelope, shared))
-        if line is None:
-            line = self._lines[address] = _Line()
-        if line.bytes + size > WAITING_BYTES_MAX:
+        if (0 if line is None else line.bytes) + size > WAITING_BYTES_MAX:
             return False
+        line = self._lines.setdefault(address, line or _Line())
         line.messages.append(_Waiting(plain, size, envelope, shared))
         line.bytes += size
         if shared is not None and shared.job is not None:

@@ -23,6 +23,7 @@ from ekko.errors import ModelError, NodeUnreachable, PublishError
 from ekko.local import REOPEN, Connection, Failed, PublishStep, Stored
 from ekko.metrics import COUNTERS, UPDATE_DELAY
 from ekko.model import table_id
+from p2p.compression import TRIALS_MIN
 from p2p.replica import RowColumns
 from sim_cluster.demo.verify import contents
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, free_ports, wait_until
@@ -136,6 +137,18 @@ def test_rows_that_compress_go_compressed_to_another_region(pair: LocalCluster) 
     assert payload >= 4 * keys.size * (8 + 64)
     assert counters["compression_bytes_saved"] - before["compression_bytes_saved"] > 0.6 * payload  # keys are not all alike
     assert serve.status()["rejected"] == {}
+
+
+def test_rows_that_hardly_compress_are_left_alone_after_a_few_trials(pair: LocalCluster) -> None:
+    train, keys = pair["train-1"], np.arange(1_000, dtype=np.uint64)
+    before = train.status()["counters"]
+    with ekko.Publisher(train.local, model="noise", tables={"item": 64}) as publisher:
+        for _ in range(30):
+            stamp = publisher.publish("item", keys, np.random.default_rng(0).standard_normal((1_000, 64), dtype=F32))
+        publisher.wait(stamp, "all")
+    counters = train.status()["counters"]
+    tried = sum(counters[f"compression_{name}"] - before[f"compression_{name}"] for name in ("messages", "in_vain"))
+    assert TRIALS_MIN <= tried <= TRIALS_MIN + 5  # and now and then again
 
 
 def test_nodes_that_name_different_codecs_refuse_each_other_in_one_line(tmp_path: Path) -> None:
