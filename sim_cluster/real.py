@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from ekko.errors import ConfigError, EkkoError
 from ekko.store import layout
+from ekko.store.index import shards_of
 from ekko.train.publisher import Publisher
 from p2p.sync import PRESETS, PUSH
 from sim_cluster.demo.verify import Contents, contents, difference
 from sim_cluster.network import NetworkOptions
-from sim_cluster.processes import LocalCluster, NodeProcess, NodeProcessError, NodeSpec, wait_until
+from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeProcessError, NodeSpec, wait_until
 from sim_cluster.scenario import NETWORK, FaultEvent, Scenario
 
 # A kill comes in the middle of whatever a process does, wanted or not.
@@ -75,11 +77,15 @@ def run_real(scenario: Scenario, seed: int) -> dict[str, Any]:
     regions = sorted({node.region for node in scenario.nodes})
     pairs = {f"{a}/{b}": float(scenario.network.region_delay_ms) for a in regions for b in regions if a < b}
     pairs |= {pair: float(link.delay_ms + scenario.network.region_delay_ms) for pair, link in scenario.network.links.items()}
-    specs = [NodeSpec(node.name, node.region, node.role) for node in scenario.nodes]
+    load, holds = scenario.workload, scenario.holds(seed)
+    model = ModelTables(TABLES, load.shards, codec=load.codec, partitions=load.partitions)
+    specs = [
+        NodeSpec(node.name, node.region, node.role, {MODEL: holds[node.name][load.model_names[0]]}) for node in scenario.nodes
+    ]
     delays = {pair: delay for pair, delay in pairs.items() if delay}
     with (
         tempfile.TemporaryDirectory(prefix="ekko-sim-") as folder,
-        LocalCluster(Path(folder), specs, delays_ms=delays) as cluster,
+        LocalCluster(Path(folder), specs, models={MODEL: model}, delays_ms=delays) as cluster,
     ):
         cluster.start()
         run = _Run(scenario, cluster, seed)
@@ -150,9 +156,15 @@ class _Run:
                 if name == table and stamps.get(key, 0) < stamp:
                     return f"the training node lost stamp {stamp} of {table} {key}, which it had acknowledged"
         for node in self._cluster.nodes.values():
-            if node is not self._trainer and (found := difference(reference, _rows_of(node))):
+            due = {table: rows[np.isin(self._partition_of(rows), node.spec.hold[MODEL])] for table, rows in reference.items()}
+            if node is not self._trainer and (found := difference(due, _rows_of(node))):
                 return f"{node.id} differs from {self._trainer.id}: {found}"
         return ""
+
+    def _partition_of(self, rows: NDArray[np.void]) -> NDArray[np.int64]:
+        shards = np.empty(len(rows), np.int64)
+        shards_of(np.ascontiguousarray(rows["key"]), self._scenario.workload.shards, shards)
+        return shards % self._scenario.workload.partitions
 
     def _publish(self) -> None:
         load, rng = self._scenario.workload, self._rng

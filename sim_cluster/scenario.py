@@ -37,12 +37,14 @@ KINDS: Final = {
     "one-way": "nothing passes from it to the node `other`, while it hears that one",
     "split": "nothing passes between its region and the others",
     "clock": "its wall clock is `amount_ms` ahead",
+    "hold": "it is started again and holds other partitions from then on, which `amount` draws",
 }
 NETWORK: Final = "network"  # the kind that stands for loss, delays and the like
 # A swarm draws so many faults of each kind in so long; a longer run has more.
 COUNTS: Final = (0, 0, 1, 2, 4)
 COUNTS_MS: Final = 20_000
 SHORT_QUEUES: Final = 0.25
+HOLD: Final = "hold"
 TIMES_MAX: Final = 10_000
 
 
@@ -136,7 +138,7 @@ class Scenario:
         serving = [node.name for node in self.nodes if node.role != "train"]
         drawn = {node.name: dict.fromkeys(self.workload.model_names, everything) for node in self.nodes}
         for model in self.workload.model_names if self.workload.hold == "random" else ():
-            held = {name: {rng.choice(everything), *(p for p in everything if rng.random() < 0.4)} for name in serving}
+            held = {name: draw_hold(len(everything), rng) for name in serving}
             for partition in everything:
                 if serving and not any(partition in one for one in held.values()):
                     held[rng.choice(serving)].add(partition)
@@ -149,6 +151,11 @@ class Scenario:
         return draw_faults(self, seed) if self.swarm else Faults(self.network, self.events)
 
 
+def draw_hold(partitions: int, rng: random.Random) -> set[int]:
+    """Some partitions, at least one."""
+    return {rng.randrange(partitions), *(partition for partition in range(partitions) if rng.random() < 0.4)}
+
+
 def draw_faults(scenario: Scenario, seed: int) -> Faults:
     """Each kind of fault on or off, and as strong as chance has it."""
     rng = random.Random(f"faults of {seed}")
@@ -158,7 +165,7 @@ def draw_faults(scenario: Scenario, seed: int) -> Faults:
     events = [
         event
         for kind in KINDS
-        if kind in scenario.kinds
+        if kind in scenario.kinds and (kind != HOLD or scenario.workload.hold == "random")
         for _ in range(sum(rng.choice(COUNTS) for _ in range(rounds)))
         for event in _draw_event(scenario, kind, rng)
     ]
@@ -204,6 +211,8 @@ def _draw_event(scenario: Scenario, kind: str, rng: random.Random) -> list[Fault
         amount = rng.randint(-most, most)
     elif kind == "kill":
         amount = rng.randrange(KILL_STEPS_MAX)
+    elif kind == HOLD:
+        amount = rng.randrange(1 << 16)
     at_ms, for_ms, times, every_ms = rng.randrange(scenario.duration_ms), int(rng.expovariate(1 / 3_000)) + 1, 1, 0
     if rng.random() < 1 / 6:
         for_ms, times = rng.randint(20, 1_500), rng.randint(3, 10)
@@ -369,7 +378,7 @@ def _events(item: Any, nodes: set[str]) -> list[FaultEvent]:
             raise ConfigError(f"[[faults]] node {name!r} does not exist: nodes are {', '.join(sorted(nodes)[:12])}")
     if other and kind != "one-way":
         raise ConfigError(f"[[faults]] {kind} of {node!r} has no other node: remove `other`, or use kind one-way")
-    amount = "amount" if kind == "kill" else "amount_ms"
+    amount = "amount" if kind in ("kill", HOLD) else "amount_ms"
     event = FaultEvent(
         int(1000 * section.number("at_s", 0.0, 0, 86_400)),
         kind,

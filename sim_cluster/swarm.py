@@ -24,7 +24,7 @@ from p2p.stamps import writer_of
 from p2p.sync import PRESETS
 from sim_cluster.checkers import Watch
 from sim_cluster.network import NetworkOptions
-from sim_cluster.scenario import FaultEvent, Faults, Scenario
+from sim_cluster.scenario import FaultEvent, Faults, Scenario, draw_hold
 from sim_cluster.version_watch import VersionWatch
 from sim_cluster.virtual import Meter, VirtualCluster, VirtualNode
 
@@ -366,6 +366,11 @@ class _Run:
                     return  # it is down already
                 cluster.crash(event.node)
                 undo = lambda: self._start_again(event.node, keep_state=event.kind == "crash")  # noqa: E731
+            case "hold":
+                if node.machine is None or node.role == "train":  # who writes everything holds everything
+                    return
+                cluster.crash(event.node)
+                undo = lambda: self._hold_otherwise(event.node, event.amount)  # noqa: E731
             case "pause":
                 if node.machine is None or node.paused:
                     return
@@ -389,6 +394,13 @@ class _Run:
                 cluster.cut |= cut
                 undo = lambda: cluster.cut.difference_update(cut)  # noqa: E731
         self._ends.append((event.at_ms + event.for_ms, len(self._ends), undo))
+
+    def _hold_otherwise(self, name: str, amount: int) -> None:
+        node, rng = self.cluster.nodes[name], random.Random(f"{name} holds {amount}")
+        if node.machine is None:
+            models = self.cluster.models.values()
+            node.hold = {spec.name: tuple(sorted(draw_hold(spec.partitions, rng))) for spec in models}
+            self.cluster.restart(name)
 
     def _end_kill(self, name: str) -> None:
         """Start again who was killed; who did too little to be killed in the middle of it is killed now."""

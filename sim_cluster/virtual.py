@@ -298,15 +298,17 @@ class VirtualCluster:
         self.crash(name)
 
     def restart(self, name: str, keep_state: bool = True) -> None:
-        """Start a killed node again, with its memory or, as after a reboot, without; its disk (ledger) stays."""
+        """Start a killed node again, with its memory or, as after a reboot, without; its disk (ledger) stays.
+
+        It holds what its `hold` says by now.
+        """
         node = self.nodes[name]
-        if keep_state:
-            node.store = node.store.reopened()
-        else:
-            node.store = Store.anonymous()
+        before = node.store
+        node.store = before.reopened().narrowed(node.hold) if keep_state else Store.anonymous()
+        if not keep_state or any(model.hold != before.models[name].hold for name, model in node.store.models.items()):
             node.losses += 1
             # What only this node held is gone; no protocol can promise it (R21: memory, not disk).
-            held = [self._stamps_held(other) for other in self.nodes.values() if other is not node]
+            held = [self._stamps_held(other) for other in self.nodes.values()]
             self.history = [w for w in self.history if any(one.get(self._key_of(w), 0) >= w.stamp for one in held)]
         self._boot(node)
 

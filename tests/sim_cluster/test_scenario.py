@@ -124,6 +124,8 @@ def test_a_failure_keeps_only_the_faults_it_needs(monkeypatch: pytest.MonkeyPatc
             "every_s must be longer",
         ),
         ("[scenario]\nsync = 'gossip'\n[regions]\neu = { train = 1, serve = 1 }", "sync 'gossip' is not one of vector, cache"),
+        ("[regions]\neu = { train = 1, serve = 1 }\n[workload]\npartitions = 9", "more than its 8 shards"),
+        ("[regions]\neu = { train = 1, serve = 1 }\n[workload]\nhold = [0]", "expected 'all' or 'random'"),
         ("[fault]\nx = 1\n[regions]\neu = { train = 1, serve = 1 }", "[fault] is not understood"),
         ("regions = [", "is not TOML"),
     ],
