@@ -14,7 +14,7 @@ from ekko.errors import ConfigError
 from p2p import knowledge
 from p2p.sync import PRESETS
 from sim_cluster.real import check_feasible, run_real
-from sim_cluster.scenario import KINDS, FaultEvent, Faults, draw_faults, load_scenario
+from sim_cluster.scenario import HOLD, KINDS, FaultEvent, Faults, draw_faults, load_scenario
 from sim_cluster.swarm import minimise, run_virtual
 
 ROOT = Path(__file__).parent.parent.parent
@@ -80,7 +80,9 @@ def test_seeds_draw_different_faults() -> None:
     scenario = load_scenario(SWARM)
     drawn = [draw_faults(scenario, seed) for seed in range(40)]
     assert drawn[0] == draw_faults(scenario, 0)
-    assert {event.kind for faults in drawn for event in faults.events} == set(KINDS)
+    assert {event.kind for faults in drawn for event in faults.events} == set(KINDS) - {HOLD}
+    divided = load_scenario(ROOT / "scenarios/partitions.toml")
+    assert {event.kind for seed in range(40) for event in divided.faults(seed).events} == set(KINDS)
     assert all((event.other != "") == (event.kind == "one-way") for faults in drawn for event in faults.events)
     assert 0 < sum(faults.network.loss_probability > 0 for faults in drawn) < 40
 
