@@ -52,7 +52,7 @@ class Counters:
     batches_skipped: int = 0  # not forwarded to a child: no credit, no link, or refused by the transport
     batches_repeated: int = 0
     batches_circling: int = 0  # dropped at the hop limit
-    batches_unknown: int = 0  # of a keyspace whose schema had not arrived yet
+    batches_unknown: int = 0  # of a keyspace whose schema had not arrived yet, or of a partition that is not held here
     rows_written: int = 0
     rows_stale: int = 0
     gaps: int = 0
