@@ -15,7 +15,7 @@ from ekko.codec import encode, rounded
 from ekko.errors import ModelError, StoreError
 from ekko.model import CODECS, DENSE_DIM, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
 from ekko.serve.reader import Reader
-from ekko.store import Store
+from ekko.store import Store, layout
 from ekko.store.model_store import ModelStore
 from p2p.replica import RowColumns
 
@@ -121,7 +121,7 @@ def test_rows_of_every_codec_are_decoded(store: Store, run_dir: Path, codec: str
     model.apply([RowColumns(table.id, gone, np.empty((0, table.row_bytes), np.uint8))], 11)
     expected, stamps = rounded(codec, rows), np.full(count, 10, np.uint64)
     expected[[2, 500]], stamps[[2, 500]] = 0, 0
-    asked = np.append(keys, [1, 2**64 - 1]).astype(np.uint64)  # two that are absent
+    asked = np.append(keys, np.array([1, 2**64 - 1], np.uint64))  # two that are absent
     order = np.random.default_rng(1).permutation(len(asked))
     expected = np.concatenate([expected, np.zeros((2, dim), np.float32)])[order]
     out = np.full((len(asked), dim), np.nan, np.float32)
@@ -129,7 +129,7 @@ def test_rows_of_every_codec_are_decoded(store: Store, run_dir: Path, codec: str
         assert reader.lookup("item", asked[order]).tobytes() == expected.tobytes()
         seen, found = reader.lookup("item", asked[order], stamps=True, out=out)
     assert seen.tobytes() == expected.tobytes()
-    assert found.tolist() == np.append(stamps, [0, 0])[order].tolist()
+    assert found.tolist() == np.append(stamps, np.zeros(2, np.uint64))[order].tolist()
 
 
 def test_out_is_written_and_returned(model: ModelStore, run_dir: Path) -> None:
@@ -269,8 +269,8 @@ def test_a_destroyed_store_and_a_closed_reader_say_so(store: Store, model: Model
 
 def test_another_layout_is_refused(store: Store, model: ModelStore, run_dir: Path) -> None:
     manifest = run_dir / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"layout_version": 1', '"layout_version": 2'))
-    with pytest.raises(StoreError, match="layout 2, this reader 1"):
+    manifest.write_text(manifest.read_text().replace(f'"layout_version": {layout.LAYOUT_VERSION}', '"layout_version": 99'))
+    with pytest.raises(StoreError, match=f"layout 99, this reader {layout.LAYOUT_VERSION}"):
         Reader("ctr", run_dir)
 
 
