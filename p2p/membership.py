@@ -306,11 +306,11 @@ class Membership:
 
     def _advance(self, known: Member, record: MemberRecord, now_ms: int) -> bool:
         """The same life, perhaps later; True when its record says something new."""
-        slots = np.array([known.slot])
         newer = says_more(record, known.record)
         if record.heartbeat > known.record.heartbeat and not newer and record.version == known.record.version:
             self._keep(known, record)  # how far its writers have come
-        self.suspicion.hear(slots, np.array([record.heartbeat], np.uint64), now_ms)
+        if record.heartbeat > int(self.suspicion.beats[known.slot]):
+            self.suspicion.hear(np.array([known.slot]), np.array([record.heartbeat], np.uint64), now_ms)
         return newer
 
     def _keep(self, known: Member, record: MemberRecord) -> None:

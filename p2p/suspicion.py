@@ -11,7 +11,7 @@ whatever paths gossip takes. If arrivals were memoryless with that mean, a silen
 
 where `expected` is half the member's own interval and half the mean over all living ones, since a single member's is noisy and
 in one cluster all should be alike. PHI_MAX = 3.5 is 8 intervals: 4 s where a counter advances with each beat of 500 ms, 5 to
-7 s in a calm cluster of 100 nodes, 8 to 11 s of it where half of all messages are lost. Nobody is suspected sooner than 4 s,
+8 s in a calm cluster of 100 nodes, 9 to 13 s of it where half of all messages are lost. Nobody is suspected sooner than 4 s,
 since the mean is held above one beat. Real gossip has several paths, so its tail is far lighter than the exponential one,
 which errs on the side of patience: `scripts/bench membership` looks for false suspicions in ten minutes with 20 % loss.
 

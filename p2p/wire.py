@@ -360,7 +360,8 @@ def _pack_member(member: m.MemberRecord, version: int) -> Header:
 
 def _member(value: Header) -> m.MemberRecord:
     told = _told(value)
-    value = extend(value, _MEMBER_ADDED, told)
+    if told < PROTOCOL_VERSION:
+        value = extend(value, _MEMBER_ADDED, told)
     node, boot, boot_ms, region, role, address, heartbeat, left, writers, version, deaf, holds = value
     return m.MemberRecord(
         _text(node),
