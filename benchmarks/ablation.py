@@ -39,14 +39,15 @@ TARGETS = {
 ROWS, ROWS_QUICK = 100_000, 4_000
 TRACE_S = 1_200.0
 WINDOW = Window(after_s=600, warm_s=5, measured_s=15, drain_s=120)
-WINDOW_HOSTILE = Window(after_s=600, warm_s=3, measured_s=6, drain_s=60)
+WINDOW_HOSTILE = Window(after_s=600, warm_s=2, measured_s=4, drain_s=25)
 WINDOW_QUICK = Window(after_s=600, warm_s=1, measured_s=5, drain_s=20)
 # Without load: steps of 100 rows, 10 a second, each row counting as itself.
 UNLOADED = TraceOptions(10_000, 3, 500.0, 10_000, HOSTILE_EXPONENT, 0.0, duration_s=30)
 WINDOW_UNLOADED = Window(after_s=0, warm_s=2, measured_s=10, drain_s=10)
 WINDOW_UNLOADED_QUICK = Window(after_s=0, warm_s=1, measured_s=2, drain_s=10)
-WINDOW_HALF_RATE = Window(after_s=600, warm_s=3, measured_s=9, drain_s=60)
+WINDOW_HALF_RATE = Window(after_s=600, warm_s=2, measured_s=6, drain_s=25)
 CHECKPOINT_DRAIN_S = 7_200
+LOG_DRAIN_S = 120  # cheap to wait for, and their queues do end
 SLOW_REGION = 5  # in the middle
 
 NAMES = ("vector", "cache", "shard_versions", "leaders", "push", "primary_push", "log_tree", "checkpoint")
@@ -64,8 +65,8 @@ RATIOS = (
 ORDER = ("checkpoint", "vector", "cache", "primary_push", "shard_versions", "leaders")
 
 SYSTEMS = {name: System(name, PRESETS[name]) for name in NAMES if name in PRESETS} | {
-    "primary_push": System("primary_push", make_machine=virtual.primary_push),
-    "log_tree": System("log_tree", make_machine=virtual.log_tree),
+    "primary_push": System("primary_push", make_machine=virtual.primary_push, drain_s=LOG_DRAIN_S),
+    "log_tree": System("log_tree", make_machine=virtual.log_tree, drain_s=LOG_DRAIN_S),
     "checkpoint": System("checkpoint", make_machine=virtual.checkpoint, drain_s=CHECKPOINT_DRAIN_S),
 }
 NAMES_QUICK = ("push", "primary_push", "log_tree", "checkpoint")

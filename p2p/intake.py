@@ -34,8 +34,8 @@ def check_rows(keyspace: Keyspace, columns: Sequence[RowColumns], stamps: Sequen
     check_not_ahead(max((int(array.max()) for array in (*own, *stamps) if array.size), default=0), now.unix_ms)
 
 
-def take_rows(core: Core, keyspace: Keyspace, columns: Sequence[RowColumns]) -> None:
-    """Apply the rows of a checked chunk."""
+def take_rows(core: Core, keyspace: Keyspace, columns: Sequence[RowColumns]) -> int:
+    """Apply the rows of a checked chunk; returns how many of them were new here."""
     for section in columns:
         if section.stamps is not None and len(section.stamps):
             core.clock.observe(int(section.stamps.max()))
@@ -44,6 +44,7 @@ def take_rows(core: Core, keyspace: Keyspace, columns: Sequence[RowColumns]) -> 
     core.counters.rows_written += applied.written
     core.counters.rows_stale += applied.stale
     core.counters.pull_rows_received += sum(len(section.keys) for section in columns)
+    return applied.written
 
 
 def bindings_of(core: Core, keyspace: Keyspace) -> tuple[NDArray[np.uint16], U64]:

@@ -5,7 +5,7 @@ sends its vector last. The asker applies chunks as they come (rows claim nothing
 of the answer was applied (theorem T1). Rows held above the answerer's own vector, its strays, are above the asker's too or
 known there already, so they travel by the same selection (R8).
 
-When is a pull due? Three signs: a batch's claim has waited for a gap longer than `GAP_GRACE_MS`; a peer said a heartbeat ago
+When is a pull due? Three signs: a batch's claim has waited for a gap longer than a grace; a peer said a heartbeat ago
 that a writer's frontier lies above what ours has reached by now; or digests of vector and strays differ although neither
 side moved between two heartbeats. In a busy cluster digests always differ for a moment, which is why the third sign waits.
 Without push pulls are regular (`p2p.schedule`), and none of these counts but a difference in strays, where rounds by shard
@@ -30,6 +30,9 @@ from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX, unix_ms_of, writer_of
 
 # A batch overtaken by the next one, or a view that just changed, heals by itself within this; a pull may cost a scan.
 GAP_GRACE_MS = 50
+# Behind a busy uplink the messages of one step lie further apart than that, and pulls for what is on its way anyway only make
+# it busier: the grace doubles with each that brought nothing, up to this, and halves with each that did.
+GAP_GRACE_MS_MAX = 400
 # A gap that a pull did not close is asked about again after twice the time, this many times: an answer may cost a scan.
 GAP_DOUBLINGS_MAX = 5
 # After this many it is given up: whoever had the missing step is gone, and what is left of it spreads as strays (R8).
@@ -42,6 +45,8 @@ PULL_SILENCE_MS = 3_000
 PARTITION_ALONE_MS = 10_000
 # Finding strays is a scan when the update cache does not reach back; peers compare once a heartbeat, so more would be wasted.
 STRAY_SCAN_MS = 450
+# Why a pull is asked for, when a claim waits.
+GAP = "gap"
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +61,8 @@ class _Asked:
     next_chunk: int
     deadline_ms: int
     asked_ms: int
+    gap: bool  # it is to close one
+    written: int = 0  # rows that it brought and that had not come otherwise meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +109,15 @@ class Pull:
         base = np.ascontiguousarray(keyspace.knowledge.vector[:, writers])
         frontier = keyspace.knowledge.frontier[writers]
         self._asked[number] = _Asked(
-            link.node, link.boot, self._requests, writers, base, 0, now.monotonic_ms + PULL_SILENCE_MS, now.monotonic_ms
+            link.node,
+            link.boot,
+            self._requests,
+            writers,
+            base,
+            0,
+            now.monotonic_ms + PULL_SILENCE_MS,
+            now.monotonic_ms,
+            why == GAP,
         )
         self._core.counters.pulls_started += 1
         self._core.note("pull_started", peer=link.node, keyspace=number, why=why)
@@ -140,7 +155,7 @@ class Pull:
             raise
         asked.next_chunk += 1
         asked.deadline_ms = now.monotonic_ms + PULL_SILENCE_MS
-        take_rows(core, keyspace, reply.columns)
+        asked.written += take_rows(core, keyspace, reply.columns)
         if reply.last:
             self._complete(keyspace, asked, reply, now)
 
@@ -153,6 +168,9 @@ class Pull:
         keyspace.knowledge.learn_reply(reply.writers, base, reply.vector, reply.frontier)
         self._note_caught_up(keyspace, now)
         del self._asked[reply.keyspace]
+        if asked.gap:
+            grace_ms = keyspace.gap_grace_ms // 2 if asked.written else keyspace.gap_grace_ms * 2
+            keyspace.gap_grace_ms = min(max(grace_ms, GAP_GRACE_MS), GAP_GRACE_MS_MAX)
         while len(self._pulled_ms) >= PULLED_MAX:
             del self._pulled_ms[next(iter(self._pulled_ms))]
         self._pulled_ms[asked.boot, reply.keyspace] = asked.asked_ms
@@ -274,7 +292,7 @@ class Pull:
         oldest = keyspace.knowledge.oldest_open
         if oldest != keyspace.gap_stamp:
             keyspace.gap_stamp, keyspace.gap_since_ms, keyspace.gap_tries = oldest, now.monotonic_ms, 0
-        grace_ms = GAP_GRACE_MS << min(keyspace.gap_tries, GAP_DOUBLINGS_MAX)
+        grace_ms = keyspace.gap_grace_ms << min(keyspace.gap_tries, GAP_DOUBLINGS_MAX)
         if not oldest or now.monotonic_ms - keyspace.gap_since_ms < grace_ms or keyspace.replica.keyspace in self._asked:
             return
         if keyspace.gap_tries >= GAP_TRIES_MAX:
@@ -287,7 +305,7 @@ class Pull:
         keyspace.gap_tries += 1
         if link is not None and self._core.membership.alive(link.node, now.monotonic_ms):
             self._core.counters.gaps += 1
-            self.ask(keyspace, link, now, "gap")
+            self.ask(keyspace, link, now, GAP)
 
     def digests(self, keyspace: Keyspace, now: m.Now) -> tuple[int, int]:
         """Digests of our vector and of our strays; the scan for strays runs only when there may be some, and not often."""
