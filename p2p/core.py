@@ -94,6 +94,7 @@ class Keyspace:
     gap_peer: str = ""  # who sent the batch that showed the gap
     gap_origin: str = ""  # and whose batch it was
     gap_tries: int = 0  # pulls that did not close it
+    gap_rows: int = 0  # that they brought, and that had not come otherwise meanwhile
     gap_grace_ms: int = 50  # how long a gap may close by itself; learned (`p2p.pull`)
     stray_digest: int = 0
     stray_digest_ms: int = -1_000_000  # monotonic time of the scan that found it

@@ -31,7 +31,7 @@ from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX, unix_ms_of, writer_of
 # A batch overtaken by the next one, or a view that just changed, heals by itself within this; a pull may cost a scan.
 GAP_GRACE_MS = 50
 # Behind a busy uplink the messages of one step lie further apart than that, and pulls for what is on its way anyway only make
-# it busier: the grace doubles with each that brought nothing, up to this, and halves with each that did.
+# it busier: the grace doubles with each gap to which they brought nothing, up to this, and halves with each that they closed.
 GAP_GRACE_MS_MAX = 400
 # A gap that a pull did not close is asked about again after twice the time, this many times: an answer may cost a scan.
 GAP_DOUBLINGS_MAX = 5
@@ -62,7 +62,6 @@ class _Asked:
     deadline_ms: int
     asked_ms: int
     gap: bool  # it is to close one
-    written: int = 0  # rows that it brought and that had not come otherwise meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,9 @@ class Pull:
             raise
         asked.next_chunk += 1
         asked.deadline_ms = now.monotonic_ms + PULL_SILENCE_MS
-        asked.written += take_rows(core, keyspace, reply.columns)
+        written = take_rows(core, keyspace, reply.columns)
+        if asked.gap:
+            keyspace.gap_rows += written
         if reply.last:
             self._complete(keyspace, asked, reply, now)
 
@@ -168,9 +169,6 @@ class Pull:
         keyspace.knowledge.learn_reply(reply.writers, base, reply.vector, reply.frontier)
         self._note_caught_up(keyspace, now)
         del self._asked[reply.keyspace]
-        if asked.gap:
-            grace_ms = keyspace.gap_grace_ms // 2 if asked.written else keyspace.gap_grace_ms * 2
-            keyspace.gap_grace_ms = min(max(grace_ms, GAP_GRACE_MS), GAP_GRACE_MS_MAX)
         while len(self._pulled_ms) >= PULLED_MAX:
             del self._pulled_ms[next(iter(self._pulled_ms))]
         self._pulled_ms[asked.boot, reply.keyspace] = asked.asked_ms
@@ -291,7 +289,10 @@ class Pull:
     def _check_gap(self, keyspace: Keyspace, now: m.Now) -> None:
         oldest = keyspace.knowledge.oldest_open
         if oldest != keyspace.gap_stamp:
-            keyspace.gap_stamp, keyspace.gap_since_ms, keyspace.gap_tries = oldest, now.monotonic_ms, 0
+            if keyspace.gap_tries:  # it is closed, by pulls or though there were some
+                learned_ms = keyspace.gap_grace_ms // 2 if keyspace.gap_rows else keyspace.gap_grace_ms * 2
+                keyspace.gap_grace_ms = min(max(learned_ms, GAP_GRACE_MS), GAP_GRACE_MS_MAX)
+            keyspace.gap_stamp, keyspace.gap_since_ms, keyspace.gap_tries, keyspace.gap_rows = oldest, now.monotonic_ms, 0, 0
         grace_ms = keyspace.gap_grace_ms << min(keyspace.gap_tries, GAP_DOUBLINGS_MAX)
         if not oldest or now.monotonic_ms - keyspace.gap_since_ms < grace_ms or keyspace.replica.keyspace in self._asked:
             return
