@@ -200,6 +200,9 @@ class Knowledge:
         every = np.arange(self.shards, dtype=np.uint32) if shards is None else shards
         for column, writer in enumerate(writers.tolist()):
             self._writers.add(writer)
+            floor = self._retired.get(writer)
+            if floor is not None and (until[:, column] > floor[every]).any():
+                self.note_writer(writer)  # what is above the floor is of another one, who uses the id now
             fits = merge_claims(self.vector, every, writer, base[:, column], until[:, column])
             if fits.all() and frontier[column] > self.frontier[writer]:
                 self.frontier[writer] = frontier[column]

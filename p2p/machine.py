@@ -306,13 +306,19 @@ class Machine:
             case m.Reached(query):
                 self._reach.on_reached(link, query, now)
             case m.VersionsWanted():
-                self._pull.rounds.on_versions_wanted(link, message)
+                if self._retirement.compare(link, message.retired_digest, now):
+                    self._pull.rounds.on_versions_wanted(link, message)
+                else:
+                    core.counters.pulls_refused += 1
             case m.VersionList():
                 self._pull.rounds.on_list(link, message, now)
                 self._progress_of(message.keyspace, now)
             case m.ShardsWanted():
-                self._pull.rounds.on_shards_wanted(link, message)
-                self._pump(link)
+                if self._retirement.compare(link, message.retired_digest, now):
+                    self._pull.rounds.on_shards_wanted(link, message)
+                    self._pump(link)
+                else:
+                    core.counters.pulls_refused += 1
             case _:
                 assert_never(message)
 

@@ -248,6 +248,7 @@ class VersionsWanted:
     keyspace: int
     request: int
     since: int  # a mark that the receiver gave in this life; 0: tell me all
+    retired_digest: int = 0  # as in `PullRequest`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -272,6 +273,7 @@ class ShardsWanted:
     shards: NDArray[np.uint32]  # [k], ascending, no repeats, not empty
     writers: NDArray[np.uint16]  # [w] columns of `vectors`, ascending
     vectors: U64  # [k, w], the asker's
+    retired_digest: int = 0  # as in `PullRequest`
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -158,7 +158,7 @@ class Rounds:
             self._rounds.pop(oldest, None)
         self._lists[place] = listed
         self._requests += 1
-        question = m.VersionsWanted(place[0], self._requests, listed.mark)
+        question = m.VersionsWanted(place[0], self._requests, listed.mark, self._core.retired_digest)
         deadline_ms = now.monotonic_ms + ROUND_SILENCE_MS
         first = None if after is None else (place[0], after)
         self._rounds[place] = _Round(link.boot, wanted, question, now.monotonic_ms, deadline_ms, first)
@@ -202,7 +202,8 @@ class Rounds:
             self._finish(place, keyspace)
             return
         vectors = np.ascontiguousarray(keyspace.knowledge.vector[np.ix_(shards, writers)])
-        found.question = m.ShardsWanted(place[0], found.question.request, shards, writers, vectors)
+        retired = self._core.retired_digest
+        found.question = m.ShardsWanted(place[0], found.question.request, shards, writers, vectors, retired)
         found.deadline_ms = now.monotonic_ms + ROUND_SILENCE_MS
         self._core.counters.shards_asked += len(shards)
         self._ask(found, link, now)
@@ -356,9 +357,10 @@ class Rounds:
             raise RemoteProtocolError(f"pull of shard {wanted.shards[-1]}, the keyspace has {shards}")
         # Versions and vectors are read before the rows are selected: what is written meanwhile may be sent, and is not claimed.
         versions = self.versions_of(keyspace).current()[wanted.shards]
-        writers = keyspace.knowledge.writers
+        told, settled = set(wanted.writers.tolist()), keyspace.knowledge.settled
+        writers = np.union1d(keyspace.knowledge.writers, [w for w in settled if w in told]).astype(np.uint16)
         vectors = np.ascontiguousarray(keyspace.knowledge.vector[np.ix_(wanted.shards, writers)])
-        selections = deque(self._select(keyspace, wanted, writers))
+        selections = deque(self._select(keyspace, wanted))
         outbox.streams.pop(wanted.keyspace, None)
         nothing = np.empty(0, np.uint64)
         outbox.streams[wanted.keyspace] = PullStream(
@@ -374,13 +376,20 @@ class Rounds:
         )
         core.counters.pulls_served += 1
 
-    def _select(self, keyspace: Keyspace, wanted: m.ShardsWanted, writers: NDArray[np.uint16]) -> list[Selection]:
-        """Rows of the wanted shards above the asker's vectors: of the others we pretend that it has everything."""
+    def _select(self, keyspace: Keyspace, wanted: m.ShardsWanted) -> list[Selection]:
+        """Rows of the wanted shards above the asker's vectors: of the others we pretend that it has everything.
+
+        Retired writers that it does not name it has all of, since we agree on what is retired (R13).
+        """
+        settled = keyspace.knowledge.settled
+        writers = np.union1d(keyspace.knowledge.writers, list(settled)).astype(np.uint16)
         base = self._bases.get(wanted.keyspace)
         if base is None:  # one for all answers, as in `Pull`
             base = self._bases[wanted.keyspace] = np.zeros((keyspace.knowledge.shards, WRITERS_MAX), np.uint64)
         base[:, writers] = _ABOVE_ALL
         base[np.ix_(wanted.shards, writers)] = 0
+        for writer, floor in settled.items():
+            base[wanted.shards, writer] = floor[wanted.shards]
         base[np.ix_(wanted.shards, wanted.writers)] = wanted.vectors
         select = keyspace.replica.changed_since if self._core.options.sync.cache else keyspace.replica.scan_since
         try:

@@ -115,12 +115,13 @@ class ShardVersions:
         Args:
             shards: uint32[k].
             versions: uint64[k], the peer's.
-            writers: uint16[w], all of them known by now.
+            writers: uint16[w]; those that we do not name are retired, and both sides have all of them.
             vectors: uint64[k, w], the peer's.
         """
         before, now = self._see()
         theirs = np.zeros((len(shards), now.shape[1]), np.uint64)
-        theirs[:, np.searchsorted(self._writers, writers)] = vectors
+        named = np.isin(writers, self._writers)
+        theirs[:, np.searchsorted(self._writers, writers[named])] = vectors[:, named]
         merged = now[shards]
         is_ours, is_theirs = (merged == before[shards]).all(axis=1), (merged == theirs).all(axis=1)
         settled, mint = settle(self._versions[shards], versions, is_ours, is_theirs)
@@ -137,7 +138,9 @@ class ShardVersions:
         knowledge, writers = self._knowledge, self._knowledge.writers
         if not np.array_equal(writers, self._writers):
             gone = self._vectors[:, ~np.isin(self._writers, writers)].any(axis=1)
-            self._versions[gone] = 0  # a writer has left the vectors: what was said of them holds no more
+            if gone.any():  # a writer has left the vectors (R13): later ones do not dominate these, so they are another id's
+                self._versions[gone] = 0
+                self._minter, self._count = self._rng.getrandbits(ID_BITS), 0
             widened = np.zeros((knowledge.shards, len(writers)), np.uint64)
             _, new, old = np.intersect1d(writers, self._writers, assume_unique=True, return_indices=True)
             widened[:, new] = self._vectors[:, old]

@@ -799,12 +799,12 @@ def _block_grant(header: Header, _columns: _Columns) -> m.BlockGrant:
 
 
 def _pack_versions_wanted(wanted: m.VersionsWanted, _version: int) -> Packed:
-    return [wanted.keyspace, wanted.request, wanted.since], []
+    return [wanted.keyspace, wanted.request, wanted.since, wanted.retired_digest], []
 
 
 def _versions_wanted(header: Header, _columns: _Columns) -> m.VersionsWanted:
-    keyspace, request, since = header
-    return m.VersionsWanted(_uint(keyspace, 32), _uint(request), _uint(since, 63))
+    keyspace, request, since, retired_digest = header
+    return m.VersionsWanted(_uint(keyspace, 32), _uint(request), _uint(since, 63), _uint(retired_digest))
 
 
 def _pack_version_list(told: m.VersionList, _version: int) -> Packed:
@@ -822,17 +822,18 @@ def _version_list(header: Header, columns: _Columns) -> m.VersionList:
 
 
 def _pack_shards_wanted(wanted: m.ShardsWanted, _version: int) -> Packed:
-    header: Header = [wanted.keyspace, wanted.request, len(wanted.shards), len(wanted.writers)]
+    header: Header = [wanted.keyspace, wanted.request, len(wanted.shards), len(wanted.writers), wanted.retired_digest]
     return header, [wanted.shards, wanted.writers, np.ascontiguousarray(wanted.vectors)]
 
 
 def _shards_wanted(header: Header, columns: _Columns) -> m.ShardsWanted:
-    keyspace, request, count, writers = header
+    keyspace, request, count, writers, retired_digest = header
     shards = _take_shards(columns, count)
     if not len(shards):
         raise RemoteProtocolError("nothing is wanted")
     ids = _take_writers(columns, writers)
-    return m.ShardsWanted(_uint(keyspace, 32), _uint(request), shards, ids, _take_stamps(columns, len(shards), ids))
+    vectors = _take_stamps(columns, len(shards), ids)
+    return m.ShardsWanted(_uint(keyspace, 32), _uint(request), shards, ids, vectors, _uint(retired_digest))
 
 
 def _pack_shards_reply(reply: m.ShardsReply, _version: int) -> Packed:

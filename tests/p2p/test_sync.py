@@ -1,5 +1,7 @@
 """Every preset keeps replicas equal, under every fault (theorem T7: pull alone converges)."""
 
+from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -9,7 +11,9 @@ from p2p.push import Push
 from p2p.sync import PRESETS, SyncOptions
 from sim_cluster.checkers import check_converged
 from sim_cluster.virtual import VirtualCluster
+from tests.p2p import retirement_chaos
 from tests.p2p.chaos import CALM, at_rest, chaos, form
+from tests.p2p.retirement_chaos import an_expelled_writer_returns, an_id_is_used_again
 
 PULLING = [name for name, sync in PRESETS.items() if not sync.push]
 
@@ -48,6 +52,29 @@ def test_a_wait_ends_and_freshness_moves_with_every_preset(preset: str) -> None:
     stamp = cluster.publish("t1", "item", range(30), 1.0)
     replicas = [node.store.models["ctr"] for node in cluster.nodes.values()]
     assert cluster.run_until(lambda: all(int(replica.frontier[0]) >= stamp for replica in replicas), 5_000)
+
+
+@pytest.mark.parametrize("preset", PULLING)
+def test_a_newcomer_catches_up_though_nobody_is_up_to_date_with_both_writers(preset: str) -> None:
+    cluster = start(preset)
+    cluster.add("t2", "ap", "train", ["t1"])
+    cluster.run(8_000)
+    assert cluster.publish("t1", "item", range(30), 1.0)
+    assert cluster.run_until(lambda: cluster.publish("t2", "item", range(30, 60), 2.0) != 0, 20_000)
+    cluster.run(3_000)
+    newcomer = cluster.add("ap1", "ap", seeds=["us1"])
+    assert cluster.run_until(lambda: bool(newcomer.machine and newcomer.machine.status(cluster.now()).synced), 10_000)
+    at_rest(cluster)
+
+
+@pytest.mark.parametrize("scenario", [an_expelled_writer_returns, an_id_is_used_again], ids=lambda function: function.__name__)
+@pytest.mark.parametrize("preset", ["cache", "shard_versions", "leaders"])
+def test_writers_are_retired_without_push(
+    preset: str, scenario: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R13. Where no batch says that an id is used again, stamps above what was left of its first owner do."""
+    monkeypatch.setattr(retirement_chaos, "form", partial(form, sync=PRESETS[preset]))
+    scenario(1)
 
 
 def test_only_the_vector_preset_scans() -> None:

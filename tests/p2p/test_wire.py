@@ -85,9 +85,9 @@ MESSAGES: list[m.Message] = [
     m.MemberNews((MEMBER,)),
     m.BlockRequest(99, 7, (0, 255)),
     m.BlockGrant(99, 7, (3, 4), STAMP, True),
-    m.VersionsWanted(5, 1, 17),
+    m.VersionsWanted(5, 1, 17, 3),
     m.VersionList(5, 1, 19, np.array([0, 3], np.uint32), BOOTS, WRITERS, vector()[0]),
-    m.ShardsWanted(5, 1, np.array([0, 1, 7], np.uint32), WRITERS, vector()),
+    m.ShardsWanted(5, 1, np.array([0, 1, 7], np.uint32), WRITERS, vector(), 3),
     m.ShardsReply(
         5, 1, 0, True, sections(True), np.arange(3, dtype=np.uint32), BOOTS[[0, 0, 1]], WRITERS, vector(), WRITERS, BOOTS
     ),
