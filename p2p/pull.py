@@ -224,9 +224,10 @@ class Pull:
         equal = (summary.vector_digest, summary.stray_digest) == own
         if equal:
             self._note_caught_up(keyspace, now)
-        elif not keyspace.synced:
-            self.ask(keyspace, link, now, "joining")
-        elif before is not None and (why := self._why_pull(keyspace, before, seen)):
+        if not keyspace.synced:
+            if not equal or not core.options.sync.push:  # without push no batch will move the frontier
+                self.ask(keyspace, link, now, "joining")
+        elif not equal and before is not None and (why := self._why_pull(keyspace, before, seen)):
             self.ask(keyspace, link, now, why)
 
     def _why_pull(self, keyspace: Keyspace, before: _Seen, seen: _Seen) -> str:
