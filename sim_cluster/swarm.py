@@ -431,7 +431,8 @@ class _Run:
         return into | out
 
     def _undo(self, now_ms: int) -> None:
-        due = sorted(end for end in self._ends if end[0] <= now_ms)
+        # Two may end at the same moment with the same number, since numbers are those of the list when they began.
+        due = sorted((end for end in self._ends if end[0] <= now_ms), key=lambda end: end[:2])
         self._ends = [end for end in self._ends if end[0] > now_ms]
         for _, _, undo in due:
             undo()
