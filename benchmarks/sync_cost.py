@@ -77,14 +77,14 @@ def run(quick: bool) -> dict[str, Figure]:
     claim_memory(sum(totals) * 120)
     with shared_model({TABLE: DIM}, totals[0]) as (few, _), shared_model({TABLE: DIM}, totals[1]) as (many, _):
         small, large = (_filled(model, total) for model, total in ((few, totals[0]), (many, totals[1])))
-        for number in range(-40, 0):  # until the caches know how far back peers look
+        for number in range(-60, 0):  # until the caches know how far back peers look
             for side in (small, large):
-                side.change(number + 41)
+                side.change(number + 61)
                 side.select()
 
         def change(number: int) -> None:
             for side in (small, large):
-                side.change(number + 50)
+                side.change(number + 70)
 
         sides = alternate(
             rounds,

@@ -37,8 +37,10 @@ WINDOW_START = 1 << 16
 WINDOW_MAX = 1 << 20
 # A ring begins this long and doubles: a simulation has thousands of tables of a few rows.
 RING_START = 1 << 8
-# After so many answers the window is chosen anew, as this many times the furthest that any of them had to look back.
-ADAPT_REQUESTS = 32
+# After so many answers the window is chosen anew, as this many times the furthest that any of them had to look back. A scan
+# costs as much as a thousand answers from the ring, so one asker in a thousand that is late decides: were the window to follow
+# the quick ones only, each late one would cost a scan, and by that make others late.
+ADAPT_REQUESTS = 1 << 10
 ADAPT_HEADROOM = 4
 
 _ENTRY_BYTES = 16
@@ -190,7 +192,8 @@ def _select(table: Int, stride: Int, base: U64, ring: Int, mask: Int, state: I64
         candidates += stamp > base[shard * WRITERS_MAX + np.int64(stamp & _WRITER_MASK)]
     rows = table + _ROWS
     count = 0
-    depth = 0
+    # Entries of rows that changed again since count too: had the oldest been dropped, DVV would be above this vector.
+    state[_DEPTH] = head - out[0] if candidates else 0
     for i in range(candidates):
         if i + _PREFETCH_ROWS < candidates:
             ahead = np.int64(load_u64(ring + (out[i + _PREFETCH_ROWS] & mask) * _ENTRY_BYTES) & _SLOT_MASK)
@@ -198,10 +201,8 @@ def _select(table: Int, stride: Int, base: U64, ring: Int, mask: Int, state: I64
         entry = ring + (out[i] & mask) * _ENTRY_BYTES
         slot = np.int64(load_u64(entry) & _SLOT_MASK)
         if load_u64(rows + slot * stride + _STAMP) == load_u64(entry + _ENTRY_STAMP):
-            depth = max(depth, head - out[i])
             out[count] = slot
             count += 1
-    state[_DEPTH] = depth
     return count
 
 
@@ -309,7 +310,7 @@ class RecentRows:
             self._answers += 1
             self._deepest = max(self._deepest, int(self._state[_DEPTH]))
             if self._answers >= ADAPT_REQUESTS:
-                self._choose_window(max(ADAPT_HEADROOM * self._deepest, self._window // 2))
+                self._choose_window(ADAPT_HEADROOM * self._deepest)
         return out[:count].copy()
 
     def _choose_window(self, entries: int) -> None:

@@ -280,7 +280,8 @@ def test_the_window_follows_how_far_back_peers_look() -> None:
     vector = step(model, keys, 1 << 12)
     for tick in range(2, 200):
         before, vector = vector, step(model, keys[:3_000], tick << 12)
-        model.changed_since(before)
+        for _ in range(recent.ADAPT_REQUESTS // 150):
+            model.changed_since(before)
     assert user.stats().window == recent.ADAPT_HEADROOM * 3_000
     assert user.stats().misses == 0
 
@@ -290,6 +291,22 @@ def test_the_window_follows_how_far_back_peers_look() -> None:
     model.changed_since(late)  # further back than four steps
     assert user.stats().misses == 1
     assert user.stats().window == 2 * recent.ADAPT_HEADROOM * 3_000
+
+
+def test_one_late_asker_among_many_is_not_missed_again_and_again() -> None:
+    model = Store.anonymous().add_model(SPEC)
+    user = model._tables[table_id("user")].recent
+    keys = np.arange(60_000, dtype=np.uint64)
+    late = vector = step(model, keys, 1 << 12)
+    for tick in range(2, 500):
+        before, vector = vector, step(model, keys[:1_000], tick << 12)
+        for _ in range(5):
+            model.changed_since(before)
+        if tick % 20 == 0:  # one in a hundred
+            model.changed_since(late)
+            late = vector
+    assert user.stats().misses == 0
+    assert user.stats().window == recent.ADAPT_HEADROOM * 20_000
 
 
 def test_a_ring_stays_within_its_bounds() -> None:
