@@ -26,7 +26,7 @@ from tests.p2p.chaos import (
     writing_goes_on_while_a_node_joins,
 )
 
-SEEDS = 12
+SEEDS = 30
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
