@@ -136,7 +136,8 @@ def form(size: int) -> VirtualCluster:
     Raises:
         RuntimeError: it did not form.
     """
-    cluster = VirtualCluster(size, CALM, ModelSpec("bench", 16, {"item": TableSpec("item", 16)}))
+    model = ModelSpec("bench", 16, {"item": TableSpec("item", 16)})
+    cluster = VirtualCluster(size, CALM, model, capacity_rows=KEYS)
     cluster.add(TRAINER, "region-0", "train")
     for number in range(1, size):
         cluster.add(f"node-{number}", f"region-{number % REGIONS}", seeds=[TRAINER])

@@ -109,6 +109,11 @@ class Link:
         self.bytes_in_flight -= released
         return released > 0
 
+    @property
+    def waits_for_ack(self) -> bool:
+        """Whether anything is in flight."""
+        return bool(self._in_flight)
+
     def is_stuck(self, now_ms: int) -> bool:
         """Whether the first message in flight has waited for `ACK_SILENCE_MS`; to be asked now and then."""
         oldest = (self.session_out, self._in_flight[0][0]) if self._in_flight else None

@@ -423,7 +423,10 @@ class Machine:
     def _free_stuck_links(self, now: m.Now) -> None:
         core = self._core
         for link in core.links.values():
-            if core.membership.alive(link.node, now.monotonic_ms) and link.is_stuck(now.monotonic_ms):
+            # Most links carry heartbeats alone; whether their peers live need not be asked.
+            if not link.waits_for_ack or not core.membership.alive(link.node, now.monotonic_ms):
+                continue
+            if link.is_stuck(now.monotonic_ms):
                 core.note("session_stuck", peer=link.node, bytes_in_flight=link.bytes_in_flight)
                 link.restart_session()
                 self._drop_streams(link)

@@ -39,6 +39,8 @@ __all__ = ["LinkOptions", "NetworkOptions", "VirtualCluster", "VirtualNode", "Wr
 
 # A run that handles more events than this at one virtual instant circles.
 EVENTS_PER_INSTANT_MAX = 1_000_000
+# Rows for which a table has room at first: few, so that growing is exercised too.
+CAPACITY_ROWS = 64
 # Batches whose frames are kept for their next receivers: one waits a hop until it is forwarded. Dropping costs speed.
 SHARED_MAX = 256
 _CARRIES_ROWS = (m.Batch, m.PullReply, m.ShardsReply)
@@ -203,6 +205,7 @@ class VirtualCluster:
         sync: by which protocol they keep equal.
         cpu: what work costs; None: nothing.
         make_machine: what runs on the nodes.
+        capacity_rows: of each table, at first; a small one has tables grow under way.
     """
 
     def __init__(
@@ -214,8 +217,10 @@ class VirtualCluster:
         sync: SyncOptions = PUSH,
         cpu: CpuModel | None = None,
         make_machine: MachineFactory = Machine,
+        capacity_rows: int = CAPACITY_ROWS,
     ) -> None:
         self.seed = seed
+        self._capacity_rows = capacity_rows
         self.cpu = cpu
         self.options = options or NetworkOptions()
         self.sync = sync
@@ -348,7 +353,7 @@ class VirtualCluster:
 
     def _boot(self, node: VirtualNode) -> None:
         for model in (node.model, *(spec for spec in self.models.values() if spec is not self.model)):
-            node.store.add_model(model, capacity_rows=64, hold=node.hold.get(model.name))
+            node.store.add_model(model, capacity_rows=self._capacity_rows, hold=node.hold.get(model.name))
         options = MachineOptions(
             node.name,
             self._rng.getrandbits(64) | 1,
