@@ -32,7 +32,9 @@ from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX, unix_ms_of, writer_of
 GAP_GRACE_MS = 50
 # Behind a busy uplink the messages of one step lie further apart than that, and pulls for what is on its way anyway only make
 # it busier: the grace doubles with each gap to which they brought nothing, up to this, and halves with each that they closed.
-GAP_GRACE_MS_MAX = 400
+# It is below `push.IDLE_BEAT_MS`: a beat takes the place of the one before it among the waiting steps, and a grace that lasts
+# from one to the next would never end.
+GAP_GRACE_MS_MAX = 150
 # A gap that a pull did not close is asked about again after twice the time, this many times: an answer may cost a scan.
 GAP_DOUBLINGS_MAX = 5
 # After this many it is given up: whoever had the missing step is gone, and what is left of it spreads as strays (R8).
@@ -294,7 +296,8 @@ class Pull:
                 learned_ms = keyspace.gap_grace_ms // 2 if keyspace.gap_rows else keyspace.gap_grace_ms * 2
                 keyspace.gap_grace_ms = min(max(learned_ms, GAP_GRACE_MS), GAP_GRACE_MS_MAX)
             keyspace.gap_stamp, keyspace.gap_since_ms, keyspace.gap_tries, keyspace.gap_rows = oldest, now.monotonic_ms, 0, 0
-        grace_ms = keyspace.gap_grace_ms << min(keyspace.gap_tries, GAP_DOUBLINGS_MAX)
+        # A long grace is not doubled beyond what a short one comes to: a step that nobody has any more is given up as soon.
+        grace_ms = min(keyspace.gap_grace_ms << keyspace.gap_tries, GAP_GRACE_MS << GAP_DOUBLINGS_MAX)
         if not oldest or now.monotonic_ms - keyspace.gap_since_ms < grace_ms or keyspace.replica.keyspace in self._asked:
             return
         if keyspace.gap_tries >= GAP_TRIES_MAX:
