@@ -86,12 +86,11 @@ class Allotment:
         """Bind this node to a writer id in a family of keyspaces.
 
         Raises:
-            LocalProtocolError: this node does not know the family well enough; the reason says what to do.
-            NotYetError: it has no id yet, and is asking for one.
+            NotYetError: it has not caught up with the family, or has no id and is asking for one; the reason says what to do.
         """
         core = self._core
         if not all(keyspace.synced for keyspace in family):
-            raise LocalProtocolError(
+            raise NotYetError(
                 f"node {core.options.node!r} has not caught up with its cluster yet, and does not know which writer ids "
                 "are taken: publish when it is ready"
             )

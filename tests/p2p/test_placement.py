@@ -1,7 +1,6 @@
 """Who holds what, and what follows: trees, waits and knowledge among the holders of a partition (R21, R22)."""
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from p2p.trees import TREES_MAX, Holder, Trees
 from p2p.versions import first_record_version
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p import divided
+from tests.p2p.plants import Plant, Scenario, expect_caught
 
 SEEDS = 6
 SCENARIOS = (
@@ -28,8 +28,6 @@ SCENARIOS = (
     divided.the_only_other_holder_is_no_neighbour,
     divided.a_partition_is_held_more_often,
 )
-
-Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 # --- who holds what ---------------------------------------------------------------------------------------------------------
@@ -268,7 +266,7 @@ def a_new_partition_counts_as_caught_up(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("seed", range(2))
-def test_divided_clusters(scenario: Callable[[int], None], seed: int) -> None:
+def test_divided_clusters(scenario: Scenario, seed: int) -> None:
     scenario(seed)
 
 
@@ -286,11 +284,5 @@ def test_divided_clusters(scenario: Callable[[int], None], seed: int) -> None:
     ],
     ids=lambda function: function.__name__,
 )
-def test_the_simulator_catches(plant: Plant, scenario: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch)
-    for seed in range(SEEDS):
-        try:
-            scenario(seed)
-        except AssertionError:
-            return
-    pytest.fail(f"{plant.__doc__} Nobody noticed in {SEEDS} runs.")
+def test_the_simulator_catches(plant: Plant, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect_caught(plant, scenario, monkeypatch, SEEDS)

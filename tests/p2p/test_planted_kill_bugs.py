@@ -1,6 +1,5 @@
 """Rules about lives, memory and parts, switched off one at a time; the simulator must notice, as in `test_planted_bugs`."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +25,9 @@ from tests.p2p.kill_chaos import (
     chaos_with_small_caches,
     nothing_goes_wrong_in_many_messages,
 )
+from tests.p2p.plants import Plant, Scenario, expect_caught
 
 SEEDS = 12
-
-Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 def a_message_to_a_former_life_is_taken(patch: pytest.MonkeyPatch) -> None:
@@ -146,7 +144,7 @@ def former_lives_are_kept(patch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda function: function.__name__,
 )
-def test_the_scenarios_pass_as_they_are(scenario: Callable[[int], None]) -> None:
+def test_the_scenarios_pass_as_they_are(scenario: Scenario) -> None:
     for seed in range(2):
         scenario(seed)
 
@@ -167,11 +165,5 @@ def test_the_scenarios_pass_as_they_are(scenario: Callable[[int], None]) -> None
     ],
     ids=lambda function: function.__name__,
 )
-def test_the_simulator_catches(plant: Plant, scenario: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch)
-    for seed in range(SEEDS):
-        try:
-            scenario(seed)
-        except AssertionError:
-            return
-    pytest.fail(f"{plant.__doc__} Nobody noticed in {SEEDS} runs.")
+def test_the_simulator_catches(plant: Plant, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect_caught(plant, scenario, monkeypatch, SEEDS)

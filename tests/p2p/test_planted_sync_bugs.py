@@ -3,7 +3,6 @@
 As `test_planted_bugs` for the product: whole clusters, faults, and every checker, under the presets that have no push.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,11 +23,10 @@ from sim_cluster.checkers import check_converged, check_knowledge, contents
 from sim_cluster.version_watch import VersionWatch
 from sim_cluster.virtual import NetworkOptions, VirtualCluster
 from tests.p2p.chaos import REGIONS, at_rest, chaos, form
+from tests.p2p.plants import Plant, Scenario, expect_caught
 
 SEEDS = 12
 
-Plant = Callable[[pytest.MonkeyPatch], None]
-Scenario = Callable[[int], None]
 
 by_versions = partial(chaos, sync=SHARD_VERSIONS)
 by_leaders = partial(chaos, sync=LEADERS)
@@ -328,10 +326,4 @@ def test_the_scenarios_pass_as_they_are(scenario: Scenario) -> None:
 )
 def test_the_simulator_catches(plant: Plant, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same scenarios pass as they are: above, and in `test_sync`."""
-    plant(monkeypatch)
-    for seed in range(SEEDS):
-        try:
-            scenario(seed)
-        except AssertionError:
-            return
-    pytest.fail(f"{plant.__doc__} Nobody noticed in {SEEDS} runs.")
+    expect_caught(plant, scenario, monkeypatch, SEEDS)

@@ -1,6 +1,5 @@
 """Expulsion and retirement: scenarios, and the rules behind them switched off one at a time (R13)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from p2p.writers import WriterBook
 from sim_cluster.checkers import check_converged
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import at_rest, form
+from tests.p2p.plants import Plant, Scenario, expect_caught
 from tests.p2p.retirement_chaos import (
     SCENARIOS,
     a_dead_writer_is_retired,
@@ -32,9 +32,6 @@ from tests.p2p.retirement_chaos import (
 from tests.p2p.writer_chaos import formed, record_of
 
 SEEDS = 6
-
-Scenario = Callable[[int], None]
-Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -130,13 +127,7 @@ def the_id_is_free_at_once(patch: pytest.MonkeyPatch) -> None:
     ids=lambda function: function.__name__,
 )
 def test_the_simulator_catches(plant: Plant, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch)
-    for seed in range(SEEDS):
-        try:
-            scenario(seed)
-        except AssertionError:
-            return
-    pytest.fail(f"{plant.__doc__} Nobody noticed in {SEEDS} runs.")
+    expect_caught(plant, scenario, monkeypatch, SEEDS)
 
 
 # --- what is refused

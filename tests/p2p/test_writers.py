@@ -1,7 +1,6 @@
 """Writer ids in blocks: scenarios, the rules behind them switched off one at a time, and the book itself."""
 
 import random
-from collections.abc import Callable
 
 import pytest
 
@@ -12,6 +11,7 @@ from p2p.messages import Leaving
 from p2p.writers import BLOCK_IDS, BLOCKS, GIVEN_BLOCKS_MAX, WriterBook, WriterConflictError
 from sim_cluster.virtual import MemoryLedger
 from tests.p2p.chaos import at_rest, form
+from tests.p2p.plants import Plant, Scenario, expect_caught
 from tests.p2p.writer_chaos import (
     SCENARIOS,
     a_machine_is_cloned,
@@ -23,9 +23,6 @@ from tests.p2p.writer_chaos import (
 )
 
 SEEDS = 6
-
-Scenario = Callable[[int], None]
-Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -97,13 +94,7 @@ def a_writer_without_memory_goes_on(patch: pytest.MonkeyPatch) -> None:
     ids=lambda function: function.__name__,
 )
 def test_the_simulator_catches(plant: Plant, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch)
-    for seed in range(SEEDS):
-        try:
-            scenario(seed)
-        except AssertionError:
-            return
-    pytest.fail(f"{plant.__doc__} Nobody noticed in {SEEDS} runs.")
+    expect_caught(plant, scenario, monkeypatch, SEEDS)
 
 
 # --- the book ---------------------------------------------------------------------------------------------------------------
