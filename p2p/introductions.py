@@ -16,13 +16,15 @@ from p2p.placement import holds
 from p2p.pull import Pull
 from p2p.replica import SchemaEntry
 from p2p.retirement import Retirement
-from p2p.versions import agree, describe, lowest_spoken
+from p2p.versions import FIRST_VERSION, agree, describe, lowest_spoken
 from p2p.writers import WriterConflictError
 
 # What all nodes must agree on for the trees to be equal on all of them.
 CONSTANTS = (trees.TREE_ARITY, trees.TREES_MAX, trees.ONE_TREE_HOLDERS_MAX)
 # A node without seeds calls the peers of its former life this long before it goes on alone: all of them may be gone for good.
 ALONE_MS = 10_000
+# What a node says of a schema entry that is newer than itself, in every version.
+NOT_UNDERSTOOD = "cannot be understood"
 # Whom to call at once, while nobody has answered; there may be a thousand peers of a former life.
 CONTACTS_MAX = 16
 
@@ -171,7 +173,20 @@ class Introductions:
         if self.introduced:
             self._core.note("refused_by_peer", alarm=True, reason=refusal.reason)
         else:
-            self._core.emit(m.Fatal(f"refused by the cluster: {refusal.reason}"))
+            self._core.emit(m.Fatal(f"refused by the cluster: {self._explained(refusal.reason)}"))
+
+    def _explained(self, reason: str) -> str:
+        """A refusal, with what its sender could not know: our schema entries are right, so who cannot understand one is older
+        than it.
+        """
+        needs = max((entry.since for entry in self._core.host.schema()), default=FIRST_VERSION)
+        if needs == FIRST_VERSION or NOT_UNDERSTOOD not in reason:
+            return reason
+        refuser = reason.partition(":")[0]
+        return (
+            f"{refuser}: the cluster has protocol versions below {needs}, and this node's schema needs version {needs}: upgrade "
+            f"all nodes of the cluster first ({reason.partition(': ')[2]})"
+        )
 
     def say_hello(self, address: str, boot: int, answer_wanted: bool, now: m.Now) -> None:
         """Introduce ourselves, with as much of the register as one message carries; the digests bring the rest."""

@@ -91,7 +91,8 @@ def _run_virtual(plan: "Scenario", path: Path, seed: int, options: str) -> "Outc
     from sim_cluster.swarm import minimise, run_virtual
 
     outcome = run_virtual(plan, seed)
-    figures = f"{outcome.writes} batches, {outcome.delivered} messages, p99 {outcome.delay_p99_ms} ms, {outcome.wall_s:.1f} s"
+    p99 = "-" if outcome.delay_p99_ms is None else f"{outcome.delay_p99_ms} ms"
+    figures = f"{outcome.writes} batches, {outcome.delivered} messages, p99 {p99}, {outcome.wall_s:.1f} s"
     typer.echo(f"seed {seed}: {'FAILED' if outcome.problem else 'fine'}  {figures}")
     if outcome.problem:
         typer.echo(f"  at {outcome.at_ms} ms: {outcome.problem}")

@@ -150,7 +150,7 @@ class Reader:
         view = self._view(attachment, table)
         wanted = _as_keys(keys)
         if len(attachment.hold) != attachment.partitions and self._refuses_unheld:
-            self._check_held(attachment, wanted.reshape(-1), f"keys of table {table!r}")
+            self._check_held(attachment, wanted.reshape(-1), f"keys of table {table!r}", "ask a node that holds them (see Reader.partition_of)")
         dim = view.spec.dim
         rows = _output(out, (*wanted.shape, dim))
         found = np.empty(wanted.shape, np.uint64) if stamps else NO_STAMPS
@@ -167,15 +167,16 @@ class Reader:
         few times; a mixture of two versions remains possible.
 
         Raises:
-            ModelError: an unknown tensor, one that was never published, or one of which some rows are in partitions that the
-                node does not hold: like all rows, those of a tensor are spread over the partitions by their keys.
+            ModelError: an unknown tensor, one that is not here yet as a whole, or one of which some rows are in partitions that
+                the node does not hold, whatever `unheld`: like all rows, those of a tensor are spread over the partitions by
+                their keys, so of a divided model only small ones are on a node that holds a part.
         """
         attachment = self._current()
         spec = attachment.tensors.get(name)
         if spec is None:
             raise ModelError(f"model {self.model!r} has no dense tensor {name!r}: it has {_names(attachment.tensors)}")
         if len(attachment.hold) != attachment.partitions:
-            self._check_held(attachment, spec.keys, f"rows of dense tensor {name!r}")
+            self._check_held(attachment, spec.keys, f"rows of dense tensor {name!r}", "read it on a node that holds them")
         rows = np.empty((spec.rows, DENSE_DIM), np.float32)
         stamps = np.empty(spec.rows, np.uint64)
         for _ in range(DENSE_ATTEMPTS_MAX):
@@ -183,8 +184,9 @@ class Reader:
             if spec.rows == 0 or stamps.min() == stamps.max():
                 break
             time.sleep(0)
-        if spec.rows and not stamps.any():
-            raise ModelError(f"dense tensor {name!r} of model {self.model!r} was not published yet, or was deleted")
+        if not stamps.all():
+            here = f"{np.count_nonzero(stamps)} of its {spec.rows} rows are here"
+            raise ModelError(f"dense tensor {name!r} of model {self.model!r} was not published yet, or was deleted: {here}")
         return rows.reshape(-1)[: math.prod(spec.shape)].reshape(spec.shape).astype(spec.dtype, copy=False)
 
     def staleness_ms(self) -> float | None:
@@ -192,7 +194,7 @@ class Reader:
         until = self._current().header[_SYNCED_UNTIL]
         return max(0.0, time.time() * 1000 - until) if until else None
 
-    def _check_held(self, attachment: _Attachment, keys: U64, what: str) -> None:
+    def _check_held(self, attachment: _Attachment, keys: U64, what: str, remedy: str) -> None:
         """Refuse keys of partitions that are not here.
 
         Raises:
@@ -205,7 +207,7 @@ class Reader:
         if missing:
             raise ModelError(
                 f"{what} are in partitions {missing} of model {self.model!r}, and the node at {self._run_dir} holds "
-                f"{list(attachment.hold)} of {attachment.partitions}: ask a node that holds them (see Reader.partition_of), or "
+                f"{list(attachment.hold)} of {attachment.partitions}: {remedy}, or "
                 f"add them to models.{self.model}.hold of this one"
             )
 

@@ -301,6 +301,33 @@ def test_dense_tensors_have_their_shape_and_dtype(
     assert np.array_equal(found, values)
 
 
+def test_a_dense_tensor_is_readable_where_all_of_it_is_held(store: Store, run_dir: Path) -> None:
+    model = store.add_model(ModelSpec("ctr", 8, partitions=2), hold=[0])
+    specs = [TensorSpec(f"bias.{number}", (4,), "float32") for number in range(8)]
+    there = [spec for spec in specs if model.partition_of(spec.keys).tolist() == [0]]
+    assert 0 < len(there) < len(specs)
+    for spec in specs:
+        store.add_tensor("ctr", spec)
+    for spec in there:
+        put_dense(model, spec, np.arange(4, dtype=np.float32), 50)
+    with Reader("ctr", run_dir, unheld="absent") as reader:
+        for spec in there:
+            assert reader.dense(spec.name).tolist() == [0.0, 1.0, 2.0, 3.0]
+        for name in sorted({spec.name for spec in specs} - {spec.name for spec in there}):
+            with pytest.raises(ModelError, match=rf"tensor '{name}' are in partitions \[1\] .* holds \[0\] of 2: read it on a node"):
+                reader.dense(name)
+
+
+def test_a_dense_tensor_that_is_not_wholly_here_is_not_read(store: Store, model: ModelStore, run_dir: Path) -> None:
+    """A node that catches up has some of its rows before others: zeros in the place of those would spoil the model."""
+    spec = TensorSpec("top.0.weight", (3, DENSE_DIM), "float32")
+    store.add_tensor("ctr", spec)
+    rows = np.ones((2, DENSE_DIM), np.float32)
+    model.apply([RowColumns(table_id(DENSE_TABLE), spec.keys[:2], rows.view(np.uint8))], 50)
+    with Reader("ctr", run_dir) as reader, pytest.raises(ModelError, match="not published yet, .* 2 of its 3 rows are here"):
+        reader.dense("top.0.weight")
+
+
 def test_staleness_is_now_minus_what_the_node_says(model: ModelStore, run_dir: Path) -> None:
     with Reader("ctr", run_dir) as reader:
         assert reader.staleness_ms() is None

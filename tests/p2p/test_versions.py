@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
 
 from ekko.model import ModelSpec, TableSpec
+from ekko.store import Store
 from p2p import messages as m
 from p2p import wire
 from p2p.errors import LocalProtocolError, RemoteProtocolError
@@ -117,6 +119,34 @@ def test_a_schema_that_version_1_cannot_read_keeps_it_out_in_one_line() -> None:
     assert first.machine is not None
     assert first.machine.counters.versions_refused >= 1
     assert first.machine.protocol_min(cluster.now()) == 2
+
+
+def test_a_cluster_that_cannot_read_our_schema_is_to_be_upgraded_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other direction: what version 1 answers to a model with a codec (as commit 9924b4a does) says nothing of versions."""
+
+    def parse(entry: Any) -> Any:
+        name, shards = msgpack.unpackb(entry.body)
+        raise AssertionError(f"version 1 understood {name} {shards}")
+
+    def adopt(self: Store, entries: Any) -> bool:
+        if self is cluster.nodes["t1"].store:
+            for entry in entries:
+                try:
+                    parse(entry)
+                except ValueError as error:
+                    raise RemoteProtocolError(f"schema entry {entry.name!r} cannot be understood: {error}") from error
+        return original(self, entries)
+
+    original = Store.adopt
+    monkeypatch.setattr(Store, "adopt", adopt)
+    cluster = VirtualCluster(1, model=ModelSpec("ctr", 8, {"item": TableSpec("item", 4, "int8")}, codec="int8"))
+    cluster.add("t1", "train", "train", protocol_version=1)
+    second = cluster.add("eu1", "eu", seeds=["t1"])
+    cluster.run(3_000)
+    assert second.fatal == (
+        "refused by the cluster: t1: the cluster has protocol versions below 2, and this node's schema needs version 2: upgrade "
+        "all nodes of the cluster first (schema entry 'model' cannot be understood: too many values to unpack (expected 2))"
+    )
 
 
 def test_versions_that_agree() -> None:

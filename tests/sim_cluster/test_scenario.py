@@ -1,6 +1,7 @@
 """Scenarios: what a file may say, what a seed draws, that one seed is one trace, and that a failure is found and made small."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -185,3 +186,12 @@ def test_the_command_runs_seeds_and_writes_json(tmp_path: Path) -> None:
     assert ran.exit_code == 0, ran.output
     assert "2 runs, 0 failed" in ran.output
     assert '"problem": ""' in out.read_text()
+
+
+@pytest.mark.parametrize(("sync", "shown"), [("vector", "p99 -,"), ("push", r"p99 [1-9]\d* ms,")])
+def test_the_command_shows_the_delay_of_batches_where_batches_travel(tmp_path: Path, sync: str, shown: str) -> None:
+    register_commands()
+    path = tmp_path / "tiny.toml"
+    path.write_text("[scenario]\nduration_s = 1\n[regions]\nhome = { train = 1 }\neu = { serve = 2 }\n")
+    ran = CliRunner().invoke(app, ["sim", "run", str(path), "--virtual", "--sync", sync])
+    assert re.search(shown, ran.output), ran.output
