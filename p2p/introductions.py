@@ -184,8 +184,8 @@ class Introductions:
             return reason
         refuser = reason.partition(":")[0]
         return (
-            f"{refuser}: the cluster has protocol versions below {needs}, and this node's schema needs version {needs}: upgrade "
-            f"all nodes of the cluster first ({reason.partition(': ')[2]})"
+            f"{refuser}: the cluster has protocol versions below {needs}, and this node's schema needs version {needs}: "
+            f"upgrade all nodes of the cluster first ({reason.partition(': ')[2]})"
         )
 
     def say_hello(self, address: str, boot: int, answer_wanted: bool, now: m.Now) -> None:

@@ -17,7 +17,7 @@ from p2p import messages as m
 from p2p import wire
 from p2p.compression import WRAP_BYTES_MIN, LinkRate, Mode, Stream
 from p2p.transport import Buffer, Transport
-from p2p.wrapping import WRAPPED_SINCE, Wrapped, wrap, wrapped_frames
+from p2p.wrapping import WRAPPED_BYTES_MAX, WRAPPED_SINCE, Wrapped, wrap, wrapped_frames
 
 # From here on a message is compressed in a thread: about a millisecond.
 THREAD_BYTES_MIN: Final = 512 << 10
@@ -95,7 +95,7 @@ class Outgoing:
         if self._mode is Mode.NEVER or envelope.version < WRAPPED_SINCE or not self._crosses(address):
             return self._transport.send(address, plain)
         size = sum(memoryview(frame).nbytes for frame in plain)
-        shared = self._compressed(envelope, message, plain[1:], size) if size >= WRAP_BYTES_MIN else None
+        shared = self._compressed(envelope, message, plain[1:], size) if WRAP_BYTES_MIN <= size <= WRAPPED_BYTES_MAX else None
         line = self._lines.get(address)
         if line is None and (shared is None or shared.job is None):
             return self._hand_over(address, _Waiting(plain, size, envelope, shared))

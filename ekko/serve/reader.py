@@ -150,7 +150,12 @@ class Reader:
         view = self._view(attachment, table)
         wanted = _as_keys(keys)
         if len(attachment.hold) != attachment.partitions and self._refuses_unheld:
-            self._check_held(attachment, wanted.reshape(-1), f"keys of table {table!r}", "ask a node that holds them (see Reader.partition_of)")
+            self._check_held(
+                attachment,
+                wanted.reshape(-1),
+                f"keys of table {table!r}",
+                "ask a node that holds them (see Reader.partition_of)",
+            )
         dim = view.spec.dim
         rows = _output(out, (*wanted.shape, dim))
         found = np.empty(wanted.shape, np.uint64) if stamps else NO_STAMPS

@@ -314,7 +314,9 @@ def test_a_dense_tensor_is_readable_where_all_of_it_is_held(store: Store, run_di
         for spec in there:
             assert reader.dense(spec.name).tolist() == [0.0, 1.0, 2.0, 3.0]
         for name in sorted({spec.name for spec in specs} - {spec.name for spec in there}):
-            with pytest.raises(ModelError, match=rf"tensor '{name}' are in partitions \[1\] .* holds \[0\] of 2: read it on a node"):
+            with pytest.raises(
+                ModelError, match=rf"tensor '{name}' are in partitions \[1\] .* holds \[0\] of 2: read it on a node"
+            ):
                 reader.dense(name)
 
 
@@ -324,7 +326,7 @@ def test_a_dense_tensor_that_is_not_wholly_here_is_not_read(store: Store, model:
     store.add_tensor("ctr", spec)
     rows = np.ones((2, DENSE_DIM), np.float32)
     model.apply([RowColumns(table_id(DENSE_TABLE), spec.keys[:2], rows.view(np.uint8))], 50)
-    with Reader("ctr", run_dir) as reader, pytest.raises(ModelError, match="not published yet, .* 2 of its 3 rows are here"):
+    with Reader("ctr", run_dir) as reader, pytest.raises(ModelError, match=r"not published yet, .* 2 of its 3 rows are here"):
         reader.dense("top.0.weight")
 
 

@@ -144,8 +144,9 @@ def test_a_cluster_that_cannot_read_our_schema_is_to_be_upgraded_first(monkeypat
     second = cluster.add("eu1", "eu", seeds=["t1"])
     cluster.run(3_000)
     assert second.fatal == (
-        "refused by the cluster: t1: the cluster has protocol versions below 2, and this node's schema needs version 2: upgrade "
-        "all nodes of the cluster first (schema entry 'model' cannot be understood: too many values to unpack (expected 2))"
+        "refused by the cluster: t1: the cluster has protocol versions below 2, and this node's schema needs version 2: "
+        "upgrade all nodes of the cluster first "
+        "(schema entry 'model' cannot be understood: too many values to unpack (expected 2))"
     )
 
 
