@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.common import Figure
 from p2p.machine import Machine
-from sim_cluster.virtual import Meter, NetworkOptions, VirtualCluster
+from sim_cluster.meter import Meter
+from sim_cluster.network import NetworkOptions
+from sim_cluster.virtual import VirtualCluster
 
 TARGETS = {
     "detect_s_100": "<= 10",

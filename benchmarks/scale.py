@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from ekko.model import ModelSpec, TableSpec
 from sim_cluster.checkers import Watch
+from sim_cluster.meter import Meter
 from sim_cluster.network import NetworkOptions
-from sim_cluster.virtual import Meter, VirtualCluster
+from sim_cluster.virtual import VirtualCluster
 
 TARGETS = {
     "redundancy_max": "<= 0.05",

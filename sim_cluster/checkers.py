@@ -17,7 +17,9 @@ from ekko.store import Store
 from ekko.store.model_store import ModelStore
 from p2p import wire
 from p2p.stamps import WRITER_MASK, WRITERS_MAX
-from sim_cluster.virtual import VirtualCluster, VirtualNode, Write
+from sim_cluster.history import Write
+from sim_cluster.node import VirtualNode
+from sim_cluster.virtual import VirtualCluster
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]

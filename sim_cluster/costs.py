@@ -72,7 +72,7 @@ _ROUND = {m.VersionsWanted: "versions_shard", m.VersionList: "list_shard", m.Sha
 
 
 class VirtualCpus:
-    """The CPUs of all nodes (`sim_cluster.virtual.CpuModel`).
+    """The CPUs of all nodes (`sim_cluster.turns.CpuModel`).
 
     Args:
         costs: measured.
@@ -93,7 +93,7 @@ class VirtualCpus:
         self._ends_ms = 0.0
         self._encoded: m.Message | None = None  # once for all of its receivers, who come one after the other
 
-    # --- sim_cluster.virtual.CpuModel
+    # --- sim_cluster.turns.CpuModel
 
     def host(self, node: str, store: Store) -> Host:
         self._hosts[node] = MeteredHost(node, store, self)

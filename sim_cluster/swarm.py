@@ -23,10 +23,12 @@ from p2p.machine import NodeStatus
 from p2p.stamps import writer_of
 from p2p.sync import PRESETS
 from sim_cluster.checkers import Watch
+from sim_cluster.meter import Meter
 from sim_cluster.network import NetworkOptions
+from sim_cluster.node import VirtualNode
 from sim_cluster.scenario import FaultEvent, Faults, Scenario, draw_hold
 from sim_cluster.version_watch import VersionWatch
-from sim_cluster.virtual import Meter, VirtualCluster, VirtualNode
+from sim_cluster.virtual import VirtualCluster
 
 FORM_MS_MAX: Final = 60_000  # until all nodes have caught up with the cluster at its start
 # From the moment at which all rows are equal until everybody sees everybody alive and may write again.

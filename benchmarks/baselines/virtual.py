@@ -26,7 +26,7 @@ from p2p.machine import Machine, MachineOptions
 from p2p.replica import Host, Replica, RowColumns
 from p2p.stamps import WRITERS_MAX, StampClock
 from p2p.trees import TREES_MAX, Holder, Trees
-from sim_cluster.virtual import address_of
+from sim_cluster.node import address_of
 
 NEVER_MS = 1 << 50
 # A checkpoint begins when nothing was published for so long.

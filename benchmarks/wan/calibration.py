@@ -24,7 +24,8 @@ from p2p.replica import RowColumns
 from p2p.stamps import WRITERS_MAX
 from p2p.sync import PUSH, SHARD_VERSIONS, SyncOptions
 from sim_cluster.costs import CostTable
-from sim_cluster.virtual import NetworkOptions, VirtualCluster
+from sim_cluster.network import NetworkOptions
+from sim_cluster.virtual import VirtualCluster
 
 ROUNDS = 9
 WRITER = 1

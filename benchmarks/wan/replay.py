@@ -14,8 +14,9 @@ from p2p.replica import RowColumns
 from p2p.sync import PUSH, SyncOptions
 from sim_cluster.costs import CostTable, VirtualCpus
 from sim_cluster.network import NetworkOptions
+from sim_cluster.node import VirtualNode
 from sim_cluster.traces import Trace
-from sim_cluster.virtual import MachineFactory, VirtualCluster, VirtualNode
+from sim_cluster.virtual import MachineFactory, VirtualCluster
 
 FORM_MS_MAX = 60_000
 CALM = NetworkOptions(1, 1)
@@ -62,8 +63,8 @@ class _Bytes:
     def __init__(self, cluster: VirtualCluster) -> None:
         self.local = self.cross = self.trainer = 0.0
         self._cluster = cluster
-        self._arrivals = cluster.network.arrivals
-        cluster.network.arrivals = self._count  # type: ignore[method-assign]
+        self._arrivals = cluster.post.network.arrivals
+        cluster.post.network.arrivals = self._count  # type: ignore[method-assign]
 
     def _count(
         self, options: NetworkOptions, link: tuple[str, str], regions: tuple[str, str], size: float, now_ms: float

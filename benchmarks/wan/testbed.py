@@ -26,7 +26,7 @@ from ekko.store import Store, recent
 from p2p import links, outbox
 from p2p.replica import RowColumns, WriterIdentity
 from sim_cluster import network
-from sim_cluster.virtual import LinkOptions, NetworkOptions, pair_of
+from sim_cluster.network import LinkOptions, NetworkOptions, pair_of
 
 MODEL_BYTES = 113e9
 ROW_BYTES = 160  # key, stamp, 36 floats

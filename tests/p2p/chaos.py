@@ -8,8 +8,11 @@ from p2p.messages import Batch, Now
 from p2p.stamps import unix_ms_of
 from p2p.sync import PUSH, SyncOptions
 from sim_cluster.checkers import Watch, check_converged, check_knowledge, contents
+from sim_cluster.meter import Meter
+from sim_cluster.network import NetworkOptions
+from sim_cluster.node import address_of
 from sim_cluster.version_watch import VersionWatch
-from sim_cluster.virtual import Meter, NetworkOptions, VirtualCluster, address_of
+from sim_cluster.virtual import VirtualCluster
 
 CALM = NetworkOptions()
 FAULTS = NetworkOptions(1, 30, 40, loss_probability=0.1, repeat_probability=0.1, reorder_probability=0.2)

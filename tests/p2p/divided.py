@@ -9,7 +9,9 @@ from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
 from p2p import outbox, wire
 from sim_cluster.checkers import Watch, check_converged, check_knowledge
-from sim_cluster.virtual import Meter, NetworkOptions, VirtualCluster
+from sim_cluster.meter import Meter
+from sim_cluster.network import NetworkOptions
+from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import CALM, FAULTS
 
 PARTITIONS = 3

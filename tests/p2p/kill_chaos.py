@@ -10,9 +10,10 @@ from ekko.store import recent
 from p2p import messages as m
 from p2p import push, wire
 from p2p.stamps import writer_of
+from sim_cluster.network import NetworkOptions
 from sim_cluster.scenario import FaultEvent, load_scenario
 from sim_cluster.swarm import run_virtual
-from sim_cluster.virtual import NetworkOptions, VirtualCluster
+from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import REGIONS, at_rest, chaos, check_claims, form
 
 SWARM = Path(__file__).parent.parent.parent / "scenarios/swarm.toml"

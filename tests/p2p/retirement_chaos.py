@@ -10,7 +10,9 @@ from p2p.membership import SILENCE_MS_MAX
 from p2p.pull import Pull
 from p2p.stamps import writer_of
 from sim_cluster.checkers import Watch, contents
-from sim_cluster.virtual import NetworkOptions, VirtualCluster
+from sim_cluster.history import still_held
+from sim_cluster.network import NetworkOptions
+from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import CALM, FAULTS, REGIONS, at_rest, form
 from tests.p2p.writer_chaos import caught_up, formed, writes
 
@@ -52,8 +54,8 @@ def expel(cluster: VirtualCluster, name: str, at: str) -> None:
 
 def give_up(cluster: VirtualCluster, name: str) -> None:
     """What only this node holds counts as lost from here on."""
-    held = [cluster._stamps_held(other) for other in cluster.nodes.values() if other.name != name]
-    cluster.history = [w for w in cluster.history if any(one.get(cluster._key_of(w), 0) >= w.stamp for one in held)]
+    others = [node.store for node in cluster.nodes.values() if node.name != name]
+    cluster.history = still_held(cluster.history, others, cluster.models)
 
 
 def stages(cluster: VirtualCluster, writer: int, nonce: int) -> dict[str, int]:
@@ -187,14 +189,14 @@ def a_late_batch_of_a_retired_writer_arrives(seed: int) -> None:
     writer, nonce = writer_at(cluster, "t2")
     isolate(cluster, "t2")
     late: list[m.Batch] = []
-    original = cluster._transmit
+    original = cluster.post.transmit
 
     def transmit(sender: object, address: str, envelope: m.Envelope, message: m.Message) -> bool:
         if isinstance(message, m.Batch) and message.writer == writer and message.columns:
             late.append(message)
         return original(sender, address, envelope, message)  # type: ignore[arg-type]
 
-    with mock.patch.object(cluster, "_transmit", transmit):
+    with mock.patch.object(cluster.post, "transmit", transmit):
         assert cluster.publish("t2", "item", [100], 2.0)
     assert late, "the scenario caught no batch"
     cluster.crash("t2")
@@ -207,7 +209,7 @@ def a_late_batch_of_a_retired_writer_arrives(seed: int) -> None:
         link: Link | None = node.machine._core.link("t1")
         if link is not None and stages(cluster, writer, nonce)[node.name] >= 0:
             envelope = m.Envelope(link.boot, link.own_boot, link.session_in + 1, 1, version=2)
-            cluster._feed(node, node.machine, m.MessageReceived(envelope, late[0]))
+            cluster.feed(node, node.machine, m.MessageReceived(envelope, late[0]))
         cluster.run(250)
     retired_everywhere(cluster, writer, nonce)
     at_rest(cluster)

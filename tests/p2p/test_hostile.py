@@ -20,7 +20,9 @@ from p2p.replica import RowColumns, SchemaEntry
 from p2p.stamps import make_stamp
 from p2p.versions import FIRST_VERSION
 from sim_cluster.checkers import check_converged, check_knowledge, contents
-from sim_cluster.virtual import MemoryLedger, NetworkOptions, VirtualCluster
+from sim_cluster.network import NetworkOptions
+from sim_cluster.node import MemoryLedger
+from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import CALM, REGIONS, at_rest
 from tests.p2p.test_machine import counters, start, synced
 
@@ -46,7 +48,7 @@ def hello_of(at: VirtualCluster, name: str, **changes: object) -> m.Hello:
 def receive(cluster: VirtualCluster, name: str, message: m.Message, sender_boot: int, receiver_boot: int | None = None) -> None:
     machine = machine_of(cluster, name)
     boot = machine._core.options.boot if receiver_boot is None else receiver_boot
-    cluster._feed(cluster.nodes[name], machine, m.MessageReceived(m.Envelope(sender_boot, boot), message))
+    cluster.feed(cluster.nodes[name], machine, m.MessageReceived(m.Envelope(sender_boot, boot), message))
 
 
 def stranger(node: str, boot: int, **changes: object) -> m.MemberRecord:
@@ -291,7 +293,7 @@ def test_joining_with_many_models_asks_for_no_more_than_is_answered(monkeypatch:
     models = [ModelSpec(f"m{number}", 2, {"a": TableSpec("a", 1)}) for number in range(20)]
     for model in models:
         t1.store.add_model(model, 8)
-    cluster._feed(t1, machine_of(cluster, "t1"), m.SchemaChanged())
+    cluster.feed(t1, machine_of(cluster, "t1"), m.SchemaChanged())
     rows = RowColumns(models[0].tables["a"].id, np.arange(50, dtype=np.uint64), np.ones((50, 4), np.uint8))
     for model in models:
         reply = cluster.request("t1", lambda number, model=model: m.PublishRequested(number, model.id, (rows,)))  # type: ignore[misc]

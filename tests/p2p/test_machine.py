@@ -18,7 +18,9 @@ from p2p.machine import Machine, MachineOptions
 from p2p.replica import RowColumns
 from p2p.stamps import EPOCH_MS, make_stamp
 from sim_cluster.checkers import check_converged, check_knowledge, contents
-from sim_cluster.virtual import NetworkOptions, VirtualCluster, VirtualNode
+from sim_cluster.network import NetworkOptions
+from sim_cluster.node import VirtualNode
+from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import (
     CALM,
     REGIONS,
@@ -299,7 +301,7 @@ def test_a_second_live_node_with_one_id_is_refused() -> None:
     options = MachineOptions(original_name, 4242, cluster.now().unix_ms, "eu", "serve", twin.seeds)
     twin.ledger = type(twin.ledger)()
     twin.machine = Machine(options, twin.store, twin.ledger, random.Random(1))
-    cluster._feed(twin, twin.machine, m.Started("virtual://eu9"))
+    cluster.feed(twin, twin.machine, m.Started("virtual://eu9"))
     cluster.run(2_000)
     assert "node id 'eu1' is in use by a live node" in twin.fatal
     assert synced(cluster, "eu1")
@@ -358,7 +360,7 @@ def test_messages_of_a_peer_that_lie_change_nothing() -> None:
     ):
         rejected = len(victim.rejected)
         envelope = link.next_envelope(0)
-        cluster._feed(victim, victim.machine, m.MessageReceived(envelope, lie))
+        cluster.feed(victim, victim.machine, m.MessageReceived(envelope, lie))
         assert len(victim.rejected) == rejected + 1
         assert contents(victim.store, "ctr") == before
 
@@ -375,7 +377,7 @@ def test_a_second_nonce_under_one_writer_id_is_dropped_and_told_once() -> None:
     for step in range(3):
         batch = lying_batch(cluster, make_stamp(cluster.now().unix_ms + 1 + step, 0, 0), columns, nonce=666)
         envelope = m.Envelope(link.boot, link.own_boot, 9, step + 1, version=2)
-        cluster._feed(victim, victim.machine, m.MessageReceived(envelope, batch))
+        cluster.feed(victim, victim.machine, m.MessageReceived(envelope, batch))
     assert contents(victim.store, "ctr") == before
     assert victim.machine.counters.writer_conflicts == 3
     alarms = [note for note in victim.notes if note.name == "writer_conflict"]
@@ -444,14 +446,14 @@ def test_what_little_is_applied_is_acknowledged_together_after_a_while(monkeypat
     cluster.publish("t1", "item", [1], 1.0)
     cluster.run(ACK_DELAY_MS * 2)
     acks: list[m.Ack] = []
-    original = cluster._transmit
+    original = cluster.post.transmit
 
     def transmit(sender: VirtualNode, address: str, envelope: m.Envelope, message: m.Message) -> bool:
         if isinstance(message, m.Ack):
             acks.append(message)
         return original(sender, address, envelope, message)
 
-    monkeypatch.setattr(cluster, "_transmit", transmit)
+    monkeypatch.setattr(cluster.post, "transmit", transmit)
     for step in range(8):
         cluster.publish("t1", "item", [step], 1.0)
         cluster.run(ACK_DELAY_MS // 4)

@@ -15,7 +15,8 @@ from p2p.machine import Machine
 from p2p.membership import Membership, fingers_of, place_of
 from p2p.suspicion import FLAP_FORGET_MS, FLAP_HOLD_MS, HEARTBEAT_MS, SILENCE_INTERVALS, Suspicion
 from p2p.trees import Holder
-from sim_cluster.virtual import NetworkOptions, VirtualCluster
+from sim_cluster.network import NetworkOptions
+from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import CALM, REGIONS, at_rest
 from tests.p2p.test_machine import start
 

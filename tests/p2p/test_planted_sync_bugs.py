@@ -20,8 +20,9 @@ from p2p.rounds import Rounds
 from p2p.shard_versions import ShardVersions, settle
 from p2p.sync import LEADERS, SHARD_VERSIONS
 from sim_cluster.checkers import check_converged, check_knowledge, contents
+from sim_cluster.network import NetworkOptions
 from sim_cluster.version_watch import VersionWatch
-from sim_cluster.virtual import NetworkOptions, VirtualCluster
+from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import REGIONS, at_rest, chaos, form
 from tests.p2p.plants import Plant, Scenario, expect_caught
 

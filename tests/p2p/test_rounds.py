@@ -52,7 +52,7 @@ def tell(cluster: VirtualCluster, name: str, sender: str, message: m.Message, se
     if session:
         session, sequence = link.session_in + 1, 1
     envelope = m.Envelope(link.boot, machine._core.options.boot, session, sequence, version=link.version)
-    cluster._feed(cluster.nodes[name], machine, m.MessageReceived(envelope, message))
+    cluster.feed(cluster.nodes[name], machine, m.MessageReceived(envelope, message))
     return " ".join(cluster.nodes[name].rejected[before:])
 
 

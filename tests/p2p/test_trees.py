@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from p2p.trees import ONE_TREE_HOLDERS_MAX, SEATS_SINCE, TREE_ARITY, TREES_MAX, Holder, Trees, line, seat_at, seats
 from p2p.versions import FIRST_VERSION
-from sim_cluster.virtual import Meter, NetworkOptions, VirtualCluster
+from sim_cluster.meter import Meter
+from sim_cluster.network import NetworkOptions
+from sim_cluster.virtual import VirtualCluster
 
 VERSIONS = (1, SEATS_SINCE)
 

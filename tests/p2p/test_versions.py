@@ -17,7 +17,9 @@ from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.membership import Membership
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, agree, first_record_version, lowest_spoken
 from sim_cluster.checkers import Watch, check_converged
-from sim_cluster.virtual import NetworkOptions, VirtualCluster, VirtualNode
+from sim_cluster.network import NetworkOptions
+from sim_cluster.node import VirtualNode
+from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import CALM, FAULTS, REGIONS, at_rest
 from tests.p2p.golden import v1
 from tests.p2p.test_machine import synced
@@ -225,14 +227,14 @@ def test_a_record_is_told_in_the_shape_in_which_it_was_heard() -> None:
 def listen(cluster: VirtualCluster, monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
     """The pairs (version of the receiver, version of a message that was sent to it) of all messages from here on."""
     heard: set[tuple[int, int]] = set()
-    original = cluster._schedule
+    original = cluster.post.schedule
 
     def schedule(arrival_ms: int, sender: VirtualNode, target: VirtualNode, envelope: m.Envelope, shared: Any) -> None:
         assert target.machine is not None
         heard.add((target.machine._core.options.protocol_version, envelope.version))
         original(arrival_ms, sender, target, envelope, shared)
 
-    monkeypatch.setattr(cluster, "_schedule", schedule)
+    monkeypatch.setattr(cluster.post, "schedule", schedule)
     return heard
 
 

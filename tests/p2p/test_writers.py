@@ -9,7 +9,7 @@ from p2p.errors import LocalProtocolError
 from p2p.ledger import NodeRecord
 from p2p.messages import Leaving
 from p2p.writers import BLOCK_IDS, BLOCKS, GIVEN_BLOCKS_MAX, WriterBook, WriterConflictError
-from sim_cluster.virtual import MemoryLedger
+from sim_cluster.node import MemoryLedger
 from tests.p2p.chaos import at_rest, form
 from tests.p2p.plants import Plant, Scenario, expect_caught
 from tests.p2p.writer_chaos import (
@@ -183,7 +183,7 @@ def test_a_node_alone_that_others_call_from_their_cluster_stops_and_says_what_to
     cluster.run(3_000)  # heartbeats tell the others which cluster it is
     node = cluster.nodes["t1"]
     assert node.machine is not None
-    cluster._feed(node, node.machine, Leaving())
+    cluster.feed(node, node.machine, Leaving())
     cluster.run(50)
     cluster.crash("t1")
     node.ledger = MemoryLedger()

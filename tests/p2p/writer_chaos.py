@@ -12,7 +12,9 @@ from p2p.membership import SILENCE_MS_MAX
 from p2p.stamps import writer_of
 from p2p.writers import BLOCKS
 from sim_cluster.checkers import Watch, contents
-from sim_cluster.virtual import MemoryLedger, NetworkOptions, VirtualCluster, VirtualNode
+from sim_cluster.network import NetworkOptions
+from sim_cluster.node import MemoryLedger, VirtualNode
+from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import CALM, at_rest, form
 
 LOSSY = NetworkOptions(1, 30, 40, loss_probability=0.1, repeat_probability=0.1, reorder_probability=0.2)
@@ -116,7 +118,7 @@ def an_allotter_crashes_as_it_answers(seed: int) -> None:
         if isinstance(message, m.BlockGrant) and message.blocks and len(crashes) < 3:
             crashes.append(self.options.node)
             if seed % 2:
-                cluster._transmit(cluster.nodes[self.options.node], link.address, link.envelope(), message)
+                cluster.post.transmit(cluster.nodes[self.options.node], link.address, link.envelope(), message)
             cluster.crash(self.options.node)
             return
         original(self, link, message)
@@ -187,7 +189,7 @@ def a_machine_is_cloned(seed: int) -> None:
     cluster.restart("t1", keep_state=False)  # so that it needs the next id, too
     cluster.nodes["clone"] = VirtualNode("clone", "us", "train", ("virtual://us1",), cluster.model, ledger=MemoryLedger(copy))
     split(cluster, {"us1", "us2", "us3", "clone"})
-    cluster._boot(cluster.nodes["clone"])
+    cluster.boot(cluster.nodes["clone"])
     acknowledged = len(cluster.history)
     # Each side binds the same id before it hears of the other, and writes different rows with it.
     _force(cluster, "t1", [10, 11], 1.0)
