@@ -89,8 +89,9 @@ class Keyspace:
     goal: dict[int, int] = field(default_factory=dict)  # writer -> stamp: how far it had come when we first compared
     alone_since_ms: int | None = None  # monotonic: since when nobody else alive holds it
     last_batch_ms: int = 0  # monotonic, of our own writer
-    gap_stamp: int = 0  # the oldest waiting step when we last looked
-    gap_since_ms: int = 0
+    gap_writer: int | None = None  # whose steps were found waiting for one before them when we last looked
+    gap_frontier: int = 0  # and how far it was whole then
+    gap_since_ms: int = 0  # monotonic; since we asked for it last
     gap_peer: str = ""  # who sent the batch that showed the gap
     gap_origin: str = ""  # and whose batch it was
     gap_tries: int = 0  # pulls that did not close it

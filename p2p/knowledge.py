@@ -135,6 +135,10 @@ class Knowledge:
         """Stamp of the step that has waited longest; 0 when none waits."""
         return next(iter(self._open), 0)
 
+    def awaits(self, writer: int) -> bool:
+        """Whether a step of this writer waits."""
+        return any(writer_of(stamp) == writer for stamp in self._open)
+
     def digest(self) -> int:
         """128 bits that are equal exactly when the vectors are."""
         # Writers whose column is still empty must not count: a node that only heard of them knows nothing more.

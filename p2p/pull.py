@@ -32,9 +32,7 @@ from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX, unix_ms_of, writer_of
 GAP_GRACE_MS = 50
 # Behind a busy uplink the messages of one step lie further apart than that, and pulls for what is on its way anyway only make
 # it busier: the grace doubles with each gap to which they brought nothing, up to this, and halves with each that they closed.
-# It is below `push.IDLE_BEAT_MS`: a beat takes the place of the one before it among the waiting steps, and a grace that lasts
-# from one to the next would never end.
-GAP_GRACE_MS_MAX = 150
+GAP_GRACE_MS_MAX = 400
 # A gap that a pull did not close is asked about again after twice the time, this many times: an answer may cost a scan.
 GAP_DOUBLINGS_MAX = 5
 # After this many it is given up: whoever had the missing step is gone, and what is left of it spreads as strays (R8).
@@ -290,18 +288,22 @@ class Pull:
             core.note("partition_alone", alarm=True, keyspace=place.family, partition=place.partition)
 
     def _check_gap(self, keyspace: Keyspace, now: m.Now) -> None:
-        oldest = keyspace.knowledge.oldest_open
-        if oldest != keyspace.gap_stamp:
+        knowledge = keyspace.knowledge
+        if not self._is_same_gap(keyspace):
             if keyspace.gap_tries:  # it is closed, by pulls or though there were some
                 learned_ms = keyspace.gap_grace_ms // 2 if keyspace.gap_rows else keyspace.gap_grace_ms * 2
                 keyspace.gap_grace_ms = min(max(learned_ms, GAP_GRACE_MS), GAP_GRACE_MS_MAX)
-            keyspace.gap_stamp, keyspace.gap_since_ms, keyspace.gap_tries, keyspace.gap_rows = oldest, now.monotonic_ms, 0, 0
+            keyspace.gap_writer = writer_of(knowledge.oldest_open) if knowledge.open_steps else None
+            keyspace.gap_frontier = 0 if keyspace.gap_writer is None else int(knowledge.frontier[keyspace.gap_writer])
+            keyspace.gap_since_ms, keyspace.gap_tries, keyspace.gap_rows = now.monotonic_ms, 0, 0
+        if keyspace.gap_writer is None or keyspace.replica.keyspace in self._asked:
+            return
         # A long grace is not doubled beyond what a short one comes to: a step that nobody has any more is given up as soon.
         grace_ms = min(keyspace.gap_grace_ms << keyspace.gap_tries, GAP_GRACE_MS << GAP_DOUBLINGS_MAX)
-        if not oldest or now.monotonic_ms - keyspace.gap_since_ms < grace_ms or keyspace.replica.keyspace in self._asked:
+        if now.monotonic_ms - keyspace.gap_since_ms < grace_ms:
             return
         if keyspace.gap_tries >= GAP_TRIES_MAX:
-            keyspace.knowledge.give_up(writer_of(oldest))
+            knowledge.give_up(keyspace.gap_writer)
             return
         # The batch's sender first: it is near. It may have the same gap, so its origin is asked in turn.
         first, second = keyspace.gap_peer, keyspace.gap_origin
@@ -311,6 +313,16 @@ class Pull:
         if link is not None and self._core.membership.alive(link.node, now.monotonic_ms):
             self._core.counters.gaps += 1
             self.ask(keyspace, link, now, GAP)
+
+    @staticmethod
+    def _is_same_gap(keyspace: Keyspace) -> bool:
+        """Whether the gap that we saw last is still open: its writer's frontier stands where it stood, and steps wait above it.
+
+        Not that the same step waits longest: of too many the oldest is dropped, and a grace that begins anew with each would
+        never end.
+        """
+        knowledge, writer = keyspace.knowledge, keyspace.gap_writer
+        return writer is not None and int(knowledge.frontier[writer]) == keyspace.gap_frontier and knowledge.awaits(writer)
 
     def digests(self, keyspace: Keyspace, now: m.Now) -> tuple[int, int]:
         """Digests of our vector and of our strays; the scan for strays runs only when there may be some, and not often."""

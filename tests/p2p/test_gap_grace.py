@@ -3,7 +3,7 @@
 import pytest
 
 from ekko.model import ModelSpec, TableSpec
-from p2p import pull
+from p2p import knowledge, pull
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
 
@@ -42,3 +42,25 @@ def test_without_learning_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pull, "GAP_GRACE_MS_MAX", pull.GAP_GRACE_MS)
     _, later = pulls_behind_a_busy_card(STEPS)
     assert later > 100
+
+
+def test_a_gap_is_asked_about_though_the_steps_behind_it_are_dropped_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of too many waiting steps the oldest is dropped. If the grace began anew with each, it would not end where the writer is
+    # quicker. Here the writer is idle; its beats change no vector, so that no digest shows what is missing.
+    monkeypatch.setattr(knowledge, "OPEN_STEPS_MAX", 2)
+    cluster = VirtualCluster(1, CALM)
+    cluster.add("n0", "r0", "train")
+    cluster.add("n1", "r1", "serve", ["n0"])
+    machine = cluster.nodes["n1"].machine
+    assert machine is not None
+    assert cluster.run_until(lambda: machine.status(cluster.now()).synced)
+    assert cluster.publish("n0", "item", range(10))
+    cluster.run(1_000)
+    (keyspace,) = machine._core.keyspaces.values()
+    keyspace.gap_grace_ms = pull.GAP_GRACE_MS_MAX  # it has learned to be patient
+    cluster.cut.add(("n0", "n1"))
+    cluster.run(300)  # a beat is lost
+    cluster.cut.clear()
+
+    assert cluster.run_until(lambda: keyspace.knowledge.open_steps == 2, 2_000)
+    assert cluster.run_until(lambda: not keyspace.knowledge.open_steps, 5 * pull.GAP_GRACE_MS_MAX)
