@@ -165,6 +165,7 @@ class _Run:
         self._versions = VersionWatch(self.cluster)
         self._trainers = scenario.trainers[: 1 + seed % len(scenario.trainers)]
         self._published = 0
+        self._refused = -1  # messages that were refused until the last look
         self._drained_ms = 0  # when what was sent before the faults ended will have come
         self._waits: dict[tuple[str, int, int], _Wait] = {}  # by node, its life and the request
         self._ends: list[tuple[int, int, Callable[[], None]]] = []  # what undoes a fault, and when
@@ -246,6 +247,11 @@ class _Run:
         patient = self.cluster.seed % PATIENT_EVERY == 0
         if patient and self.cluster.now_ms < self._drained_ms:
             return "messages of before are on their way"
+        refused, self._refused = self._refused, sum(len(node.rejected) for node in self.cluster.nodes.values())
+        if self._refused != refused:
+            # A clock was so far ahead that its node's stamps are refused for a while, also those of steps without rows; who
+            # missed these pulls when the first one is taken.
+            return "messages are refused"
         for node in self.cluster.nodes.values():
             status = _status(self.cluster, node)
             unseen = [peer.node for peer in status.peers if not peer.alive]

@@ -30,6 +30,7 @@ from tests.p2p.chaos import (
     origin_dies_in_mid_push,
     writing_goes_on_while_a_node_joins,
 )
+from tests.p2p.writer_chaos import writes
 
 
 def start(seed: int = 1, options: NetworkOptions = CALM, model: ModelSpec | None = None) -> VirtualCluster:
@@ -202,6 +203,35 @@ def test_a_lost_last_batch_is_noticed_by_the_idle_beat() -> None:
     lost_ms = cluster.now_ms
     at_rest(cluster)
     assert cluster.now_ms - lost_ms < 500, "sooner than a heartbeat's round"
+
+
+def test_the_last_beat_of_a_dead_writer_reaches_all_without_a_pull() -> None:
+    """It has no rows, so no vector tells who got it; nobody is to pull for it later, when other batches are on their way."""
+    cluster = start()
+    cluster.add("t2", "eu", "train", ["t1"])
+    cluster.run(5_000)
+    writes(cluster, "t2")
+    cluster.run(1_000)
+    far = [name for name in cluster.nodes if not name.startswith("eu")]
+    cluster.cut = {(one, other) for one in ("t2", "eu1", "eu2") for other in far}
+    cluster.run(250)
+    cluster.crash("t2")
+    writer = cluster.nodes["t2"].store.models["ctr"].writer
+    del cluster.nodes["t2"]
+    cluster.cut = set()
+    assert writer is not None
+
+    def frontiers() -> set[int]:
+        return {int(node.store.models["ctr"].frontier[writer.writer]) for node in cluster.nodes.values()}
+
+    assert len(frontiers()) == 2, "the scenario left nothing to learn"
+    cluster.run(5_000)
+    assert len(frontiers()) == 1
+    before = sum(node.machine.counters.pulls_started for node in cluster.nodes.values() if node.machine)
+    for step in range(100):
+        assert cluster.publish("t1", "item", [step], 2.0)
+        cluster.run(37)
+    assert sum(node.machine.counters.pulls_started for node in cluster.nodes.values() if node.machine) == before
 
 
 def test_a_node_that_is_late_pulls_only_when_nothing_comes_any_more() -> None:

@@ -14,6 +14,7 @@ from ekko.cli import app, register_commands
 from ekko.errors import ConfigError
 from p2p import knowledge
 from p2p.sync import PRESETS
+from sim_cluster.network import NetworkOptions
 from sim_cluster.real import check_feasible, run_real
 from sim_cluster.scenario import HOLD, KINDS, FaultEvent, Faults, draw_faults, load_scenario
 from sim_cluster.swarm import minimise, run_virtual
@@ -160,6 +161,23 @@ def test_a_swarm_draws_only_the_kinds_it_is_given() -> None:
     assert {event.kind for faults in drawn for event in faults.events} == set(storm.kinds)
     assert all(faults.network == storm.network for faults in drawn)
     assert min(len(faults.events) for faults in drawn) > 40, "five minutes with hardly a fault"
+
+
+@pytest.mark.parametrize("seed", [91, 172, 1137])
+def test_seeds_that_complained_of_a_pull_in_a_steady_state(seed: int) -> None:
+    """91: a dead writer's last beat had reached one node only (`test_machine`). 1137: the next test."""
+    assert run_virtual(load_scenario(SWARM), seed).problem == ""
+
+
+def test_nothing_is_steady_while_stamps_are_refused() -> None:
+    """A clock that ran ahead is right again, and for seconds its node stamps too far ahead: here beats without rows.
+
+    Rows are equal by then, and everybody pulls when the first beat is taken.
+    """
+    scenario = replace(load_scenario(SWARM), duration_ms=8_000)
+    outcome = run_virtual(scenario, 1, Faults(NetworkOptions(), (FaultEvent(7_930, "clock", "us-t1", 300, 66_000),)))
+    assert outcome.problem == ""
+    assert outcome.rejected > 100, "the scenario was refused by nobody"
 
 
 def test_a_storm_in_virtual_time() -> None:
