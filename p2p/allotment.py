@@ -6,8 +6,9 @@ records the gift in its ledger and then answers; asked again under the same hold
 answer costs nothing, and a crash between record and answer at most a block that its asker never comes back for. A side of a
 split in which nobody has a block to spare cannot add writers; its training nodes are not ready, and say why.
 
-Who founds: the training node that came first of those that live, with its first step, where no cluster exists. In one of
-version 1 it asks the others first whether the cluster has been founded anew since.
+Who founds: the training node that came first of those that live, with its first step, where no cluster exists. Where another
+may have done so without its knowledge it asks first: in a cluster of version 1, which may have been founded anew, and after a
+training node that has left or died, since that one may have founded in its last moment.
 
 The clock of a new writer starts above all that whoever gave it ids had seen (R5): the answer carries that, and it is durable.
 
@@ -45,7 +46,8 @@ class Allotment:
         self._asked: tuple[int, int] | None = None  # the life that we asked, and until when we wait for it
         self._refused: dict[int, None] = {}  # lives that said no in this round
         self._round_ms = 0  # when the next round may begin
-        self._unfounded: dict[int, None] = {}  # lives that do not know of blocks, in a cluster of version 1
+        # Lives that said that they do not know of blocks, since no training node came before us.
+        self._unfounded: dict[int, None] = {}
         self._reason = ""
         self._holders: tuple[Holder, ...] = ()
         self._stewards: tuple[m.NodeId, ...] = ()
@@ -113,10 +115,25 @@ class Allotment:
 
     def _may_found(self, now: m.Now) -> bool:
         core = self._core
-        if self._first_trainer(now) is not None or any(peer.role == "train" for peer in core.expected(now)):
+        if self._follows(now) or any(peer.role == "train" for peer in core.expected(now)):
             return False
-        # In a cluster of version 1 only the answers of others tell that nobody has founded it anew.
-        return not core.writers.cluster or all(record.boot in self._unfounded for record in self._candidates(now))
+        if not core.writers.cluster and not self._outlived(now):
+            return True
+        # Only the answers of others tell that nobody has founded it.
+        return all(record.boot in self._unfounded for record in self._candidates(now))
+
+    def _follows(self, now: m.Now) -> bool:
+        """Whether another training node comes before us; it may found at any time, so that older answers tell nothing."""
+        if self._first_trainer(now) is None:
+            return False
+        self._unfounded.clear()
+        return True
+
+    def _outlived(self, now: m.Now) -> bool:
+        """Whether there was a training node that is gone."""
+        members = self._core.membership.members.values()
+        trainers = {member.record.node for member in members if member.record.role == "train"}
+        return not trainers <= {record.node for record in self._core.membership.live(now.monotonic_ms)}
 
     # --- asking
 
@@ -136,6 +153,8 @@ class Allotment:
         if self._asked is not None and now.monotonic_ms >= self._asked[1]:
             self._refused[self._asked[0]] = None
             self._asked = None
+        if not self._core.writers.founded and self._core.options.role == "train":
+            self._follows(now)
         if self._asked is None and self._wants(now):
             self._ask(now)
 

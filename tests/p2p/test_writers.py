@@ -19,6 +19,7 @@ from tests.p2p.writer_chaos import (
     formed,
     record_of,
     several_write_at_once,
+    the_founder_leaves_as_soon_as_it_has_founded,
     writes,
 )
 
@@ -57,6 +58,11 @@ def everybody_founds(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WriterBook, "founded", property(lambda self: bool(self._record.blocks)))
 
 
+def who_comes_next_founds_unasked(patch: pytest.MonkeyPatch) -> None:
+    """R12: when the training node that came first is gone, the next one founds what it may have founded."""
+    patch.setattr(Allotment, "_outlived", lambda _self, _now: False)
+
+
 def a_used_block_is_given(patch: pytest.MonkeyPatch) -> None:
     """R12: what is given away stays the giver's own, too."""
     original = WriterBook.give
@@ -88,6 +94,7 @@ def a_writer_without_memory_goes_on(patch: pytest.MonkeyPatch) -> None:
         (a_gift_is_sent_before_it_is_recorded, an_allotter_crashes_as_it_answers),
         (a_second_nonce_is_merged, a_machine_is_cloned),
         (everybody_founds, several_write_at_once),
+        (who_comes_next_founds_unasked, the_founder_leaves_as_soon_as_it_has_founded),
         (a_used_block_is_given, an_allotter_crashes_as_it_answers),
         (a_writer_without_memory_goes_on, several_write_at_once),
     ],

@@ -107,6 +107,26 @@ def several_write_at_once(seed: int) -> None:
     assert len(writers) >= 4, "a training node that lost its memory wrote on under its old id"
 
 
+def the_founder_leaves_as_soon_as_it_has_founded(seed: int) -> None:
+    """The next training node has not heard of it, while others have: it must not found another cluster."""
+    cluster = form(seed)
+    cluster.add("t2", "eu", "train", ["t1"])
+    formed(cluster)
+    cluster.cut = {(name, "t2") for name in cluster.nodes}
+    assert cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(1_200)
+    cluster.cut = set()
+    cluster.leave("t1")
+    writes(cluster, "t2")
+    clusters = {record_of(node).cluster for node in cluster.nodes.values()}
+    assert len(clusters - {0}) == 1, f"seed {seed}: two clusters"
+    cluster.restart("t1")
+    cluster.run(3_000)
+    writes(cluster, "t1")
+    at_rest(cluster)
+    check_ids(cluster)
+
+
 def an_allotter_crashes_as_it_answers(seed: int) -> None:
     """It has recorded that a block is gone, and nobody was told, or only just; later it comes back, and is asked again."""
     cluster = form(seed)
@@ -273,5 +293,6 @@ SCENARIOS: tuple[Callable[[int], None], ...] = (
     a_side_without_blocks_adds_no_writer,
     a_machine_is_cloned,
     the_founder_is_lost,
+    the_founder_leaves_as_soon_as_it_has_founded,
     a_cluster_of_version_1_gets_blocks,
 )

@@ -163,9 +163,11 @@ def test_a_swarm_draws_only_the_kinds_it_is_given() -> None:
     assert min(len(faults.events) for faults in drawn) > 40, "five minutes with hardly a fault"
 
 
-@pytest.mark.parametrize("seed", [91, 172, 1137])
-def test_seeds_that_complained_of_a_pull_in_a_steady_state(seed: int) -> None:
-    """91: a dead writer's last beat had reached one node only (`test_machine`). 1137: the next test."""
+@pytest.mark.parametrize("seed", [91, 172, 1137, 2069, 2177])
+def test_a_seed_that_complained(seed: int) -> None:
+    """91, 2177: a pull in a steady state, since a dead writer's last beat had reached one node only (`test_machine`). 1137: the
+    next test. 2069: two clusters were founded (`test_writers`). Of 172 nothing is known any more.
+    """
     assert run_virtual(load_scenario(SWARM), seed).problem == ""
 
 
