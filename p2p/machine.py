@@ -323,10 +323,10 @@ class Machine:
                 assert_never(message)
 
     def _on_batch(self, link: Link, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> None:
-        payload = sum(section.payload_bytes for section in batch.columns)
-        arrival = self._arrive(link, envelope, payload)
+        arrival = self._arrive(link, envelope)
         # After a hole, and as a repeat, a batch is as good as ever: its claims carry their own base.
-        link.traffic.rows_in += sum(len(section.keys) for section in batch.columns)
+        payload = batch.payload_bytes
+        link.traffic.rows_in += batch.row_count
         link.traffic.bytes_in += payload
         try:
             pending = self._push.receive(link, envelope, batch, now)
@@ -338,15 +338,18 @@ class Machine:
 
     def _on_batch_ready(self, sender_boot: int, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> None:
         link = self._core.by_boot.get(sender_boot)
+        keyspace = self._core.keyspaces[batch.keyspace]
+        reached = int(keyspace.knowledge.frontier[batch.writer])
         self._push.apply(batch, link.node if link is not None else "")
-        self._progress(self._core.keyspaces[batch.keyspace], now)
+        if int(keyspace.knowledge.frontier[batch.writer]) != reached:
+            self._progress(keyspace, now)
         if link is not None and envelope.session == link.session_in:
-            self._applied(link, sum(section.payload_bytes for section in batch.columns))
+            self._applied(link, batch.payload_bytes)
 
     def _on_pull_reply(self, link: Link, envelope: m.Envelope, reply: m.PullReply | m.ShardsReply, now: m.Now) -> None:
-        payload = sum(section.payload_bytes for section in reply.columns)
-        arrival = self._arrive(link, envelope, payload)
-        link.traffic.rows_in += sum(len(section.keys) for section in reply.columns)
+        arrival = self._arrive(link, envelope)
+        payload = reply.payload_bytes
+        link.traffic.rows_in += reply.row_count
         link.traffic.bytes_in += payload
         if arrival is not Arrival.NEXT:
             return
@@ -362,7 +365,7 @@ class Machine:
         if reply.last:
             self._progress_of(reply.keyspace, now)
 
-    def _arrive(self, link: Link, envelope: m.Envelope, payload: int) -> Arrival:
+    def _arrive(self, link: Link, envelope: m.Envelope) -> Arrival:
         if envelope.session == 0:
             raise RemoteProtocolError("a batch or pull chunk outside any session")
         arrival = link.on_arrival(envelope)
@@ -438,28 +441,22 @@ class Machine:
             self._ack_ms = None
         elif self._ack_ms is None:
             self._ack_ms = now_ms + links.ACK_DELAY_MS
-        if not any(keyspace.knowledge.open_steps for keyspace in core.keyspaces.values()):
+        is_open = False
+        wanted = [self._gossip.next_ms(now_ms)]
+        for keyspace in core.keyspaces.values():
+            is_open = is_open or keyspace.knowledge.open_steps > 0
+            if keyspace.last_batch_ms:  # our writer has written
+                wanted.append(keyspace.last_batch_ms + push.IDLE_BEAT_MS)
+        if not is_open:
             self._gap_ms = None
         elif self._gap_ms is None:
             self._gap_ms = now_ms + GAP_LOOK_MS
-        wanted = [
-            self._gossip.next_ms(now_ms),
-            self._ack_ms,
-            self._gap_ms,
-            self._reach.next_ms(),
-            self._schedule.next_ms(),
-            self._pull.rounds.next_ms(),
-        ]
-        wanted += [
-            keyspace.last_batch_ms + push.IDLE_BEAT_MS
-            for keyspace in core.keyspaces.values()
-            if keyspace.last_batch_ms  # our writer has written
-        ]
-        if any(
-            node in core.links and core.links[node].has_credit() for node, box in self._pull.outboxes.items() if box.streams
-        ):
-            wanted.append(now_ms)
-        self._deadline_ms = min(moment for moment in wanted if moment is not None)
+        others = self._ack_ms, self._gap_ms, self._reach.next_ms(), self._schedule.next_ms(), self._pull.rounds.next_ms()
+        wanted += [moment for moment in others if moment is not None]
+        for node, box in self._pull.outboxes.items():
+            if box.streams and node in core.links and core.links[node].has_credit():
+                wanted.append(now_ms)
+        self._deadline_ms = min(wanted)
 
     # --- what several events share
 

@@ -339,14 +339,17 @@ class Membership:
         """How often to expect a counter of somebody new: rarely, where messages cannot carry everybody's."""
         return HEARTBEAT_MS * (1 + len(self.members) / (FANOUT * COUNTERS_MAX))
 
-    def note_writer(self, node: NodeId, writer: WriterRecord) -> None:
+    def note_writer(self, node: NodeId, family: int, writer: int, nonce: int, stamp: int) -> None:
         """A batch came from a writer of `node`: sooner news than the heartbeat that will say so."""
         member = self.members.get(node)
-        if member is None or len(member.record.writers) >= WRITER_RECORDS_MAX:
+        if member is None:
             return
-        if any((w.keyspace, w.writer) == (writer.keyspace, writer.writer) for w in member.record.writers):
-            return
-        self._keep(member, replace(member.record, writers=(*member.record.writers, writer)))
+        for known in member.record.writers:  # once a batch
+            if known.writer == writer and known.keyspace == family:
+                return
+        if len(member.record.writers) < WRITER_RECORDS_MAX:
+            record = WriterRecord(family, writer, nonce, stamp)
+            self._keep(member, replace(member.record, writers=(*member.record.writers, record)))
 
     def conflicts(self, record: MemberRecord, now_ms: int) -> MemberRecord | None:
         """The live node that already uses this record's id in another life, at another address; None when there is none.

@@ -178,7 +178,19 @@ class ShardClaims:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class _Rows:
+    """What the messages that carry rows have in common; counted once, and asked for by everybody who handles them."""
+
+    payload_bytes: int = field(init=False, repr=False)  # keys, values and stamps
+    row_count: int = field(init=False, repr=False)
+
+    def _count(self, columns: tuple[RowColumns, ...]) -> None:
+        object.__setattr__(self, "payload_bytes", sum([section.payload_bytes for section in columns]))
+        object.__setattr__(self, "row_count", sum([len(section.keys) for section in columns]))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch(_Rows):
     """One optimiser step of one writer, or a part of it, under one stamp. `columns` have no stamps of their own.
 
     A batch without shards and rows moves only the frontier: an idle writer says "nothing since".
@@ -202,6 +214,9 @@ class Batch:
     checksum: int = field(default=0, repr=False)
     body_version: int = field(default=0, repr=False)  # the version in which `body` is encoded
 
+    def __post_init__(self) -> None:
+        self._count(self.columns)
+
     @property
     def tree(self) -> int:
         """The index of its tree: a function of the shard."""
@@ -223,7 +238,7 @@ class PullRequest:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PullReply:
+class PullReply(_Rows):
     """One chunk of the answer. Rows claim nothing; the claims ride in the last chunk and count only if all chunks came."""
 
     keyspace: int
@@ -236,6 +251,9 @@ class PullReply:
     frontier: U64  # [w]
     bound: NDArray[np.uint16] = field(default_factory=_no_writers)  # [b] in the first chunk: writers whose nonces are known
     nonces: U64 = field(default_factory=_no_numbers)  # [b]
+
+    def __post_init__(self) -> None:
+        self._count(self.columns)
 
 
 # The four messages of a round by shard versions (`p2p.rounds`), since protocol version 2.
@@ -277,7 +295,7 @@ class ShardsWanted:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ShardsReply:
+class ShardsReply(_Rows):
     """4: one chunk of the answer. Rows claim nothing; vectors and versions are in the last one and count only if all came."""
 
     keyspace: int
@@ -291,6 +309,9 @@ class ShardsReply:
     vectors: U64  # [k, w]; the answerer's, read before it selected the rows
     bound: NDArray[np.uint16] = field(default_factory=_no_writers)  # [b] in the first chunk: writers whose nonces are known
     nonces: U64 = field(default_factory=_no_numbers)  # [b]
+
+    def __post_init__(self) -> None:
+        self._count(self.columns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,12 +62,10 @@ class Outbox:
             stream = next(iter(self.streams.values()))
             keyspace = core.keyspaces[stream.keyspace]
             chunk = next_chunk(stream, keyspace)
-            payload = sum(section.payload_bytes for section in chunk.columns)
-            rows = sum(len(section.keys) for section in chunk.columns)
-            core.emit(m.Send(link.address, link.next_envelope(payload), chunk))
-            link.traffic.rows_out += rows
-            link.traffic.bytes_out += payload
-            core.counters.pull_rows_sent += rows
+            core.emit(m.Send(link.address, link.next_envelope(chunk.payload_bytes), chunk))
+            link.traffic.rows_out += chunk.row_count
+            link.traffic.bytes_out += chunk.payload_bytes
+            core.counters.pull_rows_sent += chunk.row_count
             if chunk.last:
                 del self.streams[stream.keyspace]
 

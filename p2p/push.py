@@ -21,7 +21,7 @@ from p2p.links import Link
 from p2p.placement import divide, take
 from p2p.replica import U64, RowColumns, WriterIdentity
 from p2p.stamps import check_not_ahead
-from p2p.trees import TREES_MAX
+from p2p.trees import TREES_MAX, Trees
 
 # An idle writer says "nothing since" this often; it bounds how stale a node must assume itself to be, and how long the loss
 # of the very last batch goes unnoticed.
@@ -77,7 +77,8 @@ class Push:
         core.emit(m.Published(request.request, stamp))
         for batch, shard_of, _ in stored:
             for message in split_step(batch, shard_of, wire.BATCH_BYTES_MAX):
-                self._forward(wire.seal(message), hops=0, now=now)
+                keyspace = core.keyspaces[message.keyspace]
+                self._forward(keyspace, wire.seal(message), 0, self._trees(keyspace, now))
         core.emit(_applied_effect(stored[0][0], sum(written for _, _, written in stored)))
 
     def _store(
@@ -149,7 +150,7 @@ class Push:
                 empty,
                 (),
             )
-            self._forward(wire.seal(batch), hops=0, now=now)
+            self._forward(keyspace, wire.seal(batch), 0, self._trees(keyspace, now))
 
     def open_links(self, now: m.Now) -> None:
         """Have links to all that we would send the next batch of a writer to: its first one should find them connected."""
@@ -158,9 +159,9 @@ class Push:
             origins = [core.options.node] if core.options.role == "train" else []
             origins += core.membership.writing(family)
             for keyspace in keyspaces:
-                trees = range(core.membership.trees(now.monotonic_ms, keyspace.replica.place).count)
-                for origin, tree in itertools.product(origins, trees):
-                    for node in self._children(keyspace, origin, tree, now):
+                trees = self._trees(keyspace, now)
+                for origin, tree in itertools.product(origins, range(trees.count)):
+                    for node in _children(trees, keyspace, origin, tree):
                         core.link(node)
 
     def receive(self, link: Link, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> bool:
@@ -186,7 +187,7 @@ class Push:
         known = core.writers.nonce_of(family, batch.writer) == batch.nonce
         if not known and not core.same_writers(link.node, family, [batch.writer], [batch.nonce]):
             return False  # whoever sent it on may not know
-        core.membership.note_writer(batch.origin, m.WriterRecord(family, batch.writer, batch.nonce, batch.stamp))
+        core.membership.note_writer(batch.origin, family, batch.writer, batch.nonce, batch.stamp)
         claims = batch.claims
         first = (int(claims.shards[0]), int(claims.part[0])) if len(claims.shards) else (-1, 0)
         seen = (batch.keyspace, batch.stamp, *first)
@@ -196,10 +197,11 @@ class Push:
         while len(self._seen) >= SEEN_MAX:
             del self._seen[next(iter(self._seen))]
         self._seen[seen] = None
-        if envelope.hops >= core.membership.trees(now.monotonic_ms, keyspace.replica.place).hops_max:
+        trees = self._trees(keyspace, now)
+        if envelope.hops >= trees.hops_max:
             core.counters.batches_circling += 1
         else:
-            self._forward(batch, envelope.hops + 1, now)
+            self._forward(keyspace, batch, envelope.hops + 1, trees)
         core.emit(m.Continue(m.BatchReady(link.boot, envelope, batch)))
         return True
 
@@ -221,29 +223,30 @@ class Push:
             core.counters.rows_stale += applied.stale
             core.emit(_applied_effect(batch, applied.written))
 
-    def _forward(self, batch: m.Batch, hops: int, now: m.Now) -> None:
+    def _forward(self, keyspace: Keyspace, batch: m.Batch, hops: int, trees: Trees) -> None:
         core = self._core
         if not core.options.sync.push:
             return
-        payload = sum(section.payload_bytes for section in batch.columns)
-        rows = sum(len(section.keys) for section in batch.columns)
-        for node in self._children(core.keyspaces[batch.keyspace], batch.origin, batch.tree, now):
+        for node in _children(trees, keyspace, batch.origin, batch.tree):
             link = core.link(node)
             if link is None or not link.has_credit():
                 core.counters.batches_skipped += 1
                 if link is not None:
                     link.traffic.batches_skipped += 1
                 continue
-            core.emit(m.Send(link.address, link.next_envelope(payload, hops), batch))
+            core.emit(m.Send(link.address, link.next_envelope(batch.payload_bytes, hops), batch))
             core.counters.batches_forwarded += 1
-            link.traffic.rows_out += rows
-            link.traffic.bytes_out += payload
+            link.traffic.rows_out += batch.row_count
+            link.traffic.bytes_out += batch.payload_bytes
 
-    def _children(self, keyspace: Keyspace, origin: m.NodeId, tree: int, now: m.Now) -> tuple[m.NodeId, ...]:
-        """Where we send a batch of `origin` that goes down this tree."""
-        place = keyspace.replica.place
-        # Partitions of a small cluster, which has one tree, differ in who leads.
-        return self._core.membership.trees(now.monotonic_ms, place).children(origin, (tree + place.partition) % TREES_MAX)
+    def _trees(self, keyspace: Keyspace, now: m.Now) -> Trees:
+        return self._core.membership.trees(now.monotonic_ms, keyspace.replica.place)
+
+
+def _children(trees: Trees, keyspace: Keyspace, origin: m.NodeId, tree: int) -> tuple[m.NodeId, ...]:
+    """Where we send a batch of `origin` that goes down this tree."""
+    # Partitions of a small cluster, which has one tree, differ in who leads.
+    return trees.children(origin, (tree + keyspace.replica.place.partition) % TREES_MAX)
 
 
 def _parts_of(family: Sequence[Keyspace], columns: tuple[RowColumns, ...]) -> list[tuple[Keyspace, tuple[RowColumns, ...]]]:

@@ -137,7 +137,9 @@ class Reach:
 
     def next_ms(self) -> int | None:
         """When the timer is wanted next."""
-        return min((min(w.deadline_ms, w.repeat_ms) for w in self.waits), default=None)
+        if not self.waits:
+            return None
+        return min(min(wait.deadline_ms, wait.repeat_ms) for wait in self.waits)
 
     def _ask(self, wait: _Wait, now: m.Now) -> None:
         if now.monotonic_ms < wait.repeat_ms:

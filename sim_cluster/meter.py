@@ -29,12 +29,11 @@ class Meter:
 
     def note_sent(self, sender: VirtualNode, message: WithRows) -> None:
         """Rows leave a node."""
-        payload = sum(section.payload_bytes for section in message.columns)
-        self.bytes_sent[sender.name] = self.bytes_sent.get(sender.name, 0) + payload
+        self.bytes_sent[sender.name] = self.bytes_sent.get(sender.name, 0) + message.payload_bytes
 
     def note_received(self, sender: VirtualNode, target: VirtualNode, hops: int, message: WithRows) -> None:
         """Rows come to a node."""
-        self.rows += sum(len(section.keys) for section in message.columns)
+        self.rows += message.row_count
         if not message.columns or not isinstance(message, m.Batch):
             return
         self.copies += 1
@@ -51,8 +50,7 @@ class Meter:
             nodes = self.entries.setdefault((target.region, first + shard), [])
             if target.name not in nodes:
                 nodes.append(target.name)
-        payload = sum(section.payload_bytes for section in batch.columns)
-        self.bytes_into[target.region] = self.bytes_into.get(target.region, 0) + payload
+        self.bytes_into[target.region] = self.bytes_into.get(target.region, 0) + batch.payload_bytes
 
     def note_applied(self, stamp: int, now_ms: int) -> None:
         """A node has written the rows of a batch."""

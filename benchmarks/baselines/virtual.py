@@ -126,7 +126,7 @@ class LogMachine:
     def _append(self, tree: int, message: m.Batch | m.PullReply) -> None:
         log = self._logs[tree]
         log.entries.append(message)
-        log.sizes.append(sum(section.payload_bytes for section in message.columns))
+        log.sizes.append(message.payload_bytes)
         for child in log.children:
             self._ship(tree, child)
 

@@ -212,7 +212,7 @@ def test_writers_that_a_peer_invents_do_not_outgrow_a_heartbeat(monkeypatch: pyt
     cluster = start()
     register = machine_of(cluster, "eu1")._core.membership
     for writer in range(100):
-        register.note_writer("t1", m.WriterRecord(cluster.model.id, writer, 5, 0))
+        register.note_writer("t1", cluster.model.id, writer, 5, 0)
     assert len(register.members["t1"].record.writers) == 10
 
 

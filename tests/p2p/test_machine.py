@@ -75,7 +75,7 @@ def test_links_of_the_trees_are_open_before_anything_is_sent() -> None:
         core.links.clear()  # gossip may have opened them
         core.by_boot.clear()
         pushing.open_links(cluster.now())
-        children = pushing._children(core.keyspaces[cluster.model.id], "t1", 0, cluster.now())
+        children = core.membership.trees(cluster.now_ms).children("t1", 0)
         # Who writes sends to leaders; the others learn with the first batch that it writes.
         assert set(core.links) == set(children if node.name == "t1" else ())
         assert children or node.name != "t1"

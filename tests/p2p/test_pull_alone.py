@@ -53,14 +53,14 @@ def pulls(seed: int, lost: float) -> int:
 
 
 def _with_luck(forward, rng: random.Random, lost: float):  # type: ignore[no-untyped-def]
-    def lucky(self, batch, hops, now):  # type: ignore[no-untyped-def]
+    def lucky(self, *arguments):  # type: ignore[no-untyped-def]
         draws: dict[str, bool] = {}
 
         def has_credit(link: Link) -> bool:
             return draws.setdefault(link.node, rng.random() >= lost)
 
         with mock.patch.object(Link, "has_credit", has_credit):
-            forward(self, batch, hops, now)
+            forward(self, *arguments)
 
     return lucky
 

@@ -305,7 +305,7 @@ def changed(make: Callable[[m.Batch], m.Batch]) -> list[memoryview]:
 
 def with_(**fields: object) -> Callable[[m.Batch], m.Batch]:
     def make(original: m.Batch) -> m.Batch:
-        values = {name: getattr(original, name) for name in original.__dataclass_fields__}
+        values = {name: getattr(original, name) for name, kind in original.__dataclass_fields__.items() if kind.init}
         return m.Batch(**(values | fields))
 
     return make
