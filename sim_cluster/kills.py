@@ -1,8 +1,8 @@
 """A kill in the middle of what a node does, for virtual time, where one event is one call that cannot be interrupted.
 
 SIGKILL comes between any two instructions. Here it comes between two *steps*: an effect that is carried out, a part of the rows
-that is written, a record that is saved. What was done before it stays, as it would in shared memory and on disk; the next life
-attaches to that.
+that is written, a record that is saved; or in the middle of the last row that such a part overwrites (R23). What was done
+before it stays, as it would in shared memory and on disk; the next life attaches to that.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.store import Store
+from ekko.store import Store, layout
+from ekko.store.manifest import header_name, rows_name
 from ekko.store.model_store import ModelStore
 from p2p.replica import Applied, RowColumns
 
@@ -47,12 +48,20 @@ def lay(fuse: Fuse, store: Store) -> None:
 def _lay(fuse: Fuse, replica: ModelStore) -> None:
     apply, begin_write, set_writer = replica.apply, replica.begin_write, replica.set_writer
 
+    def apply_part(columns: Sequence[RowColumns], stamp: int) -> Applied:
+        before = _Undo.of(replica)
+        applied = apply(columns, stamp)
+        try:
+            fuse.burn()
+        except KilledError:
+            _tear(replica, before)
+            raise
+        return applied
+
     def apply_by_halves(columns: Sequence[RowColumns], stamp: int) -> Applied:
         fuse.burn()
-        first = apply([_first_half(section) for section in columns], stamp)
-        fuse.burn()
-        second = apply(columns, stamp)
-        fuse.burn()
+        first = apply_part([_first_half(section) for section in columns], stamp)
+        second = apply_part(columns, stamp)
         written, inserted = first.written + second.written, first.inserted + second.inserted
         return Applied(written, inserted, max(0, second.stale - first.written))
 
@@ -66,6 +75,48 @@ def _lay(fuse: Fuse, replica: ModelStore) -> None:
 
     # In place of the methods of this one object, which does not outlive the process.
     vars(replica).update(apply=apply_by_halves, begin_write=begin_write_as_a_step, set_writer=set_writer_as_a_step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Undo:
+    """What a model's undo record is about."""
+
+    slot: int
+    table: int
+    stamp: int  # of the image
+
+    @classmethod
+    def of(cls, replica: ModelStore) -> "_Undo":
+        """Read it."""
+        words = _header_words(replica, 0, (layout.UNDO.offset("row") + layout.ROW_HEADER_BYTES) // 8)
+        stamp = (layout.UNDO.offset("row") + layout.ROW.offset("stamp")) // 8
+        return cls(int(words[0]) - 1, int(words[layout.UNDO.offset("table") // 8]), int(words[stamp]))
+
+
+def _header_words(replica: ModelStore, offset: int, count: int) -> NDArray[np.uint64]:
+    """Live uint64[count] of the undo record, from so many bytes on."""
+    memory = replica._memory  # noqa: SLF001 - what a kill leaves is in nobody's interface
+    return memory.open(header_name(replica.keyspace)).words(layout.MODEL.offset("undo") + offset, count)
+
+
+def _tear(replica: ModelStore, before: _Undo) -> None:
+    """As if the kill had come in the middle of the row that was overwritten last, if any was since `before`.
+
+    Its lock is odd, its header is new, and so is the first half of its data. New rows behind it count as written earlier: they
+    claim nothing.
+    """
+    undo = _Undo.of(replica)
+    if undo == before:
+        return
+    spec = next(spec for spec in replica.table_specs if spec.id == undo.table)
+    stride = layout.row_stride(spec.row_bytes)
+    memory = replica._memory  # noqa: SLF001
+    rows = memory.open(rows_name(replica.keyspace, undo.table))
+    row = rows.words(layout.TABLE.offset("rows") + undo.slot * stride, stride // 8).view(np.uint32)
+    image = _header_words(replica, layout.UNDO.offset("row"), stride // 8).view(np.uint32)
+    row[layout.ROW.offset("lock") // 4] -= 1
+    middle = (layout.ROW_HEADER_BYTES + spec.row_bytes // 2) // 4
+    row[middle:] = image[middle:]
 
 
 def _first_half(section: RowColumns) -> RowColumns:

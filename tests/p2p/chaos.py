@@ -2,7 +2,7 @@
 
 from unittest import mock
 
-from ekko.model import ModelSpec
+from ekko.model import ModelSpec, TableSpec
 from p2p import gossip, outbox, push, wire
 from p2p.core import Keyspace
 from p2p.messages import Batch
@@ -219,3 +219,19 @@ def nothing_goes_wrong(seed: int) -> None:
     assert not repeats, f"seed {seed}: batches came twice to {repeats}"
     paths = {shard: nodes for shard, nodes in meter.entries.items() if len(nodes) > 1}
     assert not paths, f"seed {seed}: a shard enters a region on several paths: {paths}"
+
+
+def rows_are_rounded_once(seed: int) -> None:
+    """Values that no codec has exactly: whoever got them by push or by pull holds the bits that the origin holds (R20)."""
+    cluster = form(seed, model=ModelSpec("ctr", 8, {"item": TableSpec("item", 4, "float16")}, codec="float16"))
+    watch = Watch(cluster)
+    cluster.run(5_000)
+    cluster.crash("us1")
+    for step in range(5):
+        assert cluster.publish("t1", "item", range(step, step + 20), 1.1 + step / 7)
+        cluster.run(200)
+    cluster.restart("us1")
+    cluster.add("ap1", "ap", seeds=["eu1"])
+    cluster.run(3_000)
+    at_rest(cluster)
+    assert watch.check_converged() == "", f"seed {seed}: {watch.check_converged()}"

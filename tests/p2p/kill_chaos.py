@@ -10,6 +10,7 @@ from ekko.store import recent
 from p2p import messages as m
 from p2p import push, wire
 from p2p.stamps import writer_of
+from sim_cluster.checkers import Watch
 from sim_cluster.network import NetworkOptions
 from sim_cluster.scenario import FaultEvent, load_scenario
 from sim_cluster.swarm import run_virtual
@@ -79,6 +80,25 @@ def a_writer_is_killed_in_mid_step(seed: int) -> None:
         check_claims(cluster)
         cluster.run(2_000)
     at_rest(cluster)
+
+
+def a_writer_is_killed_in_mid_row(seed: int) -> None:
+    """Every kill comes while rows are overwritten; at once, and whatever it writes then, each row is of one version (R23)."""
+    cluster = form(seed)
+    cluster.run(5_000)
+    watch = Watch(cluster)
+    for kill in range(4):
+        assert cluster.run_until(lambda: cluster.publish("t1", "item", range(20), float(kill)) != 0)  # noqa: B023
+        cluster.run(200)
+        assert watch.check() == ""
+        cluster.kill_within("t1", 2 + (seed + kill) % 2)
+        cluster.publish("t1", "item", range(20), 10.0 + kill)
+        assert cluster.nodes["t1"].machine is None, "the kill came elsewhere"
+        assert watch.check() == "", f"seed {seed}: {watch.check()}"
+        cluster.restart("t1")
+        cluster.run(1_000)
+    at_rest(cluster)
+    assert watch.check_converged() == ""
 
 
 @contextmanager

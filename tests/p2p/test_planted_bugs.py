@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p2p import knowledge, outbox, pull, push, trees
+from ekko.codec import decode, encode, rounded
+from p2p import knowledge, outbox, pull, push, trees, wire
 from p2p.core import Keyspace
 from p2p.links import Arrival
 from p2p.machine import Machine
@@ -22,6 +23,7 @@ from tests.p2p.chaos import (
     nothing_goes_wrong,
     origin_dies_between_two_messages,
     origin_dies_in_mid_push,
+    rows_are_rounded_once,
     writing_goes_on_while_a_node_joins,
 )
 from tests.p2p.plants import Plant, Scenario, expect_caught
@@ -202,6 +204,37 @@ def answers_leave_out_deletes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(outbox, "next_chunk", chunk)
 
 
+def rounded_anew(columns: Any) -> tuple[Any, ...]:
+    """Rows in float16, as somebody has them who decoded and encoded them in a coarser codec on the way."""
+
+    def one(section: Any) -> Any:
+        values = decode("float16", section.rows, section.rows.shape[1] // 2)
+        return replace(section, rows=encode("float16", rounded("bfloat16", values)))
+
+    return tuple(one(section) for section in columns)
+
+
+def the_origin_rounds_behind_its_own_rows(patch: pytest.MonkeyPatch) -> None:
+    """R20: the codec is applied after the local apply, so that the origin holds other bits than it sends."""
+    original = push.Push._forward
+
+    def forward(self: Any, batch: Any, hops: int, now: Any) -> None:
+        original(self, batch if hops else wire.seal(replace(batch, columns=rounded_anew(batch.columns), body=())), hops, now)
+
+    patch.setattr(push.Push, "_forward", forward)
+
+
+def answers_are_rounded_again(patch: pytest.MonkeyPatch) -> None:
+    """R20: what is pulled was rounded once more than what was pushed."""
+    original = outbox.next_chunk
+
+    def chunk(stream: Any, keyspace: Keyspace) -> PullReply:
+        made = original(stream, keyspace)
+        return replace(made, columns=rounded_anew(made.columns))
+
+    patch.setattr(outbox, "next_chunk", chunk)
+
+
 def the_clock_forgets_what_it_saw(patch: pytest.MonkeyPatch) -> None:
     """R14: stamps are minted from the wall clock alone."""
     patch.setattr(StampClock, "observe", lambda _self, _stamp: None)
@@ -215,6 +248,7 @@ def the_clock_forgets_what_it_saw(patch: pytest.MonkeyPatch) -> None:
         a_writer_returns_without_its_memory,
         nothing_goes_wrong,
         origin_dies_between_two_messages,
+        rows_are_rounded_once,
     ],
     ids=lambda function: function.__name__,
 )
@@ -243,6 +277,8 @@ def test_the_scenarios_pass_as_they_are(scenario: Scenario) -> None:
         (the_last_chunk_claims_without_its_rows, chaos),
         (answers_leave_out_deletes, chaos),
         (the_clock_forgets_what_it_saw, a_clock_goes_back),
+        (the_origin_rounds_behind_its_own_rows, rows_are_rounded_once),
+        (answers_are_rounded_again, rows_are_rounded_once),
     ],
     ids=lambda function: function.__name__,
 )

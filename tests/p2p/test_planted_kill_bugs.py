@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ekko.store import rows
 from ekko.store.model_store import ModelStore
 from ekko.store.recent import RecentRows
 from p2p import outbox, push, reach
@@ -20,6 +21,7 @@ from tests.p2p.chaos import chaos, origin_dies_in_mid_push
 from tests.p2p.kill_chaos import (
     a_storm_with_short_queues,
     a_wait_for_what_was_not_pushed,
+    a_writer_is_killed_in_mid_row,
     a_writer_is_killed_in_mid_step,
     an_answer_comes_to_the_next_life,
     chaos_with_small_caches,
@@ -43,6 +45,11 @@ def a_message_to_a_former_life_is_taken(patch: pytest.MonkeyPatch) -> None:
 def a_step_that_was_cut_short_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     """R4: an attach does not merge the pending entry, and the writer goes on as if there had been no such step."""
     patch.setattr(ModelStore, "_merge_pending", lambda _self: None)
+
+
+def a_half_written_row_stays(patch: pytest.MonkeyPatch) -> None:
+    """R23: the undo record is not replayed when the next process attaches."""
+    patch.setattr(rows, "undo", lambda *_args: 0)
 
 
 def the_cache_bound_is_not_rebuilt(patch: pytest.MonkeyPatch) -> None:
@@ -137,6 +144,7 @@ def former_lives_are_kept(patch: pytest.MonkeyPatch) -> None:
     [
         a_storm_with_short_queues,
         a_wait_for_what_was_not_pushed,
+        a_writer_is_killed_in_mid_row,
         a_writer_is_killed_in_mid_step,
         an_answer_comes_to_the_next_life,
         chaos_with_small_caches,
@@ -154,6 +162,7 @@ def test_the_scenarios_pass_as_they_are(scenario: Scenario) -> None:
     [
         (a_message_to_a_former_life_is_taken, an_answer_comes_to_the_next_life),
         (a_step_that_was_cut_short_is_forgotten, a_writer_is_killed_in_mid_step),
+        (a_half_written_row_stays, a_writer_is_killed_in_mid_row),
         (the_cache_bound_is_not_rebuilt, chaos_with_small_caches),
         (the_cache_bound_is_off_by_one, chaos_with_small_caches),
         (parts_are_taken_for_repeats, nothing_goes_wrong_in_many_messages),
