@@ -4,6 +4,8 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+import xxhash
+
 from p2p import messages as m
 from p2p import wire
 from p2p.knowledge import Knowledge
@@ -11,7 +13,7 @@ from p2p.ledger import NodeRecord, Peer
 from p2p.links import Link
 from p2p.membership import SILENCE_MS_MAX, Membership
 from p2p.placement import holdings_of
-from p2p.replica import Host, Replica
+from p2p.replica import Host, Replica, SchemaEntry
 from p2p.stamps import StampClock, writer_of
 from p2p.sync import PUSH, SyncOptions
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, agree
@@ -126,6 +128,7 @@ class Core:
     deaf: bool = False  # we hear nobody
     effects: list[m.Effect] = field(default_factory=list)
     retired_digest: int = 0  # over all expulsions and retirements that we know of (R13)
+    schema_digest: int = 0  # over the whole schema
     conflicts: dict[str, None] = field(default_factory=dict)  # between writers, that were told
 
     def expected(self, now: m.Now) -> list[Peer]:
@@ -266,7 +269,8 @@ class Core:
         self.emit(m.Note(name, tuple(fields.items()), alarm))
 
     def refresh_keyspaces(self, born: bool = False) -> None:
-        """Take up replicas that the host has gained; `born`: here and now, so that nobody can be ahead of us in them."""
+        """Take up what the host's schema has gained; `born`: here and now, so that nobody can be ahead of us in it."""
+        self.schema_digest = _digest_of(self.host.schema())
         for keyspace, replica in self.host.replicas.items():
             if keyspace not in self.keyspaces:
                 knowledge = Knowledge(replica.vector, replica.frontier)
@@ -279,6 +283,14 @@ class Core:
                     bound = self.writers.nonce_of(retired.family, retired.writer)
                     if retired.keyspace == keyspace and retired.stage == m.DONE and bound in (0, retired.nonce):
                         knowledge.retire(retired.writer, retired.floor)
+
+
+def _digest_of(schema: Iterable[SchemaEntry]) -> int:
+    """64 bits over it."""
+    digest = xxhash.xxh3_64()
+    for entry in schema:
+        digest.update(f"{entry.keyspace}/{entry.name}/".encode() + entry.body)
+    return int(digest.intdigest())
 
 
 def reached(keyspace: Keyspace, stamp: int) -> bool:

@@ -9,8 +9,6 @@ A node whose wall clock differs too much from what the others say refuses to pub
 everywhere, or win over everything.
 """
 
-import xxhash
-
 from p2p import membership
 from p2p import messages as m
 from p2p.core import Core, Keyspace
@@ -142,7 +140,7 @@ class Gossip:
         return m.Heartbeat(
             own,
             self._take_news(),
-            schema_digest(core),
+            core.schema_digest,
             now.unix_ms,
             tuple(self._summary(keyspace, now) for keyspace in core.keyspaces.values()),
             register.digest(now.monotonic_ms),
@@ -190,7 +188,7 @@ class Gossip:
         if waited and register.quiet and not beat.members and beat.register_digest != register.digest(now.monotonic_ms):
             self._index_ms = now.monotonic_ms
             core.send(link, m.RegisterIndex(*register.index(now.monotonic_ms), answer_wanted=True))
-        if beat.schema_digest != schema_digest(core):
+        if beat.schema_digest != core.schema_digest:
             core.send(link, m.SchemaUpdate(tuple(core.host.schema())))
         for summary in beat.summaries:
             self._pull.on_summary(link, summary, now)
@@ -217,11 +215,3 @@ class Gossip:
                 f"this node's clock is {abs(error_ms) / 1000:.1f} s {'ahead of' if error_ms > 0 else 'behind'} the median of "
                 f"{peers} peers, limit {CLOCK_ERROR_MS_MAX / 1000:.0f} s: set the clock (NTP), then publish again"
             )
-
-
-def schema_digest(core: Core) -> int:
-    """64 bits over the whole schema."""
-    digest = xxhash.xxh3_64()
-    for entry in core.host.schema():
-        digest.update(f"{entry.keyspace}/{entry.name}/".encode() + entry.body)
-    return int(digest.intdigest())

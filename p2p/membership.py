@@ -96,6 +96,7 @@ class Membership:
     _nodes: dict[int, NodeId] = field(default_factory=dict)  # by slot
     _writing: dict[NodeId, None] = field(default_factory=dict)  # members whose record names writers
     _view: _View = field(default_factory=_View)
+    _own_digest: tuple[int, int] = (-1, 0)  # of which version of our record, and its share of `digest`
 
     # --- ourselves
 
@@ -269,7 +270,9 @@ class Membership:
             else:
                 slots.append(known.slot)
                 beats.append(record.heartbeat)
-        if slots:
+        if len(slots) == 1:
+            self.suspicion.hear_one(slots[0], beats[0], now_ms)
+        elif slots:
             self.suspicion.hear(np.array(slots), np.array(beats, np.uint64), now_ms)
         return others
 
@@ -310,7 +313,7 @@ class Membership:
         if record.heartbeat > known.record.heartbeat and not newer and record.version == known.record.version:
             self._keep(known, record)  # how far its writers have come
         if record.heartbeat > int(self.suspicion.beats[known.slot]):
-            self.suspicion.hear(np.array([known.slot]), np.array([record.heartbeat], np.uint64), now_ms)
+            self.suspicion.hear_one(known.slot, record.heartbeat, now_ms)
         return newer
 
     def _keep(self, known: Member, record: MemberRecord) -> None:
@@ -333,7 +336,10 @@ class Membership:
             now_ms: monotonic.
         """
         slots = self.suspicion.slots_of(boots)
-        self.suspicion.hear(slots[slots >= 0], counters[slots >= 0], now_ms)
+        known = slots >= 0
+        if np.count_nonzero(known) < len(slots):
+            slots, counters = slots[known], counters[known]
+        self.suspicion.hear(slots, counters, now_ms)
 
     def _prior_ms(self) -> float:
         """How often to expect a counter of somebody new: rarely, where messages cannot carry everybody's."""
@@ -412,8 +418,10 @@ class Membership:
         view = self._see(now_ms)
         if view.digest is None:
             view.digest = self.suspicion.digest()
-        own = mix(np.array([self.own.boot], np.uint64), np.array([self.own.version], np.uint64))
-        return view.digest ^ int(own[0])
+        if self._own_digest[0] != self.own.version:
+            own = mix(np.array([self.own.boot], np.uint64), np.array([self.own.version], np.uint64))
+            self._own_digest = self.own.version, int(own[0])
+        return view.digest ^ self._own_digest[1]
 
     def index(self, now_ms: int) -> tuple[U64, U64]:
         """What the digest is over: boots uint64[n] and versions uint64[n], ourselves included."""

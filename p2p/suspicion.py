@@ -179,25 +179,45 @@ class Suspicion:
             now_ms: monotonic.
         """
         newer = (beats > self.beats[slots]) & ~self.gone[slots]
-        if not newer.any():
+        advanced = np.count_nonzero(newer)
+        if not advanced:
             return
-        slots, beats = slots[newer], beats[newer]
+        if advanced < len(slots):
+            slots, beats = slots[newer], beats[newer]
+        suspect = self.suspect[slots]
+        returned = np.count_nonzero(suspect) > 0
         # The rhythm is that of a living member: the gap of an outage is not part of it.
-        steady = slots[~self.suspect[slots]]
-        weight = 1.0 / np.minimum(self.samples[steady] + PRIOR_SAMPLES, INTERVAL_SAMPLES)
+        steady = slots[~suspect] if returned else slots
+        samples = self.samples[steady]
+        weight = 1.0 / np.minimum(samples + PRIOR_SAMPLES, INTERVAL_SAMPLES)
         gap = np.minimum(now_ms - self.heard_ms[steady], INTERVAL_MS_MAX)
         mean = self.interval_ms[steady]
-        self.interval_ms[steady] = np.clip(mean + weight * (gap - mean), HEARTBEAT_MS, INTERVAL_MS_MAX)
-        self.samples[steady] += 1
-        back = slots[self.suspect[slots]]
+        mean += weight * (gap - mean)
+        self.interval_ms[steady] = np.minimum(np.maximum(mean, HEARTBEAT_MS), INTERVAL_MS_MAX)
+        self.samples[steady] = samples + 1
         self.beats[slots] = beats
         self.heard_ms[slots] = now_ms
         self.told[slots] = 0
-        if len(back):
+        if returned:
+            back = slots[suspect]
             self.suspect[back] = False
             self.changed = True
             if not self.health:  # else it may be we who were away
                 self._note_returns(back, now_ms)
+
+    def hear_one(self, slot: int, beat: int, now_ms: int) -> None:
+        """`hear` of one member: each heartbeat brings its sender's own counter, and a vector of one costs ten times as much."""
+        if beat <= self.beats[slot] or self.gone[slot]:
+            return
+        if self.suspect[slot]:
+            self.hear(np.array([slot]), np.array([beat], np.uint64), now_ms)
+            return
+        samples, mean = int(self.samples[slot]), float(self.interval_ms[slot])
+        gap = min(now_ms - int(self.heard_ms[slot]), INTERVAL_MS_MAX)
+        mean += 1.0 / min(samples + PRIOR_SAMPLES, INTERVAL_SAMPLES) * (gap - mean)
+        self.interval_ms[slot] = min(max(mean, HEARTBEAT_MS), INTERVAL_MS_MAX)
+        self.samples[slot] = samples + 1
+        self.beats[slot], self.heard_ms[slot], self.told[slot] = beat, now_ms, 0
 
     def _note_returns(self, slots: NDArray[np.int64], now_ms: int) -> None:
         stale = now_ms - self.returned_ms[slots] >= FLAP_FORGET_MS

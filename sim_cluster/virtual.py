@@ -97,8 +97,9 @@ class VirtualCluster:
         self._rng = random.Random(seed)
         self.post = Post(self, self._rng)
         self._turns = None if cpu is None else Turns(cpu, self.timeline, self._carry_out)
-        self._audit = Audit()
+        self._audit = Audit(self.nodes)
         self._requests = 0
+        self._now = m.Now(0, EPOCH_MS + 1_000_000)
         self.expel_after_ms = EXPEL_AFTER_MS  # of nodes that are started from now on
 
     @property
@@ -264,11 +265,15 @@ class VirtualCluster:
 
     def now(self) -> m.Now:
         """Both clocks; the virtual epoch is an arbitrary moment after the stamps' own."""
-        return m.Now(self.now_ms, EPOCH_MS + 1_000_000 + self.now_ms)
+        now_ms = self.timeline.now_ms
+        if self._now.monotonic_ms != now_ms:  # many events share a millisecond
+            self._now = m.Now(now_ms, EPOCH_MS + 1_000_000 + now_ms)
+        return self._now
 
     def now_of(self, node: VirtualNode) -> m.Now:
         """Both clocks as a node reads them."""
-        return m.Now(self.now_ms, EPOCH_MS + 1_000_000 + self.now_ms + node.clock_ms)
+        now = self.now()
+        return m.Now(now.monotonic_ms, now.unix_ms + node.clock_ms) if node.clock_ms else now
 
     # --- effects
 
@@ -342,7 +347,7 @@ class VirtualCluster:
 
     def _arm(self, node: VirtualNode, machine: Machine) -> None:
         """Have the timer fire at the machine's deadline; one that is set for an earlier moment asks again then."""
-        deadline_ms = max(machine.deadline_ms, self.now_ms + 1)
+        deadline_ms = max(machine.deadline_ms, self.timeline.now_ms + 1)
         if node.timer_ms is not None and node.timer_ms <= deadline_ms:
             return
         node.timer_ms = deadline_ms

@@ -337,7 +337,7 @@ class ModelStore:
             if table is None:
                 raise RemoteProtocolError(f"model {self.spec.name!r} has no table with id {column.table}")
             shape = column.rows.shape
-            if len(shape) != 2 or column.rows.dtype != np.uint8 or (shape[0] and shape[1] != table.spec.row_bytes):
+            if len(shape) != 2 or column.rows.dtype != np.uint8 or (shape[0] and shape[1] != table.row_bytes):
                 raise RemoteProtocolError(
                     f"rows of table {table.spec.name!r} are {column.rows.dtype}{shape}, not {table.spec.row_bytes} bytes"
                 )

@@ -273,10 +273,11 @@ class RecentRows:
             stamp: the stamp of all rows.
             rows_used: of the table; a ring longer than the table has rows would be slower than a scan.
         """
-        held = int(self._state[_HEAD] - self._state[_TAIL])
         room = min(self._window, max(WINDOW_MIN, rows_used))
-        if held + slots.size > len(self._ring) < room:
-            self._grow(min(held + slots.size, room))
+        if len(self._ring) < room:
+            wanted = int(self._state[_HEAD] - self._state[_TAIL]) + slots.size
+            if wanted > len(self._ring):
+                self._grow(min(wanted, room))
         room = min(room, len(self._ring))
         _record(slots, keys, stamps, stamp, room, *self._entries, *self._pruning, self._state)
 

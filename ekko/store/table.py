@@ -125,7 +125,10 @@ class Table:
     ) -> None:
         self.spec = spec
         self.recent = recent
+        self.row_bytes = spec.row_bytes
         self.stride = layout.row_stride(spec.row_bytes)
+        self._id = spec.id
+        self._rows_room = 0  # rows for which there is room, in the rows file and in the index
         self._memory = memory
         self._rows_name = rows_name
         self._index_name = index_name
@@ -147,6 +150,7 @@ class Table:
         self.index = self._create_index(1, index_log2_for(capacity_rows))
         self.index.mapping.ensure(len(self.index.mapping))
         publish_word(self._generation_address, 1)
+        self._note_room()
 
     def open(self) -> None:
         """Attach to existing files; repair what a killed writer left.
@@ -162,6 +166,7 @@ class Table:
         self.mapping.ensure(_ROWS + self.rows_used * self.stride)
         rows.undo(self.mapping.address, self.stride, self._undo, self.spec.id)
         self._publish_last_row()
+        self._note_room()
         self.recent.load(self.mapping.address, self.stride, self.rows_used)
 
     def _attach(self, mapping: Mapping) -> None:
@@ -223,13 +228,12 @@ class Table:
         done = 0
         while True:
             begin = done
-            rows_max = min(self._rows_max, self.index.rows_max)
             done = rows.apply(
                 self.mapping.address,
-                self.spec.id,
+                self._id,
                 self.stride,
-                self.spec.row_bytes,
-                rows_max,
+                self.row_bytes,
+                self._rows_room,
                 self.index.address,
                 self.index.capacity_log2,
                 self._undo,
@@ -241,6 +245,9 @@ class Table:
                 written,
                 counts,
             )
+            if begin == 0 and done == keys.size:  # as a rule
+                self.recent.record(written, keys, stamps, stamp, self.rows_used)
+                break
             self.recent.record(written[begin:done], keys[begin:done], stamps[begin:done], stamp, self.rows_used)
             if done == keys.size:
                 break
@@ -265,6 +272,10 @@ class Table:
                 self._begin_index()
             while self._next is not None:
                 self._grow_index(used)
+        self._note_room()
+
+    def _note_room(self) -> None:
+        self._rows_room = min(self._rows_max, self.index.rows_max)
 
     def _create_index(self, generation: int, capacity_log2: int) -> Index:
         name = self._index_name(generation)
@@ -302,6 +313,7 @@ class Table:
         """From here on readers use the larger index; those that have the old one mapped lose nothing by finishing with it."""
         old = self.index
         self.index, self._next = larger, None
+        self._note_room()
         publish_word(self._generation_address, larger.generation)
         self._memory.remove(self._index_name(old.generation))
 
