@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from p2p import loops
 from p2p.replica import U64
 from p2p.stamps import WRITERS_MAX, writer_of
 
@@ -166,12 +167,14 @@ class Knowledge:
         self.note_writer(writer)
         if int(self.frontier[writer]) >= stamp:
             return True  # a repeat, or a pull was faster
-        complete = parts == 1
-        if not all_of(complete):
-            self._note_parts(self._step(stamp, writer_prev, shards_touched), shards, part, parts, complete)
-            shards, prev = shards[complete], prev[complete]
-        fits = merge_claims(self.vector, shards, writer, prev, np.uint64(stamp))
-        fit = all_of(fits)
+        fit = loops.used.merge_all(self.vector[:, writer], shards, prev, parts, stamp)
+        if not fit:
+            complete = parts == 1
+            if not all_of(complete):
+                self._note_parts(self._step(stamp, writer_prev, shards_touched), shards, part, parts, complete)
+                shards, prev = shards[complete], prev[complete]
+            fits = merge_claims(self.vector, shards, writer, prev, np.uint64(stamp))
+            fit = all_of(fits)
         progress = fit and len(shards) == shards_touched and self._advance_frontier(writer, writer_prev, stamp)
         if progress:  # steps come whole and in order, in small clusters and as a rule
             self._open.pop(stamp, None)
@@ -184,7 +187,8 @@ class Knowledge:
             progress = step.merged and self._advance_frontier(writer, writer_prev, stamp)
             if progress:
                 del self._open[stamp]
-        if self._open and (progress or (writer in self._awaited and self._awaited[writer][shards[fits]].any())):
+        merged = shards if fit else shards[fits]
+        if self._open and (progress or (writer in self._awaited and self._awaited[writer][merged].any())):
             self._absorb(writer)
         return int(self.frontier[writer]) >= stamp
 

@@ -79,6 +79,7 @@ class _View:
     writers: dict[Place, tuple[WriterRecord, ...]] = field(default_factory=dict)  # begun anew also when a record changes
     digest: int | None = None  # of the others' records
     fingers: tuple[tuple[NodeId, ...], tuple[NodeId, ...]] | None = None  # ours in our region's ring, and in everybody's
+    protocol_min: int | None = None  # begun anew also when a record changes
 
 
 @dataclass(slots=True)
@@ -154,8 +155,11 @@ class Membership:
 
     def protocol_min(self, now_ms: int) -> int:
         """The oldest protocol version in the view, our own included: what is below it, everybody alive understands."""
-        self.suspicion.assess(now_ms)
-        return protocol_of(int(self.suspicion.version[self.suspicion.alive].min(initial=np.uint64(self.own.version))))
+        view = self._see(now_ms)
+        if view.protocol_min is None:
+            alive = self.suspicion.alive
+            view.protocol_min = protocol_of(int(self.suspicion.version[alive].min(initial=np.uint64(self.own.version))))
+        return view.protocol_min
 
     def holders(self, now_ms: int, place: Place | None = None) -> tuple[Holder, ...]:
         """The holders of a place fit to forward, ourselves included, sorted; we are asked only for places that we hold."""
@@ -320,6 +324,7 @@ class Membership:
         slot, suspicion = known.slot, self.suspicion
         known.record = record
         self._view.writers.clear()
+        self._view.protocol_min = None
         suspicion.version[slot], suspicion.gone[slot], suspicion.deaf[slot] = record.version, record.left, record.deaf
         suspicion.near[slot] = record.region == self.own.region
         if record.writers:

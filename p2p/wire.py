@@ -26,6 +26,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from p2p import loops
 from p2p import messages as m
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.placement import HOLDS_SINCE
@@ -253,6 +254,8 @@ class _Kind:
 
     def same_shape(self, one: int, other: int) -> bool:
         """Whether nothing changed between two versions."""
+        if one == other:
+            return True
         low, high = sorted((one, other))
         return not any(low < since <= high for since in (*self.changed, *(since for since, _ in self.added)))
 
@@ -627,18 +630,24 @@ def _batch(header: Header, columns: _Columns) -> m.Batch:
 
 def _check_claims(batch: m.Batch) -> None:
     claims, shards = batch.claims, batch.claims.shards
-    if not 1 <= batch.trees <= TREES_MAX or (batch.trees > 1 and (shards % batch.trees != batch.tree).any()):
-        raise RemoteProtocolError(f"one message for several of {batch.trees} trees")
+    if not 1 <= batch.trees <= TREES_MAX:
+        raise RemoteProtocolError(_FAULTS[loops.SEVERAL_TREES].format(trees=batch.trees))
     if writer_of(batch.stamp) != batch.writer or batch.writer_prev >= batch.stamp:
         raise RemoteProtocolError(f"stamp {batch.stamp} does not follow {batch.writer_prev} of writer {batch.writer}")
     if len(shards) == 0:
         if any(len(section.keys) for section in batch.columns):
             raise RemoteProtocolError("rows without a claimed shard")
         return
-    if shards[-1] >= SHARDS_MAX or (shards[1:] <= shards[:-1]).any():
-        raise RemoteProtocolError("shards are not ascending")
-    if int(claims.prev.max()) >= batch.stamp or (claims.part >= claims.parts).any():
-        raise RemoteProtocolError("a claim contradicts itself")
+    fault = loops.used.claims_fault(shards, claims.prev, claims.part, claims.parts, batch.stamp, batch.trees, SHARDS_MAX)
+    if fault != loops.SOUND:
+        raise RemoteProtocolError(_FAULTS[fault].format(trees=batch.trees))
+
+
+_FAULTS: Final = {
+    loops.SEVERAL_TREES: "one message for several of {trees} trees",
+    loops.NOT_ASCENDING: "shards are not ascending",
+    loops.CONTRADICTION: "a claim contradicts itself",
+}
 
 
 def _pack_pull(pull: m.PullRequest, version: int) -> Packed:

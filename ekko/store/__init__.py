@@ -3,7 +3,11 @@
 `docs/reference/shared-memory-layout.md` shows what lies where.
 """
 
+from ekko.store.claims import COMPILED
 from ekko.store.store import Store
+from p2p import loops
+
+loops.install(COMPILED)
 
 __all__ = ["Store", "warm"]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ekko.errors import ModelError, StoreError
 from ekko.model import DENSE_SPEC, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
-from ekko.store import index, layout, rows
+from ekko.store import claims, index, layout, rows
 from ekko.store.atomics import publish_word
 from ekko.store.manifest import ModelEntry, header_name, index_name, rows_name
 from ekko.store.memory import Mapping, Memory
@@ -306,10 +306,7 @@ class ModelStore:
             self._word("writer_last_stamp")[...] = last.last_stamp  # survives the pending entry it may have come from
         pending = self._header.address + layout.MODEL.offset("pending_stamp")
         publish_word(pending, 0)
-        bitmap = np.zeros(self.spec.shards + 63 & ~63, np.uint8)
-        bitmap[shards] = 1
-        packed = np.packbits(bitmap, bitorder="little").view(np.uint64)
-        self._pending_shards[: packed.size] = packed
+        claims.set_bits(self._pending_shards, shards)
         publish_word(pending, stamp)
         if last is not None and writer_of(stamp) == last.writer:
             self._identity = WriterIdentity(last.writer, last.nonce, stamp)

@@ -55,10 +55,13 @@ def check_frames(frames: Frames) -> int:
     """
     if not 1 <= len(frames) <= FRAMES_MAX:
         raise LocalProtocolError(f"message of {len(frames)} frames, expected 1 to {FRAMES_MAX}")
-    sizes = [frame.nbytes if isinstance(frame, memoryview) else len(frame) for frame in frames]
-    if max(sizes) > FRAME_BYTES_MAX:
-        raise LocalProtocolError(f"frame of {max(sizes)} bytes, limit {FRAME_BYTES_MAX}: split the message")
-    return sum(sizes)
+    total = 0
+    for frame in frames:
+        size = frame.nbytes if isinstance(frame, memoryview) else len(frame)
+        if size > FRAME_BYTES_MAX:
+            raise LocalProtocolError(f"frame of {size} bytes, limit {FRAME_BYTES_MAX}: split the message")
+        total += size
+    return total
 
 
 def byte_view(frame: Buffer) -> memoryview:
