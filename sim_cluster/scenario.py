@@ -38,7 +38,13 @@ KINDS: Final = {
     "split": "nothing passes between its region and the others",
     "clock": "its wall clock is `amount_ms` ahead",
     "hold": "it is started again and holds other partitions from then on, which `amount` draws",
+    "expel": "nothing passes from or to it, and at the end an operator expels it; by an odd `amount` it is started again then",
+    "upgrade": "it has spoken protocol version 1 until now, is stopped, and started again in the newest one",
 }
+# Drawn behind the others, so that a seed's other faults are what they were before these kinds came.
+LATER_KINDS: Final = ("expel", "upgrade")
+# Members are given up as dead after some 10 s; nobody is expelled before.
+EXPEL_MS_MIN: Final = 10_000
 NETWORK: Final = "network"  # the kind that stands for loss, delays and the like
 # A swarm draws so many faults of each kind in so long; a longer run has more.
 COUNTS: Final = (0, 0, 1, 2, 4)
@@ -162,15 +168,20 @@ def draw_faults(scenario: Scenario, seed: int) -> Faults:
 
     network = _draw_network(scenario, rng) if NETWORK in scenario.kinds else scenario.network
     rounds = max(1, round(scenario.duration_ms / COUNTS_MS))
-    events = [
-        event
-        for kind in KINDS
-        if kind in scenario.kinds and (kind != HOLD or scenario.workload.hold == "random")
-        for _ in range(sum(rng.choice(COUNTS) for _ in range(rounds)))
-        for event in _draw_event(scenario, kind, rng)
-    ]
+
+    def draw(kinds: Iterable[str]) -> list[FaultEvent]:
+        return [
+            event
+            for kind in kinds
+            if kind in scenario.kinds and (kind != HOLD or scenario.workload.hold == "random")
+            for _ in range(sum(rng.choice(COUNTS) for _ in range(rounds)))
+            for event in _draw_event(scenario, kind, rng)
+        ]
+
+    events = draw(kind for kind in KINDS if kind not in LATER_KINDS)
     cut = rng.choice([0, 0, 300, 1_000]) if NETWORK in scenario.kinds else 0
-    return Faults(network, _in_order(events), cut, NETWORK in scenario.kinds and rng.random() < SHORT_QUEUES)
+    short_queues = NETWORK in scenario.kinds and rng.random() < SHORT_QUEUES
+    return Faults(network, _in_order([*events, *draw(LATER_KINDS)]), cut, short_queues)
 
 
 def _draw_network(scenario: Scenario, rng: random.Random) -> NetworkOptions:
@@ -211,12 +222,14 @@ def _draw_event(scenario: Scenario, kind: str, rng: random.Random) -> list[Fault
         amount = rng.randint(-most, most)
     elif kind == "kill":
         amount = rng.randrange(KILL_STEPS_MAX)
-    elif kind == HOLD:
+    elif kind in (HOLD, "expel"):
         amount = rng.randrange(1 << 16)
     at_ms, for_ms, times, every_ms = rng.randrange(scenario.duration_ms), int(rng.expovariate(1 / 3_000)) + 1, 1, 0
     if rng.random() < 1 / 6:
         for_ms, times = rng.randint(20, 1_500), rng.randint(3, 10)
         every_ms = for_ms + rng.randint(20, 1_500)
+    if kind == "expel":
+        at_ms, for_ms, times = at_ms // 2, for_ms + EXPEL_MS_MIN, 1
     return _repeated(FaultEvent(at_ms, kind, node, for_ms, amount, other if kind == "one-way" else ""), times, every_ms)
 
 
@@ -378,7 +391,7 @@ def _events(item: Any, nodes: set[str]) -> list[FaultEvent]:
             raise ConfigError(f"[[faults]] node {name!r} does not exist: nodes are {', '.join(sorted(nodes)[:12])}")
     if other and kind != "one-way":
         raise ConfigError(f"[[faults]] {kind} of {node!r} has no other node: remove `other`, or use kind one-way")
-    amount = "amount" if kind in ("kill", HOLD) else "amount_ms"
+    amount = "amount" if kind in ("kill", HOLD, "expel") else "amount_ms"
     event = FaultEvent(
         int(1000 * section.number("at_s", 0.0, 0, 86_400)),
         kind,

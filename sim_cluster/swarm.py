@@ -22,7 +22,9 @@ from p2p import messages as m
 from p2p.machine import NodeStatus
 from p2p.stamps import writer_of
 from p2p.sync import PRESETS
+from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION
 from sim_cluster.checkers import Watch
+from sim_cluster.history import still_held
 from sim_cluster.meter import Meter
 from sim_cluster.network import NetworkOptions
 from sim_cluster.node import VirtualNode
@@ -178,15 +180,22 @@ class _Run:
             return f"an assertion failed: {error}"
 
     def _form(self) -> str:
-        cluster, seeds = self.cluster, [self._scenario.trainer]
+        cluster, seeds, old = self.cluster, [self._scenario.trainer], self._old_nodes()
         for node in self._scenario.nodes:
-            hold = self._holds[node.name]
-            cluster.add(node.name, node.region, node.role, [] if node.name in seeds else seeds, hold=hold)
+            version = FIRST_VERSION if node.name in old else PROTOCOL_VERSION
+            others = [] if node.name in seeds else seeds
+            cluster.add(node.name, node.region, node.role, others, version, hold=self._holds[node.name])
 
         def formed() -> bool:
             return all(node.machine and node.machine.status(cluster.now_of(node)).synced for node in cluster.nodes.values())
 
         return "" if cluster.run_until(formed, FORM_MS_MAX, 500) else "the cluster did not form on a network without faults"
+
+    def _old_nodes(self) -> set[str]:
+        """Who begins in version 1: who is upgraded later, if that version knows models like these."""
+        if any(spec.since > FIRST_VERSION for spec in self.cluster.models.values()):
+            return set()
+        return {event.node for event in self.faults.events if event.kind == "upgrade"}
 
     def _disturb(self) -> str:
         cluster, scenario = self.cluster, self._scenario
@@ -381,6 +390,18 @@ class _Run:
                     return
                 cluster.crash(event.node)
                 undo = lambda: self._hold_otherwise(event.node, event.amount)  # noqa: E731
+            case "upgrade":
+                node.protocol_version = PROTOCOL_VERSION
+                if node.machine is None:
+                    return  # its next life speaks it
+                cluster.leave(event.node)
+                undo = lambda: self._start_again(event.node)  # noqa: E731
+            case "expel":
+                if node.machine is None or node.paused:
+                    return
+                cut = self._links_of(event) - cluster.cut
+                cluster.cut |= cut
+                undo = lambda: self._expel(event, cut)  # noqa: E731
             case "pause":
                 if node.machine is None or node.paused:
                     return
@@ -405,6 +426,21 @@ class _Run:
                 undo = lambda: cluster.cut.difference_update(cut)  # noqa: E731
         self._ends.append((event.at_ms + event.for_ms, len(self._ends), undo))
 
+    def _expel(self, event: FaultEvent, cut: set[tuple[str, str]]) -> None:
+        """An operator expels who was cut off, as the command lets him; then that node is back."""
+        cluster, node = self.cluster, self.cluster.nodes[event.node]
+        others = [one for one in cluster.nodes.values() if one is not node]
+        asked = next((one for one in others if one.machine is not None and not one.paused), None)
+        # Who runs version 1 would not be let in again afterwards: operators upgrade first (decision 0020).
+        if asked is not None and all(one.protocol_version > FIRST_VERSION for one in others):
+            reply = cluster.request(asked.name, lambda number: m.ExpelRequested(number, event.node))
+            if isinstance(reply, m.Expelled):  # what nobody else holds of it is given up (R13)
+                cluster.history = still_held(cluster.history, [one.store for one in others], cluster.models)
+        if event.amount % 2 and node.machine is not None:
+            cluster.crash(event.node)
+            cluster.restart(event.node)
+        cluster.cut.difference_update(cut)
+
     def _hold_otherwise(self, name: str, amount: int) -> None:
         node, rng = self.cluster.nodes[name], random.Random(f"{name} holds {amount}")
         if node.machine is None:
@@ -427,8 +463,8 @@ class _Run:
 
     def _links_of(self, event: FaultEvent) -> set[tuple[str, str]]:
         names = [name for name in self.cluster.nodes if name != event.node]
-        into = {(other, event.node) for other in names} if event.kind in ("isolate", "deaf") else set()
-        out = {(event.node, other) for other in names} if event.kind in ("isolate", "mute") else set()
+        into = {(other, event.node) for other in names} if event.kind in ("isolate", "deaf", "expel") else set()
+        out = {(event.node, other) for other in names} if event.kind in ("isolate", "mute", "expel") else set()
         if event.kind == "one-way":
             out = {(event.node, event.other)}
         if event.kind == "split":

@@ -14,9 +14,10 @@ from ekko.cli import app, register_commands
 from ekko.errors import ConfigError
 from p2p import knowledge
 from p2p.sync import PRESETS
+from sim_cluster import swarm
 from sim_cluster.network import NetworkOptions
 from sim_cluster.real import check_feasible, run_real
-from sim_cluster.scenario import HOLD, KINDS, FaultEvent, Faults, draw_faults, load_scenario
+from sim_cluster.scenario import HOLD, KINDS, LATER_KINDS, FaultEvent, Faults, draw_faults, load_scenario
 from sim_cluster.swarm import minimise, run_virtual
 
 ROOT = Path(__file__).parent.parent.parent
@@ -168,7 +169,37 @@ def test_a_seed_that_complained(seed: int) -> None:
     """91, 2177: a pull in a steady state, since a dead writer's last beat had reached one node only (`test_machine`). 1137: the
     next test. 2069: two clusters were founded (`test_writers`). Of 172 nothing is known any more.
     """
-    assert run_virtual(load_scenario(SWARM), seed).problem == ""
+    scenario = load_scenario(SWARM)
+    kinds = tuple(kind for kind in scenario.kinds if kind not in LATER_KINDS)  # those that there were then
+    assert run_virtual(replace(scenario, kinds=kinds), seed).problem == ""
+
+
+@pytest.mark.parametrize("restarted", [0, 1])
+def test_a_swarm_expels_nodes_that_come_back_and_drop_what_they_hold(restarted: int) -> None:
+    event = FaultEvent(1_000, "expel", "us-t1", 12_000, restarted)
+    run = swarm._Run(load_scenario(SWARM), 3, Faults(NetworkOptions(), (event,)))
+    assert run.problem() == ""
+    assert any(note.name == "started_over" for note in run.cluster.nodes["us-t1"].notes)
+
+
+def test_a_swarm_begins_with_nodes_of_version_1_and_upgrades_them() -> None:
+    scenario = replace(load_scenario(SWARM), kinds=("upgrade",))
+    run = swarm._Run(scenario, 3, Faults(NetworkOptions(), (FaultEvent(4_000, "upgrade", "eu-s1", 500),)))
+    assert run._form() == ""
+    machines = {node.name: node.machine for node in run.cluster.nodes.values()}
+    spoken = {name: machine._core.options.protocol_version for name, machine in machines.items() if machine is not None}
+    assert spoken == dict.fromkeys(spoken, 2) | {"eu-s1": 1}
+    assert (run._disturb() or run._settle() or run._recover() or run._work_on()) == ""
+    upgraded = run.cluster.nodes["eu-s1"].machine
+    assert upgraded is not None
+    assert upgraded.protocol_min(run.cluster.now()) == 2
+
+
+def test_a_model_that_version_1_does_not_know_has_no_old_nodes() -> None:
+    scenario = load_scenario(SWARM)
+    scenario = replace(scenario, workload=replace(scenario.workload, codec="int8"), duration_ms=3_000)
+    outcome = run_virtual(scenario, 1, Faults(NetworkOptions(), (FaultEvent(1_000, "upgrade", "eu-s1", 500),)))
+    assert outcome.problem == ""
 
 
 def test_nothing_is_steady_while_stamps_are_refused() -> None:
