@@ -104,7 +104,7 @@ class Machine:
     @property
     def shard_versions(self) -> Mapping[int, ShardVersions]:
         """Keyspace -> versions of its shards, where the node is asked for them; for the checkers."""
-        return self._pull.rounds.versions
+        return self._pull.versions.by_keyspace
 
     @property
     def peers_known(self) -> int:
@@ -307,7 +307,7 @@ class Machine:
                 self._reach.on_reached(link, query, now)
             case m.VersionsWanted():
                 if self._retirement.compare(link, message.retired_digest, now):
-                    self._pull.rounds.on_versions_wanted(link, message)
+                    self._pull.round_answers.on_versions_wanted(link, message)
                 else:
                     core.counters.pulls_refused += 1
             case m.VersionList():
@@ -315,7 +315,7 @@ class Machine:
                 self._progress_of(message.keyspace, now)
             case m.ShardsWanted():
                 if self._retirement.compare(link, message.retired_digest, now):
-                    self._pull.rounds.on_shards_wanted(link, message)
+                    self._pull.round_answers.on_shards_wanted(link, message)
                     self._pump(link)
                 else:
                     core.counters.pulls_refused += 1

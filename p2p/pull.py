@@ -25,7 +25,9 @@ from p2p.links import Link
 from p2p.outbox import STREAMS_MAX, Outbox, PullStream
 from p2p.placement import may_hold
 from p2p.replica import U64
+from p2p.round_answers import RoundAnswers
 from p2p.rounds import Rounds
+from p2p.shard_versions import OwnVersions
 from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX, unix_ms_of, writer_of
 
 # A batch overtaken by the next one, or a view that just changed, heals by itself within this; a pull may cost a scan.
@@ -82,7 +84,9 @@ class Pull:
         self._seen: dict[tuple[str, int, int], _Seen] = {}  # (node, boot, keyspace)
         self._bases: dict[int, U64] = {}  # by keyspace: zeros, but while an asker's vector is compared
         self.outboxes: dict[str, Outbox] = {}  # by node
-        self.rounds = Rounds(core, self.outboxes)
+        self.versions = OwnVersions(core.options.boot, core.rng)
+        self.rounds = Rounds(core, self.versions)
+        self.round_answers = RoundAnswers(core, self.versions, self.outboxes)
         self._requests = 0
         self._pulled_ms: dict[tuple[int, int], int] = {}  # (boot, keyspace) -> when we asked, of the last that was completed
 

@@ -1,4 +1,4 @@
-"""A round by shard versions: four messages that move only what changed, of many shards at once.
+"""A round by shard versions, on the side that asks: four messages that move only what changed, of many shards at once.
 
 The paper (Ekko, OSDI '22, sections 4.1 and 4.4.2). r asks, s answers:
 
@@ -15,10 +15,9 @@ listed version names, by a cover or by a merge; it stays so, since vectors only 
 the neighbour's frontier of the same moment: when every shard of a list is settled, all that the neighbour had then is here, so
 its frontier may be merged. (No round needs to fetch all shards for it: with leaders, none does.)
 
-A question without an answer is repeated. The neighbours' own answers are bounded by credit, like every other stream.
+A question without an answer is repeated. The side that answers is `p2p.round_answers`.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,12 +28,11 @@ from p2p import messages as m
 from p2p import wire
 from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
-from p2p.intake import bindings_of, check_rows, take_rows
+from p2p.intake import check_rows, take_rows
 from p2p.links import Link
-from p2p.outbox import STREAMS_MAX, Outbox, PullStream
-from p2p.replica import U64, Selection
-from p2p.shard_versions import Mask, ShardVersions, covers
-from p2p.stamps import WRITERS_MAX, check_not_ahead
+from p2p.replica import U64
+from p2p.shard_versions import Mask, OwnVersions, covers
+from p2p.stamps import check_not_ahead
 
 # Nothing heard for so long: the question or its answer was lost. Above the round trips of this planet.
 REPEAT_MS = 500
@@ -45,7 +43,6 @@ VECTORS_BYTES_MAX = 4 << 20
 # Lists kept, 9 bytes a shard each, of all keyspaces; without its list a neighbour is asked for all versions again.
 LISTS_MAX = 256
 
-_ABOVE_ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _NO_SHARDS = np.empty(0, np.uint32)
 
 Place = tuple[int, m.NodeId]  # keyspace and neighbour
@@ -96,35 +93,24 @@ class _Round:
 
 
 class Rounds:
-    """Both sides of the four messages.
+    """The rounds of one node with its neighbours, and what these have told.
 
     Args:
         core: shared state.
-        outboxes: by node; answers are streamed through them.
+        versions: this node's own.
     """
 
-    def __init__(self, core: Core, outboxes: dict[m.NodeId, Outbox]) -> None:
+    def __init__(self, core: Core, versions: OwnVersions) -> None:
         self._core = core
-        self._outboxes = outboxes
-        self.versions: dict[int, ShardVersions] = {}  # by keyspace, as far as somebody has asked for them
+        self._versions = versions
         self._rounds: dict[Place, _Round] = {}
         self._lists: dict[Place, _Listed] = {}  # the one used longest ago first
         self._requests = 0
-        self._bases: dict[
-            int, U64
-        ] = {}  # by keyspace, uint64[shards, WRITERS_MAX] of zeros, written while an answer is selected
 
     @property
     def lists(self) -> int:
         """Neighbours' lists kept."""
         return len(self._lists)
-
-    def versions_of(self, keyspace: Keyspace) -> ShardVersions:
-        """The versions of a keyspace's shards on this node."""
-        number = keyspace.replica.keyspace
-        if number not in self.versions:
-            self.versions[number] = ShardVersions(keyspace.knowledge, self._core.options.boot, self._core.rng)
-        return self.versions[number]
 
     def next_ms(self) -> int | None:
         """When the timer is wanted next."""
@@ -190,7 +176,7 @@ class Rounds:
     def _compare(self, place: Place, now: m.Now) -> None:
         """A neighbour's list is here: message 3, if it has something for us."""
         found, listed, keyspace = self._rounds[place], self._lists[place], self._core.keyspaces[place[0]]
-        listed.settle(self.versions_of(keyspace).current())
+        listed.settle(self._versions.of(keyspace).current())
         wanted = found.wanted & ~listed.settled & (listed.versions != 0)
         for (number, _), other in self._rounds.items():
             if number == place[0]:
@@ -241,7 +227,7 @@ class Rounds:
 
     def _merge(self, place: Place, keyspace: Keyspace, asked: m.ShardsWanted, reply: m.ShardsReply) -> None:
         """All rows of the answer are applied."""
-        versions, listed, knowledge = self.versions_of(keyspace), self._lists[place], keyspace.knowledge
+        versions, listed, knowledge = self._versions.of(keyspace), self._lists[place], keyspace.knowledge
         base = np.zeros_like(reply.vectors)
         _, ours, theirs = np.intersect1d(asked.writers, reply.writers, assume_unique=True, return_indices=True)
         base[:, theirs] = asked.vectors[:, ours]
@@ -254,7 +240,7 @@ class Rounds:
         """A round is over. What it brought may complete what some neighbour had."""
         del self._rounds[place]
         self._core.counters.rounds_completed += 1
-        own = self.versions_of(keyspace).current()
+        own = self._versions.of(keyspace).current()
         for (number, _), listed in self._lists.items():
             if number == place[0] and not listed.frontier_merged:
                 listed.settle(own)
@@ -305,7 +291,7 @@ class Rounds:
 
         Where versions are comparable, one ahead of ours counts most, one that is not behind ours counts too.
         """
-        own = self.versions_of(keyspace).current()[wanted]
+        own = self._versions.of(keyspace).current()[wanted]
         scores = []
         for node in nodes:
             listed = self._lists.get((keyspace.replica.keyspace, node))
@@ -316,87 +302,6 @@ class Rounds:
             level = covers(versions, own)
             scores.append(int(level.sum()) + len(own) * int((level & (versions != own)).sum()))
         return scores
-
-    # --- answering
-
-    def on_versions_wanted(self, link: Link, wanted: m.VersionsWanted) -> None:
-        """Message 1 came: tell which versions changed."""
-        core = self._core
-        keyspace = core.keyspaces.get(wanted.keyspace)
-        if keyspace is None or not core.options.sync.shard_versions:
-            core.counters.pulls_refused += 1
-            return
-        versions = self.versions_of(keyspace)
-        current = versions.current()
-        # A vector never lags the frontier read with it, so who dominates the vectors holds what the frontier says.
-        writers = keyspace.knowledge.writers
-        shards = versions.changed_since(wanted.since)
-        core.counters.shards_listed += len(shards)
-        frontier = keyspace.knowledge.frontier[writers]
-        core.send(
-            link, m.VersionList(wanted.keyspace, wanted.request, versions.mark, shards, current[shards], writers, frontier)
-        )
-
-    def on_shards_wanted(self, link: Link, wanted: m.ShardsWanted) -> None:
-        """Message 3 came: select what the asker lacks in these shards, and start to stream it.
-
-        Raises:
-            RemoteProtocolError: shards that do not exist.
-        """
-        core = self._core
-        keyspace = core.keyspaces.get(wanted.keyspace)
-        outbox = self._outboxes.setdefault(link.node, Outbox())
-        running = outbox.streams.get(wanted.keyspace)
-        if running is not None and running.shards is not None and running.request == wanted.request:
-            return  # it was asked again
-        if keyspace is None or not core.options.sync.shard_versions or (running is None and len(outbox.streams) >= STREAMS_MAX):
-            core.counters.pulls_refused += 1
-            return
-        shards = keyspace.knowledge.shards
-        if int(wanted.shards[-1]) >= shards:
-            raise RemoteProtocolError(f"pull of shard {wanted.shards[-1]}, the keyspace has {shards}")
-        # Versions and vectors are read before the rows are selected: what is written meanwhile may be sent, and is not claimed.
-        versions = self.versions_of(keyspace).current()[wanted.shards]
-        told, settled = set(wanted.writers.tolist()), keyspace.knowledge.settled
-        writers = np.union1d(keyspace.knowledge.writers, [w for w in settled if w in told]).astype(np.uint16)
-        vectors = np.ascontiguousarray(keyspace.knowledge.vector[np.ix_(wanted.shards, writers)])
-        selections = deque(self._select(keyspace, wanted))
-        outbox.streams.pop(wanted.keyspace, None)
-        nothing = np.empty(0, np.uint64)
-        outbox.streams[wanted.keyspace] = PullStream(
-            wanted.keyspace,
-            wanted.request,
-            writers,
-            vectors,
-            nothing,
-            selections,
-            *bindings_of(core, keyspace),
-            wanted.shards,
-            versions,
-        )
-        core.counters.pulls_served += 1
-
-    def _select(self, keyspace: Keyspace, wanted: m.ShardsWanted) -> list[Selection]:
-        """Rows of the wanted shards above the asker's vectors: of the others we pretend that it has everything.
-
-        Retired writers that it does not name it has all of, since we agree on what is retired (R13).
-        """
-        settled = keyspace.knowledge.settled
-        writers = np.union1d(keyspace.knowledge.writers, list(settled)).astype(np.uint16)
-        base = self._bases.get(wanted.keyspace)
-        if base is None:  # one for all answers, as in `Pull`
-            base = self._bases[wanted.keyspace] = np.zeros((keyspace.knowledge.shards, WRITERS_MAX), np.uint64)
-        base[:, writers] = _ABOVE_ALL
-        base[np.ix_(wanted.shards, writers)] = 0
-        for writer, floor in settled.items():
-            base[wanted.shards, writer] = floor[wanted.shards]
-        base[np.ix_(wanted.shards, wanted.writers)] = wanted.vectors
-        select = keyspace.replica.changed_since if self._core.options.sync.cache else keyspace.replica.scan_since
-        try:
-            return select(base)
-        finally:
-            base[:, writers] = 0
-            base[:, wanted.writers] = 0
 
 
 def speaks_rounds(link: Link) -> bool:

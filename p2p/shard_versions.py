@@ -27,6 +27,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from p2p.core import Keyspace
 from p2p.knowledge import Knowledge
 from p2p.replica import U64
 
@@ -69,6 +70,27 @@ def settle(ours: U64, theirs: U64, merged_is_ours: Mask, merged_is_theirs: Mask)
     """
     picked = np.where(merged_is_ours, np.maximum(ours, theirs), theirs)
     return np.where(merged_is_theirs, picked, ours), ~(merged_is_ours | merged_is_theirs)
+
+
+class OwnVersions:
+    """The versions of this node, keyspace by keyspace, as far as somebody has asked for them.
+
+    Args:
+        boot: nonce of this life of the node.
+        rng: for their ids.
+    """
+
+    def __init__(self, boot: int, rng: random.Random) -> None:
+        self.by_keyspace: dict[int, ShardVersions] = {}
+        self._boot = boot
+        self._rng = rng
+
+    def of(self, keyspace: Keyspace) -> "ShardVersions":
+        """Those of one keyspace."""
+        number = keyspace.replica.keyspace
+        if number not in self.by_keyspace:
+            self.by_keyspace[number] = ShardVersions(keyspace.knowledge, self._boot, self._rng)
+        return self.by_keyspace[number]
 
 
 class ShardVersions:

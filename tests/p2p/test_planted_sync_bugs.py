@@ -13,9 +13,12 @@ import pytest
 
 from p2p import messages as m
 from p2p import outbox, pull, rounds, schedule, shard_versions
+from p2p.core import Core
 from p2p.leaders import leaders_of
 from p2p.links import Arrival
 from p2p.machine import Machine
+from p2p.pull import Pull
+from p2p.round_answers import RoundAnswers
 from p2p.rounds import Rounds
 from p2p.shard_versions import ShardVersions, settle
 from p2p.sync import LEADERS, SHARD_VERSIONS
@@ -133,13 +136,13 @@ def a_version_is_adopted_though_the_vectors_differ(patch: pytest.MonkeyPatch) ->
 
 def a_counter_starts_anew_under_the_old_id(patch: pytest.MonkeyPatch) -> None:
     """R9: the id is the node's, not that of its life."""
-    original = Rounds.versions_of
+    original = Pull.__init__
 
-    def versions_of(self: Rounds, keyspace: Any) -> ShardVersions:
-        with mock.patch.object(self._core, "options", replace(self._core.options, boot=sum(self._core.options.node.encode()))):
-            return original(self, keyspace)
+    def init(self: Pull, core: Core) -> None:
+        with mock.patch.object(core, "options", replace(core.options, boot=sum(core.options.node.encode()))):
+            original(self, core)
 
-    patch.setattr(Rounds, "versions_of", versions_of)
+    patch.setattr(Pull, "__init__", init)
 
 
 def a_version_is_kept_across_a_merge(patch: pytest.MonkeyPatch) -> None:
@@ -241,15 +244,15 @@ def what_was_settled_stays_settled(patch: pytest.MonkeyPatch) -> None:
 
 def a_list_counts_before_it_came(patch: pytest.MonkeyPatch) -> None:
     """The neighbour tells only what changed since it was last asked, whether or not its answer arrived."""
-    original = Rounds.on_versions_wanted
+    original = RoundAnswers.on_versions_wanted
     told: dict[Any, int] = {}
 
     def on_versions_wanted(self: Any, link: Any, wanted: m.VersionsWanted) -> None:
         place = (id(self), link.boot, wanted.keyspace)
         original(self, link, replace(wanted, since=told.get(place, 0)))
-        told[place] = self.versions[wanted.keyspace].mark
+        told[place] = self._versions.by_keyspace[wanted.keyspace].mark
 
-    patch.setattr(Rounds, "on_versions_wanted", on_versions_wanted)
+    patch.setattr(RoundAnswers, "on_versions_wanted", on_versions_wanted)
 
 
 def a_frontier_is_merged_with_some_shards(patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,116 @@
+"""A round by shard versions, on the side that answers: which versions changed, and the rows of the shards that are wanted.
+
+The four messages and why they are enough: `p2p.rounds`. Answers are bounded by credit, like every other stream.
+"""
+
+from collections import deque
+
+import numpy as np
+
+from p2p import messages as m
+from p2p.core import Core, Keyspace
+from p2p.errors import RemoteProtocolError
+from p2p.intake import bindings_of
+from p2p.links import Link
+from p2p.outbox import STREAMS_MAX, Outbox, PullStream
+from p2p.replica import U64, Selection
+from p2p.shard_versions import OwnVersions
+from p2p.stamps import WRITERS_MAX
+
+_ABOVE_ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+
+
+class RoundAnswers:
+    """Messages 1 and 3 of the rounds that neighbours begin.
+
+    Args:
+        core: shared state.
+        versions: this node's own.
+        outboxes: by node; answers are streamed through them.
+    """
+
+    def __init__(self, core: Core, versions: OwnVersions, outboxes: dict[m.NodeId, Outbox]) -> None:
+        self._core = core
+        self._versions = versions
+        self._outboxes = outboxes
+        # By keyspace, uint64[shards, WRITERS_MAX]: zeros, but while an answer is selected.
+        self._bases: dict[int, U64] = {}
+
+    def on_versions_wanted(self, link: Link, wanted: m.VersionsWanted) -> None:
+        """Message 1 came: tell which versions changed."""
+        core = self._core
+        keyspace = core.keyspaces.get(wanted.keyspace)
+        if keyspace is None or not core.options.sync.shard_versions:
+            core.counters.pulls_refused += 1
+            return
+        versions = self._versions.of(keyspace)
+        current = versions.current()
+        # A vector never lags the frontier read with it, so who dominates the vectors holds what the frontier says.
+        writers = keyspace.knowledge.writers
+        shards = versions.changed_since(wanted.since)
+        core.counters.shards_listed += len(shards)
+        frontier = keyspace.knowledge.frontier[writers]
+        core.send(
+            link, m.VersionList(wanted.keyspace, wanted.request, versions.mark, shards, current[shards], writers, frontier)
+        )
+
+    def on_shards_wanted(self, link: Link, wanted: m.ShardsWanted) -> None:
+        """Message 3 came: select what the asker lacks in these shards, and start to stream it.
+
+        Raises:
+            RemoteProtocolError: shards that do not exist.
+        """
+        core = self._core
+        keyspace = core.keyspaces.get(wanted.keyspace)
+        outbox = self._outboxes.setdefault(link.node, Outbox())
+        running = outbox.streams.get(wanted.keyspace)
+        if running is not None and running.shards is not None and running.request == wanted.request:
+            return  # it was asked again
+        if keyspace is None or not core.options.sync.shard_versions or (running is None and len(outbox.streams) >= STREAMS_MAX):
+            core.counters.pulls_refused += 1
+            return
+        shards = keyspace.knowledge.shards
+        if int(wanted.shards[-1]) >= shards:
+            raise RemoteProtocolError(f"pull of shard {wanted.shards[-1]}, the keyspace has {shards}")
+        # Versions and vectors are read before the rows are selected: what is written meanwhile may be sent, and is not claimed.
+        versions = self._versions.of(keyspace).current()[wanted.shards]
+        told, settled = set(wanted.writers.tolist()), keyspace.knowledge.settled
+        writers = np.union1d(keyspace.knowledge.writers, [w for w in settled if w in told]).astype(np.uint16)
+        vectors = np.ascontiguousarray(keyspace.knowledge.vector[np.ix_(wanted.shards, writers)])
+        selections = deque(self._select(keyspace, wanted))
+        outbox.streams.pop(wanted.keyspace, None)
+        nothing = np.empty(0, np.uint64)
+        outbox.streams[wanted.keyspace] = PullStream(
+            wanted.keyspace,
+            wanted.request,
+            writers,
+            vectors,
+            nothing,
+            selections,
+            *bindings_of(core, keyspace),
+            wanted.shards,
+            versions,
+        )
+        core.counters.pulls_served += 1
+
+    def _select(self, keyspace: Keyspace, wanted: m.ShardsWanted) -> list[Selection]:
+        """Rows of the wanted shards above the asker's vectors: of the others we pretend that it has everything.
+
+        Retired writers that it does not name it has all of, since we agree on what is retired (R13).
+        """
+        settled = keyspace.knowledge.settled
+        writers = np.union1d(keyspace.knowledge.writers, list(settled)).astype(np.uint16)
+        base = self._bases.get(wanted.keyspace)
+        if base is None:  # one for all answers, as in `Pull`
+            base = self._bases[wanted.keyspace] = np.zeros((keyspace.knowledge.shards, WRITERS_MAX), np.uint64)
+        base[:, writers] = _ABOVE_ALL
+        base[np.ix_(wanted.shards, writers)] = 0
+        for writer, floor in settled.items():
+            base[wanted.shards, writer] = floor[wanted.shards]
+        base[np.ix_(wanted.shards, wanted.writers)] = wanted.vectors
+        select = keyspace.replica.changed_since if self._core.options.sync.cache else keyspace.replica.scan_since
+        try:
+            return select(base)
+        finally:
+            base[:, writers] = 0
+            base[:, wanted.writers] = 0
