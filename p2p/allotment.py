@@ -17,6 +17,7 @@ loser would have used its ids already.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import xxhash
 
@@ -24,7 +25,7 @@ from p2p import messages as m
 from p2p.core import Core, Keyspace
 from p2p.errors import LocalProtocolError, NotYetError
 from p2p.links import Link
-from p2p.membership import HEARTBEAT_MS
+from p2p.membership import HEARTBEAT_MS, MEMBERS_MAX
 from p2p.replica import WriterIdentity
 from p2p.stamps import check_not_ahead
 from p2p.trees import Holder
@@ -197,8 +198,7 @@ class Allotment:
         if holders is not self._holders:
             regions: dict[str, list[tuple[int, m.NodeId]]] = {}
             for holder in holders:
-                rank = int(xxhash.xxh64_intdigest(f"steward/{holder.node}".encode()))
-                regions.setdefault(holder.region, []).append((rank, holder.node))
+                regions.setdefault(holder.region, []).append((_rank_of(holder.node), holder.node))
             self._stewards = tuple(node for ranks in regions.values() for _, node in sorted(ranks)[:STEWARDS])
             self._holders = holders
         return self._stewards
@@ -257,3 +257,9 @@ class Allotment:
             core.counters.blocks_given += len(blocks)
             core.note("writer_ids_given", peer=link.node, blocks=len(blocks), left=len(book.blocks))
         core.send(link, m.BlockGrant(book.cluster, request.holder, blocks, core.clock.last, book.founded))
+
+
+@lru_cache(MEMBERS_MAX)  # asked of everybody with each change of view
+def _rank_of(node: m.NodeId) -> int:
+    """The smallest of a region are its stewards."""
+    return int(xxhash.xxh64_intdigest(f"steward/{node}".encode()))

@@ -23,8 +23,8 @@ each tree: balanced as well, but it shifts with every newcomer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -48,9 +48,8 @@ _LINES_KEPT = 1_024
 _CHILDREN_KEPT = 4_096
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Holder:
-    """A live node that takes part in the trees."""
+class Holder(NamedTuple):
+    """A live node that takes part in the trees. A tuple, since each change of view sorts all of them."""
 
     region: str
     node: NodeId
