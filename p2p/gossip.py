@@ -178,7 +178,9 @@ class Gossip:
             raise RemoteProtocolError(f"heartbeat of {beat.member.node!r} over the link of {link.node!r}")
         core.writers.adopt_cluster(beat.cluster)
         self._retirement.compare(link, beat.retired_digest, now)
-        self._introductions.learn((beat.member, *beat.members), now)
+        self._introductions.learn((beat.member,), now)
+        if beat.members:
+            self._introductions.learn(beat.members, now, beat.columns)
         member = register.members.get(link.node)
         if member is not None and member.record.boot == link.boot:
             register.suspicion.note_clock(member.slot, beat.unix_ms, now.monotonic_ms)

@@ -235,10 +235,10 @@ class Introductions:
 
     # --- records
 
-    def learn(self, records: tuple[m.MemberRecord, ...], now: m.Now) -> None:
+    def learn(self, records: tuple[m.MemberRecord, ...], now: m.Now, columns: m.RecordColumns | None = None) -> None:
         """Merge what a peer tells of members; a record that contradicts a writer's binding is ignored alone."""
         core = self._core
-        for record in core.membership.sift(records, now.monotonic_ms):
+        for record in core.membership.sift(records, now.monotonic_ms, columns):
             if record.node != core.options.node and not core.membership.has_room(record.node):
                 core.counters.peers_refused += 1
                 continue

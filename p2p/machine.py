@@ -300,7 +300,7 @@ class Machine:
             case m.RegisterIndex():
                 self._gossip.on_index(link, message, now)
             case m.MemberNews(members):
-                self._introductions.learn(members, now)
+                self._introductions.learn(members, now, message.columns)
             case m.ReachQuery():
                 self._reach.on_query(link, message, now)
             case m.Reached(query):

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from p2p import placement
 from p2p.errors import RemoteProtocolError
-from p2p.messages import Holding, MemberRecord, NodeId, WriterRecord
+from p2p.messages import Holding, MemberRecord, NodeId, RecordColumns, WriterRecord
 from p2p.placement import holds
 from p2p.replica import U64, Place
 from p2p.suspicion import HEARTBEAT_MS, Suspicion, mix
@@ -259,11 +259,13 @@ class Membership:
             return False
         return self.alive(record.node, now_ms)
 
-    def sift(self, records: Sequence[MemberRecord], now_ms: int) -> list[MemberRecord]:
+    def sift(self, records: Sequence[MemberRecord], now_ms: int, columns: RecordColumns | None = None) -> list[MemberRecord]:
         """Take those that only say what we know, as signs of life; returns the others, which are to be learned one by one.
 
         News reaches everybody several times over, so most records are of this kind.
         """
+        if columns is not None:
+            return self._sift_many(records, columns, now_ms)
         slots: list[int] = []
         beats: list[int] = []
         others: list[MemberRecord] = []
@@ -279,6 +281,18 @@ class Membership:
         elif slots:
             self.suspicion.hear(np.array(slots), np.array(beats, np.uint64), now_ms)
         return others
+
+    def _sift_many(self, records: Sequence[MemberRecord], columns: RecordColumns, now_ms: int) -> list[MemberRecord]:
+        """The same with `says_more` of all of them at once."""
+        suspicion = self.suspicion
+        slots = suspicion.slots_of(columns.boots)
+        versions = suspicion.version[slots]  # of those that are not known (-1) anything
+        more = columns.versions > versions
+        more |= columns.left & ~suspicion.gone[slots]
+        more |= (columns.versions == versions) & (columns.told > suspicion.shape[slots])
+        known = (slots >= 0) & columns.plain & ~more
+        suspicion.hear(slots[known], columns.beats[known], now_ms)
+        return [records[index] for index in np.flatnonzero(~known).tolist()]
 
     def learn(self, record: MemberRecord, now_ms: int) -> bool:
         """Merge one record, ours or of another node, from wherever.
@@ -326,6 +340,7 @@ class Membership:
         self._view.writers.clear()
         self._view.protocol_min = None
         suspicion.version[slot], suspicion.gone[slot], suspicion.deaf[slot] = record.version, record.left, record.deaf
+        suspicion.shape[slot] = record.told
         suspicion.near[slot] = record.region == self.own.region
         if record.writers:
             self._writing[record.node] = None

@@ -83,6 +83,47 @@ class MemberRecord:
         return protocol_of(self.version)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RecordColumns:
+    """What tells of many records at once whether they say anything new."""
+
+    boots: U64  # [n]
+    versions: U64  # [n]
+    beats: U64  # [n]
+    told: NDArray[np.uint8]  # [n]
+    left: NDArray[np.bool_]  # [n]
+    plain: NDArray[np.bool_]  # [n]: they name no writers
+
+    @classmethod
+    def of(cls, records: tuple[MemberRecord, ...]) -> "RecordColumns":
+        """The columns of these records."""
+        return cls(
+            np.array([record.boot for record in records], np.uint64),
+            np.array([record.version for record in records], np.uint64),
+            np.array([record.heartbeat for record in records], np.uint64),
+            np.array([record.told for record in records], np.uint8),
+            np.array([record.left for record in records], np.bool_),
+            np.array([not record.writers for record in records], np.bool_),
+        )
+
+
+# Records that come together are compared as columns from so many on; fewer cost less one by one.
+MANY_RECORDS = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Told:
+    """What the messages that tell of members have in common."""
+
+    _columns: RecordColumns | None = field(default=None, init=False, repr=False)
+
+    def _columns_of(self, members: tuple[MemberRecord, ...]) -> RecordColumns | None:
+        """The records as columns, made when they are asked for; None where there are few."""
+        if self._columns is None and len(members) >= MANY_RECORDS:
+            object.__setattr__(self, "_columns", RecordColumns.of(members))
+        return self._columns
+
+
 @dataclass(frozen=True, slots=True)
 class KeyspaceSummary:
     """What one node holds of a keyspace, small enough for every heartbeat."""
@@ -122,7 +163,7 @@ def _no_writers() -> NDArray[np.uint16]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Heartbeat:
+class Heartbeat(_Told):
     """Sent to a few members each interval."""
 
     member: MemberRecord  # the sender
@@ -136,6 +177,11 @@ class Heartbeat:
     cluster: int = 0  # the cluster nonce (R12); 0: none yet, or not told
     retired_digest: int = 0  # over all that the sender knows of expulsions and retirements (R13)
 
+    @property
+    def columns(self) -> RecordColumns | None:
+        """Of `members`."""
+        return self._columns_of(self.members)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RegisterIndex:
@@ -146,11 +192,16 @@ class RegisterIndex:
     answer_wanted: bool  # send me your index, too, if I hold something that you lack
 
 
-@dataclass(frozen=True, slots=True)
-class MemberNews:
+@dataclass(frozen=True, slots=True, eq=False)
+class MemberNews(_Told):
     """Records that changed, or that the receiver lacks."""
 
     members: tuple[MemberRecord, ...]
+
+    @property
+    def columns(self) -> RecordColumns | None:
+        """Of `members`."""
+        return self._columns_of(self.members)
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,7 @@ _FIELDS: Final[dict[str, Any]] = {
     "place": np.uint64,  # in the rings
     "boot": np.uint64,
     "version": np.uint64,  # of its record
+    "shape": np.uint8,  # the protocol version in whose shape its record was told
     "beats": np.uint64,  # the largest heartbeat counter heard of
     "heard_ms": np.int64,  # monotonic; when that was, plus the time in which we did not run
     "interval_ms": np.float64,
@@ -95,6 +96,7 @@ class Suspicion:
     place: U64
     boot: U64
     version: U64
+    shape: NDArray[np.uint8]
     beats: U64
     heard_ms: NDArray[np.int64]
     interval_ms: NDArray[np.float64]
