@@ -44,7 +44,7 @@ from p2p.compression import Mode
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.machine import Machine, MachineOptions
 from p2p.membership import MEMBERS_MAX
-from p2p.runtime import NodeExpelled, NodeStopped, Runtime
+from p2p.runtime import NodeExpelled, NodeStopped, Runtime, no_delay
 from p2p.status import KeyspaceStatus, QueueStatus
 from p2p.transport.zmq import ZmqTransport
 
@@ -183,7 +183,7 @@ class Node:
             machine,
             transport,
             on_effect=self._on_effect,
-            delay_s=self._delay_s,
+            delay_s=self._delay_s if self.config.links else no_delay,  # asked at each send
             compression=Mode(node.compression),
             crosses=self._crosses,
         )
@@ -308,8 +308,6 @@ class Node:
 
     def _delay_s(self, address: str) -> float:
         """Emulated one-way delay towards a peer; none until its region is known."""
-        if not self.config.links:
-            return 0.0
         region = self._region_of(address)
         return 0.0 if region is None else self.config.delay_s(self.config.node.region, region)
 

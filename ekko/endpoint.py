@@ -36,6 +36,7 @@ CLIENT_QUEUE_MAX = 16
 LINGER_MS = 200
 
 _NOBLOCK = int(zmq.NOBLOCK)
+_NOBLOCK_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _READABLE = int(zmq.POLLIN)
 
 log = structlog.get_logger(__name__)
@@ -170,7 +171,8 @@ class LocalEndpoint:
         if self._socket is None:
             return
         try:
-            self._socket.send_multipart([client, encode_answer(number, answer)], zmq.NOBLOCK)
+            self._socket.send(client, _NOBLOCK_MORE)
+            self._socket.send(encode_answer(number, answer), _NOBLOCK)
         except zmq.ZMQError as error:
             self.unanswerable += 1
             log.info("local_answer_dropped", error=str(error))

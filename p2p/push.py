@@ -98,7 +98,7 @@ class Push:
         core, replica, writer = self._core, keyspace.replica, identity.writer
         shard_of = [replica.shards_of(section.keys) for section in columns]
         touched = _touched(replica.shards, shard_of)
-        prev = replica.vector[touched, writer].copy()
+        prev = replica.vector[touched, writer]
         writer_prev = int(replica.frontier[writer])
         replica.begin_write(stamp, touched)
         applied = replica.apply(columns, stamp)

@@ -171,8 +171,8 @@ class Runtime:
         if self._stopped is None or self._stopped.done():
             return
         source = origin.source
-        now_ms = self._clock().monotonic_ms
-        if source and not self.conduct.admits(source, now_ms):
+        now = self._clock()
+        if source and not self.conduct.admits(source, now.monotonic_ms):
             return
         self._source = source
         if self._turn_end is None:  # when the timer is wanted next is worked out once for all messages of a turn
@@ -185,14 +185,14 @@ class Runtime:
                 raise RemoteProtocolError(f"hello of {message.member.node!r} from the owner of {origin.node!r}'s key")
             if isinstance(message, Ack):
                 self.outgoing.on_ack(envelope.sender_boot, message)
-            self._handle(MessageReceived(envelope, message))
+            self._handle(MessageReceived(envelope, message), now)
         except RemoteProtocolError as error:
             self._reject(sender, error)
         except Exception as error:  # noqa: BLE001 - a bug: the state may be half changed, so the node ends with it
             self._fail(error)
         else:
             if source and not isinstance(message, _BOUND_BY_CREDIT):
-                self._note_shut_out(self.conduct.note_call(source, now_ms), "a flood of calls")
+                self._note_shut_out(self.conduct.note_call(source, now.monotonic_ms), "a flood of calls")
         finally:
             self._source = ""
 
@@ -228,9 +228,9 @@ class Runtime:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._on_timer)
         self._timer_ms = deadline_ms
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: Event, now: Now | None = None) -> None:
         """Let the machine handle `event`, then carry out effects until none is left, unless that is going on already."""
-        self._effects.extend(self._machine.handle(event, self._clock()))
+        self._effects.extend(self._machine.handle(event, now or self._clock()))
         if self._draining:
             return
         self._draining = True
@@ -265,7 +265,8 @@ class Runtime:
                 self._on_effect(effect)
 
     def _send(self, send: Send) -> None:
-        self._transport.set_delay(send.address, self._delay_s(send.address))
+        if self._delay_s is not no_delay:
+            self._transport.set_delay(send.address, self._delay_s(send.address))
         if not self.outgoing.send(send.address, send.envelope, send.message):
             self._handle(SendFailed(send.address, send.envelope))
 

@@ -288,7 +288,7 @@ class ZmqTransport:
                 return
             origin = Origin(node, node)
         self.counters.messages_in += 1
-        self.counters.bytes_in += sum(frame.nbytes for frame in frames)
+        self.counters.bytes_in += sum([frame.nbytes for frame in frames])
         receive(frames, origin)
 
     def _origin_of(self, routing: bytes) -> Origin:
