@@ -18,7 +18,7 @@ WRAP_BYTES_MIN: Final = 1_024
 # What a link between regions is taken to carry before it was ever busy enough to be measured: 1 Gbit/s.
 RATE_ASSUMED: Final = 0.125  # bytes a nanosecond
 # A link is busy, and its acknowledgements tell what it carries, while so much is under way: more than is acknowledged at once.
-BUSY_BYTES: Final = 2 << 20
+BUSY_BYTES: Final = 4 << 20
 # Messages under way that are remembered; the credit of a link allows as many.
 SENT_MAX: Final = 4_096
 # Messages that are tried before the first decision.

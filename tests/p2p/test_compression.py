@@ -15,6 +15,7 @@ from p2p import outgoing as outgoing_module
 from p2p import wire
 from p2p.compression import BUSY_BYTES, PAUSE_MS_MAX, PAUSE_MS_MIN, RATE_ASSUMED, TRIALS_MIN, LinkRate, Mode, Stream
 from p2p.errors import RemoteProtocolError
+from p2p.links import ACK_BYTES
 from p2p.outgoing import THREAD_BYTES_MIN, Outgoing
 from p2p.replica import RowColumns
 from p2p.transport import Buffer
@@ -204,22 +205,27 @@ def test_a_link_is_measured_only_while_it_is_busy() -> None:
     assert rate.rate == RATE_ASSUMED
     # From here on there is always more to send: 1 MiB is acknowledged every 80 ms, 100 Mbit/s.
     size, sequence = 1 << 20, 50
-    for _ in range(4):
+    ahead = 2 * BUSY_BYTES // size
+    for _ in range(ahead):
         rate.on_sent(1, sequence, size, 10**9)
         sequence += 1
-    for number in range(60):
+    for number in range(120):
         rate.on_ack(1, 50 + number, 10**9 + number * 80_000_000)
         rate.on_sent(1, sequence, size, 10**9 + number * 80_000_000)
         sequence += 1
     assert rate.rate == pytest.approx(size / 80_000_000, rel=0.05)
     # An acknowledgement that comes right after another one is no sign of a faster link.
-    for number in range(60, 120):
+    for number in range(120, 240):
         at_ns = 10**9 + number * 80_000_000
         for sent, after_ns in ((size, 0), (1_000, 1_000)):
             rate.on_sent(1, sequence, sent, at_ns)
-            rate.on_ack(1, sequence - 4, at_ns + after_ns)
+            rate.on_ack(1, sequence - ahead, at_ns + after_ns)
             sequence += 1
     assert rate.rate == pytest.approx(size / 80_000_000, rel=0.1)
+
+
+def test_a_link_that_waits_for_its_acknowledgement_only_is_not_busy() -> None:
+    assert 2 * ACK_BYTES <= BUSY_BYTES
 
 
 def test_what_an_ended_session_had_under_way_is_forgotten() -> None:
