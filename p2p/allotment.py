@@ -6,9 +6,9 @@ records the gift in its ledger and then answers; asked again under the same hold
 answer costs nothing, and a crash between record and answer at most a block that its asker never comes back for. A side of a
 split in which nobody has a block to spare cannot add writers; its training nodes are not ready, and say why.
 
-Who founds: the training node that came first of those that live, with its first step, where no cluster exists. Where another
-may have done so without its knowledge it asks first: in a cluster of version 1, which may have been founded anew, and after a
-training node that has left or died, since that one may have founded in its last moment.
+Who founds: the training node that came first of those that have not left, with its first step, where no cluster exists. Where
+another may have done so without its knowledge it asks first: in a cluster of version 1, which may have been founded anew, and
+after a training node that has left, since that one may have founded in its last moment.
 
 The clock of a new writer starts above all that whoever gave it ids had seen (R5): the answer carries that, and it is durable.
 
@@ -73,15 +73,18 @@ class Allotment:
                 "protocol version 1: publish to it, stop it first, or upgrade all nodes"
             )
 
-    def _first_trainer(self, now: m.Now) -> m.NodeId | None:
+    def _first_trainer(self, now: m.Now, among: Sequence[m.MemberRecord] | None = None) -> m.NodeId | None:
         """The training node that comes before us: who writes already, then who has lived longest; None when it is us.
+
+        Among the live ones, or these.
 
         Of several, all nodes name the same one, and one that comes back does not stop the one that took over.
         """
         core = self._core
         writes = any(keyspace.replica.writer is not None for keyspace in core.keyspaces.values())
         own = (not writes, core.membership.own.boot_ms, core.options.node)
-        trainers = [record for record in core.membership.live(now.monotonic_ms) if record.role == "train"]
+        members = core.membership.live(now.monotonic_ms) if among is None else among
+        trainers = [record for record in members if record.role == "train"]
         ranks = [(not record.writers, record.boot_ms, record.node) for record in trainers]
         return min(ranks)[2] if ranks and min(ranks) < own else None
 
@@ -106,7 +109,10 @@ class Allotment:
         if (in_blocks and not core.writers.founded) or (core.writers.founded and core.writers.free_id([number], seen) is None):
             self._needed = True
             self._ask(now)
-            reason = self.reason or "it is asking for one"
+            first = None if core.writers.founded else self._follows(now)
+            silent = first is not None and not core.membership.alive(first, now.monotonic_ms)
+            waits = f"node {first!r}, which is silent, may have founded the cluster: bring it back, or expel it"
+            reason = self.reason or (waits if silent else "it is asking for one")
             raise NotYetError(f"node {core.options.node!r} has no writer id: {reason}: publish again in a moment")
         writer, nonce = core.writers.grant(number, seen)
         for keyspace in family:
@@ -116,19 +122,23 @@ class Allotment:
 
     def _may_found(self, now: m.Now) -> bool:
         core = self._core
-        if self._follows(now) or any(peer.role == "train" for peer in core.expected(now)):
+        if self._follows(now) is not None or any(peer.role == "train" for peer in core.expected(now)):
             return False
         if not core.writers.cluster and not self._outlived(now):
             return True
         # Only the answers of others tell that nobody has founded it.
         return all(record.boot in self._unfounded for record in self._candidates(now))
 
-    def _follows(self, now: m.Now) -> bool:
-        """Whether another training node comes before us; it may found at any time, so that older answers tell nothing."""
-        if self._first_trainer(now) is None:
-            return False
-        self._unfounded.clear()
-        return True
+    def _follows(self, now: m.Now) -> m.NodeId | None:
+        """The training node that is to found rather than we, or None; it may do so any time, so older answers tell nothing.
+
+        One that is silent counts, too: it may be on the other side of a split, and clusters of two founders cannot be joined.
+        """
+        known = [member.record for member in self._core.membership.members.values() if not member.record.left]
+        first = self._first_trainer(now, None if self._core.writers.cluster else known)
+        if first is not None:
+            self._unfounded.clear()
+        return first
 
     def _outlived(self, now: m.Now) -> bool:
         """Whether there was a training node that is gone."""

@@ -189,7 +189,16 @@ class _Run:
         def formed() -> bool:
             return all(node.machine and node.machine.status(cluster.now_of(node)).synced for node in cluster.nodes.values())
 
-        return "" if cluster.run_until(formed, FORM_MS_MAX, 500) else "the cluster did not form on a network without faults"
+        if not cluster.run_until(formed, FORM_MS_MAX, 500):
+            return "the cluster did not form on a network without faults"
+        if old:
+            # In version 1 ids are granted by whoever writes. Two sides of a split would both do so; its users kept to one
+            # training node, and it wrote before anything went wrong.
+            self._trainers = [self._scenario.trainer]
+            if not self._writer():
+                return "nobody may write in a cluster with nodes of version 1"
+            cluster.run(STEADY_MS)
+        return ""
 
     def _old_nodes(self) -> set[str]:
         """Who begins in version 1: who is upgraded later, if that version knows models like these."""

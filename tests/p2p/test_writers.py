@@ -14,6 +14,7 @@ from tests.p2p.chaos import at_rest, form
 from tests.p2p.plants import Plant, Scenario, expect_caught
 from tests.p2p.writer_chaos import (
     SCENARIOS,
+    a_cluster_is_split_before_it_is_founded,
     a_machine_is_cloned,
     an_allotter_crashes_as_it_answers,
     formed,
@@ -63,6 +64,12 @@ def who_comes_next_founds_unasked(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Allotment, "_outlived", lambda _self, _now: False)
 
 
+def who_is_silent_does_not_count(patch: pytest.MonkeyPatch) -> None:
+    """R12: on each side of a split the training node that comes first there founds."""
+    original = Allotment._first_trainer
+    patch.setattr(Allotment, "_first_trainer", lambda self, now, _among=None: original(self, now))
+
+
 def a_used_block_is_given(patch: pytest.MonkeyPatch) -> None:
     """R12: what is given away stays the giver's own, too."""
     original = WriterBook.give
@@ -94,6 +101,7 @@ def a_writer_without_memory_goes_on(patch: pytest.MonkeyPatch) -> None:
         (a_gift_is_sent_before_it_is_recorded, an_allotter_crashes_as_it_answers),
         (a_second_nonce_is_merged, a_machine_is_cloned),
         (everybody_founds, several_write_at_once),
+        (who_is_silent_does_not_count, a_cluster_is_split_before_it_is_founded),
         (who_comes_next_founds_unasked, the_founder_leaves_as_soon_as_it_has_founded),
         (a_used_block_is_given, an_allotter_crashes_as_it_answers),
         (a_writer_without_memory_goes_on, several_write_at_once),

@@ -127,6 +127,26 @@ def the_founder_leaves_as_soon_as_it_has_founded(seed: int) -> None:
     check_ids(cluster)
 
 
+def a_cluster_is_split_before_it_is_founded(seed: int) -> None:
+    """Both sides have a training node that wants to write; one of them founds, the other waits and says for whom."""
+    cluster = form(seed)
+    cluster.add("t2", "eu", "train", ["t1"])
+    formed(cluster)
+    split(cluster, {"t1"} if seed % 2 else {"t1", "us1", "us2", "us3"})
+    cluster.run(SILENCE_MS_MAX + 2_000)
+    writes(cluster, "t1")
+    assert not cluster.publish("t2", "item", [1], 1.0)
+    cluster.run(10_000)
+    assert "node 't1', which is silent, may have founded the cluster" in str(last_reply(cluster, "t2"))
+    cluster.cut = set()
+    writes(cluster, "t2", 60_000)
+    writes(cluster, "t1", 60_000)
+    cluster.run(3_000)
+    assert len({record_of(node).cluster for node in cluster.nodes.values()}) == 1, f"seed {seed}: two clusters"
+    at_rest(cluster)
+    check_ids(cluster)
+
+
 def an_allotter_crashes_as_it_answers(seed: int) -> None:
     """It has recorded that a block is gone, and nobody was told, or only just; later it comes back, and is asked again."""
     cluster = form(seed)
@@ -294,5 +314,6 @@ SCENARIOS: tuple[Callable[[int], None], ...] = (
     a_machine_is_cloned,
     the_founder_is_lost,
     the_founder_leaves_as_soon_as_it_has_founded,
+    a_cluster_is_split_before_it_is_founded,
     a_cluster_of_version_1_gets_blocks,
 )
