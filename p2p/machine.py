@@ -253,20 +253,31 @@ class Machine:
             raise RemoteProtocolError(f"a message in protocol version {envelope.version}, this node speaks {describe(spoken)}")
         link = core.link_of(envelope.sender_boot)
         if link is None or envelope.receiver_boot != core.options.boot:
-            core.counters.strangers += 1
-            if isinstance(message, m.Heartbeat) and envelope.sender_boot in core.record.expelled:
-                self._retirement.tell_all(message.member.address, m.Envelope(core.options.boot, envelope.sender_boot))
-            elif isinstance(message, m.Retirements) and envelope.receiver_boot == core.options.boot:
-                self._retirement.on_farewell(message, now)
-            elif isinstance(message, m.Heartbeat) and message.member.boot == envelope.sender_boot:
-                self._introductions.say_hello(message.member.address, envelope.sender_boot, answer_wanted=True, now=now)
+            self._on_stranger(envelope, message, now)
             return
         self._gossip.note_heard()
+        self._on_peer(link, envelope, message, now)
+
+    def _on_stranger(self, envelope: m.Envelope, message: m.Message, now: m.Now) -> None:
+        """Somebody whom we do not know, or who knows a former life of ours."""
+        core = self._core
+        core.counters.strangers += 1
+        if isinstance(message, m.Heartbeat) and envelope.sender_boot in core.record.expelled:
+            self._retirement.tell_all(message.member.address, m.Envelope(core.options.boot, envelope.sender_boot))
+        elif isinstance(message, m.Retirements) and envelope.receiver_boot == core.options.boot:
+            self._retirement.on_farewell(message, now)
+        elif isinstance(message, m.Heartbeat) and message.member.boot == envelope.sender_boot:
+            self._introductions.say_hello(message.member.address, envelope.sender_boot, answer_wanted=True, now=now)
+
+    def _on_peer(self, link: Link, envelope: m.Envelope, message: m.Message, now: m.Now) -> None:
+        """One case a kind of message; what takes more than a few lines has a method of its own."""
         match message:
             case m.Batch():
                 self._on_batch(link, envelope, message, now)
             case m.PullReply() | m.ShardsReply():
                 self._on_pull_reply(link, envelope, message, now)
+            case m.PullRequest() | m.VersionsWanted() | m.ShardsWanted():
+                self._on_question(link, message, now)
             case m.Ack(session, sequence):
                 if link.on_ack(session, sequence):
                     self._pump(link)
@@ -274,12 +285,6 @@ class Machine:
                 if session == link.session_out:
                     link.restart_session()
                     self._drop_streams(link)
-            case m.PullRequest():
-                if self._retirement.compare(link, message.retired_digest, now):
-                    self._pull.on_request(link, message)
-                    self._pump(link)
-                else:
-                    core.counters.pulls_refused += 1
             case m.Retirements():
                 self._retirement.on_retirements(message, link, now)
             case m.RetireReport():
@@ -289,9 +294,7 @@ class Machine:
             case m.SchemaUpdate(entries):
                 self._introductions.adopt_schema(entries, link, now)
             case m.Leave():
-                member = core.membership.members.get(link.node)
-                if member is not None and member.record.boot == link.boot:  # gossip of its next life may have come first
-                    self._introductions.learn((replace(member.record, left=True),), now)
+                self._on_leave(link, now)
             case m.BlockRequest():
                 self._allotment.on_request(link, message, now)
             case m.BlockGrant():
@@ -305,22 +308,33 @@ class Machine:
                 self._reach.on_query(link, message, now)
             case m.Reached(query):
                 self._reach.on_reached(link, query, now)
-            case m.VersionsWanted():
-                if self._retirement.compare(link, message.retired_digest, now):
-                    self._pull.round_answers.on_versions_wanted(link, message)
-                else:
-                    core.counters.pulls_refused += 1
             case m.VersionList():
                 self._pull.rounds.on_list(link, message, now)
                 self._progress_of(message.keyspace, now)
-            case m.ShardsWanted():
-                if self._retirement.compare(link, message.retired_digest, now):
-                    self._pull.round_answers.on_shards_wanted(link, message)
-                    self._pump(link)
-                else:
-                    core.counters.pulls_refused += 1
+            case m.Hello() | m.Refusal():
+                raise AssertionError("these are said without a link")
             case _:
                 assert_never(message)
+
+    def _on_question(self, link: Link, asked: m.PullRequest | m.VersionsWanted | m.ShardsWanted, now: m.Now) -> None:
+        """Somebody wants what we hold; answered only while both agree on who is retired (R13)."""
+        if not self._retirement.compare(link, asked.retired_digest, now):
+            self._core.counters.pulls_refused += 1
+            return
+        match asked:
+            case m.PullRequest():
+                self._pull.on_request(link, asked)
+                self._pump(link)
+            case m.VersionsWanted():
+                self._pull.round_answers.on_versions_wanted(link, asked)
+            case m.ShardsWanted():
+                self._pull.round_answers.on_shards_wanted(link, asked)
+                self._pump(link)
+
+    def _on_leave(self, link: Link, now: m.Now) -> None:
+        member = self._core.membership.members.get(link.node)
+        if member is not None and member.record.boot == link.boot:  # gossip of its next life may have come first
+            self._introductions.learn((replace(member.record, left=True),), now)
 
     def _on_batch(self, link: Link, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> None:
         arrival = self._arrive(link, envelope)
