@@ -170,7 +170,8 @@ class Introductions:
             self._core.counters.strangers += 1  # an answer to a former life of ours, or to nobody
             return
         # Once somebody has let us in, a refusal is one peer's opinion; before that, going on alone would be worse.
-        if self.introduced:
+        # A node that has begun a cluster of its own asked nobody: it would lose what was published here.
+        if self.introduced or self._core.first:
             self._core.note("refused_by_peer", alarm=True, reason=refusal.reason)
         else:
             self._core.emit(m.Fatal(f"refused by the cluster: {self._explained(refusal.reason)}"))
@@ -234,6 +235,11 @@ class Introductions:
             keyspace.synced = True
 
     # --- records
+
+    def node_of(self, boot: int) -> m.NodeId | None:
+        """Whose life this is, or was before it was expelled; None where nobody has told."""
+        expulsion = self._core.record.expelled.get(boot)
+        return self._core.membership.node_of(boot) if expulsion is None else expulsion.node
 
     def learn(self, records: tuple[m.MemberRecord, ...], now: m.Now, columns: m.RecordColumns | None = None) -> None:
         """Merge what a peer tells of members; a record that contradicts a writer's binding is ignored alone."""

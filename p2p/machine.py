@@ -155,8 +155,8 @@ class Machine:
 
     def _dispatch(self, event: m.Event, now: m.Now) -> None:
         match event:
-            case m.MessageReceived(envelope, message):
-                self._on_message(envelope, message, now)
+            case m.MessageReceived(envelope, message, proven):
+                self._on_message(envelope, message, proven, now)
             case m.BatchReady(sender_boot, envelope, batch):
                 self._on_batch_ready(sender_boot, envelope, batch, now)
             case m.TimerFired():
@@ -240,18 +240,18 @@ class Machine:
 
     # --- messages
 
-    def _on_message(self, envelope: m.Envelope, message: m.Message, now: m.Now) -> None:
+    def _on_message(self, envelope: m.Envelope, message: m.Message, proven: m.NodeId | None, now: m.Now) -> None:
         core = self._core
         if isinstance(message, m.Hello):
             self._introductions.on_hello(envelope, message, now)
             return
+        link = self._link_from(envelope, message, proven)
         if isinstance(message, m.Refusal):
             self._introductions.on_refusal(envelope, message)
             return
         spoken = core.options.protocol_version
         if not lowest_spoken(spoken) <= envelope.version <= spoken:
             raise RemoteProtocolError(f"a message in protocol version {envelope.version}, this node speaks {describe(spoken)}")
-        link = core.link_of(envelope.sender_boot)
         if link is None or envelope.receiver_boot != core.options.boot:
             self._on_stranger(envelope, message, now)
             return
@@ -335,6 +335,32 @@ class Machine:
         member = self._core.membership.members.get(link.node)
         if member is not None and member.record.boot == link.boot:  # gossip of its next life may have come first
             self._introductions.learn((replace(member.record, left=True),), now)
+
+    def _link_from(self, envelope: m.Envelope, message: m.Message, proven: m.NodeId | None) -> Link | None:
+        """The link that a message came over; None where a stranger sent it.
+
+        Everybody's boot is known from gossip, so it proves nothing. With keys the link is that of the key's owner, even where
+        gossip says that the same boot is another node's, too.
+
+        Raises:
+            RemoteProtocolError: the life that the message names as its sender is another node's.
+        """
+        core, boot = self._core, envelope.sender_boot
+        if proven is None:
+            return core.link_of(boot)
+        link = core.links.get(proven)
+        if link is not None and link.boot == boot:
+            return link
+        member = core.membership.members.get(proven)
+        if member is not None and member.record.boot == boot:
+            return core.link(proven) if link is None else None  # one of a former life is dropped when its end is learned
+        node = self._introductions.node_of(boot)
+        if node is None and isinstance(message, m.Heartbeat):
+            node = message.member.node
+        if node is not None and node != proven:
+            core.counters.impostors += 1
+            raise RemoteProtocolError(f"a message in the name of {node!r} from the owner of {proven!r}'s key")
+        return None
 
     def _on_batch(self, link: Link, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> None:
         arrival = self._arrive(link, envelope)

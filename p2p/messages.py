@@ -503,10 +503,14 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class MessageReceived:
-    """A decoded message of a peer."""
+    """A decoded message of a peer.
+
+    `node` is whose key was proven where it came from, None without keys: what a message says of its sender is only a claim.
+    """
 
     envelope: Envelope
     message: Message
+    node: NodeId | None = None
 
 
 @dataclass(frozen=True, slots=True)

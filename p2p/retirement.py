@@ -24,6 +24,7 @@ Of two floors the one of the later stage counts, then the larger.
 """
 
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import xxhash
@@ -142,12 +143,19 @@ class Retirement:
             absent = record.absent.get(expulsion.node)
             if absent is not None and absent.boot == expulsion.boot:
                 del record.absent[expulsion.node]
-        own = [
+        own = (
             m.Retired(keyspace.replica.keyspace, retired.family, retired.writer, retired.nonce, FROZEN)
             for retired in told.retired
             for keyspace in core.families.get(retired.family, ())
-        ]
-        changed = [retired for retired in (*told.retired, *own) if self._merge(retired)]
+        )
+        changed, refused = [], 0
+        for retired in chain(told.retired, own):
+            if retired.key not in record.retired and len(record.retired) >= RETIRED_MAX:
+                refused += 1
+            elif self._merge(retired):
+                changed.append(retired)
+        if refused:  # one note for all: a message has room for more entries than an event may have effects
+            core.note("retirements_full", alarm=True, bound=RETIRED_MAX, refused=refused)
         if not new and not changed:
             return
         record.save()
@@ -163,16 +171,13 @@ class Retirement:
             self._follow(retired, now)
 
     def _merge(self, told: m.Retired) -> bool:
-        """Whether this is news."""
+        """Whether this is news; there is room for it."""
         retired = self._core.record.retired
         known = retired.get(told.key)
         keyspace = self._core.keyspaces.get(told.keyspace)
         if keyspace is not None and len(told.floor) not in (0, keyspace.knowledge.shards):
             return False  # of a keyspace that was made anew with other shards
         if known is None:
-            if len(retired) >= RETIRED_MAX:
-                self._core.note("retirements_full", alarm=True, bound=RETIRED_MAX)
-                return False
             retired[told.key] = told
             self._core.writers.note_retired(told.family, told.writer, told.nonce)
             return True

@@ -183,9 +183,9 @@ class Runtime:
             sender = f"{envelope.sender_boot:016x}"
             if isinstance(message, Hello) and origin.node is not None and message.member.node != origin.node:
                 raise RemoteProtocolError(f"hello of {message.member.node!r} from the owner of {origin.node!r}'s key")
-            if isinstance(message, Ack):
+            self._handle(MessageReceived(envelope, message, origin.node), now)
+            if isinstance(message, Ack):  # after the machine: it knows whether the sender is who it says
                 self.outgoing.on_ack(envelope.sender_boot, message)
-            self._handle(MessageReceived(envelope, message), now)
         except RemoteProtocolError as error:
             self._reject(sender, error)
         except Exception as error:  # noqa: BLE001 - a bug: the state may be half changed, so the node ends with it

@@ -54,6 +54,8 @@ SECTIONS_MAX: Final = 4_096
 WRITER_RECORDS_MAX: Final = 4_096
 HOLDINGS_MAX: Final = 1_024
 SHARDS_MAX: Final = 65_536
+# Clocks in milliseconds: 8,900 years. What is computed with must stay far inside a signed 64-bit number.
+TIME_BITS: Final = 48
 SUMMARIES_MAX: Final = 4_096
 HOPS_MAX: Final = 255
 # A frame costs 3 to 5 us at each end, whatever is in it, so columns smaller than this share one. Larger ones ZeroMQ hands on
@@ -375,11 +377,11 @@ def _member(value: Header) -> m.MemberRecord:
     return m.MemberRecord(
         _text(node),
         _uint(boot),
-        _uint(boot_ms),
+        _uint(boot_ms, TIME_BITS),
         _text(region),
         _text(role),
         _text(address),
-        _uint(heartbeat),
+        _uint(heartbeat, 32),
         _flag(left),
         _items(writers, WRITER_RECORDS_MAX, _writer_record),
         _uint(version, 32),
@@ -545,7 +547,7 @@ def _heartbeat(header: Header, columns: _Columns) -> m.Heartbeat:
         _member(member),
         _items(members, MEMBERS_MAX, _member),
         _uint(schema_digest),
-        _uint(unix_ms),
+        _uint(unix_ms, TIME_BITS),
         _items(summaries, SUMMARIES_MAX, _summary),
         _uint(register_digest),
         boots,
@@ -887,7 +889,7 @@ def _pack_retirements(told: m.Retirements, _version: int) -> Packed:
 
 def _retirements(header: Header, columns: _Columns) -> m.Retirements:
     expulsions, retired = header
-    lives = _items(expulsions, MEMBERS_MAX, lambda one: m.Expulsion(_text(one[0]), _uint(one[1]), _uint(one[2])))
+    lives = _items(expulsions, MEMBERS_MAX, lambda one: m.Expulsion(_text(one[0]), _uint(one[1]), _uint(one[2], TIME_BITS)))
     counts = _items(retired, WRITERS_MAX, lambda one: _uint(one[5], 32))
     if max(counts, default=0) > SHARDS_MAX:
         raise RemoteProtocolError(f"a floor of {max(counts)} shards, limit {SHARDS_MAX}")
