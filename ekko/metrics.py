@@ -54,6 +54,7 @@ COUNTERS = {
     "ekko_batches_received": ("Batches that came from peers.", "batches_received"),
     "ekko_batches_forwarded": ("Batches sent to peers.", "batches_forwarded"),
     "ekko_batches_skipped": ("Batches left to the pull: no credit, no link, or refused by the transport.", "batches_skipped"),
+    "ekko_children_handed_over": ("Children of this busy node that were left to other children.", "children_handed_over"),
     "ekko_batches_repeated": ("Batches that had come before.", "batches_repeated"),
     "ekko_rows_written": ("Rows whose version advanced on this node.", "rows_written"),
     "ekko_rows_stale": ("Rows that were here already in this or a newer version.", "rows_stale"),

@@ -54,6 +54,7 @@ class Counters:
     batches_skipped: int = 0  # not forwarded to a child: no credit, no link, or refused by the transport
     batches_repeated: int = 0
     batches_circling: int = 0  # dropped at the hop limit
+    children_handed_over: int = 0  # to one another, since a link was full
     batches_unknown: int = 0  # of a keyspace whose schema had not arrived yet, or of a partition that is not held here
     rows_written: int = 0
     rows_stale: int = 0
@@ -95,11 +96,12 @@ class Keyspace:
     gap_writer: int | None = None  # whose steps were found waiting for one before them when we last looked
     gap_frontier: int = 0  # and how far it was whole then
     gap_since_ms: int = 0  # monotonic; since we asked for it last
-    gap_peer: str = ""  # who sent the batch that showed the gap
+    gap_peer: str = ""  # who sent a batch whose claims wait
+    gap_upstream: bool = False  # it is above all of our region
     gap_origin: str = ""  # and whose batch it was
     gap_tries: int = 0  # pulls that did not close it
-    gap_rows: int = 0  # that they brought, and that had not come otherwise meanwhile
-    gap_grace_ms: int = 50  # how long a gap may close by itself; learned (`p2p.pull`)
+    gap_trees: int = 0  # a bit for each tree on which something came since then that waits
+    gap_trees_all: int = 1  # and those of all trees
     stray_digest: int = 0
     stray_digest_ms: int = -1_000_000  # monotonic time of the scan that found it
     strays_possible: bool = True  # rows may be held above the vector

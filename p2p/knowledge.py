@@ -138,6 +138,11 @@ class Knowledge:
         """Whether a step of this writer waits."""
         return any(writer_of(stamp) == writer for stamp in self._open)
 
+    def claims_wait(self, writer: int, shards: NDArray[np.uint32] | None = None) -> bool:
+        """Whether in some shard, or in some of these, a claim of this writer waits for one before it."""
+        awaited = self._awaited.get(writer)
+        return awaited is not None and bool((awaited if shards is None else awaited[shards]).any())
+
     def digest(self) -> int:
         """128 bits that are equal exactly when the vectors are."""
         # Writers whose column is still empty must not count: a node that only heard of them knows nothing more.

@@ -12,6 +12,7 @@ from enum import Enum, auto
 
 from p2p.messages import Envelope, NodeId
 from p2p.versions import FIRST_VERSION
+from p2p.waiting import WaitingLine
 
 # Bytes that may be on their way to one peer. 180 ms of round trip at 1 Gbit/s are 22 MB; what a slow reader can make us hold
 # per link is bounded by it.
@@ -60,6 +61,7 @@ class Link:
     own_boot: int
     version: int = FIRST_VERSION  # what both of us speak
     traffic: Traffic = field(default_factory=Traffic)
+    waiting: WaitingLine = field(default_factory=WaitingLine)  # batches, until there is credit
     session_out: int = 1
     _sequence_out: int = 0
     _in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (sequence, bytes)
@@ -84,6 +86,10 @@ class Link:
     def has_credit(self) -> bool:
         """Whether one more message may go out. The last one may overshoot: messages are bounded."""
         return self.bytes_in_flight < CREDIT_BYTES_MAX and len(self._in_flight) < CREDIT_MESSAGES_MAX
+
+    def has_credit_for_repairs(self) -> bool:
+        """Whether a chunk of an answer may go out; half is left for batches, since each that finds no room is a repair more."""
+        return self.bytes_in_flight < CREDIT_BYTES_MAX // 2 and len(self._in_flight) < CREDIT_MESSAGES_MAX // 2
 
     def next_envelope(self, payload_bytes: int, hops: int = 0) -> Envelope:
         """Number the next message of the session and charge its bytes."""

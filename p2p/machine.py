@@ -311,6 +311,8 @@ class Machine:
             case m.VersionList():
                 self._pull.rounds.on_list(link, message, now)
                 self._progress_of(message.keyspace, now)
+            case m.Adopt():
+                self._push.adoption.on_adopt(link, message, now)
             case m.Hello() | m.Refusal():
                 raise AssertionError("these are said without a link")
             case _:
@@ -323,7 +325,7 @@ class Machine:
             return
         match asked:
             case m.PullRequest():
-                self._pull.on_request(link, asked)
+                self._pull.on_request(link, asked, now)
                 self._pump(link)
             case m.VersionsWanted():
                 self._pull.round_answers.on_versions_wanted(link, asked)
@@ -494,7 +496,7 @@ class Machine:
         others = self._ack_ms, self._gap_ms, self._reach.next_ms(), self._schedule.next_ms(), self._pull.rounds.next_ms()
         wanted += [moment for moment in others if moment is not None]
         for node, box in self._pull.outboxes.items():
-            if box.streams and node in core.links and core.links[node].has_credit():
+            if box.streams and node in core.links and core.links[node].has_credit_for_repairs():
                 wanted.append(now_ms)
         self._deadline_ms = min(wanted)
 
@@ -504,6 +506,7 @@ class Machine:
         """A frontier may have moved: tell readers how fresh they are, and peers who wait."""
         keyspace.replica.set_synced_until(status.synced_until(self._core, keyspace, now))
         self._reach.on_progress(keyspace)
+        self._pull.on_progress(keyspace, now)
 
     def _progress_of(self, number: int, now: m.Now) -> None:
         keyspace = self._core.keyspaces.get(number)
@@ -511,6 +514,7 @@ class Machine:
             self._progress(keyspace, now)
 
     def _pump(self, link: Link) -> None:
+        self._push.pump(link)
         outbox = self._pull.outboxes.get(link.node)
         if outbox is not None:
             outbox.pump(self._core, link)
@@ -519,6 +523,7 @@ class Machine:
 
     def _drop_streams(self, link: Link) -> None:
         """A stream with a hole is worthless: its asker gives it up too, and asks again."""
+        self._push.drop_waiting(link)
         outbox = self._pull.outboxes.get(link.node)
         if outbox is not None:
             outbox.streams.clear()

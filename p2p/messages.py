@@ -307,6 +307,18 @@ class PullReply(_Rows):
         self._count(self.columns)
 
 
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """From now on, forward my batches that go down this tree to these nodes, too; it replaces what I said before.
+
+    Since protocol version 2 (`p2p.adoption`).
+    """
+
+    keyspace: int
+    tree: int
+    children: tuple[NodeId, ...]
+
+
 # The four messages of a round by shard versions (`p2p.rounds`), since protocol version 2.
 
 
@@ -488,6 +500,7 @@ Message = (
     | ShardsReply
     | Retirements
     | RetireReport
+    | Adopt
 )
 
 

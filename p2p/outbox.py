@@ -57,7 +57,7 @@ class Outbox:
     def pump(self, core: Core, link: Link) -> None:
         """Send the next chunks, while there is credit; the timer comes back for more."""
         for _ in range(CHUNKS_PER_EVENT):
-            if not self.streams or not link.has_credit():
+            if not self.streams or not link.has_credit_for_repairs():
                 return
             stream = next(iter(self.streams.values()))
             keyspace = core.keyspaces[stream.keyspace]

@@ -30,15 +30,22 @@ from p2p.rounds import Rounds
 from p2p.shard_versions import OwnVersions
 from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX, unix_ms_of, writer_of
 
-# A batch overtaken by the next one, or a view that just changed, heals by itself within this; a pull may cost a scan.
+# Messages of one tree come in order. One that was overtaken on its own tree is missing; where the view just changed, or one of
+# them was repeated, that heals by itself within this. A pull may cost a scan.
 GAP_GRACE_MS = 50
-# Behind a busy uplink the messages of one step lie further apart than that, and pulls for what is on its way anyway only make
-# it busier: the grace doubles with each gap to which they brought nothing, up to this, and halves with each that they closed.
-GAP_GRACE_MS_MAX = 400
+# Those of other trees are merely late: behind a busy card the messages of one step lie this far apart, and a pull for what is
+# on its way anyway makes the card busier. Only a last step that nothing follows waits so long for its repair.
+LATE_GRACE_MS = 1_000
 # A gap that a pull did not close is asked about again after twice the time, this many times: an answer may cost a scan.
 GAP_DOUBLINGS_MAX = 5
+# Every so many times it is the step's origin that is asked.
+ORIGIN_EVERY = 4
 # After this many it is given up: whoever had the missing step is gone, and what is left of it spreads as strays (R8).
 GAP_TRIES_MAX = 8
+# Who asks us for what we lack ourselves waits for so long, well below `PULL_SILENCE_MS`: an answer would be what came after the
+# gap, which it has as well, and not what is missing. Then it is answered all the same.
+HELD_MS_MAX = 1_000
+HELD_MAX = 256
 # Lives and keyspaces of which we remember when we last got everything.
 PULLED_MAX = 65_536
 # An answer that stands still this long is given up, and asked of somebody else.
@@ -63,7 +70,14 @@ class _Asked:
     next_chunk: int
     deadline_ms: int
     asked_ms: int
-    gap: bool  # it is to close one
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A question that waits, since we lack what it is about."""
+
+    request: m.PullRequest
+    until_ms: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +102,7 @@ class Pull:
         self.rounds = Rounds(core, self.versions)
         self.round_answers = RoundAnswers(core, self.versions, self.outboxes)
         self._requests = 0
+        self._held: dict[int, dict[int, _Held]] = {}  # by keyspace and the asker's boot: they wait until our gap is closed
         self._pulled_ms: dict[tuple[int, int], int] = {}  # (boot, keyspace) -> when we asked, of the last that was completed
 
     @property
@@ -99,6 +114,11 @@ class Pull:
     def summaries(self) -> int:
         """Heartbeats' summaries that are kept, to be compared with the next."""
         return len(self._seen)
+
+    @property
+    def held(self) -> int:
+        """Questions that wait until a gap of ours is closed, of the keyspace with most."""
+        return max(map(len, self._held.values()), default=0)
 
     # --- asking
 
@@ -120,7 +140,6 @@ class Pull:
             0,
             now.monotonic_ms + PULL_SILENCE_MS,
             now.monotonic_ms,
-            why == GAP,
         )
         self._core.counters.pulls_started += 1
         self._core.note("pull_started", peer=link.node, keyspace=number, why=why)
@@ -158,9 +177,7 @@ class Pull:
             raise
         asked.next_chunk += 1
         asked.deadline_ms = now.monotonic_ms + PULL_SILENCE_MS
-        written = take_rows(core, keyspace, reply.columns)
-        if asked.gap:
-            keyspace.gap_rows += written
+        take_rows(core, keyspace, reply.columns)
         if reply.last:
             self._complete(keyspace, asked, reply, now)
 
@@ -240,6 +257,8 @@ class Pull:
         """What a peer's summaries, a heartbeat ago and now, say that we lack; an empty string when nothing does."""
         sync, summary, own = self._core.options.sync, seen.summary, seen.own
         if sync.push:
+            if keyspace.gap_writer is not None:
+                return ""  # it is known, and being repaired
             known = keyspace.knowledge.frontier
             for (writer, stamp), reached in zip(before.summary.frontier, before.frontier, strict=True):
                 # Whose frontier has moved is late, not cut off: steps come in order, and the rest is on its way. A busy node is
@@ -278,6 +297,7 @@ class Pull:
             self._abandon(number, "no answer")
         for keyspace in self._core.keyspaces.values():
             self._check_gap(keyspace, now)
+            self.on_progress(keyspace, now)
             if not keyspace.synced and keyspace.replica.place.partitions > 1:
                 self._check_alone(keyspace, now)
 
@@ -296,24 +316,27 @@ class Pull:
     def _check_gap(self, keyspace: Keyspace, now: m.Now) -> None:
         knowledge = keyspace.knowledge
         if not self._is_same_gap(keyspace):
-            if keyspace.gap_tries:  # it is closed, by pulls or though there were some
-                learned_ms = keyspace.gap_grace_ms // 2 if keyspace.gap_rows else keyspace.gap_grace_ms * 2
-                keyspace.gap_grace_ms = min(max(learned_ms, GAP_GRACE_MS), GAP_GRACE_MS_MAX)
+            if keyspace.gap_writer is not None:  # what came was above that gap, and maybe below the next one
+                keyspace.gap_trees, keyspace.gap_upstream = 0, False
             keyspace.gap_writer = writer_of(knowledge.oldest_open) if knowledge.open_steps else None
             keyspace.gap_frontier = 0 if keyspace.gap_writer is None else int(knowledge.frontier[keyspace.gap_writer])
-            keyspace.gap_since_ms, keyspace.gap_tries, keyspace.gap_rows = now.monotonic_ms, 0, 0
+            keyspace.gap_since_ms, keyspace.gap_tries = now.monotonic_ms, 0
         if keyspace.gap_writer is None or keyspace.replica.keyspace in self._asked:
             return
+        overtaken = keyspace.gap_trees_all in (1, keyspace.gap_trees) or knowledge.claims_wait(keyspace.gap_writer)
+        first_ms = GAP_GRACE_MS if overtaken else LATE_GRACE_MS
         # A long grace is not doubled beyond what a short one comes to: a step that nobody has any more is given up as soon.
-        grace_ms = min(keyspace.gap_grace_ms << keyspace.gap_tries, GAP_GRACE_MS << GAP_DOUBLINGS_MAX)
+        grace_ms = min(first_ms << keyspace.gap_tries, GAP_GRACE_MS << GAP_DOUBLINGS_MAX)
         if now.monotonic_ms - keyspace.gap_since_ms < grace_ms:
             return
         if keyspace.gap_tries >= GAP_TRIES_MAX:
             knowledge.give_up(keyspace.gap_writer)
             return
-        # The batch's sender first: it is near. It may have the same gap, so its origin is asked in turn.
-        first, second = keyspace.gap_peer, keyspace.gap_origin
-        link = self._core.link(second if keyspace.gap_tries % 2 else first) or self._core.link(second)
+        # The batch's sender: it is near. If it has the same gap it asks above our region, and we wait for what it gets
+        # (`_Held`). So what the origin sends once is not asked of it by every node; but now and then it is, in case.
+        turn = keyspace.gap_tries % ORIGIN_EVERY == ORIGIN_EVERY - 1
+        first, second = keyspace.gap_origin if turn else keyspace.gap_peer, keyspace.gap_origin
+        link = self._core.link(first) or self._core.link(second)
         keyspace.gap_since_ms = now.monotonic_ms
         keyspace.gap_tries += 1
         if link is not None and self._core.membership.alive(link.node, now.monotonic_ms):
@@ -340,7 +363,36 @@ class Pull:
 
     # --- answering
 
-    def on_request(self, link: Link, request: m.PullRequest) -> None:
+    def on_progress(self, keyspace: Keyspace, now: m.Now) -> None:
+        """Our frontiers may have moved: who waited for that is answered."""
+        held = self._held.get(keyspace.replica.keyspace)
+        if not held:
+            return
+        for boot, one in list(held.items()):
+            if now.monotonic_ms < one.until_ms and self._lacks_the_same(keyspace, one.request):
+                continue
+            del held[boot]
+            link = self._core.by_boot.get(boot)
+            # What both sides know of retirements may have changed since they were compared.
+            if link is not None and one.request.retired_digest == self._core.retired_digest:
+                self.on_request(link, one.request, now, waited=True)
+                if link.node in self.outboxes:
+                    self.outboxes[link.node].pump(self._core, link)
+
+    @staticmethod
+    def _lacks_the_same(keyspace: Keyspace, request: m.PullRequest) -> bool:
+        """Whether we wait for steps, too, and are no farther than the asker: all that we could send is what came after them.
+
+        Only where we ask above our region; else two who ask each other would wait for nothing.
+        """
+        knowledge = keyspace.knowledge
+        if not knowledge.open_steps or not keyspace.gap_upstream:
+            return False
+        told = np.zeros(len(knowledge.frontier), np.uint64)
+        told[request.writers] = request.frontier
+        return bool((knowledge.frontier <= told).all())
+
+    def on_request(self, link: Link, request: m.PullRequest, now: m.Now, waited: bool = False) -> None:
         """Select what the asker lacks and start to stream it.
 
         Raises:
@@ -359,6 +411,11 @@ class Pull:
         ):
             core.counters.pulls_refused += 1
             return
+        if not waited and self._lacks_the_same(keyspace, request):
+            held = self._held.setdefault(request.keyspace, {})
+            if link.boot in held or len(held) < HELD_MAX:
+                held[link.boot] = _Held(request, now.monotonic_ms + HELD_MS_MAX)
+                return
         told, settled = set(request.writers.tolist()), keyspace.knowledge.settled
         writers = np.union1d(keyspace.knowledge.writers, [w for w in settled if w in told]).astype(np.uint16)
         # Read before the rows are selected: what is written meanwhile may be sent, and is not claimed.

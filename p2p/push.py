@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from p2p import links, wire
 from p2p import messages as m
-from p2p import wire
+from p2p.adoption import Adoption
 from p2p.allotment import Allotment
 from p2p.core import Core, Keyspace
 from p2p.errors import LocalProtocolError, RemoteProtocolError
@@ -22,6 +23,7 @@ from p2p.placement import divide, take
 from p2p.replica import U64, RowColumns, WriterIdentity
 from p2p.stamps import check_not_ahead
 from p2p.trees import TREES_MAX, Trees
+from p2p.waiting import WAITING_CREDITS_MAX, WaitingBatch
 
 # An idle writer says "nothing since" this often; it bounds how stale a node must assume itself to be, and how long the loss
 # of the very last batch goes unnoticed.
@@ -38,6 +40,7 @@ class Push:
     def __init__(self, core: Core, allotment: Allotment) -> None:
         self._core = core
         self._allotment = allotment
+        self.adoption = Adoption(core)
         self._seen: dict[tuple[int, ...], None] = {}
 
     @property
@@ -78,7 +81,7 @@ class Push:
         for batch, shard_of, _ in stored:
             for message in split_step(batch, shard_of, wire.BATCH_BYTES_MAX):
                 keyspace = core.keyspaces[message.keyspace]
-                self._forward(keyspace, wire.seal(message), 0, self._trees(keyspace, now))
+                self._forward(keyspace, wire.seal(message), 0, self._trees(keyspace, now), now)
         core.emit(_applied_effect(stored[0][0], sum(written for _, _, written in stored)))
 
     def _store(
@@ -150,7 +153,7 @@ class Push:
                 empty,
                 (),
             )
-            self._forward(keyspace, wire.seal(batch), 0, self._trees(keyspace, now))
+            self._forward(keyspace, wire.seal(batch), 0, self._trees(keyspace, now), now)
 
     def open_links(self, now: m.Now) -> None:
         """Have links to all that we would send the next batch of a writer to: its first one should find them connected."""
@@ -201,7 +204,7 @@ class Push:
         if envelope.hops >= trees.hops_max:
             core.counters.batches_circling += 1
         else:
-            self._forward(keyspace, batch, envelope.hops + 1, trees)
+            self._forward(keyspace, batch, envelope.hops + 1, trees, now)
         core.emit(m.Continue(m.BatchReady(link.boot, envelope, batch)))
         return True
 
@@ -217,27 +220,64 @@ class Push:
         )
         if not whole:
             keyspace.strays_possible = True
-            keyspace.gap_peer, keyspace.gap_origin = peer, batch.origin
+            keyspace.gap_origin = batch.origin
+            waits = not keyspace.gap_peer or keyspace.knowledge.claims_wait(batch.writer, claims.shards)
+            if waits and not keyspace.gap_upstream:
+                # The tree it came down has a hole above us, or its sender has one. A sender outside of the region is above all
+                # of it; where each asked another within, they might wait for each other.
+                keyspace.gap_peer, keyspace.gap_upstream = peer, self._is_upstream(peer, batch.origin)
+            keyspace.gap_trees, keyspace.gap_trees_all = keyspace.gap_trees | 1 << batch.tree, (1 << batch.trees) - 1
         if applied is not None:
             core.counters.rows_written += applied.written
             core.counters.rows_stale += applied.stale
             core.emit(_applied_effect(batch, applied.written))
 
-    def _forward(self, keyspace: Keyspace, batch: m.Batch, hops: int, trees: Trees) -> None:
+    def _is_upstream(self, peer: m.NodeId, origin: m.NodeId) -> bool:
+        link = self._core.links.get(peer)
+        return peer == origin or (link is not None and link.region != self._core.options.region)
+
+    def _forward(self, keyspace: Keyspace, batch: m.Batch, hops: int, trees: Trees, now: m.Now) -> None:
         core = self._core
         if not core.options.sync.push:
             return
-        for node in _children(trees, keyspace, batch.origin, batch.tree):
+        one = WaitingBatch(batch, hops)
+        for node in self._receivers(trees, keyspace, batch, hops, now):
             link = core.link(node)
-            if link is None or not link.has_credit():
+            if link is None:
                 core.counters.batches_skipped += 1
-                if link is not None:
-                    link.traffic.batches_skipped += 1
                 continue
-            core.emit(m.Send(link.address, link.next_envelope(batch.payload_bytes, hops), batch))
-            core.counters.batches_forwarded += 1
-            link.traffic.rows_out += batch.row_count
-            link.traffic.bytes_out += batch.payload_bytes
+            if not link.waiting and link.has_credit():
+                self._send(link, one)
+            elif not link.waiting.add(one, WAITING_CREDITS_MAX * links.CREDIT_BYTES_MAX):
+                core.counters.batches_skipped += 1
+                link.traffic.batches_skipped += 1
+
+    def pump(self, link: Link) -> None:
+        """Send what waits for credit, as far as there is some."""
+        while link.waiting and link.has_credit():
+            self._send(link, link.waiting.take())
+
+    def drop_waiting(self, link: Link) -> None:
+        """A session ended: what waited for its credit is dropped, like what was in flight."""
+        dropped = link.waiting.clear()
+        self._core.counters.batches_skipped += dropped
+        link.traffic.batches_skipped += dropped
+
+    def _send(self, link: Link, one: WaitingBatch) -> None:
+        batch = one.batch
+        self._core.emit(m.Send(link.address, link.next_envelope(batch.payload_bytes, one.hops), batch))
+        self._core.counters.batches_forwarded += 1
+        link.traffic.rows_out += batch.row_count
+        link.traffic.bytes_out += batch.payload_bytes
+
+    def _receivers(self, trees: Trees, keyspace: Keyspace, batch: m.Batch, hops: int, now: m.Now) -> Sequence[m.NodeId]:
+        """Our children, but those that the origin's children feed for it, when it is busy."""
+        children = _children(trees, keyspace, batch.origin, batch.tree)
+        if hops == 0:
+            return self.adoption.fed_by_us(batch, children, now)
+        if hops == 1:
+            return (*children, *self.adoption.taken(batch.keyspace, batch.origin, batch.tree, now))
+        return children
 
     def _trees(self, keyspace: Keyspace, now: m.Now) -> Trees:
         return self._core.membership.trees(now.monotonic_ms, keyspace.replica.place)

@@ -4,14 +4,16 @@ from dataclasses import dataclass
 
 from p2p import links, membership, push, reach, retirement
 from p2p import messages as m
+from p2p.adoption import ENTRIES_MAX
 from p2p.core import Core, Keyspace
 from p2p.knowledge import OPEN_STEPS_MAX
 from p2p.outbox import STREAMS_MAX
-from p2p.pull import Pull
+from p2p.pull import HELD_MAX, Pull
 from p2p.push import Push
 from p2p.reach import Reach
 from p2p.rounds import LISTS_MAX
 from p2p.stamps import unix_ms_of
+from p2p.waiting import WAITING_CREDITS_MAX, WAITING_MESSAGES_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,14 +158,20 @@ def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach) -> tup
     open_steps = max((keyspace.knowledge.open_steps for keyspace in core.keyspaces.values()), default=0)
     in_flight = max((link.bytes_in_flight for link in core.links.values()), default=0)
     messages = max((link.messages_in_flight for link in core.links.values()), default=0)
+    waiting = max((link.waiting.bytes for link in core.links.values()), default=0)
+    lines = max((len(link.waiting) for link in core.links.values()), default=0)
     streams = max((len(outbox.streams) for outbox in pulling.outboxes.values()), default=0)
     return (
         QueueStatus("open_steps", open_steps, OPEN_STEPS_MAX),
         QueueStatus("link_bytes_in_flight", in_flight, links.CREDIT_BYTES_MAX),
         QueueStatus("link_messages_in_flight", messages, links.CREDIT_MESSAGES_MAX),
+        QueueStatus("link_bytes_waiting", waiting, WAITING_CREDITS_MAX * links.CREDIT_BYTES_MAX),
+        QueueStatus("link_messages_waiting", lines, WAITING_MESSAGES_MAX),
         QueueStatus("links", max(len(core.links), len(core.by_boot)), membership.MEMBERS_MAX),
         QueueStatus("summaries", pulling.summaries, len(core.keyspaces) * membership.MEMBERS_MAX),
         QueueStatus("pull_streams", streams, STREAMS_MAX),
+        QueueStatus("pulls_held", pulling.held, HELD_MAX),
+        QueueStatus("children_adopted", pushing.adoption.entries, ENTRIES_MAX),
         QueueStatus("neighbour_lists", pulling.rounds.lists, LISTS_MAX),
         QueueStatus("batches_seen", pushing.seen, push.SEEN_MAX),
         QueueStatus("waits", len(reaching.waits), reach.WAITS_MAX),

@@ -33,7 +33,7 @@ from p2p.placement import HOLDS_SINCE
 from p2p.replica import PARTITIONS_MAX, U64, RowColumns, SchemaEntry
 from p2p.stamps import WRITERS_MAX, writer_of
 from p2p.transport import FRAMES_MAX, Buffer
-from p2p.trees import TREES_MAX
+from p2p.trees import TREE_ARITY, TREES_MAX
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, describe
 from p2p.writers import BLOCKS
 
@@ -923,6 +923,17 @@ def _retire_report(header: Header, columns: _Columns) -> m.RetireReport:
     return m.RetireReport(_uint(keyspace, 32), writer, _uint(nonce), _uint(stage, 8), column)
 
 
+def _pack_adopt(adopt: m.Adopt, _version: int) -> Packed:
+    return [adopt.keyspace, adopt.tree, list(adopt.children)], []
+
+
+def _adopt(header: Header, _columns: _Columns) -> m.Adopt:
+    keyspace, tree, children = header
+    if _uint(tree, 8) >= TREES_MAX:
+        raise RemoteProtocolError(f"tree {tree}, there are {TREES_MAX}")
+    return m.Adopt(_uint(keyspace, 32), tree, _items(children, TREE_ARITY, _text))
+
+
 # Which kinds there are and since when: a message's number on the wire is its place here, from 1; new ones go to the end.
 _KINDS: Final = (
     _Kind(m.Hello, _pack_hello, _hello),
@@ -947,5 +958,6 @@ _KINDS: Final = (
     _Kind(m.ShardsReply, _pack_shards_reply, _shards_reply, since=2),
     _Kind(m.Retirements, _pack_retirements, _retirements, since=2),
     _Kind(m.RetireReport, _pack_retire_report, _retire_report, since=2),
+    _Kind(m.Adopt, _pack_adopt, _adopt, since=2),
 )
 _NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(_KINDS, start=1)}

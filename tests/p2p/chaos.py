@@ -5,7 +5,7 @@ from unittest import mock
 from ekko.model import ModelSpec, TableSpec
 from p2p import gossip, outbox, push, wire
 from p2p.core import Keyspace
-from p2p.messages import Batch
+from p2p.messages import Batch, Now
 from p2p.stamps import unix_ms_of
 from p2p.sync import PUSH, SyncOptions
 from p2p.trees import Trees
@@ -149,10 +149,10 @@ def origin_dies_between_two_messages(seed: int) -> None:
     cluster.run(5_000)
     forward, calls = push.Push._forward, []
 
-    def only_the_first(self: push.Push, keyspace: Keyspace, batch: Batch, hops: int, trees: Trees) -> None:
+    def only_the_first(self: push.Push, keyspace: Keyspace, batch: Batch, hops: int, trees: Trees, now: Now) -> None:
         if hops or not calls:
             calls.append(batch.stamp)
-            forward(self, keyspace, batch, hops, trees)
+            forward(self, keyspace, batch, hops, trees, now)
 
     cluster.cut |= {("t1", name) for name in REGIONS["us"]}
     with mock.patch.object(wire, "BATCH_BYTES_MAX", 60), mock.patch.object(push.Push, "_forward", only_the_first):

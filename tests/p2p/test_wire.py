@@ -100,6 +100,7 @@ MESSAGES: list[m.Message] = [
         ),
     ),
     m.RetireReport(5, 9, 3, m.FROZEN, vector()[:, 1]),
+    m.Adopt(5, 3, ("eu-1", "us-2")),
 ]
 # With what version 2 added.
 LATER: list[m.Message] = [

@@ -1,0 +1,56 @@
+"""Batches that wait for credit on one link, in order, up to a bound.
+
+A link whose credit is used up for a moment, as while a busy origin hands children over (`p2p.adoption`), would otherwise lose
+a batch, and with it what every node below has of all later ones: a repair costs more than the wait, since it brings again
+what is on its way. Batches are shared between links, so many that wait cost little more than one. What finds no room is not
+sent; the child sees a gap and pulls.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from p2p import messages as m
+
+# Bytes, as a multiple of a link's credit. A new writer fills the links for a second before enough children are handed over.
+WAITING_CREDITS_MAX = 4
+WAITING_MESSAGES_MAX = 4_096
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WaitingBatch:
+    """One of them, on its way to one child."""
+
+    batch: m.Batch
+    hops: int
+
+
+@dataclass(slots=True, eq=False)
+class WaitingLine:
+    """All of them, of one link."""
+
+    batches: deque[WaitingBatch] = field(default_factory=deque)
+    bytes: int = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def add(self, one: WaitingBatch, bytes_max: int) -> bool:
+        """Let one more wait; False when there is no room. The last one may overshoot."""
+        if self.bytes >= bytes_max or len(self.batches) >= WAITING_MESSAGES_MAX:
+            return False
+        self.batches.append(one)
+        self.bytes += one.batch.payload_bytes
+        return True
+
+    def take(self) -> WaitingBatch:
+        """The first."""
+        one = self.batches.popleft()
+        self.bytes -= one.batch.payload_bytes
+        return one
+
+    def clear(self) -> int:
+        """Drop all; how many there were."""
+        dropped = len(self.batches)
+        self.batches.clear()
+        self.bytes = 0
+        return dropped
