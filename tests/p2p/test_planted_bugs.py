@@ -218,8 +218,9 @@ def the_origin_rounds_behind_its_own_rows(patch: pytest.MonkeyPatch) -> None:
     """R20: the codec is applied after the local apply, so that the origin holds other bits than it sends."""
     original = push.Push._forward
 
-    def forward(self: Any, batch: Any, hops: int, now: Any) -> None:
-        original(self, batch if hops else wire.seal(replace(batch, columns=rounded_anew(batch.columns), body=())), hops, now)
+    def forward(self: Any, keyspace: Any, batch: Any, hops: int, trees: Any, now: Any) -> None:
+        sent = batch if hops else wire.seal(replace(batch, columns=rounded_anew(batch.columns), body=()))
+        original(self, keyspace, sent, hops, trees, now)
 
     patch.setattr(push.Push, "_forward", forward)
 
