@@ -19,6 +19,7 @@ from ekko.model import ModelSpec, TableSpec
 from ekko.store import recent
 from p2p import knowledge, links, outbox, pull, push, reach, round_answers, status, wire
 from p2p import messages as m
+from p2p.ledger import NodeRecord
 from p2p.machine import NodeStatus
 from p2p.stamps import writer_of
 from p2p.sync import PRESETS
@@ -281,6 +282,9 @@ class _Run:
                 return f"{node.name} still repairs"
         if patient and (held_out := self._held_out()):
             return held_out
+        for node in self.cluster.nodes.values():
+            if any(retired.stage != m.DONE for retired in NodeRecord.load(node.ledger).retired.values()):
+                return f"{node.name} is not done with a retired writer"
         return "" if self._writer() else "nobody may write"
 
     def _held_out(self) -> str:
