@@ -8,8 +8,13 @@ import multiprocessing
 import random
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ekko.model import ModelSpec, TableSpec
 from sim_cluster.checkers import Watch
@@ -37,6 +42,11 @@ PROCESSES = 2
 CALM = NetworkOptions(delay_ms_min=1, delay_ms_max=3, region_delay_ms=40)
 LOSSY = NetworkOptions(delay_ms_min=1, delay_ms_max=3, region_delay_ms=40, loss_probability=0.01)
 TRAINER = "trainer"
+BEHAVIOURS = {"calm": CALM, "1 % lost": LOSSY}
+SHOW_EVERY_S = 0.5
+
+# Told how many virtual milliseconds of publishing are over.
+Report = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +66,16 @@ def run(quick: bool) -> dict[str, object]:
     """Every size, without loss and with 1 %, on two cores: a run is one process."""
     nodes: dict[str, dict[str, float | int]] = {}
     sizes, seconds = (SIZES_QUICK, SECONDS_QUICK) if quick else (SIZES, SECONDS)
-    with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
-        # The largest first, since the others fit in beside it.
-        pending = {size: [pool.submit(one_run, size, seconds, each) for each in (CALM, LOSSY)] for size in sorted(sizes)[::-1]}
-        runs = {size: [each.result() for each in pending[size]] for size in sizes}
-    for size, (calm, lossy) in runs.items():
+    # The largest first, since the others fit in beside it.
+    work = [(size, behaviour) for size in sorted(sizes)[::-1] for behaviour in BEHAVIOURS]
+    context = multiprocessing.get_context("spawn")
+    done_ms = context.Array("l", len(work))
+    with ProcessPoolExecutor(PROCESSES, context, _show_in, (done_ms,)) as pool:
+        pending = {each: pool.submit(one_run, *each, seconds, number) for number, each in enumerate(work)}
+        _watch(pending, done_ms, seconds)
+        runs = {each: future.result() for each, future in pending.items()}
+    for size in sizes:
+        calm, lossy = (runs[size, behaviour] for behaviour in BEHAVIOURS)
         nodes[str(size)] = {
             "redundancy": calm.redundancy,
             "redundancy_loss_1pct": lossy.redundancy,
@@ -84,20 +99,56 @@ def run(quick: bool) -> dict[str, object]:
     return figures | {"nodes": nodes}
 
 
-def one_run(size: int, seconds: int, options: NetworkOptions) -> Run:
-    """A cluster of `size` nodes for so many virtual seconds of publishing.
+def _show_in(done_ms: Any) -> None:
+    """A process of the pool begins, and will say here how far its runs have come."""
+    global _done_ms
+    _done_ms = done_ms
+
+
+_done_ms: Any = None  # shared with the process that watches
+
+
+def _watch(pending: Mapping[tuple[int, str], "Future[Run]"], done_ms: Any, seconds: int) -> None:
+    """Show how far each run has come, until all have ended."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description:22}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        tasks = [
+            bar.add_task(f"{size:,} nodes, {behaviour}", total=seconds, state="", start=False) for size, behaviour in pending
+        ]
+        left = set(pending.values())
+        while left:
+            _, left = wait(left, SHOW_EVERY_S)
+            for task, future, over_ms in zip(tasks, pending.values(), list(done_ms), strict=True):
+                if future.done():
+                    bar.update(task, completed=seconds, state="done")
+                    bar.stop_task(task)
+                elif future.running() and not bar.tasks[task].started:
+                    bar.start_task(task)
+                elif over_ms:
+                    bar.update(task, completed=over_ms / 1_000, state=f"{over_ms / 1_000:.1f} of {seconds} virtual s")
+                elif future.running():
+                    bar.update(task, state="nodes meet")
+
+
+def one_run(size: int, behaviour: str, seconds: int, number: int) -> Run:
+    """A cluster of `size` nodes for so many virtual seconds of publishing; `number` is its place among those shown.
 
     Raises:
         RuntimeError: it did not form.
     """
+
+    def report(over_ms: int) -> None:
+        _done_ms[number] = over_ms
+
     gc.disable()  # what nodes let go of has no cycles, and the collector would look at a thousand nodes over and over
     try:
-        return measure(size, seconds, options)
+        return measure(size, seconds, BEHAVIOURS[behaviour], report)
     finally:
         gc.enable()
 
 
-def measure(size: int, seconds: int, options: NetworkOptions) -> Run:
+def measure(size: int, seconds: int, options: NetworkOptions, report: Report) -> Run:
     """The same, without a word of the collector.
 
     Raises:
@@ -113,6 +164,7 @@ def measure(size: int, seconds: int, options: NetworkOptions) -> Run:
         cluster.publish(TRAINER, "item", keys, float(step))
         rows, payload = rows + ROWS, payload + ROWS * (8 + 16 * 4)
         cluster.run(BATCH_EVERY_MS)
+        report((step + 1) * BATCH_EVERY_MS)
     cluster.options = CALM
     watch = Watch(cluster)
     cluster.run_until(lambda: not watch.missed(), SETTLE_MS_MAX, 1_000)
