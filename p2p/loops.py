@@ -1,4 +1,4 @@
-"""The loops over the claims of one batch, which every node runs for every batch.
+"""The loops over the claims of one batch, which every node runs for every batch, and over the counters of a heartbeat.
 
 Written here with NumPy, they cost a call of 1 to 3 us for each line, ten times what the work takes. Who hosts the machine may
 put compiled ones in their place (`install`), which give the same answers; ekko does (`ekko.store.claims`).
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 U64 = NDArray[np.uint64]
 U32 = NDArray[np.uint32]
 U16 = NDArray[np.uint16]
+I64 = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 # What `claims_fault` finds.
 SOUND, SEVERAL_TREES, NOT_ASCENDING, CONTRADICTION = range(4)
@@ -62,14 +64,71 @@ def merge_all(column: U64, shards: U32, base: U64, parts: U16, until: int) -> bo
     return True
 
 
+class Rhythm(NamedTuple):
+    """How a member's mean interval follows the gaps between its counters (`p2p.suspicion`)."""
+
+    interval_ms_min: float
+    interval_ms_max: float
+    samples_max: int  # the mean forgets with so many
+    samples_prior: int  # and begins as if there had been so many
+
+
+def hear(
+    slots: I64,
+    beats: U64,
+    now_ms: int,
+    rhythm: Rhythm,
+    newest: U64,
+    gone: Mask,
+    suspect: Mask,
+    samples: NDArray[np.int32],
+    interval_ms: NDArray[np.float64],
+    heard_ms: I64,
+    told: NDArray[np.int32],
+) -> bool:
+    """Take counters that came, unless one of them is a suspect's: who returns is no matter of rhythm.
+
+    Args:
+        slots: int64[n], of members; -1: of nobody.
+        beats: uint64[n], their counters.
+        now_ms: monotonic.
+        rhythm: how means follow.
+        newest: the largest counter heard of, by slot, like all that follows; what advances is changed in place.
+        gone: members that left.
+        suspect: whom we suspect.
+        samples: intervals seen.
+        interval_ms: their mean.
+        heard_ms: when the counter advanced.
+        told: how often it was passed on since.
+
+    Returns:
+        False: a suspect's counter advanced, and nothing was taken.
+    """
+    newer = (slots >= 0) & (beats > newest[slots]) & ~gone[slots]
+    slots, beats = slots[newer], beats[newer]
+    if suspect[slots].any():
+        return False
+    gap = np.minimum(now_ms - heard_ms[slots], rhythm.interval_ms_max)
+    weight = 1.0 / np.minimum(samples[slots] + rhythm.samples_prior, rhythm.samples_max)
+    mean = interval_ms[slots]
+    mean += weight * (gap - mean)
+    interval_ms[slots] = np.minimum(np.maximum(mean, rhythm.interval_ms_min), rhythm.interval_ms_max)
+    samples[slots] += 1
+    newest[slots] = beats
+    heard_ms[slots] = now_ms
+    told[slots] = 0
+    return True
+
+
 class Loops(NamedTuple):
     """One implementation of them."""
 
     claims_fault: Callable[[U32, U64, U16, U16, int, int, int], int]
     merge_all: Callable[[U64, U32, U64, U16, int], bool]
+    hear: Callable[..., bool]  # as `hear` above
 
 
-PLAIN = Loops(claims_fault, merge_all)
+PLAIN = Loops(claims_fault, merge_all, hear)
 used = PLAIN
 
 

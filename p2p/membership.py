@@ -355,11 +355,7 @@ class Membership:
             counters: uint64[n].
             now_ms: monotonic.
         """
-        slots = self.suspicion.slots_of(boots)
-        known = slots >= 0
-        if np.count_nonzero(known) < len(slots):
-            slots, counters = slots[known], counters[known]
-        self.suspicion.hear(slots, counters, now_ms)
+        self.suspicion.hear(self.suspicion.slots_of(boots), counters, now_ms)
 
     def _prior_ms(self) -> float:
         """How often to expect a counter of somebody new: rarely, where messages cannot carry everybody's."""

@@ -36,6 +36,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from p2p import loops
 from p2p.replica import U64
 
 # Each node counts its heartbeat up, and gossips, once an interval. Eight make a suspicion, so it takes seconds.
@@ -47,6 +48,7 @@ INTERVAL_MS_MAX: Final = 6_000
 # The mean forgets with this many samples; a new member's prior counts for a few, so that one odd first gap is not the mean.
 INTERVAL_SAMPLES: Final = 32
 PRIOR_SAMPLES: Final = 4
+RHYTHM: Final = loops.Rhythm(HEARTBEAT_MS, INTERVAL_MS_MAX, INTERVAL_SAMPLES, PRIOR_SAMPLES)
 HEALTH_MAX: Final = 4
 # Re-examining every member is a handful of vector operations; deadlines are met within this, or within a beat where patience
 # has shrunk since we last looked.
@@ -176,36 +178,39 @@ class Suspicion:
         """Counters came, directly or by hearsay; those that advanced prove life.
 
         Args:
-            slots: int64[n], of members.
+            slots: int64[n], of members; -1: of nobody that we know.
             beats: uint64[n].
             now_ms: monotonic.
         """
-        newer = (beats > self.beats[slots]) & ~self.gone[slots]
-        advanced = np.count_nonzero(newer)
-        if not advanced:
+        if self._take_counters(slots, beats, now_ms):
             return
-        if advanced < len(slots):
-            slots, beats = slots[newer], beats[newer]
-        suspect = self.suspect[slots]
-        returned = np.count_nonzero(suspect) > 0
+        returned = (slots >= 0) & (beats > self.beats[slots]) & ~self.gone[slots] & self.suspect[slots]
+        back = slots[returned]
         # The rhythm is that of a living member: the gap of an outage is not part of it.
-        steady = slots[~suspect] if returned else slots
-        samples = self.samples[steady]
-        weight = 1.0 / np.minimum(samples + PRIOR_SAMPLES, INTERVAL_SAMPLES)
-        gap = np.minimum(now_ms - self.heard_ms[steady], INTERVAL_MS_MAX)
-        mean = self.interval_ms[steady]
-        mean += weight * (gap - mean)
-        self.interval_ms[steady] = np.minimum(np.maximum(mean, HEARTBEAT_MS), INTERVAL_MS_MAX)
-        self.samples[steady] = samples + 1
-        self.beats[slots] = beats
-        self.heard_ms[slots] = now_ms
-        self.told[slots] = 0
-        if returned:
-            back = slots[suspect]
-            self.suspect[back] = False
-            self.changed = True
-            if not self.health:  # else it may be we who were away
-                self._note_returns(back, now_ms)
+        self.beats[back] = beats[returned]
+        self.heard_ms[back] = now_ms
+        self.told[back] = 0
+        self.suspect[back] = False
+        self.changed = True
+        if not self.health:  # else it may be we who were away
+            self._note_returns(back, now_ms)
+        self._take_counters(slots[~returned], beats[~returned], now_ms)
+
+    def _take_counters(self, slots: NDArray[np.int64], beats: U64, now_ms: int) -> bool:
+        """Take those of members that are not suspected; False, and nothing done, when one is."""
+        return loops.used.hear(
+            slots,
+            beats,
+            now_ms,
+            RHYTHM,
+            self.beats,
+            self.gone,
+            self.suspect,
+            self.samples,
+            self.interval_ms,
+            self.heard_ms,
+            self.told,
+        )
 
     def hear_one(self, slot: int, beat: int, now_ms: int) -> None:
         """`hear` of one member: each heartbeat brings its sender's own counter, and a vector of one costs ten times as much."""

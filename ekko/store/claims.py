@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.store.compile import Int, kernel
+from ekko.store.counters import hear
 from p2p.loops import CONTRADICTION, NOT_ASCENDING, SEVERAL_TREES, SOUND, Loops
 
 U64 = NDArray[np.uint64]
@@ -54,4 +55,4 @@ def set_bits(words: U64, numbers: NDArray[np.int64]) -> None:
         words[numbers[i] >> 6] |= np.uint64(1) << np.uint64(numbers[i] & 63)
 
 
-COMPILED = Loops(claims_fault, merge_all)
+COMPILED = Loops(claims_fault, merge_all, hear)
