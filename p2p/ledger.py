@@ -43,12 +43,12 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """A member that is away, and since when (Unix milliseconds)."""
+    """A member that is away; `left`: on purpose."""
 
     node: NodeId
     boot: int
     boot_ms: int
-    since_ms: int
+    left: bool
     writers: tuple[WriterRecord, ...]
 
 
@@ -126,7 +126,7 @@ class NodeRecord:
                 for one in self.retired.values()
             ],
             "absent": [
-                [one.node, one.boot, one.boot_ms, one.since_ms, [_writer_list(w) for w in one.writers]]
+                [one.node, one.boot, one.boot_ms, one.left, [_writer_list(w) for w in one.writers]]
                 for one in self.absent.values()
             ],
         }
@@ -187,5 +187,5 @@ def _writer_list(writer: WriterRecord) -> list[int]:
 
 
 def _absent_of(saved: list[Any]) -> Absent:
-    node, boot, boot_ms, since_ms, writers = saved
-    return Absent(str(node), int(boot), int(boot_ms), int(since_ms), tuple(WriterRecord(*map(int, one)) for one in writers))
+    node, boot, boot_ms, left, writers = saved
+    return Absent(str(node), int(boot), int(boot_ms), left is True, tuple(WriterRecord(*map(int, one)) for one in writers))

@@ -4,9 +4,9 @@ Think of an author who has died with a part of the manuscript on the desk. The p
 under the name, then lay together what each of them has got, and from then on that is the whole work: whoever turns up with
 further pages later throws them away, and starts with a fresh copy.
 
-*Expulsion* names a life (its boot nonce) of a node. It is decided by the operator or after a long absence, told to everybody,
-kept for ever, and makes the life a stranger: its records and its knowledge are refused. Who learns that its own life, or an
-earlier one whose memory it still uses, was expelled drops what it holds and joins anew (`StartOver`).
+*Expulsion* names a life (its boot nonce) of a node. It is decided by the operator or after a long absence (`p2p.absence`), told
+to everybody, kept for ever, and makes the life a stranger: its records and its knowledge are refused. Who learns that its own
+life, or an earlier one whose memory it still uses, was expelled drops what it holds and joins anew (`StartOver`).
 
 *Retirement* of a writer goes through three stages, each told to everybody and kept:
 
@@ -30,11 +30,12 @@ import numpy as np
 import xxhash
 
 from p2p import messages as m
+from p2p.absence import Absence, absent_of
 from p2p.core import Core, Keyspace
 from p2p.errors import LocalProtocolError
 from p2p.ledger import Absent, NodeRecord
 from p2p.links import Link
-from p2p.membership import HEARTBEAT_MS, MEMBERS_MAX
+from p2p.membership import HEARTBEAT_MS
 from p2p.messages import DONE, FLOORED, FROZEN
 from p2p.pull import Pull
 from p2p.replica import U64
@@ -57,6 +58,7 @@ class Retirement:
     def __init__(self, core: Core, pull: Pull) -> None:
         self._core = core
         self._pull = pull
+        self._absence = Absence(core)
         self._reports: dict[Key, dict[int, tuple[U64, int]]] = {}  # of this stage, by life: what it holds, when we heard
         self._report_ms = 0
         self._told_ms = -HEARTBEAT_MS
@@ -83,7 +85,7 @@ class Retirement:
                 raise LocalProtocolError(f"node {node!r} was expelled already, and has not come back since")
             raise LocalProtocolError(f"no node {node!r} is known here, present or absent: look at the members in `ekko status`")
         if member is not None:
-            absent = _absent(member.record, now)
+            absent = absent_of(member.record, member.record.left)
         assert absent is not None
         writers = self._expel(absent, now, "by the operator")
         core.emit(m.Expelled(request.request, node, writers))
@@ -99,18 +101,6 @@ class Retirement:
         core.note("node_expelled", alarm=True, node=absent.node, why=why, writers=len(absent.writers))
         self.learn(m.Retirements((expulsion,), tuple(retired)), None, now)
         return len(absent.writers)
-
-    def _expel_absent(self, now: m.Now) -> None:
-        """After a long absence; by the coordinator alone, so that one decision is told and not a hundred."""
-        core = self._core
-        after_ms = core.options.expel_after_ms
-        if not after_ms or not core.record.absent or core.membership.protocol_min(now.monotonic_ms) < 2:
-            return
-        if any(record.node < core.options.node for record in core.membership.live(now.monotonic_ms)):
-            return
-        for absent in list(core.record.absent.values()):
-            if now.unix_ms - absent.since_ms >= after_ms:
-                self._expel(absent, now, f"absent for {(now.unix_ms - absent.since_ms) // 1000} s")
 
     # --- learning
 
@@ -199,6 +189,8 @@ class Retirement:
         if member is not None and member.record.boot == expulsion.boot:
             core.membership.forget(expulsion.node)
             core.record.part(expulsion.node)
+        elif member is None:
+            core.record.part(expulsion.node)  # not met in this life, or silent for long
 
     def _follow(self, retired: m.Retired, now: m.Now) -> None:
         """A stage began."""
@@ -286,8 +278,8 @@ class Retirement:
 
     def on_timer(self, now: m.Now) -> None:
         """Called at every heartbeat."""
-        self._note_absent(now)
-        self._expel_absent(now)
+        for absent in self._absence.on_beat(now):
+            self._expel(absent, now, f"absent for {self._core.options.expel_after_ms // 1000} s")
         open_ = [retired for retired in self._core.record.retired.values() if retired.stage != DONE]
         if not open_ or now.monotonic_ms < self._report_ms:
             return
@@ -376,24 +368,6 @@ class Retirement:
             np.maximum.at(held, replica.shards_of(rows.keys), rows.stamps)
         return held
 
-    # --- absence
-
-    def _note_absent(self, now: m.Now) -> None:
-        """Remember since when members have been away, beyond our own life."""
-        core = self._core
-        record, changed = core.record, False
-        for node in [*core.membership.suspects(), *core.membership.left()]:
-            member = core.membership.members[node].record
-            known = record.absent.get(node)
-            if (known is None or known.boot != member.boot) and len(record.absent) < MEMBERS_MAX:
-                record.absent[node] = _absent(member, now)
-                changed = True
-        for node in [node for node in record.absent if core.membership.alive(node, now.monotonic_ms)]:
-            del record.absent[node]
-            changed = True
-        if changed:
-            record.note_change()
-
 
 def digest_of(record: NodeRecord) -> int:
     """64 bits over all expulsions and retirements; 0 when there are none."""
@@ -403,10 +377,6 @@ def digest_of(record: NodeRecord) -> int:
     for retired in record.retired.values():
         total ^= xxhash.xxh3_64_intdigest(f"{retired.key} {retired.stage} ".encode() + retired.floor.tobytes())
     return total
-
-
-def _absent(record: m.MemberRecord, now: m.Now) -> Absent:
-    return Absent(record.node, record.boot, record.boot_ms, now.unix_ms, record.writers)
 
 
 def _above(one: U64, other: U64) -> bool:

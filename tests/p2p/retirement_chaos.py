@@ -297,7 +297,7 @@ def who_is_away_for_long_is_expelled(seed: int) -> None:
         cluster.crash(name)
         cluster.restart(name)
     cluster.restart("us3")
-    cluster.run(40_000)
+    cluster.run(80_000)  # the coordinator has to witness all of it in one life
     t2 = cluster.nodes.pop("t2")
     retired_everywhere(cluster, writer, nonce)
     assert not any(note.name == "started_over" for note in cluster.nodes["us3"].notes)

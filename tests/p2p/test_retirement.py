@@ -93,8 +93,14 @@ def a_new_life_is_a_new_node(patch: pytest.MonkeyPatch) -> None:
 
 
 def absence_is_forgotten_with_a_restart(patch: pytest.MonkeyPatch) -> None:
-    """Since when a member has been away is not remembered."""
-    patch.setattr(Retirement, "_note_absent", lambda *_args: None)
+    """Who is away is not remembered beyond a life."""
+    original = NodeRecord.begin_life
+
+    def begin_life(self: Any, *args: Any) -> int:
+        self.absent.clear()
+        return original(self, *args)
+
+    patch.setattr(NodeRecord, "begin_life", begin_life)
 
 
 def the_id_is_free_at_once(patch: pytest.MonkeyPatch) -> None:
