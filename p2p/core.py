@@ -123,6 +123,7 @@ class Core:
     counters: Counters = field(default_factory=Counters)
     links: dict[str, Link] = field(default_factory=dict)  # by node id
     by_boot: dict[int, Link] = field(default_factory=dict)  # the same links
+    sessions: int = 0  # the highest over a link that was forgotten
     keyspaces: dict[int, Keyspace] = field(default_factory=dict)
     touched: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by stamp: the partitions of a step of ours
     families: dict[int, list[Keyspace]] = field(default_factory=dict)  # the same keyspaces, by partition
@@ -138,7 +139,8 @@ class Core:
         """Peers of a former life that may yet answer, sorted by node; after a while they count as silent."""
         if now.monotonic_ms - self.started_ms >= SILENCE_MS_MAX:
             return []
-        return [self.record.peers[node] for node in sorted(self.record.peers) if node not in self.membership.members]
+        away = {**self.membership.members, **self.record.absent}
+        return [self.record.peers[node] for node in sorted(self.record.peers) if node not in away]
 
     def link(self, node: str) -> Link | None:
         """The link to a member, opened now if there is none; whom the register names was checked when it joined."""
@@ -158,10 +160,17 @@ class Core:
         """A new link to this life of a member."""
         version = self.version_with(record)
         link = Link(record.node, record.boot, record.address, record.region, self.options.boot, version)
+        link.session_out = self.sessions + 1
         self.links[record.node] = self.by_boot[record.boot] = link
         self.emit(m.Dial(record.address))
         self.note("link_opened", peer=record.node, region=record.region, address=record.address)
         return link
+
+    def drop_link(self, link: Link) -> None:
+        """Forget a link. The peer may remember it, and would take a lower session over the next one for a repeat (R3)."""
+        self.sessions = max(self.sessions, link.session_out)
+        self.by_boot.pop(link.boot, None)
+        self.links.pop(link.node, None)
 
     def version_with(self, record: m.MemberRecord) -> int:
         """What we speak with this member."""

@@ -89,7 +89,6 @@ class Gossip:
             link = core.links.get(record.node)
             if link is not None:
                 self._introductions.drop_link(link)
-            core.record.part(record.node)
             core.emit(m.Forget(record.address))
         core.record.save_peers()
         register.beat()
@@ -108,6 +107,7 @@ class Gossip:
             record = register.members[core.rng.choice(left)].record
             self._introductions.say_hello(record.address, 0, answer_wanted=True, now=now)
         self._introductions.call_contacts(now)
+        self._introductions.call_missing(now)
 
     def _partners(self, now: m.Now) -> list[m.NodeId]:
         """For some partitions that we hold somebody who holds it, too: only such peers can be compared with us."""

@@ -25,6 +25,8 @@ CONSTANTS = (trees.TREE_ARITY, trees.TREES_MAX, trees.ONE_TREE_HOLDERS_MAX)
 ALONE_MS = 10_000
 # What a node says of a schema entry that is newer than itself, in every version.
 NOT_UNDERSTOOD = "cannot be understood"
+# One of those that nobody here has heard for long is called at every so many of our heartbeats: in 30 s.
+CALL_MISSING_BEATS = 60
 # Whom to call at once, while nobody has answered; there may be a thousand peers of a former life.
 CONTACTS_MAX = 16
 
@@ -37,6 +39,7 @@ class Introductions:
         self._core = core
         self._pull = pull
         self.introduced = False  # somebody of the cluster has answered us
+        self._called = ""  # the address of who was called last, although it is no member
         self._admitted: dict[m.NodeId, None] = {}  # by us, just now: they know only who was here before them
 
     # --- hello
@@ -228,6 +231,25 @@ class Introductions:
             core.note("alone", alarm=True, unanswered=tuple(core.record.peers))
             self.be_first()
 
+    def call_missing(self, now: m.Now) -> None:
+        """Now and then say hello to one who may be on the other side of a long partition, of those that are not in the register.
+
+        These are peers that were forgotten or not met in this life, and seeds under whose address we know nobody. Both sides have
+        forgotten each other by then, so somebody has to call; one answer joins the registers.
+        """
+        core = self._core
+        if (core.membership.own.heartbeat + core.options.boot) % CALL_MISSING_BEATS:
+            return
+        members = core.membership.members
+        known = {core.membership.own.address, *(member.record.address for member in members.values())}
+        remembered = (peer.address for node, peer in core.record.peers.items() if node not in members)
+        missing = [address for address in dict.fromkeys([*core.options.seeds, *remembered]) if address not in known]
+        if self._called and self._called not in known:
+            core.emit(m.Forget(self._called))  # no connection to each of those that never answer
+        self._called = core.rng.choice(missing) if missing else ""
+        if self._called:
+            self.say_hello(self._called, 0, answer_wanted=True, now=now)
+
     def be_first(self) -> None:
         """There is nobody to catch up with."""
         self._core.first = True
@@ -291,8 +313,7 @@ class Introductions:
     def drop_link(self, link: Link) -> None:
         """Forget a peer's life, and what was meant for it."""
         self._pull.forget(link.node)
-        self._core.by_boot.pop(link.boot, None)
-        self._core.links.pop(link.node, None)
+        self._core.drop_link(link)
 
     # --- schema
 

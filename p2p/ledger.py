@@ -172,7 +172,7 @@ class NodeRecord:
                 self.save()
 
     def part(self, node: NodeId) -> None:
-        """Forget a peer that left, or was silent for too long."""
+        """Forget a peer that left or was expelled; who is only silent, for however long, may be called again."""
         if self.peers.pop(node, None) is not None:
             self._stale = True
 

@@ -183,8 +183,7 @@ class Retirement:
         link = core.by_boot.get(expulsion.boot)
         if link is not None:
             self._pull.forget(link.node)
-            core.by_boot.pop(link.boot, None)
-            core.links.pop(link.node, None)
+            core.drop_link(link)
         member = core.membership.members.get(expulsion.node)
         if member is not None and member.record.boot == expulsion.boot:
             core.membership.forget(expulsion.node)
