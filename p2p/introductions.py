@@ -232,9 +232,9 @@ class Introductions:
             self.be_first()
 
     def call_missing(self, now: m.Now) -> None:
-        """Now and then say hello to one who may be on the other side of a long partition, of those that are not in the register.
+        """Now and then say hello to one who may be on the other side of a long partition, and is not in the register.
 
-        These are peers that were forgotten or not met in this life, and seeds under whose address we know nobody. Both sides have
+        Peers that were forgotten or not met in this life, and seeds under whose address we know nobody. Both sides have
         forgotten each other by then, so somebody has to call; one answer joins the registers.
         """
         core = self._core
