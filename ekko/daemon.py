@@ -281,7 +281,7 @@ class Node:
                 log.error("node_fatal", reason=reason)
             case m.StartOver(reason, rows_lost):
                 log.error("node_starts_over", reason=reason, rows_lost=rows_lost)
-            case m.Send() | m.Dial() | m.Forget() | m.Continue():
+            case m.Send() | m.Dial() | m.Forget() | m.Continue() | m.Unwanted():
                 raise AssertionError(f"the runtime carries out {effect}")
             case _:
                 assert_never(effect)

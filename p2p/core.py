@@ -199,9 +199,9 @@ class Core:
 
         If not, nothing of it may be merged (R12). 0 stands for a nonce that the peer does not know.
         """
-        told = [(writer, nonce) for writer, nonce in zip(writers, nonces, strict=True) if nonce]
+        told = {writer: nonce for writer, nonce in zip(writers, nonces, strict=True) if nonce}
         try:
-            for writer, nonce in told:
+            for writer, nonce in told.items():
                 self.writers.check(keyspace, writer, nonce)
         except WriterConflictError as error:
             known = self.writers.nonce_of(keyspace, writer)
@@ -209,8 +209,7 @@ class Core:
             if not self.writers.is_retired(keyspace, writer, known) and not self.writers.is_retired(keyspace, writer, nonce):
                 self.note_conflict(peer, error)
             return False
-        for writer, nonce in told:
-            self.writers.learn(keyspace, writer, nonce)
+        self.writers.learn(keyspace, told.items())
         return True
 
     def note_conflict(self, node: str, error: WriterConflictError) -> None:

@@ -22,5 +22,17 @@ class RemoteProtocolError(ProtocolError):
     """A peer misbehaved: its message is dropped and the state is unchanged."""
 
 
+class BlamelessError(RemoteProtocolError):
+    """The message cannot be taken here, and that may be our own fault: it is dropped and counted as a call, not as junk."""
+
+
+class AheadError(BlamelessError):
+    """A stamp lies too far ahead of our clock; one of the two clocks is wrong."""
+
+
+class UnknownTableError(BlamelessError):
+    """Rows of a table that the sender knows and we do not know yet: the schema is on its way."""
+
+
 class SchemaClashError(RemoteProtocolError):
     """A peer's schema contradicts ours: same name, other shape."""

@@ -205,6 +205,11 @@ class Gossip:
         if ahead and index.answer_wanted:
             core.send(link, m.RegisterIndex(*core.membership.index(now.monotonic_ms), answer_wanted=False))
 
+    def clock_agrees(self, now: m.Now) -> bool:
+        """Whether somebody has told us the time lately, and our clock is near the median of what was told."""
+        error_ms, peers = self._core.membership.suspicion.clock_error_ms(now.unix_ms, now.monotonic_ms)
+        return peers > 0 and abs(error_ms) < CLOCK_ERROR_MS_MAX
+
     def check_clock(self, now: m.Now) -> None:
         """Refuse to write by a clock that the others do not share (R14).
 

@@ -278,9 +278,12 @@ class Introductions:
             try:
                 for writer in record.writers:
                     core.writers.check(writer.keyspace, writer.writer, writer.nonce)
+                bindings: dict[int, list[tuple[int, int]]] = {}
                 for writer in record.writers:
                     if writer.keyspace in core.families:  # what a peer can make us remember has a bound
-                        core.writers.learn(writer.keyspace, writer.writer, writer.nonce)
+                        bindings.setdefault(writer.keyspace, []).append((writer.writer, writer.nonce))
+                for family, known_writers in bindings.items():
+                    core.writers.learn(family, known_writers)
             except WriterConflictError as error:  # its record alone is ignored: gossip of the others must go on
                 core.note_conflict(record.node, error)
                 continue

@@ -107,8 +107,12 @@ class Link:
         self.traffic.sessions_broken += 1
 
     def on_ack(self, session: int, sequence: int) -> bool:
-        """Release credit for an applied prefix; True when it released any. Acks of older sessions mean nothing."""
-        if session != self.session_out:
+        """Release credit for an applied prefix; True when it released any.
+
+        Acks of older sessions mean nothing, nor do those of what was never sent: they may be meant for a link that we forgot,
+        or be told by somebody who would like more than the credit.
+        """
+        if session != self.session_out or sequence > self._sequence_out:
             return False
         released = 0
         while self._in_flight and self._in_flight[0][0] <= sequence:

@@ -17,7 +17,7 @@ from p2p import links, push, status
 from p2p import messages as m
 from p2p.allotment import Allotment
 from p2p.core import Core, Counters, Keyspace, MachineOptions
-from p2p.errors import LocalProtocolError, NotYetError, RemoteProtocolError
+from p2p.errors import AheadError, LocalProtocolError, NotYetError, RemoteProtocolError
 from p2p.gossip import Gossip
 from p2p.introductions import Introductions
 from p2p.ledger import Ledger, NodeRecord
@@ -156,7 +156,12 @@ class Machine:
     def _dispatch(self, event: m.Event, now: m.Now) -> None:
         match event:
             case m.MessageReceived(envelope, message, proven):
-                self._on_message(envelope, message, proven, now)
+                try:
+                    self._on_message(envelope, message, proven, now)
+                except AheadError as error:
+                    if self._gossip.clock_agrees(now):  # else it may be ours that is wrong, and nobody's fault
+                        raise RemoteProtocolError(str(error)) from error
+                    raise
             case m.BatchReady(sender_boot, envelope, batch):
                 self._on_batch_ready(sender_boot, envelope, batch, now)
             case m.TimerFired():

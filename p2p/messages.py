@@ -629,6 +629,11 @@ class Dial:
 
 
 @dataclass(frozen=True, slots=True)
+class Unwanted:
+    """The message at hand brought what is known, which no credit bounds: it counts as a call of its source."""
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """Close the connection to this address."""
 
@@ -712,4 +717,18 @@ class StartOver:
 
 
 Reply = Published | Refused | WaitEnded | Expelled
-Effect = Send | Dial | Forget | Continue | Published | Refused | WaitEnded | Expelled | BatchApplied | Note | Fatal | StartOver
+Effect = (
+    Send
+    | Dial
+    | Forget
+    | Continue
+    | Unwanted
+    | Published
+    | Refused
+    | WaitEnded
+    | Expelled
+    | BatchApplied
+    | Note
+    | Fatal
+    | StartOver
+)

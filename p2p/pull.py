@@ -167,14 +167,14 @@ class Pull:
             self._abandon(reply.keyspace, "a chunk is missing")
             return
         keyspace = core.keyspaces[reply.keyspace]
-        if not core.same_writers(link.node, keyspace.replica.place.family, reply.bound.tolist(), reply.nonces.tolist()):
-            self._abandon(reply.keyspace, "the answer knows a writer under another nonce")
-            return
         try:
             self._check_reply(keyspace, reply, now)
         except RemoteProtocolError:
             self._abandon(reply.keyspace, "a chunk was refused")
             raise
+        if not core.same_writers(link.node, keyspace.replica.place.family, reply.bound.tolist(), reply.nonces.tolist()):
+            self._abandon(reply.keyspace, "the answer knows a writer under another nonce")
+            return
         asked.next_chunk += 1
         asked.deadline_ms = now.monotonic_ms + PULL_SILENCE_MS
         take_rows(core, keyspace, reply.columns)

@@ -17,7 +17,7 @@ from p2p import messages as m
 from p2p.adoption import Adoption
 from p2p.allotment import Allotment
 from p2p.core import Core, Keyspace
-from p2p.errors import LocalProtocolError, RemoteProtocolError
+from p2p.errors import LocalProtocolError, RemoteProtocolError, UnknownTableError
 from p2p.links import Link
 from p2p.placement import divide, take
 from p2p.replica import U64, RowColumns, WriterIdentity
@@ -171,7 +171,7 @@ class Push:
         """Check, forward, and schedule the apply of a batch (R17).
 
         Returns:
-            False when there is nothing to apply: a repeat, or a keyspace not known yet.
+            False when there is nothing to apply: a repeat, or a keyspace or table not known yet.
 
         Raises:
             RemoteProtocolError: the batch is wrong; nothing is forwarded or applied.
@@ -182,7 +182,11 @@ class Push:
         if keyspace is None:
             core.counters.batches_unknown += 1
             return False
-        check_batch(keyspace, batch, now)
+        try:
+            check_batch(keyspace, batch, now)
+        except UnknownTableError:
+            core.counters.batches_unknown += 1
+            return False
         family = keyspace.replica.place.family
         if core.writers.is_retired(family, batch.writer, batch.nonce):
             core.counters.retired_refused += 1
@@ -196,6 +200,7 @@ class Push:
         seen = (batch.keyspace, batch.stamp, *first)
         if seen in self._seen:
             core.counters.batches_repeated += 1
+            core.emit(m.Unwanted())
             return False
         while len(self._seen) >= SEEN_MAX:
             del self._seen[next(iter(self._seen))]

@@ -208,9 +208,6 @@ class Rounds:
             self._abandon(place, "a chunk is missing")
             return
         keyspace = self._core.keyspaces[reply.keyspace]
-        if not self._core.same_writers(link.node, keyspace.replica.place.family, reply.bound.tolist(), reply.nonces.tolist()):
-            self._abandon(place, "the answer knows a writer under another nonce")
-            return
         try:
             if not np.array_equal(reply.shards, found.question.shards if reply.last else _NO_SHARDS):
                 raise RemoteProtocolError("an answer for other shards than were asked for")
@@ -218,6 +215,9 @@ class Rounds:
         except RemoteProtocolError:
             self._abandon(place, "a chunk was refused")
             raise
+        if not self._core.same_writers(link.node, keyspace.replica.place.family, reply.bound.tolist(), reply.nonces.tolist()):
+            self._abandon(place, "the answer knows a writer under another nonce")
+            return
         found.next_chunk += 1
         found.deadline_ms = now.monotonic_ms + ROUND_SILENCE_MS
         take_rows(self._core, keyspace, reply.columns)

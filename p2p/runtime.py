@@ -20,7 +20,7 @@ from typing import Final, Protocol
 from p2p import wire
 from p2p.compression import Mode
 from p2p.conduct import Conduct
-from p2p.errors import LocalProtocolError, RemoteProtocolError
+from p2p.errors import BlamelessError, LocalProtocolError, RemoteProtocolError
 from p2p.messages import (
     Ack,
     Batch,
@@ -36,13 +36,12 @@ from p2p.messages import (
     MessageReceived,
     Note,
     Now,
-    PullReply,
     Send,
     SendFailed,
-    ShardsReply,
     Started,
     StartOver,
     TimerFired,
+    Unwanted,
 )
 from p2p.outgoing import Outgoing
 from p2p.transport import Origin, Transport
@@ -56,8 +55,9 @@ TIMER_FLOOR_S: Final = 0.001
 REJECTED_SENDERS_MAX: Final = 1_024
 REJECTED_OTHERS: Final = "others"
 REJECTED_UNREADABLE: Final = "unreadable"
-# What a link's credit limits; everything else counts as a call.
-_BOUND_BY_CREDIT: Final = (Batch, PullReply, ShardsReply, Ack)
+# What a link's credit limits; everything else counts as a call. Chunks and acknowledgements are far fewer than batches, and
+# unasked ones cost no credit.
+_BOUND_BY_CREDIT: Final = Batch
 
 
 class Handler(Protocol):
@@ -250,6 +250,9 @@ class Runtime:
                 self._send(effect)
             case Continue(event):
                 self._continue(event)
+            case Unwanted():
+                if self._source:
+                    self._note_shut_out(self.conduct.note_call(self._source, self._clock().monotonic_ms), "a flood of repeats")
             case Dial(address):
                 self._transport.set_delay(address, self._delay_s(address))  # connects on first use
             case Forget(address):
@@ -286,8 +289,8 @@ class Runtime:
         if count & (count - 1) == 0:
             self._on_effect(Note("frame_rejected", (("sender", sender), ("count", count), ("reason", str(error)))))
         if self._source:
-            length_ms = self.conduct.note_rejected(self._source, self._clock().monotonic_ms)
-            self._note_shut_out(length_ms, str(error))
+            note = self.conduct.note_call if isinstance(error, BlamelessError) else self.conduct.note_rejected
+            self._note_shut_out(note(self._source, self._clock().monotonic_ms), str(error))
 
     def _fail(self, error: Exception) -> None:
         if self._stopped is not None and not self._stopped.done():

@@ -8,7 +8,7 @@ Milliseconds and counter are minted as one 52-bit integer, the *tick*. That make
 that overflows carries into the milliseconds, and a wall clock that steps back simply stops mattering until it catches up.
 """
 
-from p2p.errors import RemoteProtocolError
+from p2p.errors import AheadError
 
 WRITER_BITS = 12
 COUNTER_BITS = 10
@@ -66,8 +66,8 @@ def check_not_ahead(stamp: int, now_ms: int, ahead_ms_max: int = AHEAD_MS_MAX) -
     """Refuse a peer's stamp that lies too far in our future (R14).
 
     Raises:
-        RemoteProtocolError: the stamp is more than `ahead_ms_max` milliseconds ahead of `now_ms`.
+        AheadError: the stamp is more than `ahead_ms_max` milliseconds ahead of `now_ms`.
     """
     ahead_ms = unix_ms_of(stamp) - now_ms
     if ahead_ms > ahead_ms_max:
-        raise RemoteProtocolError(f"stamp {stamp} is {ahead_ms} ms ahead of our clock, limit {ahead_ms_max}")
+        raise AheadError(f"stamp {stamp} is {ahead_ms} ms ahead of our clock, limit {ahead_ms_max}")

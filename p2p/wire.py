@@ -48,6 +48,12 @@ MESSAGE_BYTES_MAX: Final = 16 << 20
 BATCH_BYTES_MAX: Final = 4 << 20
 HEADER_BYTES_MAX: Final = 8 << 20
 STRING_BYTES_MAX: Final = 1_024
+# What msgpack may make of a header: a byte becomes a list of 72, and repeats compress to nothing. No header has maps. Below
+# the first bound it can cost a few megabytes and is not looked at; of those above, only the kinds that tell of the whole
+# schema or of many members have more items than the second, and none more than the third.
+PLAIN_HEADER_BYTES_MAX: Final = 65_536
+HEADER_ITEMS_MAX: Final = 1 << 16
+LARGE_HEADER_ITEMS_MAX: Final = 1 << 19
 MEMBERS_MAX: Final = 4_096
 SCHEMA_ENTRIES_MAX: Final = 131_072
 SECTIONS_MAX: Final = 4_096
@@ -157,7 +163,7 @@ def decode(frames: Sequence[memoryview]) -> tuple[m.Envelope, m.Message]:
         raise RemoteProtocolError("checksum mismatch")
     packed, columns = _open_body(frames[1], frames[2:], envelope.version)
     try:
-        header = msgpack.unpackb(packed, max_str_len=STRING_BYTES_MAX, strict_map_key=True)
+        header = _read_header(packed, LARGE_HEADER_ITEMS_MAX if kind.message in _LARGE_HEADERS else HEADER_ITEMS_MAX)
         message = kind.unpack(extend(header, kind.added, envelope.version), columns)
         columns.done()
     except RemoteProtocolError:
@@ -167,6 +173,32 @@ def decode(frames: Sequence[memoryview]) -> tuple[m.Envelope, m.Message]:
     if isinstance(message, m.Batch):
         _keep_frames(message, frames[1:], expected, envelope.version)
     return envelope, message
+
+
+def _read_header(packed: memoryview, items_max: int) -> Header:
+    """What msgpack makes of it, without any maps, and of a large one at most `items_max` items and lists."""
+    if packed.nbytes <= PLAIN_HEADER_BYTES_MAX:
+        return msgpack.unpackb(packed, max_str_len=STRING_BYTES_MAX, object_pairs_hook=_refuse_map)  # type: ignore[no-any-return]
+    left = items_max
+
+    def count(items: list[Any]) -> list[Any]:
+        nonlocal left
+        left -= 1 + len(items)
+        if left < 0:
+            raise RemoteProtocolError(f"header of more than {items_max} items")
+        return items
+
+    return msgpack.unpackb(  # type: ignore[no-any-return]
+        packed,
+        max_str_len=STRING_BYTES_MAX,
+        max_array_len=SCHEMA_ENTRIES_MAX,
+        object_pairs_hook=_refuse_map,
+        list_hook=count,
+    )
+
+
+def _refuse_map(_pairs: object) -> None:
+    raise RemoteProtocolError("a map in a header")
 
 
 def _open_body(head: memoryview, large: Sequence[memoryview], version: int) -> tuple[memoryview, "_Columns"]:
@@ -960,4 +992,5 @@ _KINDS: Final = (
     _Kind(m.RetireReport, _pack_retire_report, _retire_report, since=2),
     _Kind(m.Adopt, _pack_adopt, _adopt, since=2),
 )
+_LARGE_HEADERS: Final = (m.Hello, m.SchemaUpdate, m.Heartbeat, m.MemberNews)
 _NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(_KINDS, start=1)}

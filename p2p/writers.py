@@ -96,11 +96,16 @@ class WriterBook:
 
     # --- bindings
 
-    def learn(self, keyspace: int, writer: int, nonce: int) -> None:
-        """Learn a binding. Raises as `check`."""
-        self.check(keyspace, writer, nonce)
-        if (keyspace, writer) not in self._record.bindings and not self.is_retired(keyspace, writer, nonce):
-            self._record.bindings[keyspace, writer] = nonce
+    def learn(self, keyspace: int, bindings: Iterable[tuple[int, int]]) -> None:
+        """Learn (writer, nonce) pairs that were checked; durable on return, with one write for all."""
+        bound = self._record.bindings
+        new = {
+            (keyspace, writer): nonce
+            for writer, nonce in bindings
+            if (keyspace, writer) not in bound and not self.is_retired(keyspace, writer, nonce)
+        }
+        if new:
+            bound.update(new)
             self._record.save()  # or a second one could take its place while we are down
 
     def check(self, keyspace: int, writer: int, nonce: int) -> None:

@@ -23,7 +23,7 @@ from ekko.store.memory import Mapping, Memory
 from ekko.store.recent import ABOVE_ALL, CacheStats, RecentRows
 from ekko.store.table import Table
 from ekko.store.view import RowSource, gather_rows
-from p2p.errors import RemoteProtocolError
+from p2p.errors import RemoteProtocolError, UnknownTableError
 from p2p.replica import Applied, Place, RowColumns, Selection, WriterIdentity
 from p2p.stamps import WRITERS_MAX, writer_of
 
@@ -332,7 +332,7 @@ class ModelStore:
         for column in columns:
             table = self._tables.get(column.table)
             if table is None:
-                raise RemoteProtocolError(f"model {self.spec.name!r} has no table with id {column.table}")
+                raise UnknownTableError(f"model {self.spec.name!r} has no table with id {column.table}")
             shape = column.rows.shape
             if len(shape) != 2 or column.rows.dtype != np.uint8 or (shape[0] and shape[1] != table.row_bytes):
                 raise RemoteProtocolError(

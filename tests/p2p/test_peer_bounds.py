@@ -1,13 +1,18 @@
 """One message of a member that lies: what it may cost is named and bounded, and it can end nobody."""
 
 import dataclasses
+import tracemalloc
 
+import numpy as np
 import pytest
 
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
 from p2p import wire
 from p2p.errors import RemoteProtocolError
+from p2p.links import Link
+from p2p.replica import SchemaEntry
+from sim_cluster.node import MemoryLedger
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.test_hostile import link_of, machine_of
 from tests.p2p.test_machine import start, synced
@@ -62,3 +67,87 @@ def test_retirements_without_room_make_one_note() -> None:
     notes = [effect for effect in effects if isinstance(effect, m.Note) and effect.name == "retirements_full"]
     assert len(notes) == 1
     assert len(effects) < 2 * len(told)
+
+
+def test_an_array_of_empty_maps_costs_no_multiple_of_the_frame_it_came_from() -> None:
+    """Compressed, five megabytes of them are 254 bytes on the wire."""
+    for item in (b"\x80", b"\x90", b"\x91\x90"):
+        count = (5 << 20) // len(item)
+        header = b"\x91\xdd" + count.to_bytes(4, "big") + item * count
+        with pytest.raises(RemoteProtocolError):
+            wire.decode(framed(header))
+        tracemalloc.start()
+        try:
+            with pytest.raises(RemoteProtocolError):
+                wire.decode(framed(header))
+            assert tracemalloc.get_traced_memory()[1] < 64 << 20
+        finally:
+            tracemalloc.stop()
+
+
+def test_many_short_lists_cost_a_bounded_number_of_items() -> None:
+    header = b"\x91\xdd" + (1000).to_bytes(4, "big") + (b"\xdd" + (1000).to_bytes(4, "big") + b"\x90" * 1000) * 1000
+    with pytest.raises(RemoteProtocolError, match="items"):
+        wire.decode(framed(header))
+
+
+def framed(header: bytes) -> list[memoryview]:
+    """A MemberNews with this header."""
+    head = len(header).to_bytes(4, "little") + header
+    head += bytes(-len(head) % 8)
+    number = wire._NUMBER_OF[m.MemberNews]
+    envelope = wire._pack_envelope(m.Envelope(1, 2, version=2), number, wire.checksum([head]))
+    return [memoryview(envelope), memoryview(head)]
+
+
+def test_the_largest_schema_that_fits_in_a_header_is_read() -> None:
+    entries = tuple(SchemaEntry(n & 1, f"tensor:layers.{n:05}.projection.weight", b"x" * 40) for n in range(20_000))
+    assert over_the_wire(m.SchemaUpdate(entries)) == m.SchemaUpdate(entries)
+
+
+class CountingLedger(MemoryLedger):
+    """Counts durable writes."""
+
+    saves = 0
+
+    def save(self, record: bytes) -> None:
+        self.saves += 1
+        super().save(record)
+
+
+def test_a_pull_that_names_every_writer_makes_one_durable_write() -> None:
+    cluster = start()
+    core = machine_of(cluster, "eu1")._core
+    ledger = core.record.ledger = CountingLedger()
+    ids = np.arange(4096, dtype=np.uint16)
+    nonces = np.full(4096, 666, np.uint64)
+    for (_, writer), nonce in core.record.bindings.items():
+        nonces[writer] = nonce
+    pull = m.PullRequest(cluster.model.id, 1, ids, np.zeros((8, 4096), np.uint64), np.zeros(4096, np.uint64), 8, nonces)
+    effects_of(cluster, "eu1", "eu2", over_the_wire(pull))
+    assert core.writers.nonce_of(cluster.model.id, 4095) == 666
+    assert ledger.saves == 1
+
+
+def test_a_refused_chunk_binds_no_writer() -> None:
+    cluster = start()
+    machine = machine_of(cluster, "eu1")
+    machine._core.effects = []
+    machine._pull.ask(machine._core.keyspaces[cluster.model.id], link_of(cluster, "eu1", "t1"), cluster.now(), "test")
+    before = dict(machine._core.record.bindings)
+    nothing = np.empty(0, np.uint16), np.empty((9, 0), np.uint64), np.empty(0, np.uint64)  # nine shards, not eight
+    bindings = np.array([99], np.uint16), np.array([5], np.uint64)
+    chunk = m.PullReply(cluster.model.id, machine._pull._requests, 0, True, (), *nothing, *bindings)
+    with pytest.raises(RemoteProtocolError):
+        machine._pull.on_reply(link_of(cluster, "eu1", "t1"), chunk, cluster.now())
+    assert machine._core.record.bindings == before
+
+
+def test_an_acknowledgement_of_what_was_never_sent_gives_no_credit() -> None:
+    link = Link("a", 1, "x", "eu", 2)
+    for _ in range(3):
+        link.next_envelope(1000)
+    assert not link.on_ack(1, 4)
+    assert link.bytes_in_flight == 3000
+    assert link.on_ack(1, 3)
+    assert link.bytes_in_flight == 0

@@ -167,10 +167,10 @@ def test_all_ids_of_a_node_may_be_used_up() -> None:
 
 def test_a_second_nonce_is_refused() -> None:
     one = book()
-    one.learn(5, 1, 77)
-    one.learn(5, 1, 77)
+    one.learn(5, [(1, 77)])
+    one.learn(5, [(1, 77)])
     with pytest.raises(WriterConflictError, match="bound to nonce 000000000000004d, refused 0000000000000042"):
-        one.learn(5, 1, 66)
+        one.check(5, 1, 66)
     assert one.nonce_of(5, 1) == 77
 
 
