@@ -8,7 +8,7 @@ A half connects when it is made; a subscriber made before the first batch is sen
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,6 +74,15 @@ def _blob(batches: Batches, number: int) -> bytes:
     return b"".join((batches.keys_of(number).data, batches.rows_of(number).data))
 
 
+def _paced(numbers: Numbers) -> Iterator[int]:
+    """The numbers, with a moment's rest wherever somebody is too far behind."""
+    for number in numbers:
+        if number is None:
+            time.sleep(PAUSE_S)
+        else:
+            yield number
+
+
 # --- raw ZeroMQ -----------------------------------------------------------------------------------------------------------
 
 
@@ -97,10 +106,7 @@ class ZmqPublishing:
             self._socket.recv()
 
     def publish(self, numbers: Numbers) -> None:
-        for number in numbers:
-            if number is None:
-                time.sleep(PAUSE_S)
-                continue
+        for number in _paced(numbers):
             frames = (self._batches.keys_of(number).data, self._batches.rows_of(number).data)
             self._socket.send_multipart(frames, copy=False)
 
@@ -151,10 +157,7 @@ class StreamPublishing:
         """A server knows them."""
 
     def publish(self, numbers: Numbers) -> None:
-        for number in numbers:
-            if number is None:
-                time.sleep(PAUSE_S)
-                continue
+        for number in _paced(numbers):
             self._redis.xadd(self.KEY, {"b": _blob(self._batches, number)}, maxlen=2 * WINDOW, approximate=True)
 
     def close(self) -> None:
@@ -200,10 +203,7 @@ class MsetPublishing:
         """A server knows them."""
 
     def publish(self, numbers: Numbers) -> None:
-        for number in numbers:
-            if number is None:
-                time.sleep(PAUSE_S)
-                continue
+        for number in _paced(numbers):
             names = _names(self._batches.keys_of(number))
             values = [row.data.cast("B") for row in self._batches.rows_of(number)]
             self._redis.mset(dict(zip(names, values, strict=True)))

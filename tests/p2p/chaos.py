@@ -52,7 +52,7 @@ def chaos(seed: int, sync: SyncOptions = PUSH) -> None:
             if cluster.nodes["t1"].machine is not None:
                 keys = [(step * 7 + offset) % 40 for offset in range(1 + step % 9)]
                 cluster.publish("t1", "item" if step % 3 else "user", keys, float(step), delete=step % 11 == 0)
-            _disturb(cluster, step, seed)
+            disturb(cluster, step, seed)
             problem = ""
             for _ in range(4):
                 cluster.run(15)
@@ -66,7 +66,8 @@ def chaos(seed: int, sync: SyncOptions = PUSH) -> None:
         assert versions.versions or not sync.shard_versions
 
 
-def _disturb(cluster: VirtualCluster, step: int, seed: int) -> None:
+def disturb(cluster: VirtualCluster, step: int, seed: int) -> None:
+    """Crashes and restarts, with and without memory, at fixed steps of a scenario."""
     match step:
         case 15:
             cluster.crash("us1")

@@ -12,7 +12,7 @@ from sim_cluster.checkers import Watch, check_converged, check_knowledge
 from sim_cluster.meter import Meter
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
-from tests.p2p.chaos import CALM, FAULTS
+from tests.p2p.chaos import CALM, FAULTS, disturb
 
 PARTITIONS = 3
 SPEC = ModelSpec("ctr", 9, {"item": TableSpec("item", 4), "user": TableSpec("user", 2)}, partitions=PARTITIONS)
@@ -106,32 +106,16 @@ def chaos(seed: int) -> None:
             if cluster.nodes["t1"].machine is not None:
                 keys = [(step * 7 + offset) % 80 for offset in range(1 + step * 5 % 37)]  # also several messages a partition
                 cluster.publish("t1", "item" if step % 3 else "user", keys, float(step), delete=step % 11 == 0)
-            _disturb(cluster, step, seed)
+            disturb(cluster, step, seed)
+            if step == 35:
+                cluster.crash("eu2")
+                cluster.restart("eu2", keep_state=seed % 3 == 0)
             cluster.run(60)
             problem = watch.check()
             assert problem == "", f"seed {seed}, {cluster.now_ms} ms: {problem}"
         cluster.options = CALM
         at_rest(cluster)
         assert watch.check_converged() == ""
-
-
-def _disturb(cluster: VirtualCluster, step: int, seed: int) -> None:
-    match step:
-        case 15:
-            cluster.crash("us1")
-        case 20:
-            cluster.crash("t1")
-        case 25:
-            cluster.restart("t1")
-        case 30:
-            cluster.restart("us1", keep_state=seed % 2 == 0)
-        case 35:
-            cluster.crash("eu2")
-            cluster.restart("eu2", keep_state=seed % 3 == 0)
-        case 40:
-            cluster.crash("t1")
-            cluster.restart("t1", keep_state=seed % 3 != 0)
-            cluster.run(4_000)
 
 
 def the_only_other_holder_is_no_neighbour(seed: int) -> None:
