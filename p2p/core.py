@@ -290,6 +290,8 @@ class Core:
                 self.clock.observe(max(replica.stamp_max, int(replica.frontier.max())))
                 if replica.writer is not None:
                     knowledge.note_writer(replica.writer.writer)
+                if self.record.drop_floors(keyspace, knowledge.shards):
+                    self.retired_digest = self.record.retired_digest()
                 for retired in self.record.retired.values():
                     bound = self.writers.nonce_of(retired.family, retired.writer)
                     if retired.keyspace == keyspace and retired.stage == m.DONE and bound in (0, retired.nonce):

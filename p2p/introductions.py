@@ -27,6 +27,8 @@ ALONE_MS = 10_000
 NOT_UNDERSTOOD = "cannot be understood"
 # One of those that nobody here has heard for long is called at every so many of our heartbeats: in 30 s.
 CALL_MISSING_BEATS = 60
+# Members that go on telling of a later life of our id for so long tell of one that lives: nobody tells of a dead one any more.
+OTHER_LIFE_MS = 2 * membership.SILENCE_MS_MAX
 # Whom to call at once, while nobody has answered; there may be a thousand peers of a former life.
 CONTACTS_MAX = 16
 
@@ -39,6 +41,7 @@ class Introductions:
         self._core = core
         self._pull = pull
         self.introduced = False  # somebody of the cluster has answered us
+        self._other_life: tuple[int, int, int] | None = None  # of our id: boot, heartbeat, and when (monotonic) we first heard
         self._called = ""  # the address of who was called last, although it is no member
         self._admitted: dict[m.NodeId, None] = {}  # by us, just now: they know only who was here before them
 
@@ -203,7 +206,7 @@ class Introductions:
             core.writers.cluster,
             CONSTANTS,
             core.own_record(),
-            tuple(core.newest(record) for record in members),
+            tuple(core.newest(core.membership.counted(record)) for record in members),
             tuple(core.host.schema()),
             answer_wanted,
         )
@@ -267,7 +270,10 @@ class Introductions:
         """Merge what a peer tells of members; a record that contradicts a writer's binding is ignored alone."""
         core = self._core
         for record in core.membership.sift(records, now.monotonic_ms, columns):
-            if record.node != core.options.node and not core.membership.has_room(record.node):
+            if record.node == core.options.node:
+                self._note_own(record, now)
+                continue
+            if not core.membership.has_room(record.node):
                 core.counters.peers_refused += 1
                 continue
             if record.boot in core.record.expelled:
@@ -298,6 +304,27 @@ class Introductions:
                 core.note("member_seen", node=record.node, region=record.region, role=record.role, address=record.address)
                 core.record.meet(Peer(record.node, record.region, record.role, record.address))
                 self._end_former_life(record)
+
+    def _note_own(self, record: m.MemberRecord, now: m.Now) -> None:
+        """A member tells of a node with our id: another process that was started while we were cut off?
+
+        The others follow the later life, so nobody takes what the earlier one acknowledges; it has to end. A former life of
+        ours may look later after a step of the clock, but its heartbeat does not go on.
+        """
+        own = self._core.membership.own
+        later = (record.boot_ms, record.boot) > (own.boot_ms, own.boot)
+        if not later or record.left or record.boot in self._core.record.lives:
+            return
+        if self._other_life is None or self._other_life[0] != record.boot:
+            self._other_life = record.boot, record.heartbeat, now.monotonic_ms
+            return
+        _, heartbeat, since_ms = self._other_life
+        if record.heartbeat > heartbeat and now.monotonic_ms - since_ms >= OTHER_LIFE_MS:
+            reason = (
+                f"another process with node id {own.node!r} was started later, at {record.address}; the cluster follows it: "
+                "what this one acknowledged since they were apart is on its machine alone. Give one of them another id"
+            )
+            self._core.emit(m.Fatal(reason))
 
     def _end_former_life(self, record: m.MemberRecord) -> None:
         link = self._core.links.get(record.node)

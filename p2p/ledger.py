@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 
 import msgpack
 import numpy as np
+import xxhash
 
 from p2p.errors import LocalProtocolError
 from p2p.membership import MEMBERS_MAX
@@ -162,6 +163,23 @@ class NodeRecord:
     def is_expelled(self) -> bool:
         """Whether our memory was used by a life that was expelled."""
         return any(boot in self.expelled for boot in self.lives)
+
+    def retired_digest(self) -> int:
+        """64 bits over all expulsions and retirements; 0 when there are none."""
+        total = 0
+        for boot in self.expelled:
+            total ^= xxhash.xxh3_64_intdigest(f"expelled {boot}".encode())
+        for retired in self.retired.values():
+            total ^= xxhash.xxh3_64_intdigest(f"{retired.key} {retired.stage} ".encode() + retired.floor.tobytes())
+        return total
+
+    def drop_floors(self, keyspace: int, shards: int) -> bool:
+        """Forget what was left of writers of a keyspace that was made anew with so many shards; True when there was some."""
+        stale = [key for key, one in self.retired.items() if key[0] == keyspace and len(one.floor) not in (0, shards)]
+        for key in stale:
+            del self.retired[key]
+        self._stale = self._stale or bool(stale)
+        return bool(stale)
 
     def meet(self, peer: Peer) -> None:
         """Remember a peer, unless it is known so already."""

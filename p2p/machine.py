@@ -27,7 +27,7 @@ from p2p.pull import Pull
 from p2p.push import Push
 from p2p.reach import Reach
 from p2p.replica import Host
-from p2p.retirement import Retirement, digest_of
+from p2p.retirement import Retirement
 from p2p.schedule import Schedule
 from p2p.shard_versions import ShardVersions
 from p2p.stamps import StampClock
@@ -64,7 +64,7 @@ class Machine:
         self._core = Core(options, host, record, WriterBook(record, rng), rng, Membership(own), StampClock())
         self._core.first = not options.seeds and not record.peers
         self._core.clock.observe(record.clock_floor)
-        self._core.retired_digest = digest_of(record)
+        self._core.retired_digest = record.retired_digest()
         self._allotment = Allotment(self._core)
         self._push = Push(self._core, self._allotment)
         self._pull = Pull(self._core)

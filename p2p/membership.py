@@ -415,6 +415,10 @@ class Membership:
         lately = self.suspicion.gone & (now_ms - self.suspicion.heard_ms < SILENCE_MS_MAX)
         return self._records(np.flatnonzero(self.suspicion.used & (self.suspicion.alive | lately)).tolist())
 
+    def counted(self, record: MemberRecord) -> MemberRecord:
+        """A member's record with the largest heartbeat counter that we heard of: counters come more often than records."""
+        return replace(record, heartbeat=int(self.suspicion.beats[self.members[record.node].slot]))
+
     def take_news(self) -> tuple[MemberRecord, ...]:
         """Records that changed lately and ride on this message, our own left out; `news` is clear when all went."""
         news = self.suspicion.news

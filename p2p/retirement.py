@@ -27,13 +27,12 @@ from dataclasses import replace
 from itertools import chain
 
 import numpy as np
-import xxhash
 
 from p2p import messages as m
 from p2p.absence import Absence, absent_of
 from p2p.core import Core, Keyspace
 from p2p.errors import LocalProtocolError
-from p2p.ledger import Absent, NodeRecord
+from p2p.ledger import Absent
 from p2p.links import Link
 from p2p.membership import HEARTBEAT_MS
 from p2p.messages import DONE, FLOORED, FROZEN
@@ -149,7 +148,7 @@ class Retirement:
         if not new and not changed:
             return
         record.save()
-        core.retired_digest = digest_of(record)
+        core.retired_digest = record.retired_digest()
         self._pull.abandon_all("what was retired has changed")
         self._tell(m.Retirements(tuple(new), tuple(changed)), source, now)
         for expulsion in new:
@@ -366,16 +365,6 @@ class Retirement:
             assert rows.stamps is not None
             np.maximum.at(held, replica.shards_of(rows.keys), rows.stamps)
         return held
-
-
-def digest_of(record: NodeRecord) -> int:
-    """64 bits over all expulsions and retirements; 0 when there are none."""
-    total = 0
-    for boot in record.expelled:
-        total ^= xxhash.xxh3_64_intdigest(f"expelled {boot}".encode())
-    for retired in record.retired.values():
-        total ^= xxhash.xxh3_64_intdigest(f"{retired.key} {retired.stage} ".encode() + retired.floor.tobytes())
-    return total
 
 
 def _above(one: U64, other: U64) -> bool:

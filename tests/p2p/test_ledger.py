@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from p2p.ledger import FIRST_PEERS, NodeRecord, Peer
+from p2p.messages import FLOORED, FROZEN, Retired
 
 
 @dataclass
@@ -39,3 +42,16 @@ def test_the_first_peers_survive_at_once_and_the_others_from_the_next_beat_on() 
     ours.part("n7")
     ours.save_peers()
     assert "n7" not in NodeRecord.load(ledger).peers
+
+
+def test_floors_of_a_keyspace_that_was_made_anew_are_dropped() -> None:
+    ours = NodeRecord.load(CountedLedger())
+    for writer, shards in ((1, 8), (2, 64), (3, 0)):
+        one = Retired(5, 5, writer, 100 + writer, FLOORED if shards else FROZEN, np.ones(shards, np.uint64))
+        ours.retired[one.key] = one
+    before = ours.retired_digest()
+    assert ours.drop_floors(5, 64)
+    assert sorted(one.writer for one in ours.retired.values()) == [2, 3]
+    assert ours.retired_digest() != before
+    assert not ours.drop_floors(5, 64)
+    assert not ours.drop_floors(6, 8)

@@ -26,10 +26,12 @@ from tests.p2p.retirement_chaos import (
     an_id_is_used_again,
     expel,
     isolate,
+    retired_everywhere,
     two_trainers,
     who_is_away_for_long_is_expelled,
+    writer_at,
 )
-from tests.p2p.writer_chaos import formed, record_of
+from tests.p2p.writer_chaos import formed, record_of, writes
 
 SEEDS = 6
 
@@ -241,3 +243,35 @@ def test_a_writer_is_retired_in_every_partition(seed: int) -> None:
     assert cluster.publish("t1", "item", range(20), 2.0)
     cluster.run(2_000)
     assert check_converged(cluster) == ""
+
+
+def test_a_model_may_get_more_shards_after_a_retirement() -> None:
+    """The ledger outlives the memory: what it says of the old shards is of no use to the new ones."""
+    tables = {"item": TableSpec("item", 4), "user": TableSpec("user", 2)}
+    cluster = VirtualCluster(1, model=ModelSpec("ctr", 8, tables))
+    for name, role in (("t1", "train"), ("t2", "train"), ("eu1", "serve")):
+        cluster.add(name, "eu", role, [] if name == "t1" else ["t1"])
+    formed(cluster)
+    for name in ("t1", "t2"):
+        writes(cluster, name)
+    cluster.run(2_000)
+    writer, nonce = writer_at(cluster, "t2")
+    cluster.crash("t2")
+    cluster.run(15_000)
+    expel(cluster, "t2", "t1")
+    del cluster.nodes["t2"]
+    retired_everywhere(cluster, writer, nonce)
+    for name in ("t1", "eu1"):
+        cluster.crash(name)
+    cluster.model = ModelSpec("ctr", 64, tables)
+    cluster.models = {"ctr": cluster.model}
+    cluster.history.clear()
+    for name in ("t1", "eu1"):
+        cluster.nodes[name].model = cluster.model
+        cluster.restart(name, keep_state=False)
+    cluster.run(5_000)
+    writes(cluster, "t1")
+    at_rest(cluster)
+    digests = {cluster.nodes[name].machine._core.retired_digest for name in cluster.nodes}  # type: ignore[union-attr]
+    assert len(digests) == 1
+    assert digests != {0}

@@ -1,0 +1,63 @@
+"""Two processes with one node id: the members follow the later one, so the earlier one ends."""
+
+import dataclasses
+from typing import Any
+
+from p2p.core import MachineOptions
+from p2p.introductions import OTHER_LIFE_MS, Introductions
+from p2p.machine import Machine
+from p2p.messages import MemberRecord, Now
+from sim_cluster.virtual import VirtualCluster
+from tests.p2p.retirement_chaos import isolate
+from tests.p2p.test_hostile import machine_of
+from tests.p2p.test_machine import start, synced
+
+
+def make(options: MachineOptions, *rest: Any) -> Machine:
+    """The node that the simulator calls t1b believes to be t1."""
+    return Machine(dataclasses.replace(options, node="t1") if options.node == "t1b" else options, *rest)
+
+
+def test_of_two_processes_with_one_id_the_earlier_one_ends() -> None:
+    cluster = VirtualCluster(1, make_machine=make)
+    for name, region, role in (("t1", "train", "train"), ("eu1", "eu", "serve"), ("us1", "us", "serve")):
+        cluster.add(name, region, role, [] if name == "t1" else ["t1"])
+    assert cluster.run_until(lambda: all(synced(cluster, name) for name in cluster.nodes))
+    isolate(cluster, "t1")
+    cluster.run(15_000)
+    cluster.add("t1b", "train", "train", ["eu1"])  # its replacement, elsewhere, under the same id
+    assert cluster.run_until(lambda: synced(cluster, "t1b"))
+    cluster.run(1_000)
+    assert cluster.nodes["t1"].machine is not None
+    cluster.cut.clear()
+    assert cluster.run_until(lambda: cluster.nodes["t1"].machine is None, OTHER_LIFE_MS + 5_000)
+    assert "another process with node id 't1' was started later, at virtual://t1b" in cluster.nodes["t1"].fatal
+    assert cluster.publish("t1b", "item", [1], 1.0)
+    assert cluster.nodes["t1b"].machine is not None
+
+
+def told_of(cluster: VirtualCluster, *records: MemberRecord) -> str:
+    """What members tell us1 of its own id, one after the other, each long after the one before; why it ended."""
+    introductions: Introductions = machine_of(cluster, "us1")._introductions
+    introductions._core.effects = []
+    now = cluster.now()
+    for index, record in enumerate(records):
+        later = Now(now.monotonic_ms + index * OTHER_LIFE_MS, now.unix_ms)
+        introductions._note_own(record, later)
+    return "".join(getattr(effect, "reason", "") for effect in introductions._core.effects)
+
+
+def test_what_does_not_end_a_node() -> None:
+    cluster = start()
+    core = machine_of(cluster, "us1")._core
+    own = core.membership.own
+    other = dataclasses.replace(own, boot=7, boot_ms=own.boot_ms + 1, heartbeat=10, address="virtual://other")
+    beating = dataclasses.replace(other, heartbeat=20)
+    assert "another process" in told_of(cluster, other, beating)
+    machine_of(cluster, "us1")._introductions._other_life = None
+    assert told_of(cluster, other, other) == "", "a former life whose clock was ahead: nobody hears it any more"
+    machine_of(cluster, "us1")._introductions._other_life = None
+    assert told_of(cluster, *(dataclasses.replace(one, boot_ms=own.boot_ms - 1) for one in (other, beating))) == "", "earlier"
+    assert told_of(cluster, *(dataclasses.replace(one, left=True) for one in (other, beating))) == "", "it left"
+    core.record.lives.append(7)
+    assert told_of(cluster, other, beating) == "", "one of ours"
