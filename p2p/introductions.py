@@ -12,6 +12,7 @@ from p2p.core import Core
 from p2p.errors import RemoteProtocolError, SchemaClashError
 from p2p.ledger import Peer
 from p2p.links import Link
+from p2p.membership import HEARTBEAT_MS
 from p2p.placement import holds
 from p2p.pull import Pull
 from p2p.replica import SchemaEntry
@@ -31,6 +32,8 @@ CALL_MISSING_BEATS = 60
 OTHER_LIFE_MS = 2 * membership.SILENCE_MS_MAX
 # Whom to call at once, while nobody has answered; there may be a thousand peers of a former life.
 CONTACTS_MAX = 16
+# Strangers that are answered in the time of one beat; the others beat again.
+ANSWERS_MAX = 64
 
 
 class Introductions:
@@ -43,6 +46,8 @@ class Introductions:
         self.introduced = False  # somebody of the cluster has answered us
         self._other_life: tuple[int, int, int] | None = None  # of our id: boot, heartbeat, and when (monotonic) we first heard
         self._called = ""  # the address of who was called last, although it is no member
+        self._answers = 0  # to strangers, in the beat that began at
+        self._answers_ms = -HEARTBEAT_MS
         self._admitted: dict[m.NodeId, None] = {}  # by us, just now: they know only who was here before them
 
     # --- hello
@@ -67,7 +72,7 @@ class Introductions:
             return
         if member.boot in core.record.expelled:
             core.counters.strangers += 1
-            self._retirement.tell_all(member.address, m.Envelope(core.options.boot, member.boot))
+            self._retirement.tell_stranger(member.address, member.boot, now)
             return
         if self._alone_in_another(hello):
             core.emit(
@@ -194,6 +199,14 @@ class Introductions:
             f"{refuser}: the cluster has protocol versions below {needs}, and this node's schema needs version {needs}: "
             f"upgrade all nodes of the cluster first ({reason.partition(': ')[2]})"
         )
+
+    def answer_stranger(self, member: m.MemberRecord, now: m.Now) -> None:
+        """Somebody whom we do not know beats: introduce ourselves, to so many a beat, since anybody may name any address."""
+        if now.monotonic_ms - self._answers_ms >= HEARTBEAT_MS:
+            self._answers_ms, self._answers = now.monotonic_ms, 0
+        self._answers += 1
+        if self._answers <= ANSWERS_MAX:
+            self.say_hello(member.address, member.boot, answer_wanted=True, now=now)
 
     def say_hello(self, address: str, boot: int, answer_wanted: bool, now: m.Now) -> None:
         """Introduce ourselves, with as much of the register as one message carries; the digests bring the rest."""

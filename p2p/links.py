@@ -28,6 +28,10 @@ ACK_DELAY_MS = 250
 # Nothing acknowledged for so long by a peer that lives: what is in flight was lost, and its last message with it, so that no
 # hole will ever show. Longer than one message takes at 4 Mbit/s.
 ACK_SILENCE_MS = 10_000
+# A pull may cost a scan of all rows. A peer has one of a keyspace on its way at a time, so it asks once a round trip at most,
+# and rarely does; so many at once are selected for it, and then one in so many milliseconds.
+SELECTIONS_MAX = 32
+SELECTION_MS = 20
 
 
 class Arrival(Enum):
@@ -73,6 +77,15 @@ class Link:
     _broken_in: bool = False
     _unacknowledged_bytes: int = 0
     _unacknowledged_messages: int = 0
+    _selections: dict[int, int] = field(default_factory=dict)  # by keyspace: until when those made for the peer are paid
+
+    def admits_selection(self, keyspace: int, now_ms: int) -> bool:
+        """Whether the peer may have one more selection made, of a keyspace that we hold; counts it if so."""
+        until_ms = max(self._selections.get(keyspace, now_ms), now_ms)
+        if until_ms - now_ms >= SELECTIONS_MAX * SELECTION_MS:
+            return False
+        self._selections[keyspace] = until_ms + SELECTION_MS
+        return True
 
     @property
     def messages_in_flight(self) -> int:

@@ -268,11 +268,11 @@ class Machine:
         core = self._core
         core.counters.strangers += 1
         if isinstance(message, m.Heartbeat) and envelope.sender_boot in core.record.expelled:
-            self._retirement.tell_all(message.member.address, m.Envelope(core.options.boot, envelope.sender_boot))
+            self._retirement.tell_stranger(message.member.address, envelope.sender_boot, now)
         elif isinstance(message, m.Retirements) and envelope.receiver_boot == core.options.boot:
             self._retirement.on_farewell(message, now)
         elif isinstance(message, m.Heartbeat) and message.member.boot == envelope.sender_boot:
-            self._introductions.say_hello(message.member.address, envelope.sender_boot, answer_wanted=True, now=now)
+            self._introductions.answer_stranger(message.member, now)
 
     def _on_peer(self, link: Link, envelope: m.Envelope, message: m.Message, now: m.Now) -> None:
         """One case a kind of message; what takes more than a few lines has a method of its own."""
@@ -329,6 +329,10 @@ class Machine:
             self._core.counters.pulls_refused += 1
             return
         match asked:
+            case m.PullRequest(keyspace) if keyspace in self._core.keyspaces and not link.admits_selection(
+                keyspace, now.monotonic_ms
+            ):
+                self._core.counters.pulls_refused += 1
             case m.PullRequest():
                 self._pull.on_request(link, asked, now)
                 self._pump(link)

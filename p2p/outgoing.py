@@ -75,13 +75,21 @@ class Outgoing:
         transport: takes the frames.
         mode: what the operator wants.
         crosses: whether an address is in another region.
+        on_failure: told of a bug that shows when a message is sent later; `send` raises its own.
     """
 
-    def __init__(self, transport: Transport, mode: Mode = Mode.NEVER, crosses: Callable[[str], bool] = lambda _: False) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        mode: Mode = Mode.NEVER,
+        crosses: Callable[[str], bool] = lambda _: False,
+        on_failure: Callable[[Exception], None] = lambda _: None,
+    ) -> None:
         self.counters = CompressionCounters()
         self._transport = transport
         self._mode = mode
         self._crosses = crosses
+        self._on_failure = on_failure
         self._rates: dict[int, LinkRate] = {}  # by the peer's boot
         self._streams: dict[tuple[int, int], Stream] = {}  # by the peer's boot and the keyspace
         self._lines: dict[str, _Line] = {}
@@ -172,7 +180,12 @@ class Outgoing:
                 return
             line.messages.popleft()
             line.bytes -= first.size
-            if not self._hand_over(address, first):
+            try:
+                taken = self._hand_over(address, first)
+            except Exception as error:  # noqa: BLE001 - asyncio would swallow it, and the line would stand for ever
+                taken = False
+                self._on_failure(error)
+            if not taken:
                 self.counters.lost += 1
         del self._lines[address]
 

@@ -61,6 +61,7 @@ class Retirement:
         self._reports: dict[Key, dict[int, tuple[U64, int]]] = {}  # of this stage, by life: what it holds, when we heard
         self._report_ms = 0
         self._told_ms = -HEARTBEAT_MS
+        self._farewell_ms = -HEARTBEAT_MS
 
     # --- deciding
 
@@ -251,6 +252,12 @@ class Retirement:
             self._told_ms = now.monotonic_ms
             self.tell_all(link.address, link.envelope())
         return False
+
+    def tell_stranger(self, address: str, boot: int, now: m.Now) -> None:
+        """An expelled life calls: tell it everything, at most once a beat for all of them, since that may be megabytes."""
+        if now.monotonic_ms - self._farewell_ms >= HEARTBEAT_MS:
+            self._farewell_ms = now.monotonic_ms
+            self.tell_all(address, m.Envelope(self._core.options.boot, boot))
 
     def tell_all(self, address: str, envelope: m.Envelope) -> None:
         """Send everything to one node, which may be a stranger."""

@@ -55,6 +55,8 @@ TIMER_FLOOR_S: Final = 0.001
 REJECTED_SENDERS_MAX: Final = 1_024
 REJECTED_OTHERS: Final = "others"
 REJECTED_UNREADABLE: Final = "unreadable"
+# Addresses of nobody that we have a link with: seeds, and what strangers say of themselves. The one used longest ago is let go.
+STRANGERS_MAX: Final = 256
 # What a link's credit limits; everything else counts as a call. Chunks and acknowledgements are far fewer than batches, and
 # unasked ones cost no credit.
 _BOUND_BY_CREDIT: Final = Batch
@@ -116,13 +118,15 @@ class Runtime:
         self.started = asyncio.Event()  # the transport is bound and the machine has begun
         self.rejected: dict[str, int] = {}  # sender -> messages dropped as malformed or out of place
         self.conduct = Conduct()
-        self.outgoing = Outgoing(transport, compression, crosses)
+        self.outgoing = Outgoing(transport, compression, crosses, self._fail)
         self._machine = machine
         self._transport = transport
         self._on_effect = on_effect
         self._delay_s = delay_s
         self._clock = clock
         self._source = ""  # of the message that is handled now
+        self._linked: set[str] = set()  # addresses that were dialled for a link, and not forgotten
+        self._strangers: dict[str, None] = {}  # the others that we sent to, the one used last at the end
         self._effects: deque[Effect] = deque()
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
@@ -254,10 +258,13 @@ class Runtime:
                 if self._source:
                     self._note_shut_out(self.conduct.note_call(self._source, self._clock().monotonic_ms), "a flood of repeats")
             case Dial(address):
+                self._linked.add(address)
+                self._strangers.pop(address, None)
                 self._transport.set_delay(address, self._delay_s(address))  # connects on first use
             case Forget(address):
-                self.outgoing.forget(address)
-                self._transport.disconnect(address)
+                self._linked.discard(address)
+                self._strangers.pop(address, None)
+                self._hang_up(address)
             case StartOver(reason):
                 self._on_effect(effect)
                 self._fail(NodeExpelled(reason))
@@ -267,7 +274,22 @@ class Runtime:
             case _:
                 self._on_effect(effect)
 
+    def _hang_up(self, address: str) -> None:
+        self.outgoing.forget(address)
+        self._transport.disconnect(address)
+
+    def _note_stranger(self, address: str) -> None:
+        """Nobody will ever say `Forget` of it, so it takes the place of another one."""
+        self._strangers.pop(address, None)
+        self._strangers[address] = None
+        if len(self._strangers) > STRANGERS_MAX:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            self._hang_up(oldest)
+
     def _send(self, send: Send) -> None:
+        if send.address not in self._linked:
+            self._note_stranger(send.address)
         if self._delay_s is not no_delay:
             self._transport.set_delay(send.address, self._delay_s(send.address))
         if not self.outgoing.send(send.address, send.envelope, send.message):

@@ -252,6 +252,11 @@ class ZmqTransport:
         if peer is not None and peer.broken:
             self.disconnect(address)
             peer = None
+        if peer is None and len(self._peers) >= PEERS_MAX:
+            # Who does not answer makes room, the first of them first: nobody's addresses must not take a member's place.
+            silent = next((one for one, other in self._peers.items() if not other.connected), None)
+            if silent is not None:
+                self.disconnect(silent)
         if peer is None and self._context is not None and self._loop is not None and len(self._peers) < PEERS_MAX:
             # Addresses come from peers' gossip: a bad one is refused like an absent peer.
             with contextlib.suppress(OSError, zmq.ZMQError):

@@ -1,5 +1,8 @@
 """Who is shut out, and that a correct neighbour is not (R17, decision 0007)."""
 
+import asyncio
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,8 +10,12 @@ from ekko.model import table_id
 from p2p import messages as m
 from p2p.conduct import CALLS_MAX, REJECTED_MAX
 from p2p.errors import AheadError, RemoteProtocolError
+from p2p.introductions import ANSWERS_MAX
+from p2p.links import SELECTION_MS, SELECTIONS_MAX
 from p2p.replica import RowColumns
+from p2p.runtime import STRANGERS_MAX
 from p2p.stamps import make_stamp
+from p2p.transport import zmq
 from tests.p2p.keyed import BOOTS, MODEL, KeyedNode, record_of, with_node
 
 NO_CLAIMS = m.ShardClaims(np.empty(0, np.uint32), np.empty(0, np.uint64), np.empty(0, np.uint16), np.empty(0, np.uint16))
@@ -93,3 +100,60 @@ def test_who_repeats_what_nobody_wants_without_end_is_shut_out(kind: str) -> Non
         assert 299 <= node.runtime.conduct._records["evil"].calls <= 301 < CALLS_MAX
 
     with_node(body)
+
+
+def test_addresses_that_a_peer_invents_do_not_take_all_sockets() -> None:
+    """The lives of one node may be many, and each names an address."""
+
+    async def body(node: KeyedNode) -> None:
+        members = set(node.transport.addresses)
+        for number in range(2 * STRANGERS_MAX):
+            node.now_ms += 100  # slowly: at once only a few are answered at all
+            life = dataclasses.replace(record_of("evil", 10_000 + number), address=f"tcp://10.9.{number >> 8}.{number & 255}:1")
+            node.come("evil", m.Heartbeat(life, (), 0, 0, ()), boot=life.boot)
+        assert len(node.transport.addresses - members) <= STRANGERS_MAX
+        assert members <= node.transport.addresses, "members stay connected"
+
+    with_node(body)
+
+
+def test_strangers_are_answered_so_many_a_beat() -> None:
+    async def body(node: KeyedNode) -> None:
+        sent = len(node.transport.sent)
+        for number in range(4 * ANSWERS_MAX):
+            life = dataclasses.replace(record_of("evil", 10_000 + number), address=f"tcp://10.9.9.{number}:1")
+            node.come("evil", m.Heartbeat(life, (), 0, 0, ()), boot=life.boot)
+        assert len(node.transport.sent) == sent + ANSWERS_MAX
+
+    with_node(body)
+
+
+def test_a_flood_of_pulls_makes_a_bounded_number_of_selections() -> None:
+    async def body(node: KeyedNode) -> None:
+        nothing = np.empty(0, np.uint16), np.empty((8, 0), np.uint64), np.empty(0, np.uint64)
+        for number in range(10 * SELECTIONS_MAX):
+            node.come("evil", m.PullRequest(MODEL.id, number, *nothing, 8))
+        assert node.machine.counters.pulls_served == SELECTIONS_MAX
+        node.now_ms += 2 * SELECTION_MS
+        node.come("evil", m.PullRequest(MODEL.id, 1, *nothing, 8))
+        assert node.machine.counters.pulls_served == SELECTIONS_MAX + 1, "patience pays"
+        node.come("us1", m.PullRequest(MODEL.id, 1, *nothing, 8))
+        assert node.machine.counters.pulls_served == SELECTIONS_MAX + 2, "others are served"
+
+    with_node(body)
+
+
+def test_a_member_finds_room_among_sockets_that_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq, "PEERS_MAX", 5)
+
+    async def main() -> None:
+        transport = zmq.ZmqTransport("tcp://127.0.0.1:0")
+        await transport.start(lambda *_: None)
+        try:
+            for port in range(20_000, 20_006):
+                transport.send(f"tcp://127.0.0.1:{port}", [b"x"])
+            assert list(transport._peers) == [f"tcp://127.0.0.1:{port}" for port in range(20_001, 20_006)]
+        finally:
+            await transport.close()
+
+    asyncio.run(main())

@@ -1,5 +1,6 @@
 """One message of a member that lies: what it may cost is named and bounded, and it can end nobody."""
 
+import asyncio
 import dataclasses
 import tracemalloc
 
@@ -9,11 +10,15 @@ import pytest
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
 from p2p import wire
-from p2p.errors import RemoteProtocolError
+from p2p.compression import Mode
+from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.links import Link
-from p2p.replica import SchemaEntry
+from p2p.outgoing import Outgoing
+from p2p.replica import RowColumns, SchemaEntry
+from p2p.transport import Frames
 from sim_cluster.node import MemoryLedger
 from sim_cluster.virtual import VirtualCluster
+from tests.p2p.keyed import KeyedTransport
 from tests.p2p.test_hostile import link_of, machine_of
 from tests.p2p.test_machine import start, synced
 
@@ -151,3 +156,42 @@ def test_an_acknowledgement_of_what_was_never_sent_gives_no_credit() -> None:
     assert link.bytes_in_flight == 3000
     assert link.on_ack(1, 3)
     assert link.bytes_in_flight == 0
+
+
+def test_an_expelled_stranger_is_told_everything_once_a_beat() -> None:
+    cluster = start()
+    machine = machine_of(cluster, "eu1")
+    effects_of(cluster, "eu1", "t1", m.Retirements((m.Expulsion("gone", 4711, 1),), ()))
+    gone = m.MemberRecord("gone", 4711, 1, "eu", "serve", "virtual://gone", 1)
+    event = m.MessageReceived(m.Envelope(4711, machine._core.options.boot, version=2), m.Heartbeat(gone, (), 0, 0, ()))
+    answers = [sum(isinstance(effect, m.Send) for effect in machine.handle(event, cluster.now())) for _ in range(20)]
+    assert answers == [1] + [0] * 19
+    cluster.run(500)
+    assert any(isinstance(effect, m.Send) for effect in machine.handle(event, cluster.now()))
+
+
+def test_an_error_while_a_line_is_worked_off_is_told_and_the_line_goes_on() -> None:
+    """asyncio swallows what a callback raises."""
+
+    class Failing(KeyedTransport):
+        failures = 1
+
+        def send(self, address: str, frames: Frames) -> bool:
+            if self.failures:
+                self.failures -= 1
+                raise LocalProtocolError("a frame that is too long")
+            return super().send(address, frames)
+
+    async def main() -> None:
+        transport, failures = Failing(), list[Exception]()
+        out = Outgoing(transport, Mode.ALWAYS, lambda _: True, failures.append)
+        rows = RowColumns(1, np.arange(20_000, dtype=np.uint64), np.zeros((20_000, 32), np.uint8), np.ones(20_000, np.uint64))
+        nothing = np.empty(0, np.uint16), np.zeros((8, 0), np.uint64), np.empty(0, np.uint64)
+        envelope = m.Envelope(1, 2, 1, 1, version=2)
+        assert out.send("a", envelope, m.PullReply(1, 1, 0, False, (rows,), *nothing))
+        assert out.send("a", dataclasses.replace(envelope, sequence=2), m.Ack(1, 1))
+        await out.close()
+        assert not out._lines
+        assert len(transport.sent) == out.counters.lost == len(failures) == 1
+
+    asyncio.run(main())
