@@ -84,6 +84,8 @@ class Retirement:
             if any(expelled.node == node for expelled in core.record.expelled.values()):
                 raise LocalProtocolError(f"node {node!r} was expelled already, and has not come back since")
             raise LocalProtocolError(f"no node {node!r} is known here, present or absent: look at the members in `ekko status`")
+        if len(core.record.expelled) >= EXPELLED_MAX:
+            raise LocalProtocolError(f"{EXPELLED_MAX} lives were expelled in this cluster already, and no more can be kept")
         if member is not None:
             absent = absent_of(member.record, member.record.left)
         assert absent is not None
@@ -284,7 +286,8 @@ class Retirement:
     def on_timer(self, now: m.Now) -> None:
         """Called at every heartbeat."""
         for absent in self._absence.on_beat(now):
-            self._expel(absent, now, f"absent for {self._core.options.expel_after_ms // 1000} s")
+            if len(self._core.record.expelled) < EXPELLED_MAX:
+                self._expel(absent, now, f"absent for {self._core.options.expel_after_ms // 1000} s")
         open_ = [retired for retired in self._core.record.retired.values() if retired.stage != DONE]
         if not open_ or now.monotonic_ms < self._report_ms:
             return

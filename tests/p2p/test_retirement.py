@@ -7,6 +7,7 @@ import pytest
 
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
+from p2p import retirement
 from p2p.knowledge import Knowledge
 from p2p.ledger import NodeRecord
 from p2p.membership import Membership
@@ -158,6 +159,18 @@ def test_who_cannot_be_expelled() -> None:
     expel(cluster, "us3", "eu1")
     cluster.run(3_000)
     assert refusal(cluster, "us3", "eu2") == "node 'us3' was expelled already, and has not come back since"
+
+
+def test_an_expulsion_that_cannot_be_kept_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retirement, "EXPELLED_MAX", 1)
+    cluster = form(1)
+    formed(cluster)
+    cluster.crash("us2")
+    cluster.crash("us3")
+    cluster.run(10_000)
+    expel(cluster, "us2", "eu1")
+    assert "no more can be kept" in refusal(cluster, "us3", "eu1")
+    assert [note.name for note in cluster.nodes["eu1"].notes].count("node_expelled") == 1
 
 
 def test_nodes_of_version_1_are_neither_told_nor_let_in_afterwards() -> None:
