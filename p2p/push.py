@@ -1,13 +1,12 @@
 """Forwarding of fresh batches down the trees, from the publisher's step to the last leaf.
 
-A step is stamped, stored here, cut into messages when it is too big (R7), and sent to our children; a received batch is
-checked, forwarded, and only then applied (R17). What cannot be sent for want of credit is not queued: the child sees a gap
-and pulls. Push may lose everything; that costs latency only (theorem T7).
+A step is stamped, stored here, cut into messages (`p2p.cutting`), and sent to our children; a received batch is
+checked, forwarded, and only then applied (R17). What finds no credit waits in order, within a bound (`p2p.waiting`); beyond it
+the child sees a gap and pulls. Push may lose everything; that costs latency only (theorem T7).
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +16,10 @@ from p2p import messages as m
 from p2p.adoption import Adoption
 from p2p.allotment import Allotment
 from p2p.core import Core, Keyspace
+from p2p.cutting import split_step
 from p2p.errors import LocalProtocolError, RemoteProtocolError, UnknownTableError
 from p2p.links import Link
-from p2p.placement import divide, take
+from p2p.placement import divide
 from p2p.replica import U64, RowColumns, WriterIdentity
 from p2p.stamps import check_not_ahead
 from p2p.trees import TREES_MAX, Trees
@@ -30,8 +30,6 @@ from p2p.waiting import WAITING_CREDITS_MAX, WaitingBatch
 IDLE_BEAT_MS = 200
 # Batches remembered to recognise repeats while views differ: 16 s of 1,000 batches a second.
 SEEN_MAX = 16_384
-# A shard's part number is 16 bits on the wire.
-PARTS_MAX = 65_535
 
 
 class Push:
@@ -328,123 +326,6 @@ def check_batch(keyspace: Keyspace, batch: m.Batch, now: m.Now) -> None:
     if batch.origin == "" or batch.shards_touched > replica.shards:
         raise RemoteProtocolError("a batch of nobody, or of too many shards")
     replica.check(batch.columns, shards)
-
-
-def split_step(batch: m.Batch, shard_of: Sequence[NDArray[np.int64]], bytes_max: int) -> Iterator[m.Batch]:
-    """Cut a step into messages: one or more for each tree (R1), of at most `bytes_max` payload (R7).
-
-    Args:
-        batch: the whole step.
-        shard_of: int64[n] for each of its sections.
-        bytes_max: payload bytes of a message; at least one row goes into each.
-    """
-    if batch.trees == 1:
-        yield from _split_by_size(batch, shard_of, bytes_max)
-        return
-    tree_of_claim = batch.claims.shards % batch.trees
-    for tree in np.unique(tree_of_claim).tolist():
-        claimed = np.flatnonzero(tree_of_claim == tree)
-        chosen = [np.flatnonzero(shards % batch.trees == tree) for shards in shard_of]
-        columns = tuple(take(section, rows) for section, rows in zip(batch.columns, chosen, strict=True) if len(rows))
-        its_shards = [shards[rows] for shards, rows in zip(shard_of, chosen, strict=True) if len(rows)]
-        claims = m.ShardClaims(
-            batch.claims.shards[claimed], batch.claims.prev[claimed], batch.claims.part[claimed], batch.claims.parts[claimed]
-        )
-        yield from _split_by_size(replace(batch, claims=claims, columns=columns), its_shards, bytes_max)
-
-
-def _split_by_size(batch: m.Batch, shard_of: Sequence[NDArray[np.int64]], bytes_max: int) -> Iterator[m.Batch]:
-    """Whole shards are packed together; a shard that exceeds the limit alone travels as parts (R7)."""
-    if sum(section.payload_bytes for section in batch.columns) <= bytes_max:
-        yield batch
-        return
-    # Rows by shard; the order is stable, so live rows stay before tombstones.
-    order = [np.argsort(shards, kind="stable") for shards in shard_of]
-    starts = [np.searchsorted(shards[rows], batch.claims.shards) for shards, rows in zip(shard_of, order, strict=True)]
-    ends = [np.searchsorted(shards[rows], batch.claims.shards, "right") for shards, rows in zip(shard_of, order, strict=True)]
-    group: list[_Piece] = []
-    room = bytes_max
-    for index in range(len(batch.claims.shards)):
-        chosen = [rows[start[index] : end[index]] for rows, start, end in zip(order, starts, ends, strict=True)]
-        for piece in _pieces_of_shard(batch.columns, chosen, index, bytes_max):
-            # Two parts of one shard never share a message: its claim has room for one part of each shard.
-            if group and (piece.bytes > room or group[-1].index == index):
-                yield _message_of(batch, group)
-                group, room = [], bytes_max
-            group.append(piece)
-            room -= piece.bytes
-    yield _message_of(batch, group)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Piece:
-    """The rows of one shard, or a part of them, on their way into a message."""
-
-    index: int  # of the shard among the step's claims
-    part: int
-    parts: int
-    columns: list[RowColumns]
-
-    @property
-    def bytes(self) -> int:
-        return sum(section.payload_bytes for section in self.columns)
-
-
-def _pieces_of_shard(
-    columns: Sequence[RowColumns], chosen: Sequence[NDArray[np.int64]], index: int, bytes_max: int
-) -> list[_Piece]:
-    parts: list[list[RowColumns]] = [[]]
-    room = bytes_max
-    for section, rows in zip(columns, chosen, strict=True):
-        row_bytes = 12 + section.rows.shape[1]  # key, significance, value
-        while len(rows):
-            if room < row_bytes and parts[-1]:
-                parts.append([])
-                room = bytes_max
-            taken = rows[: max(1, room // row_bytes)]
-            rows = rows[len(taken) :]
-            parts[-1].append(take(section, taken))
-            room -= len(taken) * row_bytes
-    if len(parts) > PARTS_MAX:
-        raise LocalProtocolError(
-            f"a step needs {len(parts)} parts for one shard, limit {PARTS_MAX}: publish it in several steps"
-        )
-    return [_Piece(index, part, len(parts), rows) for part, rows in enumerate(parts)]
-
-
-def _message_of(batch: m.Batch, group: Sequence[_Piece]) -> m.Batch:
-    indices = [piece.index for piece in group]
-    claims = m.ShardClaims(
-        batch.claims.shards[indices],
-        batch.claims.prev[indices],
-        np.array([piece.part for piece in group], np.uint16),
-        np.array([piece.parts for piece in group], np.uint16),
-    )
-    by_table: dict[int, list[RowColumns]] = {}
-    for piece in group:
-        for section in piece.columns:
-            by_table.setdefault(section.table, []).append(section)
-    return replace(batch, claims=claims, columns=tuple(_join(sections) for sections in by_table.values()))
-
-
-def _join(sections: Sequence[RowColumns]) -> RowColumns:
-    """Sections of one table as one, tombstones to the end."""
-    if len(sections) == 1:
-        return sections[0]
-    live = [len(section.rows) for section in sections]
-
-    def column(arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
-        heads = [array[:count] for array, count in zip(arrays, live, strict=True)]
-        return np.concatenate(heads + [array[count:] for array, count in zip(arrays, live, strict=True)])
-
-    significance = [section.significance for section in sections if section.significance is not None]
-    return RowColumns(
-        sections[0].table,
-        column([section.keys for section in sections]),  # type: ignore[arg-type]
-        np.concatenate([section.rows for section in sections]),
-        None,
-        column(significance) if len(significance) == len(sections) else None,  # type: ignore[arg-type]
-    )
 
 
 def _touched(shards: int, shard_of: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
