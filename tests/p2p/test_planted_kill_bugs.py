@@ -36,8 +36,8 @@ def a_message_to_a_former_life_is_taken(patch: pytest.MonkeyPatch) -> None:
     """R3: the receiver's boot is not looked at."""
     original = Machine._on_message
 
-    def on_message(self: Any, envelope: Any, message: Any, now: Any) -> None:
-        original(self, replace(envelope, receiver_boot=self._core.options.boot), message, now)
+    def on_message(self: Any, envelope: Any, *rest: Any) -> None:
+        original(self, replace(envelope, receiver_boot=self._core.options.boot), *rest)
 
     patch.setattr(Machine, "_on_message", on_message)
 
