@@ -6,9 +6,12 @@ All get it, a little later than the first, and the reader has time again.
 An origin sends each batch to every region's leader, so its card is the first that is full, while those of all others are
 nearly idle. Its links show it: what they were sent is not acknowledged. When that is more than half of a link's credit, or
 all children of a tree have more than one credit in flight together, the origin hands the fullest over to the child with
-least in flight: from now on that one forwards batches of this origin and tree to it, too (`messages.Adopt`, in order with
-the batches). Child goes after child, until what is left fits. After `ADOPTED_MS` each comes back; if the card is still full,
-it goes again.
+least in flight: from now on that one forwards batches of this origin and tree to it, too (`messages.Adopt`). Child goes after
+child, until what is left fits. After `ADOPTED_MS` each comes back, one by one; while the card is still full it stays, for
+`SAME_MS` at most with the same adopter: whether those two can reach each other the origin does not see.
+
+An adopter is told again every `TELL_MS`, at the next batch: what it was told may be lost, and after a pause it has forgotten.
+A new life of it, and it of a new life of the origin, begin without any of this.
 
 A batch carries the base of its claims, so they hold whoever sent it (R6), and a batch that comes twice or not at all while a
 child changes hands is what the seen-set and gaps are for, as when views differ. Only the origin hands over, and who was handed
@@ -22,13 +25,14 @@ the origin is answering already: rows wait at each hop for the whole answer, whi
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from p2p import links, wire
 from p2p import messages as m
 from p2p.core import Core
 from p2p.errors import RemoteProtocolError
 from p2p.links import Link
+from p2p.membership import HOLDER_ROLES
 from p2p.trees import TREE_ARITY
 
 # Four more copies are what a node inside a tree sends at most, too.
@@ -37,7 +41,11 @@ ADOPTED_MAX = TREE_ARITY
 ADOPTED_MS = 5_000
 # Then one comes back, and the next one after so long, in which a link shows whether the card carries it; none while it is busy.
 RETURN_MS = 500
-# The adopter keeps them for so long unless it is told again: an origin that died tells nobody.
+# With one adopter, while the card is busy; then with another one. A change of hands may cost the child a pull.
+SAME_MS = 30_000
+# The adopter is told again after so long.
+TELL_MS = 1_000
+# And keeps them for so long unless it is told: an origin that died tells nobody.
 KEPT_MS = 2 * ADOPTED_MS
 # Origins and trees whose children somebody handed over to us.
 ENTRIES_MAX = 4_096
@@ -50,6 +58,8 @@ class _Given:
     """A child that was handed over."""
 
     to: m.NodeId
+    boot: int  # the adopter's life
+    since_ms: int
     until_ms: int
 
 
@@ -58,6 +68,7 @@ class _Taken:
     """Children that an origin has handed over to us."""
 
     children: tuple[m.NodeId, ...]
+    boot: int  # the origin's life
     until_ms: int
 
 
@@ -71,6 +82,7 @@ class Adoption:
     def __init__(self, core: Core) -> None:
         self._core = core
         self._given: dict[tuple[int, int], dict[m.NodeId, _Given]] = {}  # by keyspace and tree, of our own batches
+        self._told_ms: dict[tuple[int, int, m.NodeId], int] = {}  # when an adopter of such a tree was told last
         self._taken: dict[Place, _Taken] = {}
 
     @property
@@ -92,9 +104,7 @@ class Adoption:
             adopter = self._least_loaded(given, children, fullest)
             if adopter is None or any(one.to == fullest.node for one in given.values()):
                 continue
-            given[fullest.node] = _Given(adopter.node, now.monotonic_ms + ADOPTED_MS)
-            self._core.counters.children_handed_over += 1
-            self._tell(place, adopter.node)
+            self._give(place, fullest.node, adopter, now.monotonic_ms)
             children = [node for node in children if node != fullest.node]
         return children
 
@@ -103,7 +113,8 @@ class Adoption:
         taken = self._taken.get((keyspace, origin, tree))
         if taken is None:
             return ()
-        if now.monotonic_ms >= taken.until_ms:
+        link = self._core.links.get(origin)
+        if now.monotonic_ms >= taken.until_ms or link is None or link.boot != taken.boot:
             del self._taken[keyspace, origin, tree]
             return ()
         return taken.children
@@ -118,30 +129,64 @@ class Adoption:
             raise RemoteProtocolError(f"{len(adopt.children)} children to adopt, limit {ADOPTED_MAX}")
         place = adopt.keyspace, link.node, adopt.tree
         self._taken.pop(place, None)
-        if not adopt.children or adopt.keyspace not in self._core.keyspaces:
+        options = self._core.options
+        children = tuple(node for node in dict.fromkeys(adopt.children) if node not in (options.node, link.node))
+        # Leaves forward nothing (R22).
+        if not children or adopt.keyspace not in self._core.keyspaces or options.role not in HOLDER_ROLES:
             return
         while len(self._taken) >= ENTRIES_MAX:
             del self._taken[next(iter(self._taken))]
-        self._taken[place] = _Taken(adopt.children, now.monotonic_ms + KEPT_MS)
+        self._taken[place] = _Taken(children, link.boot, now.monotonic_ms + KEPT_MS)
 
     def _take_back(
         self, place: tuple[int, int], given: dict[m.NodeId, _Given], children: Sequence[m.NodeId], now_ms: int
     ) -> Sequence[m.NodeId]:
         """Whose time is over, or whose adopter is no child of ours any more, is ours again."""
-        calm = self._in_flight([node for node in children if node not in given]) <= links.CREDIT_BYTES_MAX // 2
+        calm = self._is_calm([node for node in children if node not in given])
         for node, one in list(given.items()):
-            gone = one.to not in children or node not in children
+            gone = node not in children or one.to not in children or self._boot_of(one.to) != one.boot
             if gone or (now_ms >= one.until_ms and calm):
                 del given[node]
-                if one.to in children:
-                    self._tell(place, one.to)
+                self._tell(place, one.to, now_ms)
                 calm = False
                 for other, two in given.items():
-                    given[other] = _Given(two.to, max(two.until_ms, now_ms + RETURN_MS))
+                    given[other] = replace(two, until_ms=max(two.until_ms, now_ms + RETURN_MS))
             elif now_ms >= one.until_ms:
-                given[node] = _Given(one.to, now_ms + RETURN_MS)
-                self._tell(place, one.to)  # it forgets what it is not told again
+                self._keep(place, given, children, node, now_ms)
+        for adopter in dict.fromkeys(one.to for one in given.values()):
+            if now_ms - self._told_ms[(*place, adopter)] >= TELL_MS:
+                self._tell(place, adopter, now_ms)
         return [node for node in children if node not in given]
+
+    def _keep(
+        self, place: tuple[int, int], given: dict[m.NodeId, _Given], children: Sequence[m.NodeId], node: m.NodeId, now_ms: int
+    ) -> None:
+        """The card is busy: it stays handed over, but not for ever with the same one, nor with who has no credit itself."""
+        one = given[node]
+        adopter, child = self._core.links.get(one.to), self._core.links.get(node)
+        another = None
+        if child is not None and (adopter is None or not adopter.has_credit() or now_ms - one.since_ms >= SAME_MS):
+            others = [other for other in children if other != one.to]
+            another = self._least_loaded(given, others, None)
+        given[node] = replace(one, until_ms=now_ms + RETURN_MS)
+        if another is not None and not any(two.to == node for two in given.values()):
+            self._give(place, node, another, now_ms)
+            self._tell(place, one.to, now_ms)
+
+    def _give(self, place: tuple[int, int], node: m.NodeId, adopter: Link, now_ms: int) -> None:
+        self._given[place][node] = _Given(adopter.node, adopter.boot, now_ms, now_ms + ADOPTED_MS)
+        self._core.counters.children_handed_over += 1
+        self._tell(place, adopter.node, now_ms)
+
+    def _is_calm(self, children: Sequence[m.NodeId]) -> bool:
+        """Whether one more copy fits; not while anything waits, which would be overtaken by the news that a child came back."""
+        open_links = self._core.links
+        waits = any(open_links[node].waiting for node in children if node in open_links)
+        return not waits and self._in_flight(children) <= links.CREDIT_BYTES_MAX // 2
+
+    def _boot_of(self, node: m.NodeId) -> int | None:
+        link = self._core.links.get(node)
+        return None if link is None else link.boot
 
     def _full(self, given: dict[m.NodeId, _Given], children: Sequence[m.NodeId], size: int) -> list[Link]:
         """Children that are to be handed over now, the fullest first; those that feed others stay ours."""
@@ -157,8 +202,9 @@ class Adoption:
         open_links = self._core.links
         return sum(open_links[node].bytes_in_flight for node in children if node in open_links)
 
-    def _least_loaded(self, given: dict[m.NodeId, _Given], children: Sequence[m.NodeId], other: Link) -> Link | None:
+    def _least_loaded(self, given: dict[m.NodeId, _Given], children: Sequence[m.NodeId], other: Link | None) -> Link | None:
         """Who can feed one more, and has less in flight."""
+        members = self._core.membership.members
         counts: dict[m.NodeId, int] = {}
         for one in given.values():
             counts[one.to] = counts.get(one.to, 0) + 1
@@ -169,14 +215,19 @@ class Adoption:
             and counts.get(node, 0) < ADOPTED_MAX
             and (link := self._core.links.get(node)) is not None
             and link.version >= wire.since(m.Adopt)
-            and link is not other
-            and link.bytes_in_flight <= other.bytes_in_flight
+            and (other is None or (link is not other and link.bytes_in_flight <= other.bytes_in_flight))
+            and node in members
+            and members[node].record.role in HOLDER_ROLES
         ]
         return min(fit, key=lambda link: link.bytes_in_flight, default=None)
 
-    def _tell(self, place: tuple[int, int], adopter: m.NodeId) -> None:
+    def _tell(self, place: tuple[int, int], adopter: m.NodeId, now_ms: int) -> None:
         """Whom the adopter has from us by now."""
-        link = self._core.link(adopter)
+        children = tuple(node for node, one in self._given.get(place, {}).items() if one.to == adopter)
+        if children:
+            self._told_ms[(*place, adopter)] = now_ms
+        else:
+            self._told_ms.pop((*place, adopter), None)
+        link = self._core.links.get(adopter)
         if link is not None:
-            children = tuple(node for node, one in self._given.get(place, {}).items() if one.to == adopter)
             self._core.send(link, m.Adopt(*place, children))

@@ -120,18 +120,18 @@ class Link:
         self.traffic.sessions_broken += 1
 
     def on_ack(self, session: int, sequence: int) -> bool:
-        """Release credit for an applied prefix; True when it released any.
+        """Release credit for an applied prefix; True when it released any, of bytes or of messages (beats have no bytes).
 
         Acks of older sessions mean nothing, nor do those of what was never sent: they may be meant for a link that we forgot,
         or be told by somebody who would like more than the credit.
         """
         if session != self.session_out or sequence > self._sequence_out:
             return False
-        released = 0
+        released, before = 0, len(self._in_flight)
         while self._in_flight and self._in_flight[0][0] <= sequence:
             released += self._in_flight.popleft()[1]
         self.bytes_in_flight -= released
-        return released > 0
+        return len(self._in_flight) < before
 
     @property
     def waits_for_ack(self) -> bool:

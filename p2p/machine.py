@@ -478,7 +478,10 @@ class Machine:
         core = self._core
         for link in core.links.values():
             # Most links carry heartbeats alone; whether their peers live need not be asked.
-            if not link.waits_for_ack or not core.membership.alive(link.node, now.monotonic_ms):
+            if not link.waits_for_ack:
+                continue
+            if not core.membership.alive(link.node, now.monotonic_ms):
+                self._push.drop_waiting(link)  # it may be gone for good; if it comes back, it pulls
                 continue
             if link.is_stuck(now.monotonic_ms):
                 core.note("session_stuck", peer=link.node, bytes_in_flight=link.bytes_in_flight)
@@ -523,8 +526,10 @@ class Machine:
             self._progress(keyspace, now)
 
     def _pump(self, link: Link) -> None:
-        self._push.pump(link)
         outbox = self._pull.outboxes.get(link.node)
+        if outbox is not None and outbox.is_due(link):
+            outbox.pump(self._core, link)
+        self._push.pump(link)
         if outbox is not None:
             outbox.pump(self._core, link)
             if not outbox.streams:  # only those that stream are looked at again and again

@@ -17,6 +17,9 @@ from p2p.replica import U64, RowColumns, Selection
 
 # Payload of one chunk: large enough that a chunk's cost is its rows, small enough that batches slip in between.
 CHUNK_BYTES_MAX = 1 << 20
+# Batches go first, but of so many chunks' worth of them one is a repair's: a fifth, as of a backlog (R16). Else a link that is
+# full of batches would bring none of those that are missing before them.
+CHUNK_EVERY = 4
 # Chunks built per event, so that a joining node does not stall the stream of everyone else.
 CHUNKS_PER_EVENT = 2
 # Streams towards one peer, one a keyspace; a new request for a keyspace replaces the stream it makes pointless.
@@ -46,6 +49,7 @@ class Outbox:
     """Streams waiting for credit towards one life of one peer."""
 
     streams: dict[int, PullStream] = field(default_factory=dict)  # by keyspace
+    chunk_at: int | None = None  # bytes that the link had sent after the last chunk, or when the first wanted to go
 
     @property
     def rows_due(self) -> int:
@@ -54,10 +58,18 @@ class Outbox:
             stream.row_offset for stream in self.streams.values()
         )
 
+    def is_due(self, link: Link) -> bool:
+        """Whether batches had so much of the link meanwhile that a chunk may use their half of the credit."""
+        if not self.streams or self.chunk_at is None:
+            return False
+        return link.traffic.bytes_out - self.chunk_at >= CHUNK_EVERY * CHUNK_BYTES_MAX and link.has_credit()
+
     def pump(self, core: Core, link: Link) -> None:
         """Send the next chunks, while there is credit; the timer comes back for more."""
+        if self.chunk_at is None:
+            self.chunk_at = link.traffic.bytes_out
         for _ in range(CHUNKS_PER_EVENT):
-            if not self.streams or not link.has_credit_for_repairs():
+            if not self.streams or not (link.has_credit_for_repairs() or self.is_due(link)):
                 return
             stream = next(iter(self.streams.values()))
             keyspace = core.keyspaces[stream.keyspace]
@@ -65,6 +77,7 @@ class Outbox:
             core.emit(m.Send(link.address, link.next_envelope(chunk.payload_bytes), chunk))
             link.traffic.rows_out += chunk.row_count
             link.traffic.bytes_out += chunk.payload_bytes
+            self.chunk_at = link.traffic.bytes_out
             core.counters.pull_rows_sent += chunk.row_count
             if chunk.last:
                 del self.streams[stream.keyspace]

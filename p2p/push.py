@@ -279,7 +279,8 @@ class Push:
         if hops == 0:
             return self.adoption.fed_by_us(batch, children, now)
         if hops == 1:
-            return (*children, *self.adoption.taken(batch.keyspace, batch.origin, batch.tree, now))
+            taken = self.adoption.taken(batch.keyspace, batch.origin, batch.tree, now)
+            return (*children, *(node for node in taken if node not in children)) if taken else children
         return children
 
     def _trees(self, keyspace: Keyspace, now: m.Now) -> Trees:

@@ -202,6 +202,7 @@ def _draw_network(scenario: Scenario, rng: random.Random) -> NetworkOptions:
         afterlife_probability=rng.choice([0.0, 0.5, 1.0]),
         rate_bytes_per_ms=rng.choice([0.0, 0.0, 1_000.0, 200.0, 60.0]),
         links={**base.links, **_draw_links(scenario, rng)},
+        card_bytes_per_ms=rng.choice([0.0, 0.0, 0.0, 400.0, 100.0]),
     )
 
 
