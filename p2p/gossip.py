@@ -18,7 +18,7 @@ from p2p.links import Link
 from p2p.membership import FANOUT, HEARTBEAT_MS
 from p2p.pull import Pull
 from p2p.retirement import Retirement
-from p2p.stamps import AHEAD_MS_MAX
+from p2p.stamps import AHEAD_MS_MAX, unix_ms_of
 
 # Heartbeats more each interval for the sake of partitions, one of which none of the usual receivers may hold.
 PARTNERS_MAX = FANOUT
@@ -211,14 +211,22 @@ class Gossip:
         return peers > 0 and abs(error_ms) < CLOCK_ERROR_MS_MAX
 
     def check_clock(self, now: m.Now) -> None:
-        """Refuse to write by a clock that the others do not share (R14).
+        """Refuse to write by a clock that the others do not share, or in a future that it shared once (R14).
 
         Raises:
-            LocalProtocolError: it differs too much from the median of theirs.
+            LocalProtocolError: it differs too much from the median of theirs; or the next stamp, which follows all before it,
+                would be so far ahead that nobody took it.
         """
         error_ms, peers = self._core.membership.suspicion.clock_error_ms(now.unix_ms, now.monotonic_ms)
         if abs(error_ms) >= CLOCK_ERROR_MS_MAX:
             raise LocalProtocolError(
                 f"this node's clock is {abs(error_ms) / 1000:.1f} s {'ahead of' if error_ms > 0 else 'behind'} the median of "
                 f"{peers} peers, limit {CLOCK_ERROR_MS_MAX / 1000:.0f} s: set the clock (NTP), then publish again"
+            )
+        ahead_ms = unix_ms_of(self._core.clock.last) - now.unix_ms
+        if ahead_ms > AHEAD_MS_MAX:
+            raise LocalProtocolError(
+                f"this node's last stamp is {ahead_ms / 1000:.1f} s ahead of its clock, which was set back since, and no peer "
+                f"takes one later than {AHEAD_MS_MAX / 1000:.0f} s ahead: publish when the clock has come so far, or begin "
+                "anew with an empty run_dir"
             )

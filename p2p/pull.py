@@ -246,7 +246,7 @@ class Pull:
         if equal:
             self._note_caught_up(keyspace, now)
         if summary.vector_digest == own[0]:
-            _learn_frontier(keyspace, summary)
+            _learn_frontier(keyspace, summary, now)
         if not keyspace.synced:
             if not equal or not core.options.sync.push:  # without push no batch will move the frontier
                 self.ask(keyspace, link, now, "joining")
@@ -451,13 +451,17 @@ class Pull:
             del self._seen[key]
 
 
-def _learn_frontier(keyspace: Keyspace, summary: m.KeyspaceSummary) -> None:
+def _learn_frontier(keyspace: Keyspace, summary: m.KeyspaceSummary, now: m.Now) -> None:
     """Somebody with our vector has everything of a writer up to some step, so we do.
 
     Steps without rows move a frontier and no vector. If the last of them, before its writer died, had reached only some, these
     would be ahead for ever, and the others would pull whenever a heartbeat finds a batch on its way.
     """
     knowledge = keyspace.knowledge
-    ahead = [(w, stamp) for w, stamp in summary.frontier if stamp > int(knowledge.frontier[w]) and w not in knowledge.settled]
+    ahead = [
+        (w, stamp)
+        for w, stamp in summary.frontier
+        if stamp > int(knowledge.frontier[w]) and w not in knowledge.settled and unix_ms_of(stamp) - now.unix_ms <= AHEAD_MS_MAX
+    ]
     if ahead:
         knowledge.learn_frontier(np.array([w for w, _ in ahead], np.uint16), np.array([stamp for _, stamp in ahead], np.uint64))

@@ -1,6 +1,7 @@
 """Suspicion and the register alone, and the scenarios that they exist for in virtual time."""
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from p2p.machine import Machine
 from p2p.membership import Membership, fingers_of, place_of
 from p2p.suspicion import FLAP_FORGET_MS, FLAP_HOLD_MS, HEARTBEAT_MS, SILENCE_INTERVALS, Suspicion
 from p2p.trees import Holder
+from sim_cluster.checkers import contents
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import CALM, REGIONS, at_rest
@@ -384,6 +386,28 @@ def test_a_flapping_node_is_held_out_of_the_trees_and_still_catches_up() -> None
     at_rest(cluster, 10_000)
     cluster.run(60_000)
     assert all("us1" in holders(cluster, name) for name in others)
+
+
+def test_who_wrote_in_the_future_says_so_until_its_clock_is_there() -> None:
+    """R14: its stamps go on from the last one, and all peers would refuse them although its clock is right again."""
+    cluster = VirtualCluster(3)
+    cluster.add("t1", "home", "train")
+    cluster.run(1_000)
+    cluster.shift_clock("t1", 100_000)
+    assert cluster.publish("t1", "item", [1], 1.0)
+    cluster.shift_clock("t1", -100_000)
+    cluster.add("eu1", "eu", "serve", ["t1"])
+    cluster.run(3_000)
+    assert not cluster.publish("t1", "item", [2], 2.0)
+    refused = cluster.nodes["t1"].replies[max(cluster.nodes["t1"].replies)]
+    assert isinstance(refused, m.Refused)
+    assert re.search(r"last stamp is 9\d\.\d s ahead of its clock, .* later than 60 s ahead: publish when", refused.reason), (
+        refused.reason
+    )
+    cluster.run(45_000)
+    assert cluster.publish("t1", "item", [2], 2.0)
+    cluster.run(5_000)
+    assert len(contents(cluster.nodes["eu1"].store, "ctr")) == 2
 
 
 @pytest.mark.parametrize("by_ms", [-31_000, 31_000])
