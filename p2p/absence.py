@@ -46,7 +46,7 @@ class Absence:
         core = self._core
         if core.deaf or not all(keyspace.synced for keyspace in core.keyspaces.values()):
             return False
-        if core.membership.protocol_min(now.monotonic_ms) < 2:
+        if core.membership.protocol_min_known() < 2:
             return False  # they could not be told
         live = core.membership.live_nodes(now.monotonic_ms)
         silent = {node for node, absent in core.record.absent.items() if not absent.left}

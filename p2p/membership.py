@@ -161,6 +161,11 @@ class Membership:
             view.protocol_min = protocol_of(int(self.suspicion.version[alive].min(initial=np.uint64(self.own.version))))
         return view.protocol_min
 
+    def protocol_min_known(self, but: str = "") -> int:
+        """The oldest protocol version of all who have not left, the silent ones included, `but` one excepted."""
+        staying = [member.record for member in self.members.values() if not member.record.left and member.record.node != but]
+        return min(protocol_of(record.version) for record in (self.own, *staying))
+
     def holders(self, now_ms: int, place: Place | None = None) -> tuple[Holder, ...]:
         """The holders of a place fit to forward, ourselves included, sorted; we are asked only for places that we hold."""
         key, view = _divided(place), self._see(now_ms)

@@ -77,9 +77,10 @@ class Retirement:
             raise LocalProtocolError(f"node {node!r} cannot expel itself: ask another node")
         if core.membership.alive(node, now.monotonic_ms):
             raise LocalProtocolError(f"node {node!r} is alive: stop it first, then expel it")
-        old = core.membership.protocol_min(now.monotonic_ms)
-        if old < 2:
-            raise LocalProtocolError("nodes of protocol version 1 do not understand expulsion: upgrade all nodes first")
+        if core.membership.protocol_min_known(but=node) < 2:
+            raise LocalProtocolError(
+                "some node, silent ones included, has protocol version 1, which knows no expulsion: upgrade all nodes first"
+            )
         if member is None and absent is None:
             if any(expelled.node == node for expelled in core.record.expelled.values()):
                 raise LocalProtocolError(f"node {node!r} was expelled already, and has not come back since")

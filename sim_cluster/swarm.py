@@ -445,7 +445,7 @@ class _Run:
         others = [one for one in cluster.nodes.values() if one is not node]
         asked = next((one for one in others if one.machine is not None and not one.paused), None)
         # Who runs version 1 would not be let in again afterwards: operators upgrade first (decision 0020).
-        if asked is not None and all(one.protocol_version > FIRST_VERSION for one in others):
+        if asked is not None and all(one.protocol_version > FIRST_VERSION for one in cluster.nodes.values()):
             reply = cluster.request(asked.name, lambda number: m.ExpelRequested(number, event.node))
             if isinstance(reply, m.Expelled):  # what nobody else holds of it is given up (R13)
                 cluster.history = still_held(cluster.history, [one.store for one in others], cluster.models)

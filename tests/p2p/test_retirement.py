@@ -148,6 +148,20 @@ def refusal(cluster: VirtualCluster, name: str, at: str) -> str:
     return reply.reason
 
 
+def test_nobody_is_expelled_while_a_silent_node_would_not_understand() -> None:
+    """When it came back, nobody could tell it, and all would refuse its pulls for ever."""
+    cluster = VirtualCluster(1)
+    for name, version in (("t1", 2), ("eu1", 2), ("eu2", 1), ("us1", 2)):
+        cluster.add(
+            name, name[:2], "train" if name == "t1" else "serve", [] if name == "t1" else ["t1"], protocol_version=version
+        )
+    formed(cluster)
+    cluster.crash("us1")
+    cluster.pause("eu2")
+    cluster.run(15_000)
+    assert "silent ones included, has protocol version 1" in refusal(cluster, "us1", "t1")
+
+
 def test_who_cannot_be_expelled() -> None:
     cluster = form(1)
     formed(cluster)
