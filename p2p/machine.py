@@ -334,7 +334,7 @@ class Machine:
             ):
                 self._core.counters.pulls_refused += 1
             case m.PullRequest():
-                self._pull.on_request(link, asked, now)
+                self._pull.answers.on_request(link, asked, now)
                 self._pump(link)
             case m.VersionsWanted():
                 self._pull.round_answers.on_versions_wanted(link, asked)
@@ -518,7 +518,7 @@ class Machine:
         """A frontier may have moved: tell readers how fresh they are, and peers who wait."""
         keyspace.replica.set_synced_until(status.synced_until(self._core, keyspace, now))
         self._reach.on_progress(keyspace)
-        self._pull.on_progress(keyspace, now)
+        self._pull.answers.on_progress(keyspace, now)
 
     def _progress_of(self, number: int, now: m.Now) -> None:
         keyspace = self._core.keyspaces.get(number)

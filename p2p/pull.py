@@ -12,7 +12,6 @@ Without push pulls are regular (`p2p.schedule`), and none of these counts but a 
 versions (`p2p.rounds`) would not see it.
 """
 
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,15 +19,16 @@ import numpy as np
 from p2p import messages as m
 from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
-from p2p.intake import bindings_of, check_rows, take_rows
+from p2p.intake import check_rows, take_rows
 from p2p.links import Link
-from p2p.outbox import STREAMS_MAX, Outbox, PullStream
+from p2p.outbox import STREAMS_MAX, Outbox
 from p2p.placement import may_hold
+from p2p.pull_answers import PullAnswers
 from p2p.replica import U64
 from p2p.round_answers import RoundAnswers
 from p2p.rounds import Rounds
 from p2p.shard_versions import OwnVersions
-from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX, unix_ms_of, writer_of
+from p2p.stamps import AHEAD_MS_MAX, unix_ms_of, writer_of
 
 # Messages of one tree come in order. One that was overtaken on its own tree is missing; where the view just changed, or one of
 # them was repeated, that heals by itself within this. A pull may cost a scan.
@@ -42,10 +42,6 @@ GAP_DOUBLINGS_MAX = 5
 ORIGIN_EVERY = 4
 # After this many it is given up: whoever had the missing step is gone, and what is left of it spreads as strays (R8).
 GAP_TRIES_MAX = 8
-# Who asks us for what we lack ourselves waits for so long, well below `PULL_SILENCE_MS`: an answer would be what came after the
-# gap, which it has as well, and not what is missing. Then it is answered all the same.
-HELD_MS_MAX = 1_000
-HELD_MAX = 256
 # Lives and keyspaces of which we remember when we last got everything.
 PULLED_MAX = 65_536
 # An answer that stands still this long is given up, and asked of somebody else.
@@ -73,14 +69,6 @@ class _Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
-    """A question that waits, since we lack what it is about."""
-
-    request: m.PullRequest
-    until_ms: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Seen:
     """A peer's last summary of a keyspace, and our own state when it came."""
 
@@ -90,19 +78,18 @@ class _Seen:
 
 
 class Pull:
-    """The pulling part of the machine: asks, answers, and notices when to ask."""
+    """The pulling part of the machine: asks, and notices when to ask; `answers` is the other side."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._asked: dict[int, _Asked] = {}  # by keyspace: one at a time
         self._seen: dict[tuple[str, int, int], _Seen] = {}  # (node, boot, keyspace)
-        self._bases: dict[int, U64] = {}  # by keyspace: zeros, but while an asker's vector is compared
         self.outboxes: dict[str, Outbox] = {}  # by node
+        self.answers = PullAnswers(core, self.outboxes)
         self.versions = OwnVersions(core.options.boot, core.rng)
         self.rounds = Rounds(core, self.versions)
         self.round_answers = RoundAnswers(core, self.versions, self.outboxes)
         self._requests = 0
-        self._held: dict[int, dict[int, _Held]] = {}  # by keyspace and the asker's boot: they wait until our gap is closed
         self._pulled_ms: dict[tuple[int, int], int] = {}  # (boot, keyspace) -> when we asked, of the last that was completed
 
     @property
@@ -114,11 +101,6 @@ class Pull:
     def summaries(self) -> int:
         """Heartbeats' summaries that are kept, to be compared with the next."""
         return len(self._seen)
-
-    @property
-    def held(self) -> int:
-        """Questions that wait until a gap of ours is closed, of the keyspace with most."""
-        return max(map(len, self._held.values()), default=0)
 
     # --- asking
 
@@ -297,7 +279,7 @@ class Pull:
             self._abandon(number, "no answer")
         for keyspace in self._core.keyspaces.values():
             self._check_gap(keyspace, now)
-            self.on_progress(keyspace, now)
+            self.answers.on_progress(keyspace, now)
             if not keyspace.synced and keyspace.replica.place.partitions > 1:
                 self._check_alone(keyspace, now)
 
@@ -333,7 +315,7 @@ class Pull:
             knowledge.give_up(keyspace.gap_writer)
             return
         # The batch's sender: it is near. If it has the same gap it asks above our region, and we wait for what it gets
-        # (`_Held`). So what the origin sends once is not asked of it by every node; but now and then it is, in case.
+        # (`PullAnswers`). So what the origin sends once is not asked of it by every node; but now and then it is, in case.
         turn = keyspace.gap_tries % ORIGIN_EVERY == ORIGIN_EVERY - 1
         first, second = keyspace.gap_origin if turn else keyspace.gap_peer, keyspace.gap_origin
         link = self._core.link(first) or self._core.link(second)
@@ -360,87 +342,6 @@ class Pull:
             keyspace.stray_digest_ms = now.monotonic_ms
             keyspace.strays_possible = keyspace.stray_digest != 0
         return keyspace.knowledge.digest(), keyspace.stray_digest
-
-    # --- answering
-
-    def on_progress(self, keyspace: Keyspace, now: m.Now) -> None:
-        """Our frontiers may have moved: who waited for that is answered."""
-        held = self._held.get(keyspace.replica.keyspace)
-        if not held:
-            return
-        for boot, one in list(held.items()):
-            if now.monotonic_ms < one.until_ms and self._lacks_the_same(keyspace, one.request):
-                continue
-            del held[boot]
-            link = self._core.by_boot.get(boot)
-            # What both sides know of retirements may have changed since they were compared.
-            if link is not None and one.request.retired_digest == self._core.retired_digest:
-                self.on_request(link, one.request, now, waited=True)
-                if link.node in self.outboxes:
-                    self.outboxes[link.node].pump(self._core, link)
-
-    @staticmethod
-    def _lacks_the_same(keyspace: Keyspace, request: m.PullRequest) -> bool:
-        """Whether we wait for steps, too, and are no farther than the asker: all that we could send is what came after them.
-
-        Only where we ask above our region; else two who ask each other would wait for nothing.
-        """
-        knowledge = keyspace.knowledge
-        if not knowledge.open_steps or not keyspace.gap_upstream:
-            return False
-        told = np.zeros(len(knowledge.frontier), np.uint64)
-        told[request.writers] = request.frontier
-        return bool((knowledge.frontier <= told).all())
-
-    def on_request(self, link: Link, request: m.PullRequest, now: m.Now, waited: bool = False) -> None:
-        """Select what the asker lacks and start to stream it.
-
-        Raises:
-            RemoteProtocolError: the vector is not one of this keyspace.
-        """
-        core = self._core
-        keyspace = core.keyspaces.get(request.keyspace)
-        outbox = self.outboxes.setdefault(link.node, Outbox())
-        if keyspace is None or (len(outbox.streams) >= STREAMS_MAX and request.keyspace not in outbox.streams):
-            core.counters.pulls_refused += 1
-            return
-        if request.shards != keyspace.knowledge.shards:
-            raise RemoteProtocolError(f"pull of {request.shards} shards, the keyspace has {keyspace.knowledge.shards}")
-        if len(request.nonces) and not core.same_writers(
-            link.node, keyspace.replica.place.family, request.writers.tolist(), request.nonces.tolist()
-        ):
-            core.counters.pulls_refused += 1
-            return
-        if not waited and self._lacks_the_same(keyspace, request):
-            held = self._held.setdefault(request.keyspace, {})
-            if link.boot in held or len(held) < HELD_MAX:
-                held[link.boot] = _Held(request, now.monotonic_ms + HELD_MS_MAX)
-                return
-        told, settled = set(request.writers.tolist()), keyspace.knowledge.settled
-        writers = np.union1d(keyspace.knowledge.writers, [w for w in settled if w in told]).astype(np.uint16)
-        # Read before the rows are selected: what is written meanwhile may be sent, and is not claimed.
-        vector = np.ascontiguousarray(keyspace.knowledge.vector[:, writers])
-        frontier = keyspace.knowledge.frontier[writers]
-        # One for all requests: a fresh one costs 6 us a shard, since 32 KiB of it are made and thrown away, 0.1 us of it used.
-        base = self._bases.get(request.keyspace)
-        if base is None:
-            base = self._bases[request.keyspace] = np.zeros((request.shards, WRITERS_MAX), np.uint64)
-        base[:, request.writers] = request.vector
-        # Who agrees with us on what is retired leaves out what it has all of.
-        reached = [writer for writer in settled if writer not in told]
-        for writer in reached:
-            base[:, writer] = settled[writer]
-        select = keyspace.replica.changed_since if core.options.sync.cache else keyspace.replica.scan_since
-        try:
-            selections = deque(select(base))
-        finally:
-            base[:, request.writers] = 0
-            base[:, reached] = 0
-        outbox.streams.pop(request.keyspace, None)
-        outbox.streams[request.keyspace] = PullStream(
-            request.keyspace, request.request, writers, vector, frontier, selections, *bindings_of(core, keyspace)
-        )
-        core.counters.pulls_served += 1
 
     def forget(self, node: str) -> None:
         """A peer's life ended: drop what was meant for it and what it had told us."""

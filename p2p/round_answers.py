@@ -101,7 +101,7 @@ class RoundAnswers:
         settled = keyspace.knowledge.settled
         writers = np.union1d(keyspace.knowledge.writers, list(settled)).astype(np.uint16)
         base = self._bases.get(wanted.keyspace)
-        if base is None:  # one for all answers, as in `Pull`
+        if base is None:  # one for all answers, as in `PullAnswers`
             base = self._bases[wanted.keyspace] = np.zeros((keyspace.knowledge.shards, WRITERS_MAX), np.uint64)
         base[:, writers] = _ABOVE_ALL
         base[np.ix_(wanted.shards, writers)] = 0

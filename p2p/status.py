@@ -8,7 +8,8 @@ from p2p.adoption import ENTRIES_MAX
 from p2p.core import Core, Keyspace
 from p2p.knowledge import OPEN_STEPS_MAX
 from p2p.outbox import STREAMS_MAX
-from p2p.pull import HELD_MAX, Pull
+from p2p.pull import Pull
+from p2p.pull_answers import HELD_MAX
 from p2p.push import Push
 from p2p.reach import Reach
 from p2p.rounds import LISTS_MAX
@@ -170,7 +171,7 @@ def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach) -> tup
         QueueStatus("links", max(len(core.links), len(core.by_boot)), membership.MEMBERS_MAX),
         QueueStatus("summaries", pulling.summaries, len(core.keyspaces) * membership.MEMBERS_MAX),
         QueueStatus("pull_streams", streams, STREAMS_MAX),
-        QueueStatus("pulls_held", pulling.held, HELD_MAX),
+        QueueStatus("pulls_held", pulling.answers.held, HELD_MAX),
         QueueStatus("children_adopted", pushing.adoption.entries, ENTRIES_MAX),
         QueueStatus("neighbour_lists", pulling.rounds.lists, LISTS_MAX),
         QueueStatus("batches_seen", pushing.seen, push.SEEN_MAX),

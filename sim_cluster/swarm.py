@@ -17,7 +17,7 @@ import numpy as np
 
 from ekko.model import ModelSpec, TableSpec
 from ekko.store import recent
-from p2p import knowledge, links, outbox, pull, push, reach, round_answers, status, wire
+from p2p import knowledge, links, outbox, pull, pull_answers, push, reach, round_answers, status, wire
 from p2p import messages as m
 from p2p.ledger import NodeRecord
 from p2p.machine import NodeStatus
@@ -114,7 +114,7 @@ def short_queues(wanted: bool) -> Iterator[None]:
         (reach, "QUESTIONS_MAX", 2),
         # Those that other modules have under the same name.
         (status, "OPEN_STEPS_MAX", 8),
-        *((module, "STREAMS_MAX", 1) for module in (outbox, pull, round_answers, status)),
+        *((module, "STREAMS_MAX", 1) for module in (outbox, pull, pull_answers, round_answers, status)),
     )
     with _changed(changes if wanted else ()):
         yield

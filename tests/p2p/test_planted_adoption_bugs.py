@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from ekko.model import ModelSpec, TableSpec
-from p2p import adoption, links, outbox, pull, waiting
+from p2p import adoption, links, outbox, pull_answers, waiting
 from p2p import messages as m
 from p2p.links import Link
 from p2p.machine import Machine
@@ -103,7 +103,7 @@ def two_have_the_same_gap(_seed: int) -> None:
     cluster.run(1)
     cluster.cut = set()
     stamp = cluster.publish("n0", "item", range(10), 2.0)
-    held = cluster.run_until(lambda: any(machine_of(cluster, name)._pull.held for name in ("n1", "n2")), 1_000, 1)
+    held = cluster.run_until(lambda: any(machine_of(cluster, name)._pull.answers.held for name in ("n1", "n2")), 1_000, 1)
     assert held, "the scenario let nobody wait"
     cluster.run(4_000)
     assert frontier_min(cluster) >= stamp > 0
@@ -155,7 +155,7 @@ def the_last_to_wait_goes_first(patch: pytest.MonkeyPatch) -> None:
 
 def who_waits_for_an_answer_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     """0011: a question that was put aside stays there."""
-    patch.setattr(pull.Pull, "on_progress", lambda *_: None)
+    patch.setattr(pull_answers.PullAnswers, "on_progress", lambda *_: None)
 
 
 def an_adopter_forwards_unasked(patch: pytest.MonkeyPatch) -> None:
