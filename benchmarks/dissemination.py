@@ -7,8 +7,12 @@ under its lock, and covered by claims, so that what is lost would be noticed. Th
 
 A round ends when the slowest replica has applied everything that was published, and the time until then counts. Nobody may
 drop: the opponents' publishers are held back by counters in shared memory, ekko's by `Publisher.wait` for an earlier step.
+
+Rates of a machine whose cores are all busy are decided by what a batch costs: `cpu` says who spends what, and who limits. It is
+left out where a server takes part, which is not counted.
 """
 
+import os
 import statistics
 import time
 from collections import deque
@@ -26,6 +30,7 @@ from benchmarks.baselines.fleet import BaselineError, Fleet, differences
 from benchmarks.baselines.load import Batches, Load
 from benchmarks.baselines.servers import absent, server
 from benchmarks.baselines.sides import SIDES, WINDOW
+from benchmarks.baselines.spent import Round, figures_of, limit_of, stopwatch
 from benchmarks.common import MODEL, TABLE, Figure
 from ekko.codec import rounded
 from sim_cluster.processes import LocalCluster, ModelTables, NodeSpec, free_ports
@@ -58,7 +63,7 @@ def run(quick: bool) -> dict[str, Figure]:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="ekko-bench-")))
         ours = stack.enter_context(_Ours(folder, load))
         fleet = stack.enter_context(Fleet(load, REPLICAS))
-        sides: dict[str, Callable[[float], float]] = {"ekko": partial(ours.round, "float32")}
+        sides: dict[str, Callable[[float], Round]] = {"ekko": partial(ours.round, "float32")}
         sides["ekko_float16"] = partial(ours.round, "float16")
         notes: dict[str, Figure] = {}
         ports: dict[str, int] = {}
@@ -71,21 +76,22 @@ def run(quick: bool) -> dict[str, Figure]:
             if kind not in ports:
                 ports[kind] = stack.enter_context(server(kind, folder / kind)) if side.server else free_ports(1)[0]
             sides[name] = partial(fleet.round, name, ports[kind])
-        rates = _alternate(sides, rounds, seconds, warm_s)
+        found = _alternate(sides, rounds, seconds, warm_s)
         notes |= ours.notes()
-    return _figures(rates, notes)
+    rates = {name: [one.rows_per_s for one in own] for name, own in found.items()}
+    return _figures(rates, notes) | _spent(found)
 
 
 def _alternate(
-    sides: dict[str, Callable[[float], float]], rounds: int, seconds: float, warm_s: float
-) -> dict[str, list[float]]:
+    sides: dict[str, Callable[[float], Round]], rounds: int, seconds: float, warm_s: float
+) -> dict[str, list[Round]]:
     for side in sides.values():
         side(warm_s)
-    rates: dict[str, list[float]] = {name: [] for name in sides}
+    found: dict[str, list[Round]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
-            rates[name].append(side(seconds))
-    return rates
+            found[name].append(side(seconds))
+    return found
 
 
 def _figures(rates: dict[str, list[float]], notes: dict[str, Figure]) -> dict[str, Figure]:
@@ -100,6 +106,15 @@ def _figures(rates: dict[str, list[float]], notes: dict[str, Figure]) -> dict[st
         for name, found in rates.items()
     ]
     return figures | notes
+
+
+def _spent(found: dict[str, list[Round]]) -> dict[str, Figure]:
+    """What a batch costs, and what limits, of sides without a server."""
+    counted = {name: rounds for name, rounds in found.items() if name not in SIDES or SIDES[name].server is None}
+    limits: dict[str, Figure] = {f"{name}_limited_by": limit_of(rounds) for name, rounds in counted.items()}
+    for name, role in limits.items():
+        limits[name] = f"all {len(os.sched_getaffinity(0))} cores" if role == "all" else f"{role}: the busiest process"
+    return limits | {"cpu": [cell for name, rounds in counted.items() for cell in figures_of(name, rounds)]}
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> float:
@@ -143,7 +158,7 @@ class _Ours:
     def _wait(self, publisher: ekko.Publisher, stamp: int) -> None:
         publisher.wait(stamp, "all", WAIT_S_MAX)
 
-    def round(self, codec: str, seconds: float) -> float:
+    def round(self, codec: str, seconds: float) -> Round:
         """Rows a second that the slowest replica applied.
 
         Raises:
@@ -153,6 +168,8 @@ class _Ours:
         publisher = self._publishers[codec]
         asked: deque[int] = deque()
         number = 0
+        before = self._forwarded()
+        spent = stopwatch({"publisher": [os.getpid()]} | {spec.id: [self._cluster[spec.id].pid] for spec in (TRAIN, *SERVE)})
         begin = time.monotonic()
         while time.monotonic() < begin + seconds:
             stamp = self._publish(publisher, number)
@@ -162,14 +179,28 @@ class _Ours:
                 if len(asked) * ASK_EVERY >= WINDOW:
                     self._wait(publisher, asked.popleft())
         self._wait(publisher, stamp)
-        rate = number * self._load.batch_rows / (time.monotonic() - begin)
+        seconds = time.monotonic() - begin
+        spent_s = spent()
+        # Which replica leads follows from the nodes' names and lives: the leader is who sent on most.
+        sent = self._forwarded()
+        leader = max(SERVE, key=lambda spec: sent[spec.id] - before[spec.id]).id
         for spec in SERVE:
             with ekko.Reader(_model_of(codec), run_dir=self._cluster[spec.id].run_dir) as reader:
                 stored = replace(self._batches, blocks=np.stack([rounded(codec, rows) for rows in self._batches.blocks]))
                 wrong = differences(partial(reader.lookup, TABLE), stored, number)
             if wrong:
                 raise BaselineError(f"{spec.id} does not hold {wrong} of the newest batches in {codec}")
-        return rate
+        roles = {
+            "publisher": spent_s["publisher"],
+            "train": spent_s[TRAIN.id],
+            "leader": spent_s[leader],
+            "leaf": [spent_s[spec.id][0] for spec in SERVE if spec.id != leader],
+        }
+        return Round(number * self._load.batch_rows / seconds, number, seconds, roles)
+
+    def _forwarded(self) -> dict[str, int]:
+        """Batches that each node has sent on so far."""
+        return {spec.id: self._cluster[spec.id].status()["counters"]["batches_forwarded"] for spec in (TRAIN, *SERVE)}
 
     def notes(self) -> dict[str, Figure]:
         """How much of it did not go down the trees."""

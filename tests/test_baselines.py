@@ -1,14 +1,18 @@
 """The opponents of the benchmarks are treated fairly, and none gets away with losing a batch."""
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.baselines import fleet, servers, sides
+from benchmarks.baselines import fleet, servers, sides, spent
 from benchmarks.baselines.load import Load
+from sim_cluster.processes import wait_until
 
 LOAD = Load(2_000, 50, 4)
 
@@ -55,7 +59,37 @@ def test_a_round_of_each(side: str, tmp_path: Path) -> None:
         pytest.skip(missing)
     with fleet.Fleet(LOAD, replicas=2) as workers:
         if kind is None:
-            assert workers.round(side, servers.free_ports(1)[0], 0.05) > 0
+            _check_round(workers.round(side, servers.free_ports(1)[0], 0.05))
         else:
             with servers.server(kind, tmp_path) as port:
-                assert workers.round(side, port, 0.05) > 0
+                _check_round(workers.round(side, port, 0.05))
+
+
+def _check_round(one: spent.Round) -> None:
+    assert one.rows_per_s == pytest.approx(one.batches * LOAD.batch_rows / one.seconds)
+    assert {role: len(own) for role, own in one.spent_s.items()} == {"publisher": 1, "replica": 2}
+    assert all(seconds > 0 for own in one.spent_s.values() for seconds in own)
+
+
+def test_processor_time_of_others_is_counted() -> None:
+    worker = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        watch = spent.stopwatch({"worker": [worker.pid], "us": [os.getpid()]})
+        wait_until(lambda: watch()["worker"][0] > 0.1, "a busy process spends time", 30.0)
+        assert watch()["us"][0] < watch()["worker"][0]
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def test_who_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    idle = spent.Round(1.0, 1_000, 10.0, {"publisher": [1.0], "leader": [4.0], "leaf": [3.0, 3.0]})
+    busy = spent.Round(1.0, 1_000, 10.0, {"publisher": [3.0], "leader": [9.0], "leaf": [3.0, 5.0]})
+    assert spent.limit_of([idle]) == "leader"
+    assert spent.limit_of([busy, busy, idle]) == "all"
+    cells = {str(cell["role"]): cell for cell in spent.figures_of("ours", [busy])}
+    assert cells["all"]["cpu_ms_per_batch"] == pytest.approx(20.0)
+    assert cells["leaf"]["cpu_ms_per_batch"] == pytest.approx(4.0)  # of one of them
+    assert cells["leader"]["cores_busy"] == pytest.approx(0.9)
+    assert [role for role, cell in cells.items() if cell["limits"]] == ["all"]

@@ -25,6 +25,7 @@ KEYS = {
         "vs_redis_streams",
         "vs_redis_mset_mget",
         "vs_nats",
+        "cpu",
     },
     "membership": {"detect_s_100", "detect_s_100_loss_50pct", "false_suspicions", "idle_bytes_per_s"},
     "latency": {"p50_ms", "p99_ms", "wan_excess_p99_ms"},
@@ -56,6 +57,12 @@ def test_quick(name: str) -> None:
         assert figures["torn_rows"] == 0
         assert figures["stamps_back"] == 0
         assert figures["rows_read"] > 100_000
+    if name == "dissemination":
+        cells = {(cell["side"], cell["role"]): cell["cpu_ms_per_batch"] for cell in figures["cpu"]}
+        assert all(value > 0 for value in cells.values())
+        roles = {"ekko": ("publisher", "train", "leader", "leaf", "leaf", "leaf"), "raw_zmq": ("publisher", *4 * ("replica",))}
+        for side, own in {**roles, "ekko_float16": roles["ekko"]}.items():
+            assert sum(cells[side, role] for role in own) == pytest.approx(cells[side, "all"], rel=1e-6)
 
 
 def test_the_command_writes_a_table_and_json(tmp_path: Path) -> None:

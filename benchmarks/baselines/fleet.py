@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.baselines.load import F32, U64, Batches, Load
 from benchmarks.baselines.sides import SIDES, WINDOW
+from benchmarks.baselines.spent import Round
 
 READY_S_MAX = 60.0
 CHECKED_BATCHES = 20  # at the end of each round, the newest ones
@@ -61,8 +62,10 @@ class Fleet:
         for pipe in self._pipes:
             _expect(pipe, "started", READY_S_MAX)
 
-    def round(self, side: str, port: int, seconds: float) -> float:
+    def round(self, side: str, port: int, seconds: float) -> Round:
         """Rows a second that the slowest replica applied, from the first batch sent to the last one applied.
+
+        What a server of the side spent is not counted.
 
         Raises:
             BaselineError: a replica missed something, or did not keep up.
@@ -83,14 +86,16 @@ class Fleet:
         publisher.send(len(replicas))
         begin, published = _expect(publisher, "published", seconds + READY_S_MAX)
         try:
-            ends = [_expect(pipe, "applied", READY_S_MAX)[0] for pipe in replicas]
+            applied = [_expect(pipe, "applied", READY_S_MAX) for pipe in replicas]
         except BaselineError as error:
             raise BaselineError(f"{side}: {error}; published and applied: {counters.tolist()}") from None
         # Replicas leave before the publisher: a socket that lost its publisher would join the next round's.
         for pipe in (*replicas, publisher):
             pipe.send("end")
-            _expect(pipe, "ended", READY_S_MAX)
-        return float(published * self._load.batch_rows / (max(ends) - begin))
+            (publisher_s,) = _expect(pipe, "ended", READY_S_MAX)
+        taken = max(end for end, _ in applied) - begin
+        spent_s = {"publisher": [publisher_s], "replica": [replica_s for _, replica_s in applied]}
+        return Round(published * self._load.batch_rows / taken, published, taken, spent_s)
 
     def __enter__(self) -> Self:
         return self
@@ -136,13 +141,14 @@ def _publisher(pipe: Connection, memory: Any, load: Load, _number: int) -> None:
         half = SIDES[order.side].publishing(order.port, batches)
         pipe.send(("ready",))
         half.wait_for(pipe.recv())
-        begin = time.monotonic()
+        begin, begin_s = time.monotonic(), time.process_time()
         half.publish(_paced(counters, begin + order.seconds))
         counters[FINAL] = counters[PUBLISHED]
         pipe.send(("published", begin, int(counters[PUBLISHED])))
         pipe.recv()  # the socket must stay until all have read from it
+        spent_s = time.process_time() - begin_s
         half.close()
-        pipe.send(("ended",))
+        pipe.send(("ended", spent_s))
 
 
 def _paced(counters: U64, until: float) -> Iterator[int | None]:
@@ -174,12 +180,14 @@ def _replica(pipe: Connection, memory: Any, load: Load, number: int) -> None:
             last = time.monotonic()
 
         pipe.send(("ready",))
+        begin_s = time.process_time()
         half.serve(apply, lambda: int(mine[0]) >= int(counters[FINAL]))
+        spent_s = time.process_time() - begin_s
         wrong = differences(lambda keys: table[keys], batches, int(mine[0]))
-        pipe.send(("wrong", f"{wrong} batches of {order.side}") if wrong else ("applied", last))
+        pipe.send(("wrong", f"{wrong} batches of {order.side}") if wrong else ("applied", last, spent_s))
         pipe.recv()
         half.close()
-        pipe.send(("ended",))
+        pipe.send(("ended", spent_s))
 
 
 def differences(look_up: Callable[[U64], F32], batches: Batches, count: int) -> int:
