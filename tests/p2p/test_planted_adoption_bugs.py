@@ -1,7 +1,9 @@
 """What may go wrong where a busy origin hands children over and batches wait; each rule is switched off once on purpose."""
 
 from collections import deque
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -129,6 +131,52 @@ def an_adopter_begins_anew(_seed: int) -> None:
     assert boots <= {trainer._core.links[adopter].boot}, "children are with a life that is over"
 
 
+@mock.patch.object(adoption, "SAME_MS", 8_000)  # instead of half a minute
+def an_adopter_does_not_reach_its_child(_seed: int) -> None:
+    """Nothing passes between those two while the card stays busy: another one adopts, and steps come by push again."""
+    cluster = cluster_of_regions()
+    late_ms(cluster)
+    cluster.options = CARD
+    for step in range(4):
+        assert cluster.publish("n0", "item", range(160), float(step))
+        cluster.run(100)
+    child, first = next(iter(given_of(cluster).items()))
+    cluster.cut = {(first, child), (child, first)}
+
+    def goes_on() -> bool:
+        assert cluster.publish("n0", "item", range(cluster.now_ms % 7, 160), 1.0)
+        return given_of(cluster).get(child, first) != first
+
+    assert cluster.run_until(goes_on, 20_000, 100), "the child stays with who does not reach it"
+    second = given_of(cluster)[child]
+    link = machine_of(cluster, second)._core.links[child]
+    before, until_ms = link.traffic.rows_out, cluster.now_ms + 1_000
+    assert cluster.run_until(lambda: not goes_on() or cluster.now_ms >= until_ms, 2_000, 100)
+    assert link.traffic.rows_out >= before + 150, "who adopted the child sends it nothing"
+
+
+@mock.patch.object(outbox, "CHUNK_BYTES_MAX", CREDIT // 4)
+def an_answer_is_long_and_steps_go_on(_seed: int) -> None:
+    """A node joins and pulls everything over a narrow card; small steps find credit all the time."""
+    cluster = VirtualCluster(1, CALM, ModelSpec("ctr", 16, {"item": TableSpec("item", 32)}))
+    cluster.add("n0", "r0", "train")
+    cluster.run(2_000)
+    for first in range(0, 3_000, 100):
+        assert cluster.publish("n0", "item", range(first, first + 100), 1.0)
+    cluster.options = NetworkOptions(1, 1, region_delay_ms=20, card_bytes_per_ms=100.0)
+    cluster.add("n1", "r1", "serve", ["n0"])
+    outboxes = machine_of(cluster, "n0")._pull.outboxes
+    assert cluster.run_until(lambda: "n1" in outboxes and bool(outboxes["n1"].streams), 20_000, 10), "nobody pulled"
+    link = machine_of(cluster, "n0")._core.links["n1"]
+    steps = 0
+    while "n1" in outboxes and outboxes["n1"].streams:
+        assert cluster.publish("n0", "item", range(10), float(steps))
+        assert not link.waiting, "a step waits behind an answer"
+        cluster.run(50)
+        steps += 1
+    assert steps > 20, "the answer of the scenario was short"
+
+
 def adopters_are_told_once(patch: pytest.MonkeyPatch) -> None:
     """0022: an adopter that has forgotten is not told again."""
     patch.setattr(adoption, "TELL_MS", 1 << 40)
@@ -172,6 +220,20 @@ def _boots_given(given: adoption.Adoption, node: str) -> Any:
     return (one.boot for tree in given._given.values() for one in tree.values() if one.to == node)
 
 
+def a_child_stays_with_its_adopter(patch: pytest.MonkeyPatch) -> None:
+    """0022: while the card is busy, nobody else adopts."""
+
+    def keep(_self: Any, _place: Any, given: Any, _children: Any, node: str, now_ms: int) -> None:
+        given[node] = replace(given[node], until_ms=now_ms + adoption.RETURN_MS)
+
+    patch.setattr(adoption.Adoption, "_keep", keep)
+
+
+def answers_take_all_of_the_credit(patch: pytest.MonkeyPatch) -> None:
+    """0022: no half of the credit is left for batches."""
+    patch.setattr(Link, "has_credit_for_repairs", Link.has_credit)
+
+
 CASES: list[tuple[Plant, Scenario]] = [
     (adopters_are_told_once, a_trainer_pauses),
     (adoption_never_ends, a_card_is_free_again),
@@ -179,6 +241,8 @@ CASES: list[tuple[Plant, Scenario]] = [
     (who_waits_for_an_answer_is_forgotten, two_have_the_same_gap),
     (an_adopter_forwards_unasked, nothing_goes_wrong),
     (a_new_life_is_taken_for_the_old_one, an_adopter_begins_anew),
+    (a_child_stays_with_its_adopter, an_adopter_does_not_reach_its_child),
+    (answers_take_all_of_the_credit, an_answer_is_long_and_steps_go_on),
 ]
 
 
