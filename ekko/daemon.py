@@ -489,6 +489,7 @@ class Node:
         counters |= {"cache_pruned": cache.pruned, "cache_left_out": cache.left_out}
         counters |= {f"compression_{name}": count for name, count in asdict(parts.runtime.outgoing.counters).items()}
         counters |= {"peers_shut_out": parts.runtime.conduct.shut_outs, "shut_out_messages": parts.runtime.conduct.dropped}
+        counters |= {"keys_kept": 0 if parts.keys is None else parts.keys.kept}
         own_queues = (
             QueueStatus("local_requests", self._endpoint.pending, REQUESTS_PENDING_MAX),
             QueueStatus("update_cache", cache.cached, cache.window),

@@ -4,6 +4,10 @@ A key file is one line, `ekko-public-key Z85` or `ekko-secret-key Z85`; lines th
 has one public key a file, and the file's name says whose it is: `eu-1.pub`, or `eu-1@ANYTHING.pub` where a node has more than
 one, while a key is being replaced. Both are looked at every `WATCH_S`; a change needs no restart. A file that is wrong is left
 out and reported; a folder or a key file that cannot be read at all leaves things as they were.
+
+Tools that deploy a folder may empty it, or truncate a file, before they write it anew. So a key whose file is there and wrong,
+and all keys of a folder in which there is none any more, stay allowed for `GRACE_LOOKS`; what is gone while others are there is
+gone at once.
 """
 
 import os
@@ -26,11 +30,16 @@ KEY_FILE_BYTES_MAX = 4_096  # one line and comments
 KEYS_MAX = 8_192  # as many as there can be members, twice over for replacements
 SECRET_MODE = 0o600
 WATCH_S = 1.0  # a change of key files takes effect within this, and the moment that reading takes
+# A deployment that takes longer than so many looks has failed, or the keys are meant to be gone.
+GRACE_LOOKS = 60
 PROBLEMS_MAX = 16  # told at once; more are of the same kind
 
 _LINE = re.compile(rf"({PUBLIC_WORD}|{SECRET_WORD})[ \t]+(\S{{40}})")
 
 Signature = tuple[int, int, int]  # modification time, size, inode
+Files = dict[str, tuple[Signature, str | None]]  # file name -> the public key in it, None for a wrong one
+_LOST = "there is no key in it any more, or no file with a key in the whole folder"
+_UNREADABLE: tuple[Signature, str | None] = ((0, 0, 0), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +72,11 @@ class NodeKeys:
         self._allow = allow
         self._own = read_secret(key_file)
         self._own_signature = _signature(key_file.stat())
-        self._files: dict[str, tuple[Signature, str | None]] = {}  # file name -> the public key in it, None for a wrong one
+        self._files: Files = {}
         self._owners: dict[str, str] = {}  # public key -> node
         self._told: frozenset[str] = frozenset()
+        self._lost: dict[str, int] = {}  # file name -> looks since its key could be read last, while it stays allowed
+        self.kept = 0  # looks in which keys stayed allowed that could not be read
         try:
             self._install(self._read_folder())
         except OSError as error:
@@ -88,7 +99,7 @@ class NodeKeys:
         """Read what has changed. Blocks; from any thread. Hand the result to `adopt`."""
         problems: list[str] = []
         own: tuple[KeyPair, Signature] | None = None
-        files: dict[str, tuple[Signature, str | None]] | None = None
+        files: Files | None = None
         try:
             signature = _signature(self._key_file.stat())
             if signature != self._own_signature:
@@ -107,9 +118,13 @@ class NodeKeys:
         if look.own is not None:
             self._own, self._own_signature = look.own
         before = {name: key for name, (_, key) in self._files.items() if key is not None}
-        self._install(self._files if look.files is None else look.files)
+        self._install(self._files if look.files is None else self._with_lost(look.files))
         after = {name: key for name, (_, key) in self._files.items() if key is not None}
-        problems = (*look.problems, *(f"{name}: not a public key of a node: ignored" for name in self._wrong()))
+        problems = (
+            *look.problems,
+            *(f"{name}: not a public key of a node: ignored" for name in self._wrong()),
+            *(f"{name}: {_LOST}: its key stays allowed for {GRACE_LOOKS * WATCH_S:.0f} s" for name in self._lost),
+        )
         new = frozenset(problems) - self._told
         self._told = frozenset(problems)
         return KeyChange(
@@ -119,15 +134,28 @@ class NodeKeys:
             tuple(sorted(new)[:PROBLEMS_MAX]),
         )
 
+    def _with_lost(self, files: Files) -> Files:
+        """These files, and of those that were read before and may be on their way back what they were."""
+        none_left = all(key is None for _, key in files.values())
+        lost = {
+            name: self._lost.get(name, 0) + 1
+            for name, (_, key) in self._files.items()
+            if key is not None and (none_left or name in files) and files.get(name, _UNREADABLE)[1] is None
+        }
+        self._lost = {name: looks for name, looks in lost.items() if looks <= GRACE_LOOKS}
+        self.kept += bool(self._lost)
+        # Under no signature: a file that is back is read again.
+        return files | {name: ((0, 0, 0), self._files[name][1]) for name in self._lost}
+
     def _wrong(self) -> list[str]:
         return [name for name, (_, key) in self._files.items() if key is None]
 
-    def _install(self, files: dict[str, tuple[Signature, str | None]]) -> None:
+    def _install(self, files: Files) -> None:
         self._files = files
         owners = {key: owner_of(name) for name, (_, key) in files.items() if key is not None}
         self._owners = {**owners, self._own.public: self._node}
 
-    def _read_folder(self) -> dict[str, tuple[Signature, str | None]]:
+    def _read_folder(self) -> Files:
         """Every public key file by name; unchanged ones are not opened.
 
         Raises:
@@ -135,7 +163,7 @@ class NodeKeys:
         """
         with os.scandir(self._allow) as entries:
             names = sorted(entry.name for entry in entries if entry.name.endswith(PUBLIC_SUFFIX))[:KEYS_MAX]
-        found: dict[str, tuple[Signature, str | None]] = {}
+        found: Files = {}
         for name in names:
             path = self._allow / name
             try:
@@ -145,7 +173,7 @@ class NodeKeys:
             except FileNotFoundError:
                 continue  # removed just now
             except (OSError, ConfigError):
-                found[name] = ((0, 0, 0), None)
+                found[name] = _UNREADABLE
         return found
 
 
@@ -154,7 +182,7 @@ class Look:
     """What `NodeKeys.look` read: None where nothing changed, or nothing could be read."""
 
     own: tuple[KeyPair, Signature] | None
-    files: dict[str, tuple[Signature, str | None]] | None
+    files: Files | None
     problems: tuple[str, ...]
 
 

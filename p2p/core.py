@@ -73,6 +73,7 @@ class Counters:
     shards_asked: int = 0  # whose vector was sent, since our version did not cover the neighbour's
     sessions_broken: int = 0
     strangers: int = 0  # messages of another life of ours, or of a boot we were not introduced to
+    credit_overruns: int = 0  # messages dropped, since their sender had no credit for them
     impostors: int = 0  # messages in the name of another node than the one whose key was proven
     waits_refused: int = 0
     peers_refused: int = 0

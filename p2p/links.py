@@ -32,6 +32,14 @@ ACK_SILENCE_MS = 10_000
 # and rarely does; so many at once are selected for it, and then one in so many milliseconds.
 SELECTIONS_MAX = 32
 SELECTION_MS = 20
+# A question of a round by shard versions looks at vectors and not at rows, and rounds follow each other closely: it counts so
+# much, and so much more for as many shards as it is about. What a peer can make us list is 12 MB/s.
+ROUND_MS = 2
+ROUND_SHARDS_PER_MS = 1_024
+# What a session may bring beyond what we acknowledged of it: its sender's credit, the message that overshoots it, and all of
+# that twice, since a network may repeat and what was under way when a link broke may come after all.
+OVERRUN_BYTES = 2 * (CREDIT_BYTES_MAX + (16 << 20))
+OVERRUN_MESSAGES = 2 * (CREDIT_MESSAGES_MAX + 1)
 
 
 class Arrival(Enum):
@@ -77,15 +85,27 @@ class Link:
     _broken_in: bool = False
     _unacknowledged_bytes: int = 0
     _unacknowledged_messages: int = 0
+    _unclaimed_bytes: int = 0  # that arrived in the peer's session since our last acknowledgement of it
+    _unclaimed_messages: int = 0
     _selections: dict[int, int] = field(default_factory=dict)  # by keyspace: until when those made for the peer are paid
 
-    def admits_selection(self, keyspace: int, now_ms: int) -> bool:
+    def admits_selection(self, keyspace: int, now_ms: int, cost_ms: int = SELECTION_MS) -> bool:
         """Whether the peer may have one more selection made, of a keyspace that we hold; counts it if so."""
         until_ms = max(self._selections.get(keyspace, now_ms), now_ms)
         if until_ms - now_ms >= SELECTIONS_MAX * SELECTION_MS:
             return False
-        self._selections[keyspace] = until_ms + SELECTION_MS
+        self._selections[keyspace] = until_ms + cost_ms
         return True
+
+    def charge_shards(self, keyspace: int, shards: int) -> None:
+        """What was admitted turned out to be about so many shards."""
+        self._selections[keyspace] = self._selections.get(keyspace, 0) + shards // ROUND_SHARDS_PER_MS
+
+    def overruns(self, payload_bytes: int) -> bool:
+        """Count a sequenced message that was just placed; whether the peer sends what no credit of ours allows."""
+        self._unclaimed_bytes += payload_bytes
+        self._unclaimed_messages += 1
+        return self._unclaimed_bytes > OVERRUN_BYTES or self._unclaimed_messages > OVERRUN_MESSAGES
 
     @property
     def messages_in_flight(self) -> int:
@@ -150,6 +170,7 @@ class Link:
         if envelope.session > self.session_in:
             self.session_in, self._sequence_in, self._broken_in = envelope.session, 0, False
             self._unacknowledged_bytes = self._unacknowledged_messages = 0
+            self._unclaimed_bytes = self._unclaimed_messages = 0
         if envelope.session < self.session_in or (envelope.sequence <= self._sequence_in and not self._broken_in):
             return Arrival.REPEAT
         if self._broken_in or envelope.sequence != self._sequence_in + 1:
@@ -172,4 +193,6 @@ class Link:
     def take_ack(self) -> tuple[int, int]:
         """The acknowledgement to send: (session, applied prefix)."""
         self._unacknowledged_bytes = self._unacknowledged_messages = 0
+        if not self._broken_in:  # what came after a hole is acknowledged by nothing, so its sender never gets credit for it
+            self._unclaimed_bytes = self._unclaimed_messages = 0
         return self.session_in, self._sequence_in

@@ -328,11 +328,11 @@ class Machine:
         if not self._retirement.compare(link, asked.retired_digest, now):
             self._core.counters.pulls_refused += 1
             return
+        cost_ms = links.SELECTION_MS if isinstance(asked, m.PullRequest) else links.ROUND_MS
+        if asked.keyspace in self._core.keyspaces and not link.admits_selection(asked.keyspace, now.monotonic_ms, cost_ms):
+            self._core.counters.pulls_refused += 1
+            return
         match asked:
-            case m.PullRequest(keyspace) if keyspace in self._core.keyspaces and not link.admits_selection(
-                keyspace, now.monotonic_ms
-            ):
-                self._core.counters.pulls_refused += 1
             case m.PullRequest():
                 self._pull.answers.on_request(link, asked, now)
                 self._pump(link)
@@ -374,7 +374,7 @@ class Machine:
         return None
 
     def _on_batch(self, link: Link, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> None:
-        arrival = self._arrive(link, envelope)
+        arrival = self._arrive(link, envelope, batch.payload_bytes)
         # After a hole, and as a repeat, a batch is as good as ever: its claims carry their own base.
         payload = batch.payload_bytes
         link.traffic.rows_in += batch.row_count
@@ -398,8 +398,8 @@ class Machine:
             self._applied(link, batch.payload_bytes)
 
     def _on_pull_reply(self, link: Link, envelope: m.Envelope, reply: m.PullReply | m.ShardsReply, now: m.Now) -> None:
-        arrival = self._arrive(link, envelope)
         payload = reply.payload_bytes
+        arrival = self._arrive(link, envelope, payload)
         link.traffic.rows_in += reply.row_count
         link.traffic.bytes_in += payload
         if arrival is not Arrival.NEXT:
@@ -416,10 +416,16 @@ class Machine:
         if reply.last:
             self._progress_of(reply.keyspace, now)
 
-    def _arrive(self, link: Link, envelope: m.Envelope) -> Arrival:
+    def _arrive(self, link: Link, envelope: m.Envelope, payload: int) -> Arrival:
         if envelope.session == 0:
             raise RemoteProtocolError("a batch or pull chunk outside any session")
+        begins = envelope.session > link.session_in
         arrival = link.on_arrival(envelope)
+        if link.overruns(payload):
+            self._core.counters.credit_overruns += 1
+            raise RemoteProtocolError(f"session {envelope.session} brings more than its credit, and goes on unacknowledged")
+        if begins:  # with credit of its own, so that credit bounds no sessions
+            self._core.emit(m.Unwanted())
         if arrival is Arrival.BROKEN:
             self._core.counters.sessions_broken += 1
             self._pull.abandon_from(link.node, "the session has a hole")

@@ -14,7 +14,7 @@ import pytest
 import ekko
 from benchmarks import flood
 from ekko.errors import ConfigError
-from ekko.security import KEYS_MAX, NodeKeys, generate, owner_of, read_public, read_secret
+from ekko.security import GRACE_LOOKS, KEYS_MAX, NodeKeys, generate, owner_of, read_public, read_secret
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
 
 # One second until the files are looked at, then the listener opens anew; the rest is a busy machine's.
@@ -110,6 +110,54 @@ def test_the_folder_is_followed(tmp_path: Path) -> None:
     allow.rename(tmp_path / "gone")  # a mount that is away for a moment
     assert "stay allowed" in keys.adopt(keys.look()).problems[0]
     assert keys.owner(read_public(b2)) == "b"
+
+
+def test_a_folder_that_is_being_deployed_keeps_its_keys(tmp_path: Path) -> None:
+    """Emptied, or with a file truncated, and written anew a moment later."""
+    keys, allow = make(tmp_path)
+    b, c = generate(tmp_path / "b.key"), generate(tmp_path / "c.key")
+    shutil.copy(b, allow / "b.pub")
+    shutil.copy(c, allow / "c.pub")
+    keys.adopt(keys.look())
+    for name in ("b.pub", "c.pub"):
+        (allow / name).unlink()
+    change = keys.adopt(keys.look())
+    assert (change.removed, len(change.problems)) == ((), 2)
+    assert not keys.adopt(keys.look()), "told once"
+    assert [keys.owner(read_public(path)) for path in (b, c)] == ["b", "c"]
+    assert keys.kept == 2
+    (allow / "b.pub").write_text("")  # the tool has opened the first file: c may follow
+    keys.adopt(keys.look())
+    assert [keys.owner(read_public(path)) for path in (b, c)] == ["b", "c"]
+    shutil.copy(b, allow / "b.pub")
+    shutil.copy(c, allow / "c.pub")
+    keys.adopt(keys.look())
+    (allow / "c.pub").write_text("")
+    keys.adopt(keys.look())
+    assert keys.owner(read_public(c)) == "c"
+    shutil.copy(b, allow / "c.pub")  # another key, not an absent one
+    keys.adopt(keys.look())
+    assert keys.owner(read_public(c)) is None
+    assert not keys.adopt(keys.look())
+
+
+def test_the_last_key_can_be_removed(tmp_path: Path) -> None:
+    keys, allow = make(tmp_path)
+    b = generate(tmp_path / "b.key")
+    shutil.copy(b, allow / "b.pub")
+    keys.adopt(keys.look())
+    (allow / "b.pub").unlink()
+    shutil.copy(tmp_path / "a.pub", allow / "a.pub")  # somebody is in the folder, if only we: it is meant
+    assert keys.adopt(keys.look()).removed == ("b.pub",)
+    shutil.copy(b, allow / "b.pub")
+    (allow / "a.pub").unlink()
+    keys.adopt(keys.look())
+    (allow / "b.pub").unlink()
+    for _ in range(GRACE_LOOKS):
+        assert not keys.adopt(keys.look()).removed
+    assert keys.adopt(keys.look()).removed == ("b.pub",)
+    assert keys.owner(read_public(b)) is None
+    assert keys.owner(keys.own.public) == "a"
 
 
 def test_our_own_key_is_followed_and_a_broken_one_changes_nothing(tmp_path: Path) -> None:
