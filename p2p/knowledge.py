@@ -16,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from p2p import loops
-from p2p.replica import U64
+from p2p.replica import NO_STEPS, U64, KnownSteps
 from p2p.stamps import WRITERS_MAX, writer_of
 
 # Steps whose claims wait for a gap. At 1,000 steps a second this is 4 s of a stream, longer than a repair takes; beyond it
@@ -142,6 +142,27 @@ class Knowledge:
         """Whether in some shard, or in some of these, a claim of this writer waits for one before it."""
         awaited = self._awaited.get(writer)
         return awaited is not None and bool((awaited if shards is None else awaited[shards]).any())
+
+    def known_steps(self, bytes_max: int) -> KnownSteps:
+        """Steps above the vector whose rows are here: those that wait for a claim before theirs, by shard.
+
+        A shard of which only some parts came is not among them (R7). Of too many the youngest, since what older ones wrote is
+        likelier to have newer versions among the rest.
+
+        Args:
+            bytes_max: of stamps and bits together.
+        """
+        row_bytes = (self.shards + 7) // 8
+        count_max = bytes_max // (8 + row_bytes)
+        steps = sorted((step for step in self._open.values() if step.waiting), key=lambda step: step.stamp)
+        steps = steps[max(0, len(steps) - count_max) :]
+        if not steps:
+            return NO_STEPS
+        here = np.zeros((len(steps), 8 * row_bytes), np.bool_)
+        for step, known in zip(steps, here, strict=True):
+            for shards, _ in step.waiting:
+                known[shards] = True
+        return KnownSteps(np.array([step.stamp for step in steps], np.uint64), np.packbits(here, axis=1, bitorder="little"))
 
     def digest(self) -> int:
         """128 bits that are equal exactly when the vectors are."""

@@ -10,7 +10,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from p2p.replica import U64, RowColumns, SchemaEntry
+from p2p.replica import NO_STEPS, U64, KnownSteps, RowColumns, SchemaEntry
 from p2p.transport import Buffer
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, protocol_of
 
@@ -286,6 +286,7 @@ class PullRequest:
     shards: int
     nonces: U64 = field(default_factory=_no_numbers)  # [w] or empty: to which the asker knows them bound; 0: unknown
     retired_digest: int = 0  # as in `Heartbeat`: writers whose retirement is done are left out where all of it is reached
+    known: KnownSteps = NO_STEPS  # above the vector: their rows need not be sent again; since protocol version 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)

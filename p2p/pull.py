@@ -5,6 +5,9 @@ sends its vector last. The asker applies chunks as they come (rows claim nothing
 of the answer was applied (theorem T1). Rows held above the answerer's own vector, its strays, are above the asker's too or
 known there already, so they travel by the same selection (R8).
 
+Above a gap the asker often has the steps that came after it. It names those of which it has all rows in a shard, and their rows
+are left out of the answer: exactly these, by stamp and shard, not all that is older or younger than something.
+
 When is a pull due? Three signs: a batch's claim has waited for a gap longer than a grace; a peer said a heartbeat ago
 that a writer's frontier lies above what ours has reached by now; or digests of vector and strays differ although neither
 side moved between two heartbeats. In a busy cluster digests always differ for a moment, which is why the third sign waits.
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from p2p import messages as m
+from p2p import wire
 from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
 from p2p.intake import check_rows, take_rows
@@ -131,7 +135,15 @@ class Pull:
         self._core.send(
             link,
             m.PullRequest(
-                number, self._requests, writers, base, frontier, keyspace.knowledge.shards, nonces, self._core.retired_digest
+                number,
+                self._requests,
+                writers,
+                base,
+                frontier,
+                keyspace.knowledge.shards,
+                nonces,
+                self._core.retired_digest,
+                keyspace.knowledge.known_steps(wire.KNOWN_BYTES_MAX),
             ),
         )
 

@@ -119,12 +119,15 @@ class PullAnswers:
             base[:, writer] = settled[writer]
         select = keyspace.replica.changed_since if core.options.sync.cache else keyspace.replica.scan_since
         try:
-            selections = deque(select(base))
+            selections = select(base)
         finally:
             base[:, request.writers] = 0
             base[:, reached] = 0
+        # The newest version of a row is of such a step: the asker has it, or one that is newer still (T1).
+        if len(request.known.stamps):
+            selections = keyspace.replica.without(selections, request.known)
         outbox.streams.pop(request.keyspace, None)
         outbox.streams[request.keyspace] = PullStream(
-            request.keyspace, request.request, writers, vector, frontier, selections, *bindings_of(core, keyspace)
+            request.keyspace, request.request, writers, vector, frontier, deque(selections), *bindings_of(core, keyspace)
         )
         core.counters.pulls_served += 1

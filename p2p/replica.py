@@ -58,6 +58,17 @@ class Selection:
     slots: NDArray[np.int64]  # [n]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class KnownSteps:
+    """Steps of which somebody has all rows in some shards, or newer versions of them, though its vector is below them there."""
+
+    stamps: U64  # [k], ascending
+    shards: NDArray[np.uint8]  # [k, (shards + 7) // 8]: bit S % 8, from the lowest, of byte S // 8 says so of shard S
+
+
+NO_STEPS = KnownSteps(np.empty(0, np.uint64), np.empty((0, 0), np.uint8))
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Which part of its family a keyspace is: partition p of P holds the rows with `partition_of(key) == p`."""
@@ -153,6 +164,11 @@ class Replica(Protocol):
 
     def scan_since(self, base: U64) -> list[Selection]:
         """What `changed_since` selects, by looking at every row: the paper's base protocol."""
+
+    def without(self, selections: Sequence[Selection], known: KnownSteps) -> list[Selection]:
+        """The same, but rows that are a known step's and lie in a shard for which that is said. `known.shards` is as wide as
+        this keyspace needs.
+        """
 
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         """The newest version of each slot, with stamps; tombstones sorted to the end. Copies."""

@@ -30,7 +30,7 @@ from p2p import loops
 from p2p import messages as m
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.placement import HOLDS_SINCE
-from p2p.replica import PARTITIONS_MAX, U64, RowColumns, SchemaEntry
+from p2p.replica import NO_STEPS, PARTITIONS_MAX, U64, KnownSteps, RowColumns, SchemaEntry
 from p2p.stamps import WRITERS_MAX, writer_of
 from p2p.transport import FRAMES_MAX, Buffer
 from p2p.trees import TREE_ARITY, TREES_MAX
@@ -60,6 +60,8 @@ SECTIONS_MAX: Final = 4_096
 WRITER_RECORDS_MAX: Final = 4_096
 HOLDINGS_MAX: Final = 1_024
 SHARDS_MAX: Final = 65_536
+# Steps that an asker has above its vector, of 8 bytes and a bit a shard: all that may wait (`OPEN_STEPS_MAX`) at 64 shards.
+KNOWN_BYTES_MAX: Final = 65_536
 # Clocks in milliseconds: 8,900 years. What is computed with must stay far inside a signed 64-bit number.
 TIME_BITS: Final = 48
 SUMMARIES_MAX: Final = 4_096
@@ -691,8 +693,10 @@ _FAULTS: Final = {
 
 
 def _pack_pull(pull: m.PullRequest, version: int) -> Packed:
+    known = pull.known
     header = [pull.keyspace, pull.request, pull.shards, len(pull.writers), len(pull.nonces), pull.retired_digest]
-    return header, [pull.writers, pull.vector, pull.frontier, *([pull.nonces] if version >= 2 else [])]
+    later: list[NDArray[Any]] = [pull.nonces, known.stamps, known.shards] if version >= 2 else []
+    return [*header, len(known.stamps)], [pull.writers, pull.vector, pull.frontier, *later]
 
 
 def _take_vector(columns: _Columns, shards: int, writers: int) -> tuple[NDArray[np.uint16], U64, U64]:
@@ -736,12 +740,25 @@ def _take_versions(columns: _Columns, count: int) -> U64:
 
 
 def _pull(header: Header, columns: _Columns) -> m.PullRequest:
-    keyspace, request, shards, writers, bound, retired_digest = header
+    keyspace, request, shards, writers, bound, retired_digest, known = header
     ids, vector, frontier = _take_vector(columns, shards, writers)
     nonces = _NO_NONCES if bound is None else columns.take(_UINT64, _uint(bound, 32))
     if len(nonces) not in (0, len(ids)):
         raise RemoteProtocolError(f"{len(nonces)} nonces of {len(ids)} writers")
-    return m.PullRequest(_uint(keyspace, 32), _uint(request), ids, vector, frontier, shards, nonces, _uint(retired_digest))
+    steps = NO_STEPS if known is None else _take_steps(columns, known, shards)
+    return m.PullRequest(
+        _uint(keyspace, 32), _uint(request), ids, vector, frontier, shards, nonces, _uint(retired_digest), steps
+    )
+
+
+def _take_steps(columns: _Columns, count: int, shards: int) -> KnownSteps:
+    row_bytes = (shards + 7) // 8
+    if _uint(count, 32) * (8 + row_bytes) > KNOWN_BYTES_MAX:
+        raise RemoteProtocolError(f"{count} known steps of {shards} shards")
+    stamps, bits = columns.take(_UINT64, count), columns.take(_UINT8, count * row_bytes)
+    if np.any(stamps[1:] <= stamps[:-1]):
+        raise RemoteProtocolError("known steps are not ascending")
+    return KnownSteps(stamps, bits.reshape(count, row_bytes)) if count else NO_STEPS
 
 
 def _pack_reply(reply: m.PullReply, version: int) -> Packed:
@@ -974,7 +991,7 @@ _KINDS: Final = (
     _Kind(m.SchemaUpdate, _pack_schema, _schema),
     _Kind(m.Leave, _pack_leave, _leave),
     _Kind(m.Batch, _pack_batch, _batch, changed=(PACKED_SINCE,)),
-    _Kind(m.PullRequest, _pack_pull, _pull, added=((2, None), (2, 0))),
+    _Kind(m.PullRequest, _pack_pull, _pull, added=((2, None), (2, 0), (2, None))),
     _Kind(m.PullReply, _pack_reply, _reply, added=((2, None),)),
     _Kind(m.Ack, _pack_ack, _ack),
     _Kind(m.SessionBroken, _pack_broken, _broken),

@@ -24,7 +24,7 @@ from ekko.store.recent import ABOVE_ALL, CacheStats, RecentRows
 from ekko.store.table import Table
 from ekko.store.view import RowSource, gather_rows
 from p2p.errors import RemoteProtocolError, UnknownTableError
-from p2p.replica import Applied, Place, RowColumns, Selection, WriterIdentity
+from p2p.replica import Applied, KnownSteps, Place, RowColumns, Selection, WriterIdentity
 from p2p.stamps import WRITERS_MAX, writer_of
 
 U64 = NDArray[np.uint64]
@@ -374,6 +374,17 @@ class ModelStore:
         assert flat.size == self.shards * WRITERS_MAX, f"vector of {flat.size} entries"
         chosen = [Selection(table.spec.id, table.spec.row_bytes, select(table, flat)) for table in self._tables.values()]
         return [selection for selection in chosen if selection.slots.size]
+
+    def without(self, selections: Sequence[Selection], known: KnownSteps, *, partitions: int = 1) -> list[Selection]:
+        # Of a partition of several, `known` has one bit for each of its own shards.
+        assert known.shards.shape[1] * 8 >= self.shards // partitions, "a bit for each shard"
+        stamps, bits = _whole(known.stamps), np.ascontiguousarray(known.shards)
+        left = []
+        for selection in selections:
+            slots = self._tables[selection.table].without(selection.slots, stamps, bits, self.shards, partitions)
+            if slots.size:
+                left.append(Selection(selection.table, selection.row_bytes, slots))
+        return left
 
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         keys, data, stamps = self._tables[table].read(np.ascontiguousarray(slots, np.int64))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ekko.model import keyspace_id
 from ekko.store.model_store import ModelStore
-from p2p.replica import U64, Applied, Place, Replica, RowColumns, Selection, WriterIdentity
+from p2p.replica import U64, Applied, KnownSteps, Place, Replica, RowColumns, Selection, WriterIdentity
 
 # Rows in one step of a copy; what it takes in memory besides the two models.
 COPIED_AT_ONCE = 1 << 16
@@ -111,6 +111,9 @@ class Partition:
 
     def scan_since(self, base: U64) -> list[Selection]:
         return self._model.scan_in(self._place.partition, base)
+
+    def without(self, selections: Sequence[Selection], known: KnownSteps) -> list[Selection]:
+        return self._model.without(selections, known, partitions=self._place.partitions)
 
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         return self._model.read(table, slots)

@@ -395,6 +395,37 @@ def changed_since(table: Int, stride: Int, base_vector: U64, shards: Int, begin:
     return count
 
 
+@kernel(
+    "int64(int64, int64, int64, int64, Array(uint64, 1, 'C', readonly=True), Array(uint8, 2, 'C', readonly=True), "
+    "Array(int64, 1, 'C', readonly=True), int64[::1])"
+)
+def without(table: Int, stride: Int, shards: Int, partitions: Int, known: U64, bits: U8, slots: I64, out: I64) -> Int:
+    """Those slots, into `out`, whose row is of no known step, or in no shard for which its bit is set; returns how many.
+
+    `known` ascends; bits of shards of a partition, which are every so many of the model's. See `p2p.replica.KnownSteps`.
+    """
+    count = 0
+    rows = table + _ROWS
+    for i in range(slots.size):
+        row = rows + slots[i] * stride
+        stamp = load_u64(row + _STAMP)
+        low, high = 0, known.size
+        while low < high:
+            middle = (low + high) >> 1
+            if known[middle] < stamp:
+                low = middle + 1
+            else:
+                high = middle
+        is_known = False
+        if low < known.size and known[low] == stamp:
+            shard = np.int64(mix64(load_u64(row + _KEY)) % np.uint64(shards)) // partitions
+            is_known = (bits[low, shard >> 3] >> (shard & 7)) & 1 != 0
+        if not is_known:
+            out[count] = slots[i]
+            count += 1
+    return count
+
+
 _SALT_LOW = np.uint64(0x9E3779B97F4A7C15)
 _SALT_HIGH = np.uint64(0xC2B2AE3D27D4EB4F)
 

@@ -340,6 +340,12 @@ class Table:
         count = rows.changed_since(self.mapping.address, self.stride, base, shards, 0, self.rows_used, out)
         return out[:count].copy()
 
+    def without(self, slots: I64, known: U64, bits: U8, shards: int, partitions: int) -> I64:
+        """Those of the slots whose rows are not of known steps; of a partition, whose bits are one for each of its shards."""
+        out = np.empty(slots.size, np.int64)
+        count = rows.without(self.mapping.address, self.stride, shards, partitions, known, bits, slots, out)
+        return out[:count].copy()
+
     def add_digest(self, slots: I64, sums: U64) -> None:
         """Add the digest of these rows to `sums`, uint64[2]."""
         rows.digest(self.mapping.address, self.stride, self.spec.id, slots, sums)

@@ -98,6 +98,42 @@ def test_knowledge_never_says_more_than_what_came(seed: int, steps: int, kept: f
     assert all(message in came for message in messages if message.stamp <= int(knowledge.frontier[3]))
 
 
+def named_by(knowledge: Knowledge, bytes_max: int = 1 << 20) -> set[tuple[int, int]]:
+    """(stamp, shard) of the steps that would be named to who is asked."""
+    known = knowledge.known_steps(bytes_max)
+    stamps = known.stamps.tolist()
+    assert stamps == sorted(set(stamps))
+    bits = np.unpackbits(known.shards, axis=1, bitorder="little")
+    return {(stamp, int(shard)) for stamp, row in zip(stamps, bits, strict=True) for shard in np.flatnonzero(row)}
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12), st.floats(0.0, 1.0))
+def test_known_are_just_the_steps_above_the_vector_that_came_whole(seed: int, steps: int, kept: float) -> None:
+    """By shard; never one of which a part is missing (R7), and all others, so that nothing is sent twice."""
+    draw = random.Random(seed)
+    messages = stream(draw, steps)
+    came = [message for message in messages if draw.random() < kept]
+    draw.shuffle(came)
+    knowledge = fresh()
+    for message in came:
+        learn(knowledge, message)
+    expected = set()
+    for message in messages:
+        for shard in message.shards:
+            parts = [one for one in messages if one.stamp == message.stamp and shard in one.shards]
+            if message.stamp > int(knowledge.vector[shard, 3]) and all(part in came for part in parts):
+                expected.add((message.stamp, shard))
+    assert named_by(knowledge) == expected
+
+
+def test_of_too_many_steps_the_youngest_are_named() -> None:
+    knowledge = fresh()
+    for number in (4, 2, 3):
+        learn(knowledge, Message((number << 12) | 1, ((number - 1) << 12) | 1, 1, (0,), (((number - 1) << 12) | 1,)))
+    assert named_by(knowledge, bytes_max=2 * 9) == {((number << 12) | 1, 0) for number in (3, 4)}
+    assert named_by(knowledge, bytes_max=8) == set()
+
+
 def test_claim_waits_for_its_gap_and_is_absorbed_when_it_fills() -> None:
     knowledge = fresh()
     first, second = (1 << 12) | 5, (2 << 12) | 5

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from ekko.codec import decode, encode, rounded
+from ekko.store.model_store import ModelStore
 from p2p import knowledge, outbox, pull, push, trees, wire
 from p2p.core import Keyspace
 from p2p.links import Arrival
 from p2p.machine import Machine
 from p2p.messages import PullReply
+from p2p.replica import KnownSteps, Selection
 from p2p.stamps import StampClock
 from p2p.writers import WriterBook
 from tests.p2p.chaos import (
@@ -236,6 +238,71 @@ def answers_are_rounded_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(outbox, "next_chunk", chunk)
 
 
+def steps_are_named_that_came_in_part(patch: pytest.MonkeyPatch) -> None:
+    """R7: an asker names a step in a shard of which some part is still missing."""
+
+    def known_steps(self: knowledge.Knowledge, _bytes_max: int) -> KnownSteps:
+        shards = {stamp: [*np.flatnonzero(step.here).tolist(), *step.parts] for stamp, step in self._open.items()}
+        return named(self.shards, shards)
+
+    patch.setattr(knowledge.Knowledge, "known_steps", known_steps)
+
+
+def steps_are_named_in_shards_that_did_not_come(patch: pytest.MonkeyPatch) -> None:
+    """An asker names a step as a whole as soon as a message of it came."""
+
+    def known_steps(self: knowledge.Knowledge, _bytes_max: int) -> KnownSteps:
+        return named(self.shards, {stamp: list(range(self.shards)) for stamp in self._open})
+
+    patch.setattr(knowledge.Knowledge, "known_steps", known_steps)
+
+
+def steps_are_named_whose_rows_were_refused(patch: pytest.MonkeyPatch) -> None:
+    """An asker names steps that it has seen and not applied: here every third message is dropped on the way to the store."""
+    original, refused = push.Push.receive, {}
+    calls = itertools.count()
+
+    def receive(self: Any, link: Any, envelope: Any, batch: Any, now: Any) -> bool:
+        pending = original(self, link, envelope, batch, now)
+        if pending and next(calls) % 3 == 0:
+            self._core.effects.pop()  # its apply
+            known = refused.setdefault(id(self._core.keyspaces[batch.keyspace].knowledge), {})
+            known.setdefault(batch.stamp, []).extend(batch.claims.shards.tolist())
+            return False
+        return pending
+
+    def known_steps(self: knowledge.Knowledge, _bytes_max: int) -> KnownSteps:
+        return named(self.shards, refused.get(id(self), {}))
+
+    patch.setattr(push.Push, "receive", receive)
+    patch.setattr(knowledge.Knowledge, "known_steps", known_steps)
+
+
+def answers_leave_out_what_is_younger_than_a_known_step(patch: pytest.MonkeyPatch) -> None:
+    """T1: a range of stamps is left out, not exactly the steps that were named. The newest version of a row that the asker
+    lacks may be in it.
+    """
+
+    def without(self: ModelStore, selections: Any, known: KnownSteps, *, partitions: int = 1) -> list[Selection]:
+        left = []
+        for one in selections:
+            stamps = np.concatenate([self.read(one.table, one.slots[i : i + 1]).stamps for i in range(len(one.slots))])
+            kept = one.slots[(stamps < known.stamps[0]) | (stamps > known.stamps[-1])]
+            if len(kept):
+                left.append(replace(one, slots=kept))
+        return left
+
+    patch.setattr(ModelStore, "without", without)
+
+
+def named(shards: int, steps: dict[int, list[int]]) -> KnownSteps:
+    """Steps by stamp, each in these shards."""
+    bits = np.zeros((len(steps), shards + -shards % 8), np.bool_)
+    for row, stamp in zip(bits, sorted(steps), strict=True):
+        row[steps[stamp]] = True
+    return KnownSteps(np.array(sorted(steps), np.uint64), np.packbits(bits, axis=1, bitorder="little"))
+
+
 def the_clock_forgets_what_it_saw(patch: pytest.MonkeyPatch) -> None:
     """R14: stamps are minted from the wall clock alone."""
     patch.setattr(StampClock, "observe", lambda _self, _stamp: None)
@@ -277,6 +344,10 @@ def test_the_scenarios_pass_as_they_are(scenario: Scenario) -> None:
         (a_shard_has_two_trees, nothing_goes_wrong),
         (the_last_chunk_claims_without_its_rows, chaos),
         (answers_leave_out_deletes, chaos),
+        (steps_are_named_that_came_in_part, chaos),
+        (steps_are_named_in_shards_that_did_not_come, chaos),
+        (steps_are_named_whose_rows_were_refused, chaos),
+        (answers_leave_out_what_is_younger_than_a_known_step, chaos),
         (the_clock_forgets_what_it_saw, a_clock_goes_back),
         (the_origin_rounds_behind_its_own_rows, rows_are_rounded_once),
         (answers_are_rounded_again, rows_are_rounded_once),

@@ -1,19 +1,23 @@
 """Theorem T7, on real stores without a network: equal vectors and equal strays imply equal rows, and pulls alone get there.
 
-Rows are delivered at random and claim nothing, pulls of everything or of some shards merge claims, lives end meanwhile.
+Rows are delivered at random and claim nothing, messages of steps claim as R6 and R7 say, pulls of everything or of some shards
+merge claims, lives end meanwhile. Who pulls everything names the steps that it has above its vector; they are not sent again.
 Whenever two replicas have the same digest of vector and strays, they must hold the same; in the end all do.
 """
 
 import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.store import Store
 from p2p.knowledge import Knowledge
-from p2p.replica import RowColumns
+from p2p.replica import KnownSteps, RowColumns, Selection
 from p2p.stamps import WRITERS_MAX
 from sim_cluster.checkers import contents
 
@@ -21,6 +25,20 @@ SHARDS = 3
 REPLICAS = 3
 SPEC = ModelSpec("ctr", SHARDS, {"item": TableSpec("item", 1)})
 ITEM = table_id("item")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One shard of a step, or one of two parts of it."""
+
+    stamp: int
+    writer_prev: int
+    touched: int  # shards, by the whole step
+    shard: int
+    prev: int
+    part: int
+    parts: int
+    columns: RowColumns
 
 
 class Replica:
@@ -35,7 +53,7 @@ class Replica:
     def restart(self) -> None:
         self.knowledge = Knowledge(self.model.vector, self.model.frontier)
 
-    def write(self, stamp: int, keys: list[int], delete: bool) -> RowColumns:
+    def write(self, stamp: int, keys: list[int], delete: bool) -> list[Message]:
         columns = rows_of(stamp, keys, delete)
         touched = np.unique(self.model.shards_of(columns.keys))
         prev = self.model.vector[touched, self.number].copy()
@@ -43,7 +61,27 @@ class Replica:
         self.model.apply([columns], stamp)
         one = np.ones(len(touched), np.uint16)
         self.knowledge.learn_step(stamp, frontier, len(touched), touched.astype(np.uint32), prev, one - 1, one)
-        return columns
+        messages = []
+        for shard, before in zip(touched.tolist(), prev.tolist(), strict=True):
+            own = [key for key in keys if self.model.shards_of(np.array([key], np.uint64))[0] == shard]
+            halves = [own[::2], own[1::2]] if len(own) > 1 else [own]
+            for part, half in enumerate(halves):
+                rows = rows_of(stamp, half, delete)
+                messages.append(Message(stamp, frontier, len(touched), shard, before, part, len(halves), rows))
+        return messages
+
+    def receive(self, message: Message) -> None:
+        """Rows, then the claim."""
+        self.model.apply([message.columns], 0)
+        self.knowledge.learn_step(
+            message.stamp,
+            message.writer_prev,
+            message.touched,
+            np.array([message.shard], np.uint32),
+            np.array([message.prev], np.uint64),
+            np.array([message.part], np.uint16),
+            np.array([message.parts], np.uint16),
+        )
 
     def pull(self, other: "Replica", shards: list[int] | None, breaks_off: bool) -> None:
         """Everything, or some shards; half of the rows and no claims when it breaks off."""
@@ -52,7 +90,10 @@ class Replica:
         base[chosen] = self.model.vector[chosen]
         writers = other.knowledge.writers
         until = np.ascontiguousarray(other.model.vector[np.ix_(chosen, writers)])
-        for selection in other.model.changed_since(base):
+        selections = other.model.changed_since(base)
+        if shards is None:
+            selections = WITHOUT(other, selections, NAMED(self))
+        for selection in selections:
             slots = selection.slots[::2] if breaks_off else selection.slots
             if len(slots):
                 self.model.apply([other.model.read(selection.table, slots)], 0)
@@ -70,6 +111,23 @@ class Replica:
         return self.knowledge.digest(), self.model.stray_digest()
 
 
+Named = Callable[[Replica], KnownSteps]
+Without = Callable[[Replica, Sequence[Selection], KnownSteps], Sequence[Selection]]
+
+
+def named_as_it_is(asker: Replica) -> KnownSteps:
+    return asker.knowledge.known_steps(1 << 16)
+
+
+def without_as_it_is(other: Replica, selections: Sequence[Selection], known: KnownSteps) -> Sequence[Selection]:
+    return other.model.without(selections, known) if len(known.stamps) else selections
+
+
+# How steps are named and left out; bugs are planted here.
+NAMED: Named = named_as_it_is
+WITHOUT: Without = without_as_it_is
+
+
 def rows_of(stamp: int, keys: list[int], delete: bool) -> RowColumns:
     live = 0 if delete else len(keys)
     values = np.full((live, 1), stamp % 1_000_003, np.float32).view(np.uint8)
@@ -84,26 +142,28 @@ def check_claims(replica: Replica, history: list[tuple[int, int, int]]) -> None:
             assert held.get(key, 0) >= stamp, "claimed and not held"
 
 
-@settings(max_examples=40)
-@given(st.integers(0, 2**32), st.integers(1, 40))
-def test_equal_digests_mean_equal_rows_and_pulls_alone_get_there(seed: int, steps: int) -> None:
+def walk(seed: int, steps: int) -> None:
+    """One history; raises AssertionError where it ends in something untrue."""
     draw = random.Random(seed)
     replicas = [Replica(number) for number in range(REPLICAS)]
-    sent: list[RowColumns] = []
+    sent: list[Message] = []
     history: list[tuple[int, int, int]] = []
     for tick in range(1, steps + 1):
         replica, other = draw.sample(replicas, 2)
-        match draw.randrange(6):
+        match draw.randrange(9):
             case 0 | 1:
                 keys = sorted(draw.sample(range(8), draw.randint(1, 4)))
                 stamp = tick << 12 | replica.number
-                sent.append(replica.write(stamp, keys, draw.random() < 0.2))
+                sent += replica.write(stamp, keys, draw.random() < 0.2)
                 shards = replica.model.shards_of(np.array(keys, np.uint64)).tolist()
                 history += [(shard, key, stamp) for shard, key in zip(shards, keys, strict=True)]
             case 2 if sent:
-                replica.model.apply([draw.choice(sent)], 0)  # late, early or again: it claims nothing
+                replica.model.apply([draw.choice(sent).columns], 0)  # late, early or again: it claims nothing
             case 3:
                 replica.restart()
+            case 4 | 5 | 6:
+                for message in draw.sample(sent[-8:], min(len(sent), 3)):
+                    replica.receive(message)
             case _:
                 some = sorted(draw.sample(range(SHARDS), draw.randint(1, SHARDS))) if draw.random() < 0.5 else None
                 replica.pull(other, some, breaks_off=draw.random() < 0.3)
@@ -120,6 +180,60 @@ def test_equal_digests_mean_equal_rows_and_pulls_alone_get_there(seed: int, step
     for replica in replicas:
         assert contents(replica.store, "ctr") == contents(replicas[0].store, "ctr")
         check_claims(replica, history)
+
+
+def walks(seeds: int) -> None:
+    for seed in range(seeds):
+        walk(seed, 60)
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32), st.integers(1, 60))
+def test_equal_digests_mean_equal_rows_and_pulls_alone_get_there(seed: int, steps: int) -> None:
+    walk(seed, steps)
+
+
+def parts_count_as_whole(asker: Replica) -> KnownSteps:
+    """R7: a step is named in a shard of which only some parts came."""
+    steps = sorted(asker.knowledge._open.values(), key=lambda step: step.stamp)
+    named = np.zeros((len(steps), 8), np.bool_)
+    for row, step in zip(named, steps, strict=True):
+        row[: len(step.here)] = step.here
+        row[list(step.parts)] = True
+    return KnownSteps(np.array([step.stamp for step in steps], np.uint64), np.packbits(named, axis=1, bitorder="little"))
+
+
+def any_shard_counts_for_all(asker: Replica) -> KnownSteps:
+    """A step is named in all shards when one of them came."""
+    known = named_as_it_is(asker)
+    return replace(known, shards=np.full_like(known.shards, 255))
+
+
+def younger_than_the_gap_is_left_out(other: Replica, selections: Sequence[Selection], known: KnownSteps) -> list[Selection]:
+    """What is above the oldest known step is left out, as if the asker had all of that writer's since."""
+    left = []
+    for one in selections:
+        columns = [other.model.read(one.table, one.slots[i : i + 1]) for i in range(len(one.slots))]
+        stamps = [int(column.stamps[0]) for column in columns if column.stamps is not None]
+        oldest = {int(stamp) & 4095: int(stamp) for stamp in known.stamps[::-1].tolist()}
+        kept = [i for i, stamp in enumerate(stamps) if stamp < oldest.get(stamp & 4095, stamp + 1)]
+        left.append(replace(one, slots=one.slots[kept]))
+    return left
+
+
+@pytest.mark.parametrize(
+    ("name", "planted"),
+    [
+        ("NAMED", parts_count_as_whole),
+        ("NAMED", any_shard_counts_for_all),
+        ("WITHOUT", younger_than_the_gap_is_left_out),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_naming_too_much_is_found(name: str, planted: Named | Without, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), name, planted)
+    with pytest.raises(AssertionError):
+        walks(500)
 
 
 @given(st.integers(0, 2**32))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from p2p import messages as m
 from p2p import wire
 from p2p.errors import RemoteProtocolError
-from p2p.replica import RowColumns, SchemaEntry
+from p2p.replica import KnownSteps, RowColumns, SchemaEntry
 from p2p.stamps import make_stamp
 from p2p.versions import PROTOCOL_VERSION
 
@@ -56,6 +56,11 @@ def batch() -> m.Batch:
 
 def reply(last: bool = True) -> m.PullReply:
     return m.PullReply(5, 1, 0, last, sections(True), WRITERS, vector(), vector()[0])
+
+
+def known(stamps: np.ndarray, row_bytes: int = 1) -> KnownSteps:
+    """Steps of a keyspace of 3 shards, if a row has a byte."""
+    return KnownSteps(stamps, np.arange(len(stamps) * row_bytes, dtype=np.uint8).reshape(len(stamps), row_bytes))
 
 
 BOOTS = np.array([1, 2**64 - 1], np.uint64)
@@ -105,6 +110,7 @@ MESSAGES: list[m.Message] = [
 # With what version 2 added.
 LATER: list[m.Message] = [
     m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98),
+    m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98, known(BOOTS)),
     m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS, BOOTS),
     m.Heartbeat(MEMBER, (), 7, 1_700_000_000_000, (), 5, BOOTS, BOOTS & np.uint64(3), 99, 98),
 ]
@@ -156,6 +162,10 @@ def test_what_version_1_does_not_have_is_left_out(message: m.Message) -> None:
         m.RetireReport(5, 9, 3, m.FROZEN, vector()[:, 0]),
         m.BlockGrant(99, 7, (256,), STAMP, True),
         m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS[:1]),
+        m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98, known(BOOTS[::-1])),
+        m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98, known(BOOTS[[0, 0]])),
+        m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98, known(BOOTS, 9)),
+        m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98, known(np.arange(8_000, dtype=np.uint64))),
         m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS * 1_000, BOOTS),
         m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS, BOOTS[:1]),
     ],

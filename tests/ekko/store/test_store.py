@@ -16,7 +16,7 @@ from ekko.store import Store, layout
 from ekko.store.manifest import read_manifest
 from ekko.store.model_store import ModelStore
 from p2p.errors import RemoteProtocolError, SchemaClashError
-from p2p.replica import Applied, RowColumns, SchemaEntry, WriterIdentity
+from p2p.replica import Applied, KnownSteps, RowColumns, SchemaEntry, WriterIdentity
 from p2p.stamps import WRITERS_MAX
 
 SHARDS = 8
@@ -159,6 +159,28 @@ def test_changed_since_is_what_lies_above_the_vector(sequence: list, known: dict
     assert found == oracle.above(vector)
     model.vector[...] = vector
     assert (model.stray_digest() == 0) == (not found)
+
+
+@given(st.lists(batches(), max_size=12), st.dictionaries(STAMPS, st.sets(st.integers(0, SHARDS - 1))))
+def test_without_leaves_out_just_the_rows_of_known_steps(sequence: list, known: dict[int, set[int]]) -> None:
+    """By stamp and shard, tombstones too; of the rest nothing is missing."""
+    model, oracle = Store.anonymous().add_model(SPEC), Oracle()
+    for batch in sequence:
+        apply(model, batch, oracle)
+    bits = np.zeros((len(known), SHARDS), np.bool_)
+    for row, stamp in zip(bits, sorted(known), strict=True):
+        row[list(known[stamp])] = True
+    steps = KnownSteps(np.array(sorted(known), np.uint64), np.packbits(bits, axis=1, bitorder="little"))
+    names = {table_id(name): name for name in DIMS}
+    everything = model.changed_since(np.zeros((SHARDS, WRITERS_MAX), np.uint64))
+    left = model.without(everything, steps)
+    assert all(selection.slots.size for selection in left)
+    found = {
+        (names[selection.table], key)
+        for selection in left
+        for key in model.read(selection.table, selection.slots).keys.tolist()
+    }
+    assert found == {at for at, (stamp, _) in oracle.rows.items() if mix64(at[1]) % SHARDS not in known.get(stamp, set())}
 
 
 def test_the_digest_tells_tables_keys_and_stamps_apart() -> None:
