@@ -348,7 +348,7 @@ class Node:
         if held is None or not tables.keys() <= held.spec.tables.keys():
             self._grow_schema(parts, wanted)
         else:  # refuses what contradicts it
-            parts.store.add_model(wanted)
+            parts.store.add_model(wanted, asked=False)
         model = parts.store.models[request.model]
         dims = {table.name: table.dim for table in model.spec.tables.values()}
         node, tensors = self.config.node, dict(model.spec.tensors)
@@ -411,7 +411,7 @@ class Node:
                 f"model {spec.name!r} has a codec or partitions, which protocol version {oldest} does not know and some node "
                 "still speaks: upgrade all nodes first (`ekko status` shows who)"
             )
-        parts.store.add_model(spec, CAPACITY_ROWS_GUESS)
+        parts.store.add_model(spec, CAPACITY_ROWS_GUESS, asked=False)
         self._submit(m.SchemaChanged())
 
     def _submit(self, event: m.PublishRequested | m.WaitRequested | m.SchemaChanged | m.ExpelRequested) -> Answer | None:

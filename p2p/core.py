@@ -79,6 +79,9 @@ class Counters:
     peers_refused: int = 0
     versions_refused: int = 0  # peers, and records of members, of a version that we do not speak
     retired_refused: int = 0  # batches dropped, since their writer is retired
+    schemas_refused: int = 0  # of peers, since there is no room for what they name
+    writers_refused: int = 0  # batches dropped, since the vector has no room for their writer
+    retirements_refused: int = 0  # entries of the record of retired writers for which there was no room
     writer_conflicts: int = 0  # batches, pulls and records dropped, since they know a writer id under another nonce
     blocks_given: int = 0  # of writer ids
     messages_unspoken: int = 0  # not sent, since the peer's version does not know them
@@ -220,6 +223,14 @@ class Core:
         if reason not in self.conflicts and len(self.conflicts) < CONFLICTS_MAX:
             self.conflicts[reason] = None
             self.note("writer_conflict", alarm=True, node=node, reason=reason)
+
+    def note_no_room(self, keyspace: Keyspace, writer: int) -> None:
+        """A writer was met for whom the vector has no room: a person must know, once."""
+        self.counters.writers_refused += 1
+        reason = f"no room for another writer of keyspace {keyspace.replica.keyspace}, of {keyspace.knowledge.shards} shards"
+        if reason not in self.conflicts and len(self.conflicts) < CONFLICTS_MAX:
+            self.conflicts[reason] = None
+            self.note("writers_full", alarm=True, keyspace=keyspace.replica.keyspace, writer=writer)
 
     def own_record(self) -> m.MemberRecord:
         """What we say of ourselves."""

@@ -18,6 +18,7 @@ from p2p.links import Link
 from p2p.membership import FANOUT, HEARTBEAT_MS
 from p2p.pull import Pull
 from p2p.retirement import Retirement
+from p2p.sizes import SUMMARY_ITEMS_MAX, fitting, items_of
 from p2p.stamps import AHEAD_MS_MAX, unix_ms_of
 
 # Heartbeats more each interval for the sake of partitions, one of which none of the usual receivers may hold.
@@ -49,6 +50,7 @@ class Gossip:
         self._heard = 0  # messages since our last beat
         self._silent_beats = 0
         self._clock_off = False
+        self._summary_next = 0  # which keyspace's comes first in the next heartbeat
 
     def next_ms(self, now_ms: int) -> int:
         """When the timer is wanted next."""
@@ -142,7 +144,7 @@ class Gossip:
             self._take_news(),
             core.schema_digest,
             now.unix_ms,
-            tuple(self._summary(keyspace, now) for keyspace in core.keyspaces.values()),
+            self._summaries(now),
             register.digest(now.monotonic_ms),
             boots,
             counters,
@@ -152,6 +154,21 @@ class Gossip:
 
     def _take_news(self) -> tuple[m.MemberRecord, ...]:
         return tuple(self._core.newest(record) for record in self._core.membership.take_news())
+
+    def _summaries(self, now: m.Now) -> tuple[m.KeyspaceSummary, ...]:
+        """Of all keyspaces, or of as many as fit; the next heartbeat goes on where this one ends."""
+        keyspaces = list(self._core.keyspaces.values())
+        told: list[m.KeyspaceSummary] = []
+        left = SUMMARY_ITEMS_MAX
+        first = self._summary_next % max(1, len(keyspaces))
+        for keyspace in (*keyspaces[first:], *keyspaces[:first]):
+            summary = self._summary(keyspace, now)
+            left -= items_of(summary)
+            if left < 0 and told:
+                break
+            told.append(summary)
+        self._summary_next = first + len(told) if len(told) < len(keyspaces) else 0
+        return tuple(told)
 
     def _summary(self, keyspace: Keyspace, now: m.Now) -> m.KeyspaceSummary:
         vector, strays = self._pull.digests(keyspace, now)
@@ -199,8 +216,9 @@ class Gossip:
         """A peer's register differs from ours: send what it lacks, and ask for what we lack."""
         core = self._core
         records, ahead = core.membership.missing_in(index.boots, index.versions, now.monotonic_ms)
-        for start in range(0, len(records), membership.RECORDS_MAX):
-            part = records[start : start + membership.RECORDS_MAX]
+        while records:
+            part = records[: min(membership.RECORDS_MAX, fitting(records))]
+            records = records[len(part) :]
             core.send(link, m.MemberNews(tuple(core.newest(record) for record in part)))
         if ahead and index.answer_wanted:
             core.send(link, m.RegisterIndex(*core.membership.index(now.monotonic_ms), answer_wanted=False))

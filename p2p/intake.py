@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from p2p import messages as m
 from p2p.core import Core, Keyspace
-from p2p.errors import RemoteProtocolError
+from p2p.errors import BlamelessError, RemoteProtocolError
 from p2p.replica import U64, RowColumns
 from p2p.stamps import check_not_ahead
 
@@ -32,6 +32,16 @@ def check_rows(keyspace: Keyspace, columns: Sequence[RowColumns], stamps: Sequen
     if not all(column.all() for column in own):
         raise RemoteProtocolError("a row without a stamp")
     check_not_ahead(max((int(array.max()) for array in (*own, *stamps) if array.size), default=0), now.unix_ms)
+
+
+def check_writers(keyspace: Keyspace, writers: NDArray[np.uint16]) -> None:
+    """Refuse knowledge about more writers than we could pass on.
+
+    Raises:
+        BlamelessError: the vector has no room for them; the sender may have met fewer others than we.
+    """
+    if not keyspace.knowledge.has_room_for(writers.tolist()):
+        raise BlamelessError(f"{len(writers)} writers of {keyspace.knowledge.shards} shards: our vector has no room for them")
 
 
 def take_rows(core: Core, keyspace: Keyspace, columns: Sequence[RowColumns]) -> int:

@@ -9,7 +9,7 @@ has never heard of says hello.
 from p2p import membership, trees
 from p2p import messages as m
 from p2p.core import Core
-from p2p.errors import RemoteProtocolError, SchemaClashError
+from p2p.errors import BlamelessError, RemoteProtocolError, SchemaClashError
 from p2p.ledger import Peer
 from p2p.links import Link
 from p2p.membership import HEARTBEAT_MS
@@ -17,6 +17,7 @@ from p2p.placement import holds
 from p2p.pull import Pull
 from p2p.replica import SchemaEntry
 from p2p.retirement import Retirement
+from p2p.sizes import fitting
 from p2p.versions import FIRST_VERSION, agree, describe, lowest_spoken
 from p2p.writers import WriterConflictError
 
@@ -214,6 +215,7 @@ class Introductions:
         members = core.membership.records(now.monotonic_ms)
         if len(members) > membership.RECORDS_MAX:
             members = tuple(core.rng.sample(members, membership.RECORDS_MAX))
+        members = members[: fitting(members)]
         hello = m.Hello(
             lowest_spoken(core.options.protocol_version),
             core.writers.cluster,
@@ -371,6 +373,9 @@ class Introductions:
             new = core.host.adopt(entries)
         except SchemaClashError as error:
             core.note("schema_clash", alarm=True, reason=str(error))
+            raise
+        except BlamelessError:
+            core.counters.schemas_refused += 1
             raise
         if new:
             core.refresh_keyspaces()

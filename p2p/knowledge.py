@@ -9,6 +9,7 @@ The *frontier* is the same promise over all shards: everything a writer wrote up
 (`writer_prev`), so it tells a lagging node apart from an idle writer, which per-shard vectors cannot.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,9 @@ from p2p.stamps import WRITERS_MAX, writer_of
 # Steps whose claims wait for a gap. At 1,000 steps a second this is 4 s of a stream, longer than a repair takes; beyond it
 # the oldest is dropped, which is safe: the pull that fills the gap claims at least as much.
 OPEN_STEPS_MAX = 4_096
+# A vector travels in one message (a pull and its answer), beside a chunk of rows. All 4,096 writers fit with 384 shards, 192
+# with 8,192, 24 with 65,536; retired ones make room (R13).
+VECTOR_BYTES_MAX = 12 << 20
 
 
 def merge_claims(vector: U64, shards: NDArray[np.uint32], writer: int, base: U64, until: U64 | np.uint64) -> NDArray[np.bool_]:
@@ -95,6 +99,16 @@ class Knowledge:
         """uint16[w]: every writer ever heard of here, ascending; without retired ones of which all is here."""
         gone = self._retired.keys() if not self._retired else {w for w in self._retired if self.is_settled(w)}
         return np.array(sorted(self._writers - gone), np.uint16)
+
+    @property
+    def room(self) -> int:
+        """How many writers more the vector may name; below 0: it does not fit in a message as it is."""
+        return VECTOR_BYTES_MAX // (8 * self.shards) - len(self._writers)
+
+    def has_room_for(self, writers: Iterable[int]) -> bool:
+        """Whether the vector still fits in a message when it names these writers, too."""
+        new = sum(writer not in self._writers for writer in writers)
+        return not new or new <= self.room
 
     def is_settled(self, writer: int) -> bool:
         """Whether a retired writer's entry is exactly what is left of it, so that it needs not be told."""
@@ -248,8 +262,10 @@ class Knowledge:
             writers: uint16[w], ascending.
             frontier: uint64[w].
         """
-        self.frontier[writers] = np.maximum(self.frontier[writers], frontier)
-        for writer in writers.tolist():
+        for writer, stamp in zip(writers.tolist(), frontier, strict=True):
+            if not self.has_room_for((writer,)):
+                continue
+            self.frontier[writer] = max(self.frontier[writer], stamp)
             self._writers.add(writer)
             self._absorb(writer)
 

@@ -53,6 +53,9 @@ class Machine:
         host: the rows.
         ledger: what must survive the machine: granted writer ids and the cluster nonce.
         rng: the only source of randomness.
+
+    Raises:
+        LocalProtocolError: what the host or the ledger has cannot be worked with.
     """
 
     def __init__(self, options: MachineOptions, host: Host, ledger: Ledger, rng: random.Random) -> None:
@@ -82,6 +85,12 @@ class Machine:
         self._deadline_ms = 0
         self._planned = True  # `_deadline_ms` accounts for the last event
         self._core.refresh_keyspaces()
+        for number, keyspace in self._core.keyspaces.items():
+            if keyspace.knowledge.room < 0:
+                raise LocalProtocolError(
+                    f"keyspace {number} has {keyspace.knowledge.shards} shards and too many writers for them: its vector fits "
+                    "in no message. Remove the shared memory (the node pulls it again), or begin a new model with fewer shards"
+                )
 
     @property
     def counters(self) -> Counters:

@@ -31,6 +31,7 @@ from p2p.errors import RemoteProtocolError
 from p2p.messages import Holding, MemberRecord, NodeId, RecordColumns, WriterRecord
 from p2p.placement import holds
 from p2p.replica import U64, Place
+from p2p.sizes import fitting
 from p2p.suspicion import HEARTBEAT_MS, Suspicion, mix
 from p2p.trees import Holder, Trees
 from p2p.versions import protocol_of
@@ -429,9 +430,11 @@ class Membership:
         news = self.suspicion.news
         slots = np.flatnonzero(self.suspicion.used & (news > 0))
         chosen = slots[np.argsort(-news[slots], kind="stable")][:RECORDS_MAX]
-        news[chosen] -= 1
+        records = self._records(chosen.tolist())
+        count = fitting(records)
+        news[chosen[:count]] -= 1
         self.news = bool((news[slots] >= NEWS_TELLS).any())
-        return self._records(chosen.tolist())
+        return records[:count]
 
     @property
     def quiet(self) -> bool:

@@ -23,7 +23,7 @@ from p2p import messages as m
 from p2p import wire
 from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
-from p2p.intake import check_rows, take_rows
+from p2p.intake import check_rows, check_writers, take_rows
 from p2p.links import Link
 from p2p.outbox import STREAMS_MAX, Outbox
 from p2p.placement import may_hold
@@ -194,6 +194,7 @@ class Pull:
         if reply.vector.shape[0] != keyspace.knowledge.shards:
             raise RemoteProtocolError(f"vector of {reply.vector.shape[0]} shards, expected {keyspace.knowledge.shards}")
         check_rows(keyspace, reply.columns, (reply.vector, reply.frontier), now)
+        check_writers(keyspace, reply.writers)
 
     def _abandon(self, keyspace: int, why: str) -> None:
         asked = self._asked.pop(keyspace, None)

@@ -61,6 +61,7 @@ class Push:
         columns = tuple(section for section in request.columns if len(section.keys))
         parts = _parts_of(family, columns)
         if family[0].replica.writer is None:
+            _check_room(family)
             self._allotment.become_writer(family, now)
         identity = family[0].replica.writer
         assert identity is not None
@@ -188,6 +189,9 @@ class Push:
         family = keyspace.replica.place.family
         if core.writers.is_retired(family, batch.writer, batch.nonce):
             core.counters.retired_refused += 1
+            return False
+        if not keyspace.knowledge.has_room_for((batch.writer,)):
+            core.note_no_room(keyspace, batch.writer)
             return False
         known = core.writers.nonce_of(family, batch.writer) == batch.nonce
         if not known and not core.same_writers(link.node, family, [batch.writer], [batch.nonce]):
@@ -339,6 +343,20 @@ def _touched(shards: int, shard_of: Sequence[NDArray[np.int64]]) -> NDArray[np.i
 def _claims(touched: NDArray[np.int64], prev: U64) -> m.ShardClaims:
     count = len(touched)
     return m.ShardClaims(touched.astype(np.uint32), prev, np.zeros(count, np.uint16), np.ones(count, np.uint16))
+
+
+def _check_room(family: Sequence[Keyspace]) -> None:
+    """Refuse to begin as one writer more where a vector has no room for one.
+
+    Raises:
+        LocalProtocolError: naming the remedies.
+    """
+    for keyspace in family:
+        if keyspace.knowledge.room < 1:
+            raise LocalProtocolError(
+                f"this model has {keyspace.knowledge.shards} shards, and as many writers as fit in a message with them: expel "
+                "nodes that are gone, so that their writers are retired (`ekko expel`), or begin a new model with fewer shards"
+            )
 
 
 def _applied_effect(batch: m.Batch, rows: int) -> m.BatchApplied:

@@ -43,6 +43,10 @@ from p2p.stamps import WRITERS_MAX, check_not_ahead
 # Kept for ever and told to every newcomer. A cluster that needs more expels a node a day for eleven years.
 EXPELLED_MAX = 4_096
 RETIRED_MAX = 4_096
+# Floors kept: of all keyspaces, and of those that are not held here, whose number of shards is whatever a peer says. They are
+# in the ledger, too, which has 16 MiB. 8 MiB are those of 16,384 writers of models of 64 shards.
+FLOOR_BYTES_MAX = 8 << 20
+STRANGE_FLOOR_BYTES_MAX = 2 << 20
 # Sets that differ are told in full, cut into messages of about so much.
 TOLD_BYTES_MAX = 1 << 20
 # Reports are repeated, since any of them and its receiver may be lost.
@@ -141,14 +145,16 @@ class Retirement:
             for retired in told.retired
             for keyspace in core.families.get(retired.family, ())
         )
-        changed, refused = [], 0
+        changed, refused, room = [], 0, _Room(core)
         for retired in chain(told.retired, own):
-            if retired.key not in record.retired and len(record.retired) >= RETIRED_MAX:
+            if not room.admits(retired):
                 refused += 1
             elif self._merge(retired):
+                room.take(retired)
                 changed.append(retired)
         if refused:  # one note for all: a message has room for more entries than an event may have effects
-            core.note("retirements_full", alarm=True, bound=RETIRED_MAX, refused=refused)
+            core.counters.retirements_refused += refused
+            core.note("retirements_full", alarm=True, bound=RETIRED_MAX, floor_bytes=FLOOR_BYTES_MAX, refused=refused)
         if not new and not changed:
             return
         record.save()
@@ -170,6 +176,8 @@ class Retirement:
         keyspace = self._core.keyspaces.get(told.keyspace)
         if keyspace is not None and len(told.floor) not in (0, keyspace.knowledge.shards):
             return False  # of a keyspace that was made anew with other shards
+        if known is not None and len(known.floor) and len(told.floor) not in (0, len(known.floor)):
+            return False  # the same, or a lie, of one that is not held here
         if known is None:
             retired[told.key] = told
             self._core.writers.note_retired(told.family, told.writer, told.nonce)
@@ -376,6 +384,45 @@ class Retirement:
             assert rows.stamps is not None
             np.maximum.at(held, replica.shards_of(rows.keys), rows.stamps)
         return held
+
+
+def floor_bytes(core: Core) -> int:
+    """Bytes of all floors that are kept."""
+    return sum(one.floor.nbytes for one in core.record.retired.values())
+
+
+class _Room:
+    """What of one message may still be kept."""
+
+    def __init__(self, core: Core) -> None:
+        self._retired = core.record.retired
+        self._held = core.keyspaces
+        self._sizes = {one.key: one.floor.nbytes for one in self._retired.values()}
+        self._bytes = sum(self._sizes.values())
+        self._strange_bytes = sum(size for key, size in self._sizes.items() if key[0] not in self._held)
+
+    def admits(self, told: m.Retired) -> bool:
+        """Whether there is room for an entry, or for its floor."""
+        if told.key not in self._retired and len(self._retired) >= RETIRED_MAX:
+            return False
+        keyspace = self._held.get(told.keyspace)
+        if keyspace is not None and not keyspace.knowledge.has_room_for((told.writer,)):
+            return False
+        more = self._more(told)
+        if more <= 0:
+            return True
+        strange_bytes = self._strange_bytes + more if keyspace is None else 0
+        return self._bytes + more <= FLOOR_BYTES_MAX and strange_bytes <= STRANGE_FLOOR_BYTES_MAX
+
+    def take(self, told: m.Retired) -> None:
+        """It was kept."""
+        more = self._more(told)
+        self._sizes[told.key] = told.floor.nbytes
+        self._bytes += more
+        self._strange_bytes += more if told.keyspace not in self._held else 0
+
+    def _more(self, told: m.Retired) -> int:
+        return told.floor.nbytes - self._sizes.get(told.key, 0)
 
 
 def _above(one: U64, other: U64) -> bool:

@@ -28,7 +28,7 @@ from p2p import messages as m
 from p2p import wire
 from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
-from p2p.intake import check_rows, take_rows
+from p2p.intake import check_rows, check_writers, take_rows
 from p2p.links import Link
 from p2p.replica import U64
 from p2p.shard_versions import Mask, OwnVersions, covers
@@ -212,6 +212,7 @@ class Rounds:
             if not np.array_equal(reply.shards, found.question.shards if reply.last else _NO_SHARDS):
                 raise RemoteProtocolError("an answer for other shards than were asked for")
             check_rows(keyspace, reply.columns, (reply.vectors,), now)
+            check_writers(keyspace, reply.writers)
         except RemoteProtocolError:
             self._abandon(place, "a chunk was refused")
             raise

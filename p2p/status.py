@@ -179,5 +179,6 @@ def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach) -> tup
         QueueStatus("questions", len(reaching.questions), reach.QUESTIONS_MAX),
         QueueStatus("expelled", len(core.record.expelled), retirement.EXPELLED_MAX),
         QueueStatus("retired_writers", len(core.record.retired), retirement.RETIRED_MAX),
+        QueueStatus("retired_floor_bytes", retirement.floor_bytes(core), retirement.FLOOR_BYTES_MAX),
         QueueStatus("members", len(core.membership.members), membership.MEMBERS_MAX),
     )

@@ -30,10 +30,10 @@ from ekko.store.manifest import (
 from ekko.store.memory import AnonymousMemory, Mapping, Memory, TmpfsMemory
 from ekko.store.model_store import ModelStore
 from ekko.store.partition import copy_held, replicas_of
-from p2p.errors import RemoteProtocolError, SchemaClashError
+from ekko.store.room import Cost, NoRoomError, check_room, cost_of
+from p2p.errors import BlamelessError, RemoteProtocolError, SchemaClashError
 from p2p.replica import Replica, SchemaEntry
 
-MODELS_MAX = 1_024
 # A tmpfs on every Linux.
 MEMORY_DIR = Path("/dev/shm")  # noqa: S108
 # What a table may grow to. Costs nothing until it is used; 47 bits of addresses hold two thousand such tables.
@@ -51,6 +51,9 @@ class Store:
         self._table_bytes_max = table_bytes_max
         self._models: dict[str, ModelStore] = {}
         self._by_id: dict[int, Replica] = {}
+        self._costs: dict[str, Cost] = {}  # of each model
+        self._asked: dict[str, ModelSpec] = {}  # what this node's configuration names
+        self._unasked: dict[str, int] = {}  # memory of what else there is of each model, before any row
         self._control: Mapping | None = None
 
     @classmethod
@@ -183,6 +186,8 @@ class Store:
         """Let go of the memory; the files stay, for readers and for the next daemon."""
         self._models.clear()
         self._by_id.clear()
+        self._costs.clear()
+        self._unasked.clear()
         self._control = None
 
     def destroy(self) -> None:
@@ -201,20 +206,24 @@ class Store:
         """Live view: name -> model."""
         return MappingProxyType(self._models)
 
-    def add_model(self, spec: ModelSpec, capacity_rows: int = 0, hold: Sequence[int] | None = None) -> ModelStore:
+    def add_model(
+        self, spec: ModelSpec, capacity_rows: int = 0, hold: Sequence[int] | None = None, *, asked: bool = True
+    ) -> ModelStore:
         """Have this model, with at least these tables and tensors.
 
         Args:
             spec: what there is to be; what exists already is kept.
             capacity_rows: a first guess of the rows of all its tables together.
             hold: partitions to hold here, beside those that are held already; None: all of a model that is new, else no more.
+            asked: this node's own configuration names it; what peers and publishers bring has a bound of its own.
 
         Raises:
-            ModelError: it contradicts the model that exists. Nothing is changed.
+            ModelError: it contradicts the model that exists, or there is no room for it. Nothing is changed.
             StoreError: shared memory is full.
         """
         model = self._models.get(spec.name)
         self._check_new(spec, model)
+        self._check_room([spec], asked)
         if hold is not None and not set(hold) <= set(range(spec.partitions)):
             raise ModelError(f"model {spec.name!r} has partitions 0 to {spec.partitions - 1}: cannot hold {list(hold)}")
         if model is None:
@@ -228,6 +237,9 @@ class Store:
             changed |= model.add_table(table)
         for tensor in spec.tensors.values():
             changed |= model.add_tensor(tensor)
+        if asked:
+            before = self._asked.get(spec.name, spec)
+            self._asked[spec.name] = replace(spec, tables=before.tables | spec.tables, tensors=before.tensors | spec.tensors)
         self._insert(model)
         if changed:
             self._publish_manifest()
@@ -238,6 +250,7 @@ class Store:
         store = self._known(model)
         self._check_new(_alone(store.spec, [table], []), store)
         if store.add_table(table, capacity_rows):
+            self._insert(store)
             self._publish_manifest()
 
     def add_tensor(self, model: str, tensor: TensorSpec) -> None:
@@ -245,6 +258,7 @@ class Store:
         store = self._known(model)
         self._check_new(_alone(store.spec, [], [tensor]), store)
         if store.add_tensor(tensor):
+            self._insert(store)
             self._publish_manifest()
 
     def _known(self, name: str) -> ModelStore:
@@ -260,7 +274,6 @@ class Store:
         """
         if model is None:
             self._check_ids(spec)
-            self._check_room(1)
             held = spec.bare()
         else:
             held = model.spec
@@ -289,17 +302,21 @@ class Store:
             if ids & {model.spec.id, *model.spec.keyspaces}:
                 raise ModelError(f"models {spec.name!r} and {model.spec.name!r} have the same id: rename one")
 
-    def _check_room(self, count: int) -> None:
-        """Refuse more models than there may be.
+    def _check_room(self, specs: Sequence[ModelSpec], asked: bool) -> None:
+        """Refuse more than this node has room for.
 
         Raises:
-            ModelError: there is no room for so many.
+            NoRoomError: naming what there is too much of.
         """
-        if count and len(self._models) + count > MODELS_MAX:
-            raise ModelError(f"this node has {len(self._models)} models, room for {MODELS_MAX}: not for {count} more")
+        held = {name: model.spec for name, model in self._models.items()}
+        new = [cost_of(spec, held.get(spec.name)) for spec in specs]
+        unasked = 0 if asked else sum(self._unasked.values()) + sum(cost.memory_bytes for cost in new)
+        check_room(self._costs.values(), new, unasked)
 
     def _insert(self, model: ModelStore) -> None:
         self._models[model.spec.name] = model
+        self._costs[model.spec.name] = cost_of(model.spec)
+        self._unasked[model.spec.name] = cost_of(model.spec, self._asked.get(model.spec.name)).memory_bytes
         for replica in replicas_of(model):
             self._by_id.setdefault(replica.keyspace, replica)
 
@@ -330,16 +347,18 @@ class Store:
             return False
         wanted = self._wanted(fresh)
         try:
-            self._check_room(sum(spec.name not in self._models for spec in wanted))
+            self._check_room(wanted, asked=False)
             for spec in wanted:
                 self._check_new(spec, self._models.get(spec.name))
+        except NoRoomError as error:
+            raise BlamelessError(f"no room for the schema of a peer: {error}") from error
         except ModelError as error:
             raise SchemaClashError(str(error)) from error
         try:
             for spec in wanted:
-                self.add_model(spec)
+                self.add_model(spec, asked=False)
         except StoreError as error:  # a peer asks for more than this machine has: its wish fails, not the node
-            raise RemoteProtocolError(f"no room for the schema of a peer: {error}") from error
+            raise BlamelessError(f"no room for the schema of a peer: {error}") from error
         return True
 
     def _wanted(self, entries: Sequence[SchemaEntry]) -> list[ModelSpec]:
