@@ -8,6 +8,7 @@ import xxhash
 
 from p2p import messages as m
 from p2p import wire
+from p2p.groups import LINGER_MS, Group
 from p2p.knowledge import Knowledge
 from p2p.ledger import NodeRecord, Peer
 from p2p.links import Link
@@ -42,6 +43,7 @@ class MachineOptions:
     expel_after_ms: int = EXPEL_AFTER_MS  # of absence; 0: never
     protocol_version: int = PROTOCOL_VERSION  # an older one makes a node of before an upgrade, for tests of it
     sync: SyncOptions = PUSH  # the same on all nodes of a cluster
+    linger_ms: int = LINGER_MS  # how long a step may wait for others after a message of its keyspace; 0: none does
 
 
 @dataclass(slots=True)
@@ -49,6 +51,9 @@ class Counters:
     """What happened since the start; only ever grows."""
 
     batches_published: int = 0
+    groups_sent: int = 0  # of steps of ours in one keyspace, those of one step included: so often something was sent
+    groups_held: int = 0  # of those, which waited for further steps
+    steps_received: int = 0  # in all batches received
     batches_received: int = 0
     batches_forwarded: int = 0
     batches_skipped: int = 0  # not forwarded to a child: no credit, no link, or refused by the transport
@@ -97,6 +102,7 @@ class Keyspace:
     goal: dict[int, int] = field(default_factory=dict)  # writer -> stamp: how far it had come when we first compared
     alone_since_ms: int | None = None  # monotonic: since when nobody else alive holds it
     last_batch_ms: int = 0  # monotonic, of our own writer
+    group: Group = field(default_factory=Group)  # steps of ours that wait to be sent together
     gap_writer: int | None = None  # whose steps were found waiting for one before them when we last looked
     gap_frontier: int = 0  # and how far it was whole then
     gap_since_ms: int = 0  # monotonic; since we asked for it last

@@ -5,6 +5,7 @@ Whole shards are packed together; a shard too large for one message travels as n
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from p2p import messages as m
 from p2p.errors import LocalProtocolError
 from p2p.placement import take
-from p2p.replica import RowColumns
+from p2p.replica import U64, RowColumns
 
 # A shard's part number is 16 bits on the wire.
 PARTS_MAX = 65_535
@@ -22,7 +23,7 @@ def split_step(batch: m.Batch, shard_of: Sequence[NDArray[np.int64]], bytes_max:
     """Cut a step into messages: one or more for each tree (R1), of at most `bytes_max` payload (R7).
 
     Args:
-        batch: the whole step.
+        batch: the whole step; or a group, which is at most one message for each tree.
         shard_of: int64[n] for each of its sections.
         bytes_max: payload bytes of a message; at least one row goes into each.
     """
@@ -35,10 +36,24 @@ def split_step(batch: m.Batch, shard_of: Sequence[NDArray[np.int64]], bytes_max:
         chosen = [np.flatnonzero(shards % batch.trees == tree) for shards in shard_of]
         columns = tuple(take(section, rows) for section, rows in zip(batch.columns, chosen, strict=True) if len(rows))
         its_shards = [shards[rows] for shards, rows in zip(shard_of, chosen, strict=True) if len(rows)]
+        whole = batch.claims
         claims = m.ShardClaims(
-            batch.claims.shards[claimed], batch.claims.prev[claimed], batch.claims.part[claimed], batch.claims.parts[claimed]
+            whole.shards[claimed],
+            whole.prev[claimed],
+            whole.part[claimed],
+            whole.parts[claimed],
+            None if whole.until is None else whole.until[claimed],
         )
-        yield from _split_by_size(replace(batch, claims=claims, columns=columns), its_shards, bytes_max)
+        steps = None if batch.steps is None else _steps_of(batch.steps, columns)
+        yield from _split_by_size(replace(batch, claims=claims, columns=columns, steps=steps), its_shards, bytes_max)
+
+
+def _steps_of(steps: m.Steps, columns: Sequence[RowColumns]) -> m.Steps:
+    """The steps of a group, of which these are the rows."""
+    rows = np.zeros(len(steps.stamps), np.int64)
+    for section in columns:
+        rows += np.bincount(np.searchsorted(steps.stamps, stamps_of(section)), minlength=len(rows))
+    return replace(steps, rows=rows)
 
 
 def _split_by_size(batch: m.Batch, shard_of: Sequence[NDArray[np.int64]], bytes_max: int) -> Iterator[m.Batch]:
@@ -46,6 +61,7 @@ def _split_by_size(batch: m.Batch, shard_of: Sequence[NDArray[np.int64]], bytes_
     if sum(section.payload_bytes for section in batch.columns) <= bytes_max:
         yield batch
         return
+    assert batch.steps is None, "a group is cut in parts"
     # Rows by shard; the order is stable, so live rows stay before tombstones.
     order = [np.argsort(shards, kind="stable") for shards in shard_of]
     starts = [np.searchsorted(shards[rows], batch.claims.shards) for shards, rows in zip(shard_of, order, strict=True)]
@@ -112,24 +128,44 @@ def _message_of(batch: m.Batch, group: Sequence[_Piece]) -> m.Batch:
     for piece in group:
         for section in piece.columns:
             by_table.setdefault(section.table, []).append(section)
-    return replace(batch, claims=claims, columns=tuple(_join(sections) for sections in by_table.values()))
+    return replace(batch, claims=claims, columns=tuple(join_sections(sections) for sections in by_table.values()))
 
 
-def _join(sections: Sequence[RowColumns]) -> RowColumns:
-    """Sections of one table as one, tombstones to the end."""
-    if len(sections) == 1:
+def join_sections(sections: Sequence[RowColumns], stamps: Sequence[int] = ()) -> RowColumns:
+    """Sections of one table as one, tombstones to the end; `stamps`: of each, which its rows get."""
+    if len(sections) == 1 and not stamps:
         return sections[0]
-    live = [len(section.rows) for section in sections]
-
-    def column(arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
-        heads = [array[:count] for array, count in zip(arrays, live, strict=True)]
-        return np.concatenate(heads + [array[count:] for array, count in zip(arrays, live, strict=True)])
-
+    order = _live_first(sections)
+    counts = [len(section.keys) for section in sections]
     significance = [section.significance for section in sections if section.significance is not None]
     return RowColumns(
         sections[0].table,
-        column([section.keys for section in sections]),  # type: ignore[arg-type]
+        _column([section.keys for section in sections], order),
         np.concatenate([section.rows for section in sections]),
-        None,
-        column(significance) if len(significance) == len(sections) else None,  # type: ignore[arg-type]
+        _column([np.repeat(np.array(stamps, np.uint64), counts)], order) if stamps else None,
+        _column(significance, order) if len(significance) == len(sections) else None,
     )
+
+
+def join_columns(sections: Sequence[RowColumns], of_each: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """What is said of each row of these sections, in the order in which `join_sections` has them."""
+    return _column(of_each, _live_first(sections))
+
+
+def _live_first(sections: Sequence[RowColumns]) -> NDArray[np.int64] | None:
+    """int64[n]: an order in which all live rows come before the tombstones; None: they do already."""
+    if all(len(section.rows) == len(section.keys) for section in sections[:-1]):
+        return None
+    live = np.concatenate([np.arange(len(section.keys)) < len(section.rows) for section in sections])
+    return np.concatenate([np.flatnonzero(live), np.flatnonzero(~live)])
+
+
+def _column(arrays: Sequence[NDArray[Any]], order: NDArray[np.int64] | None) -> NDArray[Any]:
+    joined = np.concatenate(arrays)
+    return joined if order is None else joined[order]
+
+
+def stamps_of(section: RowColumns) -> U64:
+    """The stamps of rows that have some of their own."""
+    assert section.stamps is not None, "rows without stamps"
+    return section.stamps

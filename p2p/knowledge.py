@@ -27,6 +27,8 @@ OPEN_STEPS_MAX = 4_096
 # with 8,192, 24 with 65,536; retired ones make room (R13).
 VECTOR_BYTES_MAX = 12 << 20
 
+_NOTHING: U64 = np.empty(0, np.uint64)
+
 
 def merge_claims(vector: U64, shards: NDArray[np.uint32], writer: int, base: U64, until: U64 | np.uint64) -> NDArray[np.bool_]:
     """Merge claims of one writer: `V := max(V, until)` where `V >= base`.
@@ -62,8 +64,10 @@ class _OpenStep:
     writer_prev: int
     shards_touched: int
     here: NDArray[np.bool_]  # [shards]: whose rows of this step are all here
-    waiting: list[tuple[NDArray[np.uint32], U64]] = field(default_factory=list)  # of those, claims above a gap: shards and prev
+    # Of those, claims above a gap: shards, prev, and until where.
+    waiting: list[tuple[NDArray[np.uint32], U64, U64 | np.uint64]] = field(default_factory=list)
     parts: dict[int, set[int]] = field(default_factory=dict)  # shard -> parts that came, while some are missing
+    stamps: U64 | None = None  # of all steps of a group, ascending
 
     @property
     def merged(self) -> bool:
@@ -168,15 +172,19 @@ class Knowledge:
         """
         row_bytes = (self.shards + 7) // 8
         count_max = bytes_max // (8 + row_bytes)
-        steps = sorted((step for step in self._open.values() if step.waiting), key=lambda step: step.stamp)
-        steps = steps[max(0, len(steps) - count_max) :]
-        if not steps:
+        waiting = [step for step in self._open.values() if step.waiting]
+        if not waiting or not count_max:
             return NO_STEPS
-        here = np.zeros((len(steps), 8 * row_bytes), np.bool_)
-        for step, known in zip(steps, here, strict=True):
-            for shards, _ in step.waiting:
+        here = np.zeros((len(waiting), 8 * row_bytes), np.bool_)
+        for step, known in zip(waiting, here, strict=True):
+            for shards, *_ in step.waiting:
                 known[shards] = True
-        return KnownSteps(np.array([step.stamp for step in steps], np.uint64), np.packbits(here, axis=1, bitorder="little"))
+        # Of a group, all rows of each of its steps are here where any are.
+        of_each = [np.array([step.stamp], np.uint64) if step.stamps is None else step.stamps for step in waiting]
+        which = np.repeat(np.arange(len(waiting)), [len(stamps) for stamps in of_each])
+        stamps = np.concatenate(of_each)
+        youngest = np.argsort(stamps)[-count_max:]
+        return KnownSteps(stamps[youngest], np.packbits(here[which[youngest]], axis=1, bitorder="little"))
 
     def digest(self) -> int:
         """128 bits that are equal exactly when the vectors are."""
@@ -197,8 +205,21 @@ class Knowledge:
         prev: U64,
         part: NDArray[np.uint16],
         parts: NDArray[np.uint16],
+        until: U64 | None = None,
+        stamps: U64 | None = None,
     ) -> bool:
-        """Take the claims of one message of a step, whose rows are all applied (R6, R7).
+        """Take the claims of one message of a step, whose rows are all applied (R6, R7); or of a group, as of one large step.
+
+        Args:
+            stamp: of the step, or of the group's last one.
+            writer_prev: of the writer's step before.
+            shards_touched: by all of it.
+            shards: uint32[k], like the others, of this message.
+            prev: the writer's stamp before, in each shard.
+            part: which part of the shard's rows these are.
+            parts: of how many.
+            until: the stamp of the last step of a group that touched the shard; None: `stamp`, in all of them.
+            stamps: uint64[s], of the steps of a group, ascending.
 
         Returns:
             True when the whole step is known and nothing before it is missing; False: something waits, a gap is open.
@@ -207,22 +228,25 @@ class Knowledge:
         self.note_writer(writer)
         if int(self.frontier[writer]) >= stamp:
             return True  # a repeat, or a pull was faster
-        fit = loops.used.merge_all(self.vector[:, writer], shards, prev, parts, stamp)
+        fit = loops.used.merge_all(self.vector[:, writer], shards, prev, parts, stamp, _NOTHING if until is None else until)
         if not fit:
             complete = parts == 1
             if not all_of(complete):
                 self._note_parts(self._step(stamp, writer_prev, shards_touched), shards, part, parts, complete)
                 shards, prev = shards[complete], prev[complete]
-            fits = merge_claims(self.vector, shards, writer, prev, np.uint64(stamp))
+                until = None if until is None else until[complete]
+            reaches = np.uint64(stamp) if until is None else until
+            fits = merge_claims(self.vector, shards, writer, prev, reaches)
             fit = all_of(fits)
         progress = fit and len(shards) == shards_touched and self._advance_frontier(writer, writer_prev, stamp)
         if progress:  # steps come whole and in order, in small clusters and as a rule
             self._open.pop(stamp, None)
         else:
             step = self._step(stamp, writer_prev, shards_touched)
+            step.stamps = stamps
             step.here[shards] = True
             if not fit:
-                self._hold(step, writer, shards[~fits], prev[~fits])
+                self._hold(step, writer, shards, prev, reaches, ~fits)
             # The last message of a step that nothing before is missing for.
             progress = step.merged and self._advance_frontier(writer, writer_prev, stamp)
             if progress:
@@ -305,10 +329,18 @@ class Knowledge:
             return True
         return False
 
-    def _hold(self, step: _OpenStep, writer: int, shards: NDArray[np.uint32], prev: U64) -> None:
-        """These claims of a step lie above a gap."""
-        step.waiting.append((shards, prev))
-        self._awaited.setdefault(writer, np.zeros(self.shards, np.bool_))[shards] = True
+    def _hold(
+        self,
+        step: _OpenStep,
+        writer: int,
+        shards: NDArray[np.uint32],
+        prev: U64,
+        until: U64 | np.uint64,
+        wait: NDArray[np.bool_],
+    ) -> None:
+        """Those of a step's claims that `wait` lie above a gap."""
+        step.waiting.append((shards[wait], prev[wait], until[wait] if isinstance(until, np.ndarray) else until))
+        self._awaited.setdefault(writer, np.zeros(self.shards, np.bool_))[shards[wait]] = True
 
     def _absorb(self, writer: int) -> None:
         """Merge what no longer has to wait. One pass in stamp order is enough: a claim builds only on older ones."""
@@ -316,10 +348,10 @@ class Knowledge:
         for stamp in sorted(stamp for stamp in self._open if writer_of(stamp) == writer):
             step = self._open[stamp]
             waiting, step.waiting = step.waiting, []
-            for shards, prev in waiting:
-                fits = merge_claims(self.vector, shards, writer, prev, np.uint64(stamp))
+            for shards, prev, until in waiting:
+                fits = merge_claims(self.vector, shards, writer, prev, until)
                 if not all_of(fits):
-                    self._hold(step, writer, shards[~fits], prev[~fits])
+                    self._hold(step, writer, shards, prev, until, ~fits)
             if step.merged:
                 self._advance_frontier(writer, step.writer_prev, stamp)
             if int(self.frontier[writer]) >= stamp:  # by this step, or by a pull that brought all of it

@@ -44,7 +44,7 @@ def claims_fault(shards: U32, prev: U64, part: U16, parts: U16, stamp: int, tree
     return SOUND
 
 
-def merge_all(column: U64, shards: U32, base: U64, parts: U16, until: int) -> bool:
+def merge_all(column: U64, shards: U32, base: U64, parts: U16, stamp: int, until: U64) -> bool:
     """Merge the claims of a batch, if each is of a whole shard and builds on what is known; else merge none.
 
     Args:
@@ -52,7 +52,8 @@ def merge_all(column: U64, shards: U32, base: U64, parts: U16, until: int) -> bo
         shards: uint32[k], without repeats, each within the column.
         base: uint64[k].
         parts: uint16[k].
-        until: a stamp.
+        stamp: up to which all of them claim.
+        until: uint64[k], or empty: up to which each does, where that differs.
 
     Returns:
         Whether all were merged: `V := max(V, until)` where `V >= base`.
@@ -60,7 +61,7 @@ def merge_all(column: U64, shards: U32, base: U64, parts: U16, until: int) -> bo
     held = column[shards]
     if (parts != 1).any() or (held < base).any():
         return False
-    column[shards] = np.maximum(held, np.uint64(until))
+    column[shards] = np.maximum(held, until if len(until) else np.uint64(stamp))
     return True
 
 
@@ -124,7 +125,7 @@ class Loops(NamedTuple):
     """One implementation of them."""
 
     claims_fault: Callable[[U32, U64, U16, U16, int, int, int], int]
-    merge_all: Callable[[U64, U32, U64, U16, int], bool]
+    merge_all: Callable[[U64, U32, U64, U16, int, U64], bool]
     hear: Callable[..., bool]  # as `hear` above
 
 

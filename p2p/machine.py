@@ -83,6 +83,7 @@ class Machine:
         self._steps: deque[tuple[m.PublishRequested, int]] = deque()  # that wait for a writer id, and until when
         self._handled_ms = 0  # monotonic time of the last event
         self._deadline_ms = 0
+        self._others_ms = 0  # the same, but for steps that wait to be sent: those come due often, and nothing else with them
         self._planned = True  # `_deadline_ms` accounts for the last event
         self._core.refresh_keyspaces()
         for number, keyspace in self._core.keyspaces.items():
@@ -158,6 +159,8 @@ class Machine:
         if self._started:
             self._gossip.note_late(now.monotonic_ms - max(self._deadline_ms, self._handled_ms))
         self._handled_ms = now.monotonic_ms
+        if not self._planned:
+            self._others_ms = 0  # unknown
         self._planned = False
         self._dispatch(event, now)
         return self._core.effects
@@ -174,11 +177,14 @@ class Machine:
             case m.BatchReady(sender_boot, envelope, batch):
                 self._on_batch_ready(sender_boot, envelope, batch, now)
             case m.TimerFired():
-                self._on_timer(now)
+                self._push.send_held(now)
+                if now.monotonic_ms >= self._others_ms:
+                    self._on_timer(now)
             case m.PublishRequested():
                 self._steps.append((event, now.monotonic_ms + IDS_WAIT_MS))
                 self._publish_waiting(now)
             case m.WaitRequested():
+                self._push.send_awaited(event.keyspace, event.stamp, now)
                 self._answer(event.request, lambda: self._reach.wait(event, now))
             case m.ExpelRequested():
                 self._answer(event.request, lambda: self._retirement.expel(event, now))
@@ -238,6 +244,7 @@ class Machine:
 
     def _on_leaving(self, now: m.Now) -> None:
         core = self._core
+        self._push.send_all_held(now)
         for link in core.neighbours(now):
             core.send(link, m.Leave(core.options.node))
 
@@ -525,7 +532,9 @@ class Machine:
         for node, box in self._pull.outboxes.items():
             if box.streams and node in core.links and core.links[node].has_credit_for_repairs():
                 wanted.append(now_ms)
-        self._deadline_ms = min(wanted)
+        self._others_ms = min(wanted)
+        linger_ms = self._push.next_ms()
+        self._deadline_ms = self._others_ms if linger_ms is None else min(self._others_ms, linger_ms)
 
     # --- what several events share
 

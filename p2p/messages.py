@@ -226,6 +226,16 @@ class ShardClaims:
     prev: U64  # [k], the writer's previous stamp in that shard; 0: none
     part: NDArray[np.uint16]  # [k], 0-based
     parts: NDArray[np.uint16]  # [k], >= 1
+    until: U64 | None = None  # [k], of a group: the stamp of its last step that touched the shard; None: the batch's stamp
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Steps:
+    """Which steps of one writer share a message, when they are several (`p2p.groups`). Since protocol version 2."""
+
+    stamps: U64  # [s], ascending; the last one is the stamp of the message
+    published_ns: U64  # [s], as in `Batch`
+    rows: NDArray[np.int64]  # [s]: how many of the message's rows are of each
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -242,7 +252,10 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch(_Rows):
-    """One optimiser step of one writer, or a part of it, under one stamp. `columns` have no stamps of their own.
+    """One optimiser step of one writer, or a part of it, under one stamp; or a *group*, several steps that follow each other.
+
+    A group is like one large step: `stamp` and `published_ns` are its last one's, `writer_prev` is what the first one follows.
+    Its claims say for each shard how far they reach, and its `columns` have stamps; those of a single step have none.
 
     A batch without shards and rows moves only the frontier: an idle writer says "nothing since".
     """
@@ -261,6 +274,7 @@ class Batch(_Rows):
     machine: int = 0  # hash of the machine whose clock that is; the difference means something only there
     priority_class: int = 0
     trees: int = 1  # over how many trees the origin spread the step; all shards of one message belong to one of them (R1)
+    steps: Steps | None = None  # of a group
     body: tuple[Buffer, ...] = field(default=(), repr=False)  # the frames it came in, forwarded unchanged (R17)
     checksum: int = field(default=0, repr=False)
     body_version: int = field(default=0, repr=False)  # the version in which `body` is encoded
@@ -272,6 +286,11 @@ class Batch(_Rows):
     def tree(self) -> int:
         """The index of its tree: a function of the shard."""
         return int(self.claims.shards[0]) % self.trees if len(self.claims.shards) else 0
+
+    @property
+    def step_count(self) -> int:
+        """How many steps, or parts of steps, it is."""
+        return 1 if self.steps is None else len(self.steps.stamps)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

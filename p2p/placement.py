@@ -67,4 +67,5 @@ def take(section: RowColumns, indices: NDArray[np.int64]) -> RowColumns:
     """Some rows of a section, in order; live rows come before tombstones, so they stay so."""
     live = indices[indices < len(section.rows)]
     significance = None if section.significance is None else section.significance[indices]
-    return RowColumns(section.table, section.keys[indices], section.rows[live], None, significance)
+    stamps = None if section.stamps is None else section.stamps[indices]
+    return RowColumns(section.table, section.keys[indices], section.rows[live], stamps, significance)

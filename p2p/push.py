@@ -1,8 +1,9 @@
 """Forwarding of fresh batches down the trees, from the publisher's step to the last leaf.
 
-A step is stamped, stored here, cut into messages (`p2p.cutting`), and sent to our children; a received batch is
-checked, forwarded, and only then applied (R17). What finds no credit waits in order, within a bound (`p2p.waiting`); beyond it
-the child sees a gap and pulls. Push may lose everything; that costs latency only (theorem T7).
+A step is stamped, stored here, joined with others where steps come fast (`p2p.groups`), cut into messages (`p2p.cutting`), and
+sent to our children; a received batch is checked, forwarded, and only then applied (R17). What finds no credit waits in order,
+within a bound (`p2p.waiting`); beyond it the child sees a gap and pulls. Push may lose everything; that costs latency only
+(theorem T7).
 """
 
 import itertools
@@ -11,16 +12,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from p2p import links, wire
+from p2p import groups, links, wire
 from p2p import messages as m
 from p2p.adoption import Adoption
 from p2p.allotment import Allotment
 from p2p.core import Core, Keyspace
 from p2p.cutting import split_step
 from p2p.errors import LocalProtocolError, RemoteProtocolError, UnknownTableError
+from p2p.groups import Step, join
 from p2p.links import Link
 from p2p.placement import divide
-from p2p.replica import U64, RowColumns, WriterIdentity
+from p2p.replica import RowColumns, WriterIdentity
 from p2p.stamps import check_not_ahead
 from p2p.trees import TREES_MAX, Trees
 from p2p.waiting import WAITING_CREDITS_MAX, WaitingBatch
@@ -40,6 +42,7 @@ class Push:
         self._allotment = allotment
         self.adoption = Adoption(core)
         self._seen: dict[tuple[int, ...], None] = {}
+        self._lingering: dict[int, Keyspace] = {}  # those with steps that wait for others
 
     @property
     def seen(self) -> int:
@@ -70,18 +73,21 @@ class Push:
             return
         stamp = core.clock.mint(now.unix_ms, identity.writer)
         stored = [self._store(keyspace, part, stamp, identity, request.published_ns, now) for keyspace, part in parts]
+        steps = [step for step, _ in stored]
         core.counters.batches_published += 1
         if family[0].replica.place.partitions > 1:
             core.note_touched(stamp, tuple(keyspace.replica.place.partition for keyspace, _ in parts))
-        if not stored[0][0].writer_prev:
+        if not steps[0].writer_prev:
             core.own_record()  # says from now on that we have written
         # All of the step is stored before any of it leaves, and the publisher prepares its next one meanwhile.
         core.emit(m.Published(request.request, stamp))
-        for batch, shard_of, _ in stored:
-            for message in split_step(batch, shard_of, wire.BATCH_BYTES_MAX):
-                keyspace = core.keyspaces[message.keyspace]
-                self._forward(keyspace, wire.seal(message), 0, self._trees(keyspace, now), now)
-        core.emit(_applied_effect(stored[0][0], sum(written for _, _, written in stored)))
+        for (keyspace, _), step in zip(parts, steps, strict=True):
+            self._send_or_hold(keyspace, step, now)
+        written = sum([written for _, written in stored])
+        options = core.options
+        core.emit(
+            m.BatchApplied(parts[0][0].replica.keyspace, options.region, stamp, request.published_ns, options.machine, written)
+        )
 
     def _store(
         self,
@@ -91,11 +97,11 @@ class Push:
         identity: WriterIdentity,
         published_ns: int,
         now: m.Now,
-    ) -> tuple[m.Batch, list[NDArray[np.int64]], int]:
+    ) -> tuple[Step, int]:
         """Write what a step of ours changes in one keyspace.
 
         Returns:
-            What to send of it, the shard of each row, and how many rows were written.
+            What to send of it, and how many rows were written.
         """
         core, replica, writer = self._core, keyspace.replica, identity.writer
         shard_of = [replica.shards_of(section.keys) for section in columns]
@@ -104,26 +110,81 @@ class Push:
         writer_prev = int(replica.frontier[writer])
         replica.begin_write(stamp, touched)
         applied = replica.apply(columns, stamp)
-        claims = _claims(touched, prev)
+        step = Step(identity, stamp, writer_prev, touched.astype(np.uint32), prev, columns, shard_of, published_ns)
+        claims = join([step]).claims
         keyspace.knowledge.learn_step(stamp, writer_prev, len(touched), claims.shards, prev, claims.part, claims.parts)
         keyspace.last_batch_ms = now.monotonic_ms
         core.counters.rows_written += applied.written
+        return step, applied.written
+
+    def _send_or_hold(self, keyspace: Keyspace, step: Step, now: m.Now) -> None:
+        """A step that is stored leaves now, or soon, with others (`p2p.groups`)."""
+        core, group = self._core, keyspace.group
+        if not group.admits(step):
+            self._send_group(keyspace, now)
+        group.add(step)
+        # Whoever speaks version 1 understands single steps only.
+        alone = core.membership.protocol_min(now.monotonic_ms) < wire.GROUPS_SINCE
+        if alone or group.bytes >= groups.bytes_max() or self._is_due(keyspace, now):
+            self._send_group(keyspace, now)
+        elif len(group.steps) == 1:
+            self._lingering[keyspace.replica.keyspace] = keyspace
+            core.counters.groups_held += 1
+
+    def _is_due(self, keyspace: Keyspace, now: m.Now) -> bool:
+        sent_ms = keyspace.group.sent_ms
+        return sent_ms is None or now.monotonic_ms - sent_ms >= self._core.options.linger_ms
+
+    def _send_group(self, keyspace: Keyspace, now: m.Now) -> None:
+        """Send the steps that are held, if there are any."""
+        core, options = self._core, self._core.options
+        steps = keyspace.group.take(now.monotonic_ms)
+        self._lingering.pop(keyspace.replica.keyspace, None)
+        if not steps:
+            return
+        core.counters.groups_sent += 1
+        trees = self._trees(keyspace, now)
+        first, last, joined = steps[0], steps[-1], join(steps)
         batch = m.Batch(
-            replica.keyspace,
-            core.options.node,
-            core.options.region,
-            writer,
-            identity.nonce,
-            stamp,
-            writer_prev,
-            len(touched),
-            claims,
-            columns,
-            published_ns,
-            core.options.machine,
-            trees=core.membership.trees(now.monotonic_ms, replica.place).count,
+            keyspace.replica.keyspace,
+            options.node,
+            options.region,
+            last.identity.writer,
+            last.identity.nonce,
+            last.stamp,
+            first.writer_prev,
+            len(joined.claims.shards),
+            joined.claims,
+            joined.columns,
+            last.published_ns,
+            options.machine,
+            trees=trees.count,
+            steps=joined.steps,
         )
-        return batch, shard_of, applied.written
+        for message in split_step(batch, joined.shard_of, wire.BATCH_BYTES_MAX):
+            self._forward(keyspace, wire.seal(message), 0, trees, now)
+
+    def send_held(self, now: m.Now) -> None:
+        """Send every step that has waited for others as long as it may."""
+        for keyspace in [keyspace for keyspace in self._lingering.values() if self._is_due(keyspace, now)]:
+            self._send_group(keyspace, now)
+
+    def send_all_held(self, now: m.Now) -> None:
+        """Send now what is held."""
+        for keyspace in list(self._lingering.values()):
+            self._send_group(keyspace, now)
+
+    def send_awaited(self, family: int, stamp: int, now: m.Now) -> None:
+        """Somebody waits for a step: where it is held, it leaves now."""
+        for keyspace in list(self._lingering.values()):
+            if keyspace.replica.place.family == family and keyspace.group.steps[0].stamp <= stamp:
+                self._send_group(keyspace, now)
+
+    def next_ms(self) -> int | None:
+        """When the first of the steps that wait for others must leave."""
+        sent = [keyspace.group.sent_ms for keyspace in self._lingering.values()]
+        oldest = min([moment for moment in sent if moment is not None], default=None)
+        return None if oldest is None else oldest + self._core.options.linger_ms
 
     def beat(self, now: m.Now) -> None:
         """Let every idle writer of ours say that nothing came since, in each partition on its own."""
@@ -139,6 +200,7 @@ class Push:
             keyspace.knowledge.learn_step(stamp, writer_prev, 0, *none)
             keyspace.last_batch_ms = now.monotonic_ms
             options = self._core.options
+            self._send_group(keyspace, now)  # it follows what is held
             empty = m.ShardClaims(*none)
             batch = m.Batch(
                 keyspace.replica.keyspace,
@@ -177,6 +239,7 @@ class Push:
         """
         core = self._core
         core.counters.batches_received += 1
+        core.counters.steps_received += batch.step_count
         keyspace = core.keyspaces.get(batch.keyspace)
         if keyspace is None:
             core.counters.batches_unknown += 1
@@ -223,7 +286,15 @@ class Push:
         claims = batch.claims
         applied = keyspace.replica.apply(batch.columns, batch.stamp) if batch.columns else None
         whole = keyspace.knowledge.learn_step(
-            batch.stamp, batch.writer_prev, batch.shards_touched, claims.shards, claims.prev, claims.part, claims.parts
+            batch.stamp,
+            batch.writer_prev,
+            batch.shards_touched,
+            claims.shards,
+            claims.prev,
+            claims.part,
+            claims.parts,
+            claims.until,
+            None if batch.steps is None else batch.steps.stamps,
         )
         if not whole:
             keyspace.strays_possible = True
@@ -237,7 +308,19 @@ class Push:
         if applied is not None:
             core.counters.rows_written += applied.written
             core.counters.rows_stale += applied.stale
-            core.emit(_applied_effect(batch, applied.written))
+            self._note_applied(batch, applied.written)
+
+    def _note_applied(self, batch: m.Batch, written: int) -> None:
+        """Of each step by itself: its delay counts from its own `publish`."""
+        emit = self._core.emit
+        if batch.steps is None:
+            emit(m.BatchApplied(batch.keyspace, batch.origin_region, batch.stamp, batch.published_ns, batch.machine, written))
+            return
+        steps = batch.steps
+        each = zip(steps.stamps.tolist(), steps.published_ns.tolist(), steps.rows.tolist(), strict=True)
+        for stamp, published_ns, rows in each:
+            if rows:  # it may have some on other trees only
+                emit(m.BatchApplied(batch.keyspace, batch.origin_region, stamp, published_ns, batch.machine, rows))
 
     def _is_upstream(self, peer: m.NodeId, origin: m.NodeId) -> bool:
         link = self._core.links.get(peer)
@@ -250,7 +333,8 @@ class Push:
         one = WaitingBatch(batch, hops)
         for node in self._receivers(trees, keyspace, batch, hops, now):
             link = core.link(node)
-            if link is None:
+            # Who has just come and speaks version 1 cannot read a group that was on its way: it sees a gap and pulls.
+            if link is None or (batch.steps is not None and link.version < wire.GROUPS_SINCE):
                 core.counters.batches_skipped += 1
                 continue
             if not link.waiting and link.has_credit():
@@ -340,11 +424,6 @@ def _touched(shards: int, shard_of: Sequence[NDArray[np.int64]]) -> NDArray[np.i
     return np.flatnonzero(mask)
 
 
-def _claims(touched: NDArray[np.int64], prev: U64) -> m.ShardClaims:
-    count = len(touched)
-    return m.ShardClaims(touched.astype(np.uint32), prev, np.zeros(count, np.uint16), np.ones(count, np.uint16))
-
-
 def _check_room(family: Sequence[Keyspace]) -> None:
     """Refuse to begin as one writer more where a vector has no room for one.
 
@@ -357,7 +436,3 @@ def _check_room(family: Sequence[Keyspace]) -> None:
                 f"this model has {keyspace.knowledge.shards} shards, and as many writers as fit in a message with them: expel "
                 "nodes that are gone, so that their writers are retired (`ekko expel`), or begin a new model with fewer shards"
             )
-
-
-def _applied_effect(batch: m.Batch, rows: int) -> m.BatchApplied:
-    return m.BatchApplied(batch.keyspace, batch.origin_region, batch.stamp, batch.published_ns, batch.machine, rows)

@@ -70,6 +70,9 @@ HOPS_MAX: Final = 255
 # uncopied, which is worth a frame.
 PACK_BYTES_MAX: Final = 16_384
 PACKED_SINCE: Final = 2
+# Steps that share a message (`p2p.groups`); each costs 24 bytes and more. A writer of tiny steps has some 5,000 a second.
+GROUP_STEPS_MAX: Final = 256
+GROUPS_SINCE: Final = 2
 VERSIONS: Final = range(FIRST_VERSION, PROTOCOL_VERSION + 1)
 
 _HEADER_BYTES: Final = struct.Struct("<I")
@@ -488,17 +491,19 @@ def _frontier_pair(value: Header) -> tuple[int, int]:
     return writer, stamp
 
 
-def _pack_sections(columns: Sequence[RowColumns]) -> Packed:
+def _pack_sections(columns: Sequence[RowColumns], steps: m.Steps | None = None) -> Packed:
+    """Of a group, rows are in the order of their steps, and runs stand for their stamps: 1,000 rows have one, in four bytes."""
     header: Header = []
     arrays: list[NDArray[Any]] = []
     for section in columns:
-        flags = (_HAS_STAMPS if section.stamps is not None else 0) | (
-            _HAS_SIGNIFICANCE if section.significance is not None else 0
-        )
+        own_stamps = section.stamps is not None and steps is None
+        flags = (_HAS_STAMPS if own_stamps else 0) | (_HAS_SIGNIFICANCE if section.significance is not None else 0)
         live, row_bytes = section.rows.shape
         header.append([section.table, len(section.keys), live, row_bytes, _CODEC_OF_SCHEMA, flags])
         arrays.append(np.ascontiguousarray(section.keys))
-        if section.stamps is not None:
+        if steps is not None:
+            arrays.append(_runs_of(section, steps.stamps))
+        elif section.stamps is not None:
             arrays.append(np.ascontiguousarray(section.stamps))
         if section.significance is not None:
             arrays.append(np.ascontiguousarray(section.significance))
@@ -506,7 +511,25 @@ def _pack_sections(columns: Sequence[RowColumns]) -> Packed:
     return header, arrays
 
 
-def _sections(value: object, columns: _Columns, with_stamps: bool) -> tuple[RowColumns, ...]:
+def _runs_of(section: RowColumns, stamps: U64) -> NDArray[np.uint32]:
+    """uint32[2 * s]: how many rows each step of a group has among the live ones, then among the tombstones."""
+    assert section.stamps is not None, "a group's rows have stamps"
+    live, deleted = np.split(section.stamps, [len(section.rows)])
+    ends = [np.searchsorted(part, stamps, "right") for part in (live, deleted)]
+    return np.concatenate([np.diff(end, prepend=0) for end in ends]).astype(np.uint32)
+
+
+def _take_runs(columns: _Columns, steps: m.Steps, live: int, count: int) -> U64:
+    """Their stamps; and `steps.rows` is told how many they are."""
+    size = len(steps.stamps)
+    runs = columns.take(_UINT32, 2 * size).astype(np.int64)
+    if int(runs[:size].sum()) != live or int(runs[size:].sum()) != count - live:
+        raise RemoteProtocolError(f"rows of {size} steps are not {live} live ones of {count}")
+    np.add(steps.rows, runs.reshape(2, size).sum(axis=0), out=steps.rows)
+    return np.repeat(np.tile(steps.stamps, 2), runs)
+
+
+def _sections(value: object, columns: _Columns, with_stamps: bool, steps: m.Steps | None = None) -> tuple[RowColumns, ...]:
     def parse(item: Header) -> RowColumns:
         table, count, live, row_bytes, codec, flags = item
         _uint(table, 32), _uint(count, 32), _uint(live, 32), _uint(row_bytes, 24), _uint(flags, 2)
@@ -515,7 +538,10 @@ def _sections(value: object, columns: _Columns, with_stamps: bool) -> tuple[RowC
         if live > count or not row_bytes or bool(flags & _HAS_STAMPS) != with_stamps:
             raise RemoteProtocolError("rows that contradict themselves")
         keys = columns.take(_UINT64, count)
-        stamps = columns.take(_UINT64, count) if flags & _HAS_STAMPS else None
+        if steps is None:
+            stamps = columns.take(_UINT64, count) if flags & _HAS_STAMPS else None
+        else:
+            stamps = _take_runs(columns, steps, live, count)
         significance = columns.take(_FLOAT32, count) if flags & _HAS_SIGNIFICANCE else None
         rows = columns.take(_UINT8, live * row_bytes).reshape(live, row_bytes)
         return RowColumns(table, keys, rows, stamps, significance)
@@ -616,9 +642,11 @@ def _leave(header: Header, _columns: _Columns) -> m.Leave:
     return m.Leave(_text(node))
 
 
-def _pack_batch(batch: m.Batch, _version: int) -> Packed:
-    sections, arrays = _pack_sections(batch.columns)
-    claims = batch.claims
+def _pack_batch(batch: m.Batch, version: int) -> Packed:
+    steps, claims = batch.steps, batch.claims
+    if steps is not None and version < GROUPS_SINCE:
+        raise LocalProtocolError(f"a group of steps exists since protocol version {GROUPS_SINCE}, the link speaks {version}")
+    sections, arrays = _pack_sections(batch.columns, steps)
     header: Header = [
         batch.keyspace,
         batch.origin,
@@ -634,14 +662,32 @@ def _pack_batch(batch: m.Batch, _version: int) -> Packed:
         batch.priority_class,
         batch.trees,
         sections,
+        0 if steps is None else len(steps.stamps),
     ]
+    if steps is not None:
+        assert claims.until is not None, "a group's claims reach as far as its steps"
+        ends = np.searchsorted(steps.stamps, claims.until).astype(np.uint16)
+        arrays = [steps.stamps, steps.published_ns, ends, *arrays]
     return header, [claims.shards, claims.prev, claims.part, claims.parts, *arrays]
 
 
 def _batch(header: Header, columns: _Columns) -> m.Batch:
-    keyspace, origin, region, writer, nonce, stamp, prev, touched, claimed, published_ns, machine, priority, trees, sections = (
-        header
-    )
+    (
+        keyspace,
+        origin,
+        region,
+        writer,
+        nonce,
+        stamp,
+        prev,
+        touched,
+        claimed,
+        published_ns,
+        machine,
+        priority,
+        trees,
+        sections,
+    ) = header[:-1]
     if _uint(claimed, 32) > SHARDS_MAX or _uint(touched, 32) > SHARDS_MAX or claimed > touched:
         raise RemoteProtocolError(f"batch touches {touched} shards, limit {SHARDS_MAX}")
     claims = m.ShardClaims(
@@ -650,6 +696,9 @@ def _batch(header: Header, columns: _Columns) -> m.Batch:
         columns.take(_UINT16, claimed),
         columns.take(_UINT16, claimed),
     )
+    steps = None
+    if _uint(header[-1], 16):
+        steps, claims = _take_steps(columns, header[-1], claims)
     batch = m.Batch(
         _uint(keyspace, 32),
         _text(origin),
@@ -660,14 +709,40 @@ def _batch(header: Header, columns: _Columns) -> m.Batch:
         _uint(prev),
         touched,
         claims,
-        _sections(sections, columns, with_stamps=False),
+        _sections(sections, columns, False, steps),
         _uint(published_ns),
         _uint(machine),
         _uint(priority, 8),
         _uint(trees, 8),
+        steps,
     )
     _check_claims(batch)
+    if steps is not None:
+        _check_steps(batch, steps)
     return batch
+
+
+def _take_steps(columns: _Columns, count: int, claims: m.ShardClaims) -> tuple[m.Steps, m.ShardClaims]:
+    """The steps of a group, whose rows are not counted yet, and how far its claims reach."""
+    if not 2 <= count <= GROUP_STEPS_MAX:
+        raise RemoteProtocolError(f"a group of {count} steps, expected 2 to {GROUP_STEPS_MAX}")
+    stamps, published_ns = columns.take(_UINT64, count), columns.take(_UINT64, count)
+    ends = columns.take(_UINT16, len(claims.shards))
+    if (ends >= count).any():
+        raise RemoteProtocolError(f"a claim up to step {int(ends.max())} of {count}")
+    reaching = m.ShardClaims(claims.shards, claims.prev, claims.part, claims.parts, stamps[ends])
+    return m.Steps(stamps, published_ns, np.zeros(count, np.int64)), reaching
+
+
+def _check_steps(batch: m.Batch, steps: m.Steps) -> None:
+    stamps, claims = steps.stamps, batch.claims
+    assert claims.until is not None
+    if ((stamps & np.uint64(WRITERS_MAX - 1)) != batch.writer).any() or (stamps[1:] <= stamps[:-1]).any():
+        raise RemoteProtocolError(f"steps of a group do not follow each other, or are not of writer {batch.writer}")
+    if stamps[-1] != batch.stamp or stamps[0] <= batch.writer_prev or len(claims.shards) == 0:
+        raise RemoteProtocolError("a group contradicts its steps")
+    if (claims.prev >= claims.until).any() or (claims.parts != 1).any():
+        raise RemoteProtocolError(_FAULTS[loops.CONTRADICTION])
 
 
 def _check_claims(batch: m.Batch) -> None:
@@ -990,7 +1065,7 @@ _KINDS: Final = (
     _Kind(m.Heartbeat, _pack_heartbeat, _heartbeat, added=((2, 0), (2, 0))),
     _Kind(m.SchemaUpdate, _pack_schema, _schema),
     _Kind(m.Leave, _pack_leave, _leave),
-    _Kind(m.Batch, _pack_batch, _batch, changed=(PACKED_SINCE,)),
+    _Kind(m.Batch, _pack_batch, _batch, added=((GROUPS_SINCE, 0),), changed=(PACKED_SINCE,)),
     _Kind(m.PullRequest, _pack_pull, _pull, added=((2, None), (2, 0), (2, None))),
     _Kind(m.PullReply, _pack_reply, _reply, added=((2, None),)),
     _Kind(m.Ack, _pack_ack, _ack),

@@ -35,15 +35,15 @@ def claims_fault(shards: U32, prev: U64, part: U16, parts: U16, stamp: Int, tree
 
 @kernel(
     "boolean(uint64[:], Array(uint32, 1, 'C', readonly=True), Array(uint64, 1, 'C', readonly=True), "
-    "Array(uint16, 1, 'C', readonly=True), uint64)"
+    "Array(uint16, 1, 'C', readonly=True), uint64, Array(uint64, 1, 'C', readonly=True))"
 )
-def merge_all(column: U64, shards: U32, base: U64, parts: U16, until: Int) -> bool:
+def merge_all(column: U64, shards: U32, base: U64, parts: U16, stamp: Int, until: U64) -> bool:
     """See `p2p.loops.merge_all`."""
     for i in range(shards.size):
         if parts[i] != 1 or column[shards[i]] < base[i]:
             return False
     for i in range(shards.size):
-        column[shards[i]] = max(column[shards[i]], until)
+        column[shards[i]] = max(column[shards[i]], until[i] if until.size else stamp)
     return True
 
 

@@ -5,6 +5,7 @@ from unittest import mock
 from ekko.model import ModelSpec, TableSpec
 from p2p import gossip, outbox, push, wire
 from p2p.core import Keyspace
+from p2p.groups import LINGER_MS
 from p2p.messages import Batch, Now
 from p2p.stamps import unix_ms_of
 from p2p.sync import PUSH, SyncOptions
@@ -95,6 +96,7 @@ def origin_dies_in_mid_push(seed: int) -> None:
     cluster.publish("t1", "item", [1], 2.0)
     cluster.options = CALM
     cluster.cut |= {("t1", name) for name in REGIONS["us"]}
+    cluster.run(LINGER_MS)  # or it would be held, and its origin would be gone before it is sent
     cluster.publish("t1", "item", [1], 3.0)
     cluster.run(12)
     cluster.crash("t1")
