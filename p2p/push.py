@@ -137,11 +137,11 @@ class Push:
 
     def _send_group(self, keyspace: Keyspace, now: m.Now) -> None:
         """Send the steps that are held, if there are any."""
+        if not keyspace.group.steps:
+            return
         core, options = self._core, self._core.options
         steps = keyspace.group.take(now.monotonic_ms)
         self._lingering.pop(keyspace.replica.keyspace, None)
-        if not steps:
-            return
         core.counters.groups_sent += 1
         trees = self._trees(keyspace, now)
         first, last, joined = steps[0], steps[-1], join(steps)

@@ -140,8 +140,9 @@ class Watch:
             known = len(self._cluster.nodes) - 1
             tighter = {"links": known, "members": known, "summaries": known * len(status.keyspaces)}
             for queue in status.queues:
-                # A link's last message may overshoot its credit: messages are bounded.
-                over = wire.BATCH_BYTES_MAX + wire.PACK_BYTES_MAX if queue.name == "link_bytes_in_flight" else 0
+                # The last message of a link may overshoot its credit, and of a line its room: messages are bounded.
+                overshoots = queue.name in ("link_bytes_in_flight", "link_bytes_waiting")
+                over = wire.BATCH_BYTES_MAX + wire.PACK_BYTES_MAX if overshoots else 0
                 bound = min(queue.bound + over, tighter.get(queue.name, queue.bound + over))
                 if queue.fill > bound:
                     return f"{node.name}: queue {queue.name} holds {queue.fill}, bound {bound}"

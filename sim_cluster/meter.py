@@ -18,6 +18,7 @@ class Meter:
     published_ms: dict[int, int] = field(default_factory=dict)  # stamp -> when
     delays_ms: list[int] = field(default_factory=list)  # of every batch applied at another node
     copies: int = 0  # batches with rows that were received, repeats included
+    groups: int = 0  # of those, that several steps shared
     rows: int = 0  # received in batches and in answers to pulls, repeats included
     # (region, stamp, shard, part) -> times; shards of different keyspaces are different shards
     into_region: dict[tuple[str, int, int, int], int] = field(default_factory=dict)
@@ -37,6 +38,7 @@ class Meter:
         if not message.columns or not isinstance(message, m.Batch):
             return
         self.copies += 1
+        self.groups += message.steps is not None
         self.hops_max = max(self.hops_max, hops + 1)
         if sender.region != target.region:
             self._note_entry(target, message)

@@ -26,7 +26,7 @@ from p2p.sync import PRESETS, PUSH
 from sim_cluster.demo.verify import Contents, contents, difference
 from sim_cluster.network import NetworkOptions
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeProcessError, NodeSpec, wait_until
-from sim_cluster.scenario import NETWORK, FaultEvent, Scenario
+from sim_cluster.scenario import BURST_MAX, NETWORK, FaultEvent, Scenario
 
 # A kill comes in the middle of whatever a process does, wanted or not.
 KINDS_REAL: Final = ("crash", "kill", "leave", "pause")
@@ -119,7 +119,8 @@ class _Run:
             while events and begin + events[0].at_ms / 1000 <= now:
                 self._begin(events.pop(0), now)
             self._undo(now)
-            self._publish()
+            for _ in range(self._rng.randint(2, BURST_MAX) if self._rng.random() < self._scenario.workload.bursts else 1):
+                self._publish()
             if now - shown > SHOW_EVERY_S:
                 shown = now
                 live.update(self.table())

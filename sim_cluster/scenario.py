@@ -51,6 +51,8 @@ COUNTS: Final = (0, 0, 1, 2, 4)
 COUNTS_MS: Final = 20_000
 SHORT_QUEUES: Final = 0.25
 HOLD: Final = "hold"
+# Batches of a burst, at most.
+BURST_MAX: Final = 6
 TIMES_MAX: Final = 10_000
 
 
@@ -76,6 +78,7 @@ class Workload:
     codec: str = CODEC_DEFAULT
     partitions: int = 1  # of a model
     hold: str = "all"  # what serving nodes hold of them: "all", or "random": drawn from the seed
+    bursts: float = 0.0  # fraction of batches that some others follow within milliseconds, so that they share messages
 
     @property
     def model_names(self) -> list[str]:
@@ -278,6 +281,7 @@ def _scenario(document: dict[str, Any], stem: str) -> Scenario:
         str(load.take("codec", CODEC_DEFAULT)),
         load.whole("partitions", 1, 1, PARTITIONS_MAX),
         str(load.take("hold", "all")),
+        load.number("bursts", 0, 0, 1),
     )
     if workload.codec not in CODECS:
         raise ConfigError(f"[workload].codec is {workload.codec!r}: expected one of {', '.join(CODECS)}")

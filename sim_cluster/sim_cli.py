@@ -92,7 +92,8 @@ def _run_virtual(plan: "Scenario", path: Path, seed: int, options: str) -> "Outc
 
     outcome = run_virtual(plan, seed)
     p99 = "-" if outcome.delay_p99_ms is None else f"{outcome.delay_p99_ms} ms"
-    figures = f"{outcome.writes} batches, {outcome.delivered} messages, p99 {p99}, {outcome.wall_s:.1f} s"
+    messages = f"{outcome.delivered} messages, {outcome.groups} shared"
+    figures = f"{outcome.writes} batches, {messages}, p99 {p99}, {outcome.wall_s:.1f} s"
     typer.echo(f"seed {seed}: {'FAILED' if outcome.problem else 'fine'}  {figures}")
     if outcome.problem:
         typer.echo(f"  at {outcome.at_ms} ms: {outcome.problem}")
@@ -113,6 +114,7 @@ def _as_json(outcome: "Outcome") -> dict[str, Any]:
         "batches": outcome.writes,
         "messages": outcome.delivered,
         "rejected": outcome.rejected,
+        "shared": outcome.groups,
         "delay_p99_ms": outcome.delay_p99_ms,
         "seconds": round(outcome.wall_s, 3),
     }

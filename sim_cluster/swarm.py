@@ -19,6 +19,7 @@ from ekko.model import ModelSpec, TableSpec
 from ekko.store import recent
 from p2p import knowledge, links, outbox, pull, pull_answers, push, reach, round_answers, status, wire
 from p2p import messages as m
+from p2p.groups import LINGER_MS
 from p2p.ledger import NodeRecord
 from p2p.machine import NodeStatus
 from p2p.stamps import writer_of
@@ -29,7 +30,7 @@ from sim_cluster.history import still_held
 from sim_cluster.meter import Meter
 from sim_cluster.network import NetworkOptions
 from sim_cluster.node import VirtualNode
-from sim_cluster.scenario import FaultEvent, Faults, Scenario, draw_hold
+from sim_cluster.scenario import BURST_MAX, FaultEvent, Faults, Scenario, draw_hold
 from sim_cluster.version_watch import VersionWatch
 from sim_cluster.virtual import VirtualCluster
 
@@ -61,6 +62,7 @@ class Outcome:
     writes: int
     delivered: int
     rejected: int
+    groups: int  # messages received that several steps shared
     delay_p99_ms: int | None  # of batches; None where no batch travels, as without push
     wall_s: float
 
@@ -81,6 +83,7 @@ def run_virtual(scenario: Scenario, seed: int, faults: Faults | None = None) -> 
         len(meter.published_ms),
         cluster.delivered,
         sum(len(node.rejected) for node in cluster.nodes.values()),
+        meter.groups,
         delays[len(delays) * 99 // 100] if delays else None,
         time.perf_counter() - begin,
     )
@@ -348,6 +351,14 @@ class _Run:
     # --- load
 
     def _publish(self) -> None:
+        """A batch, or a burst of some."""
+        burst = self._rng.random() < self._scenario.workload.bursts
+        for _ in range(self._rng.randint(2, BURST_MAX) if burst else 1):
+            self._publish_one()
+            if burst:
+                self.cluster.run(self._rng.randint(0, LINGER_MS // 2))
+
+    def _publish_one(self) -> None:
         load, rng = self._scenario.workload, self._rng
         count, table, model = rng.randint(1, load.rows), rng.choice(["item", "user"]), rng.choice(list(self.cluster.models))
         keys = [int(load.keys * rng.random() ** 3) for _ in range(count)]

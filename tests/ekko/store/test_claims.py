@@ -67,9 +67,10 @@ def test_both_find_the_same_fault() -> None:
     assert found == {loops.SOUND, loops.SEVERAL_TREES, loops.NOT_ASCENDING, loops.CONTRADICTION}
 
 
+@pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize("stride", [1, 3])
-def test_both_merge_all_or_nothing(stride: int) -> None:
-    """In a column by itself, and in one of a partition, whose shards lie apart."""
+def test_both_merge_all_or_nothing(stride: int, group: bool) -> None:
+    """In a column by itself, and in one of a partition, whose shards lie apart; each claim up to the same stamp, or its own."""
     rng = random.Random(stride)
     merged_ever = set()
     for batch in drawn(2):
@@ -79,8 +80,13 @@ def test_both_merge_all_or_nothing(stride: int) -> None:
         if rng.random() < 0.5:
             wide[::stride][batch.shards] = np.maximum(wide[::stride][batch.shards], batch.prev)
         other, before = wide.copy(), wide.copy()
-        merged = loops.merge_all(wide[::stride], batch.shards, batch.prev, batch.parts, batch.stamp)
-        assert claims.merge_all(other[::stride], batch.shards, batch.prev, batch.parts, batch.stamp) == merged
+        until = [rng.randint(1, STAMP) for _ in range(len(batch.shards) if group else 0)]
+        arguments = batch.shards, batch.prev, batch.parts, batch.stamp, np.array(until, np.uint64)
+        merged = loops.merge_all(wide[::stride], *arguments)
+        assert claims.merge_all(other[::stride], *arguments) == merged
+        if merged and group:
+            expected = np.maximum(before[::stride][batch.shards], np.array(until, np.uint64))
+            assert np.array_equal(wide[::stride][batch.shards], expected)
         assert np.array_equal(other, wide)
         assert merged or np.array_equal(wide, before)
         merged_ever.add(merged)
