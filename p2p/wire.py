@@ -698,7 +698,7 @@ def _batch(header: Header, columns: _Columns) -> m.Batch:
     )
     steps = None
     if _uint(header[-1], 16):
-        steps, claims = _take_steps(columns, header[-1], claims)
+        steps, claims = _take_group(columns, header[-1], claims)
     batch = m.Batch(
         _uint(keyspace, 32),
         _text(origin),
@@ -718,11 +718,11 @@ def _batch(header: Header, columns: _Columns) -> m.Batch:
     )
     _check_claims(batch)
     if steps is not None:
-        _check_steps(batch, steps)
+        _check_group(batch, steps)
     return batch
 
 
-def _take_steps(columns: _Columns, count: int, claims: m.ShardClaims) -> tuple[m.Steps, m.ShardClaims]:
+def _take_group(columns: _Columns, count: int, claims: m.ShardClaims) -> tuple[m.Steps, m.ShardClaims]:
     """The steps of a group, whose rows are not counted yet, and how far its claims reach."""
     if not 2 <= count <= GROUP_STEPS_MAX:
         raise RemoteProtocolError(f"a group of {count} steps, expected 2 to {GROUP_STEPS_MAX}")
@@ -734,7 +734,7 @@ def _take_steps(columns: _Columns, count: int, claims: m.ShardClaims) -> tuple[m
     return m.Steps(stamps, published_ns, np.zeros(count, np.int64)), reaching
 
 
-def _check_steps(batch: m.Batch, steps: m.Steps) -> None:
+def _check_group(batch: m.Batch, steps: m.Steps) -> None:
     stamps, claims = steps.stamps, batch.claims
     assert claims.until is not None
     if ((stamps & np.uint64(WRITERS_MAX - 1)) != batch.writer).any() or (stamps[1:] <= stamps[:-1]).any():

@@ -75,12 +75,15 @@ class Node:
             claims.part,
             claims.parts,
             claims.until,
+            None if batch.steps is None else batch.steps.stamps,
         )
 
     def pull(self, other: "Node") -> None:
         """All that the other one holds, and its vector."""
         base = self.replica.vector.copy()
-        for selection in other.replica.changed_since(base):
+        known = self.knowledge.known_steps(1 << 16)
+        selections = other.replica.changed_since(base)
+        for selection in other.replica.without(selections, known) if len(known.stamps) else selections:
             self.replica.apply([other.replica.read(selection.table, selection.slots)], 0)
         writers = other.knowledge.writers
         self.knowledge.learn_reply(writers, base[:, writers], other.replica.vector[:, writers], other.replica.frontier[writers])
@@ -169,19 +172,39 @@ def test_any_grouping_in_any_order_ends_where_its_steps_end(seed: int, count: in
     for message in mixed:
         if draw.random() < kept:
             lossy.take(message)
-            assert_nothing_claimed_is_missing(lossy, origin, steps)
+            assert_nothing_claimed_is_missing(lossy, steps)
+            assert_what_is_named_is_held(lossy, steps)
     lossy.pull(origin)
     assert lossy.state() == origin.state()
 
 
-def assert_nothing_claimed_is_missing(node: Node, origin: Node, steps: list[Step]) -> None:
-    """Invariant 3, and the same of the frontier."""
-    held = contents(node.store, "ctr")
+def rows_of(steps: list[Step]) -> Iterator[tuple[Step, tuple[int, int], int]]:
+    """Of every row of every step: the step, (table, key), and the shard."""
     for step in steps:
         for section, shard_of in zip(step.columns, step.shard_of, strict=True):
             for key, shard in zip(section.keys.tolist(), shard_of.tolist(), strict=True):
-                covered = max(int(node.replica.vector[shard, WRITER]), int(node.replica.frontier[WRITER])) >= step.stamp
-                assert not covered or held.get((section.table, key), (0, b""))[0] >= step.stamp
+                yield step, (section.table, key), shard
+
+
+def assert_nothing_claimed_is_missing(node: Node, steps: list[Step]) -> None:
+    """Invariant 3, and the same of the frontier."""
+    held = contents(node.store, "ctr")
+    for step, row, shard in rows_of(steps):
+        covered = max(int(node.replica.vector[shard, WRITER]), int(node.replica.frontier[WRITER])) >= step.stamp
+        assert not covered or held.get(row, (0, b""))[0] >= step.stamp
+
+
+def assert_what_is_named_is_held(node: Node, steps: list[Step]) -> None:
+    """A pull names each step of a group that waits, and in which shards it is here."""
+    held, known = contents(node.store, "ctr"), node.knowledge.known_steps(1 << 16)
+    bits = np.unpackbits(known.shards, axis=1, bitorder="little")
+    named = dict(zip(known.stamps.tolist(), bits, strict=True))
+    assert sorted(named) == list(named)
+    for step, row, shard in rows_of(steps):
+        if step.stamp in named and named[step.stamp][shard]:
+            assert held.get(row, (0, b""))[0] >= step.stamp
+    waiting = [step for step in node.knowledge._open.values() if step.waiting]
+    assert len(named) == sum(1 if step.stamps is None else len(step.stamps) for step in waiting)
 
 
 @given(st.integers(0, 2**32), st.integers(2, 10), st.sampled_from([1, TREES_MAX]))

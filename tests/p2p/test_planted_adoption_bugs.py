@@ -10,6 +10,7 @@ import pytest
 from ekko.model import ModelSpec, TableSpec
 from p2p import adoption, links, outbox, pull_answers, waiting
 from p2p import messages as m
+from p2p.groups import LINGER_MS
 from p2p.links import Link
 from p2p.machine import Machine
 from p2p.outbox import Outbox
@@ -85,6 +86,7 @@ def a_burst_on_one_link(_seed: int) -> None:
     stamp = 0
     for step in range(12):
         stamp = cluster.publish("n0", "item", range(80), float(step))
+        cluster.run(LINGER_MS)
     assert machine_of(cluster, "n0")._core.links["n1"].waiting, "the scenario did not fill the link"
     assert cluster.run_until(lambda: frontier_min(cluster) >= stamp, 5_000)
     assert pulls(cluster) == before, "what waited came out of order"
@@ -316,6 +318,7 @@ def test_batches_for_a_node_that_is_gone_do_not_wait(monkeypatch: pytest.MonkeyP
     cluster.options = CARD
     for step in range(30):
         assert cluster.publish("n0", "item", range(160), float(step))
+        cluster.run(LINGER_MS)
     link = machine_of(cluster, "n0")._core.links["n1"]
     assert link.waiting, "the scenario did not fill the link"
     cluster.run(15_000)

@@ -47,8 +47,10 @@ def first_part_claims_the_shard(patch: pytest.MonkeyPatch) -> None:
     """R7: a shard's claim holds with its first part."""
     original = knowledge.Knowledge.learn_step
 
-    def learn(self: Any, stamp: int, prev_step: int, touched: int, shards: Any, prev: Any, part: Any, parts: Any) -> bool:
-        return original(self, stamp, prev_step, touched, shards, prev, part * 0, parts * 0 + 1)
+    def learn(
+        self: Any, stamp: int, prev_step: int, touched: int, shards: Any, prev: Any, part: Any, parts: Any, *group: Any
+    ) -> Any:
+        return original(self, stamp, prev_step, touched, shards, prev, part * 0, parts * 0 + 1, *group)
 
     patch.setattr(knowledge.Knowledge, "learn_step", learn)
 

@@ -77,13 +77,13 @@ def claims_reach_to_the_end(patch: pytest.MonkeyPatch) -> None:
 
 def claims_reach_one_step_too_far(patch: pytest.MonkeyPatch) -> None:
     """Receivers merge the group's stamp instead of each claim's own."""
-    original = wire._take_steps
+    original = wire._take_group
 
     def take(columns: Any, count: int, claims: m.ShardClaims) -> Any:
         steps, reaching = original(columns, count, claims)
         return steps, replace(reaching, until=np.full(len(claims.shards), steps.stamps[-1], np.uint64))
 
-    patch.setattr(wire, "_take_steps", take)
+    patch.setattr(wire, "_take_group", take)
 
 
 def a_middle_step_is_lost(patch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
+from p2p.groups import LINGER_MS
 from p2p.replica import RowColumns
 from p2p.sync import CACHE, VECTOR
 from sim_cluster.costs import COSTS, CostTable, VirtualCpus
@@ -66,6 +67,7 @@ def test_what_came_to_a_busy_node_is_handled_in_order_and_local_requests_first()
     cluster = pair(cpus)
     for begin in range(0, 50, 10):
         publish(cluster, range(begin, begin + 10))
+        cluster.run(LINGER_MS)
     cluster.run(400)
     machine = cluster.nodes["b"].machine
     assert machine is not None
