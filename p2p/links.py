@@ -165,6 +165,10 @@ class Link:
             self._oldest, self._oldest_ms = oldest, now_ms
         return oldest is not None and now_ms - self._oldest_ms >= ACK_SILENCE_MS
 
+    def is_broken(self, session: int) -> bool:
+        """Whether messages of this session come behind a hole, and mean nothing."""
+        return self._broken_in and session == self.session_in
+
     def on_arrival(self, envelope: Envelope) -> Arrival:
         """Place a sequenced message; after a hole every message of that session is `BROKEN`."""
         if envelope.session > self.session_in:

@@ -418,6 +418,8 @@ class Machine:
         arrival = self._arrive(link, envelope, payload)
         link.traffic.rows_in += reply.row_count
         link.traffic.bytes_in += payload
+        if arrival is Arrival.BROKEN:
+            self._pull.abandon_from(link.node, "a chunk came behind a hole")
         if arrival is not Arrival.NEXT:
             return
         try:
@@ -435,7 +437,7 @@ class Machine:
     def _arrive(self, link: Link, envelope: m.Envelope, payload: int) -> Arrival:
         if envelope.session == 0:
             raise RemoteProtocolError("a batch or pull chunk outside any session")
-        begins = envelope.session > link.session_in
+        begins, was_broken = envelope.session > link.session_in, link.is_broken(envelope.session)
         arrival = link.on_arrival(envelope)
         if link.overruns(payload):
             self._core.counters.credit_overruns += 1
@@ -444,7 +446,8 @@ class Machine:
             self._core.emit(m.Unwanted())
         if arrival is Arrival.BROKEN:
             self._core.counters.sessions_broken += 1
-            self._pull.abandon_from(link.node, "the session has a hole")
+            if not was_broken:  # what was asked since then is answered in the next session
+                self._pull.abandon_from(link.node, "the session has a hole")
             self._core.send(link, m.SessionBroken(envelope.session))
         return arrival
 
@@ -562,9 +565,7 @@ class Machine:
     def _drop_streams(self, link: Link) -> None:
         """A stream with a hole is worthless: its asker gives it up too, and asks again."""
         self._push.drop_waiting(link)
-        outbox = self._pull.outboxes.get(link.node)
-        if outbox is not None:
-            outbox.streams.clear()
+        self._pull.answers.drop_streams(link.node)
 
     # --- for the operator
 

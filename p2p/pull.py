@@ -50,6 +50,10 @@ GAP_TRIES_MAX = 8
 PULLED_MAX = 65_536
 # An answer that stands still this long is given up, and asked of somebody else.
 PULL_SILENCE_MS = 3_000
+# A question that brought nothing for so long, then for twice as long, and so on, is asked again, since it may be lost; longer
+# than most round trips. Who has it lets it be. It says how far we are by now, which counts where it waits for its answer.
+REPEAT_MS = 250
+REPEATS_SINCE = 2
 # A partition that nobody else among the living has held for so long is served as it is: its other holders may be gone for good.
 PARTITION_ALONE_MS = 10_000
 # Finding strays is a scan when the update cache does not reach back; peers compare once a heartbeat, so more would be wasted.
@@ -66,10 +70,11 @@ class _Asked:
     boot: int
     request: int
     writers: np.ndarray[tuple[int], np.dtype[np.uint16]]
-    base: U64  # uint64[shards, w], our vector when we asked
+    base: U64  # uint64[shards, w], our vector when we asked; since then it has only grown
     next_chunk: int
     deadline_ms: int
     asked_ms: int
+    repeats: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,38 +119,47 @@ class Pull:
         if number in self._asked or sum(asked.node == link.node for asked in self._asked.values()) >= STREAMS_MAX:
             return  # more would be refused; the next heartbeat is soon enough
         self._requests += 1
-        writers = keyspace.knowledge.writers
-        base = np.ascontiguousarray(keyspace.knowledge.vector[:, writers])
-        frontier = keyspace.knowledge.frontier[writers]
+        request = self._question(keyspace, self._requests)
         self._asked[number] = _Asked(
             link.node,
             link.boot,
             self._requests,
-            writers,
-            base,
+            request.writers,
+            request.vector,
             0,
             now.monotonic_ms + PULL_SILENCE_MS,
             now.monotonic_ms,
         )
         self._core.counters.pulls_started += 1
         self._core.note("pull_started", peer=link.node, keyspace=number, why=why)
-        nonces = np.array(
-            [self._core.writers.nonce_of(keyspace.replica.place.family, writer) for writer in writers.tolist()], np.uint64
+        self._core.send(link, request)
+
+    def _question(self, keyspace: Keyspace, number: int) -> m.PullRequest:
+        knowledge = keyspace.knowledge
+        writers = knowledge.writers
+        nonces = [self._core.writers.nonce_of(keyspace.replica.place.family, writer) for writer in writers.tolist()]
+        return m.PullRequest(
+            keyspace.replica.keyspace,
+            number,
+            writers,
+            np.ascontiguousarray(knowledge.vector[:, writers]),
+            knowledge.frontier[writers],
+            knowledge.shards,
+            np.array(nonces, np.uint64),
+            self._core.retired_digest,
+            knowledge.known_steps(wire.KNOWN_BYTES_MAX),
         )
-        self._core.send(
-            link,
-            m.PullRequest(
-                number,
-                self._requests,
-                writers,
-                base,
-                frontier,
-                keyspace.knowledge.shards,
-                nonces,
-                self._core.retired_digest,
-                keyspace.knowledge.known_steps(wire.KNOWN_BYTES_MAX),
-            ),
-        )
+
+    def _repeat(self, now: m.Now) -> None:
+        """Ask again where nothing has come. Whichever question is answered, its base is not above our vector now (T1)."""
+        for number, asked in self._asked.items():
+            if asked.next_chunk or now.monotonic_ms - asked.asked_ms < REPEAT_MS * ((2 << asked.repeats) - 1):
+                continue
+            link = self._core.by_boot.get(asked.boot)
+            # Without push questions come regularly; and version 1 would begin its answer anew.
+            if link is not None and link.version >= REPEATS_SINCE and self._core.options.sync.push:
+                asked.repeats += 1
+                self._core.send(link, self._question(self._core.keyspaces[number], asked.request))
 
     def on_reply(self, link: Link, reply: m.PullReply, now: m.Now) -> None:
         """Apply one chunk; with the last one, merge the answerer's vector.
@@ -206,8 +220,8 @@ class Pull:
         """Give up every pull that is on its way, and every answer."""
         for keyspace in list(self._asked):
             self._abandon(keyspace, why)
-        for outbox in self.outboxes.values():
-            outbox.streams.clear()
+        for node in self.outboxes:
+            self.answers.drop_streams(node)
 
     def asked_ms(self, boot: int, keyspace: int) -> int:
         """When we asked this life for what we have got from it last, monotonic; -1: never."""
@@ -290,6 +304,7 @@ class Pull:
         """Pull where a claim has waited too long; give up pulls that stand still. Called on the timer."""
         for number in [k for k, asked in self._asked.items() if now.monotonic_ms >= asked.deadline_ms]:
             self._abandon(number, "no answer")
+        self._repeat(now)
         for keyspace in self._core.keyspaces.values():
             self._check_gap(keyspace, now)
             self.answers.on_progress(keyspace, now)
@@ -358,7 +373,7 @@ class Pull:
 
     def forget(self, node: str) -> None:
         """A peer's life ended: drop what was meant for it and what it had told us."""
-        self.outboxes.pop(node, None)
+        self.answers.forget(node)
         self.abandon_from(node, "the peer began a new life")
         self.rounds.forget(node)
         for key in [key for key in self._seen if key[0] == node]:

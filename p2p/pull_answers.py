@@ -43,12 +43,25 @@ class PullAnswers:
         self._core = core
         self._outboxes = outboxes
         self._bases: dict[int, U64] = {}  # by keyspace: zeros, but while an asker's vector is compared
+        self._begun: dict[m.NodeId, dict[int, tuple[int, int]]] = {}  # asker -> keyspace -> its boot and question, of the last
         self._held: dict[int, dict[int, _Held]] = {}  # by keyspace and the asker's boot: they wait until our gap is closed
 
     @property
     def held(self) -> int:
         """Questions that wait until a gap of ours is closed, of the keyspace with most."""
         return max(map(len, self._held.values()), default=0)
+
+    def drop_streams(self, node: m.NodeId) -> None:
+        """What is on its way to a peer will not be whole: it asks again, and is answered again."""
+        self._begun.pop(node, None)
+        outbox = self._outboxes.get(node)
+        if outbox is not None:
+            outbox.streams.clear()
+
+    def forget(self, node: m.NodeId) -> None:
+        """A peer's life ended."""
+        self._begun.pop(node, None)
+        self._outboxes.pop(node, None)
 
     def on_progress(self, keyspace: Keyspace, now: m.Now) -> None:
         """Our frontiers may have moved: who waited for that is answered."""
@@ -87,6 +100,9 @@ class PullAnswers:
         """
         core = self._core
         keyspace = core.keyspaces.get(request.keyspace)
+        begun = self._begun.setdefault(link.node, {})
+        if begun.get(request.keyspace) == (link.boot, request.request):
+            return  # asked again, and the answer is on its way
         outbox = self._outboxes.setdefault(link.node, Outbox())
         if keyspace is None or (len(outbox.streams) >= STREAMS_MAX and request.keyspace not in outbox.streams):
             core.counters.pulls_refused += 1
@@ -101,7 +117,10 @@ class PullAnswers:
         if not waited and self._lacks_the_same(keyspace, request):
             held = self._held.setdefault(request.keyspace, {})
             if link.boot in held or len(held) < HELD_MAX:
-                held[link.boot] = _Held(request, now.monotonic_ms + HELD_MS_MAX)
+                until_ms = now.monotonic_ms + HELD_MS_MAX
+                if link.boot in held and held[link.boot].request.request == request.request:
+                    until_ms = held[link.boot].until_ms
+                held[link.boot] = _Held(request, until_ms)
                 return
         told, settled = set(request.writers.tolist()), keyspace.knowledge.settled
         writers = np.union1d(keyspace.knowledge.writers, [w for w in settled if w in told]).astype(np.uint16)
@@ -130,4 +149,5 @@ class PullAnswers:
         outbox.streams[request.keyspace] = PullStream(
             request.keyspace, request.request, writers, vector, frontier, deque(selections), *bindings_of(core, keyspace)
         )
+        begun[request.keyspace] = link.boot, request.request
         core.counters.pulls_served += 1
