@@ -1,9 +1,13 @@
 """What is late is not pulled, what is missing is, and soon."""
 
+from unittest import mock
+
 import pytest
 
 from ekko.model import ModelSpec, TableSpec
-from p2p import knowledge, pull
+from p2p import knowledge, pull, push
+from p2p.links import Link
+from p2p.messages import Batch, Envelope, Now
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
 
@@ -84,3 +88,32 @@ def test_a_gap_is_asked_about_though_the_steps_behind_it_are_dropped_meanwhile(m
         cluster.cut.clear()
     assert machine.counters.gaps == 1
     assert not machine._core.keyspaces[cluster.model.id].knowledge.open_steps
+
+
+def repaired_ms(tree: int) -> int:
+    """How long a node lacks the last step of which the message of one tree was lost on its way to it."""
+    cluster = twelve()
+    assert cluster.publish("n0", "item", range(100), 1.0)
+    cluster.run(1_000)
+    original = push.Push.receive
+
+    def receive(self: push.Push, link: Link, envelope: Envelope, batch: Batch, now: Now) -> bool:
+        lost = self._core.options.node == "n5" and batch.stamp == stamp and batch.tree == tree
+        return not lost and original(self, link, envelope, batch, now)
+
+    with mock.patch.object(push.Push, "receive", receive):
+        stamp = cluster.publish("n0", "item", range(100), 2.0)
+        begin_ms = cluster.now_ms
+        frontier = cluster.nodes["n5"].store.models["ctr"].frontier
+        assert cluster.run_until(lambda: int(frontier.max()) >= stamp > 0, 10_000, 1)
+    return cluster.now_ms - begin_ms
+
+
+@pytest.mark.parametrize("tree", range(4))
+def test_a_message_of_the_last_step_is_missed_when_the_writer_says_that_nothing_came_since(tree: int) -> None:
+    assert repaired_ms(tree) < push.IDLE_BEAT_MS + 200
+
+
+def test_did_it_say_nothing_the_last_step_would_be_missed_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(push.Push, "beat", lambda *_: None)
+    assert max(repaired_ms(tree) for tree in range(4)) >= pull.LATE_GRACE_MS
