@@ -271,8 +271,8 @@ class Node:
                 self._tool_answer = effect
             case m.Refused(request, reason):
                 self._endpoint.answer(request, Failed("publish", reason))
-            case m.WaitEnded(request, lagging):
-                self._endpoint.answer(request, Waited(lagging))
+            case m.WaitEnded(request, lagging, silent):
+                self._endpoint.answer(request, Waited(lagging, silent))
             case m.Note(name, fields, alarm):
                 (log.warning if alarm else log.info)(name, **self._readable(fields))
             case m.Expelled():

@@ -23,6 +23,8 @@ from ekko.local import (
     Failed,
     MalformedError,
     Request,
+    Wait,
+    Waited,
     decode_request,
     encode_answer,
 )
@@ -65,7 +67,8 @@ class LocalEndpoint:
         self._address = address
         self._handler = handler
         self._number = 0
-        self._pending: dict[int, tuple[bytes, int]] = {}  # our number -> client, the client's number
+        # Our number -> client, the client's number, and whether it understands who was not waited for.
+        self._pending: dict[int, tuple[bytes, int, bool]] = {}
         self._socket: zmq.Socket[bytes] | None = None
         self._turn: asyncio.Handle | None = None
         self._serving = False
@@ -108,9 +111,11 @@ class LocalEndpoint:
 
     def answer(self, number: int, answer: Answer) -> None:
         """Answer a request that the handler left open; a client that is gone gets none."""
-        client = self._pending.pop(number, None)
-        if client is not None:
-            self._send(*client, answer)
+        pending = self._pending.pop(number, None)
+        if pending is None:
+            return
+        client, theirs, named = pending
+        self._send(client, theirs, answer.unnamed() if isinstance(answer, Waited) and not named else answer)
 
     def _serve(self) -> None:
         """Serve what is there. ZeroMQ's descriptor signals edges only: it is read until nothing is left."""
@@ -156,7 +161,7 @@ class LocalEndpoint:
             return
         self._number += 1
         number = self._number
-        self._pending[number] = (client, theirs)
+        self._pending[number] = (client, theirs, isinstance(request, Wait) and request.named)
         try:
             answer = self._handler.handle_request(number, request)
         except EkkoError as error:

@@ -25,8 +25,9 @@ from p2p.messages import Scope
 from p2p.replica import RowColumns
 from p2p.transport import Buffer
 
-# Version 2: codecs, as a message's last word. Where nothing but float32 is meant, a message is of version 1, word for word:
-# publisher and node may be of neighbouring releases, as they are while a cluster is upgraded node by node.
+# Version 2: codecs, as a message's last word, and whom a wait leaves out. Where nothing but float32 is meant, a message is of
+# version 1, word for word: publisher and node may be of neighbouring releases, as they are while a cluster is upgraded node by
+# node.
 LOCAL_PROTOCOL_VERSION: Final = 2
 LOCAL_PROTOCOL_VERSION_MIN: Final = 1
 # One step of one publisher. A step of this size is 4 million rows of float32[64]; larger ones are two steps.
@@ -34,6 +35,9 @@ LOCAL_MESSAGE_BYTES_MAX: Final = 1 << 30
 HEADER_BYTES_MAX: Final = 4 << 20
 # Keys, rows and significance of every table, and the header.
 LOCAL_FRAMES_MAX: Final = 3 * TABLES_MAX + 1
+# The last word of a wait whose client understands who was not waited for, and how a node of version 1 refuses it.
+NAMED: Final = "named"
+OTHER_RELEASE: Final = "local protocol version"
 WAIT_MS_MAX: Final = 24 * 3_600_000
 RECONNECT_MS: Final = 20
 RECONNECT_MS_MAX: Final = 200
@@ -66,12 +70,13 @@ class PublishStep:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Answer when `stamp` is visible everywhere in scope, or after `timeout_ms`."""
+    """Answer when `stamp` is visible everywhere in scope, or after `timeout_ms`. `named`: say also who was not waited for."""
 
     model: str
     stamp: int
     scope: Scope
     timeout_ms: int
+    named: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +106,14 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Waited:
-    """Empty: visible everywhere in scope. Else who lags."""
+    """Empty `lagging`: visible everywhere in scope. Else who lags. `silent` were not heard, and not waited for."""
 
     lagging: tuple[str, ...]
+    silent: tuple[str, ...] = ()
+
+    def unnamed(self) -> "Waited":
+        """The same for a client of version 1."""
+        return Waited((*self.lagging, *(f"{node} (silent)" for node in self.silent)) if self.lagging else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +164,9 @@ def encode_request(number: int, request: Request) -> list[Buffer]:
             for column in columns:
                 frames += [_bytes_of(column.keys), _bytes_of(column.rows)]
                 frames += [] if column.significance is None else [_bytes_of(column.significance)]
-        case Wait(model, stamp, scope, timeout_ms):
-            body = ["wait", model, stamp, int(scope), timeout_ms]
+        case Wait(model, stamp, scope, timeout_ms, named):
+            wanted = NAMED if named else None
+            body = ["wait", model, stamp, int(scope), timeout_ms, *_said(wanted)]
         case Ping():
             body = ["ping"]
     return [_packed(number, body, wanted), *frames]
@@ -171,8 +182,9 @@ def encode_answer(number: int, answer: Answer) -> bytes:
             body: list[object] = ["opened", node, region, shards, list(tables.items()), specs, last_stamp, *_said(named)]
         case Stored(stamp):
             body = ["stored", stamp]
-        case Waited(lagging):
-            body = ["waited", lagging]
+        case Waited(lagging, silent):
+            named = NAMED if silent else None
+            body = ["waited", lagging, *([silent] if silent else [])]
         case Pong(node):
             body = ["pong", node]
         case Failed(kind, reason):
@@ -238,10 +250,10 @@ def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
             columns = _decode_columns(headers, list(frames[1:]))
             specs = tuple(_tensor_of(tensor) for tensor in tensors)
             return PublishStep(model, columns, specs, published_ns, _codec_of(codec))
-        case ["wait", str(model), int(stamp), int(scope), int(timeout_ms)] if len(frames) == 1:
+        case ["wait", str(model), int(stamp), int(scope), int(timeout_ms), *rest] if len(frames) == 1 and rest in ([], [NAMED]):
             if not 0 <= timeout_ms <= WAIT_MS_MAX or not 0 <= stamp < 1 << 64:
                 raise MalformedError(f"a wait of {timeout_ms} ms for stamp {stamp} is out of range")
-            return Wait(model, stamp, Scope(scope), timeout_ms)
+            return Wait(model, stamp, Scope(scope), timeout_ms, bool(rest))
         case ["ping"] if len(frames) == 1:
             return Ping()
     raise MalformedError("malformed request: not of this protocol")
@@ -264,6 +276,8 @@ def decode_answer(frame: Buffer) -> tuple[int, Answer]:
                 return number, Stored(stamp)
             case ["waited", list(lagging)]:
                 return number, Waited(tuple(str(name) for name in lagging))
+            case ["waited", list(lagging), list(silent)]:
+                return number, Waited(tuple(str(name) for name in lagging), tuple(str(name) for name in silent))
             case ["pong", str(node)]:
                 return number, Pong(node)
             case ["failed", str(kind), str(reason)]:
@@ -287,7 +301,7 @@ def _header(frames: Sequence[Buffer]) -> tuple[int, list[Any]]:
             return number, body
         case [int(version), int(number), *_]:
             raise MalformedError(
-                f"local protocol version {version} met version {LOCAL_PROTOCOL_VERSION}: use one release of ekko for both",
+                f"{OTHER_RELEASE} {version} met version {LOCAL_PROTOCOL_VERSION}: use one release of ekko for both",
                 number,
             )
         case _:

@@ -694,10 +694,14 @@ class Expelled:
 
 @dataclass(frozen=True, slots=True)
 class WaitEnded:
-    """Answer to `WaitRequested`: `lagging` is empty when it is visible everywhere in scope, else names who lags."""
+    """Answer to `WaitRequested`: `lagging` is empty when it is visible at every live holder in scope, else names who lags.
+
+    `silent` are the holders in scope that nobody waited for, since they were not heard when the wait began (R21).
+    """
 
     request: int
     lagging: tuple[NodeId, ...]
+    silent: tuple[NodeId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 The publisher's node asks every live holder in scope to say when its frontier reaches the stamp, for each partition that the
 step touched (R21); it need not ask itself, since a node holds what it writes. A question is repeated until its deadline, so
-a lost answer or a restarted peer costs a moment, not the promise; the answer counts for the life that gave it.
+a lost answer or a restarted peer costs a moment, not the promise; the answer counts for the life that gave it. Who was silent
+when the wait began is not waited for, and is named in its answer, however it ends.
 """
 
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ class Reach:
             self._queries += 1
             questions[self._queries] = _Question(keyspace, nodes)
         deadline_ms = now.monotonic_ms + request.timeout_ms
-        wait = _Wait(request.request, request.stamp, deadline_ms, questions, tuple(silent), now.monotonic_ms)
+        wait = _Wait(request.request, request.stamp, deadline_ms, questions, tuple(sorted(silent)), now.monotonic_ms)
         self.waits.append(wait)
         self._ask(wait, now)
         self._finish(now)
@@ -97,6 +98,13 @@ class Reach:
                 (nodes if core.membership.alive(node, now.monotonic_ms) else silent)[node] = None
         # Just restarted, we know few; who was there before is waited for until it counts as silent (R21).
         nodes |= dict.fromkeys(peer.node for peer in core.expected(now) if regions in (None, peer.region))
+        # Away for so long that the register forgot it, and neither left nor expelled: a member still.
+        silent |= {
+            peer.node: None
+            for peer in core.record.peers.values()
+            if peer.node not in nodes and peer.node not in core.membership.members
+            if regions in (None, peer.region) and peer.role in HOLDER_ROLES
+        }
         return nodes, silent
 
     def on_reached(self, link: Link, query: int, now: m.Now) -> None:
@@ -157,11 +165,7 @@ class Reach:
     def _finish(self, now: m.Now) -> None:
         for wait in list(self.waits):
             lagging = wait.lagging
-            if not lagging:
-                self.core.emit(m.WaitEnded(wait.request, ()))
-            elif now.monotonic_ms >= wait.deadline_ms:
-                silent = tuple(f"{node} (silent)" for node in wait.silent)
-                self.core.emit(m.WaitEnded(wait.request, (*lagging, *silent)))
-            else:
+            if lagging and now.monotonic_ms < wait.deadline_ms:
                 continue
+            self.core.emit(m.WaitEnded(wait.request, lagging, wait.silent))
             self.waits.remove(wait)

@@ -28,6 +28,7 @@ from ekko.codec import LIMIT_BITS, encode, limit_of
 from ekko.errors import ConfigError, EkkoError, ModelError, PublishError
 from ekko.local import (
     FAILURES,
+    OTHER_RELEASE,
     REOPEN,
     WAIT_MS_MAX,
     Answer,
@@ -99,6 +100,7 @@ class Publisher:
         if not timeout > 0:
             raise ConfigError(f"timeout is {timeout!r}: expected a positive number of seconds")
         self._timeout = float(timeout)
+        self._silent_named = True  # whether the node tells whom nobody waited for, as far as we know
         self._connections = _Connections(address)
         check_name("model", model)
         wanted = None if codec is None else check_codec("model", model, codec)
@@ -167,11 +169,15 @@ class Publisher:
         self._connections.check_open()
         return Step(self, copy=True)
 
-    def wait(self, stamp: int, scope: ScopeName = "local", timeout: float = 5.0) -> None:
+    def wait(self, stamp: int, scope: ScopeName = "local", timeout: float = 5.0) -> tuple[str, ...]:
         """Return when the step `stamp` is visible on this node, in the publisher's region, or everywhere.
 
+        Returns:
+            Nodes in scope that were silent when this was called, so that nobody waited for them; they catch up when they are
+            back. Empty when all is well, and where the node is of the release before.
+
         Raises:
-            TimeoutError: it is not within `timeout` seconds; names the nodes that lag.
+            TimeoutError: it is not within `timeout` seconds; names the nodes that lag, and the silent ones.
             NodeUnreachable: the local node does not answer.
         """
         if not isinstance(scope, str) or scope.upper() not in Scope.__members__:
@@ -181,12 +187,21 @@ class Publisher:
         stamp = _stamp_number(stamp)
         self._connections.check_open()
         if stamp == 0:
-            return  # nothing was published: it is visible everywhere
-        request = Wait(self.model, stamp, Scope[scope.upper()], round(timeout * 1000))
-        answer = self._ask(request, timeout + self._timeout)
+            return ()  # nothing was published: it is visible everywhere
+        request = Wait(self.model, stamp, Scope[scope.upper()], round(timeout * 1000), self._silent_named)
+        try:
+            answer = self._ask(request, timeout + self._timeout)
+        except PublishError as error:
+            if not request.named or not str(error).startswith(OTHER_RELEASE):
+                raise
+            self._silent_named = False  # the node is of the release before
+            request = Wait(request.model, stamp, request.scope, request.timeout_ms)
+            answer = self._ask(request, timeout + self._timeout)
         assert isinstance(answer, Waited), answer
         if answer.lagging:
-            raise TimeoutError(f"stamp {stamp} is not yet visible on {', '.join(answer.lagging)} after {timeout:g} s")
+            silent = f"; silent, and not waited for: {', '.join(answer.silent)}" if answer.silent else ""
+            raise TimeoutError(f"stamp {stamp} is not yet visible on {', '.join(answer.lagging)} after {timeout:g} s{silent}")
+        return answer.silent
 
     def close(self) -> None:
         """Close the connections. What was published stays published."""

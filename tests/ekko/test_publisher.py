@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ekko
+from ekko import endpoint
 from ekko.codec import encode
 from ekko.endpoint import CLIENT_QUEUE_MAX, REQUESTS_PER_TURN_MAX, LocalEndpoint
 from ekko.errors import ConfigError, EkkoError, ModelError, NodeUnreachable, PublishError
@@ -48,6 +49,7 @@ from ekko.local import (
 from ekko.model import table_id
 from ekko.train.publisher import Publisher, _Change, _column_of
 from p2p.messages import Scope
+from p2p.transport import Buffer
 
 F32 = np.float32
 
@@ -62,6 +64,7 @@ class ScriptedNode:
     silent: bool = False
     gate: threading.Event | None = None  # requests wait for it
     lagging: tuple[str, ...] = ()
+    silent_ones: tuple[str, ...] = ()
     codec: str = "float32"
     requests: list[Request] = field(default_factory=list)
 
@@ -84,7 +87,7 @@ class ScriptedNode:
                 self.stamp += 1
                 return Stored(self.stamp)
             case Wait():
-                return Waited(self.lagging)
+                return Waited(self.lagging, self.silent_ones)
             case Ping():
                 return Pong("n1")
 
@@ -411,12 +414,46 @@ def test_a_node_that_lost_its_memory_is_told_again(node: ScriptedNode, publisher
 
 def test_waiting(node: ScriptedNode, publisher: Publisher) -> None:
     stamp = publisher.publish("item", [1], rows(1))
-    publisher.wait(stamp, "all", timeout=1.0)
-    assert node.requests[-1] == Wait("ctr", stamp, Scope.ALL, 1000)
+    assert publisher.wait(stamp, "all", timeout=1.0) == ()
+    assert node.requests[-1] == Wait("ctr", stamp, Scope.ALL, 1000, named=True)
     node.lagging = ("eu-2", "us-1")
-    with pytest.raises(TimeoutError, match="not yet visible on eu-2, us-1 after 1 s"):
+    with pytest.raises(TimeoutError, match=r"not yet visible on eu-2, us-1 after 1 s$"):
         publisher.wait(stamp, "region", timeout=1.0)
-    publisher.wait(0)  # nothing published is visible everywhere
+    assert publisher.wait(0) == ()  # nothing published is visible everywhere
+
+
+def test_a_wait_says_whom_nobody_waited_for(node: ScriptedNode, publisher: Publisher) -> None:
+    node.silent_ones = ("as-1", "us-2")
+    assert publisher.wait(1, "all", timeout=1.0) == ("as-1", "us-2")
+    node.lagging = ("eu-2",)
+    with pytest.raises(TimeoutError, match="visible on eu-2 after 1 s; silent, and not waited for: as-1, us-2"):
+        publisher.wait(1, "all", timeout=1.0)
+
+
+def test_publisher_and_node_of_neighbouring_releases_wait(
+    node: ScriptedNode, publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.silent_ones = ("as-1",)
+    publisher._silent_named = False  # as the release before asks
+    assert publisher.wait(1, "all", timeout=1.0) == ()
+    node.lagging = ("eu-2",)
+    with pytest.raises(TimeoutError, match=r"eu-2, as-1 \(silent\) after"):
+        publisher.wait(1, "all", timeout=1.0)
+    node.lagging = ()
+    publisher._silent_named = True
+    decode = endpoint.decode_request
+
+    def refuse_version_2(frames: Sequence[Buffer]) -> tuple[int, Request]:
+        number, request = decode(frames)
+        if isinstance(request, Wait) and request.named:
+            raise MalformedError("local protocol version 2 met version 1: use one release of ekko for both", number)
+        return number, request
+
+    monkeypatch.setattr(endpoint, "decode_request", refuse_version_2)
+    before = len(node.requests)
+    assert publisher.wait(1, "all", timeout=1.0) == ()
+    assert publisher.wait(1, "all", timeout=1.0) == ()
+    assert [request.named for request in node.requests[before:] if isinstance(request, Wait)] == [False, False]
 
 
 def test_a_closed_publisher_says_so(publisher: Publisher) -> None:

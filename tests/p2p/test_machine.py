@@ -280,6 +280,29 @@ def test_wait_ends_when_all_in_scope_have_it_and_names_who_lags() -> None:
     assert cluster.nodes["t1"].replies[local] == m.WaitEnded(local, ())
 
 
+def test_a_wait_names_whom_it_does_not_wait_for() -> None:
+    """Of R21: suspects are named, also when everybody else has it, and also those that the register forgot long ago."""
+    cluster = start()
+    cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(1_000)
+    cluster.crash("eu2")
+    cluster.crash("us1")
+    for silence_ms in (20_000, membership.FORGET_MS + 10_000):
+        cluster.run(silence_ms)
+        stamp = cluster.publish("t1", "item", [1], 2.0)
+        number = ask(cluster, stamp, m.Scope.ALL, 5_000)
+        cluster.run(1_000)
+        assert cluster.nodes["t1"].replies[number] == m.WaitEnded(number, (), ("eu2", "us1"))
+    assert "eu2" not in cluster.nodes["t1"].machine._core.membership.members
+    number = ask(cluster, stamp, m.Scope.REGION, 5_000)
+    assert cluster.nodes["t1"].replies[number] == m.WaitEnded(number, ())
+    cluster.request("t1", lambda request: m.ExpelRequested(request, "eu2"))
+    cluster.run(1_000)
+    number = ask(cluster, stamp, m.Scope.ALL, 5_000)
+    cluster.run(1_000)
+    assert cluster.nodes["t1"].replies[number] == m.WaitEnded(number, (), ("us1",)), "an expelled one is no member"
+
+
 def ask(cluster: VirtualCluster, stamp: int, scope: m.Scope, timeout_ms: int) -> int:
     number = 0
 
