@@ -30,6 +30,9 @@ from p2p.shard_versions import Mask
 
 # Nodes of its own region that a node asks in one interval, in turn. A region of more spreads by way of several.
 MATES_MAX = 16
+# Neighbours of whom there is no list yet, that a node asks in one interval. One after the other, a node that has nothing new
+# would be asked by nobody again until all of them were, and news that reach few would reach few for seconds.
+UNHEARD_MAX = 16
 
 
 class Schedule:
@@ -115,9 +118,9 @@ class Schedule:
         self._freshest[number] = freshest
         self._round(keyspace, freshest, wanted, now)
         unheard = [node for node, score in zip(nodes, scores, strict=True) if score < 0]
-        other = rng.choice(unheard or nodes)
-        if other != freshest:
-            self._round(keyspace, other, wanted, now, after=freshest)
+        for other in unheard[:UNHEARD_MAX] or [rng.choice(nodes)]:
+            if other != freshest:
+                self._round(keyspace, other, wanted, now, after=freshest)
 
     def _round(self, keyspace: Keyspace, node: m.NodeId, wanted: Mask, now: m.Now, after: m.NodeId | None = None) -> None:
         link = self._core.link(node)
