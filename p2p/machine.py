@@ -332,6 +332,7 @@ class Machine:
             case m.VersionList():
                 self._pull.rounds.on_list(link, message, now)
                 self._progress_of(message.keyspace, now)
+                self._schedule.on_round(now)
             case m.Adopt():
                 self._push.adoption.on_adopt(link, message, now)
             case m.Hello() | m.Refusal():
@@ -353,7 +354,7 @@ class Machine:
                 self._pull.answers.on_request(link, asked, now)
                 self._pump(link)
             case m.VersionsWanted():
-                self._pull.round_answers.on_versions_wanted(link, asked)
+                self._pull.round_answers.on_versions_wanted(link, asked, now)
             case m.ShardsWanted():
                 self._pull.round_answers.on_shards_wanted(link, asked)
                 self._pump(link)
@@ -433,6 +434,10 @@ class Machine:
         self._applied(link, payload)
         if reply.last:
             self._progress_of(reply.keyspace, now)
+        if isinstance(reply, m.ShardsReply):
+            self._schedule.on_round(now)
+        elif reply.keyspace in self._core.keyspaces:
+            self._schedule.on_pulled(self._core.keyspaces[reply.keyspace], reply.row_count, reply.last, now)
 
     def _arrive(self, link: Link, envelope: m.Envelope, payload: int) -> Arrival:
         if envelope.session == 0:
@@ -484,7 +489,9 @@ class Machine:
             self._progress(keyspace, now)
         self._pull.check_gaps(now)
         self._pull.rounds.on_timer(now)
+        self._pull.round_answers.on_timer(now)
         self._schedule.on_timer(now)
+        self._schedule.on_round(now)
         self._reach.on_timer(now)
         if self._ack_ms is not None and now.monotonic_ms >= self._ack_ms:
             self._acknowledge()
@@ -530,8 +537,9 @@ class Machine:
             self._gap_ms = None
         elif self._gap_ms is None:
             self._gap_ms = now_ms + GAP_LOOK_MS
-        others = self._ack_ms, self._gap_ms, self._reach.next_ms(), self._schedule.next_ms(), self._pull.rounds.next_ms()
-        wanted += [moment for moment in others if moment is not None]
+        others = self._ack_ms, self._gap_ms, self._reach.next_ms(), self._schedule.next_ms()
+        rounds = self._pull.rounds.next_ms(), self._pull.round_answers.next_ms()
+        wanted += [moment for moment in (*others, *rounds) if moment is not None]
         for node, box in self._pull.outboxes.items():
             if box.streams and node in core.links and core.links[node].has_credit_for_repairs():
                 wanted.append(now_ms)
@@ -546,6 +554,7 @@ class Machine:
         keyspace.replica.set_synced_until(status.synced_until(self._core, keyspace, now))
         self._reach.on_progress(keyspace)
         self._pull.answers.on_progress(keyspace, now)
+        self._pull.round_answers.on_progress(keyspace)
 
     def _progress_of(self, number: int, now: m.Now) -> None:
         keyspace = self._core.keyspaces.get(number)

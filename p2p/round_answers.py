@@ -4,6 +4,7 @@ The four messages and why they are enough: `p2p.rounds`. Answers are bounded by 
 """
 
 from collections import deque
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,6 +19,15 @@ from p2p.shard_versions import OwnVersions
 from p2p.stamps import WRITERS_MAX
 
 _ABOVE_ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A question to which there was nothing to say."""
+
+    link: Link
+    wanted: m.VersionsWanted
+    until_ms: int
 
 
 class RoundAnswers:
@@ -35,15 +45,58 @@ class RoundAnswers:
         self._outboxes = outboxes
         # By keyspace, uint64[shards, WRITERS_MAX]: zeros, but while an answer is selected.
         self._bases: dict[int, U64] = {}
+        self._held: dict[tuple[int, m.NodeId], _Held] = {}  # by keyspace and neighbour, one each
 
-    def on_versions_wanted(self, link: Link, wanted: m.VersionsWanted) -> None:
-        """Message 1 came: tell which versions changed."""
+    @property
+    def held(self) -> int:
+        """Questions that wait until there is something to say."""
+        return len(self._held)
+
+    def next_ms(self) -> int | None:
+        """When the timer is wanted next."""
+        return min((one.until_ms for one in self._held.values()), default=None)
+
+    def on_versions_wanted(self, link: Link, wanted: m.VersionsWanted, now: m.Now) -> None:
+        """Message 1 came: tell which versions changed, once any has (`SyncOptions.held`)."""
         core = self._core
         keyspace = core.keyspaces.get(wanted.keyspace)
         if keyspace is None or not core.options.sync.shard_versions:
             core.counters.pulls_refused += 1
             return
         versions = self._versions.of(keyspace)
+        versions.current()
+        if core.options.sync.held and versions.mark <= wanted.since:
+            until_ms = now.monotonic_ms + core.options.sync.interval_ms
+            self._held[wanted.keyspace, link.node] = _Held(link, wanted, until_ms)
+            return
+        self._list(link, keyspace, wanted)
+
+    def on_progress(self, keyspace: Keyspace) -> None:
+        """Vectors may have moved: answer the questions that wait for that."""
+        number = keyspace.replica.keyspace
+        waiting = [place for place in self._held if place[0] == number]
+        if not waiting:
+            return
+        versions = self._versions.of(keyspace)
+        versions.current()
+        for place in waiting:
+            if versions.mark > self._held[place].wanted.since:
+                self._release(place)
+
+    def on_timer(self, now: m.Now) -> None:
+        """Questions have waited long enough."""
+        for place in [place for place, one in self._held.items() if now.monotonic_ms >= one.until_ms]:
+            self._release(place)
+
+    def _release(self, place: tuple[int, m.NodeId]) -> None:
+        one = self._held.pop(place)
+        keyspace = self._core.keyspaces.get(place[0])
+        if keyspace is not None and self._core.by_boot.get(one.link.boot) is one.link:
+            self._list(one.link, keyspace, one.wanted)
+
+    def _list(self, link: Link, keyspace: Keyspace, wanted: m.VersionsWanted) -> None:
+        """Message 2."""
+        core, versions = self._core, self._versions.of(keyspace)
         current = versions.current()
         # A vector never lags the frontier read with it, so who dominates the vectors holds what the frontier says.
         writers = keyspace.knowledge.writers

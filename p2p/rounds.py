@@ -83,6 +83,9 @@ class _Round:
     repeat_ms: int
     deadline_ms: int
     after: Place | None = None  # a round whose list is to be compared first
+    follow: bool = False  # the next one is to begin as soon as this one ends
+    begun_ms: int = 0
+    news: bool = False  # the list was not empty
     listed: bool = False  # message 2 came
     next_chunk: int = 0
 
@@ -106,6 +109,7 @@ class Rounds:
         self._rounds: dict[Place, _Round] = {}
         self._lists: dict[Place, _Listed] = {}  # the one used longest ago first
         self._requests = 0
+        self._followed: set[int] = set()  # keyspaces of which rounds ended that others are to follow
 
     @property
     def lists(self) -> int:
@@ -121,8 +125,16 @@ class Rounds:
 
     # --- asking
 
-    def begin(self, keyspace: Keyspace, link: Link, wanted: Mask, now: m.Now, after: m.NodeId | None = None) -> None:
-        """Message 1, unless a round with this neighbour is on its way.
+    def begin(
+        self,
+        keyspace: Keyspace,
+        link: Link,
+        wanted: Mask,
+        now: m.Now,
+        after: m.NodeId | None = None,
+        follow: bool = False,
+    ) -> bool:
+        """Message 1, unless a round with this neighbour is on its way; whether it is sent.
 
         Args:
             keyspace: of which.
@@ -130,10 +142,11 @@ class Rounds:
             wanted: bool[shards]: which of them to pull from it.
             now: both clocks.
             after: a fresher neighbour that is asked, too; this one is to give what that one has not.
+            follow: whether the next one is to begin as soon as this one ends, if the neighbour had news or let us wait.
         """
         place = keyspace.replica.keyspace, link.node
         if place in self._rounds:
-            return
+            return False
         listed = self._lists.pop(place, None)
         if listed is None or listed.boot != link.boot:
             shards = keyspace.knowledge.shards
@@ -147,9 +160,18 @@ class Rounds:
         question = m.VersionsWanted(place[0], self._requests, listed.mark, self._core.retired_digest)
         deadline_ms = now.monotonic_ms + ROUND_SILENCE_MS
         first = None if after is None else (place[0], after)
-        self._rounds[place] = _Round(link.boot, wanted, question, now.monotonic_ms, deadline_ms, first)
+        self._rounds[place] = _Round(
+            link.boot, wanted, question, now.monotonic_ms, deadline_ms, first, follow, begun_ms=now.monotonic_ms
+        )
         self._core.counters.rounds_started += 1
         self._ask(self._rounds[place], link, now)
+        return True
+
+    def take_followed(self) -> list[int]:
+        """Keyspaces of which rounds ended, since this was asked, that others are to follow."""
+        followed = sorted(self._followed)
+        self._followed.clear()
+        return followed
 
     def on_list(self, link: Link, told: m.VersionList, now: m.Now) -> None:
         """Message 2 came: compare, and ask for what our versions do not cover.
@@ -166,7 +188,7 @@ class Rounds:
             raise RemoteProtocolError(f"version of shard {told.shards[-1]}, the keyspace has {keyspace.knowledge.shards}")
         check_not_ahead(int(told.frontier.max()) if told.frontier.size else 0, now.unix_ms)
         listed.take(told)
-        found.listed = True
+        found.listed, found.news = True, len(told.shards) > 0
         first = self._rounds.get(found.after) if found.after is not None else None
         if first is None or first.listed:
             self._compare(place, now)
@@ -185,7 +207,7 @@ class Rounds:
         shards = np.flatnonzero(wanted).astype(np.uint32)[: VECTORS_BYTES_MAX // (8 * max(1, len(writers)))]
         link = self._core.links.get(place[1])
         if not len(shards) or link is None:
-            self._finish(place, keyspace)
+            self._finish(place, keyspace, now)
             return
         vectors = np.ascontiguousarray(keyspace.knowledge.vector[np.ix_(shards, writers)])
         retired = self._core.retired_digest
@@ -224,7 +246,7 @@ class Rounds:
         take_rows(self._core, keyspace, reply.columns)
         if reply.last:
             self._merge(place, keyspace, found.question, reply)
-            self._finish(place, keyspace)
+            self._finish(place, keyspace, now)
 
     def _merge(self, place: Place, keyspace: Keyspace, asked: m.ShardsWanted, reply: m.ShardsReply) -> None:
         """All rows of the answer are applied."""
@@ -237,9 +259,12 @@ class Rounds:
         versions.merge(reply.shards, reply.versions, reply.writers, reply.vectors)
         listed.versions[reply.shards], listed.settled[reply.shards] = reply.versions, True
 
-    def _finish(self, place: Place, keyspace: Keyspace) -> None:
+    def _finish(self, place: Place, keyspace: Keyspace, now: m.Now) -> None:
         """A round is over. What it brought may complete what some neighbour had."""
-        del self._rounds[place]
+        ended = self._rounds.pop(place)
+        # One without news that came back at once would come back at once again.
+        if ended.follow and (ended.news or now.monotonic_ms - ended.begun_ms >= self._core.options.sync.interval_ms):
+            self._followed.add(place[0])
         self._core.counters.rounds_completed += 1
         own = self._versions.of(keyspace).current()
         for (number, _), listed in self._lists.items():

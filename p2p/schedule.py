@@ -44,6 +44,7 @@ class Schedule:
         self._due_ms: int | None = None  # monotonic; None: there are no regular pulls
         self._intervals = 0
         self._freshest: dict[int, m.NodeId] = {}  # by keyspace: who was it last time
+        self._brought: set[int] = set()  # keyspaces of which a pull that is on its way has brought rows
 
     def start(self, now: m.Now) -> None:
         """The node is up."""
@@ -63,17 +64,38 @@ class Schedule:
         self._due_ms = now.monotonic_ms + core.options.sync.interval_ms
         self._intervals += 1
         for keyspace in core.keyspaces.values():
-            sources = self._sources(keyspace, now)
-            if not sources:
-                continue
-            if not core.options.sync.shard_versions:
-                self._pull_all(keyspace, core.rng.choice(sources).node, now)
-            elif not keyspace.synced:
-                continue  # it joins, by a pull of everything
-            elif core.options.sync.leaders:
-                self._pull_as_led(keyspace, sources, now)
-            else:
-                self._pull_from_freshest(keyspace, sources, np.ones(keyspace.knowledge.shards, np.bool_), now)
+            self._pull_now(keyspace, now, explore=True)
+
+    def on_round(self, now: m.Now) -> None:
+        """Rounds may have ended: those that are to follow them begin."""
+        for number in self._pull.rounds.take_followed():
+            self._pull_now(self._core.keyspaces[number], now, explore=False)
+
+    def on_pulled(self, keyspace: Keyspace, rows: int, last: bool, now: m.Now) -> None:
+        """A part of an answer to a pull of everything came: if it brings something, the next one follows it."""
+        sync, number = self._core.options.sync, keyspace.replica.keyspace
+        if sync.shard_versions or not sync.follow:
+            return
+        if rows:
+            self._brought.add(number)
+        if last and number in self._brought:
+            self._brought.remove(number)
+            self._pull_now(keyspace, now, explore=False)
+
+    def _pull_now(self, keyspace: Keyspace, now: m.Now, explore: bool) -> None:
+        """Ask whoever is to be asked and is not being asked already; `explore`: and others, to find out who else knows."""
+        core = self._core
+        sources = self._sources(keyspace, now)
+        if not sources:
+            return
+        if not core.options.sync.shard_versions:
+            self._pull_all(keyspace, core.rng.choice(sources).node, now)
+        elif not keyspace.synced:
+            return  # it joins, by a pull of everything
+        elif core.options.sync.leaders:
+            self._pull_as_led(keyspace, sources, now, explore)
+        else:
+            self._pull_from_freshest(keyspace, sources, np.ones(keyspace.knowledge.shards, np.bool_), now, explore)
 
     def _sources(self, keyspace: Keyspace, now: m.Now) -> list[m.MemberRecord]:
         """Who else holds the keyspace and lives, fit to forward or not: a writer whose links come and go has rows."""
@@ -90,7 +112,7 @@ class Schedule:
         if link is not None:
             self._pull.ask(keyspace, link, now, "interval")
 
-    def _pull_as_led(self, keyspace: Keyspace, sources: Sequence[m.MemberRecord], now: m.Now) -> None:
+    def _pull_as_led(self, keyspace: Keyspace, sources: Sequence[m.MemberRecord], now: m.Now, explore: bool) -> None:
         options, shards = self._core.options, keyspace.knowledge.shards
         fit = self._core.membership.holders(now.monotonic_ms, keyspace.replica.place)
         leading = [holder.node for holder in fit if holder.region == options.region]
@@ -101,10 +123,13 @@ class Schedule:
         mates = [source.node for source in sources if source.region == options.region]
         begin = self._intervals * MATES_MAX % len(mates) if len(mates) > MATES_MAX else 0
         for mate in (mates[begin:] + mates[:begin])[:MATES_MAX]:
-            self._round(keyspace, mate, own | led.get(mate, leader < 0), now)
-        self._pull_from_freshest(keyspace, [source for source in sources if source.region != options.region], own, now)
+            self._round(keyspace, mate, own | led.get(mate, leader < 0), now, follow=True)
+        abroad = [source for source in sources if source.region != options.region]
+        self._pull_from_freshest(keyspace, abroad, own, now, explore)
 
-    def _pull_from_freshest(self, keyspace: Keyspace, sources: Sequence[m.MemberRecord], wanted: Mask, now: m.Now) -> None:
+    def _pull_from_freshest(
+        self, keyspace: Keyspace, sources: Sequence[m.MemberRecord], wanted: Mask, now: m.Now, explore: bool
+    ) -> None:
         if not sources or not wanted.any():
             return
         number, rng = keyspace.replica.keyspace, self._core.rng
@@ -116,17 +141,29 @@ class Schedule:
         scores = self._pull.rounds.freshness(keyspace, nodes, wanted)
         freshest = nodes[scores.index(max(scores))]
         self._freshest[number] = freshest
-        self._round(keyspace, freshest, wanted, now)
+        begun = self._round(keyspace, freshest, wanted, now, follow=True)
+        if not explore:
+            return
         unheard = [node for node, score in zip(nodes, scores, strict=True) if score < 0]
         for other in unheard[:UNHEARD_MAX] or [rng.choice(nodes)]:
             if other != freshest:
-                self._round(keyspace, other, wanted, now, after=freshest)
+                self._round(keyspace, other, wanted, now, after=freshest if begun else None)
 
-    def _round(self, keyspace: Keyspace, node: m.NodeId, wanted: Mask, now: m.Now, after: m.NodeId | None = None) -> None:
+    def _round(
+        self,
+        keyspace: Keyspace,
+        node: m.NodeId,
+        wanted: Mask,
+        now: m.Now,
+        after: m.NodeId | None = None,
+        follow: bool = False,
+    ) -> bool:
+        """Whether a round began now: not while one with this neighbour is on its way."""
         link = self._core.link(node)
         if link is None or not wanted.any():
-            return
+            return False
         if speaks_rounds(link):
-            self._pull.rounds.begin(keyspace, link, wanted, now, after)
-        else:
-            self._pull.ask(keyspace, link, now, "interval")
+            follow = follow and self._core.options.sync.follow
+            return self._pull.rounds.begin(keyspace, link, wanted, now, after, follow)
+        self._pull.ask(keyspace, link, now, "interval")
+        return False

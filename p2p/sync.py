@@ -34,6 +34,8 @@ class SyncOptions:
     shard_versions: bool = False  # versions before vectors; with push they would almost never match (R9)
     leaders: bool = False  # of each region and shard one node pulls across regions, the others from it
     interval_ms: int = 0  # of regular pulls; 0: a pull starts only when something shows that one is due
+    follow: bool = False  # whoever got something asks again at once, and only who did not waits for its interval
+    held: bool = False  # a question about versions of which none is new waits where it is, for an interval at most
 
     def __post_init__(self) -> None:
         if not self.push and self.interval_ms <= 0:
@@ -42,6 +44,8 @@ class SyncOptions:
             raise ValueError("shard versions almost never match while push moves vectors: choose one of push, shard_versions")
         if self.leaders and not self.shard_versions:
             raise ValueError("leaders pull single shards, which only rounds by shard versions can: set shard_versions")
+        if self.held and not (self.shard_versions and self.follow):
+            raise ValueError("only questions about versions can be held, and rounds must follow: set shard_versions and follow")
 
 
 VECTOR: Final = SyncOptions(push=False, cache=False, interval_ms=INTERVAL_MS)

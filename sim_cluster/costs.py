@@ -91,6 +91,7 @@ class VirtualCpus:
         self._hosts: dict[str, MeteredHost] = {}
         self._node = ""
         self._ends_ms = 0.0
+        self._asked = False  # the event at hand is a question about versions
         self._encoded: m.Message | None = None  # once for all of its receivers, who come one after the other
 
     # --- sim_cluster.turns.CpuModel
@@ -107,6 +108,7 @@ class VirtualCpus:
         return self._ends_ms
 
     def handling(self, event: m.Event) -> None:
+        self._asked = isinstance(event, m.MessageReceived) and isinstance(event.message, m.VersionsWanted)
         match event:
             case m.MessageReceived(_, message):
                 self.charge("receive")
@@ -157,6 +159,8 @@ class VirtualCpus:
                 self.charge("encode_row", _rows(message.columns))
             case m.PullRequest():
                 self.charge("ask_shard", message.vector.size)
+            case m.VersionList() if not self._asked:  # a question that waited: looked at once more
+                self.charge("versions_shard", self._shards(message.keyspace))
             case m.VersionsWanted():
                 self.charge("begin_shard", self._shards(message.keyspace))
 
