@@ -86,6 +86,9 @@ class _Round:
     follow: bool = False  # the next one is to begin as soon as this one ends
     begun_ms: int = 0
     news: bool = False  # the list was not empty
+    ahead: m.VersionsWanted | None = None  # message 1 of the round after this one, sent together with message 3
+    ahead_ms: int = 0
+    ahead_list: m.VersionList | None = None  # and its answer
     listed: bool = False  # message 2 came
     next_chunk: int = 0
 
@@ -180,14 +183,24 @@ class Rounds:
             RemoteProtocolError: shards that do not exist, or stamps from the future.
         """
         place = told.keyspace, link.node
-        found = self._find(place, link, told.request)
-        if found is None or found.listed:
+        found = self._rounds.get(place)
+        if found is None or found.boot != link.boot:
             return
-        keyspace, listed = self._core.keyspaces[told.keyspace], self._lists[place]
+        ahead = found.ahead is not None and told.request == found.ahead.request
+        if not ahead and (found.listed or told.request != found.question.request):
+            return
+        keyspace = self._core.keyspaces[told.keyspace]
         if len(told.shards) and int(told.shards[-1]) >= keyspace.knowledge.shards:
             raise RemoteProtocolError(f"version of shard {told.shards[-1]}, the keyspace has {keyspace.knowledge.shards}")
         check_not_ahead(int(told.frontier.max()) if told.frontier.size else 0, now.unix_ms)
-        listed.take(told)
+        if ahead:  # it is newer than the rows that are on their way, which must not be taken for it
+            found.ahead_list = told
+        else:
+            self._take_list(place, found, told, now)
+
+    def _take_list(self, place: Place, found: _Round, told: m.VersionList, now: m.Now) -> None:
+        """Message 2, checked: compare, also what waited for it."""
+        self._lists[place].take(told)
         found.listed, found.news = True, len(told.shards) > 0
         first = self._rounds.get(found.after) if found.after is not None else None
         if first is None or first.listed:
@@ -215,6 +228,11 @@ class Rounds:
         found.deadline_ms = now.monotonic_ms + ROUND_SILENCE_MS
         self._core.counters.shards_asked += len(shards)
         self._ask(found, link, now)
+        if found.follow and self._core.options.sync.held:
+            self._requests += 1
+            found.ahead = m.VersionsWanted(place[0], self._requests, listed.mark, retired)
+            found.ahead_ms = now.monotonic_ms
+            self._core.send(link, found.ahead)
 
     def on_reply(self, link: Link, reply: m.ShardsReply, now: m.Now) -> None:
         """A chunk of message 4 came: apply its rows; with the last one, merge vectors and settle versions.
@@ -262,8 +280,10 @@ class Rounds:
     def _finish(self, place: Place, keyspace: Keyspace, now: m.Now) -> None:
         """A round is over. What it brought may complete what some neighbour had."""
         ended = self._rounds.pop(place)
+        if ended.ahead is not None:
+            self._go_on(place, ended, ended.ahead, now)
         # One without news that came back at once would come back at once again.
-        if ended.follow and (ended.news or now.monotonic_ms - ended.begun_ms >= self._core.options.sync.interval_ms):
+        elif ended.follow and (ended.news or now.monotonic_ms - ended.begun_ms >= self._core.options.sync.interval_ms):
             self._followed.add(place[0])
         self._core.counters.rounds_completed += 1
         own = self._versions.of(keyspace).current()
@@ -273,6 +293,16 @@ class Rounds:
                 if listed.settled.all():
                     keyspace.knowledge.learn_frontier(listed.writers, listed.frontier)
                     listed.frontier_merged = True
+
+    def _go_on(self, place: Place, ended: _Round, ahead: m.VersionsWanted, now: m.Now) -> None:
+        """The round whose first question is on its way already, or answered."""
+        deadline_ms, repeat_ms = now.monotonic_ms + ROUND_SILENCE_MS, now.monotonic_ms + REPEAT_MS
+        one = self._rounds[place] = _Round(
+            ended.boot, ended.wanted, ahead, repeat_ms, deadline_ms, follow=True, begun_ms=ended.ahead_ms
+        )
+        self._core.counters.rounds_started += 1
+        if ended.ahead_list is not None:
+            self._take_list(place, one, ended.ahead_list, now)
 
     def _ask(self, one: _Round, link: Link, now: m.Now) -> None:
         one.repeat_ms = now.monotonic_ms + REPEAT_MS
