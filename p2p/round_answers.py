@@ -1,6 +1,8 @@
 """A round by shard versions, on the side that answers: which versions changed, and the rows of the shards that are wanted.
 
-The four messages and why they are enough: `p2p.rounds`. Answers are bounded by credit, like every other stream.
+The four messages and why they are enough: `p2p.rounds`. A question to which there is nothing to say is kept until there is,
+for an interval at most (`SyncOptions.held`): whether a version changed is one number to compare, so that costs less than to be
+asked again and again. Answers are bounded by credit, like every other stream.
 """
 
 from collections import deque
@@ -17,6 +19,9 @@ from p2p.outbox import STREAMS_MAX, Outbox, PullStream
 from p2p.replica import U64, Selection
 from p2p.shard_versions import OwnVersions
 from p2p.stamps import WRITERS_MAX
+
+# Questions that wait at a time, of all keyspaces; those beyond are answered at once, with nothing.
+HELD_MAX = 4_096
 
 _ABOVE_ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
@@ -65,7 +70,7 @@ class RoundAnswers:
             return
         versions = self._versions.of(keyspace)
         versions.current()
-        if core.options.sync.held and versions.mark <= wanted.since:
+        if core.options.sync.held and versions.mark <= wanted.since and len(self._held) < HELD_MAX:
             until_ms = now.monotonic_ms + core.options.sync.interval_ms
             self._held[wanted.keyspace, link.node] = _Held(link, wanted, until_ms)
             return

@@ -15,6 +15,10 @@ listed version names, by a cover or by a merge; it stays so, since vectors only 
 the neighbour's frontier of the same moment: when every shard of a list is settled, all that the neighbour had then is here, so
 its frontier may be merged. (No round needs to fetch all shards for it: with leaders, none does.)
 
+With `SyncOptions.held` a round does not wait for the one before it: message 1 of the next one leaves with message 3, and waits
+at s until another version changes. Its list is put aside until the rows are here. It is newer than they are; were it compared,
+or its versions noted, before, what the rows bring would be taken for what it names.
+
 A question without an answer is repeated. The side that answers is `p2p.round_answers`.
 """
 

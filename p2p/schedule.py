@@ -11,6 +11,10 @@ This is the paper's way of moving updates, where push has no part (`p2p.sync`). 
   other regions, and from one other there; a shard that somebody else leads it pulls from its leader only. And a leader asks its
   own region, too: that is where its region's writers are.
 
+An interval is how long who learns nothing waits. Who got something asks again at once (`SyncOptions.follow`): the one it got it
+from, or the leader, or, by vector, another one at random. And a question about versions of which none is new waits where it is
+(`SyncOptions.held`, `p2p.round_answers`), so that an update waits for no interval at all, and an idle node asks no more often.
+
 The first pull of a life comes after a random part of the interval, so that nodes which start together do not all ask at the
 same moment for ever after.
 """

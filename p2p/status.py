@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from p2p import links, membership, push, reach, retirement
+from p2p import links, membership, push, reach, retirement, round_answers
 from p2p import messages as m
 from p2p.adoption import ENTRIES_MAX
 from p2p.core import Core, Keyspace
@@ -172,6 +172,7 @@ def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach) -> tup
         QueueStatus("summaries", pulling.summaries, len(core.keyspaces) * membership.MEMBERS_MAX),
         QueueStatus("pull_streams", streams, STREAMS_MAX),
         QueueStatus("pulls_held", pulling.answers.held, HELD_MAX),
+        QueueStatus("rounds_held", pulling.round_answers.held, round_answers.HELD_MAX),
         QueueStatus("children_adopted", pushing.adoption.entries, ENTRIES_MAX),
         QueueStatus("neighbour_lists", pulling.rounds.lists, LISTS_MAX),
         QueueStatus("batches_seen", pushing.seen, push.SEEN_MAX),

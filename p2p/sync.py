@@ -11,6 +11,9 @@ time, and so do these presets, on the same machine and the same store:
 | `LEADERS` | a region pulls a shard from others once | `p2p.leaders` |
 | `PUSH` | the product: fresh batches down trees, pulls only when something shows that one is due | `p2p.push`, `p2p.pull` |
 
+In all of them but the last, who got something asks again at once; and what is new of shard versions is told to whoever asked
+and is waiting for it, at the next moment and not at the next interval (docs/decisions/0015).
+
 All nodes of a cluster must run the same one. Operators are not offered the choice (docs/decisions/0014): the simulator is.
 """
 
@@ -48,10 +51,10 @@ class SyncOptions:
             raise ValueError("only questions about versions can be held, and rounds must follow: set shard_versions and follow")
 
 
-VECTOR: Final = SyncOptions(push=False, cache=False, interval_ms=INTERVAL_MS)
-CACHE: Final = SyncOptions(push=False, interval_ms=INTERVAL_MS)
-SHARD_VERSIONS: Final = SyncOptions(push=False, shard_versions=True, interval_ms=INTERVAL_MS)
-LEADERS: Final = SyncOptions(push=False, shard_versions=True, leaders=True, interval_ms=INTERVAL_MS)
+VECTOR: Final = SyncOptions(push=False, cache=False, interval_ms=INTERVAL_MS, follow=True)
+CACHE: Final = SyncOptions(push=False, interval_ms=INTERVAL_MS, follow=True)
+SHARD_VERSIONS: Final = SyncOptions(push=False, shard_versions=True, interval_ms=INTERVAL_MS, follow=True, held=True)
+LEADERS: Final = SyncOptions(push=False, shard_versions=True, leaders=True, interval_ms=INTERVAL_MS, follow=True, held=True)
 PUSH: Final = SyncOptions()
 
 # In the order of the paper's ablation; the last is the product.

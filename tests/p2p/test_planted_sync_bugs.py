@@ -247,9 +247,9 @@ def a_list_counts_before_it_came(patch: pytest.MonkeyPatch) -> None:
     original = RoundAnswers.on_versions_wanted
     told: dict[Any, int] = {}
 
-    def on_versions_wanted(self: Any, link: Any, wanted: m.VersionsWanted) -> None:
+    def on_versions_wanted(self: Any, link: Any, wanted: m.VersionsWanted, now: m.Now) -> None:
         place = (id(self), link.boot, wanted.keyspace)
-        original(self, link, replace(wanted, since=told.get(place, 0)))
+        original(self, link, replace(wanted, since=told.get(place, 0)), now)
         told[place] = self._versions.by_keyspace[wanted.keyspace].mark
 
     patch.setattr(RoundAnswers, "on_versions_wanted", on_versions_wanted)
@@ -259,12 +259,27 @@ def a_frontier_is_merged_with_some_shards(patch: pytest.MonkeyPatch) -> None:
     """A round that fetched some shards claims all that the neighbour had."""
     original = Rounds._finish
 
-    def finish(self: Any, place: Any, keyspace: Any) -> None:
+    def finish(self: Any, place: Any, keyspace: Any, now: m.Now) -> None:
         listed = self._lists[place]
         keyspace.knowledge.learn_frontier(listed.writers, listed.frontier)
-        original(self, place, keyspace)
+        original(self, place, keyspace, now)
 
     patch.setattr(Rounds, "_finish", finish)
+
+
+def a_new_list_counts_before_older_rows(patch: pytest.MonkeyPatch) -> None:
+    """The answer to the next round's first question is compared while rows of this one are on their way, and then forgotten."""
+    original = Rounds._go_on
+
+    def go_on(self: Any, place: Any, ended: Any, ahead: m.VersionsWanted, now: m.Now) -> None:
+        if ended.ahead_list is not None:
+            listed = self._lists[place]
+            listed.take(ended.ahead_list)
+            listed.settled[:] = True
+            ended.ahead_list = None
+        original(self, place, ended, ahead, now)
+
+    patch.setattr(Rounds, "_go_on", go_on)
 
 
 def a_dead_leader_stays_leader(patch: pytest.MonkeyPatch) -> None:
@@ -323,6 +338,7 @@ def test_the_scenarios_pass_as_they_are(scenario: Scenario) -> None:
         (what_was_settled_stays_settled, by_versions),
         (a_list_counts_before_it_came, by_leaders),
         (a_frontier_is_merged_with_some_shards, by_leaders),
+        (a_new_list_counts_before_older_rows, by_leaders),
         (a_dead_leader_stays_leader, leaders_die),
         (a_region_pulls_from_its_leader_alone, by_leaders),
     ],
