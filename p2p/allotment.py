@@ -106,6 +106,7 @@ class Allotment:
             core.note("cluster_founded", cluster=f"{core.writers.cluster:016x}")
         number = family[0].replica.place.family
         seen = {writer for keyspace in family for writer in keyspace.knowledge.writers.tolist()}
+        seen |= core.membership.writer_ids(number)
         if (in_blocks and not core.writers.founded) or (core.writers.founded and core.writers.free_id([number], seen) is None):
             self._needed = True
             self._ask(now)

@@ -87,6 +87,7 @@ class Counters:
     schemas_refused: int = 0  # of peers, since there is no room for what they name
     writers_refused: int = 0  # batches dropped, since the vector has no room for their writer
     retirements_refused: int = 0  # entries of the record of retired writers for which there was no room
+    refuted: int = 0  # what was told of us, and was not so
     writer_conflicts: int = 0  # batches, pulls and records dropped, since they know a writer id under another nonce
     blocks_given: int = 0  # of writer ids
     messages_unspoken: int = 0  # not sent, since the peer's version does not know them

@@ -9,6 +9,8 @@ A node whose wall clock differs too much from what the others say refuses to pub
 everywhere, or win over everything.
 """
 
+import numpy as np
+
 from p2p import membership
 from p2p import messages as m
 from p2p.core import Core, Keyspace
@@ -23,7 +25,7 @@ from p2p.stamps import AHEAD_MS_MAX, unix_ms_of
 
 # Heartbeats more each interval for the sake of partitions, one of which none of the usual receivers may hold.
 PARTNERS_MAX = FANOUT
-# A member that left on purpose is called at every so many of our heartbeats.
+# A member that left on purpose is called at every so many of our heartbeats, and a silent one is asked to answer.
 CALL_LEFT_BEATS = 4
 # Records that change together, in a restart of many, travel together; the more there are, the longer it pays to collect them.
 NEWS_DELAY_MS = 10
@@ -101,6 +103,8 @@ class Gossip:
         suspects = register.suspects()
         if suspects:
             record = register.members[core.rng.choice(suspects)].record
+            if register.own.heartbeat % CALL_LEFT_BEATS == 0:  # what it says of itself counts, whatever we were told of it
+                self._introductions.say_hello(record.address, 0, answer_wanted=True, now=now)
             envelope = m.Envelope(core.options.boot, record.boot, version=core.version_with(record))
             core.emit(m.Send(record.address, envelope, beat))
         left = register.left()
@@ -195,13 +199,15 @@ class Gossip:
             raise RemoteProtocolError(f"heartbeat of {beat.member.node!r} over the link of {link.node!r}")
         core.writers.adopt_cluster(beat.cluster)
         self._retirement.compare(link, beat.retired_digest, now)
-        self._introductions.learn((beat.member,), now)
+        self._introductions.learn((beat.member,), now, link.node)
         if beat.members:
-            self._introductions.learn(beat.members, now, beat.columns)
+            self._introductions.learn(beat.members, now, columns=beat.columns)
         member = register.members.get(link.node)
         if member is not None and member.record.boot == link.boot:
             register.suspicion.note_clock(member.slot, beat.unix_ms, now.monotonic_ms)
         register.hear(beat.boots, beat.counters, now.monotonic_ms)
+        for counter in beat.counters[beat.boots == np.uint64(register.own.boot)].tolist():
+            register.overtake(counter)
         waited = now.monotonic_ms - self._index_ms >= HEARTBEAT_MS
         # A record that is on its way explains a difference; only when nothing moves is it worth a comparison.
         if waited and register.quiet and not beat.members and beat.register_digest != register.digest(now.monotonic_ms):
@@ -215,6 +221,8 @@ class Gossip:
     def on_index(self, link: Link, index: m.RegisterIndex, now: m.Now) -> None:
         """A peer's register differs from ours: send what it lacks, and ask for what we lack."""
         core = self._core
+        if link.version >= 2:  # version 1 believes that who has left does not take it back
+            self._correct(link, index)
         records, ahead = core.membership.missing_in(index.boots, index.versions, now.monotonic_ms)
         while records:
             part = records[: min(membership.RECORDS_MAX, fitting(records))]
@@ -222,6 +230,16 @@ class Gossip:
             core.send(link, m.MemberNews(tuple(core.newest(record) for record in part)))
         if ahead and index.answer_wanted:
             core.send(link, m.RegisterIndex(*core.membership.index(now.monotonic_ms), answer_wanted=False))
+
+    def _correct(self, link: Link, index: m.RegisterIndex) -> None:
+        """A peer that talks to us does not count us among the living, or knows of a later record of ours than we do."""
+        core = self._core
+        own = core.own_record()
+        told = index.versions[index.boots == np.uint64(own.boot)]
+        version = int(told.max()) if len(told) else own.version
+        if not own.left and (version > own.version or not len(told)) and core.membership.refute(version):
+            core.counters.refuted += 1
+            core.send(link, m.MemberNews((core.own_record(),)))
 
     def clock_agrees(self, now: m.Now) -> bool:
         """Whether somebody has told us the time lately, and our clock is near the median of what was told."""

@@ -6,6 +6,8 @@ by whoever needs it first (`Core.link`), and at the other end by what comes over
 has never heard of says hello.
 """
 
+from dataclasses import dataclass
+
 from p2p import membership, trees
 from p2p import messages as m
 from p2p.core import Core
@@ -13,7 +15,7 @@ from p2p.errors import BlamelessError, RemoteProtocolError, SchemaClashError
 from p2p.ledger import Peer
 from p2p.links import Link
 from p2p.membership import HEARTBEAT_MS
-from p2p.placement import holds
+from p2p.placement import HOLDS_SINCE, holds
 from p2p.pull import Pull
 from p2p.replica import SchemaEntry
 from p2p.retirement import Retirement
@@ -29,12 +31,25 @@ ALONE_MS = 10_000
 NOT_UNDERSTOOD = "cannot be understood"
 # One of those that nobody here has heard for long is called at every so many of our heartbeats: in 30 s.
 CALL_MISSING_BEATS = 60
-# Members that go on telling of a later life of our id for so long tell of one that lives: nobody tells of a dead one any more.
-OTHER_LIFE_MS = 2 * membership.SILENCE_MS_MAX
+# A later life of our id that is told of, called with each beat, and has not answered for so long, is none.
+OTHER_LIFE_MS = membership.SILENCE_MS_MAX
+# How far a life that others tell of may begin in the future by our clock. Clocks differ, and one may be set back between two
+# lives; what nobody believes leaves room for a later one.
+LIFE_AHEAD_MS_MAX = 24 * 3_600_000
 # Whom to call at once, while nobody has answered; there may be a thousand peers of a former life.
 CONTACTS_MAX = 16
 # Strangers that are answered in the time of one beat; the others beat again.
 ANSWERS_MAX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _OtherLife:
+    """A later life of our id that members tell of."""
+
+    boot: int
+    address: str
+    since_ms: int  # monotonic: since when we are told of such without a longer break
+    told_ms: int  # and when for the last time
 
 
 class Introductions:
@@ -45,7 +60,8 @@ class Introductions:
         self._core = core
         self._pull = pull
         self.introduced = False  # somebody of the cluster has answered us
-        self._other_life: tuple[int, int, int] | None = None  # of our id: boot, heartbeat, and when (monotonic) we first heard
+        self._other_life: _OtherLife | None = None
+        self._outlive_ms = 0  # monotonic; before it no word about it is answered
         self._called = ""  # the address of who was called last, although it is no member
         self._answers = 0  # to strangers, in the beat that began at
         self._answers_ms = -HEARTBEAT_MS
@@ -95,7 +111,7 @@ class Introductions:
             return
         self.introduced = True
         link = self._link_to(member)
-        self.learn((member, *hello.members), now)
+        self.learn((member, *hello.members), now, member.node)
         if hello.answer_wanted:
             self._admitted[member.node] = None
             self.say_hello(member.address, member.boot, answer_wanted=False, now=now)
@@ -176,10 +192,19 @@ class Introductions:
         admitted, self._admitted = list(self._admitted), {}
         return admitted
 
-    def on_refusal(self, envelope: m.Envelope, refusal: m.Refusal) -> None:
+    def on_refusal(self, envelope: m.Envelope, refusal: m.Refusal, proven: m.NodeId | None) -> None:
         """Somebody does not let us in."""
         if envelope.receiver_boot != self._core.options.boot:
             self._core.counters.strangers += 1  # an answer to a former life of ours, or to nobody
+            return
+        other, node = self._other_life, self._core.options.node
+        if other is not None and envelope.sender_boot == other.boot and proven in (None, node):
+            self._core.emit(
+                m.Fatal(
+                    f"another process with node id {node!r} was started later, at {other.address}; the cluster follows it: "
+                    "what this one acknowledged since they were apart is on its machine alone. Give one of them another id"
+                )
+            )
             return
         # Once somebody has let us in, a refusal is one peer's opinion; before that, going on alone would be worse.
         # A node that has begun a cluster of its own asked nobody: it would lose what was published here.
@@ -281,12 +306,23 @@ class Introductions:
         expulsion = self._core.record.expelled.get(boot)
         return self._core.membership.node_of(boot) if expulsion is None else expulsion.node
 
-    def learn(self, records: tuple[m.MemberRecord, ...], now: m.Now, columns: m.RecordColumns | None = None) -> None:
-        """Merge what a peer tells of members; a record that contradicts a writer's binding is ignored alone."""
+    def learn(
+        self, records: tuple[m.MemberRecord, ...], now: m.Now, source: m.NodeId = "", columns: m.RecordColumns | None = None
+    ) -> None:
+        """Merge what a peer, `source`, tells of members; its own record comes first, if at all.
+
+        A record that contradicts a writer's binding is ignored alone. Bindings are learned from whom they bind, and from what
+        it wrote; those that others tell of may be invented, and no batch of the true writer would be taken any more.
+        """
         core = self._core
+        if records and records[0].node == source:
+            core.membership.note_direct(records[0], now.monotonic_ms)
         for record in core.membership.sift(records, now.monotonic_ms, columns):
             if record.node == core.options.node:
                 self._note_own(record, now)
+                continue
+            direct = record.node == source
+            if self._is_anothers(record, direct) or (not direct and record.boot_ms > self._latest_life_ms(now)):
                 continue
             if not core.membership.has_room(record.node):
                 core.counters.peers_refused += 1
@@ -300,7 +336,7 @@ class Introductions:
                 for writer in record.writers:
                     core.writers.check(writer.keyspace, writer.writer, writer.nonce)
                 bindings: dict[int, list[tuple[int, int]]] = {}
-                for writer in record.writers:
+                for writer in record.writers if direct else ():
                     if writer.keyspace in core.families:  # what a peer can make us remember has a bound
                         bindings.setdefault(writer.keyspace, []).append((writer.writer, writer.nonce))
                 for family, known_writers in bindings.items():
@@ -310,36 +346,76 @@ class Introductions:
                 continue
             known = core.membership.members.get(record.node)
             before = None if known is None else known.record
-            if not core.membership.learn(record, now.monotonic_ms):
+            if not core.membership.learn(record, now.monotonic_ms, direct):
                 continue
             if record.left:
                 core.record.part(record.node)
                 core.note("member_left", node=record.node)
-            elif before is None or before.boot != record.boot:
+            elif before is None or before.boot != record.boot or before.left:
                 core.note("member_seen", node=record.node, region=record.region, role=record.role, address=record.address)
                 core.record.meet(Peer(record.node, record.region, record.role, record.address))
                 self._end_former_life(record)
 
-    def _note_own(self, record: m.MemberRecord, now: m.Now) -> None:
-        """A member tells of a node with our id: another process that was started while we were cut off?
+    def _is_anothers(self, record: m.MemberRecord, direct: bool) -> bool:
+        """Whether the life is another member's, as far as we know: one that was only told of yields to one that speaks."""
+        core, register = self._core, self._core.membership
+        other = register.node_of(record.boot)
+        if other in (None, record.node):
+            return False
+        assert other is not None
+        if not direct or register.suspicion.ever_direct(register.members[other].slot):
+            return True
+        link, own = core.links.get(other), core.links.get(record.node)
+        if link is not None:
+            self.drop_link(link)
+        if own is not None:
+            core.by_boot[own.boot] = own
+        register.forget(other)
+        return False
 
-        The others follow the later life, so nobody takes what the earlier one acknowledges; it has to end. A former life of
-        ours may look later after a step of the clock, but its heartbeat does not go on.
+    def _latest_life_ms(self, now: m.Now) -> int:
+        """Unix time up to which others may say that a life began: so much later that the true one can be later still."""
+        error_ms, _ = self._core.membership.suspicion.clock_error_ms(now.unix_ms, now.monotonic_ms)
+        return now.unix_ms + max(0, -error_ms) + LIFE_AHEAD_MS_MAX
+
+    def _note_own(self, record: m.MemberRecord, now: m.Now) -> None:
+        """A member tells of us. What we did not say must not stick: our own word has to win (decision 0026)."""
+        core = self._core
+        own = core.own_record()
+        if own.left:
+            return
+        if record.boot != own.boot:
+            if (record.boot_ms, record.boot) > (own.boot_ms, own.boot):
+                self._note_other_life(record, now)
+            return
+        core.membership.overtake(record.heartbeat)
+        if contradicts(record, own) and core.membership.refute(record.version):
+            core.counters.refuted += 1
+            core.note("refuted", version=record.version, left=record.left)
+
+    def _note_other_life(self, record: m.MemberRecord, now: m.Now) -> None:
+        """Another process with our id that was started while we were cut off, or none: nobody knows but itself, so we call it.
+
+        If it answers, the others follow it, so nobody takes what we acknowledge: `on_refusal` ends us. Else ours is the later
+        life. What may not answer is our own address, whoever left, and a former life of ours after a step of the clock.
         """
-        own = self._core.membership.own
-        later = (record.boot_ms, record.boot) > (own.boot_ms, own.boot)
-        if not later or record.left or record.boot in self._core.record.lives:
-            return
-        if self._other_life is None or self._other_life[0] != record.boot:
-            self._other_life = record.boot, record.heartbeat, now.monotonic_ms
-            return
-        _, heartbeat, since_ms = self._other_life
-        if record.heartbeat > heartbeat and now.monotonic_ms - since_ms >= OTHER_LIFE_MS:
-            reason = (
-                f"another process with node id {own.node!r} was started later, at {record.address}; the cluster follows it: "
-                "what this one acknowledged since they were apart is on its machine alone. Give one of them another id"
-            )
-            self._core.emit(m.Fatal(reason))
+        core, own = self._core, self._core.membership.own
+        before, now_ms = self._other_life, now.monotonic_ms
+        since_ms = before.since_ms if before is not None and now_ms - before.told_ms < OTHER_LIFE_MS else now_ms
+        self._other_life = _OtherLife(record.boot, record.address, since_ms, now_ms)
+        nobody = record.left or record.address == own.address or record.boot in core.record.lives
+        if now_ms < self._outlive_ms or record.boot_ms > self._latest_life_ms(now):
+            return  # others do not believe it either
+        self._outlive_ms = now_ms + HEARTBEAT_MS  # it is written down
+        if nobody or now_ms - since_ms >= OTHER_LIFE_MS:
+            self._other_life = None
+            core.membership.outlive(record.boot_ms)
+            core.record.boot_ms = core.membership.own.boot_ms  # also our next life has to be later
+            core.record.save()
+            core.counters.refuted += 1
+            core.note("life_refuted", alarm=True, boot=record.boot, address=record.address)
+        else:
+            self.say_hello(record.address, 0, answer_wanted=True, now=now)
 
     def _end_former_life(self, record: m.MemberRecord) -> None:
         link = self._core.links.get(record.node)
@@ -386,3 +462,14 @@ class Introductions:
         for other in self._core.neighbours(now):
             if other is not source:
                 self._core.send(other, m.SchemaUpdate(entries))
+
+
+def contradicts(record: m.MemberRecord, own: m.MemberRecord) -> bool:
+    """Whether a record of our life says what our own of this version, or an earlier one, does not."""
+    if record.version != own.version:
+        return record.version > own.version
+    told, true = (
+        (one.left, one.region, one.role, one.address, one.deaf, [(w.keyspace, w.writer, w.nonce) for w in one.writers])
+        for one in (record, own)
+    )
+    return told != true or (record.told >= HOLDS_SINCE and record.holds != own.holds)

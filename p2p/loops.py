@@ -72,6 +72,7 @@ class Rhythm(NamedTuple):
     interval_ms_max: float
     samples_max: int  # the mean forgets with so many
     samples_prior: int  # and begins as if there had been so many
+    ahead_max: int  # a counter that is further above the last one is a lie (`p2p.suspicion.AHEAD_MAX`)
 
 
 def hear(
@@ -106,6 +107,7 @@ def hear(
         False: a suspect's counter advanced, and nothing was taken.
     """
     newer = (slots >= 0) & (beats > newest[slots]) & ~gone[slots]
+    newer &= (beats - newest[slots] <= rhythm.ahead_max) | (samples[slots] == 0)
     slots, beats = slots[newer], beats[newer]
     if suspect[slots].any():
         return False

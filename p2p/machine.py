@@ -245,8 +245,10 @@ class Machine:
     def _on_leaving(self, now: m.Now) -> None:
         core = self._core
         self._push.send_all_held(now)
+        last = core.own_record()
+        core.membership.own = replace(last, left=True)  # whatever we are told of us by now, we say no more
         for link in core.neighbours(now):
-            core.send(link, m.Leave(core.options.node))
+            core.send(link, m.Leave(core.options.node, last.version))
 
     def _on_send_failed(self, address: str, envelope: m.Envelope) -> None:
         if not envelope.session:
@@ -268,7 +270,7 @@ class Machine:
             return
         link = self._link_from(envelope, message, proven)
         if isinstance(message, m.Refusal):
-            self._introductions.on_refusal(envelope, message)
+            self._introductions.on_refusal(envelope, message, proven)
             return
         spoken = core.options.protocol_version
         if not lowest_spoken(spoken) <= envelope.version <= spoken:
@@ -314,8 +316,8 @@ class Machine:
                 self._gossip.on_heartbeat(link, message, now)
             case m.SchemaUpdate(entries):
                 self._introductions.adopt_schema(entries, link, now)
-            case m.Leave():
-                self._on_leave(link, now)
+            case m.Leave(_, version):
+                self._on_leave(link, version, now)
             case m.BlockRequest():
                 self._allotment.on_request(link, message, now)
             case m.BlockGrant():
@@ -324,7 +326,7 @@ class Machine:
             case m.RegisterIndex():
                 self._gossip.on_index(link, message, now)
             case m.MemberNews(members):
-                self._introductions.learn(members, now, message.columns)
+                self._introductions.learn(members, now, link.node, message.columns)
             case m.ReachQuery():
                 self._reach.on_query(link, message, now)
             case m.Reached(query):
@@ -359,10 +361,11 @@ class Machine:
                 self._pull.round_answers.on_shards_wanted(link, asked)
                 self._pump(link)
 
-    def _on_leave(self, link: Link, now: m.Now) -> None:
+    def _on_leave(self, link: Link, version: int, now: m.Now) -> None:
         member = self._core.membership.members.get(link.node)
         if member is not None and member.record.boot == link.boot:  # gossip of its next life may have come first
-            self._introductions.learn((replace(member.record, left=True),), now)
+            farewell = replace(member.record, left=True, version=max(version, member.record.version))
+            self._introductions.learn((farewell,), now, link.node)
 
     def _link_from(self, envelope: m.Envelope, message: m.Message, proven: m.NodeId | None) -> Link | None:
         """The link that a message came over; None where a stranger sent it.

@@ -7,6 +7,10 @@ is decided in `p2p.suspicion`; a suspected node is out of the trees, is called n
 A *record* says everything else of a node and travels only when it changes (its `version` grows) or when registers differ: each
 heartbeat carries a digest of (life, version) over the living.
 
+What is told need not be true, so a node that hears something of itself that it did not say raises the version of its record
+above what was told, and its word wins (`refute`); its counter and the beginning of its life likewise. Hearsay counts for less
+than what a node tells of itself over its own link (`direct`): see `_believes`, and decision 0026.
+
 A life of a node is named by a random *boot* nonce, and lives are ordered by `boot_ms`. A second life under one id while the
 first still answers is a configuration error of the operator, and the newcomer is the one who is refused.
 
@@ -32,9 +36,9 @@ from p2p.messages import Holding, MemberRecord, NodeId, RecordColumns, WriterRec
 from p2p.placement import holds
 from p2p.replica import U64, Place
 from p2p.sizes import fitting
-from p2p.suspicion import HEARTBEAT_MS, Suspicion, mix
+from p2p.suspicion import AHEAD_MAX, HEARTBEAT_MS, Suspicion, mix
 from p2p.trees import Holder, Trees
-from p2p.versions import protocol_of
+from p2p.versions import changes_of, protocol_of
 
 __all__ = ["HEARTBEAT_MS", "HOLDER_ROLES", "Member", "Membership"]
 
@@ -53,6 +57,9 @@ MEMBERS_MAX = 4_096
 WRITER_RECORDS_MAX = 4_096
 # A changed record is passed on at once, and rides on one more beat; what that misses, the digests find.
 NEWS_TELLS = 2
+# So often may a record change for the sake of what others tell, and so far its counter rise: half of what there is.
+REFUTED_CHANGES_MAX = 1 << 23
+REFUTED_BEATS_MAX = 1 << 31
 # Records in one message, some 100 bytes each.
 RECORDS_MAX = 64
 # Roles whose nodes hold rows and forward batches.
@@ -114,6 +121,28 @@ class Membership:
         self.own = replace(self.own, deaf=deaf, writers=writers, holds=holds, version=self.own.version + changed)
         self.news = self.news or changed
 
+    def refute(self, version: int) -> bool:
+        """Something was told of us that we did not say, under this version of our record: say what is so, under the next one.
+
+        Returns:
+            False where that is not believed by others either, or so many were told that there would be no next one left.
+        """
+        if version - self.own.version > AHEAD_MAX or changes_of(version) > REFUTED_CHANGES_MAX:
+            return False
+        self.own = replace(self.own, version=max(version, self.own.version) + 1)
+        self.news = True
+        return True
+
+    def overtake(self, heartbeat: int) -> None:
+        """A counter was told that we have not reached: the others must see ours advance."""
+        if 0 < heartbeat - self.own.heartbeat <= AHEAD_MAX and heartbeat < REFUTED_BEATS_MAX:
+            self.own = replace(self.own, heartbeat=heartbeat + 1)
+
+    def outlive(self, boot_ms: int) -> None:
+        """A life with our id was told that there is not, or not any more, and that began then: ours is the later one."""
+        self.own = replace(self.own, boot_ms=boot_ms + 1, version=self.own.version + 1)
+        self.news = True
+
     # --- the view
 
     def alive(self, node: NodeId, now_ms: int) -> bool:
@@ -153,6 +182,11 @@ class Membership:
         """Members, sorted, whose record names a writer of the family."""
         writers = ((node, self.members[node].record.writers) for node in sorted(self._writing))
         return [node for node, records in writers if any(record.keyspace == family for record in records)]
+
+    def writer_ids(self, family: int) -> set[int]:
+        """Ids of writers of the family that members name."""
+        records = (record for node in self._writing for record in self.members[node].record.writers)
+        return {record.writer for record in records if record.keyspace == family}
 
     def protocol_min(self, now_ms: int) -> int:
         """The oldest protocol version in the view, our own included: what is below it, everybody alive understands."""
@@ -261,9 +295,9 @@ class Membership:
     def succeeded(self, record: MemberRecord, now_ms: int) -> bool:
         """Whether a later life of this record's node is known and alive: what comes of the former one comes late."""
         known = self.members.get(record.node)
-        if known is None or (record.boot_ms, record.boot) >= (known.record.boot_ms, known.record.boot):
+        if known is None or record.boot == known.record.boot or _life(record) > _life(known.record):
             return False
-        return self.alive(record.node, now_ms)
+        return self.suspicion.ever_direct(known.slot) and self.alive(record.node, now_ms)
 
     def sift(self, records: Sequence[MemberRecord], now_ms: int, columns: RecordColumns | None = None) -> list[MemberRecord]:
         """Take those that only say what we know, as signs of life; returns the others, which are to be learned one by one.
@@ -300,8 +334,18 @@ class Membership:
         suspicion.hear(slots[known], columns.beats[known], now_ms)
         return [records[index] for index in np.flatnonzero(~known).tolist()]
 
-    def learn(self, record: MemberRecord, now_ms: int) -> bool:
-        """Merge one record, ours or of another node, from wherever.
+    def note_direct(self, record: MemberRecord, now_ms: int) -> None:
+        """A member told this of itself, over its own link; to be called before the record is sifted and learned."""
+        known = self.members.get(record.node)
+        if known is None or known.record.boot != record.boot:
+            return
+        self.suspicion.hear_directly(known.slot, record.heartbeat, now_ms)
+        if known.record.version - record.version > AHEAD_MAX:  # that was a lie
+            known.record = replace(known.record, version=record.version - 1)
+            self.suspicion.version[known.slot] = max(record.version - 1, 0)
+
+    def learn(self, record: MemberRecord, now_ms: int, direct: bool = False) -> bool:
+        """Merge one record, ours or of another node, from wherever; `direct`: it is the node's own word.
 
         Returns:
             True when the node is new to us, is in a new life, has changed or has left: something others may want to know.
@@ -319,21 +363,38 @@ class Membership:
             known = self.members[record.node] = Member(record, slot)
             self._nodes[slot] = record.node
             suspicion.place[slot] = place_of(record.node)
-        elif (record.boot_ms, record.boot) != (known.record.boot_ms, known.record.boot):
-            if (record.boot_ms, record.boot) < (known.record.boot_ms, known.record.boot):
+        elif not (direct or self._believes(known, record, now_ms)):
+            return False
+        elif record.boot != known.record.boot:
+            # One that begins earlier is over, unless only others told of the later one.
+            if _life(record) < _life(known.record) and not (direct and not suspicion.ever_direct(known.slot)):
                 suspicion.news[known.slot] = NEWS_TELLS  # somebody is behind
                 return False
             suspicion.renew(known.slot, record.boot, record.version, record.heartbeat, self._prior_ms(), now_ms)
-        elif known.record.left or not self._advance(known, record, now_ms):
-            return False  # a life that has left does not come back; a late heartbeat of it changes nothing
+        elif not self._advance(known, record, now_ms):
+            return False
+        if direct:
+            suspicion.hear_directly(known.slot, record.heartbeat, now_ms)
         self._keep(known, record)
         suspicion.news[known.slot] = NEWS_TELLS
         suspicion.changed = self.news = True
         return True
 
+    def _believes(self, known: Member, record: MemberRecord, now_ms: int) -> bool:
+        """Whether hearsay may change what we know of a member."""
+        lately = self.suspicion.heard_directly(known.slot, now_ms)
+        if record.boot != known.record.boot:  # where it listens there can be no other process by now
+            return not lately or record.address == known.record.address
+        return record.version - known.record.version <= AHEAD_MAX and not (record.left and lately)
+
     def _advance(self, known: Member, record: MemberRecord, now_ms: int) -> bool:
         """The same life, perhaps later; True when its record says something new."""
         newer = says_more(record, known.record)
+        if known.record.left:
+            if newer:  # it says so itself, by whatever ways
+                self.suspicion.come_back(known.slot, now_ms)
+            else:
+                return False  # a late heartbeat
         if record.heartbeat > known.record.heartbeat and not newer and record.version == known.record.version:
             self._keep(known, record)  # how far its writers have come
         if record.heartbeat > int(self.suspicion.beats[known.slot]):
@@ -492,10 +553,20 @@ def _divided(place: Place | None) -> Place | None:
 
 
 def says_more(record: MemberRecord, known: MemberRecord) -> bool:
-    """Whether a record of the same life says what the known one does not."""
+    """Whether a record of the same life says what the known one does not.
+
+    A farewell is the last word of its version; the next version takes it back. A node of version 1 takes nothing back.
+    """
+    if record.protocol < 2 and record.left != known.left:
+        return record.left
     if record.version == known.version:  # the same again, but from somebody who knows of more fields; or a farewell
-        return record.told > known.told or record.left > known.left
-    return record.version > known.version or record.left > known.left
+        return record.left > known.left or (record.left == known.left and record.told > known.told)
+    return record.version > known.version
+
+
+def _life(record: MemberRecord) -> tuple[int, int]:
+    """Lives of one node are ordered by this."""
+    return record.boot_ms, record.boot
 
 
 def place_of(node: NodeId) -> int:

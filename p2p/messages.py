@@ -216,6 +216,7 @@ class Leave:
     """The sender is going away on purpose."""
 
     node: NodeId
+    version: int = 0  # of its last record, which nobody is to take for its return; 0: not told
 
 
 @dataclass(frozen=True, slots=True, eq=False)

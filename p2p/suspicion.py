@@ -48,7 +48,12 @@ INTERVAL_MS_MAX: Final = 6_000
 # The mean forgets with this many samples; a new member's prior counts for a few, so that one odd first gap is not the mean.
 INTERVAL_SAMPLES: Final = 32
 PRIOR_SAMPLES: Final = 4
-RHYTHM: Final = loops.Rhythm(HEARTBEAT_MS, INTERVAL_MS_MAX, INTERVAL_SAMPLES, PRIOR_SAMPLES)
+# What others tell of a member may be so far ahead of what we know, heartbeats as well as changes of its record: nine hours of
+# heartbeats, since a process may have stood still for long. More is a lie; the first counter of a life is believed as it is.
+AHEAD_MAX: Final = 1 << 16
+RHYTHM: Final = loops.Rhythm(HEARTBEAT_MS, INTERVAL_MS_MAX, INTERVAL_SAMPLES, PRIOR_SAMPLES, AHEAD_MAX)
+# Who told us of itself so lately has neither left nor moved because others say so: the shortest silence that makes a suspicion.
+DIRECT_MS: Final = int(HEARTBEAT_MS * SILENCE_INTERVALS)
 HEALTH_MAX: Final = 4
 # Re-examining every member is a handful of vector operations; deadlines are met within this, or within a beat where patience
 # has shrunk since we last looked.
@@ -84,6 +89,7 @@ _FIELDS: Final[dict[str, Any]] = {
     "readmit_ms": np.int64,  # not in the trees before
     "clock_ms": np.int64,  # its wall clock minus our monotonic one
     "clock_heard_ms": np.int64,
+    "direct_ms": np.int64,  # when this life last told us of itself, over its own link
 }
 
 
@@ -110,6 +116,7 @@ class Suspicion:
     readmit_ms: NDArray[np.int64]
     clock_ms: NDArray[np.int64]
     clock_heard_ms: NDArray[np.int64]
+    direct_ms: NDArray[np.int64]
 
     def __init__(self) -> None:
         for name, dtype in _FIELDS.items():
@@ -145,6 +152,7 @@ class Suspicion:
         self.gone[slot] = self.suspect[slot] = self.deaf[slot] = False
         self.heard_ms[slot], self.interval_ms[slot] = now_ms, min(max(prior_ms, HEARTBEAT_MS), INTERVAL_MS_MAX)
         self.samples[slot] = self.told[slot] = 0
+        self.direct_ms[slot] = -_NEVER
         self._places = None
         self.changed = True
 
@@ -185,6 +193,7 @@ class Suspicion:
         if self._take_counters(slots, beats, now_ms):
             return
         returned = (slots >= 0) & (beats > self.beats[slots]) & ~self.gone[slots] & self.suspect[slots]
+        returned &= (beats - self.beats[slots] <= AHEAD_MAX) | (self.samples[slots] == 0)
         back = slots[returned]
         # The rhythm is that of a living member: the gap of an outage is not part of it.
         self.beats[back] = beats[returned]
@@ -216,6 +225,8 @@ class Suspicion:
         """`hear` of one member: each heartbeat brings its sender's own counter, and a vector of one costs ten times as much."""
         if beat <= self.beats[slot] or self.gone[slot]:
             return
+        if beat - int(self.beats[slot]) > AHEAD_MAX and self.samples[slot]:
+            return  # a lie
         if self.suspect[slot]:
             self.hear(np.array([slot]), np.array([beat], np.uint64), now_ms)
             return
@@ -225,6 +236,26 @@ class Suspicion:
         self.interval_ms[slot] = min(max(mean, HEARTBEAT_MS), INTERVAL_MS_MAX)
         self.samples[slot] = samples + 1
         self.beats[slot], self.heard_ms[slot], self.told[slot] = beat, now_ms, 0
+
+    def hear_directly(self, slot: int, beat: int, now_ms: int) -> None:
+        """A member told us of itself: its own word counts, whatever impossible counter others have told us."""
+        self.direct_ms[slot] = now_ms
+        if abs(int(self.beats[slot]) - beat) > AHEAD_MAX:
+            self.beats[slot] = max(beat - 1, 0)
+
+    def ever_direct(self, slot: int) -> bool:
+        """Whether this life has told us of itself."""
+        return int(self.direct_ms[slot]) > -_NEVER
+
+    def come_back(self, slot: int, now_ms: int) -> None:
+        """A member had not left after all."""
+        self.gone[slot] = self.suspect[slot] = False
+        self.heard_ms[slot] = now_ms
+        self.changed = True
+
+    def heard_directly(self, slot: int, now_ms: int) -> bool:
+        """Whether this life has told us of itself so lately that others cannot know better."""
+        return now_ms - int(self.direct_ms[slot]) < DIRECT_MS
 
     def _note_returns(self, slots: NDArray[np.int64], now_ms: int) -> None:
         stale = now_ms - self.returned_ms[slots] >= FLAP_FORGET_MS

@@ -43,6 +43,11 @@ def first_record_version(version: int) -> int:
     return (version - FIRST_VERSION) << _COUNT_BITS
 
 
+def changes_of(record_version: int) -> int:
+    """How often a record has changed in its life."""
+    return record_version & ((1 << _COUNT_BITS) - 1)
+
+
 def protocol_of(record_version: int) -> int:
     """The protocol version of the node whose record this is."""
     return (record_version >> _COUNT_BITS) + FIRST_VERSION

@@ -634,12 +634,12 @@ def _schema(header: Header, _columns: _Columns) -> m.SchemaUpdate:
 
 
 def _pack_leave(leave: m.Leave, _version: int) -> Packed:
-    return [leave.node], []
+    return [leave.node, leave.version], []
 
 
 def _leave(header: Header, _columns: _Columns) -> m.Leave:
-    (node,) = header
-    return m.Leave(_text(node))
+    node, version = header
+    return m.Leave(_text(node), _uint(version, 32))
 
 
 def _pack_batch(batch: m.Batch, version: int) -> Packed:
@@ -1064,7 +1064,7 @@ _KINDS: Final = (
     _Kind(m.Refusal, _pack_refusal, _refusal),
     _Kind(m.Heartbeat, _pack_heartbeat, _heartbeat, added=((2, 0), (2, 0))),
     _Kind(m.SchemaUpdate, _pack_schema, _schema),
-    _Kind(m.Leave, _pack_leave, _leave),
+    _Kind(m.Leave, _pack_leave, _leave, added=((2, 0),)),
     _Kind(m.Batch, _pack_batch, _batch, added=((GROUPS_SINCE, 0),), changed=(PACKED_SINCE,)),
     _Kind(m.PullRequest, _pack_pull, _pull, added=((2, None), (2, 0), (2, None))),
     _Kind(m.PullReply, _pack_reply, _reply, added=((2, None),)),

@@ -16,7 +16,7 @@ Mask = NDArray[np.bool_]
 
 @kernel(
     "boolean(Array(int64, 1, 'C', readonly=True), Array(uint64, 1, 'C', readonly=True), int64, float64, float64, int64, int64, "
-    "uint64[::1], boolean[::1], boolean[::1], int32[::1], float64[::1], int64[::1], int32[::1])"
+    "uint64, uint64[::1], boolean[::1], boolean[::1], int32[::1], float64[::1], int64[::1], int32[::1])"
 )
 def _hear(
     slots: I64,
@@ -26,6 +26,7 @@ def _hear(
     interval_ms_max: float,
     samples_max: Int,
     samples_prior: Int,
+    ahead_max: Int,
     newest: U64,
     gone: Mask,
     suspect: Mask,
@@ -36,12 +37,16 @@ def _hear(
 ) -> bool:
     for i in range(slots.size):
         slot = slots[i]
-        if slot >= 0 and beats[i] > newest[slot] and suspect[slot] and not gone[slot]:
+        if slot < 0 or beats[i] <= newest[slot] or gone[slot] or not suspect[slot]:
+            continue
+        if beats[i] - newest[slot] <= ahead_max or samples[slot] == 0:
             return False
     for i in range(slots.size):
         slot = slots[i]
         if slot < 0 or beats[i] <= newest[slot] or gone[slot]:
             continue
+        if beats[i] - newest[slot] > ahead_max and samples[slot]:
+            continue  # a lie
         gap = min(np.float64(now_ms - heard_ms[slot]), interval_ms_max)
         mean = interval_ms[slot]
         mean += 1.0 / min(np.int64(samples[slot]) + samples_prior, samples_max) * (gap - mean)

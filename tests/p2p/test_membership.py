@@ -16,6 +16,7 @@ from p2p.machine import Machine
 from p2p.membership import Membership, fingers_of, place_of
 from p2p.suspicion import FLAP_FORGET_MS, FLAP_HOLD_MS, HEARTBEAT_MS, SILENCE_INTERVALS, Suspicion
 from p2p.trees import Holder
+from p2p.versions import first_record_version
 from sim_cluster.checkers import contents
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
@@ -212,8 +213,46 @@ def test_who_has_left_does_not_come_back_in_the_same_life() -> None:
     assert ours.alive("a", 20)
 
 
+def test_a_farewell_is_taken_back_by_the_next_version() -> None:
+    first = first_record_version(2)
+    ours = register(record("a", 5, version=first, heartbeat=7))
+    assert ours.learn(record("a", 5, version=first, left=True), 0)
+    assert not ours.learn(record("a", 5, version=first, heartbeat=50), 0)
+    assert ours.learn(record("a", 5, version=first + 1), 60_000)
+    assert ours.alive("a", 60_000), "however long that took"
+    assert not ours.learn(record("a", 5, version=first, left=True), 60_000)
+
+
+def test_what_others_tell_has_bounds_and_what_a_node_tells_has_none() -> None:
+    ours = register(record("a", 5, version=9, heartbeat=7))
+    ours.hear(np.array([5], np.uint64), np.array([8], np.uint64), 10)
+    far = record("a", 5, version=20 + suspicion.AHEAD_MAX, heartbeat=1 << 30)
+    assert not ours.learn(far, 20)
+    ours.hear(np.array([5], np.uint64), np.array([9 + suspicion.AHEAD_MAX], np.uint64), 20)
+    assert int(ours.suspicion.beats[0]) == 8
+    for own in (far, record("a", 5, version=11, heartbeat=9)):  # back again: the others had been told a lie
+        ours.note_direct(own, 30)
+        assert ours.learn(own, 30, direct=True)
+        assert (int(ours.suspicion.version[0]), int(ours.suspicion.beats[0])) == (own.version, own.heartbeat)
+
+
+def test_a_life_that_nobody_heard_yields_to_one_that_speaks() -> None:
+    ours = register(record("a", 5))
+    assert ours.learn(record("a", 6, address="virtual://elsewhere"), 0)
+    assert ours.learn(record("a", 5), 10, direct=True)
+    assert not ours.learn(record("a", 7, address="virtual://elsewhere"), 20), "a has just spoken"
+    assert ours.learn(record("a", 7, address="virtual://elsewhere"), 10 + suspicion.DIRECT_MS)
+    ours.note_direct(record("a", 7), 10 + suspicion.DIRECT_MS)
+    assert not ours.learn(record("a", 5), 20 + suspicion.DIRECT_MS, direct=True), "that came late"
+
+
+def record_of_some_version(node: str, boot: int, version: int, **changes: object) -> m.MemberRecord:
+    """The last of a node's lives is one of protocol version 2."""
+    return record(node, boot, version=version + first_record_version(1 + boot // 3), **changes)
+
+
 RECORDS = st.builds(
-    record,
+    record_of_some_version,
     st.sampled_from("abcd"),
     st.integers(1, 3),
     version=st.integers(0, 3),

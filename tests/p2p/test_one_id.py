@@ -6,7 +6,7 @@ from typing import Any
 from p2p.core import MachineOptions
 from p2p.introductions import OTHER_LIFE_MS, Introductions
 from p2p.machine import Machine
-from p2p.messages import MemberRecord, Now
+from p2p.messages import Envelope, Hello, MemberRecord, Refusal, Send
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.retirement_chaos import isolate
 from tests.p2p.test_hostile import machine_of
@@ -36,15 +36,16 @@ def test_of_two_processes_with_one_id_the_earlier_one_ends() -> None:
     assert cluster.nodes["t1b"].machine is not None
 
 
-def told_of(cluster: VirtualCluster, *records: MemberRecord) -> str:
-    """What members tell us1 of its own id, one after the other, each long after the one before; why it ended."""
+def told_of(cluster: VirtualCluster, record: MemberRecord, answers: bool = True) -> str:
+    """Members tell us1 of its own id, and whoever that is may answer its call; why it ended."""
     introductions: Introductions = machine_of(cluster, "us1")._introductions
-    introductions._core.effects = []
-    now = cluster.now()
-    for index, record in enumerate(records):
-        later = Now(now.monotonic_ms + index * OTHER_LIFE_MS, now.unix_ms)
-        introductions._note_own(record, later)
-    return "".join(getattr(effect, "reason", "") for effect in introductions._core.effects)
+    core = introductions._core
+    core.effects, introductions._other_life, introductions._outlive_ms = [], None, 0
+    introductions._note_own(record, cluster.now())
+    called = [effect.address for effect in core.effects if isinstance(effect, Send) and isinstance(effect.message, Hello)]
+    if answers and called == [record.address]:
+        introductions.on_refusal(Envelope(record.boot, core.options.boot), Refusal("node id in use"), None)
+    return "".join(getattr(effect, "reason", "") for effect in core.effects)
 
 
 def test_what_does_not_end_a_node() -> None:
@@ -52,12 +53,17 @@ def test_what_does_not_end_a_node() -> None:
     core = machine_of(cluster, "us1")._core
     own = core.membership.own
     other = dataclasses.replace(own, boot=7, boot_ms=own.boot_ms + 1, heartbeat=10, address="virtual://other")
-    beating = dataclasses.replace(other, heartbeat=20)
-    assert "another process" in told_of(cluster, other, beating)
-    machine_of(cluster, "us1")._introductions._other_life = None
-    assert told_of(cluster, other, other) == "", "a former life whose clock was ahead: nobody hears it any more"
-    machine_of(cluster, "us1")._introductions._other_life = None
-    assert told_of(cluster, *(dataclasses.replace(one, boot_ms=own.boot_ms - 1) for one in (other, beating))) == "", "earlier"
-    assert told_of(cluster, *(dataclasses.replace(one, left=True) for one in (other, beating))) == "", "it left"
-    core.record.lives.append(7)
-    assert told_of(cluster, other, beating) == "", "one of ours"
+    assert "another process" in told_of(cluster, other)
+    assert told_of(cluster, other, answers=False) == "", "nobody is there"
+    assert core.membership.own.boot_ms == own.boot_ms
+    assert told_of(cluster, dataclasses.replace(other, boot_ms=own.boot_ms - 1)) == "", "earlier"
+    for nobody in (
+        dataclasses.replace(other, left=True),
+        dataclasses.replace(other, address=own.address),
+        dataclasses.replace(other, boot=core.record.lives[0] ^ 2),
+    ):
+        core.record.lives.append(nobody.boot if nobody.boot != 7 else 0)
+        nobody = dataclasses.replace(nobody, boot_ms=core.membership.own.boot_ms + 1)
+        assert told_of(cluster, nobody) == "", "it cannot answer"
+        assert core.membership.own.boot_ms == nobody.boot_ms + 1, "so ours is the later life"
+    assert core.record.boot_ms == core.membership.own.boot_ms

@@ -5,7 +5,7 @@ import pytest
 
 from ekko.store import counters
 from p2p import loops
-from p2p.suspicion import RHYTHM
+from p2p.suspicion import AHEAD_MAX, RHYTHM
 
 SLOTS = 40
 
@@ -16,7 +16,7 @@ def members(rng: np.random.Generator) -> list[np.ndarray]:
         rng.integers(0, 50, SLOTS, np.uint64),
         rng.random(SLOTS) < 0.1,
         rng.random(SLOTS) < 0.01,
-        rng.integers(0, 60, SLOTS, np.int32),
+        rng.integers(0, 60, SLOTS, np.int32) * (rng.random(SLOTS) < 0.9).astype(np.int32),
         rng.uniform(500, 6_000, SLOTS),
         rng.integers(0, 10_000, SLOTS),
         rng.integers(0, 9, SLOTS, np.int32),
@@ -34,6 +34,7 @@ def test_both_take_the_same(count: int) -> None:
         slots = rng.permutation(SLOTS)[:count]
         slots[rng.random(count) < 0.1] = -1  # lives that are not known
         beats = rng.integers(0, 60, count, np.uint64)
+        beats[rng.random(count) < 0.1] += np.uint64(AHEAD_MAX)  # some of which are lies
         taken = loops.hear(slots, beats, 10_000, RHYTHM, *plain)
         assert counters.hear(slots, beats, 10_000, RHYTHM, *compiled) == taken
         assert all(np.array_equal(one, other) for one, other in zip(plain, compiled, strict=True))
