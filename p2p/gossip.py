@@ -112,6 +112,7 @@ class Gossip:
             # It may come back without knowing anybody: the first node of a cluster has no seeds.
             record = register.members[core.rng.choice(left)].record
             self._introductions.say_hello(record.address, 0, answer_wanted=True, now=now)
+        self._introductions.face_other_life(now)
         self._introductions.call_contacts(now)
         self._introductions.call_missing(now)
 

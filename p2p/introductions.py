@@ -48,8 +48,8 @@ class _OtherLife:
 
     boot: int
     address: str
-    since_ms: int  # monotonic: since when we are told of such without a longer break
-    told_ms: int  # and when for the last time
+    boot_ms: int  # the latest beginning that was told
+    since_ms: int  # monotonic: since when it might have answered
 
 
 class Introductions:
@@ -61,7 +61,7 @@ class Introductions:
         self._pull = pull
         self.introduced = False  # somebody of the cluster has answered us
         self._other_life: _OtherLife | None = None
-        self._outlive_ms = 0  # monotonic; before it no word about it is answered
+        self._face_ms = 0  # monotonic; when the next thing may be done about it
         self._called = ""  # the address of who was called last, although it is no member
         self._answers = 0  # to strangers, in the beat that began at
         self._answers_ms = -HEARTBEAT_MS
@@ -399,23 +399,30 @@ class Introductions:
         If it answers, the others follow it, so nobody takes what we acknowledge: `on_refusal` ends us. Else ours is the later
         life. What may not answer is our own address, whoever left, and a former life of ours after a step of the clock.
         """
-        core, own = self._core, self._core.membership.own
-        before, now_ms = self._other_life, now.monotonic_ms
-        since_ms = before.since_ms if before is not None and now_ms - before.told_ms < OTHER_LIFE_MS else now_ms
-        self._other_life = _OtherLife(record.boot, record.address, since_ms, now_ms)
-        nobody = record.left or record.address == own.address or record.boot in core.record.lives
-        if now_ms < self._outlive_ms or record.boot_ms > self._latest_life_ms(now):
+        own, before = self._core.membership.own, self._other_life
+        if record.boot_ms > self._latest_life_ms(now):
             return  # others do not believe it either
-        self._outlive_ms = now_ms + HEARTBEAT_MS  # it is written down
-        if nobody or now_ms - since_ms >= OTHER_LIFE_MS:
-            self._other_life = None
-            core.membership.outlive(record.boot_ms)
-            core.record.boot_ms = core.membership.own.boot_ms  # also our next life has to be later
-            core.record.save()
-            core.counters.refuted += 1
-            core.note("life_refuted", alarm=True, boot=record.boot, address=record.address)
-        else:
-            self.say_hello(record.address, 0, answer_wanted=True, now=now)
+        nobody = record.left or record.address == own.address or record.boot in self._core.record.lives
+        since_ms = now.monotonic_ms if before is None else before.since_ms
+        boot_ms = record.boot_ms if before is None else max(record.boot_ms, before.boot_ms)
+        self._other_life = _OtherLife(record.boot, record.address, boot_ms, since_ms - OTHER_LIFE_MS if nobody else since_ms)
+        self.face_other_life(now)
+
+    def face_other_life(self, now: m.Now) -> None:
+        """Call a later life of our id, or begin ours after it; called when we are told, and with each beat."""
+        core, other = self._core, self._other_life
+        if other is None or now.monotonic_ms < self._face_ms:
+            return
+        self._face_ms = now.monotonic_ms + HEARTBEAT_MS  # it is written down
+        if now.monotonic_ms - other.since_ms < OTHER_LIFE_MS:
+            self.say_hello(other.address, 0, answer_wanted=True, now=now)
+            return
+        self._other_life = None
+        core.membership.outlive(other.boot_ms)
+        core.record.boot_ms = core.membership.own.boot_ms  # also our next life has to be later
+        core.record.save()
+        core.counters.refuted += 1
+        core.note("life_refuted", alarm=True, boot=other.boot, address=other.address)
 
     def _end_former_life(self, record: m.MemberRecord) -> None:
         link = self._core.links.get(record.node)

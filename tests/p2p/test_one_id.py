@@ -40,7 +40,7 @@ def told_of(cluster: VirtualCluster, record: MemberRecord, answers: bool = True)
     """Members tell us1 of its own id, and whoever that is may answer its call; why it ended."""
     introductions: Introductions = machine_of(cluster, "us1")._introductions
     core = introductions._core
-    core.effects, introductions._other_life, introductions._outlive_ms = [], None, 0
+    core.effects, introductions._other_life, introductions._face_ms = [], None, 0
     introductions._note_own(record, cluster.now())
     called = [effect.address for effect in core.effects if isinstance(effect, Send) and isinstance(effect.message, Hello)]
     if answers and called == [record.address]:
