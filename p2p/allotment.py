@@ -6,6 +6,9 @@ records the gift in its ledger and then answers; asked again under the same hold
 answer costs nothing, and a crash between record and answer at most a block that its asker never comes back for. A side of a
 split in which nobody has a block to spare cannot add writers; its training nodes are not ready, and say why.
 
+A steward is given half of what its giver has, a training node a single small block. So most ids soon are with serving nodes.
+Training nodes may have no disk and lose what they hold at each deployment, the founder too: that is little.
+
 Who founds: the training node that came first of those that have not left, with its first step, where no cluster exists. Where
 another may have done so without its knowledge it asks first: in a cluster of version 1, which may have been founded anew, and
 after a training node that has left, since that one may have founded in its last moment.
@@ -263,7 +266,9 @@ class Allotment:
             book.found()
             core.note("cluster_founded", cluster=f"{book.cluster:016x}")
         self._needed = self._needed or not book.founded  # in a cluster of version 1, ask until we may found it anew
-        blocks = book.give(request.holder, request.held) if book.founded else ()
+        member = core.membership.members.get(link.node)
+        steward = member is not None and member.record.role != "train"
+        blocks = book.give(request.holder, request.held, steward) if book.founded else ()
         if blocks:
             core.counters.blocks_given += len(blocks)
             core.note("writer_ids_given", peer=link.node, blocks=len(blocks), left=len(book.blocks))

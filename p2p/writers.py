@@ -22,11 +22,10 @@ from p2p.ledger import NodeRecord
 from p2p.messages import DONE
 from p2p.stamps import WRITERS_MAX
 
-# A trainer uses up an id a model with each loss of its memory: 16 of these are years of bad luck.
-BLOCK_IDS: Final = 16
+# A training node uses up an id a model with each loss of its memory, and a block with each loss of its disk: three of them that
+# have none may be deployed anew 300 times.
+BLOCK_IDS: Final = 4
 BLOCKS: Final = WRITERS_MAX // BLOCK_IDS
-# Given at once. The founder can do so some thirty times before it halves what is left.
-GIVEN_BLOCKS_MAX: Final = 8
 
 
 class WriterConflictError(RemoteProtocolError):
@@ -44,7 +43,8 @@ class WriterBook:
     def __init__(self, record: NodeRecord, rng: random.Random) -> None:
         self._record = record
         self._rng = rng
-        self._retired = dict.fromkeys((one.family, one.writer, one.nonce) for one in record.retired.values())
+        self._retired: dict[tuple[int, int, int], None] = {}
+        self.remember_retired()
         for one in record.retired.values():
             if one.stage == DONE and one.keyspace == one.family:
                 self.release(one.family, one.writer, one.nonce)
@@ -134,6 +134,10 @@ class WriterBook:
         """This writer writes no more."""
         self._retired[keyspace, writer, nonce] = None
 
+    def remember_retired(self) -> None:
+        """Begin anew with the writers that the record says write no more."""
+        self._retired = dict.fromkeys((one.family, one.writer, one.nonce) for one in self._record.retired.values())
+
     def nonce_of(self, keyspace: int, writer: int) -> int:
         """The nonce that an id is bound to; 0: unknown."""
         return self._record.bindings.get((keyspace, writer), 0)
@@ -192,19 +196,20 @@ class WriterBook:
 
     # --- blocks
 
-    def give(self, asker: int, held: Collection[int]) -> tuple[int, ...]:
+    def give(self, asker: int, held: Collection[int], steward: bool = False) -> tuple[int, ...]:
         """Blocks for another node, recorded as gone before they are returned; none when we have none to spare.
 
         Args:
             asker: the other's holder nonce. What was given to it before and has not reached it is given again.
             held: the blocks that it has.
+            steward: it is to give them on, so it gets half of ours; a writer uses up one with its disk.
         """
         again = tuple(block for block, who in self._record.given.items() if who == asker and block not in held)
         if again:
             return again
         touched = {writer // BLOCK_IDS for _, writer in self._record.bindings}
         spare = [block for block in sorted(self.blocks) if block not in touched]
-        blocks = tuple(spare[-min(GIVEN_BLOCKS_MAX, len(spare) // 2) :]) if len(spare) > 1 else ()
+        blocks = tuple(spare[len(spare) - (len(spare) // 2 if steward else 1) :]) if len(spare) > 1 else ()
         for block in blocks:
             del self._record.blocks[block]
             self._record.given[block] = asker

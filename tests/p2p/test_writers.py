@@ -8,7 +8,7 @@ from p2p.allotment import Allotment
 from p2p.errors import LocalProtocolError
 from p2p.ledger import NodeRecord
 from p2p.messages import Leaving
-from p2p.writers import BLOCK_IDS, BLOCKS, GIVEN_BLOCKS_MAX, WriterBook, WriterConflictError
+from p2p.writers import BLOCK_IDS, BLOCKS, WriterBook, WriterConflictError
 from sim_cluster.node import MemoryLedger
 from tests.p2p.chaos import at_rest, form
 from tests.p2p.plants import Plant, Scenario, expect_caught
@@ -21,6 +21,7 @@ from tests.p2p.writer_chaos import (
     record_of,
     several_write_at_once,
     the_founder_leaves_as_soon_as_it_has_founded,
+    training_nodes_without_disks_are_deployed_again_and_again,
     writes,
 )
 
@@ -83,6 +84,12 @@ def a_used_block_is_given(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WriterBook, "give", give)
 
 
+def a_training_node_is_given_half(patch: pytest.MonkeyPatch) -> None:
+    """It loses so much with its disk."""
+    give = WriterBook.give
+    patch.setattr(WriterBook, "give", lambda self, asker, held, _steward=False: give(self, asker, held, True))
+
+
 def a_writer_without_memory_goes_on(patch: pytest.MonkeyPatch) -> None:
     """R4: ids are not written down before they are used, and with its memory a node forgets which it had."""
     original = WriterBook.free_id
@@ -103,6 +110,7 @@ def a_writer_without_memory_goes_on(patch: pytest.MonkeyPatch) -> None:
         (everybody_founds, several_write_at_once),
         (who_is_silent_does_not_count, a_cluster_is_split_before_it_is_founded),
         (who_comes_next_founds_unasked, the_founder_leaves_as_soon_as_it_has_founded),
+        (a_training_node_is_given_half, training_nodes_without_disks_are_deployed_again_and_again),
         (a_used_block_is_given, an_allotter_crashes_as_it_answers),
         (a_writer_without_memory_goes_on, several_write_at_once),
     ],
@@ -134,14 +142,16 @@ def test_blocks_are_given_until_one_is_left() -> None:
     founder, given = book(), set[int]()
     founder.found()
     founder.grant(5, [])
-    for asker in range(1, 1_000):
-        blocks = founder.give(asker, ())
+    for asker in range(1, 2 * BLOCKS):
+        left = len(founder.blocks)
+        blocks = founder.give(asker, (), steward=asker % 100 == 1)
         assert not given & set(blocks)
-        assert len(blocks) <= GIVEN_BLOCKS_MAX
+        assert len(blocks) <= ((left - 1) // 2 if asker % 100 == 1 else 1)
+        assert asker > 1 or len(blocks) == (BLOCKS - 1) // 2
         given |= set(blocks)
     assert len(founder.blocks) >= 2, "the block in use, and one more for itself"
     assert len(given) + len(founder.blocks) == BLOCKS
-    assert founder.give(1_001, ()) == ()
+    assert founder.give(2 * BLOCKS, ()) == ()
 
 
 def test_who_asks_again_is_given_the_same_blocks_until_it_has_them() -> None:

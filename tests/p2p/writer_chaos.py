@@ -279,6 +279,30 @@ def the_founder_is_lost(seed: int) -> None:
     at_rest(cluster)
 
 
+def training_nodes_without_disks_are_deployed_again_and_again(seed: int, deployments: int = 40) -> None:
+    """Each goes in order and comes back with nothing at all, the founder too; everybody writes after every deployment."""
+    cluster = VirtualCluster(seed)
+    cluster.add("eu1", "eu", "serve")
+    for name, region, role in (("t1", "eu", "train"), ("t2", "us", "train"), ("eu2", "eu", "serve"), ("us1", "us", "serve")):
+        cluster.add(name, region, role, ["eu1"])
+    formed(cluster)
+    trainers = ("t1", "t2")
+    for name in trainers:
+        writes(cluster, name)
+    cluster.run(5_000)
+    stamps = set[int]()
+    for _ in range(deployments):
+        for name in trainers:
+            cluster.leave(name)
+            cluster.run(200)
+            cluster.nodes[name].ledger = MemoryLedger()
+            cluster.restart(name, keep_state=False)
+            stamps.add(writes(cluster, name))
+            check_ids(cluster)
+    assert len({writer_of(stamp) for stamp in stamps}) == deployments * len(trainers), "two lives wrote under one id"
+    at_rest(cluster)
+
+
 def a_cluster_of_version_1_gets_blocks(seed: int) -> None:
     """Its ids were granted by its training nodes themselves; upgraded, it is founded anew, and none of them is used again."""
     cluster = VirtualCluster(seed)
@@ -313,6 +337,7 @@ SCENARIOS: tuple[Callable[[int], None], ...] = (
     a_side_without_blocks_adds_no_writer,
     a_machine_is_cloned,
     the_founder_is_lost,
+    training_nodes_without_disks_are_deployed_again_and_again,
     the_founder_leaves_as_soon_as_it_has_founded,
     a_cluster_is_split_before_it_is_founded,
     a_cluster_of_version_1_gets_blocks,
