@@ -84,6 +84,7 @@ COUNTERS = {
     "ekko_transport_strangers": ("Connections refused for their key.", "transport_strangers"),
     "ekko_schemas_refused": ("Schemas of peers for which there was no room, at each heartbeat of theirs.", "schemas_refused"),
     "ekko_writers_refused": ("Batches dropped: their model has no room for one more writer.", "writers_refused"),
+    "ekko_refuted": ("Times that others told of this node what was not so, and it said what is.", "refuted"),
     "ekko_retirements_refused": ("Entries about retired writers that found no room.", "retirements_refused"),
     "ekko_keys_kept": ("Looks at the allow folder in which keys stayed allowed that could not be read.", "keys_kept"),
     "ekko_transport_revoked": ("Messages dropped unread: their sender's key is not allowed any more.", "transport_revoked"),

@@ -173,6 +173,26 @@ class NodeRecord:
             total ^= xxhash.xxh3_64_intdigest(f"{retired.key} {retired.stage} ".encode() + retired.floor.tobytes())
         return total
 
+    # Everybody keeps the same of the same, in whatever order it came: the first so many in a fixed order of what is named.
+
+    def trim_expelled(self, count_max: int) -> list[Expulsion]:
+        """Keep the lives that began last; returns the others. What they wrote is retired, so they may be forgotten."""
+        if len(self.expelled) <= count_max:
+            return []
+        newest = sorted(self.expelled.values(), key=lambda one: (one.boot_ms, one.boot), reverse=True)
+        for one in newest[count_max:]:
+            del self.expelled[one.boot]
+        return newest[count_max:]
+
+    def trim_retired(self, count_max: int) -> list[Retired]:
+        """Keep so many of the entries; returns the others."""
+        if len(self.retired) <= count_max:
+            return []
+        order = sorted(self.retired.values(), key=lambda one: xxhash.xxh3_64_intdigest(f"kept {one.key}".encode()))
+        for one in order[count_max:]:
+            del self.retired[one.key]
+        return order[count_max:]
+
     def drop_floors(self, keyspace: int, shards: int) -> bool:
         """Forget what was left of writers of a keyspace that was made anew with so many shards; True when there was some."""
         stale = [key for key, one in self.retired.items() if key[0] == keyspace and len(one.floor) not in (0, shards)]

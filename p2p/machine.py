@@ -288,7 +288,7 @@ class Machine:
         if isinstance(message, m.Heartbeat) and envelope.sender_boot in core.record.expelled:
             self._retirement.tell_stranger(message.member.address, envelope.sender_boot, now)
         elif isinstance(message, m.Retirements) and envelope.receiver_boot == core.options.boot:
-            self._retirement.on_farewell(message, now)
+            self._retirement.on_farewell(message, envelope.sender_boot, now)
         elif isinstance(message, m.Heartbeat) and message.member.boot == envelope.sender_boot:
             self._introductions.answer_stranger(message.member, now)
 

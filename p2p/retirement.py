@@ -23,6 +23,7 @@ A coordinator that dies is replaced by the next one by name, which asks again: r
 Of two floors the one of the later stage counts, then the larger.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 
@@ -37,18 +38,22 @@ from p2p.links import Link
 from p2p.membership import HEARTBEAT_MS
 from p2p.messages import DONE, FLOORED, FROZEN
 from p2p.pull import Pull
-from p2p.replica import U64
+from p2p.replica import PARTITIONS_MAX, U64
 from p2p.stamps import WRITERS_MAX, check_not_ahead
 
-# Kept for ever and told to every newcomer. A cluster that needs more expels a node a day for eleven years.
+# Kept for ever and told to every newcomer. A cluster that needs more expels a node a day for eleven years. A writer makes an
+# entry, and where its model is divided one more for each partition: a thousand writers of models with 64 of them.
 EXPELLED_MAX = 4_096
-RETIRED_MAX = 4_096
+RETIRED_MAX = 65_536
 # Floors kept: of all keyspaces, and of those that are not held here, whose number of shards is whatever a peer says. They are
 # in the ledger, too, which has 16 MiB. 8 MiB are those of 16,384 writers of models of 64 shards.
 FLOOR_BYTES_MAX = 8 << 20
 STRANGE_FLOOR_BYTES_MAX = 2 << 20
-# Sets that differ are told in full, cut into messages of about so much.
+# Sets that differ are told in full, cut into messages of about so much and at most so many entries.
 TOLD_BYTES_MAX = 1 << 20
+TOLD_ENTRIES_MAX = 4_096
+# So many stages that begin at once are told one by one in the log.
+FOLLOWED_NOTES_MAX = 64
 # Reports are repeated, since any of them and its receiver may be lost.
 REPORT_MS = 2 * HEARTBEAT_MS
 
@@ -66,6 +71,7 @@ class Retirement:
         self._report_ms = 0
         self._told_ms = -HEARTBEAT_MS
         self._farewell_ms = -HEARTBEAT_MS
+        self._apart: dict[int, None] = {}  # lives that we expelled and that expelled us, of which a person was told
 
     # --- deciding
 
@@ -89,13 +95,26 @@ class Retirement:
             if any(expelled.node == node for expelled in core.record.expelled.values()):
                 raise LocalProtocolError(f"node {node!r} was expelled already, and has not come back since")
             raise LocalProtocolError(f"no node {node!r} is known here, present or absent: look at the members in `ekko status`")
-        if len(core.record.expelled) >= EXPELLED_MAX:
-            raise LocalProtocolError(f"{EXPELLED_MAX} lives were expelled in this cluster already, and no more can be kept")
         if member is not None:
             absent = absent_of(member.record, member.record.left)
         assert absent is not None
+        if not self._has_room(absent):
+            raise LocalProtocolError(
+                f"{len(core.record.expelled)} lives were expelled in this cluster already, with {len(core.record.retired)} "
+                "entries of their writers, and no more can be kept"
+            )
         writers = self._expel(absent, now, "by the operator")
         core.emit(m.Expelled(request.request, node, writers))
+
+    def _has_room(self, absent: Absent) -> bool:
+        """Whether its expulsion can be kept without another's being dropped."""
+        core = self._core
+        entries = 0
+        for writer in absent.writers:
+            held = core.families.get(writer.keyspace)
+            partitions = PARTITIONS_MAX if held is None else held[0].replica.place.partitions
+            entries += 1 if partitions == 1 else 1 + partitions
+        return len(core.record.expelled) < EXPELLED_MAX and len(core.record.retired) + entries <= RETIRED_MAX
 
     def _expel(self, absent: Absent, now: m.Now, why: str) -> int:
         """Returns how many writers are retired with it."""
@@ -121,22 +140,38 @@ class Retirement:
             check_not_ahead(int(retired.floor.max(initial=np.uint64(0))), now.unix_ms)
         self.learn(told, source, now)
 
-    def on_farewell(self, told: m.Retirements, now: m.Now) -> None:
+    def on_farewell(self, told: m.Retirements, sender_boot: int, now: m.Now) -> None:
         """Somebody who is no peer of ours any more says that we are none of his; anything else of strangers means nothing.
+
+        Whom we have expelled before has no say: two sides that expelled each other stay apart until an operator decides.
 
         Raises:
             RemoteProtocolError: as `on_retirements`.
         """
-        if any(expulsion.boot in self._core.record.lives for expulsion in told.expulsions):
+        core = self._core
+        if not any(expulsion.boot in core.record.lives for expulsion in told.expulsions):
+            return
+        other = core.record.expelled.get(sender_boot)
+        if other is None:
             self.on_retirements(told, None, now)
+        elif sender_boot not in self._apart:
+            self._apart[sender_boot] = None
+            core.note(
+                "expelled_each_other",
+                alarm=True,
+                node=other.node,
+                remedy="both sides go on by themselves: stop the nodes of one, remove their run_dir, and start them again",
+            )
 
     def learn(self, told: m.Retirements, source: Link | None, now: m.Now) -> None:
         """Merge what a peer knows, or we decided; durable before anything follows from it."""
         core = self._core
         record = core.record
-        new = [one for one in told.expulsions if one.boot not in record.expelled and len(record.expelled) < EXPELLED_MAX]
+        told_lives = [one for one in told.expulsions if one.boot not in record.expelled]
+        record.expelled.update((one.boot, one) for one in told_lives)
+        dropped = len(record.trim_expelled(EXPELLED_MAX))
+        new = [one for one in told_lives if one.boot in record.expelled]
         for expulsion in new:
-            record.expelled[expulsion.boot] = expulsion
             absent = record.absent.get(expulsion.node)
             if absent is not None and absent.boot == expulsion.boot:
                 del record.absent[expulsion.node]
@@ -145,29 +180,47 @@ class Retirement:
             for retired in told.retired
             for keyspace in core.families.get(retired.family, ())
         )
-        changed, refused, room = [], 0, _Room(core)
+        merged: dict[Key, m.Retired] = {}
+        refused, room = 0, _Room(core)
         for retired in chain(told.retired, own):
             if not room.admits(retired):
                 refused += 1
             elif self._merge(retired):
                 room.take(retired)
-                changed.append(retired)
-        if refused:  # one note for all: a message has room for more entries than an event may have effects
-            core.counters.retirements_refused += refused
-            core.note("retirements_full", alarm=True, bound=RETIRED_MAX, floor_bytes=FLOOR_BYTES_MAX, refused=refused)
+                merged[retired.key] = retired
+            if len(record.retired) >= 2 * RETIRED_MAX:  # a message names more than are kept
+                dropped += self._trim()
+        dropped += self._trim()
+        changed = [retired for key, retired in merged.items() if key in record.retired]
+        if refused or dropped:  # one note for all: a message has room for more entries than an event may have effects
+            core.counters.retirements_refused += refused + dropped
+            core.note(
+                "retirements_full", alarm=True, bound=RETIRED_MAX, floor_bytes=FLOOR_BYTES_MAX, refused=refused, dropped=dropped
+            )
         if not new and not changed:
             return
         record.save()
         core.retired_digest = record.retired_digest()
         self._pull.abandon_all("what was retired has changed")
-        self._tell(m.Retirements(tuple(new), tuple(changed)), source, now)
+        self._tell(new, changed, source, now)
         for expulsion in new:
             self._drop(expulsion)
         if record.is_expelled():
             self._start_over(now, "this node was expelled")
             return
         for retired in changed:
+            if len(changed) <= FOLLOWED_NOTES_MAX and retired.keyspace in core.keyspaces:
+                core.note("writer_retired", keyspace=retired.keyspace, writer=retired.writer, stage=retired.stage)
             self._follow(retired, now)
+        if len(changed) > FOLLOWED_NOTES_MAX:
+            core.note("writers_retired", entries=len(changed))
+
+    def _trim(self) -> int:
+        """Keep what everybody keeps of too much; how many entries were dropped."""
+        dropped = len(self._core.record.trim_retired(RETIRED_MAX))
+        if dropped:
+            self._core.writers.remember_retired()
+        return dropped
 
     def _merge(self, told: m.Retired) -> bool:
         """Whether this is news; there is room for it."""
@@ -209,7 +262,6 @@ class Retirement:
         self._reports.pop(retired.key, None)
         if keyspace is None:
             return
-        core.note("writer_retired", keyspace=retired.keyspace, writer=retired.writer, stage=retired.stage)
         bound = core.writers.nonce_of(retired.family, retired.writer)
         if bound not in (0, retired.nonce):
             return  # the id is in use again, so what we hold of it is of another nonce, and at or above this floor
@@ -234,7 +286,17 @@ class Retirement:
 
     def _start_over(self, now: m.Now, why: str) -> None:
         """Drop everything and join anew; what nobody else has got is lost, and counted."""
+        record = self._core.record
         rows = sum(self._tail(keyspace) for keyspace in self._core.keyspaces.values())
+        if record.is_expelled():
+            # Who is no member has no say. What it decided while it was cut off is void unless a member knows it, too: then
+            # it hears of it again before it pulls anything, like every newcomer.
+            forgotten = tuple(one.node for one in record.expelled.values() if one.boot not in record.lives)
+            if forgotten:
+                self._core.note("expulsions_forgotten", alarm=True, nodes=forgotten)
+            record.expelled = {boot: one for boot, one in record.expelled.items() if boot in record.lives}
+            record.retired.clear()
+            record.save()
         self._core.emit(
             m.StartOver(
                 f"{why}: it drops what it holds and joins anew. {rows} rows that it wrote and that no peer is known to have "
@@ -273,29 +335,21 @@ class Retirement:
     def tell_all(self, address: str, envelope: m.Envelope) -> None:
         """Send everything to one node, which may be a stranger."""
         record = self._core.record
-        parts: list[list[m.Retired]] = [[]]
-        room = TOLD_BYTES_MAX
-        for retired in record.retired.values():
-            if room <= 0:
-                parts.append([])
-                room = TOLD_BYTES_MAX
-            parts[-1].append(retired)
-            room -= 64 + retired.floor.nbytes
-        for index, part in enumerate(parts):
-            expulsions = tuple(record.expelled.values()) if index == 0 else ()
-            self._core.emit(m.Send(address, replace(envelope, version=2), m.Retirements(expulsions, tuple(part))))
+        for part in _parts(record.expelled.values(), record.retired.values()):
+            self._core.emit(m.Send(address, replace(envelope, version=2), part))
 
-    def _tell(self, told: m.Retirements, source: Link | None, now: m.Now) -> None:
+    def _tell(self, expulsions: Iterable[m.Expulsion], retired: Iterable[m.Retired], source: Link | None, now: m.Now) -> None:
+        parts = list(_parts(expulsions, retired))
         for link in self._core.neighbours(now):
-            if link is not source:
-                self._core.send(link, told)
+            for part in parts if link is not source else ():
+                self._core.send(link, part)
 
     # --- the stages
 
     def on_timer(self, now: m.Now) -> None:
         """Called at every heartbeat."""
         for absent in self._absence.on_beat(now):
-            if len(self._core.record.expelled) < EXPELLED_MAX:
+            if self._has_room(absent):
                 self._expel(absent, now, f"absent for {self._core.options.expel_after_ms // 1000} s")
         open_ = [retired for retired in self._core.record.retired.values() if retired.stage != DONE]
         if not open_ or now.monotonic_ms < self._report_ms:
@@ -403,8 +457,6 @@ class _Room:
 
     def admits(self, told: m.Retired) -> bool:
         """Whether there is room for an entry, or for its floor."""
-        if told.key not in self._retired and len(self._retired) >= RETIRED_MAX:
-            return False
         keyspace = self._held.get(told.keyspace)
         if keyspace is not None and not keyspace.knowledge.has_room_for((told.writer,)):
             return False
@@ -423,6 +475,19 @@ class _Room:
 
     def _more(self, told: m.Retired) -> int:
         return told.floor.nbytes - self._sizes.get(told.key, 0)
+
+
+def _parts(expulsions: Iterable[m.Expulsion], retired: Iterable[m.Retired]) -> Iterator[m.Retirements]:
+    """So much cut into messages, the expulsions first; at least one."""
+    lives, entries = list(expulsions), list[m.Retired]()
+    room = TOLD_BYTES_MAX
+    for one in retired:
+        if room <= 0 or len(entries) >= TOLD_ENTRIES_MAX:
+            yield m.Retirements(tuple(lives), tuple(entries))
+            lives, entries, room = [], [], TOLD_BYTES_MAX
+        entries.append(one)
+        room -= 64 + one.floor.nbytes
+    yield m.Retirements(tuple(lives), tuple(entries))
 
 
 def _above(one: U64, other: U64) -> bool:

@@ -1,9 +1,12 @@
 """Expulsion and retirement: scenarios, and the rules behind them switched off one at a time (R13)."""
 
+import random
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
@@ -15,6 +18,7 @@ from p2p.pull import Pull
 from p2p.retirement import Retirement
 from p2p.writers import WriterBook
 from sim_cluster.checkers import check_converged
+from sim_cluster.node import MemoryLedger
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import at_rest, form
 from tests.p2p.plants import Plant, Scenario, expect_caught
@@ -32,7 +36,7 @@ from tests.p2p.retirement_chaos import (
     who_is_away_for_long_is_expelled,
     writer_at,
 )
-from tests.p2p.writer_chaos import formed, record_of, writes
+from tests.p2p.writer_chaos import formed, record_of, split, writes
 
 SEEDS = 6
 
@@ -185,6 +189,138 @@ def test_an_expulsion_that_cannot_be_kept_is_refused(monkeypatch: pytest.MonkeyP
     expel(cluster, "us2", "eu1")
     assert "no more can be kept" in refusal(cluster, "us3", "eu1")
     assert [note.name for note in cluster.nodes["eu1"].notes].count("node_expelled") == 1
+
+
+def who_was_expelled_has_no_say() -> None:
+    """Its operator expels another node there, while it is cut off; meanwhile the cluster lets go of it."""
+    cluster = form(1)
+    formed(cluster)
+    writes(cluster, "t1")
+    cluster.run(3_000)
+    isolate(cluster, "us3")
+    cluster.run(30_000)
+    assert isinstance(cluster.request("us3", lambda number: m.ExpelRequested(number, "eu1")), m.Expelled)
+    expel(cluster, "us3", "eu2")
+    cluster.publish("t1", "item", range(30), 5.0)
+    cluster.run(3_000)
+    cluster.cut = set()
+    cluster.run(30_000)
+    started = [name for name, node in cluster.nodes.items() if any(note.name == "started_over" for note in node.notes)]
+    assert started == ["us3"]
+    assert {one.node for node in cluster.nodes.values() for one in record_of(node).expelled.values()} == {"us3"}
+    assert check_converged(cluster) == ""
+    assert all(len(node.machine.peers_alive(cluster.now())) == 5 for node in cluster.nodes.values() if node.machine)
+
+
+def test_who_was_expelled_has_no_say() -> None:
+    who_was_expelled_has_no_say()
+
+
+def test_who_keeps_what_it_decided_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget_nothing(self: Retirement, _now: m.Now, why: str) -> None:
+        self._core.emit(m.StartOver(why, 0))
+
+    monkeypatch.setattr(Retirement, "_start_over", forget_nothing)
+    with pytest.raises(AssertionError):
+        who_was_expelled_has_no_say()
+
+
+def test_two_that_expelled_each_other_stay_apart_and_say_so() -> None:
+    cluster = form(1)
+    formed(cluster)
+    writes(cluster, "t1")
+    cluster.run(3_000)
+    isolate(cluster, "us3")
+    cluster.run(30_000)
+    for name in ("t1", "eu1", "eu2", "us1", "us2"):
+        reply = cluster.request("us3", lambda number, name=name: m.ExpelRequested(number, name))  # type: ignore[misc]
+        assert isinstance(reply, m.Expelled)
+    expel(cluster, "us3", "eu2")
+    cluster.run(3_000)
+    cluster.cut = set()
+    boot = record_of(cluster.nodes["us3"]).lives[-1]
+    told = m.Retirements(tuple(record_of(cluster.nodes["us3"]).expelled.values()), ())
+    for name in ("t1", "eu1"):
+        for _ in range(2):
+            machine = cluster.nodes[name].machine
+            assert machine is not None
+            envelope = m.Envelope(boot, machine._core.options.boot, version=2)
+            cluster.feed(cluster.nodes[name], machine, m.MessageReceived(envelope, told))
+    cluster.run(10_000)
+    assert not [name for name, node in cluster.nodes.items() if any(note.name == "started_over" for note in node.notes)]
+    assert [note.name for note in cluster.nodes["t1"].notes].count("expelled_each_other") == 1
+    assert cluster.publish("t1", "item", [1], 1.0)
+
+
+def both_sides_of_a_split_expel_at_the_bound() -> None:
+    """Together they decided more than can be kept; all keep the same, or they would pull from each other never again."""
+    cluster = form(1)
+    formed(cluster)
+    writes(cluster, "t1")
+    cluster.run(3_000)
+    for name in ("us2", "us3"):
+        cluster.crash(name)
+    cluster.run(10_000)
+    split(cluster, {"us1", "us2", "us3"})
+    expel(cluster, "us2", "eu1")
+    expel(cluster, "us3", "us1")
+    for name in ("us2", "us3"):
+        del cluster.nodes[name]
+    cluster.publish("t1", "item", range(30), 5.0)
+    cluster.run(3_000)
+    cluster.cut = set()
+    cluster.run(5_000)
+    kept = {name: sorted(record_of(node).expelled) for name, node in cluster.nodes.items()}
+    assert len(set(map(tuple, kept.values()))) == 1, kept
+    assert check_converged(cluster) == ""
+
+
+def test_both_sides_of_a_split_expel_at_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retirement, "EXPELLED_MAX", 1)
+    both_sides_of_a_split_expel_at_the_bound()
+
+
+def test_who_keeps_what_came_first_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trim(self: NodeRecord, count_max: int) -> list[m.Expulsion]:
+        came = list(self.expelled.values())
+        self.expelled = {one.boot: one for one in came[:count_max]}
+        return came[count_max:]
+
+    monkeypatch.setattr(retirement, "EXPELLED_MAX", 1)
+    monkeypatch.setattr(NodeRecord, "trim_expelled", trim)
+    with pytest.raises(AssertionError):
+        both_sides_of_a_split_expel_at_the_bound()
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 3)), max_size=40), st.integers(0, 10), st.randoms())
+def test_what_is_kept_does_not_depend_on_the_order(named: list[tuple[int, int]], count_max: int, rng: random.Random) -> None:
+    records = []
+    for order in (named, rng.sample(named, len(named)), [*named, *named]):
+        record = NodeRecord(MemoryLedger())
+        for number, (boot, other) in enumerate(order):
+            record.expelled[boot] = m.Expulsion("n", boot, boot % 7)
+            retired = m.Retired(other, 1, boot, boot, m.FROZEN)
+            record.retired[retired.key] = retired
+            if number % 5 == 4:
+                record.trim_expelled(count_max), record.trim_retired(count_max)
+        record.trim_expelled(count_max), record.trim_retired(count_max)
+        assert len(record.expelled) == min(count_max, len({boot for boot, _ in named}))
+        records.append((set(record.expelled), set(record.retired), record.retired_digest()))
+    assert records[0] == records[1] == records[2]
+
+
+def test_writers_of_a_divided_model_are_expelled_by_the_hundred() -> None:
+    model = ModelSpec("ctr", 64, {"item": TableSpec("item", 4)}, partitions=64)
+    cluster = VirtualCluster(1, model=model)
+    cluster.add("t1", "train", "train")
+    cluster.add("eu1", "eu", seeds=["t1"])
+    formed(cluster)
+    core = cluster.nodes["eu1"].machine._core  # type: ignore[union-attr]
+    told = tuple(m.Retired(model.id, model.id, n, n + 1, m.FROZEN) for n in range(500))
+    cluster.nodes["eu1"].machine._retirement.learn(m.Retirements((), told), None, cluster.now())  # type: ignore[union-attr]
+    assert len(core.record.retired) == 500 * 65 < retirement.RETIRED_MAX
+    sent = [effect.message for effect in core.effects if isinstance(effect, m.Send)]
+    assert max(len(part.retired) for part in sent if isinstance(part, m.Retirements)) <= retirement.TOLD_ENTRIES_MAX
 
 
 def test_nodes_of_version_1_are_neither_told_nor_let_in_afterwards() -> None:
