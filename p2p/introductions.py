@@ -359,10 +359,10 @@ class Introductions:
     def _is_anothers(self, record: m.MemberRecord, direct: bool) -> bool:
         """Whether the life is another member's, as far as we know: one that was only told of yields to one that speaks."""
         core, register = self._core, self._core.membership
-        other = register.node_of(record.boot)
-        if other in (None, record.node):
+        known = register.members.get(record.node)
+        other = None if known is not None and known.record.boot == record.boot else register.owner_of(record.boot)
+        if other is None:
             return False
-        assert other is not None
         if not direct or register.suspicion.ever_direct(register.members[other].slot):
             return True
         link, own = core.links.get(other), core.links.get(record.node)

@@ -286,6 +286,11 @@ class Membership:
         slot = int(self.suspicion.slots_of(np.array([boot], np.uint64))[0])
         return None if slot < 0 else self._nodes[slot]
 
+    def owner_of(self, boot: int) -> NodeId | None:
+        """The same, where members come one after another: an index would be made anew for each."""
+        slots = np.flatnonzero(self.suspicion.used & (self.suspicion.boot == np.uint64(boot)))
+        return self._nodes[int(slots[0])] if len(slots) else None
+
     # --- learning
 
     def has_room(self, node: NodeId) -> bool:
