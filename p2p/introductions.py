@@ -418,6 +418,8 @@ class Introductions:
             self.say_hello(other.address, 0, answer_wanted=True, now=now)
             return
         self._other_life = None
+        if all(member.record.address != other.address for member in core.membership.members.values()):
+            core.emit(m.Forget(other.address))  # no connection to where nobody answers
         core.membership.outlive(other.boot_ms)
         core.record.boot_ms = core.membership.own.boot_ms  # also our next life has to be later
         core.record.save()

@@ -389,7 +389,7 @@ class Membership:
         """Whether hearsay may change what we know of a member."""
         lately = self.suspicion.heard_directly(known.slot, now_ms)
         if record.boot != known.record.boot:  # where it listens there can be no other process by now
-            return not lately or record.address == known.record.address
+            return not lately or known.record.left or record.address == known.record.address
         return record.version - known.record.version <= AHEAD_MAX and not (record.left and lately)
 
     def _advance(self, known: Member, record: MemberRecord, now_ms: int) -> bool:

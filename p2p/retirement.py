@@ -293,7 +293,7 @@ class Retirement:
             # it hears of it again before it pulls anything, like every newcomer.
             forgotten = tuple(one.node for one in record.expelled.values() if one.boot not in record.lives)
             if forgotten:
-                self._core.note("expulsions_forgotten", alarm=True, nodes=forgotten)
+                self._core.note("expulsions_forgotten", nodes=forgotten)
             record.expelled = {boot: one for boot, one in record.expelled.items() if boot in record.lives}
             record.retired.clear()
             record.save()

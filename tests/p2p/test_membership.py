@@ -242,7 +242,10 @@ def test_a_life_that_nobody_heard_yields_to_one_that_speaks() -> None:
     assert ours.learn(record("a", 5), 10, direct=True)
     assert not ours.learn(record("a", 7, address="virtual://elsewhere"), 20), "a has just spoken"
     assert ours.learn(record("a", 7, address="virtual://elsewhere"), 10 + suspicion.DIRECT_MS)
-    ours.note_direct(record("a", 7), 10 + suspicion.DIRECT_MS)
+    now_ms = 20 + suspicion.DIRECT_MS
+    assert ours.learn(record("a", 7, left=True), now_ms, direct=True)
+    assert ours.learn(record("a", 8, address="virtual://again"), now_ms), "who has left may begin anew elsewhere"
+    ours.note_direct(record("a", 8), now_ms)
     assert not ours.learn(record("a", 5), 20 + suspicion.DIRECT_MS, direct=True), "that came late"
 
 
