@@ -41,10 +41,10 @@ def a_gift_is_sent_before_it_is_recorded(patch: pytest.MonkeyPatch) -> None:
     """R12: the allotter forgets, with a crash, that a block is not its own any more."""
     original = WriterBook.give
 
-    def give(self: WriterBook, asker: int, held: tuple[int, ...]) -> tuple[int, ...]:
+    def give(self: WriterBook, asker: int, held: tuple[int, ...], steward: bool = False) -> tuple[int, ...]:
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(NodeRecord, "save", lambda _self: None)
-            return original(self, asker, held)
+            return original(self, asker, held, steward)
 
     patch.setattr(WriterBook, "give", give)
 
@@ -75,8 +75,8 @@ def a_used_block_is_given(patch: pytest.MonkeyPatch) -> None:
     """R12: what is given away stays the giver's own, too."""
     original = WriterBook.give
 
-    def give(self: WriterBook, asker: int, held: tuple[int, ...]) -> tuple[int, ...]:
-        blocks = original(self, asker, held)
+    def give(self: WriterBook, asker: int, held: tuple[int, ...], steward: bool = False) -> tuple[int, ...]:
+        blocks = original(self, asker, held, steward)
         self._record.blocks.update(dict.fromkeys(blocks))
         self._record.save()
         return blocks
