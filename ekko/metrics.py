@@ -51,6 +51,9 @@ UPDATE_DELAY = "ekko_update_delay_seconds"
 # Name -> (help, counter of the node). `_total` is added by the format.
 COUNTERS = {
     "ekko_batches_published": ("Steps of local publishers that were stored.", "batches_published"),
+    "ekko_groups_sent": ("Messages' worth in which those steps left, in each partition.", "groups_sent"),
+    "ekko_groups_held": ("Of these, those that waited for further steps.", "groups_held"),
+    "ekko_steps_received": ("Steps in the batches that came from peers.", "steps_received"),
     "ekko_batches_received": ("Batches that came from peers.", "batches_received"),
     "ekko_batches_forwarded": ("Batches sent to peers.", "batches_forwarded"),
     "ekko_batches_skipped": ("Batches left to the pull: no credit, no link, or refused by the transport.", "batches_skipped"),

@@ -155,7 +155,7 @@ class Replica(Protocol):
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
         """Write each row whose stamp is newer than what is held (last writer wins).
 
-        `stamp` counts for columns without stamps of their own. Keys are unique within a table. Rows are visible
+        `stamp` counts for columns without stamps of their own; in those with stamps a key may come again. Rows are visible
         to readers at once. Idempotent and commutative (theorem T3).
         """
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from p2p import links, membership, push, reach, retirement, round_answers
+from p2p import groups, links, membership, push, reach, retirement, round_answers, wire
 from p2p import messages as m
 from p2p.adoption import ENTRIES_MAX
 from p2p.core import Core, Keyspace
@@ -161,6 +161,8 @@ def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach) -> tup
     messages = max((link.messages_in_flight for link in core.links.values()), default=0)
     waiting = max((link.waiting.bytes for link in core.links.values()), default=0)
     lines = max((len(link.waiting) for link in core.links.values()), default=0)
+    held = max((len(keyspace.group.steps) for keyspace in core.keyspaces.values()), default=0)
+    held_bytes = max((keyspace.group.bytes for keyspace in core.keyspaces.values()), default=0)
     streams = max((len(outbox.streams) for outbox in pulling.outboxes.values()), default=0)
     return (
         QueueStatus("open_steps", open_steps, OPEN_STEPS_MAX),
@@ -168,6 +170,8 @@ def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach) -> tup
         QueueStatus("link_messages_in_flight", messages, links.CREDIT_MESSAGES_MAX),
         QueueStatus("link_bytes_waiting", waiting, WAITING_CREDITS_MAX * links.CREDIT_BYTES_MAX),
         QueueStatus("link_messages_waiting", lines, WAITING_MESSAGES_MAX),
+        QueueStatus("steps_held", held, wire.GROUP_STEPS_MAX),
+        QueueStatus("step_bytes_held", held_bytes, groups.bytes_max()),
         QueueStatus("links", max(len(core.links), len(core.by_boot)), membership.MEMBERS_MAX),
         QueueStatus("summaries", pulling.summaries, len(core.keyspaces) * membership.MEMBERS_MAX),
         QueueStatus("pull_streams", streams, STREAMS_MAX),
