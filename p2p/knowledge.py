@@ -182,9 +182,10 @@ class Knowledge:
         # Of a group, all rows of each of its steps are here where any are.
         of_each = [np.array([step.stamp], np.uint64) if step.stamps is None else step.stamps for step in waiting]
         which = np.repeat(np.arange(len(waiting)), [len(stamps) for stamps in of_each])
-        stamps = np.concatenate(of_each)
-        youngest = np.argsort(stamps)[-count_max:]
-        return KnownSteps(stamps[youngest], np.packbits(here[which[youngest]], axis=1, bitorder="little"))
+        # An origin that lies may tell of a step twice, alone and in a group: it is named once, or we would seem to lie.
+        stamps, first = np.unique(np.concatenate(of_each), return_index=True)
+        bits = np.packbits(here[which[first[-count_max:]]], axis=1, bitorder="little")
+        return KnownSteps(stamps[-count_max:], bits)
 
     def digest(self) -> int:
         """128 bits that are equal exactly when the vectors are."""

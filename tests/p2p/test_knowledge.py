@@ -134,6 +134,17 @@ def test_of_too_many_steps_the_youngest_are_named() -> None:
     assert named_by(knowledge, bytes_max=8) == set()
 
 
+def test_a_step_that_is_told_of_twice_is_named_once() -> None:
+    """By an origin that lies: alone, and as one of a group. Who names it must not be taken for the liar."""
+    knowledge = fresh()
+    stamps = np.array([(number << 12) | 1 for number in (3, 4)], np.uint64)
+    gap, one = np.array([(2 << 12) | 1], np.uint64), np.ones(1, np.uint16)
+    shard = np.zeros(1, np.uint32)
+    knowledge.learn_step(int(stamps[1]), int(gap[0]), 1, shard, gap, one - 1, one, stamps[1:], stamps)
+    knowledge.learn_step(int(stamps[0]), int(gap[0]), 1, shard, gap, one - 1, one)
+    assert named_by(knowledge) == {(int(stamp), 0) for stamp in stamps}
+
+
 def test_claim_waits_for_its_gap_and_is_absorbed_when_it_fills() -> None:
     knowledge = fresh()
     first, second = (1 << 12) | 5, (2 << 12) | 5
