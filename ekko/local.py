@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Final
 
 import msgpack
@@ -24,6 +24,7 @@ from ekko.model import CODEC_DEFAULT, CODECS, DENSE_ROWS_MAX, TABLES_MAX, Tensor
 from p2p.messages import Scope
 from p2p.replica import RowColumns
 from p2p.transport import Buffer
+from p2p.values import dataclass
 
 # Version 2: codecs, as a message's last word, and whom a wait leaves out. Where nothing but float32 is meant, a message is of
 # version 1, word for word: publisher and node may be of neighbouring releases, as they are while a cluster is upgraded node by

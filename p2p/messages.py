@@ -4,7 +4,7 @@ The machine performs no I/O. Its owner turns sockets, timers and local requests 
 carries out every returned `Effect` in order.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import IntEnum
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from p2p.replica import NO_STEPS, U64, KnownSteps, RowColumns, SchemaEntry
 from p2p.transport import Buffer
+from p2p.values import dataclass
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, protocol_of
 
 NodeId = str

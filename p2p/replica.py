@@ -7,12 +7,13 @@ row width. All arrays are columns, one entry a row; nothing here is called once 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from p2p.values import dataclass
 from p2p.versions import FIRST_VERSION
 
 U64 = NDArray[np.uint64]
