@@ -107,6 +107,7 @@ class Keyspace:
     gap_writer: int | None = None  # whose steps were found waiting for one before them when we last looked
     gap_frontier: int = 0  # and how far it was whole then
     gap_since_ms: int = 0  # monotonic; since we asked for it last
+    gap_look_ms: int | None = None  # when to look at a gap that is not the one we saw last
     gap_peer: str = ""  # who sent a batch whose claims wait
     gap_upstream: bool = False  # it is above all of our region
     gap_origin: str = ""  # and whose batch it was

@@ -179,6 +179,8 @@ class Introductions:
             raise RemoteProtocolError(
                 f"the peer has {describe(theirs)}, and the cluster's schema needs version {needs.since}: upgrade the peer first"
             )
+        if core.membership.agree_with(theirs, now.monotonic_ms):
+            return  # as a rule; in a start of many, to look at everybody for each of them would take longer than all else
         for record in core.membership.live(now.monotonic_ms):
             if record.node != hello.member.node and agree(record.protocol, theirs) is None:
                 core.counters.versions_refused += 1
@@ -237,9 +239,7 @@ class Introductions:
     def say_hello(self, address: str, boot: int, answer_wanted: bool, now: m.Now) -> None:
         """Introduce ourselves, with as much of the register as one message carries; the digests bring the rest."""
         core = self._core
-        members = core.membership.records(now.monotonic_ms)
-        if len(members) > membership.RECORDS_MAX:
-            members = tuple(core.rng.sample(members, membership.RECORDS_MAX))
+        members = core.membership.records(now.monotonic_ms, core.rng)
         members = members[: fitting(members)]
         hello = m.Hello(
             lowest_spoken(core.options.protocol_version),

@@ -41,9 +41,6 @@ STEPS_WAITING_MAX = 256
 
 __all__ = ["Machine", "MachineOptions", "NodeStatus"]
 
-# How often to look whether a step that is not whole yet has waited too long.
-GAP_LOOK_MS = 20
-
 
 class Machine:
     """The protocol of one node.
@@ -78,7 +75,6 @@ class Machine:
         self._gossip = Gossip(self._core, self._pull, self._introductions, self._retirement)
         self._owed: dict[int, Link] = {}  # by boot: links on which something applied is not acknowledged yet
         self._ack_ms: int | None = None  # when those want the timer
-        self._gap_ms: int | None = None  # and when an open step does
         self._started = False
         self._steps: deque[tuple[m.PublishRequested, int]] = deque()  # that wait for a writer id, and until when
         self._handled_ms = 0  # monotonic time of the last event
@@ -478,7 +474,6 @@ class Machine:
 
     def _on_timer(self, now: m.Now) -> None:
         core = self._core
-        self._gap_ms = None
         if self._started:
             if now.monotonic_ms >= self._gossip.beat_ms:
                 self._free_stuck_links(now)
@@ -530,19 +525,13 @@ class Machine:
             self._ack_ms = None
         elif self._ack_ms is None:
             self._ack_ms = now_ms + links.ACK_DELAY_MS
-        is_open = False
-        wanted = [self._gossip.next_ms(now_ms)]
-        for keyspace in core.keyspaces.values():
-            is_open = is_open or keyspace.knowledge.open_steps > 0
-            if keyspace.last_batch_ms:  # our writer has written
-                wanted.append(keyspace.last_batch_ms + push.IDLE_BEAT_MS)
-        if not is_open:
-            self._gap_ms = None
-        elif self._gap_ms is None:
-            self._gap_ms = now_ms + GAP_LOOK_MS
-        others = self._ack_ms, self._gap_ms, self._reach.next_ms(), self._schedule.next_ms()
+        parts = self._pull.next_ms(now_ms), self._reach.next_ms(), self._schedule.next_ms()
         rounds = self._pull.rounds.next_ms(), self._pull.round_answers.next_ms()
-        wanted += [moment for moment in (*others, *rounds) if moment is not None]
+        wanted = [moment for moment in (self._ack_ms, *parts, *rounds) if moment is not None]
+        wanted.append(self._gossip.next_ms(now_ms))
+        written = [keyspace.last_batch_ms for keyspace in core.keyspaces.values() if keyspace.last_batch_ms]  # by our writer
+        if written:
+            wanted.append(min(written) + push.IDLE_BEAT_MS)
         for node, box in self._pull.outboxes.items():
             if box.streams and node in core.links and core.links[node].has_credit_for_repairs():
                 wanted.append(now_ms)

@@ -34,6 +34,8 @@ from p2p.rounds import Rounds
 from p2p.shard_versions import OwnVersions
 from p2p.stamps import AHEAD_MS_MAX, unix_ms_of, writer_of
 
+# A step that is not whole is looked at after this long. As a rule the rest of it has come by then, and costs no look.
+GAP_LOOK_MS = 20
 # Messages of one tree come in order. One that was overtaken on its own tree is missing; where the view just changed, or one of
 # them was repeated, that heals by itself within this. A pull may cost a scan.
 GAP_GRACE_MS = 50
@@ -153,13 +155,18 @@ class Pull:
     def _repeat(self, now: m.Now) -> None:
         """Ask again where nothing has come. Whichever question is answered, its base is not above our vector now (T1)."""
         for number, asked in self._asked.items():
-            if asked.next_chunk or now.monotonic_ms - asked.asked_ms < REPEAT_MS * ((2 << asked.repeats) - 1):
-                continue
-            link = self._core.by_boot.get(asked.boot)
-            # Without push questions come regularly; and version 1 would begin its answer anew.
-            if link is not None and link.version >= REPEATS_SINCE and self._core.options.sync.push:
+            due_ms = self._repeat_ms(asked)
+            if due_ms is not None and now.monotonic_ms >= due_ms:
                 asked.repeats += 1
-                self._core.send(link, self._question(self._core.keyspaces[number], asked.request))
+                self._core.send(self._core.by_boot[asked.boot], self._question(self._core.keyspaces[number], asked.request))
+
+    def _repeat_ms(self, asked: _Asked) -> int | None:
+        """When a question is asked again, if nothing comes; None: never."""
+        link = self._core.by_boot.get(asked.boot)
+        # Without push questions come regularly; and version 1 would begin its answer anew.
+        if asked.next_chunk or link is None or link.version < REPEATS_SINCE or not self._core.options.sync.push:
+            return None
+        return asked.asked_ms + REPEAT_MS * ((2 << asked.repeats) - 1)
 
     def on_reply(self, link: Link, reply: m.PullReply, now: m.Now) -> None:
         """Apply one chunk; with the last one, merge the answerer's vector.
@@ -300,6 +307,28 @@ class Pull:
             keyspace.goal.setdefault(writer.writer, writer.last_stamp)
         keyspace.synced = all(int(frontier[w.writer]) >= keyspace.goal[w.writer] for w in told)
 
+    def next_ms(self, now_ms: int) -> int | None:
+        """When `check_gaps` has something to do: a new gap is looked at, one that was seen is asked about, a question given up.
+
+        Exactly then, since where messages get lost some step is open most of the time: a look every 20 ms was a fifth of all
+        that a node did.
+        """
+        moments = [asked.deadline_ms for asked in self._asked.values()]
+        moments += [due_ms for asked in self._asked.values() if (due_ms := self._repeat_ms(asked)) is not None]
+        for number, keyspace in self._core.keyspaces.items():
+            if not keyspace.knowledge.open_steps:
+                keyspace.gap_look_ms = None
+            elif not self._is_same_gap(keyspace):
+                if keyspace.gap_look_ms is None:
+                    keyspace.gap_look_ms = now_ms + GAP_LOOK_MS
+                moments.append(keyspace.gap_look_ms)
+            elif number not in self._asked:
+                moments.append(keyspace.gap_since_ms + self._grace_ms(keyspace))
+        until_ms = self.answers.next_ms()
+        if until_ms is not None:
+            moments.append(until_ms)
+        return min(moments, default=None)
+
     def check_gaps(self, now: m.Now) -> None:
         """Pull where a claim has waited too long; give up pulls that stand still. Called on the timer."""
         for number in [k for k, asked in self._asked.items() if now.monotonic_ms >= asked.deadline_ms]:
@@ -325,6 +354,7 @@ class Pull:
 
     def _check_gap(self, keyspace: Keyspace, now: m.Now) -> None:
         knowledge = keyspace.knowledge
+        keyspace.gap_look_ms = None
         if not self._is_same_gap(keyspace):
             if keyspace.gap_writer is not None:  # what came was above that gap, and maybe below the next one
                 keyspace.gap_trees, keyspace.gap_upstream = 0, False
@@ -333,11 +363,7 @@ class Pull:
             keyspace.gap_since_ms, keyspace.gap_tries = now.monotonic_ms, 0
         if keyspace.gap_writer is None or keyspace.replica.keyspace in self._asked:
             return
-        overtaken = keyspace.gap_trees_all in (1, keyspace.gap_trees) or knowledge.claims_wait(keyspace.gap_writer)
-        first_ms = GAP_GRACE_MS if overtaken else LATE_GRACE_MS
-        # A long grace is not doubled beyond what a short one comes to: a step that nobody has any more is given up as soon.
-        grace_ms = min(first_ms << keyspace.gap_tries, GAP_GRACE_MS << GAP_DOUBLINGS_MAX)
-        if now.monotonic_ms - keyspace.gap_since_ms < grace_ms:
+        if now.monotonic_ms - keyspace.gap_since_ms < self._grace_ms(keyspace):
             return
         if keyspace.gap_tries >= GAP_TRIES_MAX:
             knowledge.give_up(keyspace.gap_writer)
@@ -352,6 +378,17 @@ class Pull:
         if link is not None and self._core.membership.alive(link.node, now.monotonic_ms):
             self._core.counters.gaps += 1
             self.ask(keyspace, link, now, GAP)
+
+    @staticmethod
+    def _grace_ms(keyspace: Keyspace) -> int:
+        """How long the gap that we saw last may stay open, since then or since we asked for it."""
+        writer = keyspace.gap_writer
+        overtaken = keyspace.gap_trees_all in (1, keyspace.gap_trees) or (
+            writer is not None and keyspace.knowledge.claims_wait(writer)
+        )
+        first_ms = GAP_GRACE_MS if overtaken else LATE_GRACE_MS
+        # A long grace is not doubled beyond what a short one comes to: a step that nobody has any more is given up as soon.
+        return min(first_ms << keyspace.gap_tries, GAP_GRACE_MS << GAP_DOUBLINGS_MAX)
 
     @staticmethod
     def _is_same_gap(keyspace: Keyspace) -> bool:

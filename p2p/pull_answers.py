@@ -63,6 +63,10 @@ class PullAnswers:
         self._begun.pop(node, None)
         self._outboxes.pop(node, None)
 
+    def next_ms(self) -> int | None:
+        """When somebody has waited long enough."""
+        return min([one.until_ms for held in self._held.values() for one in held.values()], default=None)
+
     def on_progress(self, keyspace: Keyspace, now: m.Now) -> None:
         """Our frontiers may have moved: who waited for that is answered."""
         held = self._held.get(keyspace.replica.keyspace)

@@ -125,6 +125,8 @@ class Rounds:
 
     def next_ms(self) -> int | None:
         """When the timer is wanted next."""
+        if not self._rounds:
+            return None
         moments = [
             min(one.deadline_ms, one.repeat_ms) if not one.next_chunk else one.deadline_ms for one in self._rounds.values()
         ]

@@ -411,6 +411,8 @@ def _member(value: Header) -> m.MemberRecord:
     if told < PROTOCOL_VERSION:
         value = extend(value, _MEMBER_ADDED, told)
     node, boot, boot_ms, region, role, address, heartbeat, left, writers, version, deaf, holds = value
+    if type(writers) is list and type(holds) is list and not writers and not holds:
+        return _plain_member(node, boot, boot_ms, region, role, address, heartbeat, left, version, deaf, told)
     return m.MemberRecord(
         _text(node),
         _uint(boot),
@@ -424,6 +426,39 @@ def _member(value: Header) -> m.MemberRecord:
         _uint(version, 32),
         _flag(deaf),
         _items(holds, HOLDINGS_MAX, _holding),
+        told,
+    )
+
+
+# News comes to everybody several times over. With their types: what is equal to a number need not be one.
+@lru_cache(MEMBERS_MAX, typed=True)
+def _plain_member(
+    node: object,
+    boot: object,
+    boot_ms: object,
+    region: object,
+    role: object,
+    address: object,
+    heartbeat: object,
+    left: object,
+    version: object,
+    deaf: object,
+    told: int,
+) -> m.MemberRecord:
+    """A record that names no writers and no holdings."""
+    return m.MemberRecord(
+        _text(node),
+        _uint(boot),
+        _uint(boot_ms, TIME_BITS),
+        _text(region),
+        _text(role),
+        _text(address),
+        _uint(heartbeat, 32),
+        _flag(left),
+        (),
+        _uint(version, 32),
+        _flag(deaf),
+        (),
         told,
     )
 

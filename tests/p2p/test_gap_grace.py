@@ -23,7 +23,7 @@ def twelve() -> VirtualCluster:
     for number in range(12):
         cluster.add(f"n{number}", f"r{number % 3}", "serve" if number else "train", ["n0"] if number else [])
     machines = [node.machine for node in cluster.nodes.values()]
-    assert cluster.run_until(lambda: all(len(m.status(cluster.now()).peers) == 11 for m in machines if m is not None))
+    assert cluster.run_until(lambda: all(len(one.status(cluster.now()).peers) == 11 for one in machines if one is not None))
     cluster.run(2_000)
     return cluster
 
@@ -117,3 +117,36 @@ def test_a_message_of_the_last_step_is_missed_when_the_writer_says_that_nothing_
 def test_did_it_say_nothing_the_last_step_would_be_missed_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push.Push, "beat", lambda *_: None)
     assert max(repaired_ms(tree) for tree in range(4)) >= pull.LATE_GRACE_MS
+
+
+def test_an_open_gap_wants_the_timer_only_when_there_is_something_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where messages get lost some step is open most of the time: looking every few milliseconds would be most of the work.
+    monkeypatch.setattr(pull, "GAP_GRACE_MS", 3_000)
+    cluster = VirtualCluster(1, CALM)
+    cluster.add("n0", "r0", "train")
+    cluster.add("n1", "r1", "serve", ["n0"])
+    machine = cluster.nodes["n1"].machine
+    assert machine is not None
+    assert cluster.run_until(lambda: machine.status(cluster.now()).synced)
+    assert cluster.publish("n0", "item", range(10), 0.0)
+    cluster.run(1_000)
+    cluster.cut.add(("n0", "n1"))
+    assert cluster.publish("n0", "item", range(10), 1.0)
+    cluster.run(50)
+    cluster.cut.clear()
+    looks: list[int] = []
+    check = pull.Pull.check_gaps
+
+    def counted_check(pulling: pull.Pull, now: Now) -> None:
+        if pulling is machine._pull:
+            looks.append(now.monotonic_ms)
+        check(pulling, now)
+
+    monkeypatch.setattr(pull.Pull, "check_gaps", counted_check)
+    begin_ms = cluster.now_ms
+    assert cluster.publish("n0", "item", range(10), 2.0)
+    assert cluster.run_until(lambda: machine.counters.gaps == 1, step_ms=1)
+    asked_ms = cluster.now_ms - begin_ms
+    # Seen 20 ms after it came, asked about when its grace is over, to the millisecond.
+    assert asked_ms == 21 + pull.GAP_LOOK_MS + pull.GAP_GRACE_MS
+    assert len(looks) <= 2 + 6 * asked_ms // 1_000 + 1  # besides: heartbeats and acknowledgements

@@ -528,3 +528,17 @@ def test_a_rule_switched_off_is_noticed(
     monkeypatch.setattr(owner, name, broken)
     with pytest.raises(AssertionError):
         scenario()
+
+
+def test_a_record_that_changes_no_tree_leaves_the_trees() -> None:
+    register = Membership(record("me"))
+    for number in range(20):
+        register.learn(record(f"n{number}", boot=number + 2), 0)
+    trees, digest = register.trees(0), register.digest(0)
+    told = replace(record("n3", boot=5), version=register.members["n3"].record.version + 1)
+    assert register.learn(replace(told, writers=(m.WriterRecord(5, 9, 3, 0),)), 0)
+    assert register.trees(0) is trees
+    assert register.digest(0) != digest
+    assert register.learn(replace(told, version=told.version + 1, deaf=True), 0)
+    assert register.trees(0) is not trees
+    assert Holder(told.region, "n3") not in register.holders(0)

@@ -407,3 +407,14 @@ def test_what_a_node_cannot_hold_is_refused(partitions: int, held: list[object])
     frame = wire._pack_envelope(ENVELOPE, wire._NUMBER_OF[m.MemberNews], wire.checksum(body))
     with pytest.raises(RemoteProtocolError, match=r"partitions|unsigned|list of at most"):
         wire.decode([memoryview(frame), memoryview(body[0])])
+
+
+def test_what_is_equal_to_a_known_record_and_is_of_another_type_is_refused() -> None:
+    # Decoded records are kept, by what they were made of, and True equals 1.
+    plain = replace(MEMBER, writers=(), holds=(), boot=1, heartbeat=1)
+    for place, value in ((1, True), (6, True), (7, 0), (10, 0), (1, 1.0)):
+        header, _ = wire._pack_news(m.MemberNews((plain,)), PROTOCOL_VERSION)
+        wire._news(header, wire._Columns(None, 0, []))
+        header[0][0][place] = value
+        with pytest.raises(RemoteProtocolError, match="expected"):
+            wire._news(header, wire._Columns(None, 0, []))
