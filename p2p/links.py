@@ -36,6 +36,9 @@ SELECTION_MS = 20
 # much, and so much more for as many shards as it is about. What a peer can make us list is 12 MB/s.
 ROUND_MS = 2
 ROUND_SHARDS_PER_MS = 1_024
+# The schema, the register and a hello are large answers to small messages. A correct peer causes each once a beat at most, so
+# each is sent to it once in so long; what is left out comes at its next beat.
+ANSWER_MS = 250
 # What a session may bring beyond what we acknowledged of it: its sender's credit, the message that overshoots it, and all of
 # that twice, since a network may repeat and what was under way when a link broke may come after all.
 OVERRUN_BYTES = 2 * (CREDIT_BYTES_MAX + (16 << 20))
@@ -87,6 +90,7 @@ class Link:
     _unacknowledged_messages: int = 0
     _unclaimed_bytes: int = 0  # that arrived in the peer's session since our last acknowledgement of it
     _unclaimed_messages: int = 0
+    _answered_ms: dict[str, int] = field(default_factory=dict)  # by kind: when the last large answer of it went
     _selections: dict[int, int] = field(default_factory=dict)  # by keyspace: until when those made for the peer are paid
 
     def admits_selection(self, keyspace: int, now_ms: int, cost_ms: int = SELECTION_MS) -> bool:
@@ -95,6 +99,13 @@ class Link:
         if until_ms - now_ms >= SELECTIONS_MAX * SELECTION_MS:
             return False
         self._selections[keyspace] = until_ms + cost_ms
+        return True
+
+    def admits_answer(self, kind: str, now_ms: int) -> bool:
+        """Whether the peer may have another large answer of this kind; counts it if so."""
+        if now_ms - self._answered_ms.get(kind, -ANSWER_MS) < ANSWER_MS:
+            return False
+        self._answered_ms[kind] = now_ms
         return True
 
     def charge_shards(self, keyspace: int, shards: int) -> None:

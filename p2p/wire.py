@@ -638,12 +638,15 @@ def _pack_heartbeat(beat: m.Heartbeat, version: int) -> Packed:
 def _heartbeat(header: Header, columns: _Columns) -> m.Heartbeat:
     member, members, schema_digest, unix_ms, summaries, register_digest, count, cluster, retired_digest = header
     boots, counters = _take_lives(columns, count)
+    told = _items(summaries, SUMMARIES_MAX, _summary)
+    if len({summary.keyspace for summary in told}) < len(told):
+        raise RemoteProtocolError("two summaries of one keyspace")  # each costs the receiver a digest of a vector
     return m.Heartbeat(
         _member(member),
         _items(members, MEMBERS_MAX, _member),
         _uint(schema_digest),
         _uint(unix_ms, TIME_BITS),
-        _items(summaries, SUMMARIES_MAX, _summary),
+        told,
         _uint(register_digest),
         boots,
         counters,

@@ -13,9 +13,9 @@ from p2p.stamps import EPOCH_MS, make_stamp
 from p2p.sync import SHARD_VERSIONS
 from sim_cluster.checkers import check_converged
 from sim_cluster.virtual import VirtualCluster
-from tests.p2p.test_hostile import link_of, machine_of
+from tests.p2p.test_hostile import hello_of, link_of, machine_of
 from tests.p2p.test_machine import counters, start, synced
-from tests.p2p.test_peer_bounds import effects_of
+from tests.p2p.test_peer_bounds import effects_of, over_the_wire
 
 SHARDS = 4_096
 
@@ -238,3 +238,38 @@ def test_many_partitions_and_writers_are_told_in_turns(monkeypatch: pytest.Monke
     records = [machine_of(cluster, "eu2")._core.membership.members[name].record for name in ("t1", "t2")]
     assert all(len(record.writers) == len(record.holds) == 5 for record in records)
     assert sizes.fitting(records) == 1
+
+
+# --- small messages with large answers
+
+
+@pytest.mark.parametrize("kind", ["schema", "register", "hello"])
+def test_a_large_answer_is_given_once_a_moment(kind: str) -> None:
+    """The schema may be 4 MiB, and so may a hello; a flood of calls begins at 2,000 a second."""
+    cluster = start()
+    core = machine_of(cluster, "eu2")._core
+    nothing = np.empty(0, np.uint64)
+    asked: m.Message = m.Heartbeat(core.own_record(), (), 4711, cluster.now().unix_ms, ())
+    if kind == "register":
+        asked = m.RegisterIndex(nothing, nothing, answer_wanted=True)
+    elif kind == "hello":
+        asked = hello_of(cluster, "eu1", member=core.own_record(), answer_wanted=True)
+    large = {"schema": m.SchemaUpdate, "register": m.MemberNews, "hello": m.Hello}[kind]
+
+    def answers() -> int:
+        effects = [effect for _ in range(50) for effect in effects_of(cluster, "eu1", "eu2", asked)]
+        return sum(isinstance(effect, m.Send) and isinstance(effect.message, large) for effect in effects)
+
+    assert answers() == 1
+    cluster.run(links.ANSWER_MS)
+    assert answers() <= 1
+    assert answers() == 0
+
+
+def test_a_heartbeat_names_each_keyspace_once() -> None:
+    """Each summary costs its receiver a digest of a vector, which may be 12 MiB."""
+    cluster = start()
+    own = machine_of(cluster, "eu2")._core.own_record()
+    summary = m.KeyspaceSummary(cluster.model.id, 1, 2, ())
+    with pytest.raises(RemoteProtocolError, match="two summaries"):
+        over_the_wire(m.Heartbeat(own, (), 0, cluster.now().unix_ms, (summary,) * 4_096))

@@ -1,5 +1,6 @@
 """What a schema may cost, whoever names it; and that the largest legal one can be told."""
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,7 +120,8 @@ def test_the_largest_heartbeat_is_read() -> None:
     small = m.KeyspaceSummary(2**32 - 1, 2**128 - 1, 2**128 - 1, stamps[:1])
     for one in (summary, small):
         count = SUMMARY_ITEMS_MAX // items_of(one)
-        summaries = (one,) * min(count, room.KEYSPACES_MAX)
+        count = min(count, room.KEYSPACES_MAX)
+        summaries = tuple(dataclasses.replace(one, keyspace=2**32 - 1 - number) for number in range(count))
         beat = m.Heartbeat(own, tuple(others[: fitting(others)]), 2**63, 2**47, summaries)
         read = over_the_wire(beat)
         assert isinstance(read, m.Heartbeat)
