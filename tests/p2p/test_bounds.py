@@ -260,9 +260,10 @@ def test_a_large_answer_is_given_once_a_moment(kind: str) -> None:
         effects = [effect for _ in range(50) for effect in effects_of(cluster, "eu1", "eu2", asked)]
         return sum(isinstance(effect, m.Send) and isinstance(effect.message, large) for effect in effects)
 
-    assert answers() == 1
+    once = 2 if kind == "register" else 1  # its first record says that we live, whom the index does not name
+    assert answers() == once
     cluster.run(links.ANSWER_MS)
-    assert answers() <= 1
+    assert answers() <= once
     assert answers() == 0
 
 
