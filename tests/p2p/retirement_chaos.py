@@ -103,6 +103,7 @@ def a_dead_writer_is_retired(seed: int) -> None:
     writer, nonce = writer_at(cluster, "t2")
     cluster.options = NetworkOptions(loss_probability=1.0)
     cluster.publish("t2", "item", [210], 2.0)
+    cluster.run(10)  # else the next step would wait for others, to share a message with them
     cluster.options = CALM
     cluster.cut |= {("t2", name) for name in (*REGIONS["eu"], "t1")} | {(name, "eu1") for name in REGIONS["us"]}
     cluster.cut |= {(one, other) for one in REGIONS["us"] for other in (*REGIONS["eu"], "t1")}
