@@ -60,6 +60,7 @@ class ModelStore:
         frontiers = layout.frontiers_offset(entry.shards, entry.partitions)
         self._frontiers = header.words(frontiers, entry.partitions, WRITERS_MAX)
         self._pending_shards = header.words(layout.MODEL.offset("pending_shards"), (entry.shards + 63) // 64)
+        self._pending_address = header.address + layout.MODEL.offset("pending_stamp")
         self._stamp_max = self._word("stamp_max")
         self._synced_until = np.zeros(entry.partitions, np.int64)  # of each partition
         self._elsewhere: U64 | None = None  # scratch of `changed_in`
@@ -304,10 +305,9 @@ class ModelStore:
         last = self.writer
         if last is not None:
             self._word("writer_last_stamp")[...] = last.last_stamp  # survives the pending entry it may have come from
-        pending = self._header.address + layout.MODEL.offset("pending_stamp")
-        publish_word(pending, 0)
+        publish_word(self._pending_address, 0)
         claims.set_bits(self._pending_shards, shards)
-        publish_word(pending, stamp)
+        publish_word(self._pending_address, stamp)
         if last is not None and writer_of(stamp) == last.writer:
             self._identity = WriterIdentity(last.writer, last.nonce, stamp)
 
