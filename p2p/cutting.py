@@ -141,7 +141,8 @@ def join_sections(sections: Sequence[RowColumns], stamps: Sequence[int] = ()) ->
     return RowColumns(
         sections[0].table,
         _column([section.keys for section in sections], order),
-        np.concatenate([section.rows for section in sections]),
+        # Where a step only deletes, rows that are not there may have any width.
+        np.concatenate([section.rows for section in sections if len(section.rows)] or [sections[0].rows]),
         _column([np.repeat(np.array(stamps, np.uint64), counts)], order) if stamps else None,
         _column(significance, order) if len(significance) == len(sections) else None,
     )

@@ -127,7 +127,7 @@ def columns_of(draw: random.Random, number: int) -> tuple[RowColumns, ...]:
     for table in draw.sample(list(MODEL.tables.values()), draw.randint(1, 2)):
         keys = np.array(draw.sample(range(30), draw.randint(1, 6)), np.uint64)
         live = draw.choice([0, len(keys), draw.randint(0, len(keys))])
-        rows = np.full((live, table.dim), number, np.float32).view(np.uint8)
+        rows = np.full((live, table.dim if live else 1), number, np.float32).view(np.uint8)  # none has any width
         weights = np.full(len(keys), number, np.float32) if weighted else None
         columns.append(RowColumns(table.id, keys, rows, None, weights))
     return tuple(columns)
