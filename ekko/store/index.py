@@ -50,20 +50,35 @@ def first_entry(index: Int, capacity_log2: Int, key: Int) -> Int:
 
 
 @inline_kernel
+def next_entry(index: Int, capacity_log2: Int, entry: Int) -> Int:
+    """The entry after this one, round the end."""
+    entry += _ENTRY_BYTES
+    return entry if entry != index + _ENTRIES + (_ENTRY_BYTES << capacity_log2) else index + _ENTRIES
+
+
+@inline_kernel
 def search(index: Int, capacity_log2: Int, key: Int, entry: Int) -> Int:
-    """Address of the key's entry, or of the empty one where it belongs; the search begins at `entry`."""
-    end = index + _ENTRIES + (_ENTRY_BYTES << capacity_log2)
-    # The slot first: when it is there, so is the key.
-    while load_acquire_i64(entry + _SLOT) != 0 and load_u64(entry) != key:
-        entry += _ENTRY_BYTES
-        if entry == end:
-            entry = index + _ENTRIES
+    """Address of the key's entry, or of the empty one where it belongs; the search begins at `entry`. For the writer."""
+    while slot_at(entry) >= 0 and load_u64(entry) != key:
+        entry = next_entry(index, capacity_log2, entry)
     return entry
 
 
 @inline_kernel
+def find(index: Int, capacity_log2: Int, key: Int, entry: Int) -> Int:
+    """The key's slot, or -1; the search begins at `entry`. For readers: each entry is looked at once, since the writer may fill
+    an empty one with another key at any time.
+    """
+    slot = slot_at(entry)
+    while slot >= 0 and load_u64(entry) != key:
+        entry = next_entry(index, capacity_log2, entry)
+        slot = slot_at(entry)
+    return slot
+
+
+@inline_kernel
 def slot_at(entry: Int) -> Int:
-    """The slot in an entry that `search` found; -1 when it is empty."""
+    """The slot in an entry; -1 when it is empty. Where there is one, key and row are there too."""
     return load_acquire_i64(entry + _SLOT) - 1
 
 
@@ -84,7 +99,7 @@ def resolve(index: Int, capacity_log2: Int, keys: U64, slots: I64) -> None:
             prefetch_once(slots[ahead])
         i = ahead - PREFETCH_KEYS
         if i >= 0:
-            slots[i] = slot_at(search(index, capacity_log2, keys[i], slots[i]))
+            slots[i] = find(index, capacity_log2, keys[i], slots[i])
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64)")

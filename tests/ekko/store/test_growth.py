@@ -14,6 +14,7 @@ from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.serve.reader import Reader
 from ekko.store import Store, layout
 from ekko.store import table as table_module
+from ekko.store.index import _MULTIPLIER_1, _MULTIPLIER_2
 from ekko.store.table import INDEX_LOAD_MAX, index_log2_for
 from p2p.replica import RowColumns
 
@@ -68,6 +69,46 @@ def test_what_was_inserted_is_found_at_every_size(run_dir: Path) -> None:
     assert store.models[MODEL].table_stats()[TABLE].rows == COUNT
     assert store.models[MODEL].lookup(TABLE, np.arange(COUNT, dtype=np.uint64))[1].all()
     store.close()
+
+
+@pytest.mark.processes
+def test_a_key_that_is_absent_stays_so_while_its_place_is_taken(run_dir: Path) -> None:
+    """A look-up that ends at an empty entry must not look again: the writer may have put another key there meanwhile."""
+    script = str(Path(__file__).with_name("store_writer.py"))
+    command = [sys.executable, script, "insert", str(run_dir), str(DIM), str(COUNT)]
+    absent = _neighbour_in_every_index(np.arange(COUNT, dtype=np.uint64))
+    assert (absent >= COUNT).all()
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+        Reader(MODEL, run_dir, wait=DEADLINE_S) as reader,
+    ):
+        try:
+            view = reader._table(TABLE)
+            deadline = time.monotonic() + DEADLINE_S
+            while view.rows_used < COUNT:
+                assert time.monotonic() < deadline
+                begin = view.rows_used
+                assert not reader.lookup(TABLE, absent[begin : begin + 4 * BATCH], stamps=True)[1].any()
+            assert process.wait(DEADLINE_S) == 0
+        finally:
+            process.kill()
+
+
+def _neighbour_in_every_index(keys: np.ndarray) -> np.ndarray:
+    """For each key another one whose search begins at the same entry, in an index of any size."""
+    hashes = _mix64(keys) ^ np.uint64(1)  # the entry follows from the highest bits
+    for multiplier in (_MULTIPLIER_2, _MULTIPLIER_1):
+        hashes ^= hashes >> np.uint64(33)
+        hashes *= np.uint64(pow(int(multiplier), -1, 1 << 64))
+    return hashes ^ hashes >> np.uint64(33)
+
+
+def _mix64(keys: np.ndarray) -> np.ndarray:
+    hashes = keys ^ keys >> np.uint64(33)
+    for multiplier in (_MULTIPLIER_1, _MULTIPLIER_2):
+        hashes *= multiplier
+        hashes ^= hashes >> np.uint64(33)
+    return hashes
 
 
 def test_the_larger_index_is_ready_before_the_load_limit(monkeypatch: pytest.MonkeyPatch) -> None:
