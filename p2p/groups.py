@@ -32,6 +32,8 @@ from p2p.replica import U64, RowColumns, WriterIdentity
 LINGER_MS = 5
 # Payload of a group: a message that takes much longer than a step's holds up what comes behind it at every hop.
 GROUP_BYTES_MAX = 2 << 20
+# How many rows a step has in a table, live ones and deleted ones.
+COUNT_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +78,10 @@ class Group:
         same_writer = self.steps[0].identity.nonce == step.identity.nonce
         fits = len(self.steps) < wire.GROUP_STEPS_MAX and self.bytes + step.bytes <= bytes_max()
         weighted = [(section.table, section.significance is not None) for section in step.columns]
+        # On the wire each step counts its rows in each table of the group, live and deleted: where steps touch other tables
+        # each, that would soon be more than the rows.
+        tables = self.weighted.keys() | {table for table, _ in weighted}
+        fits = fits and COUNT_BYTES * (len(self.steps) + 1) * len(tables) <= self.bytes + step.bytes
         return same_writer and fits and all(self.weighted.get(table, has) == has for table, has in weighted)
 
     def take(self, now_ms: int) -> list[Step]:

@@ -175,17 +175,18 @@ class Knowledge:
         waiting = [step for step in self._open.values() if step.waiting]
         if not waiting or not count_max:
             return NO_STEPS
-        here = np.zeros((len(waiting), 8 * row_bytes), np.bool_)
-        for step, known in zip(waiting, here, strict=True):
-            for shards, *_ in step.waiting:
-                known[shards] = True
         # Of a group, all rows of each of its steps are here where any are.
         of_each = [np.array([step.stamp], np.uint64) if step.stamps is None else step.stamps for step in waiting]
         which = np.repeat(np.arange(len(waiting)), [len(stamps) for stamps in of_each])
         # An origin that lies may tell of a step twice, alone and in a group: it is named once, or we would seem to lie.
         stamps, first = np.unique(np.concatenate(of_each), return_index=True)
-        bits = np.packbits(here[which[first[-count_max:]]], axis=1, bitorder="little")
-        return KnownSteps(stamps[-count_max:], bits)
+        # Only of those that are named: all that may wait would be 256 MiB of 65,536 shards.
+        named, place = np.unique(which[first[-count_max:]], return_inverse=True)
+        here = np.zeros((len(named), 8 * row_bytes), np.bool_)
+        for index, known in zip(named.tolist(), here, strict=True):
+            for shards, *_ in waiting[index].waiting:
+                known[shards] = True
+        return KnownSteps(stamps[-count_max:], np.packbits(here, axis=1, bitorder="little")[place])
 
     def digest(self) -> int:
         """128 bits that are equal exactly when the vectors are."""
@@ -245,9 +246,9 @@ class Knowledge:
         else:
             step = self._step(stamp, writer_prev, shards_touched)
             step.stamps = stamps
+            if not fit:  # what waits already does not wait again, however often somebody repeats it
+                self._hold(step, writer, shards, prev, reaches, ~(fits | step.here[shards]))
             step.here[shards] = True
-            if not fit:
-                self._hold(step, writer, shards, prev, reaches, ~fits)
             # The last message of a step that nothing before is missing for.
             progress = step.merged and self._advance_frontier(writer, writer_prev, stamp)
             if progress:
@@ -340,6 +341,8 @@ class Knowledge:
         wait: NDArray[np.bool_],
     ) -> None:
         """Those of a step's claims that `wait` lie above a gap."""
+        if not wait.any():
+            return
         step.waiting.append((shards[wait], prev[wait], until[wait] if isinstance(until, np.ndarray) else until))
         self._awaited.setdefault(writer, np.zeros(self.shards, np.bool_))[shards[wait]] = True
 

@@ -419,7 +419,7 @@ class Machine:
         link.traffic.rows_in += reply.row_count
         link.traffic.bytes_in += payload
         if arrival is Arrival.BROKEN:
-            self._pull.abandon_from(link.node, "a chunk came behind a hole")
+            self._pull.abandon_answered(link, reply, "a chunk came behind a hole")
         if arrival is not Arrival.NEXT:
             return
         try:

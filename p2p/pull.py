@@ -245,6 +245,13 @@ class Pull:
         for keyspace in [keyspace for keyspace, asked in self._asked.items() if asked.node == node]:
             self._abandon(keyspace, why)
 
+    def abandon_answered(self, link: Link, reply: m.PullReply | m.ShardsReply, why: str) -> None:
+        """Give up what this is an answer to, if we still wait for it."""
+        if isinstance(reply, m.ShardsReply):
+            self.rounds.abandon_answered(link, reply, why)
+        elif (asked := self._asked.get(reply.keyspace)) and (asked.boot, asked.request) == (link.boot, reply.request):
+            self._abandon(reply.keyspace, why)
+
     # --- noticing
 
     def on_summary(self, link: Link, summary: m.KeyspaceSummary, now: m.Now) -> None:

@@ -105,8 +105,9 @@ class PullAnswers:
         core = self._core
         keyspace = core.keyspaces.get(request.keyspace)
         begun = self._begun.setdefault(link.node, {})
-        if begun.get(request.keyspace) == (link.boot, request.request):
-            return  # asked again, and the answer is on its way
+        boot, answered = begun.get(request.keyspace, (0, 0))
+        if boot == link.boot and request.request <= answered:
+            return  # asked again, and the answer is on its way; or an older one, which came late
         outbox = self._outboxes.setdefault(link.node, Outbox())
         if keyspace is None or (len(outbox.streams) >= STREAMS_MAX and request.keyspace not in outbox.streams):
             core.counters.pulls_refused += 1
@@ -122,9 +123,11 @@ class PullAnswers:
             held = self._held.setdefault(request.keyspace, {})
             if link.boot in held or len(held) < HELD_MAX:
                 until_ms = now.monotonic_ms + HELD_MS_MAX
-                if link.boot in held and held[link.boot].request.request == request.request:
-                    until_ms = held[link.boot].until_ms
-                held[link.boot] = _Held(request, until_ms)
+                before = held.get(link.boot)
+                if before is not None and before.request.request == request.request:
+                    until_ms = before.until_ms
+                if before is None or before.request.request <= request.request:
+                    held[link.boot] = _Held(request, until_ms)
                 return
         told, settled = set(request.writers.tolist()), keyspace.knowledge.settled
         writers = np.union1d(keyspace.knowledge.writers, [w for w in settled if w in told]).astype(np.uint16)

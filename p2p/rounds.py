@@ -335,6 +335,12 @@ class Rounds:
         for place in [place for place in self._rounds if place[1] == node]:
             self._abandon(place, why)
 
+    def abandon_answered(self, link: Link, reply: m.ShardsReply, why: str) -> None:
+        """Give up the round that this is an answer in, if it is still on its way."""
+        place = reply.keyspace, link.node
+        if self._find(place, link, reply.request) is not None:
+            self._abandon(place, why)
+
     def _abandon(self, place: Place, why: str) -> None:
         del self._rounds[place]
         self._core.counters.rounds_abandoned += 1

@@ -435,6 +435,22 @@ def test_steps_that_say_how_much_rows_matter_do_not_join_others() -> None:
     assert not group.admits(origin.write(3, weighted))
 
 
+def test_a_group_of_many_tables_is_not_longer_than_its_rows() -> None:
+    """Steps that touch sixteen tables each, others than the one before."""
+    group, at, row = Group(), np.zeros(1, np.uint32), np.zeros((1, 16), np.uint8)
+    for number in range(wire.GROUP_STEPS_MAX):
+        prev = make_stamp(1_700_000_000_000 + number, 0, WRITER)
+        columns = tuple(RowColumns(16 * number + table, np.zeros(1, np.uint64), row) for table in range(16))
+        stamp, of_shard = make_stamp(1_700_000_000_001 + number, 0, WRITER), [np.zeros(1, np.int64)] * 16
+        step = Step(ME, stamp, prev, at, np.array([prev], np.uint64), columns, of_shard, 0)
+        if not group.admits(step):
+            break
+        group.add(step)
+    batch = over_the_wire(message_of(group.steps))
+    assert batch.step_count > 1
+    assert sum(memoryview(frame).nbytes for frame in batch.body) < 2 * batch.payload_bytes + 1_024
+
+
 def test_a_fresh_writer_id_begins_a_group() -> None:
     origin, group = Node(), Group()
     step = origin.write(1, columns_of(random.Random(1), 1))

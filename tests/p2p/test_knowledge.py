@@ -1,6 +1,7 @@
 """Claims merge in any order to what they say, and never to more (theorem T1, R6, R7)."""
 
 import random
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,6 +144,37 @@ def test_a_step_that_is_told_of_twice_is_named_once() -> None:
     knowledge.learn_step(int(stamps[1]), int(gap[0]), 1, shard, gap, one - 1, one, stamps[1:], stamps)
     knowledge.learn_step(int(stamps[0]), int(gap[0]), 1, shard, gap, one - 1, one)
     assert named_by(knowledge) == {(int(stamp), 0) for stamp in stamps}
+
+
+def test_naming_few_steps_does_not_cost_what_all_that_wait_would() -> None:
+    """Of 2,048 shards, of which 248 steps are named."""
+    shards = np.arange(2_048, dtype=np.uint32)
+    knowledge = Knowledge(np.zeros((len(shards), WRITERS_MAX), np.uint64), np.zeros(WRITERS_MAX, np.uint64))
+    one = np.ones(len(shards), np.uint16)
+    for number in range(2, OPEN_STEPS_MAX):
+        gap = np.full(len(shards), (number << 12) | 1, np.uint64)
+        knowledge.learn_step(((number << 12) | 1) + 4096, int(gap[0]), len(shards), shards, gap, one - 1, one)
+    tracemalloc.start()
+    known = knowledge.known_steps(1 << 16)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(known.stamps) == (1 << 16) // (8 + 256)
+    assert known.shards.all()
+    assert peak < 2 << 20, "as a bit for each step and shard, and a byte while they are made"
+
+
+def test_claims_that_wait_do_not_wait_twice() -> None:
+    """Whoever repeats a step, as it was or cut otherwise, makes us keep nothing more (invariant 7)."""
+    knowledge, gap = fresh(), (1 << 12) | 5
+    whole = Message((2 << 12) | 5, gap, 4, (0, 1, 2, 3), (gap,) * 4)
+    for _ in range(3):
+        for first in range(4):
+            learn(knowledge, Message(whole.stamp, gap, 4, whole.shards[first:], whole.prev[first:]))
+    (step,) = knowledge._open.values()
+    assert sum(len(shards) for shards, *_ in step.waiting) == 4
+    assert learn(knowledge, Message(gap, 0, 4, whole.shards, (0,) * 4))
+    assert int(knowledge.frontier[5]) == whole.stamp
+    assert knowledge.open_steps == 0
 
 
 def test_claim_waits_for_its_gap_and_is_absorbed_when_it_fills() -> None:

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from ekko.model import ModelSpec, TableSpec
+from p2p import messages as m
 from p2p import pull
+from p2p.core import Keyspace
 from p2p.machine import Machine
 from p2p.pull_answers import HELD_MS_MAX, PullAnswers
 from sim_cluster.network import NetworkOptions
@@ -110,3 +113,51 @@ def test_who_asks_again_waits_no_longer_than_who_does_not() -> None:
     begin_ms = cluster.now_ms
     assert cluster.run_until(lambda: not any(one.held for one in waiting), 5_000, 1)
     assert HELD_MS_MAX - 100 <= cluster.now_ms - begin_ms <= HELD_MS_MAX + 100
+
+
+def chunk(number: int, keyspace: Keyspace) -> m.PullReply:
+    """The first of several of an answer without rows."""
+    nothing = np.empty(0, np.uint16), np.empty((keyspace.knowledge.shards, 0), np.uint64), np.empty(0, np.uint64)
+    return m.PullReply(keyspace.replica.keyspace, number, 0, False, (), *nothing)
+
+
+def test_what_is_left_of_an_answer_behind_a_hole_ends_no_newer_question() -> None:
+    """Over a long path the rest of an answer still comes behind the hole that ended it when the next question has left."""
+    cluster = form(200, "n1")
+    node, machine = cluster.nodes["n1"], machine_of(cluster, "n1")
+    core, pulls = machine._core, machine._pull
+    (keyspace,), link = core.keyspaces.values(), core.links["n0"]
+    sequence = link._sequence_in
+
+    def ask() -> int:
+        core.effects = []
+        pulls.ask(keyspace, link, cluster.now(), "test")
+        return pulls._asked[keyspace.replica.keyspace].request
+
+    def bring(number: int) -> None:
+        nonlocal sequence
+        sequence += 2  # the first time, one is missing
+        envelope = m.Envelope(link.boot, link.own_boot, link.session_in, sequence, 0, link.version)
+        cluster.feed(node, machine, m.MessageReceived(envelope, chunk(number, keyspace)))
+
+    first = ask()
+    bring(first)
+    assert not pulls.asking, "it has a hole"
+    second = ask()
+    bring(first)
+    assert pulls.asking, "it is the first one's"
+    bring(second)
+    assert not pulls.asking, "its answer has begun behind the hole"
+
+
+def test_an_old_question_that_comes_late_ends_no_newer_answer() -> None:
+    cluster = form(20, "n1")
+    answers, core = machine_of(cluster, "n0")._pull.answers, machine_of(cluster, "n0")._core
+    asker = machine_of(cluster, "n1")
+    (keyspace,), link = asker._core.keyspaces.values(), core.links["n1"]
+    older, newer = (asker._pull._question(keyspace, 1_000 + number) for number in (1, 2))
+    served = core.counters.pulls_served
+    for request in (newer, older):
+        answers.on_request(link, request, cluster.now())
+    assert core.counters.pulls_served == served + 1
+    assert answers._outboxes["n1"].streams[request.keyspace].request == newer.request
