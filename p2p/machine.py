@@ -423,8 +423,9 @@ class Machine:
         if arrival is not Arrival.NEXT:
             return
         try:
+            new = 0
             if isinstance(reply, m.PullReply):
-                self._pull.on_reply(link, reply, now)
+                new = self._pull.on_reply(link, reply, now)
             else:
                 self._pull.rounds.on_reply(link, reply, now)
         except RemoteProtocolError:
@@ -436,7 +437,7 @@ class Machine:
         if isinstance(reply, m.ShardsReply):
             self._schedule.on_round(now)
         elif reply.keyspace in self._core.keyspaces:
-            self._schedule.on_pulled(self._core.keyspaces[reply.keyspace], reply.row_count, reply.last, now)
+            self._schedule.on_pulled(self._core.keyspaces[reply.keyspace], new, reply.last, now)
 
     def _arrive(self, link: Link, envelope: m.Envelope, payload: int) -> Arrival:
         if envelope.session == 0:

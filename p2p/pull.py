@@ -168,8 +168,11 @@ class Pull:
             return None
         return asked.asked_ms + REPEAT_MS * ((2 << asked.repeats) - 1)
 
-    def on_reply(self, link: Link, reply: m.PullReply, now: m.Now) -> None:
+    def on_reply(self, link: Link, reply: m.PullReply, now: m.Now) -> int:
         """Apply one chunk; with the last one, merge the answerer's vector.
+
+        Returns:
+            How many of its rows were new here.
 
         Raises:
             RemoteProtocolError: rows that do not fit, or stamps from the future; the pull is given up.
@@ -177,10 +180,10 @@ class Pull:
         core = self._core
         asked = self._asked.get(reply.keyspace)
         if asked is None or (asked.boot, asked.request) != (link.boot, reply.request):
-            return
+            return 0
         if reply.chunk != asked.next_chunk:
             self._abandon(reply.keyspace, "a chunk is missing")
-            return
+            return 0
         keyspace = core.keyspaces[reply.keyspace]
         try:
             self._check_reply(keyspace, reply, now)
@@ -189,12 +192,13 @@ class Pull:
             raise
         if not core.same_writers(link.node, keyspace.replica.place.family, reply.bound.tolist(), reply.nonces.tolist()):
             self._abandon(reply.keyspace, "the answer knows a writer under another nonce")
-            return
+            return 0
         asked.next_chunk += 1
         asked.deadline_ms = now.monotonic_ms + PULL_SILENCE_MS
-        take_rows(core, keyspace, reply.columns)
+        new = take_rows(core, keyspace, reply.columns)
         if reply.last:
             self._complete(keyspace, asked, reply, now)
+        return new
 
     def _complete(self, keyspace: Keyspace, asked: _Asked, reply: m.PullReply, now: m.Now) -> None:
         base = np.zeros_like(reply.vector)

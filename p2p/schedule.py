@@ -75,12 +75,15 @@ class Schedule:
         for number in self._pull.rounds.take_followed():
             self._pull_now(self._core.keyspaces[number], now, explore=False)
 
-    def on_pulled(self, keyspace: Keyspace, rows: int, last: bool, now: m.Now) -> None:
-        """A part of an answer to a pull of everything came: if it brings something, the next one follows it."""
+    def on_pulled(self, keyspace: Keyspace, new: int, last: bool, now: m.Now) -> None:
+        """A part of an answer to a pull of everything came: if it brings new rows, the next one follows it.
+
+        Known rows do not count: strays come with every answer, and where their writer is gone they do so for ever (R8).
+        """
         sync, number = self._core.options.sync, keyspace.replica.keyspace
         if sync.shard_versions or not sync.follow:
             return
-        if rows:
+        if new:
             self._brought.add(number)
         if last and number in self._brought:
             self._brought.remove(number)

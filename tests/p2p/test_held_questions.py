@@ -3,11 +3,13 @@
 from dataclasses import replace
 from statistics import median
 
+import numpy as np
 import pytest
 
 from p2p import messages as m
 from p2p import round_answers
-from p2p.sync import INTERVAL_MS, LEADERS, SHARD_VERSIONS, VECTOR, SyncOptions
+from p2p.replica import RowColumns
+from p2p.sync import CACHE, INTERVAL_MS, LEADERS, SHARD_VERSIONS, VECTOR, SyncOptions
 from sim_cluster.checkers import check_converged
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import at_rest
@@ -112,3 +114,23 @@ def test_pulls_by_vector_follow_each_other_while_they_bring_something() -> None:
 def test_questions_are_held_only_where_rounds_follow() -> None:
     with pytest.raises(ValueError, match="follow"):
         SyncOptions(push=False, shard_versions=True, interval_ms=200, held=True)
+
+
+@pytest.mark.parametrize("sync", [VECTOR, CACHE], ids=["vector", "cache"])
+def test_strays_that_stay_are_no_news(sync: SyncOptions) -> None:
+    """A writer that died in mid-answer leaves rows above everybody's vector: they come with every answer (R8)."""
+    cluster = start(sync)
+    stamp = cluster.publish("t1", "item", [1], 1.0)
+    cluster.run(1_000)
+    cluster.crash("t1")
+    table = cluster.model.tables["item"]
+    row = RowColumns(table.id, np.array([1], np.uint64), np.ones((1, table.dim), np.float32).view(np.uint8))
+    replicas = [machine_of(cluster, name) for name in cluster.nodes if name != "t1"]
+    for machine in replicas:
+        (keyspace,) = machine._core.keyspaces.values()
+        keyspace.replica.apply([row], stamp + (1 << 12))
+    cluster.run(10_000)  # until nobody asks the dead one any more
+    before = sum(machine.counters.pulls_started for machine in replicas)
+    cluster.run(20 * INTERVAL_MS)
+    assert sum(machine.counters.pulls_started for machine in replicas) - before <= 21 * len(replicas)
+    assert all(machine.counters.pull_rows_received for machine in replicas)
