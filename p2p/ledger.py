@@ -18,6 +18,9 @@ from p2p.messages import Expulsion, NodeId, Retired, WriterRecord
 # Lives that used our memory one after another. Others know of the last that they saw: it is far fewer lives ago.
 LIVES_MAX = 1_024
 
+# Ids in a block, where a record does not say: it was written by a build of then.
+FORMER_BLOCK_IDS = 16
+
 # Peers that are written down as soon as they are met.
 FIRST_PEERS = 16
 
@@ -66,6 +69,7 @@ class NodeRecord:
     holder: int = 0  # the nonce under which others give us blocks of writer ids
     blocks: dict[int, None] = field(default_factory=dict)  # ours
     given: dict[int, int] = field(default_factory=dict)  # block -> the holder that we gave it to
+    block_ids: int = 0  # how many ids are in each of these blocks; 0: there are none yet
     clock_floor: int = 0  # no stamp of ours may be below: who gave us blocks had seen it
     lives: list[int] = field(default_factory=list)  # boots of the lives that used our memory as it is
     expelled: dict[int, Expulsion] = field(default_factory=dict)  # by boot
@@ -95,6 +99,7 @@ class NodeRecord:
                 int(state.get("holder", 0)),
                 {int(block): None for block in state.get("blocks", [])},
                 {int(block): int(holder) for block, holder in state.get("given", [])},
+                int(state.get("block_ids", FORMER_BLOCK_IDS)),
                 int(state.get("clock_floor", 0)),
                 [int(boot) for boot in state.get("lives", [])],
                 {int(one[1]): Expulsion(str(one[0]), int(one[1]), int(one[2])) for one in state.get("expelled", [])},
@@ -119,6 +124,7 @@ class NodeRecord:
             "holder": self.holder,
             "blocks": list(self.blocks),
             "given": list(self.given.items()),
+            "block_ids": self.block_ids,
             "clock_floor": self.clock_floor,
             "lives": self.lives,
             "expelled": [[one.node, one.boot, one.boot_ms] for one in self.expelled.values()],
@@ -133,6 +139,14 @@ class NodeRecord:
         }
         self.ledger.save(msgpack.packb(state))
         self._stale = False
+
+    def split_blocks(self, block_ids: int) -> None:
+        """Count in blocks of so many ids: a larger one is several, in the same hands as before (R12)."""
+        parts = self.block_ids // block_ids
+        if parts > 1:
+            self.blocks = {block * parts + part: None for block in self.blocks for part in range(parts)}
+            self.given = {block * parts + part: holder for block, holder in self.given.items() for part in range(parts)}
+        self.block_ids = block_ids
 
     def note_change(self) -> None:
         """Something changed that may be written down with the next `save_peers`."""

@@ -43,6 +43,7 @@ class WriterBook:
     def __init__(self, record: NodeRecord, rng: random.Random) -> None:
         self._record = record
         self._rng = rng
+        record.split_blocks(BLOCK_IDS)
         self._retired: dict[tuple[int, int, int], None] = {}
         self.remember_retired()
         for one in record.retired.values():
@@ -146,7 +147,11 @@ class WriterBook:
 
     @property
     def holder(self) -> int:
-        """Under this nonce others give us blocks; as old as our record."""
+        """Under this nonce others give us blocks; a new one after each gift of ours.
+
+        So an answer under it was given after all that we gave away, and may bring that back; one that is repeated later, when
+        we have passed on what it brought, is under an earlier nonce.
+        """
         if not self._record.holder:
             self._record.holder = self._rng.getrandbits(64) | 1
             self._record.save()
@@ -214,11 +219,15 @@ class WriterBook:
             del self._record.blocks[block]
             self._record.given[block] = asker
         if blocks:
+            if self._record.holder:  # else nobody has given us anything yet
+                self._record.holder = (self._record.holder + 2) % (1 << 64)
             self._record.save()
         return blocks
 
     def take(self, blocks: Iterable[int], clock_floor: int) -> None:
-        """Blocks were given to us; no stamp that we mint may be below `clock_floor`. Durable on return."""
-        self._record.blocks.update(dict.fromkeys(block for block in blocks if block not in self._record.given))
+        """Blocks were given to us as we are (`holder`); no stamp that we mint may be below `clock_floor`. Durable on return."""
+        for block in blocks:
+            self._record.given.pop(block, None)  # it has come back
+            self._record.blocks[block] = None
         self._record.clock_floor = max(self._record.clock_floor, clock_floor)
         self._record.save()

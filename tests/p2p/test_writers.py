@@ -2,16 +2,18 @@
 
 import random
 
+import msgpack
 import pytest
 
 from p2p.allotment import Allotment
 from p2p.errors import LocalProtocolError
 from p2p.ledger import NodeRecord
-from p2p.messages import Leaving
+from p2p.messages import BlockGrant, Leaving
 from p2p.writers import BLOCK_IDS, BLOCKS, WriterBook, WriterConflictError
 from sim_cluster.node import MemoryLedger
 from tests.p2p.chaos import at_rest, form
 from tests.p2p.plants import Plant, Scenario, expect_caught
+from tests.p2p.test_hostile import machine_of
 from tests.p2p.writer_chaos import (
     SCENARIOS,
     a_cluster_is_split_before_it_is_founded,
@@ -173,6 +175,54 @@ def test_all_ids_of_a_node_may_be_used_up() -> None:
     assert [one.grant(5, [])[0] for _ in range(BLOCK_IDS)] == list(range(3 * BLOCK_IDS, 4 * BLOCK_IDS))
     with pytest.raises(LocalProtocolError, match="no writer id left"):
         one.grant(5, [])
+
+
+def test_blocks_come_back_to_who_gave_them_away() -> None:
+    """The founder uses up what it kept, and all that the steward has came from it."""
+    founder, steward = book(), WriterBook(NodeRecord.load(MemoryLedger()), random.Random(2))
+    founder.found()
+    steward.take(founder.give(steward.holder, (), steward=True), 0)
+    for asker in range(1, BLOCKS):
+        founder.give(asker, ())
+    while founder.free_id([5]) is not None:
+        founder.grant(5, [])
+    (back,) = steward.give(founder.holder, founder.blocks)
+    founder.take((back,), 0)
+    assert founder.free_id([5]) == back * BLOCK_IDS
+    assert back not in steward.blocks
+    assert steward.give(founder.holder, founder.blocks) != (back,)
+
+
+def test_an_answer_that_is_repeated_does_not_bring_back_what_was_passed_on() -> None:
+    cluster = form(1)
+    formed(cluster)
+    writes(cluster, "t1")
+    allotment = machine_of(cluster, "t1")._allotment
+    core = allotment._core
+    grant = BlockGrant(core.writers.cluster, core.writers.holder, tuple(core.writers.blocks), 0, True)
+    link = next(iter(core.links.values()))
+    (given,) = core.writers.give(777, ())
+    assert given in grant.blocks
+    allotment.on_grant(link, grant, cluster.now())
+    assert given not in core.writers.blocks
+
+
+def test_larger_blocks_of_an_earlier_build_stay_in_the_same_hands() -> None:
+    """R12: with its numbers read as those of small blocks, two nodes would use one id."""
+    ledgers = MemoryLedger(), MemoryLedger()
+    for ledger, blocks, given in ((ledgers[0], [0, 2], [(1, 7)]), (ledgers[1], [1], [])):
+        record = NodeRecord.load(ledger)
+        record.cluster = 4
+        record.save()
+        state = msgpack.unpackb(ledger.load())
+        del state["block_ids"]
+        ledger.save(msgpack.packb(state | {"blocks": blocks, "given": given}))
+    for _ in range(2):
+        first, second = (book(ledger) for ledger in ledgers)
+        ids = [{block * BLOCK_IDS + one for block in chosen.blocks for one in range(BLOCK_IDS)} for chosen in (first, second)]
+        assert ids == [{*range(16), *range(32, 48)}, set(range(16, 32))]
+        first._record.save()
+        assert {block * BLOCK_IDS for block in first.give(7, ())} == set(range(16, 32, BLOCK_IDS))
 
 
 def test_a_second_nonce_is_refused() -> None:
