@@ -14,12 +14,13 @@ from p2p.core import Core
 from p2p.errors import BlamelessError, RemoteProtocolError, SchemaClashError
 from p2p.ledger import Peer
 from p2p.links import Link
-from p2p.membership import HEARTBEAT_MS
-from p2p.placement import HOLDS_SINCE, holds
+from p2p.membership import HEARTBEAT_MS, contradicts
+from p2p.placement import holds
 from p2p.pull import Pull
 from p2p.replica import SchemaEntry
 from p2p.retirement import Retirement
 from p2p.sizes import fitting
+from p2p.suspicion import AHEAD_MAX
 from p2p.versions import FIRST_VERSION, agree, describe, lowest_spoken
 from p2p.writers import WriterConflictError
 
@@ -117,6 +118,9 @@ class Introductions:
             self.say_hello(member.address, member.boot, answer_wanted=False, now=now)
             if core.retired_digest and link.version >= 2:
                 self._retirement.tell_all(link.address, link.envelope())
+        known = core.membership.members[member.node].record if member.node in core.membership.members else member
+        if known.boot != member.boot:  # its clock is behind that of its last life, which it does not remember
+            core.send(link, m.MemberNews((known,)))
         for keyspace in core.keyspaces.values():
             if not keyspace.synced and member.role in membership.HOLDER_ROLES and holds(member, keyspace.replica.place):
                 self._pull.ask(keyspace, link, now, "joining")
@@ -315,8 +319,9 @@ class Introductions:
         it wrote; those that others tell of may be invented, and no batch of the true writer would be taken any more.
         """
         core = self._core
+        lie = None
         if records and records[0].node == source:
-            core.membership.note_direct(records[0], now.monotonic_ms)
+            lie = core.membership.note_direct(records[0], now.monotonic_ms)
         for record in core.membership.sift(records, now.monotonic_ms, columns):
             if record.node == core.options.node:
                 self._note_own(record, now)
@@ -347,7 +352,10 @@ class Introductions:
             known = core.membership.members.get(record.node)
             before = None if known is None else known.record
             if not core.membership.learn(record, now.monotonic_ms, direct):
+                if before is not None and record.boot == before.boot and record.version - before.version > AHEAD_MAX:
+                    self.answer_stranger(before, now)  # a lie, or many of them that were refuted: it tells us itself
                 continue
+            self._mend_link(record)
             if record.left:
                 core.record.part(record.node)
                 core.note("member_left", node=record.node)
@@ -355,6 +363,24 @@ class Introductions:
                 core.note("member_seen", node=record.node, region=record.region, role=record.role, address=record.address)
                 core.record.meet(Peer(record.node, record.region, record.role, record.address))
                 self._end_former_life(record)
+        link = core.link(source) if lie is not None else None
+        if link is not None and lie is not None and link.version >= 2:
+            core.send(link, m.MemberNews((lie,)))  # it refutes that
+
+    def _mend_link(self, record: m.MemberRecord) -> None:
+        """Where a member listens, and what it speaks, never changes in a life; but a link may have been opened to a lie."""
+        core = self._core
+        link = core.links.get(record.node)
+        version = core.version_with(record)
+        if link is None or link.boot != record.boot or (link.address, link.version) == (record.address, version):
+            return
+        if link.address != record.address:
+            core.emit(m.Forget(link.address))
+            core.emit(m.Dial(record.address))
+            core.record.meet(Peer(record.node, record.region, record.role, record.address))
+        link.address, link.version, link.region = record.address, version, record.region
+        link.restart_session()  # what went elsewhere is lost
+        self._pull.answers.drop_streams(link.node)
 
     def _is_anothers(self, record: m.MemberRecord, direct: bool) -> bool:
         """Whether the life is another member's, as far as we know: one that was only told of yields to one that speaks."""
@@ -471,14 +497,3 @@ class Introductions:
         for other in self._core.neighbours(now):
             if other is not source:
                 self._core.send(other, m.SchemaUpdate(entries))
-
-
-def contradicts(record: m.MemberRecord, own: m.MemberRecord) -> bool:
-    """Whether a record of our life says what our own of this version, or an earlier one, does not."""
-    if record.version != own.version:
-        return record.version > own.version
-    told, true = (
-        (one.left, one.region, one.role, one.address, one.deaf, [(w.keyspace, w.writer, w.nonce) for w in one.writers])
-        for one in (record, own)
-    )
-    return told != true or (record.told >= HOLDS_SINCE and record.holds != own.holds)

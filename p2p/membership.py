@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from p2p import placement
 from p2p.errors import RemoteProtocolError
 from p2p.messages import Holding, MemberRecord, NodeId, RecordColumns, WriterRecord
-from p2p.placement import holds
+from p2p.placement import HOLDS_SINCE, holds
 from p2p.replica import U64, Place
 from p2p.sizes import fitting
 from p2p.suspicion import AHEAD_MAX, HEARTBEAT_MS, Suspicion, mix
@@ -125,12 +125,15 @@ class Membership:
     def refute(self, version: int) -> bool:
         """Something was told of us that we did not say, under this version of our record: say what is so, under the next one.
 
+        What lies farther ahead than others believe at once is reached in steps that they can follow, one each time we hear it.
+
         Returns:
-            False where that is not believed by others either, or so many were told that there would be no next one left.
+            False where so many were told that there would be no next one left.
         """
-        if version - self.own.version > AHEAD_MAX or changes_of(version) > REFUTED_CHANGES_MAX:
+        reached = min(max(version, self.own.version), self.own.version + AHEAD_MAX)
+        if changes_of(reached) > REFUTED_CHANGES_MAX:
             return False
-        self.own = replace(self.own, version=max(version, self.own.version) + 1)
+        self.own = replace(self.own, version=reached + 1)
         self.news = True
         return True
 
@@ -346,15 +349,25 @@ class Membership:
         suspicion.hear(slots[known], columns.beats[known], now_ms)
         return [records[index] for index in np.flatnonzero(~known).tolist()]
 
-    def note_direct(self, record: MemberRecord, now_ms: int) -> None:
-        """A member told this of itself, over its own link; to be called before the record is sifted and learned."""
+    def note_direct(self, record: MemberRecord, now_ms: int) -> MemberRecord | None:
+        """A member told this of itself, over its own link; to be called before the record is sifted and learned.
+
+        Returns:
+            What we were told of it that it does not say; it has to hear of that, since others may believe it, too.
+        """
         known = self.members.get(record.node)
         if known is None or known.record.boot != record.boot:
-            return
+            return None
         self.suspicion.hear_directly(known.slot, record.heartbeat, now_ms)
-        if known.record.version - record.version > AHEAD_MAX:  # that was a lie
-            known.record = replace(known.record, version=record.version - 1)
+        told = known.record
+        if record.left or not contradicts(told, record):
+            return None
+        # Of one version both cannot be true, but for a farewell, and for fields that were left out on the way.
+        untrue = told.version == record.version and not told.left and record.told >= told.told
+        if untrue or told.version - record.version > AHEAD_MAX:
+            known.record = replace(told, version=record.version - 1)
             self.suspicion.version[known.slot] = max(record.version - 1, 0)
+        return told
 
     def learn(self, record: MemberRecord, now_ms: int, direct: bool = False) -> bool:
         """Merge one record, ours or of another node, from wherever; `direct`: it is the node's own word.
@@ -403,6 +416,8 @@ class Membership:
         lately = self.suspicion.heard_directly(known.slot, now_ms)
         if record.boot != known.record.boot:  # where it listens there can be no other process by now
             return not lately or known.record.left or record.address == known.record.address
+        if record.address != known.record.address and self.suspicion.ever_direct(known.slot):
+            return False  # a life stays where it is, and it told us where
         return record.version - known.record.version <= AHEAD_MAX and not (record.left and lately)
 
     def _advance(self, known: Member, record: MemberRecord, now_ms: int) -> bool:
@@ -590,6 +605,17 @@ def says_more(record: MemberRecord, known: MemberRecord) -> bool:
     if record.version == known.version:  # the same again, but from somebody who knows of more fields; or a farewell
         return record.left > known.left or (record.left == known.left and record.told > known.told)
     return record.version > known.version
+
+
+def contradicts(record: MemberRecord, own: MemberRecord) -> bool:
+    """Whether a record of a life says what its own word, of this version or an earlier one, does not."""
+    if record.version != own.version:
+        return record.version > own.version
+    told, true = (
+        (one.left, one.region, one.role, one.address, one.deaf, [(w.keyspace, w.writer, w.nonce) for w in one.writers])
+        for one in (record, own)
+    )
+    return told != true or (record.told >= HOLDS_SINCE and record.holds != own.holds)
 
 
 def _life(record: MemberRecord) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import pytest
+
 from p2p.core import MachineOptions
 from p2p.introductions import OTHER_LIFE_MS, Introductions
 from p2p.machine import Machine
@@ -34,6 +36,28 @@ def test_of_two_processes_with_one_id_the_earlier_one_ends() -> None:
     assert "another process with node id 't1' was started later, at virtual://t1b" in cluster.nodes["t1"].fatal
     assert cluster.publish("t1b", "item", [1], 1.0)
     assert cluster.nodes["t1b"].machine is not None
+
+
+@pytest.mark.parametrize("farewell", [True, False])
+def test_a_replacement_whose_clock_is_behind_is_told_of_the_life_before(farewell: bool) -> None:
+    """It listens elsewhere and has no ledger, so that it cannot know how late it has to begin."""
+    cluster = VirtualCluster(1, make_machine=make)
+    for name, region, role in (("eu1", "eu", "serve"), ("t1", "train", "train"), ("us1", "us", "serve")):
+        cluster.add(name, region, role, [] if name == "eu1" else ["eu1"])
+    assert cluster.run_until(lambda: all(synced(cluster, name) for name in cluster.nodes))
+    if farewell:
+        cluster.leave("t1")
+    else:
+        cluster.crash("t1")
+    cluster.run(10_000)
+    cluster.add("t1b", "train", "train", ["eu1"])
+    core = machine_of(cluster, "t1b")._core
+    core.membership.own = dataclasses.replace(core.membership.own, boot_ms=core.membership.own.boot_ms - 60_000)
+    cluster.run(OTHER_LIFE_MS + 2_000)
+    for name in ("eu1", "us1"):
+        register = machine_of(cluster, name)._core.membership
+        assert register.members["t1"].record.boot == core.options.boot
+        assert register.alive("t1", cluster.now_ms)
 
 
 def told_of(cluster: VirtualCluster, record: MemberRecord, answers: bool = True) -> str:

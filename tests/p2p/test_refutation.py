@@ -99,7 +99,7 @@ LIES = {
     "it is elsewhere": later(region="mars"),
     "it holds another part": later(holds=(m.Holding(1, 2, (0,)),)),
     "it listens elsewhere": later(address="virtual://nowhere"),
-    "it writes": later(writers=(m.WriterRecord(1, 5, 666, 1),)),
+    "it writes": later(writers=(m.WriterRecord(1, 5, 666, 4_101),)),
     "it has said much since": lambda own: news(version=own.version + AHEAD_MAX, region="mars")(own),
     "its life began later": later(boot_ms=1 << 47),
     "a later life": a_second_life(1_000, address="virtual://nowhere"),
@@ -142,6 +142,72 @@ def test_who_has_just_heard_it_does_not_believe_others(name: str) -> None:
     assert 0 < len(near) < len(suspicion)
     tell(cluster, "t1", LIES[name], tuple(near))
     assert believers(cluster, "t1") == []
+
+
+def test_lies_that_climb_faster_than_they_are_refuted_do_not_last() -> None:
+    """Each is believed by who believed the one before; the victim hears of the last one only."""
+    cluster = formed()
+    own = own_of(cluster, "s2")
+    for step in (1, 2, 3):
+        climbed = replace(own, version=own.version + step * AHEAD_MAX, region="mars")
+        tell(cluster, "s2", lambda _own, climbed=climbed: m.MemberNews((climbed,)))  # type: ignore[misc]
+    cluster.run(30_000)
+    assert believers(cluster, "s2") == []
+
+
+def told_first(changes: dict[str, object]) -> tuple[VirtualCluster, str]:
+    """s3 has never heard of s2, and hears of it from the liar first; s2 speaks then."""
+    cluster = formed()
+    machine = machine_of(cluster, "s3")
+    if (link := machine._core.links.get("s2")) is not None:
+        machine._introductions.drop_link(link)
+    machine._core.membership.forget("s2")
+    own = own_of(cluster, "s2")
+    receive(cluster, "s3", m.MemberNews((replace(own, **changes),)), own_of(cluster, LIAR).boot)  # type: ignore[arg-type]
+    machine._core.effects = []
+    assert machine._core.link("s2") is not None
+    receive(cluster, "s3", m.MemberNews((own,)), own.boot)
+    return cluster, machine._core.links["s2"].address
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"region": "mars"},
+        {"role": "baseline"},
+        {"address": "virtual://nowhere"},
+        {"holds": (m.Holding(1, 2, (0,)),)},
+        {"writers": (m.WriterRecord(1, 5, 666, 4_101),)},
+        {"version": 3},
+    ],
+    ids=str,
+)
+def test_a_lie_that_was_told_before_the_truth_of_the_same_version_ends_with_it(changes: dict[str, object]) -> None:
+    cluster, address = told_first(changes)
+    assert address == "virtual://s2", "the link was opened to where the liar said"
+    assert machine_of(cluster, "s3")._core.links["s2"].version == 2
+    cluster.run(2_000)
+    assert believers(cluster, "s2") == []
+    assert own_of(cluster, "s2").version > own_of(cluster, "s4").version or "version" in changes, "others may believe it, too"
+
+
+def test_where_a_life_listens_does_not_change_because_others_say_so() -> None:
+    cluster = formed()
+    tell(cluster, "t1", LIES["it listens elsewhere"])
+    registers = [machine_of(cluster, name)._core.membership for name in cluster.nodes if name != "t1"]
+    met = [register for register in registers if register.suspicion.ever_direct(register.members["t1"].slot)]
+    assert met
+    assert {register.members["t1"].record.address for register in met} == {"virtual://t1"}
+
+
+def test_a_late_heartbeat_of_who_has_left_is_no_own_word() -> None:
+    cluster = formed()
+    before = own_of(cluster, "s2")
+    cluster.leave("s2")
+    cluster.run(1_000)
+    core = machine_of(cluster, "s3")._core
+    receive(cluster, "s3", m.MemberNews((replace(before, heartbeat=before.heartbeat + 1),)), before.boot)
+    assert core.membership.members["s2"].record.left
 
 
 def test_who_has_left_is_not_brought_back() -> None:
