@@ -23,6 +23,8 @@ from p2p.stamps import WRITERS_MAX, writer_of
 # Steps whose claims wait for a gap. At 1,000 steps a second this is 4 s of a stream, longer than a repair takes; beyond it
 # the oldest is dropped, which is safe: the pull that fills the gap claims at least as much.
 OPEN_STEPS_MAX = 4_096
+# Parts that came of all of them, where others are missing: of 4 MiB each 256 GiB. Beyond it the oldest such step is dropped.
+OPEN_PARTS_MAX = 65_536
 # A vector travels in one message (a pull and its answer), beside a chunk of rows. All 4,096 writers fit with 384 shards, 192
 # with 8,192, 24 with 65,536; retired ones make room (R13).
 VECTOR_BYTES_MAX = 12 << 20
@@ -68,6 +70,7 @@ class _OpenStep:
     waiting: list[tuple[NDArray[np.uint32], U64, U64 | np.uint64]] = field(default_factory=list)
     parts: dict[int, set[int]] = field(default_factory=dict)  # shard -> parts that came, while some are missing
     stamps: U64 | None = None  # of all steps of a group, ascending
+    parts_kept: int = 0  # in `parts`
 
     @property
     def merged(self) -> bool:
@@ -89,6 +92,7 @@ class Knowledge:
         self.frontier = frontier
         self.dropped = 0  # open steps given up because there were too many
         self._open: dict[int, _OpenStep] = {}  # by stamp
+        self._parts_kept = 0  # of all of them
         self._writers: set[int] = {int(w) for w in np.flatnonzero(vector.any(axis=0) | (frontier > 0))}
         self._retired: dict[int, U64] = {}  # writers whose retirement is done, whose id nobody uses, and where each ends (R13)
         # Per writer, the shards in which some open step waits for a lower claim: only a merge there can unblock anything.
@@ -242,7 +246,7 @@ class Knowledge:
             fit = all_of(fits)
         progress = fit and len(shards) == shards_touched and self._advance_frontier(writer, writer_prev, stamp)
         if progress:  # steps come whole and in order, in small clusters and as a rule
-            self._open.pop(stamp, None)
+            self._close(stamp)
         else:
             step = self._step(stamp, writer_prev, shards_touched)
             step.stamps = stamps
@@ -252,7 +256,7 @@ class Knowledge:
             # The last message of a step that nothing before is missing for.
             progress = step.merged and self._advance_frontier(writer, writer_prev, stamp)
             if progress:
-                del self._open[stamp]
+                self._close(stamp)
         merged = shards if fit else shards[fits]
         if self._open and (progress or (writer in self._awaited and self._awaited[writer][merged].any())):
             self._absorb(writer)
@@ -298,7 +302,7 @@ class Knowledge:
     def give_up(self, writer: int) -> None:
         """Forget the open steps of a writer. Safe: their rows stay, as strays, and a pull that fills the gap claims as much."""
         for stamp in [stamp for stamp in self._open if writer_of(stamp) == writer]:
-            del self._open[stamp]
+            self._close(stamp)
             self.dropped += 1
         self._awaited.pop(writer, None)
 
@@ -306,13 +310,19 @@ class Knowledge:
         step = self._open.get(stamp)
         if step is None:
             while len(self._open) >= OPEN_STEPS_MAX:
-                del self._open[next(iter(self._open))]
+                self._close(next(iter(self._open)))
                 self.dropped += 1
             step = self._open[stamp] = _OpenStep(stamp, writer_prev, shards_touched, np.zeros(self.shards, np.bool_))
         return step
 
-    @staticmethod
+    def _close(self, stamp: int) -> None:
+        """A step is whole, or given up."""
+        step = self._open.pop(stamp, None)
+        if step is not None:
+            self._parts_kept -= step.parts_kept
+
     def _note_parts(
+        self,
         step: _OpenStep,
         shards: NDArray[np.uint32],
         part: NDArray[np.uint16],
@@ -322,8 +332,14 @@ class Knowledge:
         """Mark in `complete` each shard of which the last missing part has come."""
         for index in np.flatnonzero(parts > 1).tolist():
             came = step.parts.setdefault(int(shards[index]), set())
+            before = len(came)
             came.add(int(part[index]))
+            step.parts_kept += len(came) - before
+            self._parts_kept += len(came) - before
             complete[index] = len(came) == int(parts[index])
+        while self._parts_kept > OPEN_PARTS_MAX:
+            self._close(next(stamp for stamp, one in self._open.items() if one.parts_kept))
+            self.dropped += 1
 
     def _advance_frontier(self, writer: int, writer_prev: int, stamp: int) -> bool:
         if writer_prev <= int(self.frontier[writer]) < stamp:
@@ -359,4 +375,4 @@ class Knowledge:
             if step.merged:
                 self._advance_frontier(writer, step.writer_prev, stamp)
             if int(self.frontier[writer]) >= stamp:  # by this step, or by a pull that brought all of it
-                del self._open[stamp]
+                self._close(stamp)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2p import knowledge as knowledge_module
 from p2p.knowledge import OPEN_STEPS_MAX, Knowledge, merge_claims
 from p2p.stamps import WRITERS_MAX
 
@@ -175,6 +176,27 @@ def test_claims_that_wait_do_not_wait_twice() -> None:
     assert learn(knowledge, Message(gap, 0, 4, whole.shards, (0,) * 4))
     assert int(knowledge.frontier[5]) == whole.stamp
     assert knowledge.open_steps == 0
+
+
+def test_parts_that_came_are_bounded_and_forgotten_with_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a peer that sends parts without rows, which cost it a few bytes each (invariant 7)."""
+    monkeypatch.setattr(knowledge_module, "OPEN_PARTS_MAX", 20)
+    knowledge = fresh()
+
+    def kept() -> int:
+        return sum(len(came) for step in knowledge._open.values() for came in step.parts.values())
+
+    for number in (2, 3):
+        for part in range(30):
+            learn(knowledge, Message((number << 12) | 5, (1 << 12) | 5, 1, (0,), (0,), part, 100))
+            learn(knowledge, Message((number << 12) | 5, (1 << 12) | 5, 1, (0,), (0,), part, 100))  # again
+            assert kept() == knowledge._parts_kept <= 20
+    knowledge.give_up(5)
+    assert knowledge._parts_kept == 0
+    for part in range(15):
+        whole = learn(knowledge, Message((4 << 12) | 5, 0, 1, (0,), (0,), part, 15))
+    assert whole
+    assert (knowledge._parts_kept, knowledge.open_steps) == (0, 0)
 
 
 def test_claim_waits_for_its_gap_and_is_absorbed_when_it_fills() -> None:
