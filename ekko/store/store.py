@@ -350,6 +350,7 @@ class Store:
             self._check_room(wanted, asked=False)
             for spec in wanted:
                 self._check_new(spec, self._models.get(spec.name))
+            _check_apart(wanted)
         except NoRoomError as error:
             raise BlamelessError(f"no room for the schema of a peer: {error}") from error
         except ModelError as error:
@@ -386,6 +387,16 @@ class Store:
             if names.setdefault(part.name, part) != part:  # type: ignore[arg-type]
                 raise RemoteProtocolError(f"{part.name!r} is described twice, differently")
         return list(specs.values())
+
+
+def _check_apart(specs: Sequence[ModelSpec]) -> None:
+    """Refuse models that come together and have an id in common."""
+    taken: set[int] = set()
+    for spec in specs:
+        ids = {spec.id, *spec.keyspaces}
+        if ids & taken:
+            raise ModelError(f"model {spec.name!r} has the id of another one that came with it: rename one")
+        taken |= ids
 
 
 def _alone(spec: ModelSpec, tables: list[TableSpec], tensors: list[TensorSpec]) -> ModelSpec:

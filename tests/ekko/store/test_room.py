@@ -13,7 +13,7 @@ from ekko.store import Store, room
 from ekko.store.store import MEMORY_DIR
 from p2p import membership, wire
 from p2p import messages as m
-from p2p.errors import BlamelessError
+from p2p.errors import BlamelessError, SchemaClashError
 from p2p.replica import SchemaEntry
 from p2p.sizes import SUMMARY_ITEMS_MAX, fitting, items_of
 from p2p.stamps import WRITERS_MAX, make_stamp
@@ -127,3 +127,16 @@ def test_the_largest_heartbeat_is_read() -> None:
         assert isinstance(read, m.Heartbeat)
         assert read.summaries == beat.summaries
         assert read.members == beat.members
+
+
+def test_two_models_of_one_message_that_have_an_id_in_common_are_a_clash_of_schemas() -> None:
+    """A partition of the one has the number of the other: 32 bits, which a peer can search for."""
+    store = Store.anonymous()
+    wide, other = ModelSpec("w1594", 64, partitions=64), ModelSpec("p317908", 8)
+    assert other.id in wide.keyspaces
+    with pytest.raises(SchemaClashError, match="id of another"):
+        store.adopt([*wide.entries(), *other.entries()])
+    assert not store.models, "all of it or nothing"
+    store.adopt(wide.entries())
+    with pytest.raises(SchemaClashError, match="same id"):
+        store.adopt(other.entries())
