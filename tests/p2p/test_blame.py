@@ -136,7 +136,7 @@ def test_a_flood_of_pulls_makes_a_bounded_number_of_selections() -> None:
             node.come("evil", m.PullRequest(MODEL.id, number, *nothing, 8))
         assert node.machine.counters.pulls_served == SELECTIONS_MAX
         node.now_ms += 2 * SELECTION_MS
-        node.come("evil", m.PullRequest(MODEL.id, 1, *nothing, 8))
+        node.come("evil", m.PullRequest(MODEL.id, number + 1, *nothing, 8))
         assert node.machine.counters.pulls_served == SELECTIONS_MAX + 1, "patience pays"
         node.come("us1", m.PullRequest(MODEL.id, 1, *nothing, 8))
         assert node.machine.counters.pulls_served == SELECTIONS_MAX + 2, "others are served"
