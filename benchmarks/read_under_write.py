@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from benchmarks.common import MODEL, TABLE, Figure, claim_memory, distinct_keys, shared_model
 from ekko.serve.reader import Reader
-from ekko.store.compile import kernel
+from ekko.store.kernels.compile import kernel
 from ekko.store.model_store import ModelStore
 from p2p.replica import RowColumns
 

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.model import CODECS
-from ekko.store.checks import INFINITY_BITS
-from ekko.store.quantise import decode_rows, encode_rows
+from ekko.store.kernels.checks import INFINITY_BITS
+from ekko.store.kernels.quantise import decode_rows, encode_rows
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]

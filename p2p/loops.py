@@ -1,7 +1,7 @@
 """The loops over the claims of one batch, which every node runs for every batch, and over the counters of a heartbeat.
 
 Written here with NumPy, they cost a call of 1 to 3 us for each line, ten times what the work takes. Who hosts the machine may
-put compiled ones in their place (`install`), which give the same answers; ekko does (`ekko.store.claims`).
+put compiled ones in their place (`install`), which give the same answers; ekko does (`ekko.store.kernels.claims`).
 """
 
 from collections.abc import Callable

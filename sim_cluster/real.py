@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ekko.errors import ConfigError, EkkoError
 from ekko.store import layout
-from ekko.store.index import shards_of
+from ekko.store.kernels.index import shards_of
 from ekko.train.publisher import Publisher
 from p2p.sync import PRESETS, PUSH
 from sim_cluster.demo.verify import Contents, contents, difference

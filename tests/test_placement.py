@@ -13,7 +13,7 @@ import ekko
 from ekko.errors import ModelError, PublishError
 from ekko.model import SHARDS_DEFAULT
 from ekko.store import layout
-from ekko.store.index import shards_of
+from ekko.store.kernels.index import shards_of
 from sim_cluster.demo.verify import Contents, contents
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
 

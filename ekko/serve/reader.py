@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from ekko.errors import ModelError, StoreError
 from ekko.model import DENSE_DIM, DENSE_TABLE, ModelSpec, TensorSpec, model_id
 from ekko.store import layout
-from ekko.store.index import shards_of
+from ekko.store.kernels.index import shards_of
 from ekko.store.manifest import CONTROL_NAME, Manifest, ModelEntry, header_name, kernel_boot_id, read_manifest
 from ekko.store.memory import Mapping, TmpfsMemory
 from ekko.store.view import NO_STAMPS, TableFiles, TableView

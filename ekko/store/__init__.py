@@ -3,7 +3,7 @@
 `docs/reference/shared-memory-layout.md` shows what lies where.
 """
 
-from ekko.store.claims import COMPILED
+from ekko.store.kernels.claims import COMPILED
 from ekko.store.store import Store
 from p2p import loops
 
@@ -14,4 +14,5 @@ __all__ = ["Store", "warm"]
 
 def warm() -> None:
     """Have every kernel ready. They are compiled, or loaded from the cache, when their modules are imported."""
-    from ekko.store import checks, rows, table  # noqa: F401
+    from ekko.store import view  # noqa: F401
+    from ekko.store.kernels import checks  # noqa: F401

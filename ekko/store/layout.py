@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ekko.model import SHARDS_MAX
 from p2p.stamps import WRITERS_MAX
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 PAGE_BYTES = 4096
 LINE_BYTES = 64  # words with different writers or rhythms lie on different cache lines
@@ -104,11 +104,12 @@ MODEL = Structure(
         Field("writer_last_stamp", 152, 8, "the last stamp it minted before it was bound"),
         Field("pending_stamp", 192, 8, "stamp of the local step being applied or applied last (R4); 0: none"),
         Field("stamp_max", 256, 8, "no row of the model has a larger stamp"),
-        Field("batch_epoch", 264, 8, "reserved: counts applied batches, for consistent reads (R19)"),
+        Field("batch_epoch", 264, 8, "grows by 2 with each applied batch; odd while one is being applied (R19)"),
+        Field("unsettled", 272, 8, "0: look-ups may be consistent; else bits that say why not (R19)"),
         Field("pending_shards", PAGE_BYTES, SHARDS_MAX // 8, "bitmap of the shards that the pending step touches"),
         Field("undo", 4 * PAGE_BYTES, UNDO_RECORDS * UNDO_BYTES, "undo records (R23)"),
         Field("frontier", 144 * PAGE_BYTES, 8 * WRITERS_MAX, "uint64 per writer, in a model of one partition"),
-        Field("vector", 152 * PAGE_BYTES, 0, "uint64[4096, shards]; after it frontiers, then the loss floor"),
+        Field("vector", 152 * PAGE_BYTES, 0, "uint64[4096, shards]; after it frontiers, the loss floor, its bitmap"),
     ),
 )
 
@@ -120,14 +121,19 @@ def frontiers_offset(shards: int, partitions: int) -> int:
 
 
 def loss_floor_offset(shards: int, partitions: int = 1) -> int:
-    """Where the loss floor (reserved, R5), of the vector's shape, begins in a model's header file."""
+    """Where the loss floor (R5), of the vector's shape, begins in a model's header file."""
     frontiers = 0 if partitions == 1 else partitions
     return MODEL.offset("vector") + (shards + frontiers) * WRITERS_MAX * 8
 
 
+def incomplete_offset(shards: int, partitions: int = 1) -> int:
+    """Where the bitmap of shards begins whose loss floor is incomplete: live rows were dropped there, too (R11)."""
+    return loss_floor_offset(shards, partitions) + shards * WRITERS_MAX * 8
+
+
 def model_bytes(shards: int, partitions: int = 1) -> int:
     """Length of a model's header file."""
-    return loss_floor_offset(shards, partitions) + shards * WRITERS_MAX * 8
+    return incomplete_offset(shards, partitions) + SHARDS_MAX // 8
 
 
 TABLE = Structure(
@@ -138,11 +144,11 @@ TABLE = Structure(
         Field("row_bytes", 24, 8, "bytes of an encoded row"),
         Field("row_stride", 32, 8, "bytes from one row to the next"),
         Field("codec", 40, 8, "0: float32, 1: float16, 2: bfloat16, 3: int8"),
-        Field("rows_used", 64, 8, "rows written so far; slots are given out in order"),
-        Field("tombstones", 72, 8, "of those, deleted ones"),
+        Field("rows_used", 64, 8, "slots given out so far, in order; free ones are given out again"),
+        Field("tombstones", 72, 8, "of those, deleted rows"),
+        Field("free", 80, 8, "of those, free slots"),
         Field("index_generation", 128, 8, "number of the index file in use; grows when the index grows"),
-        Field("slot_epoch", 192, 8, "reserved: counts reuses of slots (R18)"),
-        Field("hotness", 2048, 2048, "reserved: sketch of how often keys are read"),
+        Field("slots_reused", 192, 8, "how often a free slot was given to a key (R18)"),
         Field("rows", PAGE_BYTES, 0, "rows, `row_stride` bytes each"),
     ),
 )
@@ -152,14 +158,17 @@ ROW = Structure(
     "row",
     (
         Field("lock", 0, 4, "sequence lock: odd while the row is being written"),
-        Field("flags", 4, 4, "bit 0: tombstone; bits 8-15: reserved; bits 16-31: slot epoch (reserved)"),
+        Field("flags", 4, 4, "bit 0: tombstone; bit 1: free; bits 16-31: slot epoch"),
         Field("stamp", 8, 8, "the version's stamp"),
-        Field("key", 16, 8, "the key; never changes"),
+        Field("key", 16, 8, "the key; another one only after the slot was free, under the lock"),
         Field("data", 24, 0, "the encoded row, padded to 8 bytes"),
     ),
 )
 ROW_HEADER_BYTES = 24
 FLAG_TOMBSTONE = 1
+FLAG_FREE = 2  # the slot belongs to no key: what else is in it means nothing
+# A slot's epoch grows by one, round the end, whenever the slot is given to a key (R18).
+SLOT_EPOCH_SHIFT = 16
 
 INDEX = Structure(
     "index file",
@@ -167,6 +176,7 @@ INDEX = Structure(
         *_COMMON,
         Field("generation", 16, 8, "the number in the file's name"),
         Field("capacity_log2", 24, 8, "binary logarithm of the number of entries"),
+        Field("removed", 32, 8, "entries whose key was removed"),
         Field("entries", PAGE_BYTES, 0, "entries, 16 bytes each"),
     ),
 )
@@ -175,10 +185,11 @@ ENTRY = Structure(
     "index entry",
     (
         Field("key", 0, 8, "the key"),
-        Field("slot_plus_one", 8, 8, "0: empty; else the slot plus one, written after the key"),
+        Field("slot_plus_one", 8, 8, "0: empty; -1: removed; else the slot plus one, written after the key"),
     ),
 )
 ENTRY_BYTES = 16
+ENTRY_REMOVED = -1
 
 STRUCTURES = (CONTROL, MODEL, UNDO, TABLE, ROW, INDEX, ENTRY)
 

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from ekko.errors import ModelError, StoreError
 from ekko.model import DENSE_SPEC, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
-from ekko.store import claims, index, layout, rows
-from ekko.store.atomics import publish_word
+from ekko.store import layout
+from ekko.store.kernels import claims, index, rows
+from ekko.store.kernels.atomics import publish_word
+from ekko.store.kernels.ring import ABOVE_ALL
 from ekko.store.manifest import ModelEntry, header_name, index_name, rows_name
 from ekko.store.memory import Mapping, Memory
-from ekko.store.recent import ABOVE_ALL, CacheStats, RecentRows
+from ekko.store.recent import CacheStats, RecentRows
 from ekko.store.table import Table
 from ekko.store.view import RowSource, gather_rows
 from p2p.errors import RemoteProtocolError, UnknownTableError

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from ekko.errors import StoreError
 from ekko.model import CODECS, TableSpec
-from ekko.store import index as index_kernels
-from ekko.store import layout, rows
-from ekko.store.atomics import publish_word, watch_word
+from ekko.store import layout
+from ekko.store.kernels import index as index_kernels
+from ekko.store.kernels import rows
+from ekko.store.kernels.atomics import publish_word, watch_word
 from ekko.store.memory import Mapping, Memory
 from ekko.store.recent import RecentRows
 

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from ekko.errors import StoreError
 from ekko.model import CODECS, TableSpec
-from ekko.store import layout, rows
+from ekko.store import layout
+from ekko.store.kernels import gather
 from ekko.store.manifest import index_name, rows_name
 from ekko.store.memory import Mapping, TmpfsMemory
 from ekko.store.table import Index, check_table_file, open_index
@@ -56,7 +57,7 @@ def gather_rows(source: RowSource, index: Index, keys: U64, out: F32, stamps: U6
     Raises:
         StoreError: a row stayed locked for `ROW_DEADLINE_S`; its writer was killed and has not been started again.
     """
-    done = rows.gather(source.address, source.stride, source.codec, index.address, index.capacity_log2, keys, out, stamps, 0)
+    done = gather.gather(source.address, source.stride, source.codec, index.address, index.capacity_log2, keys, out, stamps, 0)
     stuck, deadline = -1, 0.0
     while done != keys.size:
         now = time.monotonic()
@@ -68,7 +69,7 @@ def gather_rows(source: RowSource, index: Index, keys: U64, out: F32, stamps: U6
                 "it was killed in mid-row; start it again, and it will repair the row"
             )
         time.sleep(0)
-        done = rows.gather(
+        done = gather.gather(
             source.address, source.stride, source.codec, index.address, index.capacity_log2, keys, out, stamps, done
         )
 

@@ -54,7 +54,7 @@ from ekko.model import (
     check_name,
     table_id,
 )
-from ekko.store.checks import all_below, all_finite, last_occurrences
+from ekko.store.kernels.checks import all_below, all_finite, last_occurrences
 from p2p.messages import Scope
 from p2p.replica import U64, RowColumns
 

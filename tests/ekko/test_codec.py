@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from ekko.codec import LIMIT_BITS, decode, encode, limit_of, rounded
 from ekko.errors import ModelError
 from ekko.model import CODECS, ModelSpec, TableSpec, parse_entry
-from ekko.store.checks import all_below
+from ekko.store.kernels.checks import all_below
 
 LOSSY = ["float16", "bfloat16", "int8"]
 FLOAT_MAX = float(np.finfo(np.float32).max)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ekko.store import rows
+from ekko.store.kernels import rows
 from ekko.store.model_store import ModelStore
 from ekko.store.recent import RecentRows
 from p2p import outbox, push, reach

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ekko.store.checks import all_finite, last_occurrences
+from ekko.store.kernels.checks import all_finite, last_occurrences
 
 KEYS = st.lists(st.sampled_from([0, 1, 2, 3, 5, 8, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1), max_size=60)
 

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from ekko.store import claims
+from ekko.store.kernels import claims
 from p2p import loops
 
 SHARDS = 8

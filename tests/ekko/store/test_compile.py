@@ -6,23 +6,26 @@ from pathlib import Path
 import numba
 import pytest
 
-from ekko.store import compile as compiling
-from ekko.store import rows
+from ekko.store.kernels import compile as compiling
+from ekko.store.kernels import gather
+
+KERNELS = Path(compiling.__file__).parent
 
 
 def test_kernels_are_kept_under_the_digest_of_their_sources() -> None:
-    digest = compiling._digest(Path(compiling.__file__).parent)
-    assert f"ekko-kernels-{digest}" in str(rows.gather.stats.cache_path)  # type: ignore[attr-defined]
+    digest = compiling._digest(compiling._made_of(KERNELS))
+    assert f"ekko-kernels-{digest}" in str(gather.gather.stats.cache_path)  # type: ignore[attr-defined]
 
 
-def test_the_digest_changes_with_any_source(tmp_path: Path) -> None:
-    sources = tmp_path / "store"
-    shutil.copytree(Path(compiling.__file__).parent, sources, ignore=shutil.ignore_patterns("__pycache__"))
-    before = compiling._digest(sources)
-    assert before == compiling._digest(Path(compiling.__file__).parent)
-    path = sources / "atomics.py"
-    path.write_text(path.read_text().replace("acquire", "release", 1))
-    assert compiling._digest(sources) != before
+@pytest.mark.parametrize("changed", ["kernels/atomics.py", "layout.py"])
+def test_the_digest_changes_with_any_source(changed: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(KERNELS.parent, store, ignore=shutil.ignore_patterns("__pycache__"))
+    before = compiling._digest(compiling._made_of(store / "kernels"))
+    assert before == compiling._digest(compiling._made_of(KERNELS))
+    with (store / changed).open("a") as source:
+        source.write("# another\n")
+    assert compiling._digest(compiling._made_of(store / "kernels")) != before
 
 
 def test_a_place_that_cannot_be_written_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ekko.store import counters
+from ekko.store.kernels import counters
 from p2p import loops
 from p2p.suspicion import AHEAD_MAX, RHYTHM
 

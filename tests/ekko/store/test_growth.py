@@ -14,7 +14,7 @@ from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.serve.reader import Reader
 from ekko.store import Store, layout
 from ekko.store import table as table_module
-from ekko.store.index import _MULTIPLIER_1, _MULTIPLIER_2
+from ekko.store.kernels.index import _MULTIPLIER_1, _MULTIPLIER_2
 from ekko.store.table import INDEX_LOAD_MAX, index_log2_for
 from p2p.replica import RowColumns
 

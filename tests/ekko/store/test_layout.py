@@ -33,7 +33,7 @@ def test_records_fit_their_room() -> None:
     assert layout.CONTROL.end <= layout.CONTROL_BYTES
     assert layout.ENTRY.end == layout.ENTRY_BYTES
     assert layout.ROW.offset("data") == layout.ROW_HEADER_BYTES
-    assert layout.model_bytes(64) == layout.MODEL.offset("vector") + 2 * 64 * 4096 * 8
+    assert layout.model_bytes(64) == layout.MODEL.offset("vector") + 2 * 64 * 4096 * 8 + layout.SHARDS_MAX // 8
 
 
 @pytest.mark.parametrize("row_bytes", [1, 4, 60, 64, 256, 65_536])

@@ -20,7 +20,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ekko.model import ModelSpec, TableSpec, table_id
-from ekko.store import Store, recent, rows, table
+from ekko.store import Store, recent, table
+from ekko.store.kernels import ring, rows
 from ekko.store.model_store import ModelStore
 from ekko.store.recent import RecentRows
 from p2p.replica import RowColumns, Selection
@@ -181,8 +182,7 @@ def test_the_cache_answers_what_a_scan_would(operations: list[Operation]) -> Non
 @contextmanager
 def mutant(tmp_path: Path, before: str, after: str) -> Iterator[None]:
     """The kernels of the cache, compiled with one change of their source."""
-    assert recent.__file__ is not None
-    source = Path(recent.__file__).read_text()
+    source = Path(ring.__file__).read_text()
     assert source.count(before) == 1, f"{before!r} is not what the source says: change this test with it"
     path = tmp_path / "mutant.py"
     path.write_text(source.replace(before, after))
@@ -190,10 +190,10 @@ def mutant(tmp_path: Path, before: str, after: str) -> Iterator[None]:
     assert spec is not None
     assert spec.loader is not None
     module: ModuleType = importlib.util.module_from_spec(spec)
-    with patch("ekko.store.compile._cache_directory", lambda: None):
+    with patch("ekko.store.kernels.compile._cache_directory", lambda: None):
         spec.loader.exec_module(module)
-    kernels = ("_record", "_prune", "_load", "_compare", "_select")
-    with patch.multiple(recent, **{name: getattr(module, name) for name in kernels}):
+    kernels = ("record", "prune", "load", "compare", "select")
+    with patch.multiple(ring, **{name: getattr(module, name) for name in kernels}):
         yield
 
 

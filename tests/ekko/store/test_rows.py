@@ -7,8 +7,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from ekko.store import layout, rows
-from ekko.store.quantise import FLOAT32
+from ekko.store import layout
+from ekko.store.kernels import gather, rows
+from ekko.store.kernels.quantise import FLOAT32
 
 DIM = 4_096
 VERSIONS = 64
@@ -47,7 +48,7 @@ def test_a_copy_that_the_writer_overtook_is_made_again() -> None:
         newest, met, deadline = 0, 0, time.monotonic() + DEADLINE_S
         while met < MEETINGS:
             assert time.monotonic() < deadline, f"only {met} copies met a new version"
-            if rows._copy_contended(row, FLOAT32, DIM, out.ctypes.data, stamp.ctypes.data):
+            if gather._copy_contended(row, FLOAT32, DIM, out.ctypes.data, stamp.ctypes.data):
                 assert (out == np.float32(int(stamp[0]) % VERSIONS)).all(), "torn, or another version's stamp"
                 assert int(stamp[0]) >= newest, "went back"
                 met += int(stamp[0]) > newest

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.store.compile import Int, kernel
+from ekko.store.kernels.compile import Int, kernel
 from p2p.loops import Rhythm
 
 U64 = NDArray[np.uint64]

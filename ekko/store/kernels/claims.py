@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.store.compile import Int, kernel
-from ekko.store.counters import hear
+from ekko.store.kernels.compile import Int, kernel
+from ekko.store.kernels.counters import hear
 from p2p.loops import CONTRADICTION, NOT_ASCENDING, SEVERAL_TREES, SOUND, Loops
 
 U64 = NDArray[np.uint64]

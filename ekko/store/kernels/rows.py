@@ -1,4 +1,4 @@
-"""Kernels over rows: apply, gather, read back, scan.
+"""Kernels over rows, for their one writer: apply, read back, scan. Readers have `gather`.
 
 A row is 24 bytes of header {lock, flags, stamp, key} and its encoded data (`ekko.store.layout`), at
 `table + rows + slot * stride`, and never moves. There is one writer, and any number of readers, in other processes too.
@@ -17,12 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.store import layout
-from ekko.store.atomics import (
+from ekko.store.kernels.atomics import (
     copy_bytes,
-    fence_acquire,
     fence_program_order,
     fence_release,
-    load_acquire_u32,
     load_i64,
     load_u32,
     load_u64,
@@ -33,11 +31,9 @@ from ekko.store.atomics import (
     store_release_u32,
     store_u32,
     store_u64,
-    zero_bytes,
 )
-from ekko.store.compile import Int, inline_kernel, kernel
-from ekko.store.index import first_entry, mix64, publish, resolve, search, slot_at
-from ekko.store.quantise import BFLOAT16, FLOAT16, FLOAT32, INT8, decode_row
+from ekko.store.kernels.compile import Int, inline_kernel, kernel
+from ekko.store.kernels.index import first_entry, mix64, publish, resolve, search, slot_at
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
@@ -52,9 +48,6 @@ PART_KEYS = 2_048
 PREFETCH_ROWS = 32
 # The same for rows to be written. Measured: 8 is 5 % better than 16.
 PREFETCH_ROWS_TO_WRITE = 8
-# Looks at an odd lock before the reader gives its processor away: far longer than a row takes to write (below 1 us).
-SPINS_MAX = 4096
-
 _LOCK = layout.ROW.offset("lock")
 _FLAGS = layout.ROW.offset("flags")
 _STAMP = layout.ROW.offset("stamp")
@@ -75,12 +68,6 @@ WRITTEN, INSERTED, STALE = 0, 1, 2
 
 _WRITER_MASK = np.uint64(4095)
 _WRITER_BITS = 12
-
-
-@inline_kernel
-def _prefetch_row(row: Int, stride: Int) -> None:
-    for offset in range(0, stride, _LINE):
-        prefetch_near(row + offset)
 
 
 @inline_kernel
@@ -227,116 +214,6 @@ def undo(table: Int, stride: Int, undo_record: Int, table_id: Int) -> Int:
     store_i64(table + _TOMBSTONES, load_i64(undo_record + _UNDO_TOMBSTONES))
     store_release_u32(row + _LOCK, np.uint32(lock + 1))
     return 1
-
-
-@kernel("int64(int64, int64, int64, int64, int64)")
-def _copy_contended(row: Int, codec: Int, dim: Int, target: Int, stamp_target: Int) -> Int:
-    """Copy one row that is a tombstone, or that the writer is at; 0 when its lock stayed odd."""
-    for _ in range(SPINS_MAX):
-        lock = load_acquire_u32(row + _LOCK)
-        if lock & 1:
-            fence_program_order()
-            continue
-        deleted = load_u32(row + _FLAGS) & _TOMBSTONE
-        stamp = load_u64(row + _STAMP)
-        decode_row(codec, row + _DATA, dim, target)
-        fence_acquire()
-        if load_u32(row + _LOCK) != lock:
-            continue
-        if deleted:
-            zero_bytes(target, 4 * dim)
-        if stamp_target:
-            store_u64(stamp_target, np.uint64(0) if deleted else stamp)
-        return 1
-    return 0
-
-
-@inline_kernel
-def _copy_rows(codec: Int, base: Int, stride: Int, dim: Int, slots: I64, count: Int, target: Int, stamp_target: Int) -> Int:
-    """Decode the rows of slots[:count], zeros for -1, one after the other; their stamps too, unless `stamp_target` is 0.
-
-    Returns how many are done: fewer when a row stayed locked.
-    """
-    for i in range(count):
-        if i + PREFETCH_ROWS < count:
-            _prefetch_row(base + slots[i + PREFETCH_ROWS] * stride, stride)  # of an absent key: harmless, whatever is there
-        if slots[i] >= 0:
-            row = base + slots[i] * stride
-            lock = load_acquire_u32(row + _LOCK)
-            deleted = load_u32(row + _FLAGS) & _TOMBSTONE
-            stamp = load_u64(row + _STAMP)
-            decode_row(codec, row + _DATA, dim, target)
-            fence_acquire()
-            if (load_u32(row + _LOCK) ^ lock) | (lock & 1) | deleted:  # one branch, hardly ever taken
-                if not _copy_contended(row, codec, dim, target, stamp_target):
-                    return i
-            elif stamp_target:
-                store_u64(stamp_target, stamp)
-        else:
-            zero_bytes(target, 4 * dim)
-            if stamp_target:
-                store_u64(stamp_target, np.uint64(0))
-        target += 4 * dim
-        if stamp_target:
-            stamp_target += 8
-    return count
-
-
-# One function a codec, so that the codec is a constant in the loop; and none of it inside `gather`, where the compiler keeps
-# too little in registers: that cost 10 % of a look-up.
-_COPY_SIGNATURE = "int64(int64, int64, int64, int64[::1], int64, int64, int64)"
-
-
-@kernel(_COPY_SIGNATURE)
-def _copy_float32(base: Int, stride: Int, dim: Int, slots: I64, count: Int, target: Int, stamp_target: Int) -> Int:
-    return _copy_rows(FLOAT32, base, stride, dim, slots, count, target, stamp_target)
-
-
-@kernel(_COPY_SIGNATURE)
-def _copy_float16(base: Int, stride: Int, dim: Int, slots: I64, count: Int, target: Int, stamp_target: Int) -> Int:
-    return _copy_rows(FLOAT16, base, stride, dim, slots, count, target, stamp_target)
-
-
-@kernel(_COPY_SIGNATURE)
-def _copy_bfloat16(base: Int, stride: Int, dim: Int, slots: I64, count: Int, target: Int, stamp_target: Int) -> Int:
-    return _copy_rows(BFLOAT16, base, stride, dim, slots, count, target, stamp_target)
-
-
-@kernel(_COPY_SIGNATURE)
-def _copy_int8(base: Int, stride: Int, dim: Int, slots: I64, count: Int, target: Int, stamp_target: Int) -> Int:
-    return _copy_rows(INT8, base, stride, dim, slots, count, target, stamp_target)
-
-
-@kernel(
-    "int64(int64, int64, int64, int64, int64, Array(uint64, 1, 'C', readonly=True), float32[:, ::1], uint64[::1], int64)",
-)
-def gather(
-    table: Int, stride: Int, codec: Int, index: Int, capacity_log2: Int, keys: U64, out: F32, stamps: U64, begin: Int
-) -> Int:
-    """Decode the rows of keys[begin:] into `out`, and their stamps if `stamps` is not empty; absent and deleted ones are zero.
-
-    Returns how many keys are done; fewer than there are when a row stayed locked, and the caller is to yield and call again.
-    """
-    slots = np.empty(min(keys.size, PART_KEYS), np.int64)
-    dim = out.shape[1]
-    target = np.int64(out.ctypes.data)
-    stamp_target = np.int64(stamps.ctypes.data) if stamps.size else 0
-    for part in range(begin, keys.size, PART_KEYS):
-        count = min(PART_KEYS, keys.size - part)
-        resolve(index, capacity_log2, keys[part : part + count], slots)
-        part_stamps = stamp_target + part * 8 if stamp_target else 0
-        base, part_target = table + _ROWS, target + part * 4 * dim
-        if codec == FLOAT32:
-            done = _copy_float32(base, stride, dim, slots, count, part_target, part_stamps)
-        elif codec == FLOAT16:
-            done = _copy_float16(base, stride, dim, slots, count, part_target, part_stamps)
-        elif codec == BFLOAT16:
-            done = _copy_bfloat16(base, stride, dim, slots, count, part_target, part_stamps)
-        else:
-            done = _copy_int8(base, stride, dim, slots, count, part_target, part_stamps)
-        if done < count:
-            return part + done
-    return keys.size
 
 
 @kernel("int64(int64, int64, Array(int64, 1, 'C', readonly=True), int64[::1])")

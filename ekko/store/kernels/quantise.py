@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.model import CODECS
-from ekko.store.atomics import bits_of, copy_bytes, float_of, floats_at, load_u32, uints8_at, uints16_at
-from ekko.store.compile import Int, inline_kernel, kernel
+from ekko.store.kernels.atomics import bits_of, copy_bytes, float_of, floats_at, load_u32, uints8_at, uints16_at
+from ekko.store.kernels.compile import Int, inline_kernel, kernel
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]

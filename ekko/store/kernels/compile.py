@@ -57,7 +57,7 @@ def _compile(function: Callable[..., Any], signatures: list[str] | None, *, forc
 def _cache_directory() -> str | None:
     """A directory of these very sources, that we can write to; None when there is none, and each process compiles anew."""
     sources = Path(__file__).parent
-    name = f"ekko-kernels-{_digest(sources)}"
+    name = f"ekko-kernels-{_digest(_made_of(sources))}"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") if _has_home() else None
     for parent in (_numba.config.CACHE_DIR, sources / "__pycache__", home):
         if parent:
@@ -71,9 +71,14 @@ def _cache_directory() -> str | None:
     return None
 
 
-def _digest(sources: Path) -> str:
+def _made_of(sources: Path) -> list[Path]:
+    """What kernels are made of: the kernels themselves, and the layout whose offsets are constants in them."""
+    return [*sorted(sources.glob("*.py")), sources.parent / "layout.py"]
+
+
+def _digest(sources: list[Path]) -> str:
     digest = xxhash.xxh64()
-    for path in sorted(sources.glob("*.py")):
+    for path in sources:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.store.compile import Int, inline_kernel, kernel
-from ekko.store.index import mix64
+from ekko.store.kernels.compile import Int, inline_kernel, kernel
+from ekko.store.kernels.index import mix64
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]

@@ -4,7 +4,7 @@ Numba has no memory model of its own; these intrinsics give the kernels LLVM's. 
 stays in one integer type (Numba turns uint64 + int64 into float64, as NumPy does).
 
 The caller answers for the address being mapped and aligned to the width of the access. The data inside a row is copied with
-plain accesses while a writer may be storing to it; the row's sequence lock throws such a copy away (`ekko.store.rows`).
+plain accesses while a writer may be storing to it; the row's sequence lock throws such a copy away (`ekko.store.kernels.rows`).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from numba import carray, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ekko.store.compile import inline_kernel, kernel
+from ekko.store.kernels.compile import inline_kernel, kernel
 
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)

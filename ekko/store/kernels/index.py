@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.store import layout
-from ekko.store.atomics import load_acquire_i64, load_u64, prefetch_once, prefetch_write, store_release_i64, store_u64
-from ekko.store.compile import Int, inline_kernel, kernel
+from ekko.store.kernels.atomics import load_acquire_i64, load_u64, prefetch_once, prefetch_write, store_release_i64, store_u64
+from ekko.store.kernels.compile import Int, inline_kernel, kernel
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
