@@ -5,6 +5,7 @@ when they are first used, so that a reader never loads the network and `import e
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ekko.errors import ConfigError, EkkoError, ModelError, NodeUnreachable, PublishError, StoreError
@@ -24,9 +25,15 @@ __all__ = [
     "Reader",
     "StoreError",
     "__version__",
+    "get_include",
 ]
 
 _LAZY = {"Publisher": "ekko.train.publisher", "Reader": "ekko.serve.reader"}
+
+
+def get_include() -> str:
+    """The folder of `ekko.h`, with which programs in C and C++ read a node's shared memory."""
+    return str(Path(__file__).with_name("include"))
 
 
 def __getattr__(name: str) -> object:
