@@ -19,7 +19,7 @@ from pydantic_settings.exceptions import SettingsError
 
 from ekko.addresses import check_endpoint, is_loopback, is_wildcard, split_host_port
 from ekko.errors import ConfigError, ModelError
-from ekko.model import DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, check_name
+from ekko.model import DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, check_name, ttl_seconds
 from p2p.replica import PARTITIONS_MAX
 
 ENVIRONMENT_PREFIX = "EKKO_"
@@ -75,11 +75,23 @@ class NodeSection(Section):
     expel_after_s: Number = 86_400.0
 
 
+class TableSection(Section):
+    """`[models.NAME.tables]`, one table."""
+
+    dim: WholeNumber
+    ttl: Any = ""  # `ttl_seconds` says what is right
+
+
+def _table_section(value: object) -> object:
+    """A dim alone is a table without anything else."""
+    return value if isinstance(value, dict | TableSection) else {"dim": value}
+
+
 class ModelSection(Section):
     """`[models.NAME]`: what exists from the start."""
 
     shards: WholeNumber = SHARDS_DEFAULT
-    tables: dict[str, WholeNumber] = {}
+    tables: dict[str, Annotated[TableSection, BeforeValidator(_table_section)]] = {}
     capacity_rows: WholeNumber = 1_000_000
     codec: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     partitions: WholeNumber = 1
@@ -91,7 +103,9 @@ class ModelSection(Section):
         Raises:
             ModelError: a name or a size is out of its limits.
         """
-        tables = {table: TableSpec(table, dim, self.codec) for table, dim in self.tables.items()}
+        tables = {
+            name: TableSpec(name, table.dim, self.codec, ttl_seconds(name, table.ttl)) for name, table in self.tables.items()
+        }
         return ModelSpec(name, self.shards, tables, partitions=self.partitions, codec=self.codec)
 
     @property
@@ -330,6 +344,8 @@ def _describe(kind: str, path: KeyPath, value: object, message: str, context: Ma
 
 def _names_at(path: KeyPath) -> list[str]:
     """The settings that exist under `path`."""
+    if len(path) == 4 and path[0] == "models" and path[2] == "tables":
+        return list(TableSection.model_fields)
     sections: dict[str, type[Section]] = {
         "node": NodeSection,
         "models": ModelSection,
@@ -436,11 +452,11 @@ def _check_model(name: str, model: ModelSection, places: Places) -> None:
             refuse("hold", f"a partition is there twice: {model.hold}")
     if not 1 <= model.capacity_rows <= CAPACITY_ROWS_MAX:
         refuse("capacity_rows", f"expected a whole number from 1 to {CAPACITY_ROWS_MAX}, got {model.capacity_rows}")
-    for table, dim in model.tables.items():
+    for table, section in model.tables.items():
         try:
             if table == DENSE_TABLE:
                 raise ModelError(f"table name {table!r} is reserved for dense tensors: use another name")
-            TableSpec(table, dim)
+            TableSpec(table, section.dim, ttl_s=ttl_seconds(table, section.ttl))
         except ModelError as error:
             raise places.error(("models", name, "tables", table), str(error)) from None
     try:

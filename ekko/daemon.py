@@ -342,7 +342,11 @@ class Node:
             )
         shards = request.shards or (SHARDS_DEFAULT if held is None else held.shards)
         codec = request.codec or (CODEC_DEFAULT if held is None else held.spec.codec)
-        tables = {name: TableSpec(name, dim, codec) for name, dim in request.tables or ()}
+        known_ttls = {} if held is None else {table.name: table.ttl_s for table in held.spec.tables.values()}
+        tables = {
+            name: TableSpec(name, dim, codec, known_ttls.get(name, 0) if ttl_s is None else ttl_s)
+            for name, dim, ttl_s in request.tables or ()
+        }
         partitions = 1 if held is None else held.spec.partitions
         wanted = ModelSpec(request.model, shards, tables, partitions=partitions, codec=codec)
         if held is None or not tables.keys() <= held.spec.tables.keys():
@@ -408,8 +412,8 @@ class Node:
         oldest = parts.machine.protocol_min(_now())
         if oldest < spec.since:
             raise ModelError(
-                f"model {spec.name!r} has a codec or partitions, which protocol version {oldest} does not know and some node "
-                "still speaks: upgrade all nodes first (`ekko status` shows who)"
+                f"model {spec.name!r} has a codec, partitions or a ttl, which protocol version {oldest} does not know and "
+                "some node still speaks: upgrade all nodes first (`ekko status` shows who)"
             )
         parts.store.add_model(spec, CAPACITY_ROWS_GUESS, asked=False)
         self._submit(m.SchemaChanged())

@@ -53,7 +53,7 @@ class Open:
     """Attach to a model; what is not there yet of it is added. `tables` None: the model must exist. `codec` None: as it is."""
 
     model: str
-    tables: tuple[tuple[str, int], ...] | None = None
+    tables: tuple[tuple[str, int, int | None], ...] | None = None  # name, dim, and seconds until rows expire; None: as it is
     shards: int | None = None
     codec: str | None = None
 
@@ -154,10 +154,14 @@ class MalformedError(EkkoError):
 def encode_request(number: int, request: Request) -> list[Buffer]:
     """Frames of one request; `number` comes back in its answer."""
     frames: list[Buffer] = []
+    version = LOCAL_PROTOCOL_VERSION_MIN
     wanted: str | None = None  # a codec that version 1 has no word for
     match request:
         case Open(model, tables, shards, wanted):
-            body: list[object] = ["open", model, tables, shards, *_said(wanted)]
+            told = None if tables is None else [(name, dim, *([] if ttl is None else [ttl])) for name, dim, ttl in tables]
+            body: list[object] = ["open", model, told, shards, *_said(wanted)]
+            if any(ttl is not None for _, _, ttl in tables or ()):
+                version = LOCAL_PROTOCOL_VERSION
         case PublishStep(model, columns, tensors, published_ns, codec):
             headers, specs = [_column_header(c) for c in columns], [_tensor_body(t) for t in tensors]
             wanted = None if codec == CODEC_DEFAULT else codec
@@ -170,7 +174,7 @@ def encode_request(number: int, request: Request) -> list[Buffer]:
             body = ["wait", model, stamp, int(scope), timeout_ms, *_said(wanted)]
         case Ping():
             body = ["ping"]
-    return [_packed(number, body, wanted), *frames]
+    return [_packed(number, body, wanted, version), *frames]
 
 
 def encode_answer(number: int, answer: Answer) -> bytes:
@@ -198,9 +202,9 @@ def _said(codec: str | None) -> list[str]:
     return [] if codec is None else [codec]
 
 
-def _packed(number: int, body: list[object], codec: str | None) -> bytes:
+def _packed(number: int, body: list[object], codec: str | None, version: int = LOCAL_PROTOCOL_VERSION_MIN) -> bytes:
     """A header, in the oldest version that can say it."""
-    version = LOCAL_PROTOCOL_VERSION_MIN if codec is None else LOCAL_PROTOCOL_VERSION
+    version = version if codec is None else LOCAL_PROTOCOL_VERSION
     return bytes(msgpack.packb([version, number, *body]))
 
 
@@ -245,7 +249,7 @@ def decode_request(frames: Sequence[Buffer]) -> tuple[int, Request]:
 def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
     match body:
         case ["open", str(model), tables, shards, *codec] if len(frames) == 1:
-            pairs = None if tables is None else tuple((str(name), _whole(dim)) for name, dim in tables)
+            pairs = None if tables is None else tuple(_table_of(*table) for table in tables)
             return Open(model, pairs, None if shards is None else _whole(shards), _codec_of(codec) if codec else None)
         case ["publish", str(model), list(headers), list(tensors), int(published_ns), *codec]:
             columns = _decode_columns(headers, list(frames[1:]))
@@ -258,6 +262,10 @@ def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
         case ["ping"] if len(frames) == 1:
             return Ping()
     raise MalformedError("malformed request: not of this protocol")
+
+
+def _table_of(name: object, dim: object, ttl: object = None) -> tuple[str, int, int | None]:
+    return str(name), _whole(dim), None if ttl is None else _whole(ttl)
 
 
 def decode_answer(frame: Buffer) -> tuple[int, Answer]:

@@ -23,6 +23,7 @@ import xxhash
 from ekko.errors import ModelError
 from p2p.errors import RemoteProtocolError
 from p2p.replica import PARTITIONS_MAX, SchemaEntry
+from p2p.stamps import EPOCH_MS, make_stamp
 from p2p.versions import FIRST_VERSION
 
 DENSE_TABLE = "_dense"
@@ -34,6 +35,8 @@ DIM_MAX = 16_384
 TABLES_MAX = 4_096
 TENSORS_MAX = 65_536
 CODEC_DEFAULT = "float32"
+TTL_S_MAX = 100 * 365 * 86_400
+_TTL_UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 
 
@@ -102,23 +105,54 @@ def check_codec(kind: str, name: str, codec: str) -> str:
     return codec
 
 
+def ttl_seconds(table: str, ttl: object) -> int:
+    """Seconds, from a whole number of them or text such as "30d": s, m, h, d, w; 0 or "": rows of the table never expire.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    if ttl == "" or (isinstance(ttl, int) and not isinstance(ttl, bool) and 0 <= ttl <= TTL_S_MAX):
+        return int(ttl or 0)
+    parts = re.fullmatch(r"(\d{1,12})([smhdw])", ttl) if isinstance(ttl, str) else None
+    seconds = int(parts[1]) * _TTL_UNITS[parts[2]] if parts else 0
+    if not 1 <= seconds <= TTL_S_MAX:
+        raise ModelError(
+            f'table {table!r} has ttl = {ttl!r}: expected a time such as "90s", "12h" or "30d", of 1 second to 100 years'
+        )
+    return seconds
+
+
 @dataclass(frozen=True, slots=True)
 class TableSpec:
-    """One embedding table: `float32[dim]` to its users, stored as `codec` encodes it."""
+    """One embedding table: `float32[dim]` to its users, stored as `codec` encodes it.
+
+    `ttl_s`: a row whose last update is so many seconds ago counts as deleted, on all nodes alike; 0: never.
+    """
 
     name: str
     dim: int
     codec: str = CODEC_DEFAULT
+    ttl_s: int = 0
 
     def __post_init__(self) -> None:
         check_name("table", self.name)
         if not isinstance(self.dim, int) or not 1 <= self.dim <= DIM_MAX:
             raise ModelError(f"table {self.name!r} has dim {self.dim!r}: expected a whole number from 1 to {DIM_MAX}")
         check_codec("table", self.name, self.codec)
+        ttl_seconds(self.name, self.ttl_s)
 
     @property
     def id(self) -> int:
         return table_id(self.name)
+
+    @property
+    def since(self) -> int:
+        """The first protocol version whose nodes understand this table."""
+        return EXTRAS_SINCE if self.ttl_s else FIRST_VERSION
+
+    def stamp_min(self, unix_ms: int) -> int:
+        """The smallest stamp of a row that has not expired at this moment; 0: none ever does."""
+        return make_stamp(max(unix_ms - 1_000 * self.ttl_s, EPOCH_MS), 0, 0) if self.ttl_s else 0
 
     @property
     def row_bytes(self) -> int:
@@ -195,17 +229,18 @@ class ModelSpec:
     @property
     def since(self) -> int:
         """The first protocol version whose nodes understand this model."""
-        return FIRST_VERSION if (self.partitions, self.codec) == _AS_ALWAYS[2:] else EXTRAS_SINCE
+        own = FIRST_VERSION if (self.partitions, self.codec) == _AS_ALWAYS[2:] else EXTRAS_SINCE
+        return max(own, *(table.since for table in self.tables.values())) if self.tables else own
 
     def entries(self) -> list[SchemaEntry]:
         """The model as schema entries, sorted by name."""
-        entries = [SchemaEntry(self.id, "model", _body(self), self.since)]
-        entries += [SchemaEntry(self.id, f"table:{t.name}", _body(t)) for t in self.tables.values()]
+        entries = [SchemaEntry(self.id, "model", _body(self), self.bare().since)]
+        entries += [SchemaEntry(self.id, f"table:{t.name}", _body(t), t.since) for t in self.tables.values()]
         entries += [SchemaEntry(self.id, f"tensor:{t.name}", _body(t)) for t in self.tensors.values()]
         return sorted(entries, key=lambda entry: entry.name)
 
 
-# What a model's entry leaves out at its end: partitions and codec, which came with protocol version 2.
+# What a model's entry leaves out at its end: partitions and codec, which came with protocol version 2; and a table's: its ttl.
 EXTRAS_SINCE: Final = 2
 _AS_ALWAYS: Final[tuple[Any, ...]] = (None, None, 1, CODEC_DEFAULT)
 
@@ -218,7 +253,7 @@ def _body(fact: ModelSpec | TableSpec | TensorSpec) -> bytes:
             while body[2:] and body[-1] == _AS_ALWAYS[len(body) - 1]:
                 body.pop()
         case TableSpec():
-            body = [fact.name, fact.dim, fact.codec]
+            body = [fact.name, fact.dim, fact.codec, *([fact.ttl_s] if fact.ttl_s else [])]
         case TensorSpec():
             body = [fact.name, list(fact.shape), fact.dtype]
     return bytes(msgpack.packb(body))
@@ -248,9 +283,9 @@ def _parse(entry: SchemaEntry) -> ModelSpec | TableSpec | TensorSpec:
                     raise RemoteProtocolError(f"model {name!r} does not have id {entry.keyspace}")
                 return spec
             case ["table", label]:
-                name, dim, codec = body
-                if name == label:
-                    return TableSpec(name, dim, codec)
+                name, dim, codec, *ttl = body
+                if name == label and len(ttl) <= 1 and all(type(seconds) is int for seconds in ttl):
+                    return TableSpec(name, dim, codec, *ttl)
             case ["tensor", label]:
                 name, shape, dtype = body
                 tensor = TensorSpec(name, tuple(int(n) for n in shape), np.dtype(dtype).name)

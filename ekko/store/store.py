@@ -414,7 +414,9 @@ def _check_tables(held: ModelSpec, new: ModelSpec) -> None:
             )
         existing = held.tables.get(table.name, table)
         if existing != table:
-            raise ModelError(f"table {table.name!r} of model {new.name!r} has dim {existing.dim}, not dim {table.dim}")
+            what = "dim" if existing.dim != table.dim else "ttl_s"
+            has, wanted = getattr(existing, what), getattr(table, what)
+            raise ModelError(f"table {table.name!r} of model {new.name!r} has {what} {has}, not {what} {wanted}")
         if ids.setdefault(table.id, table.name) != table.name:
             raise ModelError(f"tables {table.name!r} and {ids[table.id]!r} have the same id: rename one")
     if len(held.tables | new.tables) > TABLES_MAX:

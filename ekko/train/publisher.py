@@ -53,6 +53,7 @@ from ekko.model import (
     check_codec,
     check_name,
     table_id,
+    ttl_seconds,
 )
 from ekko.store.kernels.checks import all_below, all_finite, last_occurrences
 from p2p.messages import Scope
@@ -74,7 +75,8 @@ class Publisher:
     Args:
         address: the local endpoint of a training node, `tcp://127.0.0.1:PORT` or `ipc:///PATH`.
         model: the model's name.
-        tables: table name -> dim; tables that the node does not know yet are added. None: the model must exist.
+        tables: table name -> dim, or `{"dim": 16, "ttl": "30d"}` where rows expire so long after their last update; tables that
+            the node does not know yet are added. None: the model must exist.
         shards: the model's number of shards, if this publisher creates it.
         codec: how its rows are stored and sent (`ekko.codec`), if this publisher creates it; None: as the node has it.
         timeout: seconds after which a node that does not answer counts as unreachable.
@@ -88,7 +90,7 @@ class Publisher:
         self,
         address: str,
         model: str,
-        tables: Mapping[str, int] | None = None,
+        tables: Mapping[str, int | Mapping[str, int | str]] | None = None,
         shards: int | None = None,
         timeout: float = 5.0,
         codec: str | None = None,
@@ -104,7 +106,7 @@ class Publisher:
         self._connections = _Connections(address)
         check_name("model", model)
         wanted = None if codec is None else check_codec("model", model, codec)
-        self._open = Open(model, _table_pairs(model, tables), _shards_of(model, shards), wanted)
+        self._open = Open(model, _tables_wanted(model, tables), _shards_of(model, shards), wanted)
         try:
             opened = self._attach()
         except BaseException:
@@ -485,12 +487,23 @@ def _dense_of(name: str, array: ArrayLike) -> Rows:
     return values.reshape(shape)  # ascontiguousarray makes a scalar one-dimensional
 
 
-def _table_pairs(model: str, tables: Mapping[str, int] | None) -> tuple[tuple[str, int], ...] | None:
+def _tables_wanted(
+    model: str, tables: Mapping[str, int | Mapping[str, int | str]] | None
+) -> tuple[tuple[str, int, int | None], ...] | None:
+    """Name, dim and ttl in seconds of each, None where nothing is said of it."""
     if tables is None:
         return None
     if DENSE_TABLE in tables:
         raise ModelError(f"table name {DENSE_TABLE!r} of model {model!r} is reserved for dense tensors: use another name")
-    return tuple((TableSpec(name, _dim_number(name, dim)).name, int(dim)) for name, dim in tables.items())
+    wanted = []
+    for name, table in tables.items():
+        said = table if isinstance(table, Mapping) else {"dim": table}
+        if not {"dim"} <= said.keys() <= {"dim", "ttl"}:
+            raise ModelError(f'table {name!r} is {table!r}: expected its dim, or {{"dim": 16, "ttl": "30d"}}')
+        ttl_s = ttl_seconds(name, said["ttl"]) if "ttl" in said else None
+        spec = TableSpec(name, _dim_number(name, said["dim"]))
+        wanted.append((spec.name, spec.dim, ttl_s))
+    return tuple(wanted)
 
 
 def _dim_number(table: str, dim: object) -> int:

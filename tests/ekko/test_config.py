@@ -81,6 +81,10 @@ def test_the_contract_is_understood(tmp_path: Path) -> None:
         ("item = 16", "item = 0", ":13: models.ctr.tables.item: ", "has dim 0"),
         ("item = 16", "_dense = 16", ":13: models.ctr.tables._dense: ", "reserved"),
         ("item = 16", '"it em" = 16', ':13: models.ctr.tables."it em": ', "is not usable"),
+        ("item = 16", 'item = "wide"', ":13: models.ctr.tables.item.dim: ", "expected a whole number"),
+        ("item = 16", 'item = { dim = 16, ttl = "30 days" }', ":13: models.ctr.tables.item: ", "expected a time such as"),
+        ("item = 16", 'item = { dim = 16, ttl = "101w1d" }', ":13: models.ctr.tables.item: ", "expected a time such as"),
+        ("item = 16", 'item = { dim = 16, tll = "30d" }', ":13: models.ctr.tables.item.tll: ", "did you mean 'ttl'?"),
         ("capacity_rows = 1_000", "capacity_rows = 0", ":14: models.ctr.capacity_rows: ", "from 1 to"),
         (
             "capacity_rows = 1_000",
@@ -148,7 +152,7 @@ def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.
     config = load_config(write(tmp_path, GOOD))
     assert config.http_address == ("127.0.0.1", 7999)
     assert config.models["ctr"].shards == 8
-    assert config.models["ctr"].tables == {"item": 16, "user": 8}
+    assert {name: table.dim for name, table in config.models["ctr"].tables.items()} == {"item": 16, "user": 8}
     assert config.node.seeds == ["tcp://127.0.0.1:1"]
 
 

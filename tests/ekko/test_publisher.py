@@ -79,7 +79,7 @@ class ScriptedNode:
                 raise ModelError("unknown model 'absent'")
             case Open(tables=tables):
                 self.lost_memory = False
-                self.tables.update(dict(tables or ()))
+                self.tables.update({name: dim for name, dim, _ in tables or ()})
                 return Opened("n1", "eu", 64, self.tables, {}, 7, self.codec)
             case PublishStep() if self.lost_memory:
                 return Failed(REOPEN, "unknown table")
@@ -621,12 +621,22 @@ def test_importing_ekko_loads_nothing_heavy() -> None:
     assert done.stdout.split("\n")[:2] == ["[]", "False"]
 
 
+def test_a_table_may_be_given_with_the_time_that_its_rows_live(node: ScriptedNode, tmp_path: Path) -> None:
+    tables = {"item": {"dim": 4, "ttl": "30d"}, "user": 2}
+    with ekko.Publisher(address_of(tmp_path), "ctr", tables=tables) as publisher:
+        assert publisher.tables == {"item": 4, "user": 2}
+    assert node.requests == [Open("ctr", (("item", 4, 30 * 86_400), ("user", 2, None)))]
+    for wrong in ({"dim": 4, "ttl": "0d"}, {"dim": 4, "ttl": -1}, {"dim": 4, "ttl": 1.5}, {"ttl": "3d"}, {"dim": 4, "age": 1}):
+        with pytest.raises(ekko.ModelError, match="expected"):
+            ekko.Publisher(address_of(tmp_path), "ctr", tables={"item": wrong})
+
+
 def test_what_names_no_codec_is_said_as_version_1_said_it() -> None:
     """Publisher and node may be of neighbouring releases while a cluster is upgraded."""
     column = _column_of(3, [_Change(np.arange(3, dtype=np.uint64), encode("float32", rows(3)), None)])
     opened = Opened("n1", "eu", 64, {"item": 4}, {}, 7)
     said = [
-        encode_request(5, Open("ctr", (("item", 4),), 8))[0],
+        encode_request(5, Open("ctr", (("item", 4, None),), 8))[0],
         encode_request(5, PublishStep("ctr", (column,), (), 9))[0],
         encode_answer(5, opened),
     ]
@@ -638,6 +648,9 @@ def test_what_names_no_codec_is_said_as_version_1_said_it() -> None:
     half = dataclasses.replace(opened, codec="float16")
     assert decode_answer(encode_answer(5, half)) == (5, half)
     assert msgpack.unpackb(encode_answer(5, half))[0] == 2
+    mortal = Open("ctr", (("item", 4, 60), ("user", 2, None)))
+    assert decode_request(encode_request(5, mortal)) == (5, mortal)
+    assert msgpack.unpackb(encode_request(5, mortal)[0])[0] == 2
     for codec in (None, "float32", "int8"):
         request = Open("ctr", None, None, codec)
         assert decode_request(encode_request(5, request)) == (5, request)

@@ -300,6 +300,7 @@ def test_a_table_of_a_known_model_can_be_adopted_alone() -> None:
         pytest.param(ModelSpec("ctr", SHARDS, {}, {"w": TensorSpec("w", (4,), "float32")}), id="tensor"),
         pytest.param(ModelSpec("ctr", SHARDS, codec="int8"), id="codec"),
         pytest.param(ModelSpec("ctr", SHARDS, {"new": TableSpec("new", 2, "float16")}), id="codec-of-a-table"),
+        pytest.param(ModelSpec("ctr", SHARDS, {"item": TableSpec("item", DIMS["item"], ttl_s=60)}), id="ttl"),
     ],
 )
 def test_a_clash_is_refused_and_changes_nothing(other: ModelSpec) -> None:
