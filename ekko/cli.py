@@ -18,6 +18,7 @@ EXIT_MISTAKE = 2  # what the user gave, or the environment, is at fault; one lin
 EXIT_FAILED = 3  # the node stopped by itself to protect its data
 EXIT_INTERRUPTED = 130
 STATUS_TIMEOUT_S = 5.0
+MEMORY_DIR = Path("/dev/shm")  # noqa: S108 - the tmpfs that Linux has for shared memory
 STATUS_BYTES_MAX = 64 << 20
 
 app = typer.Typer(
@@ -122,6 +123,42 @@ def expel(
         typer.echo(json.dumps(answer))
         return
     typer.echo(f"node {answer['node']} is expelled; {answer['writers']} of its writers are being retired")
+
+
+@app.command()
+def clean(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
+    memory_dir: Annotated[Path, typer.Option("--memory-dir", help="The tmpfs with the shared memory.")] = MEMORY_DIR,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Remove shared memory that dead nodes of this machine left behind.
+
+    Only what no living node uses and no run_dir names: what a stopped node would take up again stays.
+    """
+    from ekko.display import print_stores
+    from ekko.store.leftovers import State, find_stores, remove
+
+    if not memory_dir.is_dir():
+        raise ConfigError(f"--memory-dir: {memory_dir} is not a directory: name a mounted tmpfs")
+    stores = find_stores(memory_dir)
+    freed = 0
+    for store in stores:
+        if store.state is State.LEFTOVER:
+            freed += store.bytes if dry_run else remove(store)
+    if as_json:
+        listed = [
+            {
+                "prefix": store.prefix,
+                "state": store.state.value,
+                "run_dir": None if store.run_dir is None else str(store.run_dir),
+                "files": len(store.files),
+                "bytes": store.bytes,
+            }
+            for store in stores
+        ]
+        typer.echo(json.dumps({"stores": listed, "freed_bytes": freed, "dry_run": dry_run}, indent=2))
+        return
+    print_stores(stores, freed, dry_run=dry_run)
 
 
 def _http_of(config: Path | None, http: str | None) -> str:

@@ -35,6 +35,7 @@ from ekko.rundir import FileLedger, locked
 from ekko.security import WATCH_S, NodeKeys
 from ekko.status import ModelPicture, NodePicture, TablePicture
 from ekko.store import Store, warm
+from ekko.store.leftovers import LeftoversWatch
 from ekko.store.manifest import kernel_boot_id
 from ekko.store.model_store import ModelStore
 from ekko.store.recent import CacheStats
@@ -69,6 +70,7 @@ class Node:
         self._started_s = time.monotonic()
         self._machine_hash = machine_hash()
         self._metrics = Metrics(self.picture, self._machine_hash)
+        self._leftovers = LeftoversWatch(memory_dir)
         self._begin_life()
         self._tool_answer: m.Expelled | m.Refused | None = None
         self._task: asyncio.Task[None] | None = None
@@ -510,6 +512,7 @@ class Node:
             (*protocol.queues, *own_queues),
             counters,
             dict(parts.runtime.rejected),
+            self._leftovers.bytes(time.monotonic()),
         )
 
 

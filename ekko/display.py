@@ -1,9 +1,13 @@
 """`ekko status` for people."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:  # `ekko status` needs no store, whose compiled kernels take a while to load
+    from ekko.store.leftovers import StoreFiles
 
 
 def print_status(status: dict[str, Any], console: Console | None = None) -> None:
@@ -26,6 +30,19 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
     if status["rejected"]:
         rejected = ", ".join(f"{sender}: {count}" for sender, count in status["rejected"].items())
         console.print(f"[yellow]rejected messages by sender[/]: {rejected}")
+    if leftover := status.get("leftover_bytes"):
+        console.print(f"[yellow]dead nodes of this machine left {_size(leftover)} in shared memory[/]: see `ekko clean`")
+
+
+def print_stores(stores: "Sequence[StoreFiles]", freed: int, *, dry_run: bool, console: Console | None = None) -> None:
+    """What `ekko clean` found in shared memory, and did."""
+    table = _table("Stores in shared memory", "files", "run_dir", "memory", "state", numbers=(2,))
+    for store in stores:
+        run_dir = "-" if store.run_dir is None else str(store.run_dir)
+        table.add_row(f"{store.prefix}-*", run_dir, _size(store.bytes), store.state.value)
+    console = console or Console()
+    console.print(table)
+    console.print(f"{_size(freed)} {'would be' if dry_run else 'are'} free{'' if dry_run else ' again'}")
 
 
 def _members(status: dict[str, Any]) -> Table:

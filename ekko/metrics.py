@@ -174,6 +174,9 @@ class Metrics(Collector):
         yield _gauge(
             "ekko_members_alive", "Live nodes, this one included.", 1 + sum(peer.alive for peer in picture.protocol.peers)
         )
+        yield _gauge(
+            "ekko_leftover_bytes", "Shared memory that dead nodes of this machine left behind.", picture.leftover_bytes
+        )
         for name, (text, counter) in COUNTERS.items():
             yield CounterMetricFamily(name, text, value=picture.counters.get(counter, 0))
         yield from _models(picture)

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ekko.errors import ConfigError, StoreError
 
 LOCK_NAME = "lock"
 LEDGER_NAME = "ledger"
+LOOKS_MET_MAX = 5
 LEDGER_BYTES_MAX = 16 << 20  # 4,096 ids for each of some models are a few hundred KiB
 
 
@@ -27,7 +29,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         raise ConfigError(f"node.run_dir: {run_dir} cannot be used: {error.strerror}") from None
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
         except BlockingIOError:
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             raise ConfigError(
@@ -38,6 +40,16 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Raises BlockingIOError when another process holds it, and not only looks whether anybody does (`ekko clean`)."""
+    for _ in range(LOOKS_MET_MAX):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.01)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class FileLedger:

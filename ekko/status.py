@@ -60,6 +60,7 @@ class NodePicture:
     queues: tuple[QueueStatus, ...]
     counters: Mapping[str, int]
     rejected: Mapping[str, int]
+    leftover_bytes: int = 0  # of shared memory that dead nodes of this machine left behind
 
     @property
     def ready(self) -> bool:
@@ -101,6 +102,7 @@ class NodePicture:
             "queues": [asdict(queue) for queue in self.queues],
             "counters": dict(self.counters),
             "rejected": dict(self.rejected),
+            "leftover_bytes": self.leftover_bytes,
         }
 
     def _member_json(self, peer: PeerStatus) -> dict[str, object]:

@@ -73,7 +73,7 @@ CONTROL = Structure(
         *_COMMON,
         Field("manifest_generation", 64, 8, "grows after each new manifest; readers that see it move read the manifest again"),
         Field("retired", 72, 8, "1: this store was replaced or removed; readers attach anew"),
-        Field("reserved", 128, PAGE_BYTES - 128, "zero"),
+        Field("run_dir", 128, PAGE_BYTES - 128, "where the manifest is: a path in UTF-8, then zeros; empty: it is too long"),
     ),
 )
 CONTROL_BYTES = PAGE_BYTES

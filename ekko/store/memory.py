@@ -8,6 +8,7 @@ Not `multiprocessing.shared_memory`: its resource tracker unlinks segments under
 """
 
 import errno
+import fcntl
 import mmap
 import os
 from contextlib import suppress
@@ -82,6 +83,12 @@ class Mapping:
     def __del__(self) -> None:
         if getattr(self, "_descriptor", None) is not None:
             os.close(self._descriptor)  # type: ignore[arg-type]
+
+    def mark_in_use(self) -> None:
+        """Hold a shared lock on the file until this mapping ends, however the process ends; nothing of anonymous memory."""
+        if self._descriptor is not None:
+            with suppress(OSError):  # a tmpfs without locks
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH)  # waits for a look of `ekko clean`, which is over at once
 
     def words(self, offset: int, *shape: int) -> NDArray[np.uint64]:
         """Live uint64 array over the memory; it keeps the mapping alive."""

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from ekko.errors import ModelError, StoreError
 from ekko.model import DENSE_TABLE, TABLES_MAX, TENSORS_MAX, ModelSpec, TableSpec, TensorSpec, parse_entry
 from ekko.store import layout
+from ekko.store.leftovers import note_run_dir
 from ekko.store.manifest import (
     CONTROL_NAME,
     MANIFEST_NAME,
@@ -112,6 +113,7 @@ class Store:
             memory = TmpfsMemory(memory_dir, manifest.prefix)
             store = cls(memory, run_dir, table_bytes_max)
             store._control = memory.open(CONTROL_NAME)
+            store._control.mark_in_use()
             words = store._control.words(0, layout.CONTROL_BYTES // 8)
             if int(words[0]) != layout.CONTROL_MAGIC or int(words[layout.CONTROL.offset("retired") // 8]):
                 return None
@@ -162,7 +164,9 @@ class Store:
         old = _control_of_old_store(run_dir)
         self._run_dir = run_dir
         self._control = self._memory.create(CONTROL_NAME, layout.CONTROL_BYTES)
+        self._control.mark_in_use()
         self._control.ensure(layout.CONTROL_BYTES)
+        note_run_dir(self._control, run_dir)
         words = self._control.words(0, 2)
         words[...] = (layout.CONTROL_MAGIC, layout.LAYOUT_VERSION)
         self._publish_manifest()
