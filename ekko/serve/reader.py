@@ -19,6 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ekko.errors import ModelError, StoreError
 from ekko.model import DENSE_DIM, DENSE_TABLE, ModelSpec, TensorSpec, model_id
+from ekko.serve.arguments import as_bags, as_keys, output
+from ekko.serve.defaults import Default, Defaults
 from ekko.store import layout
 from ekko.store.kernels.index import shards_of
 from ekko.store.manifest import CONTROL_NAME, Manifest, ModelEntry, header_name, kernel_boot_id, read_manifest
@@ -68,19 +70,28 @@ class Reader:
         wait: seconds to wait for the model when the node does not have it yet; None: raise at once.
         unheld: what keys in partitions that the node does not hold are: "raise", a `ModelError`, since zeros in their place
             would spoil a model's answers in silence; or "absent", for those who merge the answers of several nodes.
+        defaults: table -> what its absent keys are: "zeros", as without; "mean", the mean of (a sample of) the rows that are
+            live, made anew once a minute and when the table has doubled; or a row, float32[dim].
 
     Raises:
-        ModelError: the node does not have the model (within `wait`).
+        ModelError: the node does not have the model (within `wait`), or a default is none of these.
         StoreError: what is in shared memory cannot be read by this version.
     """
 
     def __init__(
-        self, model: str, run_dir: str | Path, wait: float | None = None, unheld: Literal["raise", "absent"] = "raise"
+        self,
+        model: str,
+        run_dir: str | Path,
+        wait: float | None = None,
+        unheld: Literal["raise", "absent"] = "raise",
+        *,
+        defaults: ReadOnlyMapping[str, Default] = MappingProxyType({}),
     ) -> None:
         if unheld not in ("raise", "absent"):
             raise ModelError(f"unheld is {unheld!r}: expected 'raise' or 'absent'")
         self.model = model
         self._refuses_unheld = unheld == "raise"
+        self._defaults = Defaults(defaults)
         self._id = ModelSpec(model).id
         self._run_dir = Path(run_dir)
         self._wait_s = wait or 0.0
@@ -118,17 +129,23 @@ class Reader:
 
     def partition_of(self, keys: ArrayLike) -> NDArray[np.int64]:
         """int64[*keys.shape]: the partition of each key, for sending it to a node that holds it."""
-        wanted = _as_keys(keys)
+        wanted = as_keys(keys)
         attachment = self._current()
         return _partition_of(wanted.reshape(-1), attachment.shards, attachment.partitions).reshape(wanted.shape)
 
     @overload
-    def lookup(self, table: str, keys: ArrayLike, *, out: F32 | None = None, stamps: Literal[False] = False) -> F32: ...
+    def lookup(
+        self, table: str, keys: ArrayLike, *, out: F32 | None = None, stamps: Literal[False] = False, consistent: bool = False
+    ) -> F32: ...
 
     @overload
-    def lookup(self, table: str, keys: ArrayLike, *, out: F32 | None = None, stamps: Literal[True]) -> tuple[F32, U64]: ...
+    def lookup(
+        self, table: str, keys: ArrayLike, *, out: F32 | None = None, stamps: Literal[True], consistent: bool = False
+    ) -> tuple[F32, U64]: ...
 
-    def lookup(self, table: str, keys: ArrayLike, *, out: F32 | None = None, stamps: bool = False) -> F32 | tuple[F32, U64]:
+    def lookup(
+        self, table: str, keys: ArrayLike, *, out: F32 | None = None, stamps: bool = False, consistent: bool = False
+    ) -> F32 | tuple[F32, U64]:
         """Copy rows out by key.
 
         Args:
@@ -136,34 +153,113 @@ class Reader:
             keys: integers >= 0 of any shape.
             out: float32[*keys.shape, dim], C-contiguous, to write into; None: a new array.
             stamps: return the rows' stamps too.
+            consistent: not in this version.
 
         Returns:
-            float32[*keys.shape, dim], zeros for keys that are absent or deleted; with `stamps` also uint64[*keys.shape], 0 for
-            such keys. Each row is one version of it, whole, and never older than one this process saw before.
+            float32[*keys.shape, dim], the table's default (zeros, see `defaults`) for keys that are absent or deleted; with
+            `stamps` also uint64[*keys.shape], 0 for such keys. Each row is one version of it, whole, and never older than one
+            this process saw before.
 
         Raises:
             ModelError: an unknown table, keys that are not integers >= 0, an `out` that does not fit, or keys in partitions
                 that the node does not hold (see `unheld`). `out` is unchanged.
             StoreError: a row stays locked because its node was killed in mid-row.
         """
+        _refuse_consistent(consistent)
         attachment = self._current()
         view = self._view(attachment, table)
-        wanted = _as_keys(keys)
-        if len(attachment.hold) != attachment.partitions and self._refuses_unheld:
-            self._check_held(
-                attachment,
-                wanted.reshape(-1),
-                f"keys of table {table!r}",
-                "ask a node that holds them (see Reader.partition_of)",
-            )
-        dim = view.spec.dim
-        rows = _output(out, (*wanted.shape, dim))
+        wanted = as_keys(keys)
+        self._check_keys(attachment, table, wanted, None)
+        rows = output(out, (*wanted.shape, view.spec.dim))
         found = np.empty(wanted.shape, np.uint64) if stamps else NO_STAMPS
-        if wanted.ndim == 1:
-            view.lookup(wanted, rows, found)
-        else:
-            view.lookup(wanted.reshape(-1), rows.reshape(-1, dim), found.reshape(-1))
+        self._copy(view, wanted, rows, found)
         return (rows, found) if stamps else rows
+
+    def lookup_many(
+        self,
+        keys: ReadOnlyMapping[str, ArrayLike],
+        *,
+        out: ReadOnlyMapping[str, F32] = MappingProxyType({}),
+        consistent: bool = False,
+    ) -> dict[str, F32]:
+        """Copy rows of several tables out, all of them of one model generation.
+
+        Args:
+            keys: table -> integers >= 0 of any shape.
+            out: table -> float32[*keys.shape, dim], C-contiguous, to write into; a new array for tables that it does not name.
+            consistent: not in this version.
+
+        Returns:
+            Table -> its rows, in the order of `keys`. See `lookup`.
+
+        Raises:
+            ModelError: as `lookup`, before any table was read; or `out` names a table that `keys` does not.
+            StoreError: as `lookup`.
+        """
+        _refuse_consistent(consistent)
+        attachment = self._current()
+        strangers = {name: None for name in out if name not in keys}
+        if strangers:
+            raise ModelError(f"out has {_names(strangers)}, and keys are asked of {_names(keys)}")
+        calls = []
+        for table, asked in keys.items():
+            view, wanted = self._view(attachment, table), as_keys(asked)
+            self._check_keys(attachment, table, wanted, None)
+            calls.append((view, wanted, output(out.get(table), (*wanted.shape, view.spec.dim))))
+        for view, wanted, rows in calls:
+            self._copy(view, wanted, rows, NO_STAMPS)
+        return dict(zip(keys, (rows for _, _, rows in calls), strict=True))
+
+    def lookup_pooled(
+        self,
+        table: str,
+        keys: ArrayLike,
+        offsets: ArrayLike | None = None,
+        *,
+        mode: Literal["sum", "mean", "max"] = "sum",
+        weights: ArrayLike | None = None,
+        include_last_offset: bool = False,
+        padding_key: int | None = None,
+        out: F32 | None = None,
+        consistent: bool = False,
+    ) -> F32:
+        """Make the rows of each bag one while they are read, as `torch.nn.functional.embedding_bag`.
+
+        Args:
+            table: its name.
+            keys: integers >= 0; [n] with `offsets`, or [bags, length] without.
+            offsets: [bags], where in `keys` each bag begins, ascending from 0.
+            mode: how rows become one, value by value. An absent or deleted key counts as a row, of the table's default.
+            weights: of the shape of `keys`, what each row is multiplied by; mode "sum" only.
+            include_last_offset: `offsets` ends with the number of keys, so that there is one bag less.
+            padding_key: this key is left out: it is neither summed nor counted.
+            out: float32[bags, dim], C-contiguous, to write into; None: a new array.
+            consistent: not in this version.
+
+        Returns:
+            float32[bags, dim]; an empty bag is zeros. Sums are float32, from the first row of a bag to the last.
+
+        Raises:
+            ModelError: as `lookup`; or offsets, mode or weights that do not fit. `out` is unchanged.
+            StoreError: as `lookup`.
+        """
+        _refuse_consistent(consistent)
+        attachment = self._current()
+        view = self._view(attachment, table)
+        wanted = as_keys(keys)
+        bags = as_bags(wanted, offsets, mode, weights, include_last_offset, padding_key)
+        self._check_keys(attachment, table, wanted, padding_key)
+        rows = output(out, (bags.ends.size - 1, view.spec.dim))
+        default = self._defaults.row(view)
+        view.pool(wanted.reshape(-1), bags, rows, default.address)
+        return rows
+
+    def _copy(self, view: TableView, keys: U64, rows: F32, stamps: U64) -> None:
+        default = self._defaults.row(view)
+        if keys.ndim == 1:
+            view.lookup(keys, rows, stamps, default.address)
+        else:
+            view.lookup(keys.reshape(-1), rows.reshape(-1, view.spec.dim), stamps.reshape(-1), default.address)
 
     def dense(self, name: str) -> NDArray[Any]:
         """A dense tensor, with its shape and dtype.
@@ -198,6 +294,15 @@ class Reader:
         """Now minus the newest moment up to which this node has everything that every live writer wrote; None: unknown."""
         until = self._current().header[_SYNCED_UNTIL]
         return max(0.0, time.time() * 1000 - until) if until else None
+
+    def _check_keys(self, attachment: _Attachment, table: str, keys: U64, padding_key: int | None) -> None:
+        """Refuse keys of partitions that are not here, padding aside, unless they are to count as absent."""
+        if len(attachment.hold) != attachment.partitions and self._refuses_unheld:
+            asked = keys.reshape(-1)
+            if padding_key is not None:
+                asked = asked[asked != np.uint64(padding_key)]
+            what, remedy = f"keys of table {table!r}", "ask a node that holds them (see Reader.partition_of)"
+            self._check_held(attachment, asked, what, remedy)
 
     def _check_held(self, attachment: _Attachment, keys: U64, what: str, remedy: str) -> None:
         """Refuse keys of partitions that are not here.
@@ -294,6 +399,7 @@ class Reader:
             files = TableFiles(memory, self._id, spec.id)
             held = old.tables.get(spec.name) if old is not None else None
             tables[spec.name] = held if held is not None and held.files == files else TableView(spec, files)
+            self._defaults.check(tables[spec.name])
         return header, tables, {spec.name: spec for spec in entry.tensors}
 
 
@@ -309,23 +415,6 @@ def _names(known: ReadOnlyMapping[str, object]) -> str:
     return ", ".join(map(repr, known)) or "none"
 
 
-def _as_keys(keys: ArrayLike) -> U64:
-    """Any array of integers >= 0 as uint64, C-contiguous and aligned."""
-    array = np.asarray(keys)
-    if array.dtype == np.uint64:
-        return array if array.flags.carray else np.require(array, None, ["C", "A"])
-    if array.size == 0:
-        return np.empty(array.shape, np.uint64)
-    if array.dtype.kind not in "iu":
-        raise ModelError(f"keys are {array.dtype}: expected integers")
-    if array.dtype.kind == "i" and array.min() < 0:
-        raise ModelError(f"key {int(array.min())} is negative: expected integers from 0 to 2**64 - 1")
-    return np.ascontiguousarray(array, np.uint64)
-
-
-def _output(out: F32 | None, shape: tuple[int, ...]) -> F32:
-    if out is None:
-        return np.empty(shape, np.float32)
-    if out.dtype != np.float32 or out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
-        raise ModelError(f"out is {out.dtype}{list(out.shape)}: expected a writable, C-contiguous float32{list(shape)}")
-    return out
+def _refuse_consistent(consistent: bool) -> None:
+    if consistent:
+        raise ModelError("consistent=True is not available in this version")

@@ -2,7 +2,9 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +12,8 @@ from numpy.typing import NDArray
 from ekko.errors import StoreError
 from ekko.model import CODECS, TableSpec
 from ekko.store import layout
-from ekko.store.kernels import gather
+from ekko.store.kernels import gather, pool
+from ekko.store.kernels.average import add_rows
 from ekko.store.manifest import index_name, rows_name
 from ekko.store.memory import Mapping, TmpfsMemory
 from ekko.store.table import Index, check_table_file, open_index
@@ -24,6 +27,8 @@ ROW_DEADLINE_S = 1.0
 REOPEN_ATTEMPTS_MAX = 100
 
 NO_STAMPS: U64 = np.empty(0, np.uint64)
+NO_WEIGHTS: F32 = np.empty(0, np.float32)
+ZEROS = 0  # the address that stands for a row of zeros
 
 _ROWS_USED = layout.TABLE.offset("rows_used") // 8
 _GENERATION = layout.TABLE.offset("index_generation") // 8
@@ -44,6 +49,22 @@ class RowSource:
         return RowSource(spec.name, address, layout.row_stride(spec.row_bytes), CODECS[spec.codec].number)
 
 
+@dataclass(frozen=True, slots=True)
+class Bags:
+    """Which rows are pooled, and how.
+
+    ends: int64[bags + 1], from 0 up to the number of keys: bag b has the keys from ends[b] to before ends[b + 1].
+    mode: of `ekko.store.kernels.pool`.
+    weights: float32[n] for a weighted sum, else empty.
+    padding: this key is left out of every bag; None: no key is.
+    """
+
+    ends: NDArray[np.int64]
+    mode: int
+    weights: F32
+    padding: int | None
+
+
 def gather_rows(source: RowSource, index: Index, keys: U64, out: F32, stamps: U64) -> None:
     """Copy and decode rows by key: absent and deleted ones are zero, with stamp 0.
 
@@ -57,7 +78,22 @@ def gather_rows(source: RowSource, index: Index, keys: U64, out: F32, stamps: U6
     Raises:
         StoreError: a row stayed locked for `ROW_DEADLINE_S`; its writer was killed and has not been started again.
     """
-    done = gather.gather(source.address, source.stride, source.codec, index.address, index.capacity_log2, keys, out, stamps, 0)
+
+    def copy(begin: int) -> Any:
+        return gather.gather(
+            source.address, source.stride, source.codec, index.address, index.capacity_log2, 0, ZEROS, keys, out, stamps, begin
+        )
+
+    _until_done(source.table, keys, copy)
+
+
+def _until_done(table: str, keys: U64, read: Callable[[int], Any]) -> None:
+    """Call `read(done)`, which returns how many keys are done, until all are; in between the processor is given away.
+
+    Raises:
+        StoreError: it did not get past one key for `ROW_DEADLINE_S`.
+    """
+    done = read(0)
     stuck, deadline = -1, 0.0
     while done != keys.size:
         now = time.monotonic()
@@ -65,13 +101,11 @@ def gather_rows(source: RowSource, index: Index, keys: U64, out: F32, stamps: U6
             stuck, deadline = done, now + ROW_DEADLINE_S
         elif now > deadline:
             raise StoreError(
-                f"row {int(keys[done])} of table {source.table!r} has been locked for {ROW_DEADLINE_S} s: the node that writes "
-                "it was killed in mid-row; start it again, and it will repair the row"
+                f"row {int(keys[done])} of table {table!r} has been locked for {ROW_DEADLINE_S} s: the node that writes it was "
+                "killed in mid-row; start it again, and it will repair the row"
             )
         time.sleep(0)
-        done = gather.gather(
-            source.address, source.stride, source.codec, index.address, index.capacity_log2, keys, out, stamps, done
-        )
+        done = read(done)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +141,80 @@ class TableView:
         """Rows written so far, tombstones included."""
         return self._header[_ROWS_USED]
 
-    def lookup(self, keys: U64, out: F32, stamps: U64) -> None:
-        """See `gather_rows`. Safe in any thread; lets go of the interpreter lock while it copies."""
-        index = self._index  # this reference keeps the mapping alive through the call
-        if self._header[_GENERATION] != index.generation:
-            index = self._reopen_index()
-        gather_rows(self._source, index, keys, out, stamps)
+    def lookup(self, keys: U64, out: F32, stamps: U64, default: int = ZEROS) -> None:
+        """Copy and decode rows by key. Safe in any thread; lets go of the interpreter lock while it copies.
+
+        Args:
+            keys: uint64[n].
+            out: float32[n, dim], written.
+            stamps: uint64[n], written, 0 for absent keys; or empty: not wanted.
+            default: address of the float32[dim] that absent keys get, or `ZEROS`.
+
+        Raises:
+            StoreError: a row stayed locked for `ROW_DEADLINE_S`; its writer was killed and has not been started again.
+        """
+        source = self._source
+
+        def copy(begin: int) -> Any:
+            index = self._newest_index()  # this reference keeps the mapping alive through the call
+            return gather.gather(
+                source.address,
+                source.stride,
+                source.codec,
+                index.address,
+                index.capacity_log2,
+                0,
+                default,
+                keys,
+                out,
+                stamps,
+                begin,
+            )
+
+        _until_done(source.table, keys, copy)
+
+    def pool(self, keys: U64, bags: Bags, out: F32, default: int = ZEROS) -> None:
+        """Make the rows of each bag one, into out, float32[bags, dim]. Else as `lookup`."""
+        source = self._source
+
+        def pooled(begin: int) -> Any:
+            index = self._newest_index()
+            return pool.pool(
+                source.address,
+                source.stride,
+                source.codec,
+                index.address,
+                index.capacity_log2,
+                0,
+                default,
+                bags.mode,
+                keys,
+                bags.ends,
+                bags.weights,
+                bags.padding is not None,
+                bags.padding or 0,
+                out,
+                begin,
+            )
+
+        _until_done(source.table, keys, pooled)
+
+    def mean_row(self, rows_max: int) -> F32:
+        """float32[dim]: the mean of the live rows, or of `rows_max` slots that lie evenly among all; zeros where none is live.
+
+        A row that the writer is at is left out.
+        """
+        used = self.rows_used
+        slots = np.arange(used) if used <= rows_max else np.linspace(0, used - 1, rows_max).astype(np.int64)
+        sums = np.zeros(self.spec.dim)
+        source = self._source
+        count = add_rows(source.address, source.stride, source.codec, 0, slots, sums)
+        row: F32 = (sums / max(1, count)).astype(np.float32)
+        return row
+
+    def _newest_index(self) -> Index:
+        index = self._index
+        return index if self._header[_GENERATION] == index.generation else self._reopen_index()
 
     def _reopen_index(self) -> Index:
         with self._reopening:

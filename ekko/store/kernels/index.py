@@ -70,7 +70,7 @@ def find(index: Int, capacity_log2: Int, key: Int, entry: Int) -> Int:
     an empty one with another key at any time.
     """
     slot = slot_at(entry)
-    while slot >= 0 and load_u64(entry) != key:
+    while slot != -1 and (slot < 0 or load_u64(entry) != key):  # past removed entries
         entry = next_entry(index, capacity_log2, entry)
         slot = slot_at(entry)
     return slot

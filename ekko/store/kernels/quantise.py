@@ -65,14 +65,20 @@ def _encode_half(values: F32, out: Any) -> None:
 
 
 @inline_kernel
+def half_value(code: Any) -> Any:
+    """The float32 that a float16's bits, a uint16, mean."""
+    bits = np.uint32(code)
+    magnitude = np.uint32((bits & _HALF_BITS) << _13)
+    normal = np.uint32(magnitude + _HALF_REBIAS)
+    subnormal = bits_of(float_of(np.uint32(magnitude + _HALF_NORMAL_MIN)) - float_of(_HALF_NORMAL_MIN))
+    chosen = subnormal if magnitude < _DECODED_NORMAL_MIN else normal
+    return float_of(np.uint32(chosen | ((bits << _16) & _SIGN)))
+
+
+@inline_kernel
 def _decode_half(data: Any, out: F32) -> None:
     for i in range(out.size):
-        bits = np.uint32(data[i])
-        magnitude = np.uint32((bits & _HALF_BITS) << _13)
-        normal = np.uint32(magnitude + _HALF_REBIAS)
-        subnormal = bits_of(float_of(np.uint32(magnitude + _HALF_NORMAL_MIN)) - float_of(_HALF_NORMAL_MIN))
-        chosen = subnormal if magnitude < _DECODED_NORMAL_MIN else normal
-        out[i] = float_of(np.uint32(chosen | ((bits << _16) & _SIGN)))
+        out[i] = half_value(data[i])
 
 
 @inline_kernel
@@ -85,9 +91,15 @@ def _encode_bfloat(values: F32, out: Any) -> None:
 
 
 @inline_kernel
+def bfloat_value(code: Any) -> Any:
+    """The float32 that a bfloat16's bits, a uint16, mean."""
+    return float_of(np.uint32(np.uint32(code) << _16))
+
+
+@inline_kernel
 def _decode_bfloat(data: Any, out: F32) -> None:
     for i in range(out.size):
-        out[i] = float_of(np.uint32(np.uint32(data[i]) << _16))
+        out[i] = bfloat_value(data[i])
 
 
 @inline_kernel
@@ -120,9 +132,15 @@ def _encode_int8(values: F32, target: Int, row_bytes: Int) -> None:
 
 
 @inline_kernel
+def int8_value(code: Any, scale: Any) -> Any:
+    """The float32 that a byte means in a row of this scale."""
+    return np.float32(np.int8(code)) * scale
+
+
+@inline_kernel
 def _decode_int8(data: Any, scale: Any, out: F32) -> None:
     for i in range(out.size):
-        out[i] = np.float32(np.int8(data[i])) * scale
+        out[i] = int8_value(data[i], scale)
 
 
 @inline_kernel

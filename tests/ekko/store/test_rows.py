@@ -8,7 +8,8 @@ import numba
 import numpy as np
 
 from ekko.store import layout
-from ekko.store.kernels import gather, rows
+from ekko.store.kernels import rows, whole_row
+from ekko.store.kernels.index import publish
 from ekko.store.kernels.quantise import FLOAT32
 
 DIM = 4_096
@@ -17,6 +18,7 @@ VERSIONS = 64
 MEETINGS = 400
 PAUSE = 8_000  # steps: several times as long as a copy of the row takes
 DEADLINE_S = 60.0
+INDEX_LOG2 = 1
 
 
 def _rewrite(table: Any, row: Any, data: Any, row_bytes: Any, stop: Any, pause: Any) -> Any:
@@ -37,6 +39,8 @@ def test_a_copy_that_the_writer_overtook_is_made_again() -> None:
     memory = np.zeros(layout.TABLE.offset("rows") + layout.row_stride(row_bytes), np.uint8)
     table = memory.ctypes.data
     row = table + layout.TABLE.offset("rows")
+    index = np.zeros(layout.index_bytes(INDEX_LOG2), np.uint8)
+    publish(index.ctypes.data + layout.INDEX.offset("entries"), np.uint64(0), 0)  # key 0 is in slot 0
     values = np.repeat(np.arange(VERSIONS, dtype=np.float32), DIM)
     stop = np.ones(1, np.int64)
     rewrite(table, row, values.ctypes.data, row_bytes, stop, PAUSE)  # compile it
@@ -45,10 +49,12 @@ def test_a_copy_that_the_writer_overtook_is_made_again() -> None:
     writing.start()
     try:
         out, stamp = np.zeros(DIM, np.float32), np.zeros(1, np.uint64)
+        place = (row, layout.row_stride(row_bytes), FLOAT32, DIM, index.ctypes.data, INDEX_LOG2)
         newest, met, deadline = 0, 0, time.monotonic() + DEADLINE_S
         while met < MEETINGS:
             assert time.monotonic() < deadline, f"only {met} copies met a new version"
-            if gather._copy_contended(row, FLOAT32, DIM, out.ctypes.data, stamp.ctypes.data):
+            found = whole_row.read_by_key(*place, 0, 0, out.ctypes.data, stamp.ctypes.data)
+            if found == whole_row.FOUND:
                 assert (out == np.float32(int(stamp[0]) % VERSIONS)).all(), "torn, or another version's stamp"
                 assert int(stamp[0]) >= newest, "went back"
                 met += int(stamp[0]) > newest
