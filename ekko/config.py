@@ -25,6 +25,7 @@ from p2p.replica import PARTITIONS_MAX
 ENVIRONMENT_PREFIX = "EKKO_"
 CONFIG_BYTES_MAX = 1 << 20  # a node's file has some dozens of lines; anything near this is not a configuration
 CAPACITY_ROWS_MAX = 1 << 40
+CAPACITY_BYTES_MIN = 1 << 20  # anything near is the number of something else
 DELAY_MS_MAX = 60_000.0  # emulation of a link longer than this would look like a dead peer
 NOT_BUILT = "is not available in this version"
 ROLES = ("train", "serve", "baseline", "witness")
@@ -48,7 +49,21 @@ def _truth(value: object) -> object:
     return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
 
 
+_UNITS = {"B": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate("kMGTP", 1)}
+_UNITS |= {"KB": 1000} | {f"{prefix}iB": 1024**n for n, prefix in enumerate("KMGTP", 1)}
+
+
+def _byte_size(value: object) -> object:
+    """A number of bytes, or text with a unit: "100GB", "1.5 GiB"."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([A-Za-z]*)", value)):
+        factor = _UNITS.get(match[2] or "B")
+        if factor is not None:
+            return int(float(match[1].replace("_", "")) * factor)
+    return value
+
+
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
+ByteSize = Annotated[int, BeforeValidator(_byte_size)]
 Number = Annotated[float, BeforeValidator(_number)]
 
 
@@ -96,6 +111,7 @@ class ModelSection(Section):
     codec: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     partitions: WholeNumber = 1
     hold: Literal["all"] | list[int] = "all"
+    capacity_bytes: ByteSize | None = None
 
     def spec(self, name: str) -> ModelSpec:
         """The schema that these settings ask for.
@@ -326,6 +342,8 @@ def _describe(kind: str, path: KeyPath, value: object, message: str, context: Ma
             return f"expected {context.get('expected')}, got {value!r}"
         case "string_type":
             return f"expected text in quotes, got {value!r}"
+        case "int_type" | "int_parsing" | "int_from_float" if path[-1].endswith("_bytes"):
+            return f'expected a number of bytes or a size such as "100GB" or "64 GiB", got {value!r}'
         case "int_type" | "int_parsing" | "int_from_float":
             return f"expected a whole number, got {value!r}"
         case "float_type" | "float_parsing":
@@ -452,6 +470,11 @@ def _check_model(name: str, model: ModelSection, places: Places) -> None:
             refuse("hold", f"a partition is there twice: {model.hold}")
     if not 1 <= model.capacity_rows <= CAPACITY_ROWS_MAX:
         refuse("capacity_rows", f"expected a whole number from 1 to {CAPACITY_ROWS_MAX}, got {model.capacity_rows}")
+    if model.capacity_bytes is not None and model.capacity_bytes < CAPACITY_BYTES_MIN:
+        refuse(
+            "capacity_bytes",
+            f"expected at least {CAPACITY_BYTES_MIN} bytes, got {model.capacity_bytes}: leave it out for no limit",
+        )
     for table, section in model.tables.items():
         try:
             if table == DENSE_TABLE:

@@ -35,6 +35,7 @@ from ekko.rundir import FileLedger, locked
 from ekko.security import WATCH_S, NodeKeys
 from ekko.status import ModelPicture, NodePicture, TablePicture
 from ekko.store import Store, warm
+from ekko.store.capacity import Capacity, header_bytes
 from ekko.store.leftovers import LeftoversWatch
 from ekko.store.manifest import kernel_boot_id
 from ekko.store.model_store import ModelStore
@@ -71,6 +72,7 @@ class Node:
         self._machine_hash = machine_hash()
         self._metrics = Metrics(self.picture, self._machine_hash)
         self._leftovers = LeftoversWatch(memory_dir)
+        self._full = 0  # steps that were refused, for want of room in their model
         self._begin_life()
         self._tool_answer: m.Expelled | m.Refused | None = None
         self._task: asyncio.Task[None] | None = None
@@ -159,9 +161,18 @@ class Node:
         store = self._open_store()
         for name, model in self.config.models.items():
             try:
-                store.add_model(model.spec(name), model.capacity_rows, model.held)
+                held = store.add_model(model.spec(name), model.capacity_rows, model.held)
             except ModelError as error:
                 raise ConfigError(f"models.{name}: {error}: change the configuration, or remove {node.run_dir}") from None
+            if model.capacity_bytes is not None:
+                if model.capacity_bytes < (least := header_bytes(held)):
+                    raise ConfigError(
+                        f"models.{name}.capacity_bytes: {model.capacity_bytes} bytes, and {held.shards} shards take {least} "
+                        "without any row: allow the model more, or give it fewer shards"
+                    )
+                held.capacity = Capacity(model.capacity_bytes)
+                if held.memory_bytes > model.capacity_bytes:
+                    log.warning("capacity_exceeded", model=name, bytes=held.memory_bytes, capacity_bytes=model.capacity_bytes)
         log.info("store_open", resumed=store.resumed, models=list(store.models))
         options = MachineOptions(
             node.id,
@@ -371,6 +382,7 @@ class Node:
             return Failed(REOPEN, f"unknown model {step.model!r}")
         if step.codec != model.spec.codec:
             return Failed(REOPEN, f"rows in codec {step.codec!r} for model {step.model!r}, which has {model.spec.codec!r}")
+        self._check_room(model, step)
         new = {tensor.name: tensor for tensor in step.tensors if model.spec.tensors.get(tensor.name) != tensor}
         if new:
             self._grow_schema(parts, replace(model.spec, tables={}, tensors=new))
@@ -386,6 +398,13 @@ class Node:
             raise ModelError(str(error)) from None
         self._check_held(model, step)
         return self._submit(m.PublishRequested(number, model.keyspace, step.columns, step.published_ns))
+
+    def _check_room(self, model: ModelStore, step: PublishStep) -> None:
+        try:
+            model.check_step(step.columns)
+        except PublishError as error:
+            self._full += 1
+            raise PublishError(f"node {self.config.node.id!r}: {error}") from None
 
     def _check_held(self, model: ModelStore, step: PublishStep) -> None:
         """A node holds what it writes (R22): otherwise nobody could repair what is lost on the way.
@@ -495,6 +514,7 @@ class Node:
         counters |= {"cache_pruned": cache.pruned, "cache_left_out": cache.left_out}
         counters |= {f"compression_{name}": count for name, count in asdict(parts.runtime.outgoing.counters).items()}
         counters |= {"peers_shut_out": parts.runtime.conduct.shut_outs, "shut_out_messages": parts.runtime.conduct.dropped}
+        counters |= {"publishes_refused_full": self._full}
         counters |= {"keys_kept": 0 if parts.keys is None else parts.keys.kept}
         own_queues = (
             QueueStatus("local_requests", self._endpoint.pending, REQUESTS_PENDING_MAX),
@@ -552,8 +572,13 @@ def _model_picture(model: ModelStore, parts: list[KeyspaceStatus], unix_ms: int)
         sum(part.steps_dropped for part in parts),
         ", ".join(dict.fromkeys(part.pulling_from for part in parts if part.pulling_from)),
         model.spec.codec,
-        tuple(TablePicture(name, dims[name], stat.rows, stat.tombstones, stat.bytes) for name, stat in stats.items()),
+        tuple(
+            TablePicture(name, dims[name], stat.rows, stat.tombstones, stat.bytes, stat.free_bytes)
+            for name, stat in stats.items()
+        ),
         tuple(model.spec.tensors.values()),
+        model.memory_bytes,
+        None if model.capacity is None else model.capacity.bytes,
     )
 
 

@@ -61,16 +61,19 @@ def _members(status: dict[str, Any]) -> Table:
 
 
 def _models(status: dict[str, Any]) -> Table:
-    columns = ("model", "table", "dim", "codec", "partitions", "rows", "deleted", "memory", "staleness", "state")
-    table = _table("Models", *columns, numbers=(2, 5, 6, 7, 8))
+    columns = ("model", "table", "dim", "codec", "partitions", "rows", "deleted", "memory", "of it free", "staleness", "state")
+    table = _table("Models", *columns, numbers=(2, 5, 6, 7, 8, 9))
     for name, model in status["models"].items():
         pulling = f", pulling from {model['pulling_from']}" if model["pulling_from"] else ""
         state = ("synced" if model["synced"] else "[yellow]catching up[/]") + pulling
         staleness = "-" if model["staleness_ms"] is None else f"{model['staleness_ms']:,} ms"
         held = _partitions(model["hold"], model["partitions"])
-        table.add_row(name, "", "", model["codec"], held, f"{model['rows']:,}", "", _size(model["bytes"]), staleness, state)
+        limit = "" if model.get("capacity_bytes") is None else f" of {_size(model['capacity_bytes'])}"
+        memory = _size(model["bytes"]) + limit, _size(model.get("free_bytes", 0))
+        table.add_row(name, "", "", model["codec"], held, f"{model['rows']:,}", "", *memory, staleness, state)
         for label, part in model["tables"].items():
-            counts = f"{part['rows']:,}", f"{part['tombstones']:,}", _size(part["bytes"])
+            sizes = _size(part["bytes"]), _size(part.get("free_bytes", 0))
+            counts = f"{part['rows']:,}", f"{part['tombstones']:,}", *sizes
             table.add_row("", label, str(part["dim"]), "", "", *counts, "", "")
     return table
 

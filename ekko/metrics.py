@@ -94,6 +94,7 @@ COUNTERS = {
     "ekko_transport_handshakes_failed": ("Connections that never spoke ekko's protocol.", "transport_handshakes_failed"),
     "ekko_transport_junk": ("Messages dropped for their frames, before they were read.", "transport_junk"),
     "ekko_transport_connections_lost": ("Connections that ended, in either direction.", "transport_connections_lost"),
+    "ekko_publishes_refused_full": ("Steps refused for want of room in their model.", "publishes_refused_full"),
     "ekko_waits_refused": ("Waits of publishers that found too many waiting.", "waits_refused"),
     "ekko_local_requests_malformed": ("Messages on the local endpoint that are not of its protocol.", "local_malformed"),
 }
@@ -199,16 +200,23 @@ def _models(picture: NodePicture) -> Iterator[Metric]:
     rows = GaugeMetricFamily("ekko_table_rows", "Live rows.", labels=["model", "table"])
     tombstones = GaugeMetricFamily("ekko_table_tombstones", "Deleted rows that are remembered.", labels=["model", "table"])
     size = GaugeMetricFamily("ekko_table_bytes", "Shared memory.", labels=["model", "table"])
+    free = GaugeMetricFamily("ekko_table_free_bytes", "Of that, slots that are free for later rows.", labels=["model", "table"])
+    total = GaugeMetricFamily("ekko_model_bytes", "Shared memory, the header included.", labels=["model"])
+    limit = GaugeMetricFamily("ekko_model_capacity_bytes", "What it may take (capacity_bytes).", labels=["model"])
     for model in picture.models:
         if model.staleness_ms is not None:
             staleness.add_metric([model.name], model.staleness_ms)
         open_steps.add_metric([model.name], model.open_steps)
         held.add_metric([model.name], len(model.hold))
+        total.add_metric([model.name], model.bytes)
+        if model.capacity_bytes is not None:
+            limit.add_metric([model.name], model.capacity_bytes)
         for table in model.tables:
             rows.add_metric([model.name, table.name], table.rows)
             tombstones.add_metric([model.name, table.name], table.tombstones)
             size.add_metric([model.name, table.name], table.bytes)
-    yield from (staleness, open_steps, held, rows, tombstones, size)
+            free.add_metric([model.name, table.name], table.free_bytes)
+    yield from (staleness, open_steps, held, rows, tombstones, size, free, total, limit)
 
 
 def _peers(picture: NodePicture) -> Iterator[Metric]:

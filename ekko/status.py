@@ -16,6 +16,7 @@ class TablePicture:
     rows: int
     tombstones: int
     bytes: int  # of shared memory
+    free_bytes: int = 0  # of those, free slots, which later rows of this table get
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +35,12 @@ class ModelPicture:
     codec: str  # of its tables; `_dense` is float32
     tables: tuple[TablePicture, ...]
     tensors: tuple[TensorSpec, ...]
+    bytes: int  # of shared memory, the header included
+    capacity_bytes: int | None = None  # what it may take; None: no limit
 
     @property
     def rows(self) -> int:
         return sum(table.rows for table in self.tables)
-
-    @property
-    def bytes(self) -> int:
-        """Of shared memory."""
-        return sum(table.bytes for table in self.tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +129,16 @@ def _model_json(model: ModelPicture) -> dict[str, object]:
         "codec": model.codec,
         "rows": model.rows,
         "bytes": model.bytes,
+        "free_bytes": sum(table.free_bytes for table in model.tables),
+        "capacity_bytes": model.capacity_bytes,
         "tables": {
-            table.name: {"dim": table.dim, "rows": table.rows, "tombstones": table.tombstones, "bytes": table.bytes}
+            table.name: {
+                "dim": table.dim,
+                "rows": table.rows,
+                "tombstones": table.tombstones,
+                "bytes": table.bytes,
+                "free_bytes": table.free_bytes,
+            }
             for table in model.tables
         },
         "tensors": {tensor.name: {"shape": list(tensor.shape), "dtype": tensor.dtype} for tensor in model.tensors},

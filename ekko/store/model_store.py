@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ekko.errors import ModelError, StoreError
 from ekko.model import DENSE_SPEC, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
-from ekko.store import layout
+from ekko.store import capacity, layout
 from ekko.store.kernels import claims, index, rows
 from ekko.store.kernels.atomics import publish_word
 from ekko.store.kernels.ring import ABOVE_ALL
@@ -42,6 +42,7 @@ class TableStats:
     rows: int  # live ones
     tombstones: int
     bytes: int  # of shared memory, rows and index
+    free_bytes: int = 0  # of those, free slots, which later rows of the table get
 
 
 class ModelStore:
@@ -68,6 +69,7 @@ class ModelStore:
         self._elsewhere: U64 | None = None  # scratch of `changed_in`
         self._identity = self._read_identity()
         self._place = Place(self.spec.id)
+        self.capacity: capacity.Capacity | None = None  # set by whoever knows the configuration
 
     @classmethod
     def create(cls, entry: ModelEntry, memory: Memory, table_bytes_max: int) -> "ModelStore":
@@ -166,10 +168,26 @@ class ModelStore:
 
     def table_stats(self) -> dict[str, TableStats]:
         """How full each table is, `_dense` included."""
-        return {
-            table.spec.name: TableStats(table.rows_used - table.tombstones, table.tombstones, table.memory_bytes)
-            for table in self._tables.values()
-        }
+        stats = {}
+        for table in self._tables.values():
+            memory, free = capacity.memory_of(table), capacity.free_slots(table)
+            live = table.rows_used - free - table.tombstones
+            stats[table.spec.name] = TableStats(live, table.tombstones, memory.total, memory.free)
+        return stats
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes of shared memory: header, rows and indexes."""
+        return capacity.memory_bytes(self, self._tables)
+
+    def check_step(self, columns: Sequence[RowColumns]) -> None:
+        """Refuse a step of a publisher here that finds no room (`capacity_bytes`).
+
+        Raises:
+            PublishError: with the remedies. Nothing is changed.
+        """
+        if self.capacity is not None:
+            capacity.check_step(self, self._tables, self.capacity, columns)
 
     def cache_stats(self) -> CacheStats:
         """What the update caches of all tables did and hold, together."""

@@ -86,6 +86,10 @@ def test_the_contract_is_understood(tmp_path: Path) -> None:
         ("item = 16", 'item = { dim = 16, ttl = "101w1d" }', ":13: models.ctr.tables.item: ", "expected a time such as"),
         ("item = 16", 'item = { dim = 16, tll = "30d" }', ":13: models.ctr.tables.item.tll: ", "did you mean 'ttl'?"),
         ("capacity_rows = 1_000", "capacity_rows = 0", ":14: models.ctr.capacity_rows: ", "from 1 to"),
+        ("capacity_rows = 1_000", 'capacity_bytes = "100 gigs"', ":14: models.ctr.capacity_bytes: ", 'a size such as "100GB"'),
+        ("capacity_rows = 1_000", "capacity_bytes = 1.5", ":14: models.ctr.capacity_bytes: ", 'a size such as "100GB"'),
+        ("capacity_rows = 1_000", "capacity_bytes = -1", ":14: models.ctr.capacity_bytes: ", "expected at least 1048576"),
+        ("capacity_rows = 1_000", 'capacity_bytes = "100B"', ":14: models.ctr.capacity_bytes: ", "got 100: leave it out"),
         (
             "capacity_rows = 1_000",
             'codec = "int9"',
@@ -194,3 +198,19 @@ def test_what_nobody_can_dial_is_not_advertised(tmp_path: Path, host: str) -> No
 def test_http_beyond_loopback_is_asked_for(tmp_path: Path) -> None:
     public = GOOD.replace('http = "127.0.0.1:7901"', 'http = "0.0.0.0:7901"\nhttp_public = true')
     assert load_config(write(tmp_path, public)).http_address == ("0.0.0.0", 7901)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2_000_000", 2_000_000),
+        ('"100GB"', 100_000_000_000),
+        ('"64 GiB"', 64 << 30),
+        ('"1.5MiB"', 3 << 19),
+        ('"5000000"', 5_000_000),
+        ('"2000kB"', 2_000_000),
+    ],
+)
+def test_a_capacity_in_bytes_has_a_unit_or_none(tmp_path: Path, text: str, size: int) -> None:
+    config = load_config(write(tmp_path, GOOD.replace("capacity_rows = 1_000", f"capacity_bytes = {text}")))
+    assert config.models["ctr"].capacity_bytes == size

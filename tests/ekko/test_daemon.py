@@ -378,6 +378,31 @@ def test_a_model_that_contradicts_what_is_stored(single: NodeProcess) -> None:
     assert "change the configuration" in line
 
 
+def test_a_step_that_finds_no_room_is_refused_whole(single: NodeProcess) -> None:
+    assert single.stop() == 0
+    text = single.config_path.read_text()
+    limited = text.replace('[models."ctr"]', '[models."ctr"]\ncapacity_bytes = "3MB"')
+    assert limited != text
+    single.config_path.write_text(limited.replace("3MB", "2MB"))
+    code, line = failure_of(single)
+    assert (code, "without any row" in line) == (2, True), line
+    single.config_path.write_text(limited.replace("3MB", "6MB"))
+    single.start()
+    single.wait_ready()
+    keys = np.arange(40_000, dtype=np.uint64)
+    with publisher_of(single) as publisher, closing(ekko.Reader("ctr", run_dir=single.run_dir)) as reader:
+        publisher.publish("item", keys[:1_000], rows(1, 1_000))
+        with pytest.raises(PublishError, match=r"node 'solo': model 'ctr' is full: .* 39000 new rows need .* is 6000000"):
+            publisher.publish("item", keys, rows(2, 40_000))
+        publisher.publish("item", keys[:1_000], rows(3, 1_000))  # what is there is updated
+        assert reader.lookup("item", keys[:1_001])[:, 0].tolist() == [3.0] * 1_000 + [0.0]
+    status = single.status()
+    assert status["counters"]["publishes_refused_full"] == 1
+    model = status["models"]["ctr"]
+    assert model["bytes"] <= model["capacity_bytes"] == 6_000_000
+    assert "ekko_publishes_refused_full_total 1.0" in get(single, "/metrics")[1].decode()
+
+
 def test_a_damaged_ledger(single: NodeProcess) -> None:
     assert single.stop() == 0
     (single.run_dir / "ledger").write_bytes(b"\xc1 not a ledger")

@@ -1,0 +1,113 @@
+"""How much memory a model may take, and what is told to whom when that is reached.
+
+What counts is what stands: the header, and of every table, `_dense` included, the pages of all slots given out, free ones too,
+and the index. Rows never move, so memory that a table has stays its own, and free slots are for later rows of the same table.
+While an index is built anew, the old one stands beside it and is not counted.
+
+A step of a publisher here that has no room is refused whole.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ekko.errors import PublishError
+from ekko.model import DENSE_SPEC
+from ekko.store import layout
+from ekko.store.table import INDEX_LOG2_MIN, Table, index_log2_for
+from p2p.replica import RowColumns
+
+if TYPE_CHECKING:
+    from ekko.store.model_store import ModelStore
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What an operator allows a model."""
+
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableMemory:
+    """What one table takes, in bytes."""
+
+    rows: int  # of slots in use
+    free: int  # of slots that are free, for later rows of this table
+    index: int
+
+    @property
+    def total(self) -> int:
+        return self.rows + self.free + self.index
+
+
+def free_slots(table: Table) -> int:
+    """Slots that were given out and belong to no key any more."""
+    return int(table.mapping.words(layout.TABLE.offset("free")))
+
+
+def memory_of(table: Table) -> TableMemory:
+    """What a table takes now."""
+    free = free_slots(table) * table.stride
+    rows = layout.TABLE.offset("rows") + table.rows_used * table.stride - free
+    return TableMemory(rows, free, layout.index_bytes(table.index.capacity_log2))
+
+
+def _with_rows(table: Table | None, stride: int, more: int) -> int:
+    """Bytes that a table takes when so many more keys have come; None: a new table."""
+    used, free, log2 = (
+        (0, 0, INDEX_LOG2_MIN) if table is None else (table.rows_used, free_slots(table), table.index.capacity_log2)
+    )
+    slots = used + max(0, more - free)
+    log2 = max(log2, index_log2_for(used - free + more))
+    return layout.TABLE.offset("rows") + slots * stride + layout.index_bytes(log2)
+
+
+def header_bytes(model: "ModelStore") -> int:
+    """What a model takes besides its tables."""
+    return layout.model_bytes(model.shards, model.spec.partitions)
+
+
+def memory_bytes(model: "ModelStore", tables: Mapping[int, Table]) -> int:
+    """What a model takes."""
+    return header_bytes(model) + sum(memory_of(table).total for table in tables.values())
+
+
+def check_step(model: "ModelStore", tables: Mapping[int, Table], capacity: Capacity, columns: Sequence[RowColumns]) -> None:
+    """Refuse a step of a publisher that finds no room. Keys come once in a table.
+
+    Raises:
+        PublishError: with the model, the bytes, the limit and the remedies. Nothing is changed.
+    """
+    counts = {column.table: len(column.keys) for column in columns}
+    if _bytes_with(model, tables, counts) <= capacity.bytes:  # even if all keys are new: as a rule
+        return
+    new = {column.table: _absent(tables.get(column.table), column) for column in columns}
+    needed, held = _bytes_with(model, tables, new), memory_bytes(model, tables)
+    if needed <= max(capacity.bytes, held):
+        return
+    raise PublishError(
+        f"model {model.spec.name!r} is full: it takes {held} bytes and {sum(new.values())} new rows need {needed - held} more, "
+        f"capacity_bytes is {capacity.bytes}: raise models.{model.spec.name}.capacity_bytes on this node, or delete rows that "
+        "are not needed; updates of rows that are there go on; nothing was published"
+    )
+
+
+def _bytes_with(model: "ModelStore", tables: Mapping[int, Table], more: Mapping[int, int]) -> int:
+    """Bytes of the model when so many more keys have come, by table."""
+    total = header_bytes(model)
+    for number, table in tables.items():
+        total += _with_rows(table, table.stride, more.get(number, 0))
+    for number, count in more.items():
+        if number not in tables and count:  # the first tensor of a model; an unknown table is refused elsewhere
+            total += _with_rows(None, layout.row_stride(DENSE_SPEC.row_bytes), count)
+    return total
+
+
+def _absent(table: Table | None, column: RowColumns) -> int:
+    """How many keys of the column the table does not have."""
+    if table is None:
+        return len(column.keys)
+    return int(np.count_nonzero(table.resolve(np.require(column.keys, np.uint64, ["C", "A"])) < 0))
