@@ -13,6 +13,10 @@ class StoreError(EkkoError):
     """The shared-memory store cannot do what was asked: no space, damaged, or a row that never settles."""
 
 
+class SnapshotError(StoreError):
+    """A snapshot cannot be written, or cannot be used: damaged, foreign, or of a newer version."""
+
+
 class ModelError(EkkoError):
     """An unknown model or table, or data that does not fit its table."""
 

@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -83,6 +84,20 @@ def write_manifest(run_dir: Path, manifest: Manifest) -> None:
     temporary.replace(run_dir / MANIFEST_NAME)
 
 
+def entry_from_json(model: dict[str, Any]) -> ModelEntry:
+    """What `asdict` made of an entry, here or in a snapshot; raises whatever comes when it is damaged."""
+    return ModelEntry(
+        str(model["name"]),
+        int(model["shards"]),
+        int(model["capacity_rows"]),
+        [TableSpec(table["name"], table["dim"], table["codec"], table.get("ttl_s", 0)) for table in model["tables"]],
+        [TensorSpec(tensor["name"], tuple(tensor["shape"]), tensor["dtype"]) for tensor in model["tensors"]],
+        int(model.get("partitions", 1)),
+        None if model.get("hold") is None else [int(partition) for partition in model["hold"]],
+        model.get("codec", CODEC_DEFAULT),  # not there in a manifest of an older version
+    )
+
+
 def read_manifest(run_dir: Path) -> Manifest | None:
     """The manifest, or None when there is none.
 
@@ -96,19 +111,7 @@ def read_manifest(run_dir: Path) -> Manifest | None:
         return None
     try:
         raw = json.loads(text)
-        models = [
-            ModelEntry(
-                str(model["name"]),
-                int(model["shards"]),
-                int(model["capacity_rows"]),
-                [TableSpec(table["name"], table["dim"], table["codec"], table.get("ttl_s", 0)) for table in model["tables"]],
-                [TensorSpec(tensor["name"], tuple(tensor["shape"]), tensor["dtype"]) for tensor in model["tensors"]],
-                int(model.get("partitions", 1)),
-                None if model.get("hold") is None else [int(partition) for partition in model["hold"]],
-                model.get("codec", CODEC_DEFAULT),  # not there in a manifest of an older version
-            )
-            for model in raw["models"]
-        ]
+        models = [entry_from_json(model) for model in raw["models"]]
         return Manifest(str(raw["boot_id"]), str(raw["memory_dir"]), str(raw["prefix"]), models, int(raw["layout_version"]))
     except Exception as error:  # a damaged file can fail in any way
         raise StoreError(f"{path} cannot be understood ({error}): remove it, and start the node again") from error
