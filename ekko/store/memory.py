@@ -95,6 +95,10 @@ class Mapping:
         count = int(np.prod(shape))
         return np.frombuffer(self._memory, np.uint64, count, offset).reshape(shape)
 
+    def bytes(self, begin: int, count: int) -> memoryview:
+        """Live bytes of the memory, to be read to or written from."""
+        return memoryview(self._memory)[begin : begin + count]
+
     def view(self, end: int) -> memoryview:
         """The words below `end`, for reading them one by one from Python."""
         return memoryview(self._memory)[:end].cast("Q")

@@ -161,6 +161,30 @@ class ModelStore:
         self.spec.tensors[spec.name] = spec
         return True
 
+    def table(self, table: int) -> Table:
+        """A table by its id, for `ekko.store.images`."""
+        return self._tables[table]
+
+    def restore(self, vector: U64, frontiers: U64, loss_floor: U64, incomplete: NDArray[np.uint8], stamp_max: int) -> None:
+        """After the rows of a snapshot: what it knows of the partitions that are held here (T5).
+
+        Args:
+            vector: [WRITERS_MAX, shards].
+            frontiers: [partitions, WRITERS_MAX].
+            loss_floor: [WRITERS_MAX, shards].
+            incomplete: a bit for each shard.
+            stamp_max: of the rows.
+        """
+        held = np.isin(np.arange(self.shards) % self.spec.partitions, self._hold)
+        self._header.ensure(len(self._header))
+        floor = self._header.words(layout.loss_floor_offset(self.shards, self.spec.partitions), WRITERS_MAX, self.shards)
+        bits = self._header.words(layout.incomplete_offset(self.shards, self.spec.partitions), len(incomplete) // 8)
+        floor[...] = np.where(held, loss_floor, np.uint64(0))
+        bits[...] = incomplete.view(np.uint64)
+        self._vector.T[...] = np.where(held, vector, np.uint64(0))
+        self._frontiers[list(self._hold)] = frontiers[list(self._hold)]
+        self._stamp_max[...] = stamp_max
+
     @property
     def table_specs(self) -> list[TableSpec]:
         """All tables, `_dense` included."""

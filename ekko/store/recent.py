@@ -87,6 +87,16 @@ class RecentRows:
         self._hits = self._misses = 0
         self._answers = self._deepest = 0  # since the window was chosen
 
+    @property
+    def dvv_addresses(self) -> tuple[int, int]:
+        """Where DVV is and the list of its writers, for kernels that merge into it."""
+        return self._bound[1], self._bound[2]
+
+    @property
+    def dvv(self) -> U64:
+        """Live uint64[WRITERS_MAX, shards]."""
+        return self._dvv
+
     def stats(self) -> CacheStats:
         """Counters and sizes."""
         head, tail, left_out, _ = self._state.tolist()

@@ -7,8 +7,8 @@ ours, and every file is there. A row that was half-written is taken back, and a 
 One process writes a store at a time; the daemon holds a lock file in `run_dir` for that.
 """
 
+from collections.abc import Callable, Sequence
 from collections.abc import Mapping as ReadOnlyMapping
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
@@ -69,6 +69,7 @@ class Store:
         *,
         memory_dir: Path = MEMORY_DIR,
         table_bytes_max: int = TABLE_BYTES_MAX,
+        fill: Callable[["Store"], None] | None = None,
     ) -> "Store":
         """Resume the store of `run_dir`, or begin an empty one.
 
@@ -76,18 +77,25 @@ class Store:
             run_dir: where the manifest is; made when absent.
             memory_dir: a tmpfs.
             table_bytes_max: address space to reserve for the rows of a table.
+            fill: puts models and rows into a store that begins; nobody sees it before it is done, and should it raise, or be
+                killed, it is as if it had never been.
 
         Raises:
             StoreError: shared memory is full or cannot be used.
         """
+        resumed = cls.attach(run_dir, memory_dir=memory_dir, table_bytes_max=table_bytes_max)
+        return resumed if resumed is not None else cls._begin(run_dir, memory_dir, table_bytes_max, fill)
+
+    @classmethod
+    def attach(cls, run_dir: Path, *, memory_dir: Path = MEMORY_DIR, table_bytes_max: int = TABLE_BYTES_MAX) -> "Store | None":
+        """Resume the store of `run_dir`; None where there is none that is intact. Arguments and errors as `open`."""
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(f"run_dir {run_dir} cannot be made: {error.strerror}") from error
         if not memory_dir.is_dir():
             raise StoreError(f"memory_dir {memory_dir} is not a directory: name a mounted tmpfs")
-        resumed = cls._resume(run_dir, memory_dir, table_bytes_max)
-        return resumed if resumed is not None else cls._begin(run_dir, memory_dir, table_bytes_max)
+        return cls._resume(run_dir, memory_dir, table_bytes_max)
 
     def reopened(self) -> "Store":
         """This anonymous store as the node's next process finds it: repaired by the code that attaches after a kill."""
@@ -126,8 +134,17 @@ class Store:
         return store
 
     @classmethod
-    def _begin(cls, run_dir: Path, memory_dir: Path, table_bytes_max: int) -> "Store":
-        store = cls(_fresh_memory(run_dir, memory_dir), None, table_bytes_max)
+    def _begin(cls, run_dir: Path, memory_dir: Path, table_bytes_max: int, fill: Callable[["Store"], None] | None) -> "Store":
+        memory = _fresh_memory(run_dir, memory_dir)
+        store = cls(memory, None, table_bytes_max)
+        if fill is not None:
+            try:
+                fill(store)
+            except BaseException:
+                store.close()
+                for path in memory_dir.glob(f"{memory.prefix}-*"):
+                    path.unlink(missing_ok=True)
+                raise
         store._replace(run_dir, memory_dir)
         return store
 
@@ -247,6 +264,23 @@ class Store:
         self._insert(model)
         if changed:
             self._publish_manifest()
+        return model
+
+    def add_entry(self, entry: ModelEntry, rows: ReadOnlyMapping[int, int]) -> ModelStore:
+        """Have a model as a snapshot describes it, in a store that begins; `rows` says how many come into each table.
+
+        Raises:
+            ModelError: it contradicts another model.
+            StoreError: shared memory is full.
+        """
+        spec = ModelSpec(entry.name, entry.shards, partitions=entry.partitions, codec=entry.codec)
+        self._check_new(spec, None)
+        model = ModelStore.create(entry, self._memory, self._table_bytes_max)
+        for table in entry.tables:
+            model.add_table(table, max(1, rows.get(table.id, 0)))
+        for tensor in entry.tensors:
+            model.add_tensor(tensor)
+        self._insert(model)
         return model
 
     def add_table(self, model: str, table: TableSpec, capacity_rows: int = 0) -> None:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ekko.errors import StoreError
 from ekko.model import CODECS, TableSpec
 from ekko.store import layout
+from ekko.store.kernels import images, rows
 from ekko.store.kernels import index as index_kernels
-from ekko.store.kernels import rows
 from ekko.store.kernels.atomics import publish_word, watch_word
 from ekko.store.memory import Mapping, Memory
 from ekko.store.recent import RecentRows
@@ -317,6 +317,21 @@ class Table:
         self._note_room()
         publish_word(self._generation_address, larger.generation)
         self._memory.remove(self._index_name(old.generation))
+
+    def reserve(self, rows_count: int) -> None:
+        """Have an index that takes so many rows, in a table that is empty."""
+        if index_log2_for(rows_count) > self.index.capacity_log2:
+            larger = self._create_index(self.index.generation + 1, index_log2_for(rows_count))
+            larger.mapping.ensure(len(larger.mapping))
+            self._switch_index(larger)
+
+    def settle(self, count: int, shards: int, wanted: NDArray[np.bool_], counts: I64) -> bool:
+        """Make rows of images that lie behind the last row; see `ekko.store.images`. False: they are none."""
+        begin = self.rows_used
+        place = self.mapping.address, self.stride, begin, begin + count, self.index.address, self.index.capacity_log2
+        done = images.settle_images(*place, shards, wanted, *self.recent.dvv_addresses, counts)
+        self._note_room()
+        return done == 0
 
     def read(self, slots: I64) -> tuple[U64, U8, U64]:
         """Keys, encoded rows of the live ones, and stamps; live ones first."""

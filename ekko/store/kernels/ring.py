@@ -51,7 +51,7 @@ def _list_writer(writers: Int, writer: Int) -> None:
 
 
 @inline_kernel
-def _merge(stamp: Int, shard: Int, shards: Int, dvv: Int, writers: Int) -> None:
+def merge_dvv(stamp: Int, shard: Int, shards: Int, dvv: Int, writers: Int) -> None:
     """A row with this stamp is not in the ring."""
     writer = np.int64(stamp & _WRITER_MASK)
     place = dvv + (writer * shards + shard) * 8
@@ -66,7 +66,7 @@ def _merge(stamp: Int, shard: Int, shards: Int, dvv: Int, writers: Int) -> None:
 def _drop(entry: Int, shards: Int, dvv: Int, thresholds: Int, writers: Int) -> None:
     """Leave an entry to DVV. Its row may have a younger one: DVV is a bound, and may be too high."""
     stamp = load_u64(entry + _ENTRY_STAMP)
-    _merge(stamp, np.int64(load_u64(entry) >> _PLACE_BITS), shards, dvv, writers)
+    merge_dvv(stamp, np.int64(load_u64(entry) >> _PLACE_BITS), shards, dvv, writers)
     threshold = thresholds + np.int64(stamp & _WRITER_MASK) * 8
     store_u64(threshold, max(load_u64(threshold), stamp))
 
@@ -116,7 +116,7 @@ def record(
             store_u64(entry + _ENTRY_STAMP, row_stamp)
             head += 1
         else:
-            _merge(row_stamp, shard, shards, dvv, writers)
+            merge_dvv(row_stamp, shard, shards, dvv, writers)
             left_out += 1
     state[HEAD], state[TAIL] = head, tail
     state[LEFT_OUT] += left_out
@@ -130,7 +130,7 @@ def load(table: Int, stride: Int, rows_used: Int, shards: Int, dvv: Int, writers
         row = rows + slot * stride
         prefetch_near(row + _PREFETCH_ROWS * stride)
         shard = np.int64(mix64(load_u64(row + _KEY)) % np.uint64(shards))
-        _merge(load_u64(row + _STAMP), shard, shards, dvv, writers)
+        merge_dvv(load_u64(row + _STAMP), shard, shards, dvv, writers)
 
 
 @kernel("int64(Array(uint64, 1, 'C', readonly=True), int64, int64, int64)")

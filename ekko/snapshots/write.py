@@ -1,0 +1,207 @@
+"""Writing a snapshot of a store that goes on changing.
+
+The order is the theorem (T5): of each model the vector first, then the rows, then the loss floor. A row that is written or
+removed meanwhile is newer than the vector, or covered by the floor; whoever restores the snapshot pulls it again.
+
+An increment leaves out what its parent has. A row that was dropped since then must not come back from the parent: shards whose
+floor is above the parent's vector, or whose vector went down, are in the increment as a whole. In a shard where that happened
+while we read, the increment claims no more than its parent did.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.errors import SnapshotError
+from ekko.model import TableSpec
+from ekko.rundir import FileLedger
+from ekko.snapshots.catalog import Catalog, Entry
+from ekko.snapshots.folders import MANIFEST, Folder
+from ekko.snapshots.format import (
+    CHUNK_BYTES,
+    ModelPart,
+    SnapshotManifest,
+    TablePart,
+    checksum_of,
+    encode_knowledge,
+    encode_manifest,
+)
+from ekko.store import layout
+from ekko.store.images import FloorImage, KnowledgeImage, ModelImage, StoreImage
+from p2p.ledger import NodeRecord
+
+U64 = NDArray[np.uint64]
+U8 = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+Progress = Callable[[int, int], None]  # (bytes done, bytes that were looked at in all, about)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What the parent of an increment knew of a model."""
+
+    vector: U64  # [WRITERS_MAX, shards]
+    frontiers: U64
+    tables: frozenset[int]
+
+
+class SnapshotWriter:
+    """Writes snapshots of the store in `run_dir` to a folder.
+
+    Args:
+        run_dir: of the node; its daemon may run.
+        folder: where to.
+        node: its id, for people.
+        progress: told of each chunk.
+    """
+
+    def __init__(self, run_dir: Path, folder: Folder, node: str, progress: Progress = lambda done, total: None) -> None:
+        self._run_dir = run_dir
+        self._folder = folder
+        self._node = node
+        self._progress = progress
+        self._buffer: U8 = np.empty(0, np.uint8)
+        self._done = self._total = 0
+
+    def write(self, parent: Entry | None = None) -> SnapshotManifest:
+        """Write one: a full one, or an increment over `parent`.
+
+        Raises:
+            SnapshotError: the folder fails, or the store changed in a way that no snapshot can follow: try again.
+            StoreError: there is no store, or a row of it stays locked.
+        """
+        try:
+            return self._write(StoreImage(self._run_dir), parent)
+        except FileNotFoundError:
+            raise SnapshotError(f"the store in {self._run_dir} was replaced while it was read: try again") from None
+
+    def _write(self, store: StoreImage, parent: Entry | None) -> SnapshotManifest:
+        name = Catalog(self._folder).next_name(time.time_ns() // 1_000_000, token_hex(4))
+        before = NodeRecord.load(FileLedger(self._run_dir))
+        entries = store.manifest.models
+        bases = {} if parent is None else self._bases(parent, store.manifest.prefix)
+        self._done = 0
+        self._total = sum(store.model(entry).rows_bytes for entry in entries)
+        parts = []
+        for number, entry in enumerate(entries):
+            parts.append(self._write_model(f"{name}/{number}", store.model(entry), bases.get(entry.name)))
+        if store.retired:
+            raise SnapshotError(f"the store in {self._run_dir} was replaced while it was read: try again")
+        record = NodeRecord.load(FileLedger(self._run_dir))
+        _check_bindings(before, record)
+        manifest = SnapshotManifest(
+            name,
+            int(name[:13]),
+            self._node,
+            f"{record.cluster:x}",
+            store.manifest.prefix,
+            [f"{boot:x}" for boot in record.lives],
+            None if parent is None else parent.name,
+            None if parent is None else parent.checksum,
+            parts,
+        )
+        self._folder.put(f"{name}/{MANIFEST}", encode_manifest(manifest))
+        return manifest
+
+    def _bases(self, parent: Entry, store: str) -> dict[str, Base]:
+        """What the parent knew, by model.
+
+        Raises:
+            SnapshotError: it is of another memory, or damaged.
+        """
+        if parent.manifest.store != store:
+            raise SnapshotError(f"snapshot {parent.name} is of another memory: an increment over it would miss rows")
+        bases = {}
+        for part in parent.manifest.models:
+            knowledge = parent.knowledge(self._folder, part)[0]
+            tables = frozenset(table.table for table in part.tables)
+            bases[part.entry.name] = Base(knowledge.vector, knowledge.frontiers, tables)
+        return bases
+
+    def _write_model(self, path: str, model: ModelImage, base: Base | None) -> ModelPart:
+        # The order of these three is T5.
+        knowledge = model.knowledge()
+        whole = np.zeros(model.entry.shards, np.bool_) if base is None else _whole(base, knowledge, model.floors())
+        tables = [self._write_table(path, model, spec, base, whole) for spec in model.entry.tables]
+        floors = model.floors()
+        knowledge = _held_back(model, base, knowledge, floors, whole)
+        data = encode_knowledge(knowledge, floors)
+        file = f"{path.rsplit('/', 1)[-1]}.knowledge"
+        self._put_data(f"{path}.knowledge", data)
+        record, family = NodeRecord.load(FileLedger(self._run_dir)), model.id  # after the vector: who is in it is bound by now
+        writers = np.flatnonzero(knowledge.vector.any(axis=1)).tolist()
+        bindings = [(w, f"{record.bindings[family, w]:x}") for w in writers if (family, w) in record.bindings]
+        return ModelPart(model.entry, bindings, np.flatnonzero(whole).tolist(), file, checksum_of(data), tables)
+
+    def _put_data(self, path: str, data: bytes) -> None:
+        sink = self._folder.create(path)
+        sink.write(memoryview(data))
+        sink.close()
+
+    def _write_table(self, path: str, model: ModelImage, spec: TableSpec, base: Base | None, whole: Mask) -> TablePart:
+        stride = layout.row_stride(spec.row_bytes)
+        file = f"{path.rsplit('/', 1)[-1]}-{spec.id:08x}.rows"
+        part = TablePart(spec.id, file, stride)
+        size = max(stride, CHUNK_BYTES // stride * stride)
+        if self._buffer.size < size:
+            self._buffer = np.empty(size, np.uint8)
+        above = base.vector.T if base is not None and spec.id in base.tables else None
+        sink = self._folder.create(f"{path}-{spec.id:08x}.rows")
+        try:
+            for chunk in model.rows(spec, self._buffer[:size], above, whole):
+                part.chunks.append((chunk.size // stride, checksum_of(chunk)))
+                sink.write(chunk.data)
+                self._done += chunk.size
+                self._progress(self._done, max(self._total, self._done))
+        except BaseException:
+            sink.abandon()
+            raise
+        sink.close()
+        return part
+
+
+def _whole(base: Base, knowledge: KnowledgeImage, floors: FloorImage) -> Mask:
+    """bool[shards]: in which the parent may have rows that were dropped since."""
+    dropped = floors.floor > base.vector
+    dropped |= knowledge.vector < base.vector
+    found: Mask = dropped.any(axis=0)
+    return found
+
+
+def _held_back(
+    model: ModelImage, base: Base | None, knowledge: KnowledgeImage, floors: FloorImage, whole: Mask
+) -> KnowledgeImage:
+    """The knowledge that may be claimed after the rows were read.
+
+    Raises:
+        SnapshotError: the vector went down meanwhile: the shard was begun anew.
+    """
+    now = model.knowledge()
+    if (now.vector < knowledge.vector).any():
+        raise SnapshotError(f"model {model.entry.name!r} let go of a writer while it was read: try again")
+    if base is None:
+        return knowledge
+    late = (floors.floor > base.vector).any(axis=0) & ~whole
+    if not late.any():
+        return knowledge
+    vector = np.where(late, np.minimum(knowledge.vector, base.vector), knowledge.vector)
+    partitions = np.unique(np.flatnonzero(late) % model.entry.partitions)
+    frontiers = knowledge.frontiers.copy()
+    frontiers[partitions] = np.minimum(frontiers[partitions], base.frontiers[partitions])
+    return KnowledgeImage(vector, frontiers)
+
+
+def _check_bindings(before: NodeRecord, after: NodeRecord) -> None:
+    """Refuse a snapshot during which a writer id changed hands.
+
+    Raises:
+        SnapshotError: one did.
+    """
+    for key, nonce in before.bindings.items():
+        if after.bindings.get(key, nonce) != nonce:
+            raise SnapshotError("a writer id changed hands while the store was read: try again")
