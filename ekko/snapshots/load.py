@@ -163,9 +163,8 @@ class Loader:
         record.save()
 
     def _fill_model(self, store: Store, newest: ModelPart) -> None:
-        parts = [
-            (entry, part) for entry in self._chain for part in entry.manifest.models if part.entry.name == newest.entry.name
-        ]
+        name = newest.entry.name
+        parts = [(entry, part) for entry in self._chain for part in entry.manifest.models if part.entry.name == name]
         rows: dict[int, int] = {}
         for _, part in parts:
             for table in part.tables:
@@ -178,7 +177,7 @@ class Loader:
         model = store.add_entry(entry, rows)
         stamp_max = 0
         for spec in entry.tables:
-            images = [(of, table, part) for of, part in parts for table in part.tables if table.table == spec.id]
+            images = [(of, table) for of, part in parts for table in part.tables if table.table == spec.id]
             stamp_max = max(stamp_max, self._fill_table(model, spec.id, rows.get(spec.id, 0), images, parts, hold))
         knowledge, floors = self._chain[-1].knowledge(self._folder, newest)
         floor = floors.floor
@@ -192,7 +191,7 @@ class Loader:
         model: ModelStore,
         table_id: int,
         rows: int,
-        images: list[tuple[Entry, TablePart, ModelPart]],
+        images: list[tuple[Entry, TablePart]],
         parts: list[tuple[Entry, ModelPart]],
         hold: list[int],
     ) -> int:
@@ -200,7 +199,7 @@ class Loader:
         filler = fill_table(model, table_id, rows)
         shards = np.arange(model.shards)
         held = np.isin(shards % model.spec.partitions, hold)
-        for entry, table, part in images:
+        for entry, table in images:
             if table.stride != filler.stride:
                 raise SnapshotError(f"{entry.name}/{table.file} has rows of {table.stride} bytes, not {filler.stride}")
             later = [other for of, other in parts if of.name > entry.name]
@@ -259,7 +258,8 @@ def _check_spec(part: ModelPart, spec: ModelSpec | None) -> None:
     for table in spec.tables.values():
         if dims.get(table.name, table.dim) != table.dim:
             raise SnapshotError(
-                f"table {table.name!r} of model {entry.name!r} has dim {dims[table.name]} in it, and {table.dim} in the configuration"
+                f"table {table.name!r} of model {entry.name!r} has dim {dims[table.name]} in it, and {table.dim} in the "
+                "configuration"
             )
 
 

@@ -154,7 +154,7 @@ class SnapshotWriter:
         sink = self._folder.create(f"{path}-{spec.id:08x}.rows")
         try:
             for chunk in model.rows(spec, self._buffer[:size], above, whole):
-                part.chunks.append((chunk.size // stride, checksum_of(chunk)))
+                part.chunks.append((chunk.size // stride, checksum_of(chunk.data)))
                 sink.write(chunk.data)
                 self._done += chunk.size
                 self._progress(self._done, max(self._total, self._done))
@@ -167,10 +167,8 @@ class SnapshotWriter:
 
 def _whole(base: Base, knowledge: KnowledgeImage, floors: FloorImage) -> Mask:
     """bool[shards]: in which the parent may have rows that were dropped since."""
-    dropped = floors.floor > base.vector
-    dropped |= knowledge.vector < base.vector
-    found: Mask = dropped.any(axis=0)
-    return found
+    dropped = (floors.floor > base.vector) | (knowledge.vector < base.vector)
+    return np.asarray(dropped.any(axis=0))
 
 
 def _held_back(

@@ -331,7 +331,7 @@ class Table:
         place = self.mapping.address, self.stride, begin, begin + count, self.index.address, self.index.capacity_log2
         done = images.settle_images(*place, shards, wanted, *self.recent.dvv_addresses, counts)
         self._note_room()
-        return done == 0
+        return bool(done == 0)
 
     def read(self, slots: I64) -> tuple[U64, U8, U64]:
         """Keys, encoded rows of the live ones, and stamps; live ones first."""
