@@ -109,13 +109,21 @@ class Reader:
     def close(self) -> None:
         """Let go of the memory. Look-ups still running in other threads finish."""
         self._closed = True
-        self._attachment = None
+        attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            for view in attachment.tables.values():
+                view.counter.flush()
 
     @property
     def tables(self) -> ReadOnlyMapping[str, int]:
         """Name -> dim of the model's tables."""
         tables = self._current().tables
         return MappingProxyType({name: view.spec.dim for name, view in tables.items() if name != DENSE_TABLE})
+
+    @property
+    def counting(self) -> bool:
+        """Whether look-ups are counted (`ekko hot`): not where this process may not write to the node's hot files."""
+        return all(view.counter.on for name, view in self._current().tables.items() if name != DENSE_TABLE)
 
     @property
     def partitions(self) -> int:

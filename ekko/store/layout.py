@@ -61,6 +61,8 @@ CONTROL_MAGIC = _magic("ekkoctl")
 MODEL_MAGIC = _magic("ekkomodl")
 TABLE_MAGIC = _magic("ekkotabl")
 INDEX_MAGIC = _magic("ekkoindx")
+HOT_MAGIC = _magic("ekkohot")
+HEAT_MAGIC = _magic("ekkoheat")
 
 _COMMON = (
     Field("magic", 0, 8, "tells the kind of file"),
@@ -191,7 +193,69 @@ ENTRY = Structure(
 ENTRY_BYTES = 16
 ENTRY_REMOVED = -1
 
-STRUCTURES = (CONTROL, MODEL, UNDO, TABLE, ROW, INDEX, ENTRY)
+# Counted by readers, under whatever uid: the one file of a store that others than its daemon write.
+HOT_DEPTH = 4  # rows of the sketch: the least of four counters is off by more than e / width of all requests once in 55 keys
+HOT_WIDTH_LOG2_MIN, HOT_WIDTH_LOG2_MAX = 12, 18
+HOT_CANDIDATES = 1_024
+HOT = Structure(
+    "hot file",
+    (
+        *_COMMON,
+        Field("table", 16, 8, "the table's id"),
+        Field("width_log2", 24, 8, "binary logarithm of the counters in a row of the sketch"),
+        Field("seed", 32, 8, "of the sketch's hash"),
+        Field("salt", 40, 8, "odd; another one after each fold: which candidates compete for a place"),
+        Field("lookups", 64, 8, "calls of readers"),
+        Field("keys", 72, 8, "keys they asked for"),
+        Field("misses", 80, 8, "of those, absent ones; an estimate from a sample"),
+        Field("candidates", PAGE_BYTES, 16 * HOT_CANDIDATES, "1,024 candidates for the hottest keys"),
+        Field("cells", PAGE_BYTES + 16 * HOT_CANDIDATES, 0, "uint32[4, width], the count-min sketch; they wrap around"),
+    ),
+)
+
+CANDIDATE = Structure(
+    "candidate",
+    (
+        Field("key", 0, 8, "the key"),
+        Field("estimate", 8, 8, "how often it was asked for, by the sketch; 0: nobody"),
+    ),
+)
+CANDIDATE_BYTES = 16
+
+# What the daemon makes of the counts: they decay, and survive it.
+HEAT_TOP = 1_024
+HEAT = Structure(
+    "heat file",
+    (
+        *_COMMON,
+        Field("table", 16, 8, "the table's id"),
+        Field("width_log2", 24, 8, "as in the hot file"),
+        Field("seed", 32, 8, "as in the hot file"),
+        Field("folded_ms", 64, 8, "milliseconds of the machine's monotonic clock at the last fold; 0: none yet"),
+        Field("lookups", 72, 8, "calls of readers since the table is there"),
+        Field("keys", 80, 8, "keys they asked for"),
+        Field("misses", 88, 8, "of those, absent ones"),
+        Field("lookups_seen", 96, 8, "`lookups` of the hot file at the last fold"),
+        Field("keys_seen", 104, 8, "`keys` of it"),
+        Field("misses_seen", 112, 8, "`misses` of it"),
+        Field("requests", 120, 8, "float64: keys asked for, decayed"),
+        Field("top_count", 128, 8, "keys in `top`"),
+        Field("top", PAGE_BYTES, 8 * HEAT_TOP, "uint64: the hottest keys, hottest first"),
+        Field("cells", 3 * PAGE_BYTES, 0, "float32[4, width], decayed; then uint32[4, width], the hot file's at the last fold"),
+    ),
+)
+
+STRUCTURES = (CONTROL, MODEL, UNDO, TABLE, ROW, INDEX, ENTRY, HOT, CANDIDATE, HEAT)
+
+
+def hot_bytes(width_log2: int) -> int:
+    """Length of a hot file."""
+    return HOT.offset("cells") + (4 * HOT_DEPTH << width_log2)
+
+
+def heat_bytes(width_log2: int) -> int:
+    """Length of a heat file."""
+    return HEAT.offset("cells") + (8 * HOT_DEPTH << width_log2)
 
 
 def row_stride(row_bytes: int) -> int:

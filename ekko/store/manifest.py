@@ -64,6 +64,16 @@ def index_name(model_id: int, table_id: int, generation: int) -> str:
     return f"{model_id:08x}-{table_id:08x}-index-{generation}"
 
 
+def hot_name(model_id: int, table_id: int) -> str:
+    """What readers count of the table."""
+    return f"{model_id:08x}-{table_id:08x}-hot"
+
+
+def heat_name(model_id: int, table_id: int) -> str:
+    """What the daemon makes of those counts."""
+    return f"{model_id:08x}-{table_id:08x}-heat"
+
+
 def kernel_boot_id() -> str:
     """Names the life of the machine: memory of another boot is gone."""
     return _BOOT_ID_PATH.read_text().strip()

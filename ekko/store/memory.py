@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+import stat
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import StoreError
+
+U64 = NDArray[np.uint64]
 
 # mmap(2) and madvise(2) numbers that Python does not name.
 _MAP_NORESERVE = 0x4000
@@ -73,6 +76,20 @@ class Mapping:
         return cls(memory)
 
     @classmethod
+    def open_to_count(cls, path: Path) -> "Mapping":
+        """Map a file that readers write to (`let_readers_write`).
+
+        Raises:
+            OSError: it is not there, or not ours to write.
+            ValueError: it is empty.
+        """
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return cls(mmap.mmap(descriptor, os.fstat(descriptor).st_size))
+        finally:
+            os.close(descriptor)
+
+    @classmethod
     def anonymous(cls, size: int) -> "Mapping":
         """Zeroed memory of this process that costs nothing until it is touched."""
         return cls(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE))
@@ -102,6 +119,32 @@ class Mapping:
     def view(self, end: int) -> memoryview:
         """The words below `end`, for reading them one by one from Python."""
         return memoryview(self._memory)[:end].cast("Q")
+
+    def let_readers_write(self) -> None:
+        """Let everybody write to the file who may read it."""
+        if self._descriptor is not None:
+            mode = stat.S_IMODE(os.fstat(self._descriptor).st_mode)
+            os.fchmod(self._descriptor, mode | (mode & 0o044) >> 1)
+
+    def read(self) -> NDArray[np.uint8]:
+        """A copy of the file as long as it is now: safe where others may have cut it short, which the mapping is not."""
+        if self._descriptor is None:
+            return self._bytes.copy()
+        out = np.empty(len(self), np.uint8)
+        return out[: os.preadv(self._descriptor, [out.data], 0)]
+
+    def write(self, offset: int, values: U64) -> None:
+        """Write into the file; safe in the same way."""
+        if self._descriptor is None:
+            self.words(offset, values.size)[...] = values
+        else:
+            os.pwrite(self._descriptor, values.tobytes(), offset)
+
+    def lengthen(self) -> None:
+        """Give a file that somebody cut short its length back, with real pages if there are any."""
+        if self._descriptor is not None:
+            with suppress(OSError):  # a full tmpfs: who asks for it may try again
+                os.posix_fallocate(self._descriptor, 0, len(self))
 
     def ensure(self, end: int) -> None:
         """Have real pages under all bytes below `end`.

@@ -8,7 +8,9 @@ a local step's stamp and shards first, then its rows, then (by the machine) the 
 """
 
 from collections.abc import Callable, Sequence
+from collections.abc import Mapping as ReadOnlyMapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -17,10 +19,11 @@ from numpy.typing import NDArray
 from ekko.errors import ModelError, StoreError
 from ekko.model import DENSE_SPEC, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
 from ekko.store import capacity, layout
+from ekko.store.hot import Heat
 from ekko.store.kernels import claims, index, rows
 from ekko.store.kernels.atomics import publish_word
 from ekko.store.kernels.ring import ABOVE_ALL
-from ekko.store.manifest import ModelEntry, header_name, index_name, rows_name
+from ekko.store.manifest import ModelEntry, header_name, heat_name, hot_name, index_name, rows_name
 from ekko.store.memory import Mapping, Memory
 from ekko.store.recent import CacheStats, RecentRows
 from ekko.store.table import Table
@@ -70,6 +73,7 @@ class ModelStore:
         self._identity = self._read_identity()
         self._place = Place(self.spec.id)
         self.capacity: capacity.Capacity | None = None  # set by whoever knows the configuration
+        self._heat: dict[str, Heat] = {}  # of each table that readers look up
 
     @classmethod
     def create(cls, entry: ModelEntry, memory: Memory, table_bytes_max: int) -> "ModelStore":
@@ -99,6 +103,7 @@ class ModelStore:
         model = cls(entry, memory, table_bytes_max, header)
         for table in entry.tables:
             model._table(table).open()
+            model._attach_heat(table, entry.capacity_rows)
             if table.name != DENSE_TABLE:
                 model.spec.tables[table.name] = table
         for tensor in entry.tensors:
@@ -119,6 +124,22 @@ class ModelStore:
         self._tables[spec.id] = table
         return table
 
+    def _attach_heat(self, spec: TableSpec, capacity_rows: int) -> None:
+        """What readers ask for in this table; of dense tensors nobody wants to know."""
+        if spec.name != DENSE_TABLE:
+            names = hot_name(self.keyspace, spec.id), heat_name(self.keyspace, spec.id)
+            self._heat[spec.name] = Heat.attach(spec.id, names, self._memory, capacity_rows)
+
+    @property
+    def heat(self) -> ReadOnlyMapping[str, Heat]:
+        """Live view: table name -> what its readers ask for. `heat[table].hotness(keys)` is what an eviction asks."""
+        return MappingProxyType(self._heat)
+
+    @property
+    def requests(self) -> float:
+        """Keys that readers asked for in all tables, decayed: what the model's share is taken of."""
+        return sum(heat.stats().requests for heat in self._heat.values())
+
     def _word(self, name: str) -> U64:
         view = self._words.get(name)
         if view is None:
@@ -137,6 +158,7 @@ class ModelStore:
         names = [header_name(self.keyspace)]
         for table in self._tables.values():
             names += [rows_name(self.keyspace, table.spec.id), index_name(self.keyspace, table.spec.id, table.index.generation)]
+            names += [hot_name(self.keyspace, table.spec.id), heat_name(self.keyspace, table.spec.id)]
         return names
 
     def add_table(self, spec: TableSpec, capacity_rows: int = 0) -> bool:
@@ -145,6 +167,7 @@ class ModelStore:
             return False
         try:
             self._table(spec).create(self._table_bytes_max, capacity_rows or self._capacity_rows)
+            self._attach_heat(spec, capacity_rows or self._capacity_rows)
         except BaseException:
             del self._tables[spec.id]
             raise

@@ -24,8 +24,13 @@ ENTRY_BYTES_MAX: Final = 4 << 20
 UNASKED_BYTES_MAX: Final = 1 << 30
 
 _ENTRY_BYTES: Final = 12  # of an entry, beside its name and body
-# The smallest a table may be: the first page of its rows, and its index.
-_TABLE_BYTES: Final = layout.PAGE_BYTES + layout.index_bytes(INDEX_LOG2_MIN)
+# The smallest a table may be: the first page of its rows, its index, and what readers count.
+_TABLE_BYTES: Final = (
+    layout.PAGE_BYTES
+    + layout.index_bytes(INDEX_LOG2_MIN)
+    + layout.hot_bytes(layout.HOT_WIDTH_LOG2_MIN)
+    + layout.heat_bytes(layout.HOT_WIDTH_LOG2_MIN)
+)
 
 
 class NoRoomError(ModelError):

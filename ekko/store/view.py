@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from ekko.errors import StoreError
 from ekko.model import CODECS, TableSpec
 from ekko.store import layout
+from ekko.store.counting import Count, KeyCounter, count_nothing
 from ekko.store.kernels import gather, pool
 from ekko.store.kernels.average import add_rows
-from ekko.store.manifest import index_name, rows_name
+from ekko.store.manifest import hot_name, index_name, rows_name
 from ekko.store.memory import Mapping, TmpfsMemory
 from ekko.store.table import Index, check_table_file, open_index
 
@@ -135,6 +136,9 @@ class TableView:
         self._header = self._mapping.view(layout.TABLE.offset("rows"))
         self._reopening = threading.Lock()
         self._index = self._open_index()
+        hot = files.memory.path(hot_name(files.model_id, files.table_id))
+        self.counter = KeyCounter(hot, spec.id, self._mapping.address, self._source.stride)
+        self._count: Count = self.counter.count if self.counter.on else count_nothing
 
     @property
     def rows_used(self) -> int:
@@ -172,6 +176,7 @@ class TableView:
             )
 
         _until_done(source.table, keys, copy)
+        self._count(keys, self._index)
 
     def pool(self, keys: U64, bags: Bags, out: F32, default: int = ZEROS) -> None:
         """Make the rows of each bag one, into out, float32[bags, dim]. Else as `lookup`."""
@@ -198,6 +203,7 @@ class TableView:
             )
 
         _until_done(source.table, keys, pooled)
+        self._count(keys, self._index)
 
     def mean_row(self, rows_max: int) -> F32:
         """float32[dim]: the mean of the live rows, or of `rows_max` slots that lie evenly among all; zeros where none is live.

@@ -64,6 +64,21 @@ store_release_u32 = _intrinsic(_store(_I32, types.uint32, "release"))
 store_release_i64 = _intrinsic(_store(_I64, types.int64, "release"))
 
 
+def _add(width: ir.Type, value_type: types.Type) -> Callable[..., Any]:
+    def typed(typing_context: Any, address: Any, value: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+            return builder.atomic_rmw("add", _pointer(builder, arguments[0], width), arguments[1], "monotonic")
+
+        return value_type(types.int64, value_type), generate
+
+    return typed
+
+
+# Add to a counter that other processes add to as well, and return what it was. Relaxed: no add is lost, and nothing is ordered.
+add_u32 = _intrinsic(_add(_I32, types.uint32))
+add_u64 = _intrinsic(_add(_I64, types.uint64))
+
+
 def _fence(ordering: str, scope: str | None = None) -> Callable[..., Any]:
     def typed(typing_context: Any) -> Any:
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:

@@ -45,11 +45,11 @@ def test_a_peers_schema_takes_a_bounded_part_of_the_memory(
         store.adopt(ModelSpec("many", 1, tables).entries())
     assert used(memory) == before
     assert not store.models
-    for count in range(6):
+    for count in range(5):
         store.adopt(ModelSpec(f"m{count}", 64, {"a": TableSpec("a", 4)}).entries())
     with pytest.raises(BlamelessError, match="configuration"):
-        store.adopt(ModelSpec("m6", 64, {"a": TableSpec("a", 4)}).entries())
-    assert len(store.models) == 6
+        store.adopt(ModelSpec("m5", 64, {"a": TableSpec("a", 4)}).entries())
+    assert len(store.models) == 5
     assert used(memory) - before <= 16 << 20
     # What the node's own configuration names is not of theirs, and may be added to while it runs.
     store.add_model(ModelSpec("ours", 512, {"a": TableSpec("a", 4)}))
