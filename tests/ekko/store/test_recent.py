@@ -224,8 +224,8 @@ def repeats_cached(_: Path) -> Iterator[None]:
 BUGS = {
     "bound-off-by-one": ("known >= load_u64", "known + np.uint64(1) >= load_u64"),
     "selects-what-is-known": ("stamp > base[", "stamp >= base["),
-    "left-out-not-merged": ("            _merge(row_stamp, shard, shards, dvv, writers)\n", ""),
-    "dropped-not-merged": ("    _merge(stamp, np.int64(load_u64(entry) >> _PLACE_BITS), shards, dvv, writers)\n", ""),
+    "left-out-not-merged": ("            merge_dvv(row_stamp, shard, shards, dvv, writers)\n", ""),
+    "dropped-not-merged": ("    merge_dvv(stamp, np.int64(load_u64(entry) >> _PLACE_BITS), shards, dvv, writers)\n", ""),
     "superseded-counted": ("if load_u64(rows + slot * stride + _STAMP) == load_u64(entry + _ENTRY_STAMP):", "if True:"),
 }
 PLANTED = {name: lambda path, bug=bug: mutant(path, *bug) for name, bug in BUGS.items()}
