@@ -27,6 +27,8 @@ CONFIG_BYTES_MAX = 1 << 20  # a node's file has some dozens of lines; anything n
 CAPACITY_ROWS_MAX = 1 << 40
 CAPACITY_BYTES_MIN = 1 << 20  # anything near is the number of something else
 DELAY_MS_MAX = 60_000.0  # emulation of a link longer than this would look like a dead peer
+SNAPSHOT_S_MIN, SNAPSHOT_S_MAX = 1.0, 366 * 86_400.0
+SNAPSHOTS_KEPT_MAX = 100
 NOT_BUILT = "is not available in this version"
 ROLES = ("train", "serve", "baseline", "witness")
 ROLES_BUILT = ("train", "serve")
@@ -65,6 +67,19 @@ def _byte_size(value: object) -> object:
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 ByteSize = Annotated[int, BeforeValidator(_byte_size)]
 Number = Annotated[float, BeforeValidator(_number)]
+
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def _seconds(value: object) -> object:
+    """Text such as "10m" for seconds."""
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d{1,9}(?:\.\d+)?)([smhd]?)", value)):
+        return float(match[1]) * _SECONDS[match[2] or "s"]
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds)]
 
 
 class Section(BaseModel):
@@ -144,6 +159,16 @@ class SecuritySection(Section):
     allow: Annotated[Path, Field(strict=False)]
 
 
+class SnapshotsSection(Section):
+    """`[snapshots]`: where to, how often; a relative path is taken from the folder of the file."""
+
+    url: str
+    every: Seconds = 600.0
+    full_every: Seconds = 86_400.0
+    keep: WholeNumber = 2
+    seed: str | None = None
+
+
 class NodeConfig(BaseSettings):
     """A whole node.toml, checked."""
 
@@ -160,6 +185,7 @@ class NodeConfig(BaseSettings):
     models: dict[str, ModelSection] = {}
     links: dict[str, LinkSection] = {}
     security: SecuritySection | None = None
+    snapshots: SnapshotsSection | None = None
 
     @classmethod
     def settings_customise_sources(
@@ -216,6 +242,12 @@ def load_config(path: Path | str) -> NodeConfig:
     if (security := config.security) is not None:
         paths = {"key_file": absolute(security.key_file), "allow": absolute(security.allow)}
         changed["security"] = security.model_copy(update=paths)
+    if (snapshots := config.snapshots) is not None:
+        urls = {"url": snapshots.url, "seed": snapshots.seed}
+        urls = {
+            key: url if url is None or "://" in url or "::" in url else str(absolute(Path(url))) for key, url in urls.items()
+        }
+        changed["snapshots"] = snapshots.model_copy(update=urls)
     return config.model_copy(update=changed)
 
 
@@ -346,6 +378,8 @@ def _describe(kind: str, path: KeyPath, value: object, message: str, context: Ma
             return f'expected a number of bytes or a size such as "100GB" or "64 GiB", got {value!r}'
         case "int_type" | "int_parsing" | "int_from_float":
             return f"expected a whole number, got {value!r}"
+        case "float_type" | "float_parsing" if path[0] == "snapshots":
+            return f'expected a time such as "90s", "10m" or "24h", got {value!r}'
         case "float_type" | "float_parsing":
             return f"expected a number, got {value!r}"
         case "bool_type" | "bool_parsing":
@@ -369,6 +403,7 @@ def _names_at(path: KeyPath) -> list[str]:
         "models": ModelSection,
         "links": LinkSection,
         "security": SecuritySection,
+        "snapshots": SnapshotsSection,
     }
     return list(sections[path[0]].model_fields) if path and path[0] in sections else list(NodeConfig.model_fields)
 
@@ -387,6 +422,21 @@ def _check(config: NodeConfig, places: Places) -> None:
     for name, model in config.models.items():
         _check_model(name, model, places)
     _check_links(config, places)
+    if config.snapshots is not None:
+        _check_snapshots(config.snapshots, places)
+
+
+def _check_snapshots(snapshots: SnapshotsSection, places: Places) -> None:
+    for key, seconds in (("every", snapshots.every), ("full_every", snapshots.full_every)):
+        if not SNAPSHOT_S_MIN <= seconds <= SNAPSHOT_S_MAX:
+            raise places.error(
+                ("snapshots", key), f'expected a time such as "10m" or "24h", from 1 s to a year, got {seconds:g} s'
+            )
+    if not 1 <= snapshots.keep <= SNAPSHOTS_KEPT_MAX:
+        raise places.error(("snapshots", "keep"), f"expected 1 to {SNAPSHOTS_KEPT_MAX} full snapshots, got {snapshots.keep}")
+    for key, url in (("url", snapshots.url), ("seed", snapshots.seed)):
+        if url == "":
+            raise places.error(("snapshots", key), 'expected a folder or a URL such as "s3://bucket/ekko"')
 
 
 def _check_node(node: NodeSection, places: Places) -> None:

@@ -13,11 +13,12 @@ import gc
 import random
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import assert_never
+from typing import Literal, assert_never
 
 import numpy as np
 import structlog
@@ -33,6 +34,10 @@ from ekko.metrics import Metrics
 from ekko.model import CODEC_DEFAULT, DENSE_DIM, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, model_id, table_id
 from ekko.rundir import FileLedger, locked
 from ekko.security import WATCH_S, NodeKeys
+from ekko.snapshots.folders import Folder, open_folder
+from ekko.snapshots.load import Wanted, open_or_restore
+from ekko.snapshots.service import SnapshotPicture, SnapshotService, SnapshotSettings
+from ekko.snapshots.take import Plan
 from ekko.status import ModelPicture, NodePicture, TablePicture
 from ekko.store import Store, warm
 from ekko.store.capacity import Capacity, header_bytes
@@ -82,13 +87,20 @@ class Node:
         self._nodes_until_ms = 0
         self._regions: dict[str, str] = {}  # address -> region
         self._parts: _Parts | None = None
+        self._snapshots: SnapshotService | None = None
+        if (section := config.snapshots) is not None:
+            own = f"{section.url.rstrip('/')}/{config.node.id}"  # several nodes may be given one place
+            settings = SnapshotSettings(own, section.every, Plan(section.full_every, section.keep), section.seed)
+            self._snapshots = SnapshotService(settings, config.node.run_dir, config.node.id, _log_snapshot)
+        self._restores = True
+        self._loading = ""  # how far a snapshot is loaded
 
     def _begin_life(self) -> None:
         """What is new in each life of the node; more than one where it is expelled and starts over."""
         self._boot = secrets.randbits(64) | 1
         self._boot_ms = time.time_ns() // 1_000_000
         self._endpoint = LocalEndpoint(self.config.node.local, self)
-        self._preparing = ["kernels", "sockets"]
+        self._preparing = ["kernels", "store", "sockets"]
         self._caught_up = False
 
     # --- lifecycle
@@ -122,6 +134,7 @@ class Node:
                 raise error from None
             self._parts.store.destroy()
             self._parts = None
+            self._restores = False  # what it was told to drop is in its snapshots, too
             return True
         finally:
             http.close()
@@ -139,7 +152,10 @@ class Node:
             # Compiling takes a while when the cache is cold; /healthz answers meanwhile.
             await asyncio.to_thread(warm)
             self._preparing.remove("kernels")
-            self._parts = parts = self._make_parts()
+            self._parts = parts = self._make_parts(await self._open_store())
+            self._preparing.remove("store")
+            if self._snapshots is not None:
+                tasks.create_task(self._snapshots.run())
             tasks.create_task(self._run_protocol(parts.runtime))
             await parts.runtime.started.wait()
             if parts.keys is not None:
@@ -156,9 +172,8 @@ class Node:
                 # Before the protocol stops: a step that is answered must be on its way.
                 self._endpoint.close()
 
-    def _make_parts(self) -> "_Parts":
+    def _make_parts(self, store: Store) -> "_Parts":
         node = self.config.node
-        store = self._open_store()
         for name, model in self.config.models.items():
             try:
                 held = store.add_model(model.spec(name), model.capacity_rows, model.held)
@@ -202,9 +217,14 @@ class Node:
         )
         return _Parts(store, machine, transport, runtime, keys)
 
-    def _open_store(self) -> Store:
-        """The store as it was left, without the partitions that are not to be held any more."""
-        store = Store.open(self.config.node.run_dir, memory_dir=self._memory_dir)
+    async def _open_store(self) -> Store:
+        """The store as it was left, or as a snapshot has it, without the partitions that are not to be held any more."""
+        stop = threading.Event()
+        try:
+            store = await asyncio.to_thread(self._attach_or_restore, stop)
+        finally:
+            stop.set()  # a thread cannot be cancelled; it looks at this
+            self._loading = ""
         hold = {}
         for name, model in self.config.models.items():
             left = store.models.get(name)
@@ -213,6 +233,31 @@ class Node:
                 if dropped := sorted(set(left.hold) - set(model.held)):
                     log.warning("partitions_dropped", model=name, partitions=dropped)
         return store.narrowed(hold)
+
+    def _attach_or_restore(self, stop: threading.Event) -> Store:
+        """In a thread: 100 GB take minutes, and /healthz answers meanwhile."""
+        config, run_dir = self.config, self.config.node.run_dir
+        if self._snapshots is None or not self._restores:
+            return Store.open(run_dir, memory_dir=self._memory_dir)
+        places = [self._snapshots.picture.url]
+        if config.snapshots is not None and config.snapshots.seed is not None:
+            places.append(config.snapshots.seed)
+        folders: list[Folder] = [open_folder(url) for url in places]
+        specs = {name: model.spec(name) for name, model in config.models.items()}
+        wanted = Wanted(specs, {name: model.held for name, model in config.models.items()})
+
+        def progress(done: int, total: int) -> None:
+            self._loading = f"a snapshot: {done * 100 // max(1, total)} % of {total} bytes are loaded"
+
+        begin = time.monotonic()
+        restored = open_or_restore(run_dir, folders, wanted, memory_dir=self._memory_dir, progress=progress, stop=stop)
+        for reason in restored.refused:
+            log.warning("snapshot_refused", reason=reason)
+        if restored.snapshot is not None:
+            seconds = round(time.monotonic() - begin, 3)
+            log.info("snapshot_restored", snapshot=restored.snapshot, url=restored.url, bytes=restored.bytes, seconds=seconds)
+        self._snapshots.restored(restored.snapshot or "", restored.created_ms, tuple(restored.refused))
+        return restored.store
 
     async def _run_protocol(self, runtime: Runtime) -> None:
         try:
@@ -456,7 +501,7 @@ class Node:
 
     def waiting_for(self) -> list[str]:
         """See `ekko.http.Source`."""
-        waiting = list(self._preparing)
+        waiting = [self._loading if part == "store" and self._loading else part for part in self._preparing]
         if not self._caught_up and self._parts is not None:
             # Once in a life: a model that comes later must not take a node that serves others out of service.
             self._caught_up = self._parts.machine.status(_now()).synced
@@ -481,6 +526,16 @@ class Node:
             return {"node": answer.node, "writers": answer.writers}
         reason = answer.reason if answer is not None else failed.reason if isinstance(failed, Failed) else "no answer"
         raise EkkoError(reason)
+
+    def snapshot(self, kind: Literal["auto", "full"]) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        if self._snapshots is None:
+            raise EkkoError(f"node {self.config.node.id!r} has no [snapshots] in its configuration: add url = ... there")
+        if self._parts is None:
+            raise EkkoError(f"node {self.config.node.id!r} is starting: ask again when it is ready")
+        before = asdict(self._snapshots.picture)
+        self._snapshots.ask(kind)
+        return before
 
     def _take_tool_answer(self) -> m.Expelled | m.Refused | None:
         answer, self._tool_answer = self._tool_answer, None
@@ -533,6 +588,7 @@ class Node:
             counters,
             dict(parts.runtime.rejected),
             self._leftovers.bytes(time.monotonic()),
+            None if self._snapshots is None else self._snapshots.picture,
         )
 
 
@@ -545,6 +601,13 @@ class _Parts:
     transport: ZmqTransport
     runtime: Runtime
     keys: NodeKeys | None
+
+
+def _log_snapshot(picture: SnapshotPicture) -> None:
+    if picture.error:
+        log.warning("snapshot_failed", reason=picture.error)
+    else:
+        log.info("snapshot_written", snapshot=picture.name, bytes=picture.bytes, full=picture.full, seconds=picture.seconds)
 
 
 def machine_hash() -> int:

@@ -1,5 +1,6 @@
 """`ekko status` for people."""
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
         f"[bold]{node['id']}[/] {node['role']} in {node['region']}, {node['address']}: {state}, "
         f"up {_duration(node['uptime_s'])}, version {node['version']}"
     )
+    if status.get("snapshots"):
+        console.print(_snapshots(status["snapshots"]))
     console.print(_members(status))
     console.print(_models(status))
     if status["peers"]:
@@ -58,6 +61,17 @@ def _members(status: dict[str, Any]) -> Table:
             "[green]alive[/]" if member["alive"] else "[red]silent[/]",
         )
     return table
+
+
+def _snapshots(snapshots: dict[str, Any]) -> str:
+    """One line about snapshots."""
+    age = f"{_duration(time.time() - snapshots['created_ms'] / 1000)} ago" if snapshots["created_ms"] else "none yet"
+    line = f"Snapshots at {snapshots['url']}: {age}"
+    if snapshots["running"]:
+        line += f", one is being written: {_size(snapshots['done_bytes'])} of {_size(snapshots['total_bytes'])}"
+    if snapshots["error"]:
+        line += f", [red]the last one failed: {snapshots['error']}[/]"
+    return line
 
 
 def _models(status: dict[str, Any]) -> Table:

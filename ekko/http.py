@@ -3,7 +3,7 @@
 `/healthz` answers as soon as the process runs, `/readyz` says 200 once the node serves, `/status` is JSON for people and tools,
 `/metrics` is for Prometheus, `/delays?since=N` has the exact delay of every applied batch since the N-th. The server runs on
 the node's own event loop: what it reads is never half-changed, and whatever takes long here holds up the node, so every
-answer is bounded. `POST /expel` alone changes anything, and only for callers on this machine.
+answer is bounded. Only `POST` changes anything, and only for callers on this machine.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import contextlib
 import json
 import socket
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -46,6 +46,13 @@ class Source(Protocol):
             EkkoError: why it cannot be; nothing is changed.
         """
 
+    def snapshot(self, kind: Literal["auto", "full"]) -> dict[str, object]:
+        """Take a snapshot now; returns what is to be said of snapshots before it.
+
+        Raises:
+            EkkoError: why not.
+        """
+
     def metrics_text(self) -> bytes:
         """The node in Prometheus' text format."""
 
@@ -67,11 +74,8 @@ def make_app(source: Source) -> Starlette:
         return Response(json.dumps(source.status()), media_type="application/json")
 
     async def expel(request: Request) -> Response:
-        if request.client is None or not is_loopback(request.client.host):
-            return JSONResponse({"error": "only from the node's own machine: log in there, and call `ekko expel`"}, 403)
-        # A web page in somebody's browser cannot send this type without asking us first, which we do not answer.
-        if request.headers.get("content-type") != "application/json":
-            return JSONResponse({"error": "expected content of type application/json"}, 415)
+        if (refusal := _refusal(request)) is not None:
+            return refusal
         try:
             body = json.loads(await request.body())
             node = body["node"]
@@ -81,6 +85,20 @@ def make_app(source: Source) -> Starlette:
             return JSONResponse({"error": 'expected {"node": NODE}'}, 400)
         try:
             return JSONResponse(source.expel(node))
+        except EkkoError as error:
+            return JSONResponse({"error": str(error)}, 409)
+
+    async def snapshot(request: Request) -> Response:
+        if (refusal := _refusal(request)) is not None:
+            return refusal
+        try:
+            kind = json.loads(await request.body())["kind"]
+        except (ValueError, KeyError, TypeError):
+            kind = None
+        if kind not in ("auto", "full"):
+            return JSONResponse({"error": 'expected {"kind": "auto"} or {"kind": "full"}'}, 400)
+        try:
+            return JSONResponse(source.snapshot(kind))
         except EkkoError as error:
             return JSONResponse({"error": str(error)}, 409)
 
@@ -95,7 +113,18 @@ def make_app(source: Source) -> Starlette:
 
     handlers = {"/healthz": healthz, "/readyz": readyz, "/status": status, "/metrics": metrics, "/delays": delays}
     routes = [Route(path, handler) for path, handler in handlers.items()]
-    return Starlette(routes=[*routes, Route("/expel", expel, methods=["POST"])])
+    posts = [Route("/expel", expel, methods=["POST"]), Route("/snapshot", snapshot, methods=["POST"])]
+    return Starlette(routes=[*routes, *posts])
+
+
+def _refusal(request: Request) -> Response | None:
+    """The answer to a request that may change nothing here; None: it may."""
+    if request.client is None or not is_loopback(request.client.host):
+        return JSONResponse({"error": "only from the node's own machine: log in there, and call `ekko`"}, 403)
+    # A web page in somebody's browser cannot send this type without asking us first, which we do not answer.
+    if request.headers.get("content-type") != "application/json":
+        return JSONResponse({"error": "expected content of type application/json"}, 415)
+    return None
 
 
 class _Server(uvicorn.Server):

@@ -183,6 +183,7 @@ class Metrics(Collector):
         yield from _models(picture)
         yield from _peers(picture)
         yield from _queues(picture)
+        yield from _snapshots(picture)
         rejected = CounterMetricFamily("ekko_rejected_frames", "Messages of peers that were dropped.", labels=["sender"])
         for sender, count in picture.rejected.items():
             rejected.add_metric([sender], count)
@@ -217,6 +218,19 @@ def _models(picture: NodePicture) -> Iterator[Metric]:
             size.add_metric([model.name, table.name], table.bytes)
             free.add_metric([model.name, table.name], table.free_bytes)
     yield from (staleness, open_steps, held, rows, tombstones, size, free, total, limit)
+
+
+def _snapshots(picture: NodePicture) -> Iterator[Metric]:
+    if (snapshots := picture.snapshots) is None:
+        return
+    yield CounterMetricFamily("ekko_snapshots_written", "Snapshots written in this life.", value=snapshots.written)
+    yield CounterMetricFamily("ekko_snapshots_failed", "Snapshots that could not be written.", value=snapshots.failed)
+    yield _gauge(
+        "ekko_snapshots_refused", "Snapshots that were not taken at the start, for their damage.", len(snapshots.refused)
+    )
+    yield _gauge("ekko_snapshot_bytes", "Rows in the last snapshot.", snapshots.bytes)
+    if snapshots.created_ms:
+        yield _gauge("ekko_snapshot_created_seconds", "Unix time of the last snapshot.", snapshots.created_ms / 1000)
 
 
 def _peers(picture: NodePicture) -> Iterator[Metric]:

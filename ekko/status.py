@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from ekko.model import TensorSpec, model_id
+from ekko.snapshots.service import SnapshotPicture
 from p2p.status import NodeStatus, PeerStatus, QueueStatus
 
 
@@ -59,6 +60,7 @@ class NodePicture:
     counters: Mapping[str, int]
     rejected: Mapping[str, int]
     leftover_bytes: int = 0  # of shared memory that dead nodes of this machine left behind
+    snapshots: SnapshotPicture | None = None
 
     @property
     def ready(self) -> bool:
@@ -101,6 +103,7 @@ class NodePicture:
             "counters": dict(self.counters),
             "rejected": dict(self.rejected),
             "leftover_bytes": self.leftover_bytes,
+            "snapshots": None if self.snapshots is None else asdict(self.snapshots),
         }
 
     def _member_json(self, peer: PeerStatus) -> dict[str, object]:

@@ -92,8 +92,13 @@ def open_or_restore(
                 ledger = FileLedger(run_dir)
                 chain = Catalog(folder).chain(name)
                 loader = Loader(folder, chain, wanted, NodeRecord.load(ledger), progress, stop)
-                store = Store.open(run_dir, memory_dir=memory_dir, table_bytes_max=table_bytes_max, fill=loader.fill)
-                loader.note_writers(NodeRecord.load(ledger))
+
+                def fill(store: Store, loader: Loader = loader) -> None:
+                    loader.fill(store)
+                    # Before anybody sees the rows: who wrote them must be known wherever they are.
+                    loader.note_writers(NodeRecord.load(FileLedger(run_dir)))
+
+                store = Store.open(run_dir, memory_dir=memory_dir, table_bytes_max=table_bytes_max, fill=fill)
             except (SnapshotError, ModelError) as error:
                 if stop is not None and stop.is_set():
                     raise
