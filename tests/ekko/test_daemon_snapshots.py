@@ -13,7 +13,7 @@ import pytest
 import ekko
 from ekko.store.manifest import read_manifest
 from sim_cluster.demo.verify import contents
-from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
+from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec
 
 pytestmark = pytest.mark.processes
 MODELS = {"ctr": ModelTables({"item": 4}, capacity_rows=1_000)}
@@ -102,8 +102,7 @@ def test_a_region_is_seeded_without_the_trainer(tmp_path: Path, single: NodeProc
     monkeypatch.setenv("EKKO_SNAPSHOTS__SEED", url)
     with LocalCluster(tmp_path / "new", [NodeSpec("far-1", "us")], models=MODELS) as cluster:
         node = cluster["far-1"]
-        node.start()
-        wait_until(lambda: node.status()["ready"], 60.0, "the seeded node")
+        cluster.start()
         assert node.status()["snapshots"]["restored"] == done["name"]
         with closing(ekko.Reader("ctr", run_dir=node.run_dir)) as reader:
             assert reader.lookup("item", KEYS).tolist() == [[1.0] * 4] * KEYS.size
