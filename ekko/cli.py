@@ -3,6 +3,7 @@
 import json
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -237,6 +238,29 @@ def snapshot_restore(
     typer.echo(
         json.dumps(done) if as_json else f"snapshot {done['name']} is in the memory of node {settings.node.id!r}: start it"
     )
+
+
+@app.command()
+def hot(
+    model: Annotated[str, typer.Argument(help="The model.", metavar="MODEL")],
+    table: Annotated[str | None, typer.Argument(help="One of its tables; all without.", metavar="TABLE")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", help="How many keys.", min=0, max=1024)] = 20,
+    config: ConfigOption = None,
+    http: Annotated[str | None, typer.Option("--http", help="The node's HTTP address.", metavar="HOST:PORT")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The node's answer as it is.")] = False,
+) -> None:
+    """Show which keys the readers of a node ask for most, and how much each table is read.
+
+    Counts are estimates from a sample; they fade by half in node.hot_half_life_s (10 minutes).
+    """
+    ask = {"model": model, "count": str(count)} | ({} if table is None else {"table": table})
+    answer = ask_node(_http_of(config, http), f"/hot?{urllib.parse.urlencode(ask)}")
+    if as_json:
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    from ekko.display import print_hot
+
+    print_hot(answer)
 
 
 def _http_of(config: Path | None, http: str | None) -> str:

@@ -103,6 +103,7 @@ class NodeSection(Section):
     http_public: Annotated[bool, BeforeValidator(_truth)] = False
     compression: Literal["auto", "always", "never"] = "auto"
     expel_after_s: Number = 86_400.0
+    hot_half_life_s: Number = 600.0
 
 
 class TableSection(Section):
@@ -447,6 +448,8 @@ def _check_node(node: NodeSection, places: Places) -> None:
             raise places.error(("node", key), str(error)) from None
     if node.role not in ROLES_BUILT:
         raise places.error(("node", "role"), f"role {node.role!r} {NOT_BUILT}: use 'train' or 'serve'")
+    if not node.hot_half_life_s >= 1:
+        raise places.error(("node", "hot_half_life_s"), f"{node.hot_half_life_s:g} seconds: expected 1 or more")
 
 
 def _addresses(node: NodeSection) -> Iterator[tuple[str, str]]:

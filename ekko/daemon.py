@@ -28,6 +28,7 @@ from ekko.config import NodeConfig
 from ekko.endpoint import REQUESTS_PENDING_MAX, LocalEndpoint
 from ekko.errors import ConfigError, EkkoError, ModelError, NodeFailed, PublishError, StoreError
 from ekko.heap import keep_freed_memory
+from ekko.hot_report import hot_report
 from ekko.http import HttpServer
 from ekko.local import REOPEN, Answer, Failed, Open, Opened, Ping, Pong, PublishStep, Request, Stored, Wait, Waited
 from ekko.metrics import Metrics
@@ -41,6 +42,7 @@ from ekko.snapshots.take import Plan
 from ekko.status import ModelPicture, NodePicture, TablePicture
 from ekko.store import Store, warm
 from ekko.store.capacity import Capacity, header_bytes
+from ekko.store.hot import HeatStats
 from ekko.store.leftovers import LeftoversWatch
 from ekko.store.manifest import kernel_boot_id
 from ekko.store.model_store import ModelStore
@@ -56,6 +58,7 @@ from p2p.status import KeyspaceStatus, QueueStatus
 from p2p.transport.zmq import ZmqTransport
 
 # A model that a publisher brings begins with room for this many rows; slabs grow.
+FOLD_S = 2.0  # how far what `ekko hot` says may be behind the readers
 CAPACITY_ROWS_GUESS = 65_536
 # Asked for at every dial; a whole cluster is dialled at once.
 NODES_KNOWN_MS = 200
@@ -160,6 +163,7 @@ class Node:
             await parts.runtime.started.wait()
             if parts.keys is not None:
                 tasks.create_task(self._watch_keys(parts.keys, parts.transport))
+            tasks.create_task(self._fold_heat(parts.store))
             self._endpoint.start()
             self._preparing.remove("sockets")
             # Half a million objects of the libraries, which the collector would visit again and again while batches wait.
@@ -285,6 +289,16 @@ class Node:
                 await transport.check_keys()
             except OSError as error:
                 raise NodeFailed(f"node.peers: {error.strerror or error}") from None
+
+    async def _fold_heat(self, store: Store) -> None:
+        """Take over what readers counted, table by table: a millisecond of the loop's time each."""
+        half_life_ms = self.config.node.hot_half_life_s * 1000
+        while True:
+            await asyncio.sleep(FOLD_S)
+            for model in list(store.models.values()):
+                for heat in list(model.heat.values()):
+                    heat.fold(time.monotonic_ns() // 1_000_000, half_life_ms)
+                    await asyncio.sleep(0)
 
     def _node_at(self, address: str) -> str | None:
         """The node that peers dial at `address`, where it is known; at most a little out of date."""
@@ -545,6 +559,12 @@ class Node:
         """See `ekko.http.Source`."""
         return self._metrics.text()
 
+    def hot(self, model: str, table: str | None, count: int) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        if self._parts is None:
+            raise EkkoError(f"node {self.config.node.id!r} is starting: ask again when it is ready")
+        return hot_report(self._parts.store, model, table, count)
+
     def delays(self, since: int) -> dict[str, object]:
         """See `ekko.http.Source`."""
         return {"boot": f"{self._boot:016x}", **self._metrics.delays.since(since)}
@@ -556,8 +576,9 @@ class Node:
         parts, now = self._parts, _now()
         protocol = parts.machine.status(now)
         keyspaces = {keyspace.keyspace: keyspace for keyspace in protocol.keyspaces}
+        requests = sum(model.requests for model in parts.store.models.values())
         models = tuple(
-            _model_picture(model, [keyspaces[n] for n in model.spec.keyspaces if n in keyspaces], now.unix_ms)
+            _model_picture(model, [keyspaces[n] for n in model.spec.keyspaces if n in keyspaces], now.unix_ms, requests)
             for model in parts.store.models.values()
             if keyspaces.keys() & set(model.spec.keyspaces)
         )
@@ -619,11 +640,11 @@ def _now() -> m.Now:
     return m.Now(time.monotonic_ns() // 1_000_000, time.time_ns() // 1_000_000)
 
 
-def _model_picture(model: ModelStore, parts: list[KeyspaceStatus], unix_ms: int) -> ModelPicture:
-    """What is to be said of a model, of whose held partitions there is a status each."""
+def _model_picture(model: ModelStore, parts: list[KeyspaceStatus], unix_ms: int, requests: float) -> ModelPicture:
+    """What is to be said of a model, of whose held partitions there is a status each; `requests`: of readers to all models."""
     synced_until_ms = min(part.synced_until_ms for part in parts)
     dims = {table.name: table.dim for table in model.spec.tables.values()} | {DENSE_TABLE: DENSE_DIM}
-    stats = model.table_stats()
+    stats, heat = model.table_stats(), model.heat
     return ModelPicture(
         model.spec.name,
         model.shards,
@@ -636,12 +657,21 @@ def _model_picture(model: ModelStore, parts: list[KeyspaceStatus], unix_ms: int)
         ", ".join(dict.fromkeys(part.pulling_from for part in parts if part.pulling_from)),
         model.spec.codec,
         tuple(
-            TablePicture(name, dims[name], stat.rows, stat.tombstones, stat.bytes, stat.free_bytes)
+            TablePicture(
+                name,
+                dims[name],
+                stat.rows,
+                stat.tombstones,
+                stat.bytes,
+                stat.free_bytes,
+                heat[name].stats() if name in heat else HeatStats(),
+            )
             for name, stat in stats.items()
         ),
         tuple(model.spec.tensors.values()),
         model.memory_bytes,
         None if model.capacity is None else model.capacity.bytes,
+        model.requests / requests if requests else 0.0,
     )
 
 

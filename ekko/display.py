@@ -48,6 +48,29 @@ def print_stores(stores: "Sequence[StoreFiles]", freed: int, *, dry_run: bool, c
     console.print(f"{_size(freed)} {'would be' if dry_run else 'are'} free{'' if dry_run else ' again'}")
 
 
+def print_hot(answer: dict[str, Any], console: Console | None = None) -> None:
+    """Print a node's answer to GET /hot as tables."""
+    console = console or Console()
+    share = f"{100 * answer['request_share']:.1f} % of all keys that readers of this node ask for"
+    console.print(f"[bold]{answer['model']}[/]: {share}")
+    for name, part in answer["tables"].items():
+        reads = part["reads"]
+        console.print(
+            f"{name}: {reads['keys']:,} keys in {reads['lookups']:,} look-ups, about {reads['absent']:,} of them absent; "
+            f"lately {reads['recent_keys']:,}; counted by the readers of {reads['counted_by']}"
+        )
+        table = _table(f"Hottest keys of {name}", "key", "requests", "share", "here", numbers=(0, 1, 2))
+        for entry in part["hottest"]:
+            table.add_row(
+                entry["key"],
+                f"{entry['requests']:,.0f}",
+                f"{100 * entry['share']:.2f} %",
+                "yes" if entry["here"] else "[red]no[/]",
+            )
+        if part["hottest"]:
+            console.print(table)
+
+
 def _members(status: dict[str, Any]) -> Table:
     table = _table("Members", "node", "region", "role", "address", "holds", "state")
     divided = {name: model["partitions"] for name, model in status["models"].items() if model["partitions"] > 1}

@@ -1,9 +1,10 @@
 """What a node says over HTTP: is it alive, is it ready, what it knows, and its metrics.
 
-`/healthz` answers as soon as the process runs, `/readyz` says 200 once the node serves, `/status` is JSON for people and tools,
-`/metrics` is for Prometheus, `/delays?since=N` has the exact delay of every applied batch since the N-th. The server runs on
-the node's own event loop: what it reads is never half-changed, and whatever takes long here holds up the node, so every
-answer is bounded. Only `POST` changes anything, and only for callers on this machine.
+`/healthz` answers as soon as the process runs, `/readyz` says 200 once the node serves, `/status` is JSON for people and
+tools, `/metrics` is for Prometheus, `/delays?since=N` has the exact delay of every applied batch since the N-th,
+`/hot?model=NAME` what readers ask for most. The server runs on the node's own event loop: what it reads is never half-
+changed, and whatever takes long here holds up the node, so every answer is bounded. Only `POST` changes anything, and only for
+callers on this machine.
 """
 
 import asyncio
@@ -55,6 +56,13 @@ class Source(Protocol):
 
     def metrics_text(self) -> bytes:
         """The node in Prometheus' text format."""
+
+    def hot(self, model: str, table: str | None, count: int) -> dict[str, object]:
+        """What readers ask for most.
+
+        Raises:
+            EkkoError: there is no such model or table.
+        """
 
     def delays(self, since: int) -> dict[str, object]:
         """Exact delays of applied batches, from the `since`-th on."""
@@ -111,7 +119,16 @@ def make_app(source: Source) -> Starlette:
             return JSONResponse({"error": f"since is {since!r}: expected a whole number"}, 400)
         return Response(json.dumps(source.delays(int(since))), media_type="application/json")
 
-    handlers = {"/healthz": healthz, "/readyz": readyz, "/status": status, "/metrics": metrics, "/delays": delays}
+    async def hot(request: Request) -> Response:
+        ask, count = request.query_params, request.query_params.get("count", "20")
+        if "model" not in ask or not count.isdecimal() or len(count) > 9:
+            return JSONResponse({"error": "expected model=NAME, and optionally table=NAME and count=N"}, 400)
+        try:
+            return JSONResponse(source.hot(ask["model"], ask.get("table"), int(count)))
+        except EkkoError as error:
+            return JSONResponse({"error": str(error)}, 404)
+
+    handlers = {"/healthz": healthz, "/readyz": readyz, "/status": status, "/metrics": metrics, "/hot": hot, "/delays": delays}
     routes = [Route(path, handler) for path, handler in handlers.items()]
     posts = [Route("/expel", expel, methods=["POST"]), Route("/snapshot", snapshot, methods=["POST"])]
     return Starlette(routes=[*routes, *posts])

@@ -204,7 +204,12 @@ def _models(picture: NodePicture) -> Iterator[Metric]:
     free = GaugeMetricFamily("ekko_table_free_bytes", "Of that, slots that are free for later rows.", labels=["model", "table"])
     total = GaugeMetricFamily("ekko_model_bytes", "Shared memory, the header included.", labels=["model"])
     limit = GaugeMetricFamily("ekko_model_capacity_bytes", "What it may take (capacity_bytes).", labels=["model"])
+    share = GaugeMetricFamily("ekko_request_share", "Of all keys that readers of this node asked for.", labels=["model"])
+    lookups = CounterMetricFamily("ekko_lookups", "Look-ups of readers on this machine.", labels=["model", "table"])
+    looked_up = CounterMetricFamily("ekko_keys_looked_up", "Keys that they asked for.", labels=["model", "table"])
+    absent = CounterMetricFamily("ekko_keys_absent", "Of those, absent ones, by a sample.", labels=["model", "table"])
     for model in picture.models:
+        share.add_metric([model.name], model.request_share)
         if model.staleness_ms is not None:
             staleness.add_metric([model.name], model.staleness_ms)
         open_steps.add_metric([model.name], model.open_steps)
@@ -216,7 +221,11 @@ def _models(picture: NodePicture) -> Iterator[Metric]:
             rows.add_metric([model.name, table.name], table.rows)
             tombstones.add_metric([model.name, table.name], table.tombstones)
             size.add_metric([model.name, table.name], table.bytes)
+            lookups.add_metric([model.name, table.name], table.heat.lookups)
+            looked_up.add_metric([model.name, table.name], table.heat.keys)
+            absent.add_metric([model.name, table.name], table.heat.misses)
             free.add_metric([model.name, table.name], table.free_bytes)
+    yield from (share, lookups, looked_up, absent)
     yield from (staleness, open_steps, held, rows, tombstones, size, free, total, limit)
 
 

@@ -5,7 +5,10 @@ from dataclasses import asdict, dataclass
 
 from ekko.model import TensorSpec, model_id
 from ekko.snapshots.service import SnapshotPicture
+from ekko.store.hot import HeatStats
 from p2p.status import NodeStatus, PeerStatus, QueueStatus
+
+NOT_READ = HeatStats()
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,7 @@ class TablePicture:
     tombstones: int
     bytes: int  # of shared memory
     free_bytes: int = 0  # of those, free slots, which later rows of this table get
+    heat: HeatStats = NOT_READ  # what readers asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class ModelPicture:
     tensors: tuple[TensorSpec, ...]
     bytes: int  # of shared memory, the header included
     capacity_bytes: int | None = None  # what it may take; None: no limit
+    request_share: float = 0.0  # of all keys that readers of this node asked for
 
     @property
     def rows(self) -> int:
@@ -134,6 +139,7 @@ def _model_json(model: ModelPicture) -> dict[str, object]:
         "bytes": model.bytes,
         "free_bytes": sum(table.free_bytes for table in model.tables),
         "capacity_bytes": model.capacity_bytes,
+        "request_share": round(model.request_share, 6),
         "tables": {
             table.name: {
                 "dim": table.dim,
@@ -141,6 +147,14 @@ def _model_json(model: ModelPicture) -> dict[str, object]:
                 "tombstones": table.tombstones,
                 "bytes": table.bytes,
                 "free_bytes": table.free_bytes,
+                "reads": {
+                    "lookups": table.heat.lookups,
+                    "keys": table.heat.keys,
+                    "absent": table.heat.misses,
+                    "recent_keys": round(table.heat.requests),
+                    "counted_by": table.heat.counted_by,
+                    "bytes": table.heat.bytes,
+                },
             }
             for table in model.tables
         },

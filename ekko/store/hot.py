@@ -57,6 +57,7 @@ class HeatStats:
     misses: int = 0  # of those, absent ones; an estimate from a sample
     requests: float = 0.0  # keys asked for, decayed
     bytes: int = 0  # of shared memory
+    counted_by: str = "nobody"  # whose readers may count: those of the node's own user, of its group, or all
 
 
 class Heat:
@@ -196,7 +197,9 @@ class Heat:
         """How much the table is asked for, as of the last fold."""
         lookups, keys, misses = (int(self._word(name)) for name in _COUNTS)
         requests = float(self._word("requests").view(np.float64))
-        return HeatStats(lookups, keys, misses, requests, len(self._hot) + len(self._heat))
+        mode = self._hot.mode
+        counted_by = "everybody" if mode & 0o002 else "its user and group" if mode & 0o020 else "its user"
+        return HeatStats(lookups, keys, misses, requests, len(self._hot) + len(self._heat), counted_by)
 
 
 def open_to_count(path: Path, table_id: int) -> tuple[Mapping, int] | None:

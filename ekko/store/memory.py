@@ -123,8 +123,12 @@ class Mapping:
     def let_readers_write(self) -> None:
         """Let everybody write to the file who may read it."""
         if self._descriptor is not None:
-            mode = stat.S_IMODE(os.fstat(self._descriptor).st_mode)
-            os.fchmod(self._descriptor, mode | (mode & 0o044) >> 1)
+            os.fchmod(self._descriptor, self.mode | (self.mode & 0o044) >> 1)
+
+    @property
+    def mode(self) -> int:
+        """The file's mode; 0 of anonymous memory."""
+        return 0 if self._descriptor is None else stat.S_IMODE(os.fstat(self._descriptor).st_mode)
 
     def read(self) -> NDArray[np.uint8]:
         """A copy of the file as long as it is now: safe where others may have cut it short, which the mapping is not."""
