@@ -138,6 +138,12 @@ class Adoption:
             del self._taken[next(iter(self._taken))]
         self._taken[place] = _Taken(children, link.boot, now.monotonic_ms + KEPT_MS)
 
+    def forget_keyspace(self, keyspace: int) -> None:
+        """It was dropped."""
+        self._given = {place: given for place, given in self._given.items() if place[0] != keyspace}
+        self._told_ms = {place: told_ms for place, told_ms in self._told_ms.items() if place[0] != keyspace}
+        self._taken = {place: taken for place, taken in self._taken.items() if place[0] != keyspace}
+
     def _take_back(
         self, place: tuple[int, int], given: dict[m.NodeId, _Given], children: Sequence[m.NodeId], now_ms: int
     ) -> Sequence[m.NodeId]:

@@ -1,7 +1,7 @@
 """What the parts of the machine share: who we are, who we know, and the effects of the event at hand."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import xxhash
@@ -145,6 +145,7 @@ class Core:
     effects: list[m.Effect] = field(default_factory=list)
     retired_digest: int = 0  # over all expulsions and retirements that we know of (R13)
     schema_digest: int = 0  # over the whole schema
+    let_go: Callable[[Keyspace], None] = lambda _: None  # what the parts keep of a keyspace that ended (`p2p.dropping`)
     conflicts: dict[str, None] = field(default_factory=dict)  # between writers, that were told
 
     def expected(self, now: m.Now) -> list[Peer]:
@@ -300,8 +301,13 @@ class Core:
         self.emit(m.Note(name, tuple(fields.items()), alarm))
 
     def refresh_keyspaces(self, born: bool = False) -> None:
-        """Take up what the host's schema has gained; `born`: here and now, so that nobody can be ahead of us in it."""
+        """Take up what the host's schema has gained, and let go of what it has lost.
+
+        `born`: it was gained here and now, so that nobody can be ahead of us in it.
+        """
         self.schema_digest = _digest_of(self.host.schema())
+        for number in [number for number in self.keyspaces if number not in self.host.replicas]:
+            self._drop_keyspace(number)
         for keyspace, replica in self.host.replicas.items():
             if keyspace not in self.keyspaces:
                 knowledge = Knowledge(replica.vector, replica.frontier)
@@ -316,6 +322,20 @@ class Core:
                     bound = self.writers.nonce_of(retired.family, retired.writer)
                     if retired.keyspace == keyspace and retired.stage == m.DONE and bound in (0, retired.nonce):
                         knowledge.retire(retired.writer, retired.floor)
+
+    def _drop_keyspace(self, number: int) -> None:
+        """It was dropped; its number is never used again, so what comes late finds nothing."""
+        gone = self.keyspaces.pop(number)
+        place = gone.replica.place
+        family = self.families[place.family]
+        family.remove(gone)
+        if not family:
+            del self.families[place.family]
+            self.writers.forget_family(place.family)
+        for link in self.links.values():
+            link.forget_keyspace(number)
+        self.let_go(gone)
+        self.note("keyspace_dropped", keyspace=number)
 
 
 def _digest_of(schema: Iterable[SchemaEntry]) -> int:

@@ -108,6 +108,11 @@ class Link:
         self._answered_ms[kind] = now_ms
         return True
 
+    def forget_keyspace(self, keyspace: int) -> None:
+        """It was dropped: what waits for credit of it would be thrown away by the peer, too."""
+        self._selections.pop(keyspace, None)
+        self.waiting.drop(keyspace)
+
     def charge_shards(self, keyspace: int, shards: int) -> None:
         """What was admitted turned out to be about so many shards."""
         self._selections[keyspace] = self._selections.get(keyspace, 0) + shards // ROUND_SHARDS_PER_MS

@@ -17,6 +17,7 @@ from p2p import links, push, status
 from p2p import messages as m
 from p2p.allotment import Allotment
 from p2p.core import Core, Counters, Keyspace, MachineOptions
+from p2p.dropping import Dropping
 from p2p.errors import AheadError, LocalProtocolError, NotYetError, RemoteProtocolError
 from p2p.gossip import Gossip
 from p2p.introductions import Introductions
@@ -71,6 +72,7 @@ class Machine:
         self._schedule = Schedule(self._core, self._pull)
         self._reach = Reach(self._core)
         self._retirement = Retirement(self._core, self._pull)
+        self._dropping = Dropping(self._core, self._push, self._pull, self._schedule, self._reach, self._retirement)
         self._introductions = Introductions(self._core, self._pull, self._retirement)
         self._gossip = Gossip(self._core, self._pull, self._introductions, self._retirement)
         self._owed: dict[int, Link] = {}  # by boot: links on which something applied is not acknowledged yet
@@ -182,6 +184,9 @@ class Machine:
             case m.WaitRequested():
                 self._push.send_awaited(event.keyspace, event.stamp, now)
                 self._answer(event.request, lambda: self._reach.wait(event, now))
+            case m.CaughtUpRequested():
+                self._push.send_all_held(now)
+                self._answer(event.request, lambda: self._reach.wait_caught_up(event, now))
             case m.ExpelRequested():
                 self._answer(event.request, lambda: self._retirement.expel(event, now))
             case m.SendFailed(address, envelope):
@@ -405,11 +410,12 @@ class Machine:
 
     def _on_batch_ready(self, sender_boot: int, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> None:
         link = self._core.by_boot.get(sender_boot)
-        keyspace = self._core.keyspaces[batch.keyspace]
-        reached = int(keyspace.knowledge.frontier[batch.writer])
-        self._push.apply(batch, link.node if link is not None else "")
-        if int(keyspace.knowledge.frontier[batch.writer]) != reached:
-            self._progress(keyspace, now)
+        keyspace = self._core.keyspaces.get(batch.keyspace)
+        if keyspace is not None:  # else it was dropped meanwhile
+            reached = int(keyspace.knowledge.frontier[batch.writer])
+            self._push.apply(batch, link.node if link is not None else "")
+            if int(keyspace.knowledge.frontier[batch.writer]) != reached:
+                self._progress(keyspace, now)
         if link is not None and envelope.session == link.session_in:
             self._applied(link, batch.payload_bytes)
 

@@ -608,8 +608,17 @@ class ExpelRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class CaughtUpRequested:
+    """Who of the live holders of a family has everything of it that is here? Answered like a wait, with `WaitEnded`."""
+
+    request: int
+    family: int
+    timeout_ms: int
+
+
+@dataclass(frozen=True, slots=True)
 class SchemaChanged:
-    """The local node added schema entries; peers are to hear of them now."""
+    """The local node added schema entries, or dropped keyspaces; peers are to hear of it now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -625,6 +634,7 @@ Event = (
     | BatchReady
     | PublishRequested
     | WaitRequested
+    | CaughtUpRequested
     | ExpelRequested
     | SchemaChanged
     | Leaving

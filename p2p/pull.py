@@ -249,6 +249,20 @@ class Pull:
         for keyspace in [keyspace for keyspace, asked in self._asked.items() if asked.node == node]:
             self._abandon(keyspace, why)
 
+    def forget_keyspace(self, keyspace: int) -> None:
+        """It was dropped: neither a question nor an answer of ours is worth anything any more."""
+        self._abandon(keyspace, "it was dropped")
+        for seen in [key for key in self._seen if key[2] == keyspace]:
+            del self._seen[seen]
+        for pulled in [key for key in self._pulled_ms if key[1] == keyspace]:
+            del self._pulled_ms[pulled]
+        for outbox in self.outboxes.values():
+            outbox.streams.pop(keyspace, None)
+        self.answers.forget_keyspace(keyspace)
+        self.rounds.forget_keyspace(keyspace)
+        self.round_answers.forget_keyspace(keyspace)
+        self.versions.by_keyspace.pop(keyspace, None)
+
     def abandon_answered(self, link: Link, reply: m.PullReply | m.ShardsReply, why: str) -> None:
         """Give up what this is an answer to, if we still wait for it."""
         if isinstance(reply, m.ShardsReply):

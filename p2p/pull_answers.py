@@ -63,6 +63,13 @@ class PullAnswers:
         self._begun.pop(node, None)
         self._outboxes.pop(node, None)
 
+    def forget_keyspace(self, keyspace: int) -> None:
+        """It was dropped."""
+        self._bases.pop(keyspace, None)
+        self._held.pop(keyspace, None)
+        for begun in self._begun.values():
+            begun.pop(keyspace, None)
+
     def next_ms(self) -> int | None:
         """When somebody has waited long enough."""
         return min([one.until_ms for held in self._held.values() for one in held.values()], default=None)

@@ -174,6 +174,11 @@ class Push:
         for keyspace in list(self._lingering.values()):
             self._send_group(keyspace, now)
 
+    def forget_keyspace(self, keyspace: int) -> None:
+        """It was dropped, and with it the steps that waited for others."""
+        self._lingering.pop(keyspace, None)
+        self.adoption.forget_keyspace(keyspace)
+
     def send_awaited(self, family: int, stamp: int, now: m.Now) -> None:
         """Somebody waits for a step: where it is held, it leaves now."""
         for keyspace in list(self._lingering.values()):

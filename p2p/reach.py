@@ -4,8 +4,12 @@ The publisher's node asks every live holder in scope to say when its frontier re
 step touched (R21); it need not ask itself, since a node holds what it writes. A question is repeated until its deadline, so
 a lost answer or a restarted peer costs a moment, not the promise; the answer counts for the life that gave it. Who was silent
 when the wait began is not waited for, and is named in its answer, however it ends.
+
+By the same questions a node learns who has caught up with a whole model: for every writer that it knows, it asks for the
+newest stamp up to which it has everything itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from p2p import messages as m
@@ -14,10 +18,13 @@ from p2p.errors import LocalProtocolError
 from p2p.links import Link
 from p2p.membership import HOLDER_ROLES
 from p2p.placement import may_hold
+from p2p.replica import Place
 
 REPEAT_MS = 250
 WAITS_MAX = 1_024
 QUESTIONS_MAX = 4_096
+# Of one wait: partitions of a step, or writers times partitions of a model. Each is asked of every holder four times a second.
+QUESTIONS_OF_WAIT_MAX = 1_024
 # A question that its asker no longer repeats is dropped.
 QUESTION_LIFE_MS = 4 * REPEAT_MS
 
@@ -25,7 +32,6 @@ QUESTION_LIFE_MS = 4 * REPEAT_MS
 @dataclass(slots=True, eq=False)
 class _Wait:
     request: int
-    stamp: int
     deadline_ms: int
     questions: dict[int, "_Question"]  # by query
     silent: tuple[str, ...]  # suspects at the time of the call: not waited for, but named
@@ -39,9 +45,10 @@ class _Wait:
 
 @dataclass(slots=True, eq=False)
 class _Question:
-    """What a wait asks of the holders of one keyspace."""
+    """What a wait asks of the holders of one keyspace: whether they have this stamp."""
 
     keyspace: Keyspace
+    stamp: int
     lagging: dict[str, None]
 
 
@@ -66,21 +73,59 @@ class Reach:
         touched = core.touched_by(request.keyspace, request.stamp)
         if not touched:
             raise LocalProtocolError(f"stamp {request.stamp} was not published on this node: wait at the node that stored it")
+        wanted = [(keyspace, request.stamp) for keyspace in touched]
+        self._begin(request.request, wanted, request.scope, request.timeout_ms, now)
+
+    def wait_caught_up(self, request: m.CaughtUpRequested, now: m.Now) -> None:
+        """Start a wait until all live holders of a family have what is here of it, or answer at once.
+
+        Raises:
+            LocalProtocolError: unknown family, one with which this node has not caught up, or too many waits.
+        """
+        core = self.core
+        family = core.families.get(request.family)
+        if family is None:
+            raise LocalProtocolError(f"keyspace {request.family} does not exist on this node")
+        if not all(keyspace.synced for keyspace in family):
+            raise LocalProtocolError(f"node {core.options.node!r} has not caught up with it itself yet: ask again in a moment")
+        wanted = [
+            (keyspace, stamp)
+            for keyspace in family
+            for stamp in keyspace.knowledge.frontier[keyspace.knowledge.writers].tolist()
+            if stamp
+        ]
+        self._begin(request.request, wanted, m.Scope.ALL, request.timeout_ms, now)
+
+    def _begin(self, request: int, wanted: Sequence[tuple[Keyspace, int]], scope: m.Scope, timeout_ms: int, now: m.Now) -> None:
+        """Wait until the holders in scope of each keyspace have the stamp."""
         if len(self.waits) >= WAITS_MAX:
-            core.counters.waits_refused += 1
+            self.core.counters.waits_refused += 1
             raise LocalProtocolError(f"{WAITS_MAX} waits are open on this node already: wait for fewer stamps at a time")
+        if len(wanted) > QUESTIONS_OF_WAIT_MAX:
+            raise LocalProtocolError(f"{len(wanted)} writers and partitions to ask about, limit {QUESTIONS_OF_WAIT_MAX}")
         questions: dict[int, _Question] = {}
         silent: dict[str, None] = {}
-        for keyspace in touched:
-            nodes, suspects = self._holders(request.scope, keyspace, now)
-            silent |= suspects
+        holders: dict[Place, dict[str, None]] = {}
+        for keyspace, stamp in wanted:
+            place = keyspace.replica.place
+            if place not in holders:
+                holders[place], suspects = self._holders(scope, keyspace, now)
+                silent |= suspects
             self._queries += 1
-            questions[self._queries] = _Question(keyspace, nodes)
-        deadline_ms = now.monotonic_ms + request.timeout_ms
-        wait = _Wait(request.request, request.stamp, deadline_ms, questions, tuple(sorted(silent)), now.monotonic_ms)
+            questions[self._queries] = _Question(keyspace, stamp, dict(holders[place]))
+        deadline_ms = now.monotonic_ms + timeout_ms
+        wait = _Wait(request, deadline_ms, questions, tuple(sorted(silent)), now.monotonic_ms)
         self.waits.append(wait)
         self._ask(wait, now)
         self._finish(now)
+
+    def forget_keyspace(self, keyspace: int) -> None:
+        """It was dropped: who waits for it is told so, and peers hear the like from their own nodes."""
+        for wait in [one for one in self.waits if any(q.keyspace.replica.keyspace == keyspace for q in one.questions.values())]:
+            self.waits.remove(wait)
+            self.core.emit(m.Refused(wait.request, "the model was dropped while this waited for it"))
+        for key in [key for key, (question, _) in self.questions.items() if question.keyspace == keyspace]:
+            del self.questions[key]
 
     def _holders(self, scope: m.Scope, keyspace: Keyspace, now: m.Now) -> tuple[dict[str, None], dict[str, None]]:
         """The other holders in scope that a wait counts: the living, and the suspects."""
@@ -160,7 +205,7 @@ class Reach:
                 if member is not None and not may_hold(member.record, replica.place):
                     del question.lagging[node]  # by now we know what it holds
                 elif (link := self.core.link(node)) is not None:
-                    self.core.send(link, m.ReachQuery(replica.keyspace, query, wait.stamp))
+                    self.core.send(link, m.ReachQuery(replica.keyspace, query, question.stamp))
 
     def _finish(self, now: m.Now) -> None:
         for wait in list(self.waits):

@@ -90,7 +90,10 @@ class WriterIdentity:
 
 @dataclass(frozen=True, slots=True)
 class SchemaEntry:
-    """One fact of the grow-only schema; `body` is opaque here and byte-equal on all nodes.
+    """One fact of the schema; `body` is opaque here and byte-equal on all nodes.
+
+    Facts are only ever added, or replaced by later ones in an order that the host knows: the order in which nodes hear of them
+    makes no difference. A fact may say that a keyspace is dropped; then it is gone on whoever has heard, whatever comes later.
 
     `since` is the first protocol version whose nodes understand it; known of our own entries, and not sent.
     """
@@ -188,13 +191,13 @@ class Host(Protocol):
 
     @property
     def replicas(self) -> Mapping[int, Replica]:
-        """Live view: keyspace id -> replica, in the order they were created."""
+        """Live view: keyspace id -> replica, in the order they were created. One that is dropped never comes back."""
 
     def schema(self) -> list[SchemaEntry]:
         """Every entry known, sorted by (keyspace, name)."""
 
     def adopt(self, entries: Sequence[SchemaEntry]) -> bool:
-        """Merge a peer's entries; new keyspaces and tables exist afterwards. True when something was new.
+        """Merge a peer's entries; new keyspaces and tables exist afterwards, dropped ones do not. True when something was new.
 
         Raises:
             SchemaClashError: an entry contradicts one held. Nothing is changed.

@@ -128,6 +128,11 @@ class Retirement:
         self.learn(m.Retirements((expulsion,), tuple(retired)), None, now)
         return len(absent.writers)
 
+    def forget_keyspace(self, keyspace: int) -> None:
+        """It was dropped: nobody reports on it any more. Who wrote it stays retired there."""
+        for key in [key for key in self._reports if key[0] == keyspace]:
+            del self._reports[key]
+
     # --- learning
 
     def on_retirements(self, told: m.Retirements, source: Link | None, now: m.Now) -> None:

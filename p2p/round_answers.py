@@ -57,6 +57,12 @@ class RoundAnswers:
         """Questions that wait until there is something to say."""
         return len(self._held)
 
+    def forget_keyspace(self, keyspace: int) -> None:
+        """It was dropped."""
+        self._bases.pop(keyspace, None)
+        for place in [place for place in self._held if place[0] == keyspace]:
+            del self._held[place]
+
     def next_ms(self) -> int | None:
         """When the timer is wanted next."""
         return min((one.until_ms for one in self._held.values()), default=None)

@@ -123,6 +123,14 @@ class Rounds:
         """Neighbours' lists kept."""
         return len(self._lists)
 
+    def forget_keyspace(self, keyspace: int) -> None:
+        """It was dropped."""
+        self._followed.discard(keyspace)
+        for place in [place for place in self._lists if place[0] == keyspace]:
+            del self._lists[place]
+        for place in [place for place in self._rounds if place[0] == keyspace]:
+            del self._rounds[place]
+
     def next_ms(self) -> int | None:
         """When the timer is wanted next."""
         if not self._rounds:

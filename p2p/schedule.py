@@ -56,6 +56,11 @@ class Schedule:
         if interval_ms:
             self._due_ms = now.monotonic_ms + self._core.rng.randrange(interval_ms) + 1
 
+    def forget_keyspace(self, keyspace: int) -> None:
+        """It was dropped."""
+        self._freshest.pop(keyspace, None)
+        self._brought.discard(keyspace)
+
     def next_ms(self) -> int | None:
         """When the timer is wanted next."""
         return self._due_ms

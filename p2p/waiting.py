@@ -48,6 +48,11 @@ class WaitingLine:
         self.bytes -= one.batch.payload_bytes
         return one
 
+    def drop(self, keyspace: int) -> None:
+        """Drop what is of this keyspace."""
+        self.batches = deque(one for one in self.batches if one.batch.keyspace != keyspace)
+        self.bytes = sum(one.batch.payload_bytes for one in self.batches)
+
     def clear(self) -> int:
         """Drop all; how many there were."""
         dropped = len(self.batches)

@@ -127,6 +127,12 @@ class WriterBook:
         if self.nonce_of(keyspace, writer) == nonce:
             del self._record.bindings[keyspace, writer]
 
+    def forget_family(self, family: int) -> None:
+        """A family of keyspaces was dropped; durable with the next save, and harmless before: its number is not used again."""
+        for key in [key for key in self._record.bindings if key[0] == family]:
+            del self._record.bindings[key]
+        self._record.note_change()
+
     def is_retired(self, keyspace: int, writer: int, nonce: int) -> bool:
         """Whether the writer with this nonce writes no more, in a family of keyspaces."""
         return (keyspace, writer, nonce) in self._retired
