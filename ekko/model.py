@@ -11,7 +11,7 @@ Dense tensors are flattened into rows of `DENSE_DIM` float32 in the reserved tab
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from typing import Any, Final
@@ -34,6 +34,7 @@ SHARDS_MAX = 65_536
 DIM_MAX = 16_384
 TABLES_MAX = 4_096
 TENSORS_MAX = 65_536
+INCARNATION_MAX: Final = (1 << 32) - 1
 CODEC_DEFAULT = "float32"
 TTL_S_MAX = 100 * 365 * 86_400
 _TTL_UNITS: Final = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
@@ -46,10 +47,10 @@ def model_id(name: str) -> int:
     return int(xxhash.xxh32_intdigest(name.encode()))
 
 
-def keyspace_id(name: str, partition: int, partitions: int) -> int:
-    """uint32 id of the p2p keyspace that a partition of a model is."""
+def keyspace_id(label: str, partition: int, partitions: int) -> int:
+    """uint32 id of the p2p keyspace that a partition of a model is; `label` as in `ModelSpec`."""
     # No name has a slash, so these are not names of other models.
-    return model_id(name) if partitions == 1 else model_id(f"{name}/{partition}")
+    return model_id(label) if partitions == 1 else model_id(f"{label}/{partition}")
 
 
 @lru_cache(4_096)  # asked several times a batch
@@ -198,9 +199,12 @@ class ModelSpec:
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
     partitions: int = 1
     codec: str = CODEC_DEFAULT  # of all its tables
+    incarnation: int = 0  # how many models of this name were dropped before it
 
     def __post_init__(self) -> None:
         check_name("model", self.name)
+        if type(self.incarnation) is not int or not 0 <= self.incarnation <= INCARNATION_MAX:
+            raise ModelError(f"model {self.name!r} has incarnation {self.incarnation!r}: expected 0 to {INCARNATION_MAX}")
         check_codec("model", self.name, self.codec)
         if not isinstance(self.shards, int) or not 1 <= self.shards <= SHARDS_MAX:
             raise ModelError(
@@ -214,22 +218,28 @@ class ModelSpec:
             )
 
     @property
+    def label(self) -> str:
+        """What its ids come from: no two models that ever were have the same one."""
+        return self.name if not self.incarnation else f"{self.name}#{self.incarnation}"  # no name has a number sign
+
+    @property
     def id(self) -> int:
-        return model_id(self.name)
+        return model_id(self.label)
 
     @property
     def keyspaces(self) -> tuple[int, ...]:
         """The p2p keyspace of each partition."""
-        return tuple(keyspace_id(self.name, partition, self.partitions) for partition in range(self.partitions))
+        return tuple(keyspace_id(self.label, partition, self.partitions) for partition in range(self.partitions))
 
     def bare(self) -> "ModelSpec":
         """The same model, without tables and tensors."""
-        return ModelSpec(self.name, self.shards, partitions=self.partitions, codec=self.codec)
+        return replace(self, tables={}, tensors={})
 
     @property
     def since(self) -> int:
         """The first protocol version whose nodes understand this model."""
-        own = FIRST_VERSION if (self.partitions, self.codec) == _AS_ALWAYS[2:] else EXTRAS_SINCE
+        said = self.partitions, self.codec, self.incarnation
+        own = FIRST_VERSION if said == _AS_ALWAYS[2:] else EXTRAS_SINCE
         return max(own, *(table.since for table in self.tables.values())) if self.tables else own
 
     def entries(self) -> list[SchemaEntry]:
@@ -240,16 +250,17 @@ class ModelSpec:
         return sorted(entries, key=lambda entry: entry.name)
 
 
-# What a model's entry leaves out at its end: partitions and codec, which came with protocol version 2; and a table's: its ttl.
+# What a model's entry leaves out at its end: partitions, codec and incarnation, which came with protocol version 2; and a
+# table's: its ttl.
 EXTRAS_SINCE: Final = 2
-_AS_ALWAYS: Final[tuple[Any, ...]] = (None, None, 1, CODEC_DEFAULT)
+_AS_ALWAYS: Final[tuple[Any, ...]] = (None, None, 1, CODEC_DEFAULT, 0)
 
 
 def _body(fact: ModelSpec | TableSpec | TensorSpec) -> bytes:
     match fact:
         case ModelSpec():
             # What is as always is not said: earlier versions understand such a model, and equal facts are equal bytes.
-            body: list[object] = [fact.name, fact.shards, fact.partitions, fact.codec]
+            body: list[object] = [fact.name, fact.shards, fact.partitions, fact.codec, fact.incarnation]
             while body[2:] and body[-1] == _AS_ALWAYS[len(body) - 1]:
                 body.pop()
         case TableSpec():
@@ -277,8 +288,8 @@ def _parse(entry: SchemaEntry) -> ModelSpec | TableSpec | TensorSpec:
         body: list[Any] = msgpack.unpackb(entry.body)
         match entry.name.split(":", 1):
             case ["model"]:
-                name, shards, partitions, codec = (*body, *_AS_ALWAYS[len(body) :])
-                spec = ModelSpec(name, shards, partitions=partitions, codec=codec)
+                name, shards, partitions, codec, incarnation = (*body, *_AS_ALWAYS[len(body) :])
+                spec = ModelSpec(name, shards, partitions=partitions, codec=codec, incarnation=incarnation)
                 if spec.id != entry.keyspace:
                     raise RemoteProtocolError(f"model {name!r} does not have id {entry.keyspace}")
                 return spec

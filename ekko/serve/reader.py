@@ -3,6 +3,9 @@
 A reader follows its node by itself. The control file says when there is a new manifest (a table was added) or when the store
 was replaced (the node began anew); the table's header says when the index was replaced. Each look-up reads those three words
 first. A node that is restarted on intact memory goes on in the same files, and its readers do not notice.
+
+The model's name may be an alias (`ekko.generations`). Which model it stands for is settled when the reader attaches, and each
+look-up uses one attachment from its beginning to its end; when the alias is switched, the next look-up attaches anew.
 """
 
 import math
@@ -18,7 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ekko.errors import ModelError, StoreError
-from ekko.model import DENSE_DIM, DENSE_TABLE, ModelSpec, TensorSpec, model_id
+from ekko.generations import Generation
+from ekko.model import DENSE_DIM, DENSE_TABLE, TensorSpec, check_name
 from ekko.serve.arguments import as_bags, as_keys, output
 from ekko.serve.defaults import Default, Defaults
 from ekko.store import layout
@@ -39,6 +43,7 @@ ATTACH_ATTEMPTS_MAX = 100
 
 _GENERATION = layout.CONTROL.offset("manifest_generation") // 8
 _RETIRED = layout.CONTROL.offset("retired") // 8
+_ALIASES_MS = layout.CONTROL.offset("aliases_ms") // 8
 _SYNCED_UNTIL = layout.MODEL.offset("synced_until_ms") // 8
 
 
@@ -54,6 +59,7 @@ class _Attachment:
     shards: int
     partitions: int
     hold: tuple[int, ...]  # the partitions that are here
+    model: Generation  # which model it is; the name asked for may be an alias
 
     @property
     def current(self) -> bool:
@@ -65,7 +71,7 @@ class Reader:
     """Looks rows up in one model of the node on this machine. Safe to use from any number of threads.
 
     Args:
-        model: the model's name.
+        model: the model's name, or an alias: then the reader follows it from model to model, between two look-ups.
         run_dir: the node's `run_dir`.
         wait: seconds to wait for the model when the node does not have it yet; None: raise at once.
         unheld: what keys in partitions that the node does not hold are: "raise", a `ModelError`, since zeros in their place
@@ -92,7 +98,7 @@ class Reader:
         self.model = model
         self._refuses_unheld = unheld == "raise"
         self._defaults = Defaults(defaults)
-        self._id = ModelSpec(model).id
+        check_name("model", model)
         self._run_dir = Path(run_dir)
         self._wait_s = wait or 0.0
         self._attaching = threading.Lock()
@@ -119,6 +125,11 @@ class Reader:
         """Name -> dim of the model's tables."""
         tables = self._current().tables
         return MappingProxyType({name: view.spec.dim for name, view in tables.items() if name != DENSE_TABLE})
+
+    @property
+    def generation(self) -> str:
+        """The name of the model that look-ups read now: `model` itself, or what it stands for as an alias."""
+        return self._current().model.name
 
     @property
     def counting(self) -> bool:
@@ -283,7 +294,7 @@ class Reader:
         attachment = self._current()
         spec = attachment.tensors.get(name)
         if spec is None:
-            raise ModelError(f"model {self.model!r} has no dense tensor {name!r}: it has {_names(attachment.tensors)}")
+            raise ModelError(f"{self._named(attachment)} has no dense tensor {name!r}: it has {_names(attachment.tensors)}")
         if len(attachment.hold) != attachment.partitions:
             self._check_held(attachment, spec.keys, f"rows of dense tensor {name!r}", "read it on a node that holds them")
         rows = np.empty((spec.rows, DENSE_DIM), np.float32)
@@ -335,8 +346,14 @@ class Reader:
     def _view(self, attachment: _Attachment, name: str) -> TableView:
         view = attachment.tables.get(name)
         if view is None:
-            raise ModelError(f"model {self.model!r} has no table {name!r}: it has {_names(self.tables)}")
+            known = [table for table in attachment.tables if table != DENSE_TABLE]
+            raise ModelError(f"{self._named(attachment)} has no table {name!r}: it has {_names(dict.fromkeys(known))}")
         return view
+
+    def _named(self, attachment: _Attachment) -> str:
+        """The model in an error: by what was asked for, and by what that stands for."""
+        name = attachment.model.name
+        return f"model {name!r}" if name == self.model else f"model {name!r}, for which alias {self.model!r} stands,"
 
     def _current(self) -> _Attachment:
         attachment = self._attachment
@@ -347,9 +364,8 @@ class Reader:
         with self._attaching:
             deadline = time.monotonic() + self._wait_s
             while self._attachment is None or not self._attachment.current:
-                attachment = self._attach(self._attachment)
-                if attachment is not None:
-                    self._attachment = attachment
+                self._attachment = self._attach(self._attachment)  # None lets go of memory that was dropped
+                if self._attachment is not None:
                     break
                 if time.monotonic() >= deadline:
                     raise ModelError(self._missing())
@@ -361,6 +377,12 @@ class Reader:
         if manifest is None:
             return f"no node has a store in {self._run_dir}: start `ekko node` with this run_dir, or pass wait="
         known = _names({entry.name: entry for entry in manifest.models})
+        registers = manifest.registers
+        if (target := registers.resolve(self.model)) is not None:
+            what = "was dropped" if registers.is_dropped(target) else "is not on this node"
+            return f"alias {self.model!r} stands for model {target.name!r}, which {what}: switch it with `ekko alias`"
+        if self.model in registers.dropped:
+            return f"model {self.model!r} was dropped on the node at {self._run_dir}: it has {known}"
         return f"the node at {self._run_dir} does not have model {self.model!r} yet: it has {known}"
 
     def _manifest(self) -> Manifest | None:
@@ -388,12 +410,14 @@ class Reader:
                 manifest = self._manifest()
                 if manifest is None or manifest.prefix != memory.prefix:
                     continue
-                entry = next((model for model in manifest.models if model.name == self.model), None)
+                aliased = manifest.registers.resolve(self.model, words[_ALIASES_MS] or None)
+                found = (one for one in manifest.models if aliased in (None, one.generation))
+                entry = next((one for one in found if aliased is not None or one.name == self.model), None)
                 if entry is None:
                     return None
                 hold = tuple(range(entry.partitions) if entry.hold is None else entry.hold)
                 mapped = self._map_model(entry, memory, old)
-                return _Attachment(words, generation, *mapped, entry.shards, entry.partitions, hold)
+                return _Attachment(words, generation, *mapped, entry.shards, entry.partitions, hold, entry.generation)
             except FileNotFoundError:
                 continue  # replaced under our hands
         return None
@@ -401,10 +425,11 @@ class Reader:
     def _map_model(
         self, entry: ModelEntry, memory: TmpfsMemory, old: _Attachment | None
     ) -> tuple[memoryview, dict[str, TableView], dict[str, TensorSpec]]:
-        header = Mapping.open_to_read(memory.path(header_name(model_id(entry.name)))).view(layout.PAGE_BYTES)
+        number = entry.bare_spec.id
+        header = Mapping.open_to_read(memory.path(header_name(number))).view(layout.PAGE_BYTES)
         tables = {}
         for spec in entry.tables:
-            files = TableFiles(memory, self._id, spec.id)
+            files = TableFiles(memory, number, spec.id)
             held = old.tables.get(spec.name) if old is not None else None
             tables[spec.name] = held if held is not None and held.files == files else TableView(spec, files)
             self._defaults.check(tables[spec.name])

@@ -164,12 +164,17 @@ class Loader:
         record.lives = list(dict.fromkeys([*(int(boot, 16) for boot in newest.lives), *record.lives]))
         for part in newest.models:
             for writer, nonce in part.bindings:
-                record.bindings.setdefault((ModelSpec(part.entry.name).id, writer), int(nonce, 16))
+                record.bindings.setdefault((part.entry.bare_spec.id, writer), int(nonce, 16))
         record.save()
 
     def _fill_model(self, store: Store, newest: ModelPart) -> None:
         name = newest.entry.name
-        parts = [(entry, part) for entry in self._chain for part in entry.manifest.models if part.entry.name == name]
+        parts = [
+            (entry, part)
+            for entry in self._chain
+            for part in entry.manifest.models
+            if part.entry.generation == newest.entry.generation
+        ]
         rows: dict[int, int] = {}
         for _, part in parts:
             for table in part.tables:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import StoreError
-from ekko.model import SHARDS_MAX, ModelSpec, TableSpec
+from ekko.model import SHARDS_MAX, TableSpec
 from ekko.store import layout
 from ekko.store.kernels import images
 from ekko.store.manifest import CONTROL_NAME, Manifest, ModelEntry, header_name, kernel_boot_id, read_manifest, rows_name
@@ -81,7 +81,7 @@ class ModelImage:
     def __init__(self, entry: ModelEntry, memory: TmpfsMemory) -> None:
         self.entry = entry
         self._memory = memory
-        self.id = ModelSpec(entry.name).id
+        self.id = entry.bare_spec.id
         self._header = Mapping.open_to_read(memory.path(header_name(self.id)))
 
     def knowledge(self) -> KnowledgeImage:

@@ -75,6 +75,7 @@ CONTROL = Structure(
         *_COMMON,
         Field("manifest_generation", 64, 8, "grows after each new manifest; readers that see it move read the manifest again"),
         Field("retired", 72, 8, "1: this store was replaced or removed; readers attach anew"),
+        Field("aliases_ms", 80, 8, "Unix milliseconds up to which switches of aliases count for readers; 0: all do"),
         Field("run_dir", 128, PAGE_BYTES - 128, "where the manifest is: a path in UTF-8, then zeros; empty: it is too long"),
     ),
 )

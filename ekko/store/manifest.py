@@ -13,7 +13,8 @@ from typing import Any
 import xxhash
 
 from ekko.errors import StoreError
-from ekko.model import CODEC_DEFAULT, TableSpec, TensorSpec
+from ekko.generations import Generation, Registers
+from ekko.model import CODEC_DEFAULT, ModelSpec, TableSpec, TensorSpec
 from ekko.store import layout
 
 MANIFEST_NAME = "manifest.json"
@@ -32,6 +33,17 @@ class ModelEntry:
     partitions: int = 1
     hold: list[int] | None = None  # partitions that are here, ascending; None: all
     codec: str = CODEC_DEFAULT
+    incarnation: int = 0
+
+    @property
+    def generation(self) -> Generation:
+        """Which model it is."""
+        return Generation(self.name, self.incarnation)
+
+    @property
+    def bare_spec(self) -> ModelSpec:
+        """The model without tables and tensors."""
+        return ModelSpec(self.name, self.shards, partitions=self.partitions, codec=self.codec, incarnation=self.incarnation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +55,7 @@ class Manifest:
     prefix: str  # of all file names, new with each creation
     models: list[ModelEntry] = field(default_factory=list)
     layout_version: int = layout.LAYOUT_VERSION
+    registers: Registers = field(default_factory=Registers)  # they outlive the memory
 
 
 # File names below the prefix.
@@ -88,7 +101,7 @@ def write_manifest(run_dir: Path, manifest: Manifest) -> None:
     """Replace the manifest as a whole, durably."""
     temporary = run_dir / f"{MANIFEST_NAME}.new"
     with temporary.open("w") as file:
-        json.dump(asdict(manifest), file, indent=1)
+        json.dump(asdict(manifest) | {"registers": manifest.registers.to_json()}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(run_dir / MANIFEST_NAME)
@@ -105,6 +118,7 @@ def entry_from_json(model: dict[str, Any]) -> ModelEntry:
         int(model.get("partitions", 1)),
         None if model.get("hold") is None else [int(partition) for partition in model["hold"]],
         model.get("codec", CODEC_DEFAULT),  # not there in a manifest of an older version
+        int(model.get("incarnation", 0)),
     )
 
 
@@ -122,6 +136,9 @@ def read_manifest(run_dir: Path) -> Manifest | None:
     try:
         raw = json.loads(text)
         models = [entry_from_json(model) for model in raw["models"]]
-        return Manifest(str(raw["boot_id"]), str(raw["memory_dir"]), str(raw["prefix"]), models, int(raw["layout_version"]))
+        registers = Registers.from_json(raw.get("registers"))
+        return Manifest(
+            str(raw["boot_id"]), str(raw["memory_dir"]), str(raw["prefix"]), models, int(raw["layout_version"]), registers
+        )
     except Exception as error:  # a damaged file can fail in any way
         raise StoreError(f"{path} cannot be understood ({error}): remove it, and start the node again") from error

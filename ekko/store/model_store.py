@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import ModelError, StoreError
-from ekko.model import DENSE_SPEC, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
+from ekko.model import DENSE_SPEC, DENSE_TABLE, TableSpec, TensorSpec, table_id
 from ekko.store import capacity, layout
 from ekko.store.hot import Heat
 from ekko.store.kernels import claims, index, rows
@@ -52,7 +52,7 @@ class ModelStore:
     """Rows and knowledge of one model on this node. Use `create` or `open`; one thread writes."""
 
     def __init__(self, entry: ModelEntry, memory: Memory, table_bytes_max: int, header: Mapping) -> None:
-        self.spec = ModelSpec(entry.name, entry.shards, partitions=entry.partitions, codec=entry.codec)
+        self.spec = entry.bare_spec
         self._hold = tuple(range(entry.partitions)) if entry.hold is None else tuple(entry.hold)
         self._capacity_rows = entry.capacity_rows
         self._memory = memory
@@ -78,7 +78,7 @@ class ModelStore:
     @classmethod
     def create(cls, entry: ModelEntry, memory: Memory, table_bytes_max: int) -> "ModelStore":
         """Make an empty model."""
-        spec = ModelSpec(entry.name, entry.shards, partitions=entry.partitions)
+        spec = entry.bare_spec
         header = memory.create(header_name(spec.id), layout.model_bytes(entry.shards, entry.partitions))
         header.ensure(layout.loss_floor_offset(entry.shards, entry.partitions))
         words = header.words(0, 4)
@@ -93,7 +93,7 @@ class ModelStore:
             StoreError: a file is damaged.
             OSError: a file is missing.
         """
-        spec = ModelSpec(entry.name, entry.shards, partitions=entry.partitions)
+        spec = entry.bare_spec
         header = memory.open(header_name(spec.id))
         expected_bytes = layout.model_bytes(entry.shards, entry.partitions)
         expected = (layout.MODEL_MAGIC, layout.LAYOUT_VERSION, spec.id, entry.shards)
@@ -151,7 +151,9 @@ class ModelStore:
         tables = [table.spec for table in self._tables.values()]
         hold = None if self.holds_all else list(self._hold)
         spec, tensors = self.spec, list(self.spec.tensors.values())
-        return ModelEntry(spec.name, spec.shards, self._capacity_rows, tables, tensors, spec.partitions, hold, spec.codec)
+        return ModelEntry(
+            spec.name, spec.shards, self._capacity_rows, tables, tensors, spec.partitions, hold, spec.codec, spec.incarnation
+        )
 
     def file_names(self) -> list[str]:
         """Names of the files that it consists of."""

@@ -54,7 +54,7 @@ class Partition:
         spec = model.spec
         self._model = model
         self._place = Place(spec.id, partition, spec.partitions)
-        self._keyspace = keyspace_id(spec.name, partition, spec.partitions)
+        self._keyspace = keyspace_id(spec.label, partition, spec.partitions)
         self._vector: U64 = model.vector[partition :: spec.partitions]
         self._frontier: U64 = model.frontiers[partition]
 

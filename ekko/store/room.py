@@ -68,6 +68,7 @@ def cost_of(spec: ModelSpec, but: ModelSpec | None = None) -> Cost:
         {name: spec.tensors[name] for name in tensors},
         spec.partitions,
         spec.codec,
+        spec.incarnation,
     )
     entries = [entry for entry in new.entries() if but is None or entry.name != "model"]
     header = layout.loss_floor_offset(spec.shards, spec.partitions) if but is None else 0

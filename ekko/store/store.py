@@ -7,14 +7,16 @@ ours, and every file is there. A row that was half-written is taken back, and a 
 One process writes a store at a time; the daemon holds a lock file in `run_dir` for that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from collections.abc import Mapping as ReadOnlyMapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 from types import MappingProxyType
 
 from ekko.errors import ModelError, StoreError
+from ekko.generations import Alias, Dropped, Fact, Generation, Registers, is_register, parse_facts
 from ekko.model import DENSE_TABLE, TABLES_MAX, TENSORS_MAX, ModelSpec, TableSpec, TensorSpec, parse_entry
 from ekko.store import layout
 from ekko.store.leftovers import note_run_dir
@@ -56,6 +58,9 @@ class Store:
         self._asked: dict[str, ModelSpec] = {}  # what this node's configuration names
         self._unasked: dict[str, int] = {}  # memory of what else there is of each model, before any row
         self._control: Mapping | None = None
+        self._registers = Registers()
+        self._holds: dict[str, Sequence[int]] = {}  # what this node's configuration wants to hold of a model of this name
+        self.on_registers: Callable[[], None] = lambda: None  # called when aliases or what was dropped have changed
 
     @classmethod
     def anonymous(cls, *, table_bytes_max: int = ANONYMOUS_TABLE_BYTES_MAX) -> "Store":
@@ -103,6 +108,7 @@ class Store:
         store = Store(self._memory, None, self._table_bytes_max)
         for model in self._models.values():
             store._insert(ModelStore.open(model.entry(), self._memory, self._table_bytes_max))
+        store._registers = self._registers
         store.resumed = True
         return store
 
@@ -125,6 +131,7 @@ class Store:
             words = store._control.words(0, layout.CONTROL_BYTES // 8)
             if int(words[0]) != layout.CONTROL_MAGIC or int(words[layout.CONTROL.offset("retired") // 8]):
                 return None
+            store._registers = manifest.registers
             for entry in manifest.models:
                 store._insert(ModelStore.open(entry, memory, table_bytes_max))
         except (StoreError, OSError):
@@ -137,9 +144,13 @@ class Store:
     def _begin(cls, run_dir: Path, memory_dir: Path, table_bytes_max: int, fill: Callable[["Store"], None] | None) -> "Store":
         memory = _fresh_memory(run_dir, memory_dir)
         store = cls(memory, None, table_bytes_max)
+        with suppress(StoreError, OSError):  # one that cannot be read has none; peers tell us again
+            before = read_manifest(run_dir)
+            store._registers = Registers() if before is None else before.registers
         if fill is not None:
             try:
                 fill(store)
+                store._learn([], [])  # what was dropped since is not brought back by an old snapshot
             except BaseException:
                 store.close()
                 for path in memory_dir.glob(f"{memory.prefix}-*"):
@@ -171,6 +182,7 @@ class Store:
             copy_held(model, twin)
             store._insert(twin)
         store.resumed = self.resumed
+        store._registers = self._registers
         if run_dir is not None and isinstance(old, TmpfsMemory):
             self.close()
             store._replace(run_dir, old.directory)
@@ -186,6 +198,9 @@ class Store:
         note_run_dir(self._control, run_dir)
         words = self._control.words(0, 2)
         words[...] = (layout.CONTROL_MAGIC, layout.LAYOUT_VERSION)
+        if isinstance(old, Mapping) and len(old) >= layout.CONTROL_BYTES:
+            aliases_ms = layout.CONTROL.offset("aliases_ms")
+            self._control.words(aliases_ms)[...] = old.words(aliases_ms)
         self._publish_manifest()
         if old is not None:  # after the new manifest is there: whoever is told finds it
             _retire(old)
@@ -242,6 +257,8 @@ class Store:
             ModelError: it contradicts the model that exists, or there is no room for it. Nothing is changed.
             StoreError: shared memory is full.
         """
+        if asked and hold is not None:
+            self._holds[spec.name] = tuple(hold)
         model = self._models.get(spec.name)
         self._check_new(spec, model)
         self._check_room([spec], asked)
@@ -249,7 +266,14 @@ class Store:
             raise ModelError(f"model {spec.name!r} has partitions 0 to {spec.partitions - 1}: cannot hold {list(hold)}")
         if model is None:
             tables = max(1, len(spec.tables))
-            entry = ModelEntry(spec.name, spec.shards, capacity_rows // tables, partitions=spec.partitions, codec=spec.codec)
+            entry = ModelEntry(
+                spec.name,
+                spec.shards,
+                capacity_rows // tables,
+                partitions=spec.partitions,
+                codec=spec.codec,
+                incarnation=spec.incarnation,
+            )
             entry = entry if hold is None else replace(entry, hold=sorted(set(hold)))
             model = ModelStore.create(entry, self._memory, self._table_bytes_max)
         changed = spec.name not in self._models
@@ -273,8 +297,7 @@ class Store:
             ModelError: it contradicts another model.
             StoreError: shared memory is full.
         """
-        spec = ModelSpec(entry.name, entry.shards, partitions=entry.partitions, codec=entry.codec)
-        self._check_new(spec, None)
+        self._check_new(entry.bare_spec, None)
         model = ModelStore.create(entry, self._memory, self._table_bytes_max)
         for table in entry.tables:
             model.add_table(table, max(1, rows.get(table.id, 0)))
@@ -304,17 +327,19 @@ class Store:
             raise ModelError(f"there is no model {name!r}: there are {', '.join(map(repr, self._models)) or 'none'}")
         return self._models[name]
 
-    def _check_new(self, spec: ModelSpec, model: ModelStore | None) -> None:
+    def _check_new(self, spec: ModelSpec, model: ModelStore | None, ending: Collection[str] = ()) -> None:
         """Refuse what contradicts the model that exists, or another one.
 
         Raises:
             ModelError: naming the contradiction.
         """
         if model is None:
-            self._check_ids(spec)
+            self._check_ids(spec, ending)
             held = spec.bare()
         else:
             held = model.spec
+        if held.incarnation != spec.incarnation:
+            raise ModelError(f"model {spec.name!r} is here as incarnation {held.incarnation}, not {spec.incarnation}")
         if held.shards != spec.shards:
             raise ModelError(f"model {spec.name!r} has {held.shards} shards, not {spec.shards}")
         if held.partitions != spec.partitions:
@@ -329,27 +354,108 @@ class Store:
         _check_tables(held, spec)
         _check_tensors(held, spec)
 
-    def _check_ids(self, spec: ModelSpec) -> None:
+    # --- generations ------------------------------------------------------------------------------------------------
+
+    @property
+    def registers(self) -> Registers:
+        """Aliases, and what was dropped, as far as is known here."""
+        return self._registers
+
+    def current(self, spec: ModelSpec) -> ModelSpec:
+        """The same, as the incarnation of its name that is here, or that a model which gets the name now would be."""
+        held = self._models.get(spec.name)
+        incarnation = self._registers.next_incarnation(spec.name) if held is None else held.spec.incarnation
+        return replace(spec, incarnation=incarnation)
+
+    def generation(self, name: str) -> Generation | None:
+        """The model of this name that is here."""
+        held = self._models.get(name)
+        return None if held is None else Generation.of(held.spec)
+
+    def holds(self, generation: Generation) -> bool:
+        """Whether this model is here."""
+        return self.generation(generation.name) == generation
+
+    def set_alias(self, alias: Alias) -> None:
+        """Have an alias stand for something from its moment on."""
+        self._learn([alias], [])
+
+    def drop_model(self, name: str, unix_ms: int) -> int:
+        """Drop a model for good, everywhere: its memory is given back, and readers are told.
+
+        Returns:
+            Bytes of shared memory that it had.
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        spec = self._known(name).spec
+        taken = sum(stat.bytes for stat in self._models[name].table_stats().values())
+        self._learn([Dropped(name, spec.incarnation, unix_ms)], [])
+        return taken
+
+    def settle_aliases(self, unix_ms: int) -> bool:
+        """Let switches up to this moment count for readers; True when there were some."""
+        if self._control is None:
+            return False
+        word = self._control.words(layout.CONTROL.offset("aliases_ms"))
+        before, word[...] = int(word), unix_ms
+        settled = any(before < alias.effective_ms <= unix_ms for alias in self._registers.aliases.values())
+        if settled:
+            self._tell_readers()
+        return settled
+
+    def _learn(self, facts: Iterable[Fact], wanted: Sequence[ModelSpec]) -> bool:
+        """Merge facts, and let go of the models that they or newer incarnations end; True when something changed.
+
+        The manifest is written before any file goes: who reads it finds all that it names.
+        """
+        merged = self._registers.merged(facts)
+        gone = [name for name in self._models if self._ends(name, merged, wanted)]
+        if merged is self._registers and not gone:
+            return False
+        self._registers = merged
+        files = [file for name in gone for file in self._models[name].file_names()]
+        for name in gone:
+            model = self._models.pop(name)
+            for number in {model.spec.id, *model.spec.keyspaces}:
+                self._by_id.pop(number, None)
+            for known in (self._costs, self._asked, self._unasked):
+                known.pop(name, None)
+        self._publish_manifest()
+        for file in files:
+            self._memory.remove(file)
+        self.on_registers()
+        return True
+
+    def _ends(self, name: str, registers: Registers, wanted: Sequence[ModelSpec]) -> bool:
+        """Whether a model that is here does so no more, by these facts and incarnations."""
+        held = self._models[name].spec
+        newer = any(spec.name == name and spec.incarnation > held.incarnation for spec in wanted)
+        return newer or registers.is_dropped(Generation.of(held))
+
+    def _check_ids(self, spec: ModelSpec, ending: Collection[str]) -> None:
         """Refuse a new model of whose ids another one has one.
 
         Raises:
             ModelError: naming the other.
         """
         ids = {spec.id, *spec.keyspaces}
-        for model in self._models.values():
+        for model in (one for name, one in self._models.items() if name not in ending):
             if ids & {model.spec.id, *model.spec.keyspaces}:
                 raise ModelError(f"models {spec.name!r} and {model.spec.name!r} have the same id: rename one")
 
-    def _check_room(self, specs: Sequence[ModelSpec], asked: bool) -> None:
+    def _check_room(self, specs: Sequence[ModelSpec], asked: bool, ending: Collection[str] = ()) -> None:
         """Refuse more than this node has room for.
 
         Raises:
             NoRoomError: naming what there is too much of.
         """
-        held = {name: model.spec for name, model in self._models.items()}
+        held = {name: model.spec for name, model in self._models.items() if name not in ending}
         new = [cost_of(spec, held.get(spec.name)) for spec in specs]
-        unasked = 0 if asked else sum(self._unasked.values()) + sum(cost.memory_bytes for cost in new)
-        check_room(self._costs.values(), new, unasked)
+        before = sum(taken for name, taken in self._unasked.items() if name not in ending)
+        unasked = 0 if asked else before + sum(cost.memory_bytes for cost in new)
+        check_room([cost for name, cost in self._costs.items() if name not in ending], new, unasked)
 
     def _insert(self, model: ModelStore) -> None:
         self._models[model.spec.name] = model
@@ -365,7 +471,13 @@ class Store:
         assert isinstance(self._memory, TmpfsMemory)
         assert self._control is not None
         entries = [model.entry() for model in self._models.values()]
-        write_manifest(self._run_dir, Manifest(kernel_boot_id(), str(self._memory.directory), self._memory.prefix, entries))
+        memory = self._memory
+        manifest = Manifest(kernel_boot_id(), str(memory.directory), memory.prefix, entries, registers=self._registers)
+        write_manifest(self._run_dir, manifest)
+        self._tell_readers()
+
+    def _tell_readers(self) -> None:
+        assert self._control is not None
         self._control.words(layout.CONTROL.offset("manifest_generation"))[...] += 1
 
     # --- p2p.replica.Host -------------------------------------------------------------------------------------------
@@ -376,6 +488,7 @@ class Store:
 
     def schema(self) -> list[SchemaEntry]:
         entries = [entry for model in self._models.values() for entry in model.spec.entries()]
+        entries += self._registers.entries()
         return sorted(entries, key=lambda entry: (entry.keyspace, entry.name))
 
     def adopt(self, entries: Sequence[SchemaEntry]) -> bool:
@@ -383,30 +496,43 @@ class Store:
         fresh = [entry for entry in entries if known.get((entry.keyspace, entry.name)) != entry.body]
         if not fresh:
             return False
-        wanted = self._wanted(fresh)
+        facts = parse_facts(fresh)
+        merged = self._registers.merged(facts)
+        wanted = self._wanted([entry for entry in fresh if not is_register(entry)], merged)
+        ending = {name for name in self._models if self._ends(name, merged, wanted)}
         try:
-            self._check_room(wanted, asked=False)
+            self._check_room(wanted, asked=False, ending=ending)
             for spec in wanted:
-                self._check_new(spec, self._models.get(spec.name))
+                self._check_new(spec, None if spec.name in ending else self._models.get(spec.name), ending)
             _check_apart(wanted)
         except NoRoomError as error:
             raise BlamelessError(f"no room for the schema of a peer: {error}") from error
         except ModelError as error:
             raise SchemaClashError(str(error)) from error
+        changed = self._learn(facts, wanted)
         try:
             for spec in wanted:
-                self.add_model(spec, asked=False)
+                self.add_model(spec, hold=None if spec.name in self._models else self._holds_of(spec), asked=False)
         except StoreError as error:  # a peer asks for more than this machine has: its wish fails, not the node
-            raise BlamelessError(f"no room for the schema of a peer: {error}") from error
-        return True
+            if not changed:
+                raise BlamelessError(f"no room for the schema of a peer: {error}") from error
+            return True  # what was dropped stays so; for the rest there is a next time
+        return changed or bool(wanted)
 
-    def _wanted(self, entries: Sequence[SchemaEntry]) -> list[ModelSpec]:
-        """The models that these entries speak of, with what they add.
+    def _holds_of(self, spec: ModelSpec) -> Sequence[int] | None:
+        """What the configuration wants to hold of a model that comes under a name which it knows."""
+        hold = self._holds.get(spec.name)
+        return hold if hold is not None and set(hold) <= set(range(spec.partitions)) else None
+
+    def _wanted(self, entries: Sequence[SchemaEntry], registers: Registers) -> list[ModelSpec]:
+        """The models that these entries speak of, with what they add, but those that are dropped by these facts.
 
         Raises:
             RemoteProtocolError: an entry makes no sense, or speaks of a model that nobody described.
         """
         specs: dict[int, ModelSpec] = {}
+        over = {Generation(one.name, one.incarnation) for one in registers.dropped.values()}
+        past = {ModelSpec(one.name, incarnation=one.incarnation).id for one in over}
         parts: list[tuple[int, TableSpec | TensorSpec]] = []
         for entry in entries:
             parsed = parse_entry(entry)
@@ -416,6 +542,8 @@ class Store:
                 raise RemoteProtocolError(f"model {parsed.name!r} is described twice, differently")
         known = {model.spec.id: model.spec for model in self._models.values()}
         for keyspace, part in parts:
+            if keyspace not in specs and keyspace in past:
+                continue
             if keyspace not in specs and keyspace in known:
                 specs[keyspace] = known[keyspace].bare()
             if keyspace not in specs:
@@ -424,7 +552,13 @@ class Store:
             names = specs[keyspace].tables if isinstance(part, TableSpec) else specs[keyspace].tensors
             if names.setdefault(part.name, part) != part:  # type: ignore[arg-type]
                 raise RemoteProtocolError(f"{part.name!r} is described twice, differently")
-        return list(specs.values())
+        return [spec for spec in specs.values() if self._is_current(spec, registers, specs.values())]
+
+    def _is_current(self, spec: ModelSpec, registers: Registers, others: Iterable[ModelSpec]) -> bool:
+        """Whether nothing that is known says that there is a later model of this name, or that it is dropped."""
+        held = self._models.get(spec.name)
+        later = [other.incarnation for other in (*others, *(() if held is None else (held.spec,))) if other.name == spec.name]
+        return spec.incarnation >= max(later) and not registers.is_dropped(Generation.of(spec))
 
 
 def _check_apart(specs: Sequence[ModelSpec]) -> None:
