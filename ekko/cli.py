@@ -5,6 +5,7 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
+from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -263,6 +264,75 @@ def hot(
     print_hot(answer)
 
 
+@app.command()
+def alias(
+    name: Annotated[
+        str | None, typer.Argument(help="The alias; none: list all.", metavar="[ALIAS]", show_default=False)
+    ] = None,
+    model: Annotated[str | None, typer.Argument(help="The model that it is to stand for.", metavar="[MODEL]")] = None,
+    back: Annotated[bool, typer.Option("--back", help="Switch to the model that it stood for before.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="The name is no alias any more.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also while some node has not caught up with the model.")] = False,
+    config: ConfigOption = None,
+    http: Annotated[str | None, typer.Option("--http", help="The HTTP address of a node here.", metavar="HOST:PORT")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The node's answer as it is.")] = False,
+) -> None:
+    """Switch what a name stands for to another model, on all nodes at once; without a name, list the aliases.
+
+    Readers of the alias follow between two look-ups. The model that it stood for stays, for `ekko alias NAME --back`, until it
+    is dropped (`ekko drop`).
+    """
+    address = _http_of(config, http)
+    if name is None:
+        _list_aliases(address, as_json)
+        return
+    if (model is not None) + back + remove != 1:
+        raise ConfigError("give either the model that the alias is to stand for, or --back, or --remove")
+    answer = ask_node(address, "/alias", {"alias": name, "model": model, "back": back, "remove": remove, "force": force})
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    moment = datetime.fromtimestamp(answer["switches_ms"] / 1000, UTC).strftime("%H:%M:%S.%f")[:-3]
+    before = f"; the way back is {answer['before']}" if answer["before"] else ""
+    what = f"stands for model {answer['model']}" if answer["model"] else "is no alias any more"
+    typer.echo(f"{name} {what} from {moment} UTC on{before}")
+    if answer["silent"]:
+        typer.echo(f"silent, and not waited for: {', '.join(answer['silent'])}")
+
+
+def _list_aliases(address: str, as_json: bool) -> None:
+    aliases = fetch_status(address).get("aliases", {})
+    if as_json:
+        typer.echo(json.dumps(aliases, indent=2))
+    elif aliases:
+        from rich.console import Console
+
+        from ekko.display import aliases_table
+
+        Console().print(aliases_table(aliases))
+    else:
+        typer.echo("there are no aliases")
+
+
+@app.command()
+def drop(
+    model: Annotated[str, typer.Argument(help="The model.", metavar="MODEL")],
+    force: Annotated[bool, typer.Option("--force", help="Also when it is the way back of an alias.")] = False,
+    config: ConfigOption = None,
+    http: Annotated[str | None, typer.Option("--http", help="The HTTP address of a node here.", metavar="HOST:PORT")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The node's answer as it is.")] = False,
+) -> None:
+    """Drop a model on all nodes, for good: its memory is freed, its publishers and readers are told.
+
+    Nodes that are away drop it when they come back. The name may be used again, for another model.
+    """
+    answer = ask_node(_http_of(config, http), "/drop", {"model": model, "force": force})
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    typer.echo(f"model {model} is dropped; it had {answer['bytes']:,} bytes of shared memory on this node")
+
+
 def _http_of(config: Path | None, http: str | None) -> str:
     if (config is None) == (http is None):
         raise ConfigError("give either --config FILE or --http HOST:PORT")
@@ -284,7 +354,7 @@ def fetch_status(http: str) -> dict[str, Any]:
     return ask_node(http, "/status")
 
 
-def ask_node(http: str, path: str, body: dict[str, str] | None = None) -> dict[str, Any]:
+def ask_node(http: str, path: str, body: dict[str, object] | None = None) -> dict[str, Any]:
     """GET `path` of the node at `HOST:PORT`, or POST `body` to it.
 
     Raises:

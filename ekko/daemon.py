@@ -32,7 +32,8 @@ from ekko.hot_report import hot_report
 from ekko.http import HttpServer
 from ekko.local import REOPEN, Answer, Failed, Open, Opened, Ping, Pong, PublishStep, Request, Stored, Wait, Waited
 from ekko.metrics import Metrics
-from ekko.model import CODEC_DEFAULT, DENSE_DIM, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, model_id, table_id
+from ekko.model import CODEC_DEFAULT, DENSE_DIM, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, table_id
+from ekko.operations import Operations
 from ekko.rundir import FileLedger, locked
 from ekko.security import WATCH_S, NodeKeys
 from ekko.snapshots.folders import Folder, open_folder
@@ -135,6 +136,7 @@ class Node:
             error = _first_of(group)
             if not isinstance(error, NodeExpelled) or self._parts is None:
                 raise error from None
+            self._parts.operations.close()
             self._parts.store.destroy()
             self._parts = None
             self._restores = False  # what it was told to drop is in its snapshots, too
@@ -142,6 +144,7 @@ class Node:
         finally:
             http.close()
             if self._parts is not None:
+                self._parts.operations.close()
                 self._parts.store.close()
             log.info("node_stopped")
         return False
@@ -156,6 +159,7 @@ class Node:
             await asyncio.to_thread(warm)
             self._preparing.remove("kernels")
             self._parts = parts = self._make_parts(await self._open_store())
+            parts.operations.settle()
             self._preparing.remove("store")
             if self._snapshots is not None:
                 tasks.create_task(self._snapshots.run())
@@ -179,9 +183,15 @@ class Node:
     def _make_parts(self, store: Store) -> "_Parts":
         node = self.config.node
         for name, model in self.config.models.items():
+            if name not in store.models and name in store.registers.dropped:
+                log.warning("model_was_dropped", model=name, remedy=f"remove [models.{name}] from the configuration")
+                continue
             try:
-                held = store.add_model(model.spec(name), model.capacity_rows, model.held)
+                held = store.add_model(store.current(model.spec(name)), model.capacity_rows, model.held)
             except ModelError as error:
+                if name in store.registers.dropped:  # what is configured was dropped, and another one has its name
+                    log.warning("model_was_dropped", model=name, remedy=f"change [models.{name}]", reason=str(error))
+                    continue
                 raise ConfigError(f"models.{name}: {error}: change the configuration, or remove {node.run_dir}") from None
             if model.capacity_bytes is not None:
                 if model.capacity_bytes < (least := header_bytes(held)):
@@ -219,7 +229,8 @@ class Node:
             compression=Mode(node.compression),
             crosses=self._crosses,
         )
-        return _Parts(store, machine, transport, runtime, keys)
+        oldest = machine.protocol_min_known
+        return _Parts(store, machine, transport, runtime, keys, Operations(node.id, store, self._submit_operation, oldest))
 
     async def _open_store(self) -> Store:
         """The store as it was left, or as a snapshot has it, without the partitions that are not to be held any more."""
@@ -339,6 +350,8 @@ class Node:
                 self._metrics.on_applied(effect, time.monotonic_ns(), time.time_ns() // 1_000_000)
             case m.Published(request, stamp):
                 self._endpoint.answer(request, Stored(stamp))
+            case m.Refused() | m.WaitEnded() if self._parts is not None and self._parts.operations.on_answer(effect):
+                pass
             case m.Refused(request) if request == TOOL_REQUEST:
                 self._tool_answer = effect
             case m.Refused(request, reason):
@@ -400,18 +413,25 @@ class Node:
             case PublishStep():
                 return self._publish(self._parts, number, request)
             case Wait(model, stamp, scope, timeout_ms):
-                return self._submit(m.WaitRequested(number, model_id(model), stamp, scope, timeout_ms))
+                held = self._parts.store.models.get(model)
+                if held is None:
+                    raise ModelError(self._unknown(self._parts, model))
+                return self._submit(m.WaitRequested(number, held.spec.id, stamp, scope, timeout_ms))
             case _:
                 assert_never(request)
 
     def _open(self, parts: "_Parts", request: Open) -> Opened:
         self._check_may_publish()
         held = parts.store.models.get(request.model)
-        if held is None and request.tables is None:
-            known = ", ".join(map(repr, parts.store.models)) or "none"
+        # Readers name aliases, publishers name models: a trainer of the old generation that is started again would otherwise
+        # write into the new one.
+        if held is None and (aliased := parts.store.registers.resolve(request.model)) is not None:
             raise ModelError(
-                f"unknown model {request.model!r} at node {self.config.node.id!r}: known: {known}; give its tables to create it"
+                f"{request.model!r} is an alias, now of model {aliased.name!r}: publish to a model by its own name, so that "
+                "what is written does not depend on when the alias is switched"
             )
+        if held is None and request.tables is None:
+            raise ModelError(f"{self._unknown(parts, request.model)}; give its tables to create it")
         shards = request.shards or (SHARDS_DEFAULT if held is None else held.shards)
         codec = request.codec or (CODEC_DEFAULT if held is None else held.spec.codec)
         known_ttls = {} if held is None else {table.name: table.ttl_s for table in held.spec.tables.values()}
@@ -420,7 +440,7 @@ class Node:
             for name, dim, ttl_s in request.tables or ()
         }
         partitions = 1 if held is None else held.spec.partitions
-        wanted = ModelSpec(request.model, shards, tables, partitions=partitions, codec=codec)
+        wanted = parts.store.current(ModelSpec(request.model, shards, tables, partitions=partitions, codec=codec))
         if held is None or not tables.keys() <= held.spec.tables.keys():
             self._grow_schema(parts, wanted)
         else:  # refuses what contradicts it
@@ -437,6 +457,8 @@ class Node:
         """
         self._check_may_publish()
         model = parts.store.models.get(step.model)
+        if model is None and step.model in parts.store.registers.dropped:
+            raise ModelError(f"{self._unknown(parts, step.model)}; make a new Publisher to begin one of this name anew")
         if model is None:
             return Failed(REOPEN, f"unknown model {step.model!r}")
         if step.codec != model.spec.codec:
@@ -464,6 +486,11 @@ class Node:
         except PublishError as error:
             self._full += 1
             raise PublishError(f"node {self.config.node.id!r}: {error}") from None
+
+    def _unknown(self, parts: "_Parts", model: str) -> str:
+        known = ", ".join(map(repr, parts.store.models)) or "none"
+        what = f"model {model!r} was dropped" if model in parts.store.registers.dropped else f"unknown model {model!r}"
+        return f"{what} at node {self.config.node.id!r}: known: {known}"
 
     def _check_held(self, model: ModelStore, step: PublishStep) -> None:
         """A node holds what it writes (R22): otherwise nobody could repair what is lost on the way.
@@ -498,7 +525,9 @@ class Node:
         parts.store.add_model(spec, CAPACITY_ROWS_GUESS, asked=False)
         self._submit(m.SchemaChanged())
 
-    def _submit(self, event: m.PublishRequested | m.WaitRequested | m.SchemaChanged | m.ExpelRequested) -> Answer | None:
+    def _submit(
+        self, event: m.PublishRequested | m.WaitRequested | m.CaughtUpRequested | m.SchemaChanged | m.ExpelRequested
+    ) -> Answer | None:
         """Hand an event to the protocol; the answer comes as an effect, often before this returns."""
         assert self._parts is not None
         try:
@@ -550,6 +579,24 @@ class Node:
         before = asdict(self._snapshots.picture)
         self._snapshots.ask(kind)
         return before
+
+    async def alias(self, name: str, model: str | None, *, back: bool, remove: bool, force: bool) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        return await self._operations().alias(name, model, back=back, remove=remove, force=force)
+
+    def drop(self, model: str, *, force: bool) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        return self._operations().drop(model, force=force)
+
+    def _operations(self) -> Operations:
+        if self._parts is None:
+            raise EkkoError(f"node {self.config.node.id!r} is starting: ask again when it is ready")
+        return self._parts.operations
+
+    def _submit_operation(self, event: m.CaughtUpRequested | m.SchemaChanged) -> None:
+        failed = self._submit(event)
+        if isinstance(failed, Failed):
+            raise EkkoError(failed.reason)
 
     def _take_tool_answer(self) -> m.Expelled | m.Refused | None:
         answer, self._tool_answer = self._tool_answer, None
@@ -610,6 +657,7 @@ class Node:
             dict(parts.runtime.rejected),
             self._leftovers.bytes(time.monotonic()),
             None if self._snapshots is None else self._snapshots.picture,
+            parts.operations.aliases(),
         )
 
 
@@ -622,6 +670,7 @@ class _Parts:
     transport: ZmqTransport
     runtime: Runtime
     keys: NodeKeys | None
+    operations: Operations
 
 
 def _log_snapshot(picture: SnapshotPicture) -> None:
@@ -672,6 +721,7 @@ def _model_picture(model: ModelStore, parts: list[KeyspaceStatus], unix_ms: int,
         model.memory_bytes,
         None if model.capacity is None else model.capacity.bytes,
         model.requests / requests if requests else 0.0,
+        model.spec.id,
     )
 
 

@@ -27,6 +27,8 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
         console.print(_snapshots(status["snapshots"]))
     console.print(_members(status))
     console.print(_models(status))
+    if status.get("aliases"):
+        console.print(aliases_table(status["aliases"]))
     if status["peers"]:
         console.print(_peers(status))
     console.print(_queues(status))
@@ -112,6 +114,15 @@ def _models(status: dict[str, Any]) -> Table:
             sizes = _size(part["bytes"]), _size(part.get("free_bytes", 0))
             counts = f"{part['rows']:,}", f"{part['tombstones']:,}", *sizes
             table.add_row("", label, str(part["dim"]), "", "", *counts, "", "")
+    return table
+
+
+def aliases_table(aliases: dict[str, Any]) -> Table:
+    """What each alias stands for."""
+    table = _table("Aliases", "alias", "model", "way back", "state")
+    for name, alias in aliases.items():
+        state = f"[yellow]about to be {alias['next']}[/]" if alias["next"] else "" if alias["here"] else "[red]not here[/]"
+        table.add_row(name, alias["model"], alias["back"] or "", state)
     return table
 
 

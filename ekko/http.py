@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, Protocol
 
 import uvicorn
@@ -29,6 +29,13 @@ REQUESTS_MAX = 64
 BACKLOG = 64
 KEEP_ALIVE_S = 30
 SHUTDOWN_S_MAX = 1
+# What the commands of an operator expect.
+COMMANDS = {
+    "/expel": '{"node": NODE}',
+    "/snapshot": '{"kind": "auto"} or {"kind": "full"}',
+    "/alias": '{"alias": NAME, "model": MODEL}, or "model": null and one of "back": true, "remove": true; and "force": true',
+    "/drop": '{"model": MODEL}, and "force": true',
+}
 
 
 class Source(Protocol):
@@ -52,6 +59,20 @@ class Source(Protocol):
 
         Raises:
             EkkoError: why not.
+        """
+
+    async def alias(self, name: str, model: str | None, *, back: bool, remove: bool, force: bool) -> dict[str, object]:
+        """Switch an alias; may wait a few seconds for others to catch up.
+
+        Raises:
+            EkkoError: why it cannot be; nothing is changed.
+        """
+
+    def drop(self, model: str, *, force: bool) -> dict[str, object]:
+        """Drop a model on all nodes.
+
+        Raises:
+            EkkoError: why it cannot be; nothing is changed.
         """
 
     def metrics_text(self) -> bytes:
@@ -81,34 +102,30 @@ def make_app(source: Source) -> Starlette:
     async def status(_: Request) -> Response:
         return Response(json.dumps(source.status()), media_type="application/json")
 
-    async def expel(request: Request) -> Response:
+    async def command(request: Request) -> Response:
+        """Something that an operator wants changed."""
+        name = request.url.path
         if (refusal := _refusal(request)) is not None:
             return refusal
         try:
             body = json.loads(await request.body())
-            node = body["node"]
-        except (ValueError, KeyError, TypeError):
-            node = None
-        if not isinstance(node, str):
-            return JSONResponse({"error": 'expected {"node": NODE}'}, 400)
+        except ValueError:
+            body = None
         try:
-            return JSONResponse(source.expel(node))
+            match name, body:
+                case "/expel", {"node": str(node)}:
+                    return JSONResponse(source.expel(node))
+                case "/snapshot", {"kind": "auto" | "full" as kind}:
+                    return JSONResponse(source.snapshot(kind))
+                case "/drop", {"model": str(model)} if (flags := _flags(body, "force")) is not None:
+                    return JSONResponse(source.drop(model, force=flags["force"]))
+                case "/alias", {"alias": str(alias), "model": None | str() as target} if (
+                    flags := _flags(body, "back", "remove", "force")
+                ) is not None and (target is not None) + flags["back"] + flags["remove"] == 1:
+                    return JSONResponse(await source.alias(alias, target, **flags))
         except EkkoError as error:
             return JSONResponse({"error": str(error)}, 409)
-
-    async def snapshot(request: Request) -> Response:
-        if (refusal := _refusal(request)) is not None:
-            return refusal
-        try:
-            kind = json.loads(await request.body())["kind"]
-        except (ValueError, KeyError, TypeError):
-            kind = None
-        if kind not in ("auto", "full"):
-            return JSONResponse({"error": 'expected {"kind": "auto"} or {"kind": "full"}'}, 400)
-        try:
-            return JSONResponse(source.snapshot(kind))
-        except EkkoError as error:
-            return JSONResponse({"error": str(error)}, 409)
+        return JSONResponse({"error": f"expected {COMMANDS[name]}"}, 400)
 
     async def metrics(_: Request) -> Response:
         return Response(source.metrics_text(), media_type=CONTENT_TYPE_LATEST)
@@ -130,8 +147,7 @@ def make_app(source: Source) -> Starlette:
 
     handlers = {"/healthz": healthz, "/readyz": readyz, "/status": status, "/metrics": metrics, "/hot": hot, "/delays": delays}
     routes = [Route(path, handler) for path, handler in handlers.items()]
-    posts = [Route("/expel", expel, methods=["POST"]), Route("/snapshot", snapshot, methods=["POST"])]
-    return Starlette(routes=[*routes, *posts])
+    return Starlette(routes=[*routes, *(Route(path, command, methods=["POST"]) for path in COMMANDS)])
 
 
 def _refusal(request: Request) -> Response | None:
@@ -142,6 +158,12 @@ def _refusal(request: Request) -> Response | None:
     if request.headers.get("content-type") != "application/json":
         return JSONResponse({"error": "expected content of type application/json"}, 415)
     return None
+
+
+def _flags(body: Mapping[str, object], *names: str) -> dict[str, bool] | None:
+    """What is true of these; None where one is neither true nor false."""
+    flags = {name: flag for name in names if isinstance(flag := body.get(name, False), bool)}
+    return flags if len(flags) == len(names) else None
 
 
 class _Server(uvicorn.Server):

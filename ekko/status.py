@@ -1,9 +1,9 @@
 """One picture of a node at one moment: what `/status`, `/metrics` and `ekko status` are drawn from."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
-from ekko.model import TensorSpec, model_id
+from ekko.model import TensorSpec
 from ekko.snapshots.service import SnapshotPicture
 from ekko.store.hot import HeatStats
 from p2p.status import NodeStatus, PeerStatus, QueueStatus
@@ -43,6 +43,7 @@ class ModelPicture:
     bytes: int  # of shared memory, the header included
     capacity_bytes: int | None = None  # what it may take; None: no limit
     request_share: float = 0.0  # of all keys that readers of this node asked for
+    family: int = 0  # the model's id
 
     @property
     def rows(self) -> int:
@@ -66,6 +67,7 @@ class NodePicture:
     rejected: Mapping[str, int]
     leftover_bytes: int = 0  # of shared memory that dead nodes of this machine left behind
     snapshots: SnapshotPicture | None = None
+    aliases: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name -> what it stands for
 
     @property
     def ready(self) -> bool:
@@ -103,6 +105,7 @@ class NodePicture:
                 *(self._member_json(peer) for peer in protocol.peers),
             ],
             "models": {model.name: _model_json(model) for model in self.models},
+            "aliases": {name: dict(alias) for name, alias in self.aliases.items()},
             "peers": [{key: value for key, value in asdict(peer).items() if key != "holds"} for peer in protocol.peers],
             "queues": [asdict(queue) for queue in self.queues],
             "counters": dict(self.counters),
@@ -113,7 +116,7 @@ class NodePicture:
 
     def _member_json(self, peer: PeerStatus) -> dict[str, object]:
         """Another node, and what it holds of models that are divided."""
-        names = {model_id(model.name): model.name for model in self.models}
+        names = {model.family: model.name for model in self.models}
         return {
             "node": peer.node,
             "region": peer.region,

@@ -123,6 +123,10 @@ class Machine:
         """The oldest protocol version that a member here speaks."""
         return self._core.membership.protocol_min(now.monotonic_ms)
 
+    def protocol_min_known(self) -> int:
+        """The same, of all who have not left, the silent ones included."""
+        return self._core.membership.protocol_min_known()
+
     def peers_alive(self, now: m.Now) -> tuple[m.NodeId, ...]:
         """The other nodes that are there, as far as this one can tell, sorted."""
         return self._core.membership.live_nodes(now.monotonic_ms)

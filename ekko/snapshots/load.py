@@ -168,7 +168,6 @@ class Loader:
         record.save()
 
     def _fill_model(self, store: Store, newest: ModelPart) -> None:
-        name = newest.entry.name
         parts = [
             (entry, part)
             for entry in self._chain

@@ -1,0 +1,169 @@
+"""`ekko alias` and `ekko drop` with real processes: a new generation is loaded beside the old one, switched to, and back."""
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ekko
+from ekko.errors import ModelError
+from ekko.store.manifest import prefix_of
+from ekko.store.store import MEMORY_DIR
+from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
+
+pytestmark = pytest.mark.processes
+KEYS = np.arange(500, dtype=np.uint64)
+OLD, NEW = "ctr-1", "ctr-2"
+DIMS = {OLD: {"item": 4, "user": 2}, NEW: {"item": 6, "user": 3}}
+VALUE = {OLD: 1.0, NEW: 2.0}
+
+
+def run(*arguments: str, at: NodeProcess) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ekko.cli", *arguments, "--http", at.http]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def answer(*arguments: str, at: NodeProcess) -> Any:
+    done = run(*arguments, "--json", at=at)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def complaint(*arguments: str, at: NodeProcess) -> str:
+    done = run(*arguments, at=at)
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[LocalCluster]:
+    """A training node and a serving node, with the old generation."""
+    nodes = [NodeSpec("train-1", "us", "train"), NodeSpec("serve-1", "eu")]
+    with LocalCluster(tmp_path, nodes, models={OLD: ModelTables(DIMS[OLD], capacity_rows=1_000)}) as cluster:
+        cluster.start()
+        yield cluster
+
+
+def train(cluster: LocalCluster, model: str) -> None:
+    with ekko.Publisher(cluster["train-1"].local, model=model, tables=DIMS[model]) as publisher:
+        with publisher.step() as step:
+            for table, dim in DIMS[model].items():
+                step.publish(table, KEYS, np.full((len(KEYS), dim), VALUE[model], np.float32))
+        publisher.wait(step.stamp, "all", timeout=30.0)
+
+
+def look_up(run_dir: Path, stop: Event, results: Any) -> None:
+    """Look up under load; each answer must be of one generation, whole. Sends how often which one was seen, in order."""
+    seen: list[list[Any]] = []
+    with ekko.Reader("ctr", run_dir=run_dir, wait=30.0) as reader:
+        results.put("began")
+        while not stop.is_set():
+            rows = reader.lookup_many({"item": KEYS, "user": KEYS})
+            values = {float(one) for part in rows.values() for one in (part.min(), part.max())}
+            dims = {table: part.shape[1] for table, part in rows.items()}
+            generation = next((name for name in DIMS if DIMS[name] == dims), f"a mixture: {dims}")
+            if values != {VALUE.get(generation)}:
+                generation = f"{generation} with values {values}"
+            if not seen or seen[-1][0] != generation:
+                seen.append([generation, 0])
+            seen[-1][1] += 1
+    results.put(seen)
+
+
+def files_of(node: NodeProcess) -> int:
+    return len(list(MEMORY_DIR.glob(f"{prefix_of(node.run_dir)}-*")))
+
+
+def test_a_generation_with_another_schema_takes_over_and_goes_back_under_load(pair: LocalCluster) -> None:
+    trainer, server = pair["train-1"], pair["serve-1"]
+    train(pair, OLD)
+    assert answer("alias", "ctr", OLD, at=trainer)["before"] is None
+    context = multiprocessing.get_context("spawn")
+    stop, results = context.Event(), context.Queue()
+    readers = [context.Process(target=look_up, args=(node.run_dir, stop, results)) for node in (trainer, server)]
+    for reader in readers:
+        reader.start()
+    try:
+        assert [results.get(timeout=60) for _ in readers] == ["began"] * 2
+        before = files_of(server)
+        train(pair, NEW)  # beside the old one, while it serves
+        assert files_of(server) > before
+
+        def stands_for(model: str) -> bool:
+            return all(node.status()["aliases"]["ctr"]["model"] == model for node in pair.nodes.values())
+
+        switched = answer("alias", "ctr", NEW, at=server)
+        assert (switched["model"], switched["before"], switched["silent"]) == (NEW, OLD, [])
+        assert switched["switches_ms"] > time.time() * 1000 - 10_000
+        wait_until(lambda: stands_for(NEW), "the alias is switched everywhere", 30)
+        assert "stands for model 'ctr-2'" in complaint("drop", NEW, at=trainer)
+        assert "way back of alias 'ctr'" in complaint("drop", OLD, at=trainer)
+        assert answer("alias", "ctr", "--back", at=trainer)["model"] == OLD
+        wait_until(lambda: stands_for(OLD), "the alias is back everywhere", 30)
+        answer("alias", "ctr", NEW, at=trainer)
+        wait_until(lambda: stands_for(NEW), "the alias is switched again", 30)
+        with ekko.Reader(OLD, run_dir=server.run_dir) as reader, ekko.Publisher(trainer.local, model=OLD) as publisher:
+            assert answer("drop", OLD, "--force", at=trainer)["bytes"] > 0
+            wait_until(lambda: OLD not in server.status()["models"], "the other node has dropped it", 30)
+            with pytest.raises(ModelError, match="'ctr-1' was dropped"):
+                reader.lookup("item", KEYS)
+            with pytest.raises(ModelError, match="'ctr-1' was dropped"):
+                publisher.publish("item", KEYS, np.ones((len(KEYS), 4), np.float32))
+        wait_until(lambda: files_of(server) == before, "its memory is given back", 30)
+        assert "no way back" in complaint("alias", "ctr", "--back", at=trainer)
+    finally:
+        stop.set()
+        seen = [results.get(timeout=60) for _ in readers] if all(reader.is_alive() for reader in readers) else []
+        for reader in readers:
+            reader.join(30)
+            reader.kill()
+    assert [reader.exitcode for reader in readers] == [0, 0]
+    for one in seen:
+        assert [generation for generation, _ in one] == [OLD, NEW, OLD, NEW], seen
+
+
+def test_an_alias_that_some_node_could_not_follow_is_refused(pair: LocalCluster) -> None:
+    trainer = pair["train-1"]
+    train(pair, OLD)
+    assert "has no model 'nothing': it has 'ctr-1'" in complaint("alias", "ctr", "nothing", at=trainer)
+    assert "there is no alias 'ctr'" in complaint("alias", "ctr", "--back", at=trainer)
+    assert "give either" in complaint("alias", "ctr", at=trainer)
+    with ekko.Publisher(trainer.local, model="empty", tables={"item": 4}):
+        assert "is empty" in complaint("alias", "ctr", "empty", at=trainer)
+    answer("alias", "ctr", OLD, at=trainer)
+    assert "already" in complaint("alias", "ctr", OLD, at=trainer)
+    with pytest.raises(ModelError, match="'ctr' is an alias, now of model 'ctr-1'"):
+        ekko.Publisher(trainer.local, model="ctr", tables={"item": 4})
+    listed = answer("alias", at=pair["serve-1"])
+    assert {name: one["model"] for name, one in listed.items()} == {"ctr": OLD}
+    assert answer("alias", "ctr", "--remove", at=trainer)["model"] is None
+
+
+def test_who_was_away_drops_it_on_return_and_the_name_may_be_used_again(pair: LocalCluster) -> None:
+    trainer, server = pair["train-1"], pair["serve-1"]
+    train(pair, OLD)
+    server.kill()
+    answer("drop", OLD, at=trainer)
+    with ekko.Publisher(trainer.local, model=OLD, tables={"item": 3}) as publisher:  # with another schema
+        publisher.publish("item", [1], np.full((1, 3), 7.0, np.float32))
+        server.start()
+
+        def follows() -> bool:
+            with ekko.Reader(OLD, run_dir=server.run_dir, wait=5.0) as reader:
+                return dict(reader.tables) == {"item": 3} and reader.lookup("item", [1]).tolist() == [[7.0] * 3]
+
+        wait_until(follows, "the node that was away has the new one", 60)
+    for node in (trainer, server):
+        node.stop()
+        node.start()  # the configuration still names it, with its former tables
+        node.wait_ready()
+        assert dict(ekko.Reader(OLD, run_dir=node.run_dir, wait=20.0).tables) == {"item": 3}
