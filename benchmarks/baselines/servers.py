@@ -1,4 +1,7 @@
-"""Redis and NATS servers on loopback, from the system's packages, for as long as a block runs."""
+"""Redis and NATS servers on loopback, from the system's packages, for as long as a block runs.
+
+Redis listens on a Unix socket in its folder, too.
+"""
 
 import os
 import shutil
@@ -13,6 +16,7 @@ from sim_cluster.processes import free_ports, wait_until
 SERVERS = {"redis": "redis-server", "nats": "nats-server"}
 START_S_MAX = 20.0
 STOP_S_MAX = 10.0
+REDIS_SOCKET = "redis.sock"
 
 
 def absent(kind: str) -> str | None:
@@ -50,8 +54,9 @@ def _command(kind: str, port: int) -> list[str]:
         raise FileNotFoundError(absent(kind))
     if kind == "nats":
         return [program, "--addr", "127.0.0.1", "--port", str(port)]
+    where = ["--bind", "127.0.0.1", "--port", str(port), "--unixsocket", REDIS_SOCKET]
     # No snapshots and no log: nothing that the others do not do either.
-    return [program, "--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no", "--daemonize", "no"]
+    return [program, *where, "--save", "", "--appendonly", "no", "--daemonize", "no"]
 
 
 def _listens(process: "subprocess.Popen[bytes]", port: int) -> bool:

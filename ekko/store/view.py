@@ -157,7 +157,7 @@ class TableView:
         Raises:
             StoreError: a row stayed locked for `ROW_DEADLINE_S`; its writer was killed and has not been started again.
         """
-        source = self._source
+        source, stamp_min = self._source, self._stamp_min()
 
         def copy(begin: int) -> Any:
             index = self._newest_index()  # this reference keeps the mapping alive through the call
@@ -167,7 +167,7 @@ class TableView:
                 source.codec,
                 index.address,
                 index.capacity_log2,
-                0,
+                stamp_min,
                 default,
                 keys,
                 out,
@@ -180,7 +180,7 @@ class TableView:
 
     def pool(self, keys: U64, bags: Bags, out: F32, default: int = ZEROS) -> None:
         """Make the rows of each bag one, into out, float32[bags, dim]. Else as `lookup`."""
-        source = self._source
+        source, stamp_min = self._source, self._stamp_min()
 
         def pooled(begin: int) -> Any:
             index = self._newest_index()
@@ -190,7 +190,7 @@ class TableView:
                 source.codec,
                 index.address,
                 index.capacity_log2,
-                0,
+                stamp_min,
                 default,
                 bags.mode,
                 keys,
@@ -214,9 +214,13 @@ class TableView:
         slots = np.arange(used) if used <= rows_max else np.linspace(0, used - 1, rows_max).astype(np.int64)
         sums = np.zeros(self.spec.dim)
         source = self._source
-        count = add_rows(source.address, source.stride, source.codec, 0, slots, sums)
+        count = add_rows(source.address, source.stride, source.codec, self._stamp_min(), slots, sums)
         row: F32 = (sums / max(1, count)).astype(np.float32)
         return row
+
+    def _stamp_min(self) -> int:
+        """Rows with a smaller stamp have expired."""
+        return self.spec.stamp_min(int(time.time() * 1000)) if self.spec.ttl_s else 0
 
     def _newest_index(self) -> Index:
         index = self._index
