@@ -135,6 +135,22 @@ def _copy_typed(typing_context: Any, target: Any, source: Any, count: Any) -> An
 copy_bytes = _intrinsic(_copy_typed)
 
 
+_LINE = ir.VectorType(_I32, 16)
+
+
+def _copy_line_typed(typing_context: Any, target: Any, source: Any) -> Any:
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
+        value = builder.load(_pointer(builder, arguments[1], _LINE), align=4)
+        builder.store(value, _pointer(builder, arguments[0], _LINE), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+# Copy 64 bytes between multiples of 4 that do not overlap: a few vector instructions, where `copy_bytes` would be a call.
+copy_line = _intrinsic(_copy_line_typed)
+
+
 def _zero_typed(typing_context: Any, target: Any, count: Any) -> Any:
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Sequence[ir.Value]) -> ir.Value:
         cgutils.memset(builder, _pointer(builder, arguments[0], ir.IntType(8)), arguments[1], 0)  # type: ignore[no-untyped-call]
