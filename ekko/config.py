@@ -6,6 +6,7 @@ environment (`EKKO_NODE__HTTP=127.0.0.1:7905`) override the file; lists are writ
 """
 
 import difflib
+import grp
 import os
 import re
 import tomllib
@@ -20,6 +21,7 @@ from pydantic_settings.exceptions import SettingsError
 from ekko.addresses import check_endpoint, is_loopback, is_wildcard, split_host_port
 from ekko.errors import ConfigError, ModelError
 from ekko.model import DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, check_name, ttl_seconds
+from ekko.store.access import MODES, Access
 from p2p.replica import PARTITIONS_MAX
 
 ENVIRONMENT_PREFIX = "EKKO_"
@@ -104,6 +106,17 @@ class NodeSection(Section):
     compression: Literal["auto", "always", "never"] = "auto"
     expel_after_s: Number = 86_400.0
     hot_half_life_s: Number = 600.0
+    shm_mode: Literal["0600", "0640", "0644"] = "0640"
+    shm_group: str | None = None
+
+    @property
+    def access(self) -> Access:
+        """Who may read the store.
+
+        Raises:
+            KeyError: there is no such group.
+        """
+        return Access(MODES[self.shm_mode], None if self.shm_group is None else grp.getgrnam(self.shm_group).gr_gid)
 
 
 class TableSection(Section):
@@ -446,6 +459,11 @@ def _check_node(node: NodeSection, places: Places) -> None:
             check_name(kind, value)
         except ModelError as error:
             raise places.error(("node", key), str(error)) from None
+    try:
+        _ = node.access
+    except KeyError:
+        message = f"there is no group {node.shm_group!r} on this machine: name one of which the daemon's user is a member"
+        raise places.error(("node", "shm_group"), message) from None
     if node.role not in ROLES_BUILT:
         raise places.error(("node", "role"), f"role {node.role!r} {NOT_BUILT}: use 'train' or 'serve'")
     if not node.hot_half_life_s >= 1:

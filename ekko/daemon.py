@@ -251,9 +251,9 @@ class Node:
 
     def _attach_or_restore(self, stop: threading.Event) -> Store:
         """In a thread: 100 GB take minutes, and /healthz answers meanwhile."""
-        config, run_dir = self.config, self.config.node.run_dir
+        config, run_dir, access = self.config, self.config.node.run_dir, self.config.node.access
         if self._snapshots is None or not self._restores:
-            return Store.open(run_dir, memory_dir=self._memory_dir)
+            return Store.open(run_dir, memory_dir=self._memory_dir, access=access)
         places = [self._snapshots.picture.url]
         if config.snapshots is not None and config.snapshots.seed is not None:
             places.append(config.snapshots.seed)
@@ -265,7 +265,9 @@ class Node:
             self._loading = f"a snapshot: {done * 100 // max(1, total)} % of {total} bytes are loaded"
 
         begin = time.monotonic()
-        restored = open_or_restore(run_dir, folders, wanted, memory_dir=self._memory_dir, progress=progress, stop=stop)
+        restored = open_or_restore(
+            run_dir, folders, wanted, memory_dir=self._memory_dir, access=access, progress=progress, stop=stop
+        )
         for reason in restored.refused:
             log.warning("snapshot_refused", reason=reason)
         if restored.snapshot is not None:

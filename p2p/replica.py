@@ -183,7 +183,10 @@ class Replica(Protocol):
         """
 
     def set_synced_until(self, unix_ms: int) -> None:
-        """Publish to readers the newest moment up to which this node has everything; 0: unknown."""
+        """Publish to readers the newest moment up to which this node has everything; 0: unknown.
+
+        Called whenever the frontier may have moved, so that readers may also be told whether all that is here is whole (R19).
+        """
 
 
 class Host(Protocol):

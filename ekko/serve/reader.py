@@ -9,8 +9,9 @@ look-up uses one attachment from its beginning to its end; when the alias is swi
 """
 
 import math
-import threading
+import os
 import time
+from collections.abc import Callable
 from collections.abc import Mapping as ReadOnlyMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,12 @@ from ekko.errors import ModelError, StoreError
 from ekko.generations import Generation
 from ekko.model import DENSE_DIM, DENSE_TABLE, TensorSpec, check_name
 from ekko.serve.arguments import as_bags, as_keys, output
+from ekko.serve.consistency import between_batches
 from ekko.serve.defaults import Default, Defaults
 from ekko.store import layout
+from ekko.store.kernels.atomics import watch_word
 from ekko.store.kernels.index import shards_of
+from ekko.store.locks import ForkSafeLock
 from ekko.store.manifest import CONTROL_NAME, Manifest, ModelEntry, header_name, kernel_boot_id, read_manifest
 from ekko.store.memory import Mapping, TmpfsMemory
 from ekko.store.view import NO_STAMPS, TableFiles, TableView
@@ -54,6 +58,7 @@ class _Attachment:
     words: memoryview  # of the control file
     generation: int
     header: memoryview  # of the model
+    header_address: int
     tables: dict[str, TableView]
     tensors: dict[str, TensorSpec]
     shards: int
@@ -69,6 +74,14 @@ class _Attachment:
 
 class Reader:
     """Looks rows up in one model of the node on this machine. Safe to use from any number of threads.
+
+    A process that was forked may go on with its parent's reader; a pickled one attaches anew where it is unpickled. Memory is
+    mapped read-only, so another user than the node's may read, if the node lets it (`shm_mode`, `shm_group`).
+
+    With `consistent=True` a look-up answers from between two batches: of each writer it shows some step and all before it, in
+    all tables, and nothing of a later one. It tries again while batches are being applied, for at most a quarter of a second; a
+    node that has half of something (it was away, or a step arrives in parts) is catching up, and that is a `StoreError`. Other
+    look-ups cost what they cost without.
 
     Args:
         model: the model's name, or an alias: then the reader follows it from model to model, between two look-ups.
@@ -96,15 +109,20 @@ class Reader:
         if unheld not in ("raise", "absent"):
             raise ModelError(f"unheld is {unheld!r}: expected 'raise' or 'absent'")
         self.model = model
+        self._arguments = (model, run_dir, wait, unheld, dict(defaults))
         self._refuses_unheld = unheld == "raise"
         self._defaults = Defaults(defaults)
         check_name("model", model)
         self._run_dir = Path(run_dir)
         self._wait_s = wait or 0.0
-        self._attaching = threading.Lock()
+        self._attaching = ForkSafeLock()
         self._closed = False
         self._attachment: _Attachment | None = None
         self._current()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process (a worker that is spawned, not forked): it attaches there by itself."""
+        return _reader_of, (type(self), *self._arguments, self._closed)
 
     def __enter__(self) -> "Reader":
         return self
@@ -113,7 +131,7 @@ class Reader:
         self.close()
 
     def close(self) -> None:
-        """Let go of the memory. Look-ups still running in other threads finish."""
+        """Let go of the memory, in this process. Look-ups still running in other threads finish."""
         self._closed = True
         attachment, self._attachment = self._attachment, None
         if attachment is not None:
@@ -172,7 +190,7 @@ class Reader:
             keys: integers >= 0 of any shape.
             out: float32[*keys.shape, dim], C-contiguous, to write into; None: a new array.
             stamps: return the rows' stamps too.
-            consistent: not in this version.
+            consistent: answer from between two batches, never from half of one; see below.
 
         Returns:
             float32[*keys.shape, dim], the table's default (zeros, see `defaults`) for keys that are absent or deleted; with
@@ -184,14 +202,13 @@ class Reader:
                 that the node does not hold (see `unheld`). `out` is unchanged.
             StoreError: a row stays locked because its node was killed in mid-row.
         """
-        _refuse_consistent(consistent)
         attachment = self._current()
         view = self._view(attachment, table)
         wanted = as_keys(keys)
         self._check_keys(attachment, table, wanted, None)
         rows = output(out, (*wanted.shape, view.spec.dim))
         found = np.empty(wanted.shape, np.uint64) if stamps else NO_STAMPS
-        self._copy(view, wanted, rows, found)
+        self._read(attachment, consistent, lambda: self._copy(view, wanted, rows, found))
         return (rows, found) if stamps else rows
 
     def lookup_many(
@@ -206,7 +223,7 @@ class Reader:
         Args:
             keys: table -> integers >= 0 of any shape.
             out: table -> float32[*keys.shape, dim], C-contiguous, to write into; a new array for tables that it does not name.
-            consistent: not in this version.
+            consistent: answer from between two batches, never from half of one; see below.
 
         Returns:
             Table -> its rows, in the order of `keys`. See `lookup`.
@@ -215,7 +232,6 @@ class Reader:
             ModelError: as `lookup`, before any table was read; or `out` names a table that `keys` does not.
             StoreError: as `lookup`.
         """
-        _refuse_consistent(consistent)
         attachment = self._current()
         strangers = {name: None for name in out if name not in keys}
         if strangers:
@@ -225,8 +241,12 @@ class Reader:
             view, wanted = self._view(attachment, table), as_keys(asked)
             self._check_keys(attachment, table, wanted, None)
             calls.append((view, wanted, output(out.get(table), (*wanted.shape, view.spec.dim))))
-        for view, wanted, rows in calls:
-            self._copy(view, wanted, rows, NO_STAMPS)
+
+        def copy() -> None:
+            for view, wanted, rows in calls:
+                self._copy(view, wanted, rows, NO_STAMPS)
+
+        self._read(attachment, consistent, copy)
         return dict(zip(keys, (rows for _, _, rows in calls), strict=True))
 
     def lookup_pooled(
@@ -253,7 +273,7 @@ class Reader:
             include_last_offset: `offsets` ends with the number of keys, so that there is one bag less.
             padding_key: this key is left out: it is neither summed nor counted.
             out: float32[bags, dim], C-contiguous, to write into; None: a new array.
-            consistent: not in this version.
+            consistent: answer from between two batches, never from half of one; see below.
 
         Returns:
             float32[bags, dim]; an empty bag is zeros. Sums are float32, from the first row of a bag to the last.
@@ -262,7 +282,6 @@ class Reader:
             ModelError: as `lookup`; or offsets, mode or weights that do not fit. `out` is unchanged.
             StoreError: as `lookup`.
         """
-        _refuse_consistent(consistent)
         attachment = self._current()
         view = self._view(attachment, table)
         wanted = as_keys(keys)
@@ -270,8 +289,14 @@ class Reader:
         self._check_keys(attachment, table, wanted, padding_key)
         rows = output(out, (bags.ends.size - 1, view.spec.dim))
         default = self._defaults.row(view)
-        view.pool(wanted.reshape(-1), bags, rows, default.address)
+        self._read(attachment, consistent, lambda: view.pool(wanted.reshape(-1), bags, rows, default.address))
         return rows
+
+    def _read(self, attachment: _Attachment, consistent: bool, gather: Callable[[], None]) -> None:
+        if consistent:
+            between_batches(self.model, attachment.header_address, gather)
+        else:
+            gather()
 
     def _copy(self, view: TableView, keys: U64, rows: F32, stamps: U64) -> None:
         default = self._defaults.row(view)
@@ -364,7 +389,13 @@ class Reader:
         with self._attaching:
             deadline = time.monotonic() + self._wait_s
             while self._attachment is None or not self._attachment.current:
-                self._attachment = self._attach(self._attachment)  # None lets go of memory that was dropped
+                try:
+                    self._attachment = self._attach(self._attachment)  # None lets go of memory that was dropped
+                except PermissionError as error:
+                    raise StoreError(
+                        f"user {os.geteuid()} may not read {error.filename} of the node at {self._run_dir} (Permission denied)"
+                        ': let others by node.shm_mode = "0644", or a group by node.shm_group'
+                    ) from error
                 if self._attachment is not None:
                     break
                 if time.monotonic() >= deadline:
@@ -404,8 +435,9 @@ class Reader:
                 return None
             memory = TmpfsMemory(Path(manifest.memory_dir), manifest.prefix)
             try:
-                words = Mapping.open_to_read(memory.path(CONTROL_NAME)).view(layout.CONTROL_BYTES)
-                generation = words[_GENERATION]
+                control = Mapping.open_to_read(memory.path(CONTROL_NAME))
+                words = control.view(layout.CONTROL_BYTES)
+                generation = watch_word(control.address + 8 * _GENERATION)
                 # Read again: this one is at least as new as the generation.
                 manifest = self._manifest()
                 if manifest is None or manifest.prefix != memory.prefix:
@@ -424,16 +456,16 @@ class Reader:
 
     def _map_model(
         self, entry: ModelEntry, memory: TmpfsMemory, old: _Attachment | None
-    ) -> tuple[memoryview, dict[str, TableView], dict[str, TensorSpec]]:
+    ) -> tuple[memoryview, int, dict[str, TableView], dict[str, TensorSpec]]:
         number = entry.bare_spec.id
-        header = Mapping.open_to_read(memory.path(header_name(number))).view(layout.PAGE_BYTES)
+        header = Mapping.open_to_read(memory.path(header_name(number)))
         tables = {}
         for spec in entry.tables:
             files = TableFiles(memory, number, spec.id)
             held = old.tables.get(spec.name) if old is not None else None
             tables[spec.name] = held if held is not None and held.files == files else TableView(spec, files)
             self._defaults.check(tables[spec.name])
-        return header, tables, {spec.name: spec for spec in entry.tensors}
+        return header.view(layout.PAGE_BYTES), header.address, tables, {spec.name: spec for spec in entry.tensors}
 
 
 def _partition_of(keys: U64, shards: int, partitions: int) -> NDArray[np.int64]:
@@ -448,6 +480,16 @@ def _names(known: ReadOnlyMapping[str, object]) -> str:
     return ", ".join(map(repr, known)) or "none"
 
 
-def _refuse_consistent(consistent: bool) -> None:
-    if consistent:
-        raise ModelError("consistent=True is not available in this version")
+def _reader_of(
+    kind: type[Reader],
+    model: str,
+    run_dir: str | Path,
+    wait: float | None,
+    unheld: Literal["raise", "absent"],
+    defaults: ReadOnlyMapping[str, Default],
+    closed: bool,
+) -> Reader:
+    """A reader out of a pickle."""
+    if closed:
+        raise ModelError(f"the reader of model {model!r} was closed before it was pickled: make a new one")
+    return kind(model, run_dir, wait, unheld, defaults=defaults)

@@ -23,6 +23,7 @@ from ekko.snapshots.catalog import Catalog, Entry
 from ekko.snapshots.folders import Folder, Source
 from ekko.snapshots.format import CHUNK_ROWS_MAX, ModelPart, TablePart, checksum_of
 from ekko.store import Store
+from ekko.store.access import Access
 from ekko.store.images import TableFiller, fill_table
 from ekko.store.model_store import ModelStore
 from ekko.store.store import MEMORY_DIR, TABLE_BYTES_MAX
@@ -60,6 +61,7 @@ def open_or_restore(
     *,
     memory_dir: Path = MEMORY_DIR,
     table_bytes_max: int = TABLE_BYTES_MAX,
+    access: Access | None = None,
     progress: Progress = lambda done, total: None,
     stop: threading.Event | None = None,
 ) -> Restored:
@@ -71,13 +73,14 @@ def open_or_restore(
         wanted: what the configuration says.
         memory_dir: a tmpfs.
         table_bytes_max: see `Store.open`.
+        access: likewise.
         progress: told of each chunk, in bytes.
         stop: once set, `SnapshotError` is raised soon.
 
     Raises:
         StoreError: shared memory cannot be used.
     """
-    store = Store.attach(run_dir, memory_dir=memory_dir, table_bytes_max=table_bytes_max)
+    store = Store.attach(run_dir, memory_dir=memory_dir, table_bytes_max=table_bytes_max, access=access)
     if store is not None:
         return Restored(store)
     refused: list[str] = []
@@ -98,7 +101,7 @@ def open_or_restore(
                     # Before anybody sees the rows: who wrote them must be known wherever they are.
                     loader.note_writers(NodeRecord.load(FileLedger(run_dir)))
 
-                store = Store.open(run_dir, memory_dir=memory_dir, table_bytes_max=table_bytes_max, fill=fill)
+                store = Store.open(run_dir, memory_dir=memory_dir, table_bytes_max=table_bytes_max, fill=fill, access=access)
             except (SnapshotError, ModelError) as error:
                 if stop is not None and stop.is_set():
                     raise
@@ -106,7 +109,7 @@ def open_or_restore(
                 continue
             size = sum(entry.manifest.bytes for entry in chain)
             return Restored(store, name, folder.url, size, chain[-1].manifest.created_ms, refused)
-    store = Store.open(run_dir, memory_dir=memory_dir, table_bytes_max=table_bytes_max)
+    store = Store.open(run_dir, memory_dir=memory_dir, table_bytes_max=table_bytes_max, access=access)
     return Restored(store, refused=refused)
 
 

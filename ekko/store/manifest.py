@@ -16,6 +16,7 @@ from ekko.errors import StoreError
 from ekko.generations import Generation, Registers
 from ekko.model import CODEC_DEFAULT, ModelSpec, TableSpec, TensorSpec
 from ekko.store import layout
+from ekko.store.access import DEFAULT_ACCESS, Access
 
 MANIFEST_NAME = "manifest.json"
 _BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
@@ -97,10 +98,11 @@ def prefix_of(run_dir: Path) -> str:
     return f"ekko-{xxhash.xxh64_hexdigest(str(run_dir.resolve()).encode())}"
 
 
-def write_manifest(run_dir: Path, manifest: Manifest) -> None:
+def write_manifest(run_dir: Path, manifest: Manifest, access: Access = DEFAULT_ACCESS) -> None:
     """Replace the manifest as a whole, durably."""
     temporary = run_dir / f"{MANIFEST_NAME}.new"
     with temporary.open("w") as file:
+        access.apply(file.fileno(), temporary)
         json.dump(asdict(manifest) | {"registers": manifest.registers.to_json()}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

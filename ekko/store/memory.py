@@ -21,14 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import StoreError
+from ekko.store.access import DEFAULT_ACCESS, Access
 
 U64 = NDArray[np.uint64]
 
 # mmap(2) and madvise(2) numbers that Python does not name.
 _MAP_NORESERVE = 0x4000
 _MADV_POPULATE_WRITE = 23
-
-FILE_MODE = 0o640  # rows are the operator's data: readable by the group of the daemon, not by everybody
 
 
 class Mapping:
@@ -42,10 +41,15 @@ class Mapping:
         self.ensured = 0 if descriptor is not None else len(memory)  # bytes from the start that have real pages
 
     @classmethod
-    def create(cls, path: Path, size: int) -> "Mapping":
+    def create(cls, path: Path, size: int, access: Access) -> "Mapping":
         """Make a new file of `size` bytes, sparse and zero, and map it for writing."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-        os.ftruncate(descriptor, size)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            access.apply(descriptor, path)
+            os.ftruncate(descriptor, size)
+        except BaseException:
+            os.close(descriptor)
+            raise
         return cls._map(descriptor, size)
 
     @classmethod
@@ -201,6 +205,7 @@ class TmpfsMemory:
 
     directory: Path
     prefix: str
+    access: Access = DEFAULT_ACCESS
 
     def path(self, name: str) -> Path:
         """The file of this name."""
@@ -209,7 +214,7 @@ class TmpfsMemory:
     def create(self, name: str, size: int) -> Mapping:
         self.remove(name)  # a leftover of an attempt that failed, or of a writer that was killed
         try:
-            return Mapping.create(self.path(name), size)
+            return Mapping.create(self.path(name), size, self.access)
         except OSError as error:
             raise StoreError(f"cannot make {self.path(name)} ({size} bytes): {error.strerror}") from error
 

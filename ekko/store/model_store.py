@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ekko.errors import ModelError, StoreError
 from ekko.model import DENSE_SPEC, DENSE_TABLE, TableSpec, TensorSpec, table_id
 from ekko.store import capacity, layout
+from ekko.store.batches import BatchMarks
 from ekko.store.hot import Heat
 from ekko.store.kernels import claims, index, rows
 from ekko.store.kernels.atomics import publish_word
@@ -74,6 +75,7 @@ class ModelStore:
         self._place = Place(self.spec.id)
         self.capacity: capacity.Capacity | None = None  # set by whoever knows the configuration
         self._heat: dict[str, Heat] = {}  # of each table that readers look up
+        self._marks = BatchMarks(header, self._covered)
 
     @classmethod
     def create(cls, entry: ModelEntry, memory: Memory, table_bytes_max: int) -> "ModelStore":
@@ -109,6 +111,7 @@ class ModelStore:
         for tensor in entry.tensors:
             model.spec.tensors[tensor.name] = tensor
         model._merge_pending()
+        model._mark_attached()
         return model
 
     def _table(self, spec: TableSpec) -> Table:
@@ -209,6 +212,7 @@ class ModelStore:
         self._vector.T[...] = np.where(held, vector, np.uint64(0))
         self._frontiers[list(self._hold)] = frontiers[list(self._hold)]
         self._stamp_max[...] = stamp_max
+        self._mark_attached()
 
     @property
     def table_specs(self) -> list[TableSpec]:
@@ -391,6 +395,20 @@ class ModelStore:
         partitions = np.unique(touched % self.spec.partitions)
         self._frontiers[partitions, writer] = np.maximum(self._frontiers[partitions, writer], np.uint64(stamp))
 
+    def _covered(self) -> U64:
+        """uint64[WRITERS_MAX]: everything of each writer is here up to this stamp, in every partition that is held."""
+        if self.spec.partitions == 1:
+            return self.frontier
+        covered: U64 = self._frontiers[list(self._hold)].min(axis=0)
+        return covered
+
+    def _mark_attached(self) -> None:
+        """Readers may have found the epoch odd since the kill; which steps are whole is looked up in the rows."""
+        newest = np.zeros(WRITERS_MAX, np.uint64)
+        for table in self._tables.values():
+            newest = np.maximum(newest, table.recent.newest_left_out())
+        self._marks.attach(newest)
+
     def shards_of(self, keys: U64) -> NDArray[np.int64]:
         out = np.empty(keys.size, np.int64)
         index.shards_of(_whole(keys), self.spec.shards, out)
@@ -418,17 +436,23 @@ class ModelStore:
 
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
         counts = np.zeros(3, np.int64)
-        for column in columns:
-            if column.keys.size == 0:
-                continue
-            newest = stamp if column.stamps is None else int(column.stamps.max())
-            if newest > int(self._stamp_max):
-                self._stamp_max[...] = newest
-            stamps = None if column.stamps is None else _whole(column.stamps)
-            table = self._tables[column.table]
-            data = column.rows if column.rows.flags.c_contiguous else np.ascontiguousarray(column.rows)
-            table.apply(_whole(column.keys), data, stamps, stamp, counts)
+        columns = [column for column in columns if column.keys.size]
+        if columns:
+            self._marks.begin(columns, stamp)
+            try:
+                for column in columns:
+                    self._apply(column, stamp, counts)
+            finally:
+                self._marks.end()
         return Applied(int(counts[rows.WRITTEN]), int(counts[rows.INSERTED]), int(counts[rows.STALE]))
+
+    def _apply(self, column: RowColumns, stamp: int, counts: I64) -> None:
+        newest = stamp if column.stamps is None else int(column.stamps.max())
+        if newest > int(self._stamp_max):
+            self._stamp_max[...] = newest
+        stamps = None if column.stamps is None else _whole(column.stamps)
+        data = column.rows if column.rows.flags.c_contiguous else np.ascontiguousarray(column.rows)
+        self._tables[column.table].apply(_whole(column.keys), data, stamps, stamp, counts)
 
     def changed_since(self, base: U64, *, measured: bool = True) -> list[Selection]:
         # Not measured: the update cache does not learn from the question how far back peers look.
@@ -469,6 +493,7 @@ class ModelStore:
         return int(sums[0]) | int(sums[1]) << 64
 
     def set_synced_until(self, unix_ms: int) -> None:
+        self._marks.settle()
         self._word("synced_until_ms")[...] = unix_ms
 
 

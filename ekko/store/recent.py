@@ -107,6 +107,13 @@ class RecentRows:
         """After attaching: nothing is cached, so DVV is the componentwise maximum of the stored stamps (R10)."""
         ring.load(table, stride, rows_used, *self._bound)
 
+    def newest_left_out(self) -> U64:
+        """uint64[WRITERS_MAX]: a stamp that no row of the writer outside the ring exceeds; right after `load`, no row."""
+        newest = np.zeros(WRITERS_MAX, np.uint64)
+        for writer in self._writers[1 : 1 + int(self._writers[0])].tolist():
+            newest[writer] = self._dvv[writer].max()
+        return newest
+
     def record(self, slots: I64, keys: U64, stamps: U64, stamp: int, rows_used: int) -> None:
         """Note what an apply has written.
 

@@ -19,6 +19,8 @@ from ekko.errors import ModelError, StoreError
 from ekko.generations import Alias, Dropped, Fact, Generation, Registers, is_register, parse_facts
 from ekko.model import DENSE_TABLE, TABLES_MAX, TENSORS_MAX, ModelSpec, TableSpec, TensorSpec, parse_entry
 from ekko.store import layout
+from ekko.store.access import DEFAULT_ACCESS, Access
+from ekko.store.kernels.atomics import publish_word, watch_word
 from ekko.store.leftovers import note_run_dir
 from ekko.store.manifest import (
     CONTROL_NAME,
@@ -75,6 +77,7 @@ class Store:
         memory_dir: Path = MEMORY_DIR,
         table_bytes_max: int = TABLE_BYTES_MAX,
         fill: Callable[["Store"], None] | None = None,
+        access: Access | None = None,
     ) -> "Store":
         """Resume the store of `run_dir`, or begin an empty one.
 
@@ -84,15 +87,23 @@ class Store:
             table_bytes_max: address space to reserve for the rows of a table.
             fill: puts models and rows into a store that begins; nobody sees it before it is done, and should it raise, or be
                 killed, it is as if it had never been.
+            access: who may read it; None: who could, or of a new one the default.
 
         Raises:
             StoreError: shared memory is full or cannot be used.
         """
-        resumed = cls.attach(run_dir, memory_dir=memory_dir, table_bytes_max=table_bytes_max)
-        return resumed if resumed is not None else cls._begin(run_dir, memory_dir, table_bytes_max, fill)
+        resumed = cls.attach(run_dir, memory_dir=memory_dir, table_bytes_max=table_bytes_max, access=access)
+        return resumed if resumed is not None else cls._begin(run_dir, memory_dir, table_bytes_max, fill, access)
 
     @classmethod
-    def attach(cls, run_dir: Path, *, memory_dir: Path = MEMORY_DIR, table_bytes_max: int = TABLE_BYTES_MAX) -> "Store | None":
+    def attach(
+        cls,
+        run_dir: Path,
+        *,
+        memory_dir: Path = MEMORY_DIR,
+        table_bytes_max: int = TABLE_BYTES_MAX,
+        access: Access | None = None,
+    ) -> "Store | None":
         """Resume the store of `run_dir`; None where there is none that is intact. Arguments and errors as `open`."""
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -100,7 +111,9 @@ class Store:
             raise StoreError(f"run_dir {run_dir} cannot be made: {error.strerror}") from error
         if not memory_dir.is_dir():
             raise StoreError(f"memory_dir {memory_dir} is not a directory: name a mounted tmpfs")
-        return cls._resume(run_dir, memory_dir, table_bytes_max)
+        if access is not None:
+            access.open_folder(run_dir)  # first: who may not give it away has no damaged files
+        return cls._resume(run_dir, memory_dir, table_bytes_max, access)
 
     def reopened(self) -> "Store":
         """This anonymous store as the node's next process finds it: repaired by the code that attaches after a kill."""
@@ -113,7 +126,7 @@ class Store:
         return store
 
     @classmethod
-    def _resume(cls, run_dir: Path, memory_dir: Path, table_bytes_max: int) -> "Store | None":
+    def _resume(cls, run_dir: Path, memory_dir: Path, table_bytes_max: int, access: Access | None) -> "Store | None":
         """The store as it was left, or None when it is not intact."""
         try:
             manifest = read_manifest(run_dir)
@@ -124,7 +137,7 @@ class Store:
                 or manifest.memory_dir != str(memory_dir)
             ):
                 return None
-            memory = TmpfsMemory(memory_dir, manifest.prefix)
+            memory = TmpfsMemory(memory_dir, manifest.prefix, access or Access.of(run_dir / MANIFEST_NAME))
             store = cls(memory, run_dir, table_bytes_max)
             store._control = memory.open(CONTROL_NAME)
             store._control.mark_in_use()
@@ -137,12 +150,22 @@ class Store:
         except (StoreError, OSError):
             return None  # damaged or missing files: nothing of them may be trusted (R4)
         store.resumed = True
+        if access is not None:
+            for path in (run_dir / MANIFEST_NAME, *(memory_dir / name for name in store._file_names())):
+                access.apply_to(path)
         store._remove_strangers(memory_dir, keep=store._file_names())
         return store
 
     @classmethod
-    def _begin(cls, run_dir: Path, memory_dir: Path, table_bytes_max: int, fill: Callable[["Store"], None] | None) -> "Store":
-        memory = _fresh_memory(run_dir, memory_dir)
+    def _begin(
+        cls,
+        run_dir: Path,
+        memory_dir: Path,
+        table_bytes_max: int,
+        fill: Callable[["Store"], None] | None,
+        access: Access | None,
+    ) -> "Store":
+        memory = _fresh_memory(run_dir, memory_dir, access or DEFAULT_ACCESS)
         store = cls(memory, None, table_bytes_max)
         with suppress(StoreError, OSError):  # one that cannot be read has none; peers tell us again
             before = read_manifest(run_dir)
@@ -175,7 +198,7 @@ class Store:
         run_dir, old = self._run_dir, self._memory
         memory: Memory = AnonymousMemory()
         if run_dir is not None and isinstance(old, TmpfsMemory):
-            memory = _fresh_memory(run_dir, old.directory)
+            memory = _fresh_memory(run_dir, old.directory, old.access)
         store = Store(memory, None, self._table_bytes_max)
         for name, model in models:
             twin = ModelStore.create(replace(model.entry(), hold=list(kept[name])), memory, self._table_bytes_max)
@@ -473,12 +496,14 @@ class Store:
         entries = [model.entry() for model in self._models.values()]
         memory = self._memory
         manifest = Manifest(kernel_boot_id(), str(memory.directory), memory.prefix, entries, registers=self._registers)
-        write_manifest(self._run_dir, manifest)
+        write_manifest(self._run_dir, manifest, memory.access)
         self._tell_readers()
 
     def _tell_readers(self) -> None:
         assert self._control is not None
-        self._control.words(layout.CONTROL.offset("manifest_generation"))[...] += 1
+        # Released: who sees the number finds this manifest.
+        generation = self._control.address + layout.CONTROL.offset("manifest_generation")
+        publish_word(generation, watch_word(generation) + 1)
 
     # --- p2p.replica.Host -------------------------------------------------------------------------------------------
 
@@ -607,9 +632,9 @@ def _check_tensors(held: ModelSpec, new: ModelSpec) -> None:
         raise ModelError(f"model {new.name!r} would have more than {TENSORS_MAX} tensors")
 
 
-def _fresh_memory(run_dir: Path, memory_dir: Path) -> TmpfsMemory:
+def _fresh_memory(run_dir: Path, memory_dir: Path, access: Access) -> TmpfsMemory:
     """Under names that no other store of this run_dir has."""
-    return TmpfsMemory(memory_dir, f"{prefix_of(run_dir)}-{token_hex(4)}")
+    return TmpfsMemory(memory_dir, f"{prefix_of(run_dir)}-{token_hex(4)}", access)
 
 
 def _control_of_old_store(run_dir: Path) -> Mapping | None:
@@ -625,4 +650,4 @@ def _control_of_old_store(run_dir: Path) -> Mapping | None:
 
 def _retire(control: Mapping) -> None:
     if len(control) >= layout.CONTROL_BYTES:
-        control.words(layout.CONTROL.offset("retired"))[...] = 1
+        publish_word(control.address + layout.CONTROL.offset("retired"), 1)

@@ -1,6 +1,5 @@
 """A table as its readers see it: mapped read-only, looked up without locks, in any thread."""
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from ekko.model import CODECS, TableSpec
 from ekko.store import layout
 from ekko.store.counting import Count, KeyCounter, count_nothing
 from ekko.store.kernels import gather, pool
+from ekko.store.kernels.atomics import watch_word
 from ekko.store.kernels.average import add_rows
+from ekko.store.locks import ForkSafeLock
 from ekko.store.manifest import hot_name, index_name, rows_name
 from ekko.store.memory import Mapping, TmpfsMemory
 from ekko.store.table import Index, check_table_file, open_index
@@ -132,9 +133,10 @@ class TableView:
         self._mapping = Mapping.open_to_read(files.memory.path(rows_name(files.model_id, files.table_id)))
         check_table_file(spec, self._mapping)
         self._source = RowSource.of(spec, self._mapping.address)
-        # A memoryview reads a word in 40 ns; the order of memory accesses comes from the kernels.
+        # A memoryview reads a word in 40 ns, in no order with other accesses: what it says is new is read again with one.
         self._header = self._mapping.view(layout.TABLE.offset("rows"))
-        self._reopening = threading.Lock()
+        self._generation = self._mapping.address + 8 * _GENERATION
+        self._reopening = ForkSafeLock()
         self._index = self._open_index()
         hot = files.memory.path(hot_name(files.model_id, files.table_id))
         self.counter = KeyCounter(hot, spec.id, self._mapping.address, self._source.stride)
@@ -234,7 +236,7 @@ class TableView:
 
     def _open_index(self) -> Index:
         for _ in range(REOPEN_ATTEMPTS_MAX):
-            generation = self._header[_GENERATION]
+            generation = watch_word(self._generation)  # acquired: what the file holds is read after it
             name = index_name(self.files.model_id, self.files.table_id, generation)
             try:
                 mapping = Mapping.open_to_read(self.files.memory.path(name))

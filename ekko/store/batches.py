@@ -1,0 +1,83 @@
+"""Where batches begin and end, for readers that want an answer from between two of them (R19): the writer's side.
+
+Two words in the model's header. `batch_epoch` is odd while a batch is being applied: a look-up that finds the same even number
+before and after saw none of it change. `unsettled` says that what is here is half of something even while nothing is applied:
+some row is newer than what its writer's frontier covers. The frontier is the one thing that says *everything* of a writer is
+here up to a stamp, in all shards, whatever way it came; so that one comparison covers steps of which parts are missing, steps
+whose shards come along several trees, steps above a gap, answers to a pull of which a part has come, and strays that stay.
+
+`unsettled` is set before such rows can be seen, and cleared after the frontier has passed them; for that the protocol machine
+tells us when a frontier may have moved. What is compared is the newest stamp that came of each writer, kept in this process.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.store import layout
+from ekko.store.kernels import batches
+from ekko.store.kernels.atomics import publish_word
+from ekko.store.memory import Mapping
+from p2p.replica import RowColumns
+from p2p.stamps import WRITERS_MAX, writer_of
+
+U64 = NDArray[np.uint64]
+
+UNSETTLED_AHEAD = 1  # rows of steps that are not here as a whole
+_EPOCH = layout.MODEL.offset("batch_epoch")
+_UNSETTLED = layout.MODEL.offset("unsettled")
+
+
+class BatchMarks:
+    """The words of one model. For the thread that writes it.
+
+    Args:
+        header: the model's header file.
+        covered: uint64[WRITERS_MAX], when called: up to where everything of each writer is here.
+    """
+
+    def __init__(self, header: Mapping, covered: Callable[[], U64]) -> None:
+        self._header = header  # keeps the addresses valid
+        self._epoch = header.address + _EPOCH
+        self._unsettled = header.address + _UNSETTLED
+        self._covered = covered
+        self._newest = np.zeros(WRITERS_MAX, np.uint64)  # of the rows that came of each writer
+        self._ahead: set[int] = set()  # writers of whom there is more than is covered
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing here is half of something."""
+        return not self._ahead
+
+    def begin(self, columns: list[RowColumns], stamp: int) -> None:
+        """A batch is about to be applied: readers are told, and that it is not settled if it is not."""
+        if any(column.stamps is None for column in columns):
+            writer = writer_of(stamp)
+            self._newest[writer] = max(int(self._newest[writer]), stamp)
+        for column in columns:
+            if column.stamps is not None:
+                batches.note_newest(np.require(column.stamps, np.uint64, ["C", "A"]), self._newest)
+        self._ahead = self._find_ahead()
+        batches.begin(self._epoch, self._unsettled, UNSETTLED_AHEAD if self._ahead else 0)
+
+    def end(self) -> None:
+        """It is applied, or as much of it as there was room for."""
+        batches.end(self._epoch)
+
+    def settle(self) -> None:
+        """A frontier may have moved."""
+        if self._ahead:
+            self._ahead = self._find_ahead()
+            if not self._ahead:
+                publish_word(self._unsettled, 0)
+
+    def attach(self, newest: U64) -> None:
+        """Take over what another process left, with `newest` uint64[WRITERS_MAX] of the rows that are here."""
+        self._newest = newest
+        self._ahead = self._find_ahead()
+        publish_word(self._unsettled, UNSETTLED_AHEAD if self._ahead else 0)
+        batches.end(self._epoch)
+
+    def _find_ahead(self) -> set[int]:
+        return set(np.flatnonzero(self._newest > self._covered()).tolist())
