@@ -163,6 +163,38 @@ def clean(
     print_stores(stores, freed, dry_run=dry_run)
 
 
+@app.command()
+def load(
+    model: Annotated[str, typer.Argument(help="The model; it is made when there is none.", metavar="MODEL")],
+    file: Annotated[Path, typer.Argument(help=".safetensors, .npy, .pt or .pth.", metavar="FILE")],
+    table: Annotated[
+        list[str] | None,
+        typer.Option("--table", "-t", help="Rows of another table.", metavar="TENSOR=TABLE"),
+    ] = None,
+    codec: Annotated[str, typer.Option("--codec", help="Of a model that is new.")] = "float32",
+    config: ConfigOption = None,
+    http: Annotated[str | None, typer.Option("--http", help="The node's HTTP address.", metavar="HOST:PORT")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Bring a model from a file of this machine into a training node, at the speed of the file; other nodes pull it from there.
+
+    Tensors become tables that have their name, or that --table names, or that have NAME.keys beside them; all others are dense.
+    A row's key is its number, unless the file has keys.
+    """
+    from ekko.model import check_codec, check_name
+    from ekko.snapshots.commands import load_now
+
+    tables = {}
+    for pair in table or []:
+        tensor, found, name = pair.rpartition("=")
+        if not found or not tensor:
+            raise ConfigError(f"--table {pair}: expected TENSOR=TABLE")
+        tables[tensor] = check_name("table", name)
+    names = {"model": check_name("model", model), "file": str(file.absolute()), "codec": check_codec("model", model, codec)}
+    done = load_now(_http_of(config, http), {**names, "tables": tables}, quiet=as_json)
+    typer.echo(json.dumps(done) if as_json else f"{done['rows']:,} rows of {file} are in model {model!r}")
+
+
 snapshots = typer.Typer(
     help="Snapshots: take one now, list, verify, restore.", invoke_without_command=True, rich_markup_mode=None
 )

@@ -30,12 +30,14 @@ from ekko.errors import ConfigError, EkkoError, ModelError, NodeFailed, PublishE
 from ekko.heap import keep_freed_memory
 from ekko.hot_report import hot_report
 from ekko.http import HttpServer
+from ekko.loading import Loading, LoadRequest
 from ekko.local import REOPEN, Answer, Failed, Open, Opened, Ping, Pong, PublishStep, Request, Stored, Wait, Waited
 from ekko.metrics import Metrics
 from ekko.model import CODEC_DEFAULT, DENSE_DIM, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, table_id
 from ekko.operations import Operations
 from ekko.rundir import FileLedger, locked
 from ekko.security import WATCH_S, NodeKeys
+from ekko.snapshots.files import LoadPlan
 from ekko.snapshots.folders import Folder, open_folder
 from ekko.snapshots.load import Wanted, open_or_restore
 from ekko.snapshots.service import SnapshotPicture, SnapshotService, SnapshotSettings
@@ -66,6 +68,7 @@ NODES_KNOWN_MS = 200
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Requests of tools are answered at once, so that one number is enough; those of the local endpoint count from 0.
 TOOL_REQUEST = -1
+LOAD_REQUEST = -2  # a step of `ekko load`, one at a time
 MEMORY_DIR = Path("/dev/shm")  # noqa: S108 - the tmpfs that Linux has for shared memory
 
 log = structlog.get_logger(__name__)
@@ -96,6 +99,8 @@ class Node:
             own = f"{section.url.rstrip('/')}/{config.node.id}"  # several nodes may be given one place
             settings = SnapshotSettings(own, section.every, Plan(section.full_every, section.keep), section.seed)
             self._snapshots = SnapshotService(settings, config.node.run_dir, config.node.id, _log_snapshot)
+        self._loads = Loading(self._open_to_load, self._publish_loaded)
+        self._load_answer: asyncio.Future[int] | None = None
         self._restores = True
         self._loading = ""  # how far a snapshot is loaded
 
@@ -177,6 +182,7 @@ class Node:
             try:
                 await asyncio.Event().wait()  # until cancelled
             finally:
+                self._loads.close()
                 # Before the protocol stops: a step that is answered must be on its way.
                 self._endpoint.close()
 
@@ -350,12 +356,16 @@ class Node:
         match effect:
             case m.BatchApplied():
                 self._metrics.on_applied(effect, time.monotonic_ns(), time.time_ns() // 1_000_000)
+            case m.Published(request, stamp) if request == LOAD_REQUEST:
+                self._answer_load(stamp)
             case m.Published(request, stamp):
                 self._endpoint.answer(request, Stored(stamp))
             case m.Refused() | m.WaitEnded() if self._parts is not None and self._parts.operations.on_answer(effect):
                 pass
             case m.Refused(request) if request == TOOL_REQUEST:
                 self._tool_answer = effect
+            case m.Refused(request, reason) if request == LOAD_REQUEST:
+                self._answer_load(PublishError(reason))
             case m.Refused(request, reason):
                 self._endpoint.answer(request, Failed("publish", reason))
             case m.WaitEnded(request, lagging, silent):
@@ -452,7 +462,47 @@ class Node:
         node, tensors = self.config.node, dict(model.spec.tensors)
         return Opened(node.id, node.region, model.shards, dims, tensors, model.last_stamp, model.spec.codec)
 
-    def _publish(self, parts: "_Parts", number: int, step: PublishStep) -> Answer | None:
+    def load(self, request: LoadRequest) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        if self._parts is None:
+            raise EkkoError(f"node {self.config.node.id!r} is starting: ask again when it is ready")
+        self._check_may_publish()
+        before = asdict(self._loads.picture)
+        self._loads.begin(request)
+        return before
+
+    def _open_to_load(self, request: LoadRequest, plan: LoadPlan | None) -> tuple[str, dict[str, int]]:
+        """See `ekko.loading.Loading`."""
+        assert self._parts is not None
+        held = self._parts.store.models.get(request.model)
+        codec = request.codec if held is None else held.spec.codec
+        known = {} if held is None else dict(held.spec.tables)
+        if plan is not None:
+            new = {name: table for name, table in plan.table_specs(codec).items() if name not in known}
+            if held is None or new:
+                bare = ModelSpec(request.model, codec=codec) if held is None else held.spec.bare()
+                self._grow_schema(self._parts, replace(bare, tables=new))
+        return codec, {name: table.dim for name, table in known.items()}
+
+    async def _publish_loaded(self, step: PublishStep) -> int:
+        """See `ekko.loading.Loading`."""
+        assert self._parts is not None
+        answered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._load_answer = answered
+        failed = self._publish(self._parts, LOAD_REQUEST, step, quiet=True)
+        if isinstance(failed, Failed):
+            raise PublishError(failed.reason)
+        return await answered
+
+    def _answer_load(self, answer: int | PublishError) -> None:
+        if self._load_answer is None or self._load_answer.done():
+            return
+        if isinstance(answer, int):
+            self._load_answer.set_result(answer)
+        else:
+            self._load_answer.set_exception(answer)
+
+    def _publish(self, parts: "_Parts", number: int, step: PublishStep, *, quiet: bool = False) -> Answer | None:
         """Check what would harm the store, then hand the step to the protocol.
 
         That keys are unique within a table is the publisher's part: of duplicates the store keeps the first.
@@ -480,7 +530,7 @@ class Node:
         except RemoteProtocolError as error:
             raise ModelError(str(error)) from None
         self._check_held(model, step)
-        return self._submit(m.PublishRequested(number, model.keyspace, step.columns, step.published_ns))
+        return self._submit(m.PublishRequested(number, model.keyspace, step.columns, step.published_ns, quiet))
 
     def _check_room(self, model: ModelStore, step: PublishStep) -> None:
         try:
@@ -659,6 +709,7 @@ class Node:
             dict(parts.runtime.rejected),
             self._leftovers.bytes(time.monotonic()),
             None if self._snapshots is None else self._snapshots.picture,
+            self._loads.picture,
             parts.operations.aliases(),
         )
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import socket
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Literal, Protocol
 
 import uvicorn
@@ -23,6 +24,8 @@ from starlette.routing import Route
 
 from ekko.addresses import is_loopback
 from ekko.errors import ConfigError, EkkoError
+from ekko.loading import LoadRequest
+from ekko.model import check_name
 
 # Requests at once; scrapers and scripts, on loopback.
 REQUESTS_MAX = 64
@@ -33,6 +36,7 @@ SHUTDOWN_S_MAX = 1
 COMMANDS = {
     "/expel": '{"node": NODE}',
     "/snapshot": '{"kind": "auto"} or {"kind": "full"}',
+    "/load": '{"model": NAME, "file": PATH, "tables": {TENSOR: TABLE}, "codec": CODEC}',
     "/alias": '{"alias": NAME, "model": MODEL}, or "model": null and one of "back": true, "remove": true; and "force": true',
     "/drop": '{"model": MODEL}, and "force": true',
 }
@@ -56,6 +60,13 @@ class Source(Protocol):
 
     def snapshot(self, kind: Literal["auto", "full"]) -> dict[str, object]:
         """Take a snapshot now; returns what is to be said of snapshots before it.
+
+        Raises:
+            EkkoError: why not.
+        """
+
+    def load(self, request: LoadRequest) -> dict[str, object]:
+        """Begin to load a file; returns what is to be said of loads before it.
 
         Raises:
             EkkoError: why not.
@@ -117,6 +128,9 @@ def make_app(source: Source) -> Starlette:
                     return JSONResponse(source.expel(node))
                 case "/snapshot", {"kind": "auto" | "full" as kind}:
                     return JSONResponse(source.snapshot(kind))
+                case "/load", {"model": str(model), "file": str(file), "tables": dict(tables), "codec": str(codec)}:
+                    chosen = {str(tensor): str(table) for tensor, table in tables.items()}
+                    return JSONResponse(source.load(LoadRequest(check_name("model", model), Path(file), chosen, codec)))
                 case "/drop", {"model": str(model)} if (flags := _flags(body, "force")) is not None:
                     return JSONResponse(source.drop(model, force=flags["force"]))
                 case "/alias", {"alias": str(alias), "model": None | str() as target} if (

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from ekko.loading import LoadPicture
 from ekko.model import TensorSpec
 from ekko.snapshots.service import SnapshotPicture
 from ekko.store.hot import HeatStats
@@ -67,6 +68,7 @@ class NodePicture:
     rejected: Mapping[str, int]
     leftover_bytes: int = 0  # of shared memory that dead nodes of this machine left behind
     snapshots: SnapshotPicture | None = None
+    load: LoadPicture | None = None
     aliases: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name -> what it stands for
 
     @property
@@ -112,6 +114,7 @@ class NodePicture:
             "rejected": dict(self.rejected),
             "leftover_bytes": self.leftover_bytes,
             "snapshots": None if self.snapshots is None else asdict(self.snapshots),
+            "load": None if self.load is None else asdict(self.load),
         }
 
     def _member_json(self, peer: PeerStatus) -> dict[str, object]:

@@ -578,6 +578,7 @@ class PublishRequested:
     keyspace: int  # the family
     columns: tuple[RowColumns, ...]
     published_ns: int = 0
+    quiet: bool = False  # stored and claimed, and sent to nobody: who lacks it pulls it, as if it had been lost
 
 
 class Scope(IntEnum):

@@ -82,7 +82,8 @@ class Push:
         # All of the step is stored before any of it leaves, and the publisher prepares its next one meanwhile.
         core.emit(m.Published(request.request, stamp))
         for (keyspace, _), step in zip(parts, steps, strict=True):
-            self._send_or_hold(keyspace, step, now)
+            if not request.quiet:
+                self._send_or_hold(keyspace, step, now)
         written = sum([written for _, written in stored])
         options = core.options
         core.emit(

@@ -58,7 +58,24 @@ def take_now(http: str, *, full: bool, quiet: bool) -> dict[str, Any]:
             time.sleep(POLL_S)
 
 
-def _ask(http: str, path: str, body: dict[str, str] | None = None) -> dict[str, Any]:
+def load_now(http: str, request: dict[str, Any], *, quiet: bool) -> dict[str, Any]:
+    """Have the node at HOST:PORT load a file, and wait until it is done.
+
+    Raises:
+        EkkoError: it cannot, or it failed.
+        NodeUnreachable: nobody answers there.
+    """
+    before = _ask(http, "/load", request)
+    with bar("load, rows", quiet=quiet) as progress:
+        while (now := _ask(http, "/status")["load"])["finished"] == before["finished"]:
+            progress(now["rows"], max(1, now["rows_total"]))
+            time.sleep(POLL_S)
+    if now["error"]:
+        raise EkkoError(now["error"])
+    return dict(now)
+
+
+def _ask(http: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"http://{http}{path}", data, {"Content-Type": "application/json"})
