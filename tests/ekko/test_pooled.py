@@ -1,7 +1,9 @@
 """Pooled look-ups against `torch.nn.functional.embedding_bag` and NumPy, in every mode and codec; and what absent keys are."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,11 +14,13 @@ from numpy.typing import NDArray
 from ekko.codec import encode, rounded
 from ekko.errors import ModelError
 from ekko.model import CODECS, ModelSpec, TableSpec
+from ekko.serve import defaults
 from ekko.serve.reader import Reader
 from ekko.store import Store
 from ekko.store.kernels.rows import PART_KEYS
 from ekko.store.model_store import ModelStore
 from p2p.replica import RowColumns
+from p2p.stamps import make_stamp
 
 F32 = NDArray[np.float32]
 U64 = NDArray[np.uint64]
@@ -175,3 +179,95 @@ def test_what_does_not_fit_is_named(run_dir: Path) -> None:
                 reader.lookup_pooled("narrow", **arguments)  # type: ignore[arg-type]
         assert reader.lookup_pooled("narrow", [], []).shape == (0, 3)
         assert reader.lookup_pooled("narrow", np.empty((4, 0), np.int64)).tolist() == [[0.0] * 3] * 4
+
+
+# --- what absent keys are, and several tables -------------------------------------------------------------------------------
+
+
+def test_absent_keys_are_what_the_reader_was_told(run_dir: Path, codec: str) -> None:
+    given = np.array([1, 2, 3])
+    absent = [int(DELETED[0]), ROWS]
+    wide = values("wide", codec)
+    live = np.delete(wide, DELETED.astype(int), axis=0)
+    with Reader("ctr", run_dir, defaults={"narrow": given, "wide": "mean"}) as reader:
+        rows, stamps = reader.lookup("narrow", [*absent, 0], stamps=True)
+        assert rows.tolist() == [[1, 2, 3], [1, 2, 3], values("narrow", codec)[0].tolist()]
+        assert stamps.tolist() == [0, 0, 10]
+        assert np.allclose(reader.lookup("wide", [absent]), live.mean(0), atol=1e-6)
+        assert np.allclose(reader.lookup_pooled("wide", [absent], mode="mean"), live.mean(0), atol=1e-6)
+    with Reader("ctr", run_dir, defaults={"narrow": "zeros"}) as reader:
+        assert not reader.lookup("narrow", absent).any()
+
+
+def test_a_default_that_is_none_is_refused(run_dir: Path) -> None:
+    mistakes = {
+        "'median': expected 'zeros', 'mean', or a row": "median",
+        r"is float64\[1, 3\]": [[1.0, 2.0, 3.0]],
+        "a row of finite numbers": [1.0, np.nan, 2.0],
+        "has 2 values: expected dim 3": [1.0, 2.0],
+    }
+    for complaint, rule in mistakes.items():
+        with pytest.raises(ModelError, match=complaint):
+            Reader("ctr", run_dir, defaults={"narrow": rule})  # type: ignore[dict-item]
+
+
+def test_the_mean_row_follows_the_table(tmp_path: Path) -> None:
+    """Made anew when the table has twice as many rows, and after a while."""
+    store = Store.open(tmp_path)
+    try:
+        model = store.add_model(ModelSpec("ctr", 8, {"item": TableSpec("item", 2)}))
+        spec = model.spec.tables["item"]
+
+        def publish(keys: range, value: float, stamp: int) -> None:
+            rows = np.full((len(keys), 2), value, np.float32)
+            model.apply([RowColumns(spec.id, np.array(keys, np.uint64), rows.view(np.uint8))], stamp)
+
+        with Reader("ctr", tmp_path, defaults={"item": "mean"}) as reader:
+            assert reader.lookup("item", [999]).tolist() == [[0.0, 0.0]]
+            publish(range(10), 4.0, 1)
+            assert reader.lookup("item", [999]).tolist() == [[4.0, 4.0]]
+            publish(range(10), 8.0, 2)
+            assert reader.lookup("item", [999]).tolist() == [[4.0, 4.0]], "not with each look-up"
+            with patch.object(defaults.time, "monotonic", lambda: 1e9):
+                assert reader.lookup("item", [999]).tolist() == [[8.0, 8.0]]
+            publish(range(10, 40), 0.0, 3)
+            assert reader.lookup("item", [999]).tolist() == [[2.0, 2.0]]
+    finally:
+        store.destroy()
+
+
+def test_rows_that_expired_are_absent(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    try:
+        model = store.add_model(ModelSpec("ctr", 8, {"item": TableSpec("item", 2, ttl_s=60)}))
+        spec = model.spec.tables["item"]
+        now = int(time.time() * 1000)
+        for key, age_s in ((1, 0), (2, 3_600)):
+            row = np.full((1, 2), key, np.float32)
+            stamp = make_stamp(now - 1_000 * age_s, 0, 5)
+            model.apply([RowColumns(spec.id, np.array([key], np.uint64), row.view(np.uint8))], stamp)
+        with Reader("ctr", tmp_path, defaults={"item": "mean"}) as reader:
+            rows, stamps = reader.lookup("item", [1, 2, 3], stamps=True)
+            assert rows[:, 0].tolist() == [1.0, 1.0, 1.0], "the mean is of the row that is left"
+            assert [bool(stamp) for stamp in stamps] == [True, False, False]
+            assert reader.lookup_pooled("item", [[1, 2]], weights=[[2.0, 3.0]]).tolist() == [[5.0, 5.0]]
+        with Reader("ctr", tmp_path) as reader:
+            assert reader.lookup_pooled("item", [[1, 2]]).tolist() == [[1.0, 1.0]]
+    finally:
+        store.destroy()
+
+
+def test_several_tables_in_one_call(run_dir: Path, codec: str) -> None:
+    out = np.full((2, 3), np.nan, np.float32)
+    with Reader("ctr", run_dir) as reader:
+        found = reader.lookup_many({"wide": [[0, 1], [2, ROWS]], "narrow": [3, 4]}, out={"narrow": out})
+        assert list(found) == ["wide", "narrow"]
+        assert found["narrow"] is out
+        assert out.tolist() == values("narrow", codec)[3:5].tolist()
+        assert found["wide"].shape == (2, 2, 64)
+        assert found["wide"].reshape(4, 64)[:3].tolist() == values("wide", codec)[:3].tolist()
+        assert not found["wide"][1, 1].any()
+        with pytest.raises(ModelError, match="no table 'shop'"):
+            reader.lookup_many({"wide": [1], "shop": [1]})
+        with pytest.raises(ModelError, match="out has 'narrow', and keys are asked of 'wide'"):
+            reader.lookup_many({"wide": [1]}, out={"narrow": out})
