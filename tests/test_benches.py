@@ -16,7 +16,17 @@ DEADLINE_S = 200
 KEYS = {
     "apply": {"rows_per_s", "vs_numpy_scatter", "inserts_per_s"},
     "compression": {"saved_float32", "saved_float16", "saved_int8", "dataset", "cells"},
-    "lookup": {"keys_per_s", "vs_np_take", "vs_torch_embedding", "cells", "codecs"},
+    "lookup": {
+        "keys_per_s",
+        "vs_np_take",
+        "vs_torch_embedding",
+        "pooled_vs_embedding_bag",
+        "pooled_vs_two_step",
+        "vs_redis_mget",
+        "redis_p99_ratio",
+        "cells",
+        "codecs",
+    },
     "read-under-write": {"p99_ratio", "torn_rows", "rows_read", "growth_p999_ratio", "growth_stall_cpu_ms_max"},
     "dissemination": {
         "rows_per_s",
