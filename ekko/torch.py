@@ -12,22 +12,22 @@ Serving side: `EmbeddingBag(reader, "item")` stands where `torch.nn.EmbeddingBag
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Final, Literal, Protocol, Self
+from typing import Final, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import Optimizer
 
 from ekko.errors import ModelError
+from ekko.serve.embedding_bag import EmbeddingBag
+
+__all__ = ["EmbeddingBag", "Tracker", "track"]
 
 # `publish_all` cuts a table into steps of about this size: large enough that the cost of a step does not count, small enough
 # that the node stays responsive to other publishers meanwhile.
 PUBLISH_ALL_BYTES_MAX: Final = 4 << 20
-
-Mode = Literal["sum", "mean", "max"]
 
 
 class PublishStep(Protocol):
@@ -50,12 +50,6 @@ class StepPublisher(Protocol):
     def tables(self) -> Mapping[str, int]: ...
 
     def step(self) -> AbstractContextManager[PublishStep]: ...
-
-
-class RowReader(Protocol):
-    """What `EmbeddingBag` asks of a reader; `ekko.Reader` offers it."""
-
-    def lookup(self, table: str, keys: NDArray[np.uint64]) -> NDArray[np.float32]: ...
 
 
 def track(
@@ -294,60 +288,3 @@ def _check_dense(parameters: Mapping[str, nn.Parameter]) -> None:
 
 def _listed(names: Iterator[str] | Mapping[str, object] | list[str]) -> str:
     return ", ".join(repr(name) for name in names) or "none"
-
-
-class EmbeddingBag(nn.Module):
-    """`torch.nn.EmbeddingBag` over rows that a reader looks up in its node's shared memory; for inference only.
-
-    It has no parameters and yields no gradients. A key that the table does not have counts as a row of zeros.
-
-    Args:
-        reader: an `ekko.Reader` of the model.
-        table: the table's name.
-        mode: how the rows of a bag become one.
-        include_last_offset: as in `torch.nn.EmbeddingBag`: `offsets` ends with the number of indices.
-    """
-
-    def __init__(self, reader: RowReader, table: str, mode: Mode = "mean", *, include_last_offset: bool = False) -> None:
-        super().__init__()
-        if mode not in ("sum", "mean", "max"):
-            raise ModelError(f"mode is {mode!r}: expected 'sum', 'mean' or 'max'")
-        self.table = table
-        self.mode = mode
-        self.include_last_offset = include_last_offset
-        self._reader = reader
-
-    @torch.no_grad()
-    def forward(self, indices: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Pool the rows of each bag.
-
-        Args:
-            indices: int64[n] with `offsets`, or int64[bags, length] without; the bits of a key from 2^63 are those of a
-                negative number.
-            offsets: int64[bags], where each bag begins.
-            per_sample_weights: float32 of the shape of `indices`; mode "sum" only.
-
-        Returns:
-            float32[bags, dim]; an empty bag is zeros.
-
-        Raises:
-            ModelError: unknown table, or indices that are not whole numbers in CPU memory.
-        """
-        if indices.dtype not in (torch.int64, torch.int32):
-            raise ModelError(f"indices have dtype {indices.dtype}: expected torch.int64")
-        if indices.device.type != "cpu":
-            raise ModelError(f"indices are on device {indices.device}: rows are looked up in CPU memory; use .cpu()")
-        keys = indices.detach().to(torch.int64).contiguous().numpy().view(np.uint64)
-        rows = torch.from_numpy(self._reader.lookup(self.table, keys.reshape(-1)))
-        places = torch.arange(indices.numel()).reshape(indices.shape)
-        return functional.embedding_bag(
-            places,
-            rows,
-            None if offsets is None else offsets.to(torch.int64),
-            mode=self.mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset,
-        )
-
-    def extra_repr(self) -> str:
-        return f"{self.table!r}, mode={self.mode!r}"

@@ -287,16 +287,16 @@ static inline void ekko_detach_(ekko_reader *reader) {
 /* Understand a manifest: which model and table it says we are to read, and where. */
 static inline int ekko_understand_(ekko_reader *reader, const char *manifest, char **prefix) {
     const char *version = ekko_member_(manifest, "layout_version"), *table, *number;
-    const char *model, *hold, *alias = ekko_member_(ekko_member_(manifest, "aliases"), reader->model);
-    char *name = alias ? ekko_string_(alias) : strdup(reader->model);
+    const char *model, *hold;
+    char label[160]; /* a name has 100 characters at most */
     char *directory = ekko_string_(ekko_member_(manifest, "memory_dir")), *stem = ekko_string_(ekko_member_(manifest, "prefix"));
     int error = EKKO_OK;
     *prefix = NULL;
-    if (!version || !name || !directory || !stem) {
+    if (!version || !directory || !stem) {
         error = EKKO_DAMAGED;
     } else if (strtol(version, NULL, 10) != EKKO_LAYOUT_VERSION) {
         error = EKKO_VERSION;
-    } else if (!(model = ekko_named_(ekko_member_(manifest, "models"), name))) {
+    } else if (!(model = ekko_named_(ekko_member_(manifest, "models"), reader->model))) {
         error = EKKO_NO_MODEL;
     } else if (!(table = ekko_named_(ekko_member_(model, "tables"), reader->table))) {
         error = EKKO_NO_TABLE;
@@ -306,13 +306,17 @@ static inline int ekko_understand_(ekko_reader *reader, const char *manifest, ch
         error = EKKO_DAMAGED;
     } else {
         sprintf(*prefix, "%s/%s", directory, stem);
-        reader->model_id = ekko_id(name);
+        number = ekko_member_(model, "incarnation"); /* a model that was dropped and made again has other files */
+        if (number && *number != '0')
+            snprintf(label, sizeof label, "%s#%.*s", reader->model, (int)strspn(number, "0123456789"), number);
+        else
+            snprintf(label, sizeof label, "%s", reader->model);
+        reader->model_id = ekko_id(label);
         reader->table_id = ekko_id(reader->table);
-        reader->dim = (uint32_t)strtoul(number, NULL, 10);
+        reader->dim = (uint32_t)strtoul(ekko_member_(table, "dim"), NULL, 10);
         number = ekko_member_(table, "ttl_s");
         reader->ttl_ms = number ? strtoll(number, NULL, 10) * 1000 : 0;
     }
-    free(name);
     free(directory);
     free(stem);
     return error;
@@ -380,7 +384,7 @@ static inline void ekko_close(ekko_reader *reader) {
     reader->run_dir = reader->model = reader->table = NULL;
 }
 
-/* Attach to a table of a model of the node with this run_dir; the model may be an alias. */
+/* Attach to a table of a model of the node with this run_dir. The model's own name: aliases are not resolved here. */
 static inline int ekko_open(ekko_reader *reader, const char *run_dir, const char *model, const char *table) {
     int error;
     memset(reader, 0, sizeof *reader);

@@ -348,3 +348,10 @@ def test_on_aarch64_the_lock_is_acquired_and_the_copy_fenced(tmp_path: Path) -> 
     fence = assembly.index("dmb\tishld")
     assert re.search(r"\bldr\s+[xq]", assembly[acquire.start() : fence]), "nothing is copied between lock and fence"
     assert re.match(r"dmb\tishld\n\s+ldr\tw", assembly[fence:]), "the second look at the lock does not follow the fence"
+
+
+def test_a_model_made_again_under_its_name_is_found(program: Path, run_dir: Path) -> None:
+    spec = ModelSpec("ctr", 8, {"item": TableSpec("item", 3)}, incarnation=7)
+    put(Store.open(run_dir).add_model(spec), "item", keys_of(1), 10)
+    with Reader("ctr", run_dir) as reader, CReader(program, run_dir, "item") as c_reader:
+        c_reader.same_as(reader, "item", keys_of(1, 2))

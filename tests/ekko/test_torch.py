@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -304,7 +305,7 @@ def reader(weight: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Iter
     store.destroy()
 
 
-def twins(reader: Reader, weight: np.ndarray, mode: str, **options: bool) -> tuple[nn.Module, nn.Module]:
+def twins(reader: Reader, weight: np.ndarray, mode: str, **options: Any) -> tuple[nn.Module, nn.Module]:
     theirs = nn.EmbeddingBag.from_pretrained(torch.from_numpy(weight.copy()), mode=mode, **options)
     return ekko.torch.EmbeddingBag(reader, "item", mode=mode, **options), theirs
 
@@ -312,32 +313,61 @@ def twins(reader: Reader, weight: np.ndarray, mode: str, **options: bool) -> tup
 BAGS = st.lists(st.lists(st.integers(0, ROWS - 2), max_size=6), min_size=1, max_size=8)
 
 
-@given(bags=BAGS, mode=st.sampled_from(["sum", "mean", "max"]), last=st.booleans())
+@given(
+    bags=BAGS,
+    mode=st.sampled_from(["sum", "mean", "max"]),
+    last=st.booleans(),
+    padding=st.none() | st.integers(0, ROWS - 2),
+    kind=st.sampled_from([torch.int64, torch.int32]),
+    weighted=st.booleans(),
+)
 def test_bag_with_offsets_gives_torchs_numbers(
-    reader: Reader, weight: np.ndarray, bags: list[list[int]], mode: str, last: bool
+    reader: Reader,
+    weight: np.ndarray,
+    bags: list[list[int]],
+    mode: str,
+    last: bool,
+    padding: int | None,
+    kind: torch.dtype,
+    weighted: bool,
 ) -> None:
-    ours, theirs = twins(reader, weight, mode, include_last_offset=last)
-    indices = torch.tensor([index for bag in bags for index in bag], dtype=torch.int64)
+    ours, theirs = twins(reader, weight, mode, include_last_offset=last, padding_idx=padding)
+    indices = torch.tensor([index for bag in bags for index in bag], dtype=kind)
     ends = np.cumsum([0] + [len(bag) for bag in bags])
-    offsets = torch.from_numpy(ends if last else ends[:-1])
-    assert torch.equal(ours(indices, offsets), theirs(indices, offsets))
+    offsets = torch.from_numpy(ends if last else ends[:-1]).to(kind)
+    weights = torch.linspace(-1, 2, len(indices)) if weighted and mode == "sum" else None
+    torch.testing.assert_close(ours(indices, offsets, weights), theirs(indices, offsets, weights))
+
+
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    mode=st.sampled_from(["sum", "mean", "max"]),
+    padding=st.none() | st.integers(0, ROWS - 2),
+    seed=st.integers(0, 99),
+)
+def test_bag_without_offsets_gives_torchs_numbers(
+    reader: Reader, weight: np.ndarray, shape: tuple[int, int], mode: str, padding: int | None, seed: int
+) -> None:
+    ours, theirs = twins(reader, weight, mode, padding_idx=padding)
+    indices = torch.randint(ROWS - 1, shape, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(ours(indices), theirs(indices))
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_bag_of_rows_of_indices_gives_torchs_numbers(reader: Reader, weight: np.ndarray, mode: str) -> None:
     ours, theirs = twins(reader, weight, mode)
     indices = torch.randint(ROWS - 1, (5, 7))
-    assert torch.equal(ours(indices), theirs(indices))
-    assert torch.equal(ours(indices.t()), theirs(indices.t()))  # not contiguous
-    assert torch.equal(ours(indices.int()), theirs(indices))
+    torch.testing.assert_close(ours(indices), theirs(indices))
+    torch.testing.assert_close(ours(indices.t()), theirs(indices.t()))  # not contiguous
+    torch.testing.assert_close(ours(indices.int()), theirs(indices))
 
 
 def test_bag_with_per_sample_weights_gives_torchs_numbers(reader: Reader, weight: np.ndarray) -> None:
     ours, theirs = twins(reader, weight, "sum")
     indices, weights = torch.randint(ROWS - 1, (5, 7)), torch.randn(5, 7)
-    assert torch.equal(ours(indices, per_sample_weights=weights), theirs(indices, per_sample_weights=weights))
+    torch.testing.assert_close(ours(indices, per_sample_weights=weights), theirs(indices, per_sample_weights=weights))
     flat, offsets = indices.reshape(-1), torch.tensor([0, 3, 3, 30])
-    assert torch.equal(ours(flat, offsets, weights.reshape(-1)), theirs(flat, offsets, weights.reshape(-1)))
+    torch.testing.assert_close(ours(flat, offsets, weights.reshape(-1)), theirs(flat, offsets, weights.reshape(-1)))
 
 
 def test_bag_counts_absent_keys_as_zeros_and_reads_hashed_keys(reader: Reader, weight: np.ndarray) -> None:
@@ -355,7 +385,7 @@ def test_bag_reads_rows_of_every_codec(weight: np.ndarray, tmp_path: Path, codec
     with Reader("ctr", tmp_path) as reader:
         ours, theirs = twins(reader, rounded(codec, weight), "sum")
         indices = torch.randint(ROWS, (5, 7))
-        assert torch.equal(ours(indices), theirs(indices))
+        torch.testing.assert_close(ours(indices), theirs(indices))
     store.destroy()
 
 
@@ -385,3 +415,78 @@ def test_bag_refuses_unknown_tables_and_modes(reader: Reader) -> None:
         ekko.torch.EmbeddingBag(reader, "itme")(torch.tensor([[1]]))
     with pytest.raises(ModelError, match="mode is 'avg'"):
         ekko.torch.EmbeddingBag(reader, "item", mode="avg")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"max_norm": 1.0}, "max_norm is 1.0: rows are served as they were published"),
+        ({"_weight": torch.zeros(1, DIM)}, "_weight was given"),
+        ({"device": "meta"}, "device is meta"),
+        ({"dtype": torch.float16}, "dtype is torch.float16"),
+        ({"embedding_dim": DIM + 1}, f"embedding_dim is {DIM + 1}, and table 'item' has dim {DIM}"),
+        ({"padding_idx": -1}, "padding_idx is -1, counted from the end"),
+        ({"padding_idx": -9, "num_embeddings": 8}, "at least 9"),
+    ],
+)
+def test_bag_refuses_arguments_that_make_no_sense_for_serving(reader: Reader, options: Any, complaint: str) -> None:
+    with pytest.raises(ModelError, match=complaint):
+        ekko.torch.EmbeddingBag(reader, "item", **options)
+
+
+def test_bag_accepts_the_other_arguments_of_torchs(reader: Reader, weight: np.ndarray) -> None:
+    options = {"num_embeddings": ROWS, "embedding_dim": DIM, "norm_type": 1.0, "scale_grad_by_freq": False, "sparse": True}
+    bag = ekko.torch.EmbeddingBag(reader, "item", padding_idx=-2, device="cpu", dtype=torch.float32, **options)
+    theirs = nn.EmbeddingBag.from_pretrained(torch.from_numpy(weight.copy()), mode="mean", padding_idx=ROWS - 2)
+    indices = torch.tensor([[1, ROWS - 2, 3]])
+    torch.testing.assert_close(bag(indices), theirs(indices))
+    torch.testing.assert_close(bag(input=indices, offsets=None, per_sample_weights=None), theirs(indices))
+    with pytest.raises(ModelError, match="only 'sum' has weights"):
+        bag(indices, per_sample_weights=torch.ones(1, 3))
+
+
+class Scorer(nn.Module):
+    def __init__(self, bag: nn.Module) -> None:
+        super().__init__()
+        self.bag = bag
+        self.top = nn.Linear(DIM, 1)
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.top(self.bag(indices + 0)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_bag_in_inference_mode_and_compiled(reader: Reader, weight: np.ndarray, backend: str) -> None:
+    ours, theirs = twins(reader, weight, "sum")
+    model = Scorer(ours)
+    expected = Scorer(theirs)
+    expected.top = model.top
+    compiled = torch.compile(model, backend=backend)
+    for shape in ((5, 7), (3, 7)):  # another shape: compiled anew
+        indices = torch.randint(ROWS - 1, shape)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(indices), expected(indices))
+            torch.testing.assert_close(compiled(indices), expected(indices))
+        torch.testing.assert_close(compiled(indices), expected(indices))
+
+
+class Pooled(torch.utils.data.Dataset):
+    def __init__(self, bag: nn.Module) -> None:
+        self.bag = bag
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.bag(torch.tensor([[index, index + 1]]))[0]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:.*:UserWarning")
+def test_bag_in_the_workers_of_a_data_loader(reader: Reader, weight: np.ndarray, method: str) -> None:
+    ours, theirs = twins(reader, weight, "sum")
+    loader = torch.utils.data.DataLoader(Pooled(ours), batch_size=4, num_workers=2, multiprocessing_context=method)
+    rows = torch.cat(list(loader))
+    torch.testing.assert_close(rows, theirs(torch.tensor([[index, index + 1] for index in range(8)])))
