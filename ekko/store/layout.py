@@ -85,9 +85,8 @@ CONTROL_BYTES = PAGE_BYTES
 UNDO = Structure(
     "undo record",
     (
-        Field("slot_plus_one", 0, 8, "0: nothing was ever overwritten; else the image is that slot's row"),
+        Field("slot_plus_one", 0, 8, "0: nothing was ever written in place; else the image is that slot's row"),
         Field("table", 8, 8, "the table's id"),
-        Field("tombstones", 16, 8, "the table's count of tombstones before the row was overwritten"),
         Field("row", 64, 24 + DIM_BYTES_MAX, "the row as it was, header first"),
     ),
 )
@@ -179,7 +178,7 @@ INDEX = Structure(
         *_COMMON,
         Field("generation", 16, 8, "the number in the file's name"),
         Field("capacity_log2", 24, 8, "binary logarithm of the number of entries"),
-        Field("removed", 32, 8, "entries whose key was removed"),
+        Field("removed", 32, 8, "entries that are removed; too many after a kill"),
         Field("entries", PAGE_BYTES, 0, "entries, 16 bytes each"),
     ),
 )

@@ -2,13 +2,15 @@
 
 Two parts, in the memory of this process (rebuilt when a store is attached):
 
-- A ring of changes, oldest first: (slot, shard, stamp) of each row version that was written here.
+- A ring of changes, oldest first: (place, shard, stamp) of each row version that was written here.
 - DVV, the dominator version vector of the paper (Ekko, OSDI '22, section 4.4.1): per writer and shard, a stamp that no row
   which is missing from the ring exceeds.
 
 An asker whose vector dominates DVV lacks no row outside the ring (theorem T4): its answer is a walk along the ring. Anyone else
 costs a scan of the table. A row that changed again has a younger entry further on, and its older entries no longer carry the
-row's stamp: since stamps of a row only grow, and no two versions of it share one, exactly one entry of a row counts.
+row's stamp: since stamps of a row only grow, and no two versions of it share one, exactly one entry of a row counts. A row that
+was removed has none: its slot is free, or of another epoch. What was removed is merged into DVV (R5): who dominates it cannot
+lack a removed tombstone.
 
 The ring is pruned from its old end. What leaves it is merged into DVV, and raises a threshold of its writer, below which rows
 are not worth caching: a writer's clock decides only about that writer's rows (R14). How much to keep is counted in changes:
@@ -114,11 +116,19 @@ class RecentRows:
             newest[writer] = self._dvv[writer].max()
         return newest
 
-    def record(self, slots: I64, keys: U64, stamps: U64, stamp: int, rows_used: int) -> None:
+    def cover(self, floor: U64) -> None:
+        """Merge a loss floor, uint64[shards, WRITERS_MAX], into DVV: after attaching, what was removed before (R10)."""
+        ring.merge_bounds(floor, *self._bound)
+
+    def remove(self, keys: U64, stamps: U64) -> None:
+        """Note that rows with these keys and stamps were removed."""
+        ring.merge_rows(keys, stamps, *self._bound)
+
+    def record(self, places: I64, keys: U64, stamps: U64, stamp: int, rows_used: int) -> None:
         """Note what an apply has written.
 
         Args:
-            slots: int64[n], -1 for a row that was not written.
+            places: int64[n], -1 for a row that was not written.
             keys: uint64[n].
             stamps: uint64[n], or empty when all rows carry `stamp`.
             stamp: the stamp of all rows.
@@ -126,11 +136,11 @@ class RecentRows:
         """
         room = min(self._window, max(WINDOW_MIN, rows_used))
         if len(self._ring) < room:
-            wanted = int(self._state[ring.HEAD] - self._state[ring.TAIL]) + slots.size
+            wanted = int(self._state[ring.HEAD] - self._state[ring.TAIL]) + places.size
             if wanted > len(self._ring):
                 self._grow(min(wanted, room))
         room = min(room, len(self._ring))
-        ring.record(slots, keys, stamps, stamp, room, *self._entries, *self._pruning, self._state)
+        ring.record(places, keys, stamps, stamp, room, *self._entries, *self._pruning, self._state)
 
     def _grow(self, entries: int) -> None:
         """Make the ring hold so many entries."""
@@ -145,7 +155,7 @@ class RecentRows:
         ring.prune(keep, *self._entries, *self._pruning, self._state)
 
     def select(self, base: U64, table: int, stride: int, *, measured: bool = True) -> I64 | None:
-        """Slots of all rows of the table above the flattened vector, in no particular order; None when only a scan can tell.
+        """Places of all rows of the table above the flattened vector, in no particular order; None when only a scan can tell.
 
         `measured`: count it, and let it have a say in how much is kept.
         """

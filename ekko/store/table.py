@@ -1,8 +1,11 @@
 """One table's memory as its only writer sees it: rows, index, and how both grow.
 
-Growth copies no row. The rows file is mapped at its final length and given pages as rows come. The index is built anew at twice
-the size beside the one in use, a few thousand rows with each apply, so that no single call pays for it; when the new one holds
-every row, the generation word in the table's header switches readers over.
+Growth copies no row. The rows file is mapped at its final length and given pages as rows come. The index is built anew beside
+the one in use, a few thousand rows with each apply, so that no single call pays for it; when the new one holds every row, the
+generation word in the table's header switches readers over. It is twice as large, or, when much of the old one is entries that
+were removed, as large as that.
+
+What is kept of rows for later is where they are: a place (`ekko.store.kernels.places`), which notices when its slot was freed.
 """
 
 from collections.abc import Callable
@@ -18,6 +21,7 @@ from ekko.store import layout
 from ekko.store.kernels import images, rows
 from ekko.store.kernels import index as index_kernels
 from ekko.store.kernels.atomics import publish_word, watch_word
+from ekko.store.kernels.places import SLOTS_MAX, to_places
 from ekko.store.memory import Mapping, Memory
 from ekko.store.recent import RecentRows
 
@@ -35,6 +39,9 @@ INDEX_LOG2_MIN = 8
 # 6.4). A lower load buys little: the smaller index misses the processor's translation caches less often.
 INDEX_LOAD_BEGIN = 0.60
 INDEX_LOAD_MAX = 0.75
+# Up to this load of keys alone, the next index is as large as this one: cleaning then makes room for a quarter of the load at
+# which it is due, and costs three rows moved for each that comes.
+INDEX_LOAD_CLEAN = 0.45
 # Work per apply while the index grows, in proportion to the rows inserted, so that it is done before the load limit: the pages
 # of the larger index (32 bytes per old place) are there after 1/16 of the old capacity came in, and at 10 rows moved per row
 # inserted, the 0.66 held by then are moved while 0.074 comes in: 0.60 + 0.063 + 0.074 < 0.75.
@@ -71,6 +78,11 @@ class Index:
     def rows_max(self) -> int:
         """How many rows it takes."""
         return int(INDEX_LOAD_MAX * (1 << self.capacity_log2))
+
+    @property
+    def removed(self) -> int:
+        """Entries that are taken by no key."""
+        return int(self.mapping.words(layout.INDEX.offset("removed")))
 
 
 def open_index(mapping: Mapping, generation: int) -> Index:
@@ -129,7 +141,6 @@ class Table:
         self.row_bytes = spec.row_bytes
         self.stride = layout.row_stride(spec.row_bytes)
         self._id = spec.id
-        self._rows_room = 0  # rows for which there is room, in the rows file and in the index
         self._memory = memory
         self._rows_name = rows_name
         self._index_name = index_name
@@ -137,6 +148,7 @@ class Table:
         self._next: Index | None = None
         self._next_ensured = 0
         self._next_rows = 0
+        self._free = np.empty(0, np.int64)  # slots; those that the header counts are at the beginning
 
     def create(self, bytes_max: int, capacity_rows: int) -> None:
         """Make the files."""
@@ -151,7 +163,6 @@ class Table:
         self.index = self._create_index(1, index_log2_for(capacity_rows))
         self.index.mapping.ensure(len(self.index.mapping))
         publish_word(self._generation_address, 1)
-        self._note_room()
 
     def open(self) -> None:
         """Attach to existing files; repair what a killed writer left.
@@ -165,41 +176,44 @@ class Table:
         self.index = open_index(self._memory.open(self._index_name(generation)), generation)
         self.index.mapping.ensure(len(self.index.mapping))
         self.mapping.ensure(_ROWS + self.rows_used * self.stride)
-        rows.undo(self.mapping.address, self.stride, self._undo, self.spec.id)
-        self._publish_last_row()
-        self._note_room()
+        self._mend()
         self.recent.load(self.mapping.address, self.stride, self.rows_used)
 
     def _attach(self, mapping: Mapping) -> None:
         self.mapping = mapping
         self._rows_used = self._word("rows_used")
         self._tombstones = self._word("tombstones")
+        self._free_slots = self._word("free")
         self._generation_address = mapping.address + layout.TABLE.offset("index_generation")
 
     def _word(self, name: str) -> U64:
         return self.mapping.words(layout.TABLE.offset(name))
 
-    def _publish_last_row(self) -> None:
-        """A writer killed between counting a new row and indexing it leaves exactly the last row out of the index."""
-        if self.rows_used == 0:
-            return
-        last = np.array([self.rows_used - 1])
-        keys, stamps = np.empty(1, np.uint64), np.empty(1, np.uint64)
-        rows.read(self.mapping.address, self.stride, self.spec.row_bytes, last, keys, np.empty((0, 0), np.uint8), stamps)
-        if self.resolve(keys)[0] < 0:
-            index_kernels.insert_rows(
-                self.index.address,
-                self.index.capacity_log2,
-                self.mapping.address,
-                self.stride,
-                self.rows_used - 1,
-                self.rows_used,
-            )
+    def _mend(self) -> None:
+        """Repair what a writer was at when it was killed: a row, and what index and counts say of it."""
+        address, index = self.mapping.address, self.index
+        for slot in (rows.undo(address, self.stride, self._undo, self._id), self.rows_used - 1):
+            if slot >= 0:
+                rows.mend(address, self.stride, index.address, index.capacity_log2, slot)
+        free = np.empty(self.free + 1, np.int64)  # it was killed at one slot
+        if rows.survey(address, self.stride, free) > free.size:
+            raise StoreError(f"the rows file of table {self.spec.name!r} is damaged: it has more free slots than it says")
+        self._free = free
 
     @property
     def rows_used(self) -> int:
-        """Rows written so far, tombstones included."""
+        """Slots given out so far, those of tombstones and those that are free by now included."""
         return int(self._rows_used)
+
+    @property
+    def free(self) -> int:
+        """Slots that are free."""
+        return int(self._free_slots)
+
+    @property
+    def slots_reused(self) -> int:
+        """How often a free slot was given to a key."""
+        return int(self._word("slots_reused"))
 
     @property
     def tombstones(self) -> int:
@@ -212,9 +226,14 @@ class Table:
         return self.rows_used * self.stride + layout.index_bytes(self.index.capacity_log2)
 
     def resolve(self, keys: U64) -> I64:
-        """int64[n]: the slot of each key, -1 where it is absent."""
+        """int64[n]: the place of each key, -1 where it is absent."""
         slots = np.empty(keys.size, np.int64)
         index_kernels.resolve(self.index.address, self.index.capacity_log2, keys, slots)
+        return self.places(slots)
+
+    def places(self, slots: I64) -> I64:
+        """The places that these slots are now, in the same array; -1 for what is negative."""
+        to_places(self.mapping.address, self.stride, slots)
         return slots
 
     def apply(self, keys: U64, data: U8, stamps: U64 | None, stamp: int, counts: I64) -> None:
@@ -228,16 +247,18 @@ class Table:
         written = np.empty(keys.size, np.int64)
         done = 0
         while True:
-            begin = done
+            begin, free = done, self.free
             done = rows.apply(
                 self.mapping.address,
                 self._id,
                 self.stride,
                 self.row_bytes,
-                self._rows_room,
+                self._rows_max,
                 self.index.address,
                 self.index.capacity_log2,
+                self.index.rows_max,
                 self._undo,
+                self._free.ctypes.data,
                 keys,
                 data,
                 stamps,
@@ -246,6 +267,8 @@ class Table:
                 written,
                 counts,
             )
+            if free and self._is_filling:
+                self._enter(self._free[self.free : free])
             if begin == 0 and done == keys.size:  # as a rule
                 self.recent.record(written, keys, stamps, stamp, self.rows_used)
                 break
@@ -255,28 +278,69 @@ class Table:
             self._make_room()
         inserted = int(counts[rows.INSERTED]) - inserted_before
         if inserted:
-            with suppress(StoreError):  # all rows are stored; a full memory counts when the larger index is needed
+            with suppress(StoreError):  # all rows are stored; a full memory counts when the next index is needed
                 self._grow_index(inserted)
+
+    def remove(self, places: I64) -> int:
+        """Forget the rows at these places, and free their slots; returns how many there were.
+
+        Places that are not current any more, and -1, are passed. Nothing is left of the rows here: whoever removes has merged
+        their stamps into the loss floor before (R5, R11).
+        """
+        places = np.ascontiguousarray(places[places >= 0], np.int64)
+        keys, stamps = np.empty(places.size, np.uint64), np.empty(places.size, np.uint64)
+        if self._free.size < self.free + places.size:
+            self._free = np.concatenate((self._free[: self.free], np.empty(self.free + places.size, np.int64)))
+        filled = self._next if self._is_filling else None
+        count: int = rows.remove(
+            self.mapping.address,
+            self._id,
+            self.stride,
+            self.index.address,
+            self.index.capacity_log2,
+            0 if filled is None else filled.address,
+            0 if filled is None else filled.capacity_log2,
+            self._undo,
+            self._free.ctypes.data,
+            places,
+            keys,
+            stamps,
+        )
+        self.recent.remove(keys[:count], stamps[:count])
+        return count
 
     @property
     def _rows_max(self) -> int:
-        return max(0, (self.mapping.ensured - _ROWS) // self.stride)
+        return min(max(0, (self.mapping.ensured - _ROWS) // self.stride), SLOTS_MAX)
+
+    @property
+    def _taken(self) -> int:
+        """Entries of the index that are not empty."""
+        return self.rows_used - self.free + self.index.removed
+
+    @property
+    def _is_filling(self) -> bool:
+        """Whether the next index has entries already."""
+        return self._next is not None and self._next_rows > 0
+
+    def _enter(self, slots: I64) -> None:
+        """Enter rows into the next index that came to slots which it is past."""
+        assert self._next is not None
+        index_kernels.insert_slots(self._next.address, self._next.capacity_log2, self.mapping.address, self.stride, slots)
 
     def _make_room(self) -> None:
-        """The next row does not fit: give the rows file more pages, or finish the larger index now."""
+        """The next row does not fit: give the rows file more pages, or finish the next index now."""
         used = self.rows_used
-        if used >= self._rows_max:
+        if used >= self._rows_max and not self.free:
+            if used == SLOTS_MAX:
+                raise StoreError(f"table {self.spec.name!r} has {SLOTS_MAX} rows, and there is no room for more in one table")
             extent = min(max(used * self.stride, EXTENT_BYTES_MIN, self.stride), EXTENT_BYTES_MAX)
             self.mapping.ensure(_ROWS + used * self.stride + max(extent, self.stride))
-        if used >= self.index.rows_max:
+        if self._taken >= self.index.rows_max:
             if self._next is None:
                 self._begin_index()
             while self._next is not None:
                 self._grow_index(used)
-        self._note_room()
-
-    def _note_room(self) -> None:
-        self._rows_room = min(self._rows_max, self.index.rows_max)
 
     def _create_index(self, generation: int, capacity_log2: int) -> Index:
         name = self._index_name(generation)
@@ -287,35 +351,37 @@ class Table:
         return Index(generation, capacity_log2, mapping)
 
     def _begin_index(self) -> None:
-        self._next = self._create_index(self.index.generation + 1, self.index.capacity_log2 + 1)
+        crowded = self.rows_used - self.free > INDEX_LOAD_CLEAN * (1 << self.index.capacity_log2)
+        self._next = self._create_index(self.index.generation + 1, self.index.capacity_log2 + crowded)
         self._next_ensured = layout.PAGE_BYTES
         self._next_rows = 0
 
     def _grow_index(self, inserted: int) -> None:
-        """Do a step of the work on a larger index, if there is any: first its pages, then its entries, then the switch."""
+        """Do a step of the work on the next index, if there is any: first its pages, then its entries, then the switch."""
         if self._next is None:
-            if self.rows_used < INDEX_LOAD_BEGIN * (1 << self.index.capacity_log2):
+            if self._taken < INDEX_LOAD_BEGIN * (1 << self.index.capacity_log2):
                 return
             self._begin_index()
-        larger = self._next
-        assert larger is not None
-        if self._next_ensured < len(larger.mapping):
+        following = self._next
+        assert following is not None
+        if self._next_ensured < len(following.mapping):
             step = max(GROWTH_BYTES_MIN, GROWTH_BYTES_PER_INSERT * inserted)
-            larger.mapping.ensure(min(self._next_ensured + step, len(larger.mapping)))
-            self._next_ensured = min(self._next_ensured + step, len(larger.mapping))
+            following.mapping.ensure(min(self._next_ensured + step, len(following.mapping)))
+            self._next_ensured = min(self._next_ensured + step, len(following.mapping))
             return
         end = min(self._next_rows + max(GROWTH_ROWS_MIN, GROWTH_ROWS_PER_INSERT * inserted), self.rows_used)
-        index_kernels.insert_rows(larger.address, larger.capacity_log2, self.mapping.address, self.stride, self._next_rows, end)
+        index_kernels.insert_rows(
+            following.address, following.capacity_log2, self.mapping.address, self.stride, self._next_rows, end
+        )
         self._next_rows = end
         if end == self.rows_used:
-            self._switch_index(larger)
+            self._switch_index(following)
 
-    def _switch_index(self, larger: Index) -> None:
-        """From here on readers use the larger index; those that have the old one mapped lose nothing by finishing with it."""
+    def _switch_index(self, following: Index) -> None:
+        """From here on readers use this index; those that have the old one mapped lose nothing by finishing with it."""
         old = self.index
-        self.index, self._next = larger, None
-        self._note_room()
-        publish_word(self._generation_address, larger.generation)
+        self.index, self._next = following, None
+        publish_word(self._generation_address, following.generation)
         self._memory.remove(self._index_name(old.generation))
 
     def reserve(self, rows_count: int) -> None:
@@ -330,20 +396,21 @@ class Table:
         begin = self.rows_used
         place = self.mapping.address, self.stride, begin, begin + count, self.index.address, self.index.capacity_log2
         done = images.settle_images(*place, shards, wanted, *self.recent.dvv_addresses, counts)
-        self._note_room()
         return bool(done == 0)
 
-    def read(self, slots: I64) -> tuple[U64, U8, U64]:
-        """Keys, encoded rows of the live ones, and stamps; live ones first."""
-        ordered = np.empty(slots.size, np.int64)
-        live = rows.order_live_first(self.mapping.address, self.stride, slots, ordered)
-        keys, stamps = np.empty(slots.size, np.uint64), np.empty(slots.size, np.uint64)
+    def read(self, places: I64) -> tuple[U64, U8, U64]:
+        """Keys, encoded rows of the live ones, and stamps; live ones first. Places that are not current are left out."""
+        ordered = np.empty(places.size, np.int64)
+        live = rows.order_live_first(self.mapping.address, self.stride, places, ordered)
+        if ordered.size and ordered.min() < 0:
+            ordered = ordered[ordered >= 0]
+        keys, stamps = np.empty(ordered.size, np.uint64), np.empty(ordered.size, np.uint64)
         data = np.empty((live, self.spec.row_bytes), np.uint8)
         rows.read(self.mapping.address, self.stride, self.spec.row_bytes, ordered, keys, data, stamps)
         return keys, data, stamps
 
     def changed_since(self, base: U64, shards: int, *, measured: bool = True) -> I64:
-        """Slots of all rows above the flattened vector, in no particular order: from the update cache, or by a scan.
+        """Places of all rows above the flattened vector, in no particular order: from the update cache, or by a scan.
 
         `measured`: a peer asks, and the cache is to learn how far back peers look.
         """
@@ -356,12 +423,12 @@ class Table:
         count = rows.changed_since(self.mapping.address, self.stride, base, shards, 0, self.rows_used, out)
         return out[:count].copy()
 
-    def without(self, slots: I64, known: U64, bits: U8, shards: int, partitions: int) -> I64:
-        """Those of the slots whose rows are not of known steps; of a partition, whose bits are one for each of its shards."""
-        out = np.empty(slots.size, np.int64)
-        count = rows.without(self.mapping.address, self.stride, shards, partitions, known, bits, slots, out)
+    def without(self, places: I64, known: U64, bits: U8, shards: int, partitions: int) -> I64:
+        """Those of the places whose rows are not of known steps; of a partition, whose bits are one for each of its shards."""
+        out = np.empty(places.size, np.int64)
+        count = rows.without(self.mapping.address, self.stride, shards, partitions, known, bits, places, out)
         return out[:count].copy()
 
-    def add_digest(self, slots: I64, sums: U64) -> None:
+    def add_digest(self, places: I64, sums: U64) -> None:
         """Add the digest of these rows to `sums`, uint64[2]."""
-        rows.digest(self.mapping.address, self.stride, self.spec.id, slots, sums)
+        rows.digest(self.mapping.address, self.stride, self.spec.id, places, sums)

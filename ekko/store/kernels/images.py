@@ -161,7 +161,7 @@ def settle_images(
             counts[1] += 1
         else:
             target = rows + used * stride
-            publish(entry, key, used)
+            publish(index, entry, key, used)
             used += 1
         if target != row:
             copy_bytes(target, row, stride)

@@ -1,8 +1,11 @@
 """Kernels of the hash index: key to slot, open addressing over interleaved entries.
 
 An entry is 16 bytes, {key, slot + 1}, so that a look-up of a present key costs one cache line of the index as a rule. Slot + 1
-is written last, with release order: a reader that sees it sees the key and the whole row. Nothing leaves an index, so that no
-look-up can lose its way; an index grows by being built anew beside the old one (`ekko.store.table`).
+is written last, with release order: a reader that sees it sees the key and the whole row.
+
+An entry that is not needed any more is marked as removed, so that searches find their way past it, and the next key that comes
+by may have it. A reader may then see the slot of the old key beside the new key; whose row that slot holds, only the row says.
+An index that is full of keys and removed entries is built anew beside the old one (`ekko.store.table`).
 
 The position is the *top* bits of the key's hash, because the hash modulo the shards is the shard: with low bits, a store that
 holds one partition only would crowd its index.
@@ -12,7 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.store import layout
-from ekko.store.kernels.atomics import load_acquire_i64, load_u64, prefetch_once, prefetch_write, store_release_i64, store_u64
+from ekko.store.kernels.atomics import (
+    fence_program_order,
+    load_acquire_i64,
+    load_i64,
+    load_u32,
+    load_u64,
+    prefetch_once,
+    prefetch_write,
+    store_i64,
+    store_release_i64,
+    store_u64,
+)
 from ekko.store.kernels.compile import Int, inline_kernel, kernel
 
 U64 = NDArray[np.uint64]
@@ -24,8 +38,15 @@ PREFETCH_KEYS = 24
 _ENTRIES = layout.INDEX.offset("entries")
 _ENTRY_BYTES = layout.ENTRY_BYTES
 _SLOT = layout.ENTRY.offset("slot_plus_one")
+_REMOVED_COUNT = layout.INDEX.offset("removed")
 _ROWS = layout.TABLE.offset("rows")
 _ROW_KEY = layout.ROW.offset("key")
+_ROW_FLAGS = layout.ROW.offset("flags")
+_FREE = layout.FLAG_FREE
+
+# What `slot_at` says of an entry that holds no slot.
+EMPTY = -1
+_REMOVED = layout.ENTRY_REMOVED - 1
 
 _33 = np.uint64(33)
 _MULTIPLIER_1 = np.uint64(0xFF51AFD7ED558CCD)
@@ -57,20 +78,37 @@ def next_entry(index: Int, capacity_log2: Int, entry: Int) -> Int:
 
 
 @inline_kernel
+def _previous_entry(index: Int, capacity_log2: Int, entry: Int) -> Int:
+    """The entry before this one, round the end."""
+    return (entry if entry != index + _ENTRIES else index + _ENTRIES + (_ENTRY_BYTES << capacity_log2)) - _ENTRY_BYTES
+
+
+@inline_kernel
 def search(index: Int, capacity_log2: Int, key: Int, entry: Int) -> Int:
-    """Address of the key's entry, or of the empty one where it belongs; the search begins at `entry`. For the writer."""
-    while slot_at(entry) >= 0 and load_u64(entry) != key:
+    """Address of the key's entry, or of the one to put it in: the first removed one on the way, or the empty one at its end.
+
+    The search begins at `entry`. For the writer.
+    """
+    removed = np.int64(0)
+    slot = slot_at(entry)
+    while slot != EMPTY:
+        if slot >= 0:
+            if load_u64(entry) == key:
+                return entry
+        elif removed == 0:
+            removed = entry
         entry = next_entry(index, capacity_log2, entry)
-    return entry
+        slot = slot_at(entry)
+    return removed if removed else entry
 
 
 @inline_kernel
 def find(index: Int, capacity_log2: Int, key: Int, entry: Int) -> Int:
-    """The key's slot, or -1; the search begins at `entry`. For readers: each entry is looked at once, since the writer may fill
-    an empty one with another key at any time.
+    """The key's slot, or a negative number; the search begins at `entry`. For readers: each entry is looked at once, since the
+    writer may fill an empty or removed one with another key at any time.
     """
     slot = slot_at(entry)
-    while slot != -1 and (slot < 0 or load_u64(entry) != key):  # past removed entries
+    while slot != EMPTY and (slot < 0 or load_u64(entry) != key):  # past removed entries
         entry = next_entry(index, capacity_log2, entry)
         slot = slot_at(entry)
     return slot
@@ -78,20 +116,48 @@ def find(index: Int, capacity_log2: Int, key: Int, entry: Int) -> Int:
 
 @inline_kernel
 def slot_at(entry: Int) -> Int:
-    """The slot in an entry; -1 when it is empty. Where there is one, key and row are there too."""
+    """The slot in an entry; negative when it is empty or removed. Where there is one, key and row are there too."""
     return load_acquire_i64(entry + _SLOT) - 1
 
 
 @inline_kernel
-def publish(entry: Int, key: Int, slot: Int) -> None:
-    """Fill an empty entry; from here on readers find the row."""
+def removed_in(index: Int) -> Int:
+    """How many entries are removed; after a kill it may be too many."""
+    return load_i64(index + _REMOVED_COUNT)
+
+
+@inline_kernel
+def publish(index: Int, entry: Int, key: Int, slot: Int) -> None:
+    """Fill an entry without a slot; from here on readers find the row."""
+    was_removed = slot_at(entry) == _REMOVED
     store_u64(entry, key)
     store_release_i64(entry + _SLOT, slot + 1)
+    if was_removed:
+        fence_program_order()
+        store_i64(index + _REMOVED_COUNT, removed_in(index) - 1)
+
+
+@inline_kernel
+def retract(index: Int, capacity_log2: Int, key: Int, slot: Int) -> None:
+    """Take the entry of a key away, if it has one with this slot."""
+    entry = search(index, capacity_log2, key, first_entry(index, capacity_log2, key))
+    if slot_at(entry) != slot:
+        return
+    store_i64(index + _REMOVED_COUNT, removed_in(index) + 1)
+    fence_program_order()
+    store_release_i64(entry + _SLOT, np.int64(_REMOVED + 1))
+    # Where the next entry is empty, no search has to go past this one, nor past removed ones right before it.
+    if slot_at(next_entry(index, capacity_log2, entry)) == EMPTY:
+        while slot_at(entry) == _REMOVED:
+            store_release_i64(entry + _SLOT, np.int64(0))
+            fence_program_order()
+            store_i64(index + _REMOVED_COUNT, removed_in(index) - 1)
+            entry = _previous_entry(index, capacity_log2, entry)
 
 
 @kernel("void(int64, int64, Array(uint64, 1, 'C', readonly=True), int64[::1])")
 def resolve(index: Int, capacity_log2: Int, keys: U64, slots: I64) -> None:
-    """Find every key: its slot, or -1. `slots` is at least as long as `keys`."""
+    """Find every key: its slot, or a negative number. `slots` is at least as long as `keys`."""
     count = keys.size
     for ahead in range(count + PREFETCH_KEYS):
         if ahead < count:
@@ -102,17 +168,31 @@ def resolve(index: Int, capacity_log2: Int, keys: U64, slots: I64) -> None:
             slots[i] = find(index, capacity_log2, keys[i], slots[i])
 
 
+@inline_kernel
+def insert(index: Int, capacity_log2: Int, key: Int, slot: Int) -> None:
+    """Enter a key, which may be there already."""
+    publish(index, search(index, capacity_log2, key, first_entry(index, capacity_log2, key)), key, slot)
+
+
 @kernel("void(int64, int64, int64, int64, int64, int64)")
 def insert_rows(index: Int, capacity_log2: Int, table: Int, stride: Int, slot_begin: Int, slot_end: Int) -> None:
-    """Enter the rows of these slots, which may be there already: how a larger index is filled."""
-    rows = table + _ROWS + _ROW_KEY
+    """Enter the rows in these slots, which may be there already: how an index is built anew."""
+    rows = table + _ROWS
     for ahead in range(slot_begin, slot_end + PREFETCH_KEYS):
         if ahead < slot_end:
-            prefetch_write(first_entry(index, capacity_log2, load_u64(rows + ahead * stride)))
+            prefetch_write(first_entry(index, capacity_log2, load_u64(rows + ahead * stride + _ROW_KEY)))
         slot = ahead - PREFETCH_KEYS
         if slot >= slot_begin:
-            key = load_u64(rows + slot * stride)
-            publish(search(index, capacity_log2, key, first_entry(index, capacity_log2, key)), key, slot)
+            row = rows + slot * stride
+            if load_u32(row + _ROW_FLAGS) & _FREE == 0:
+                insert(index, capacity_log2, load_u64(row + _ROW_KEY), slot)
+
+
+@kernel("void(int64, int64, int64, int64, Array(int64, 1, 'C', readonly=True))")
+def insert_slots(index: Int, capacity_log2: Int, table: Int, stride: Int, slots: I64) -> None:
+    """`insert_rows` for slots in no order."""
+    for i in range(slots.size):
+        insert(index, capacity_log2, load_u64(table + _ROWS + slots[i] * stride + _ROW_KEY), slots[i])
 
 
 @kernel("boolean(Array(uint64, 1, 'C', readonly=True), int64, Array(uint32, 1, 'C', readonly=True))")

@@ -40,7 +40,7 @@ def test_a_copy_that_the_writer_overtook_is_made_again() -> None:
     table = memory.ctypes.data
     row = table + layout.TABLE.offset("rows")
     index = np.zeros(layout.index_bytes(INDEX_LOG2), np.uint8)
-    publish(index.ctypes.data + layout.INDEX.offset("entries"), np.uint64(0), 0)  # key 0 is in slot 0
+    publish(index.ctypes.data, index.ctypes.data + layout.INDEX.offset("entries"), np.uint64(0), 0)  # key 0 is in slot 0
     values = np.repeat(np.arange(VERSIONS, dtype=np.float32), DIM)
     stop = np.ones(1, np.int64)
     rewrite(table, row, values.ctypes.data, row_bytes, stop, PAUSE)  # compile it
