@@ -87,17 +87,24 @@ def next_chunk(stream: PullStream, keyspace: Keyspace) -> m.PullReply | m.Shards
     """Read the next rows of a stream into a chunk, and move past them."""
     columns: list[RowColumns] = []
     room = CHUNK_BYTES_MAX
+    left_out = False
     while stream.selections and room > 0:
         selection = stream.selections[0]
         count = max(1, room // (16 + selection.row_bytes))  # key, stamp, value
         slots = selection.slots[stream.row_offset : stream.row_offset + count]
         if len(slots):
             columns.append(keyspace.replica.read(selection.table, slots))
+            left_out |= len(columns[-1].keys) != len(slots)
             room -= len(slots) * (16 + selection.row_bytes)
         stream.row_offset += len(slots)
         if stream.row_offset >= len(selection.slots):
             stream.selections.popleft()
             stream.row_offset = 0
+    if left_out:
+        # R18: rows that were selected are gone, and the answer may not claim them. It ends here, with a number left out, which
+        # makes the asker give it up and ask again.
+        stream.selections.clear()
+        stream.next_chunk += 1
     last = not stream.selections
     number = stream.next_chunk
     stream.next_chunk += 1

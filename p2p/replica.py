@@ -52,7 +52,10 @@ class Applied:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:
-    """Rows chosen to be sent: slots, not values; `Replica.read` fetches the newest value when it is sent."""
+    """Rows chosen to be sent: slots, not values; `Replica.read` fetches the newest value when it is sent.
+
+    A slot here is whatever number the store knows the row by, also when the row's memory was given to another key since (R18).
+    """
 
     table: int
     row_bytes: int
@@ -175,7 +178,9 @@ class Replica(Protocol):
         """
 
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
-        """The newest version of each slot, with stamps; tombstones sorted to the end. Copies."""
+        """The newest version of each slot, with stamps; tombstones sorted to the end. Rows that were removed since they were
+        selected are left out: the answer is shorter. Copies.
+        """
 
     def stray_digest(self) -> int:
         """128-bit digest over (table, key, stamp) of all rows held above the vector (R8), in no particular order;
