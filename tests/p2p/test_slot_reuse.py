@@ -15,7 +15,8 @@ def an_answer_loses_rows_on_its_way(patch: pytest.MonkeyPatch) -> int:
     at_rest(cluster)
     cluster.crash("eu1")
     cluster.restart("eu1", keep_state=False)
-    original, removed = outbox.next_chunk, []
+    original = outbox.next_chunk
+    removed: list[int] = []
 
     def chunk(stream: outbox.PullStream, keyspace: object) -> object:
         places = [place for selection in stream.selections for place in selection.slots.tolist()]
