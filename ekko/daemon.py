@@ -775,6 +775,8 @@ def _model_picture(model: ModelStore, parts: list[KeyspaceStatus], unix_ms: int,
         None if model.capacity is None else model.capacity.bytes,
         model.requests / requests if requests else 0.0,
         model.spec.id,
+        collection_held_up_by=tuple(dict.fromkeys(node for part in parts for node in part.collection_held_up_by)),
+        held_up_ms=max((part.held_up_ms for part in parts), default=0),
     )
 
 

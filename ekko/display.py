@@ -29,6 +29,13 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
     console.print(_models(status))
     if status.get("aliases"):
         console.print(aliases_table(status["aliases"]))
+    for name, model in status["models"].items():
+        if model.get("collection_held_up_by"):
+            nodes = ", ".join(model["collection_held_up_by"])
+            console.print(
+                f"[yellow]{name}: deleted rows stay[/], since {_duration(model['held_up_ms'] / 1000)} for: {nodes}. Start them "
+                "again, or let go of one that is gone for good: ekko expel NODE"
+            )
     if status["peers"]:
         console.print(_peers(status))
     console.print(_queues(status))

@@ -60,6 +60,13 @@ COUNTERS = {
     "ekko_children_handed_over": ("Children of this busy node that were left to other children.", "children_handed_over"),
     "ekko_batches_repeated": ("Batches that had come before.", "batches_repeated"),
     "ekko_rows_written": ("Rows whose version advanced on this node.", "rows_written"),
+    "ekko_rows_collected": ("Deleted and expired rows that were dropped for good.", "rows_collected"),
+    "ekko_rows_ghosts": ("Late versions of rows that were deleted and dropped for good.", "rows_ghosts"),
+    "ekko_rows_dropped": (
+        "Rows that were deleted while this node was away.",
+        "rows_dropped",
+    ),
+    "ekko_shards_sent_whole": ("Shards sent whole, to peers that missed what was dropped for good.", "shards_sent_whole"),
     "ekko_rows_stale": ("Rows that were here already in this or a newer version.", "rows_stale"),
     "ekko_gaps": ("Steps that arrived before a predecessor, and were pulled.", "gaps"),
     "ekko_pulls_started": ("Pulls this node asked for.", "pulls_started"),

@@ -45,6 +45,8 @@ class ModelPicture:
     capacity_bytes: int | None = None  # what it may take; None: no limit
     request_share: float = 0.0  # of all keys that readers of this node asked for
     family: int = 0  # the model's id
+    collection_held_up_by: tuple[str, ...] = ()  # members that have not said that they know of what was deleted
+    held_up_ms: int = 0  # for how long
 
     @property
     def rows(self) -> int:
@@ -146,6 +148,8 @@ def _model_json(model: ModelPicture) -> dict[str, object]:
         "free_bytes": sum(table.free_bytes for table in model.tables),
         "capacity_bytes": model.capacity_bytes,
         "request_share": round(model.request_share, 6),
+        "collection_held_up_by": list(model.collection_held_up_by),
+        "held_up_ms": model.held_up_ms,
         "tables": {
             table.name: {
                 "dim": table.dim,

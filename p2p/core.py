@@ -25,6 +25,8 @@ CONFLICTS_MAX = 1_024
 
 # A node that is away for longer than a long night is repaired or replaced, not waited for (R13).
 EXPEL_AFTER_MS = 24 * 3_600_000
+# So often a coordinator asks what is stable; what is deleted is collected after two or three times as long, where all are well.
+COLLECT_MS = 10_000
 # Steps of ours of which we remember what they touched, for those who wait for them: 4 s of 1,000 a second.
 TOUCHED_MAX = 4_096
 
@@ -43,6 +45,7 @@ class MachineOptions:
     expel_after_ms: int = EXPEL_AFTER_MS  # of absence; 0: never
     protocol_version: int = PROTOCOL_VERSION  # an older one makes a node of before an upgrade, for tests of it
     sync: SyncOptions = PUSH  # the same on all nodes of a cluster
+    collect_ms: int = COLLECT_MS  # how often it is asked what of the deleted rows may go (`p2p.collection`); 0: never
     linger_ms: int = LINGER_MS  # how long a step may wait for others after a message of its keyspace; 0: none does
 
 
@@ -90,6 +93,10 @@ class Counters:
     refuted: int = 0  # what was told of us, and was not so
     writer_conflicts: int = 0  # batches, pulls and records dropped, since they know a writer id under another nonce
     blocks_given: int = 0  # of writer ids
+    shards_sent_whole: int = 0  # since their asker lacked what was dropped for good (R5)
+    rows_ghosts: int = 0  # late versions of keys whose tombstone was collected (T6)
+    rows_collected: int = 0  # tombstones and expired rows
+    rows_dropped: int = 0  # which an answer did not bring, though it brought their shards whole
     messages_unspoken: int = 0  # not sent, since the peer's version does not know them
 
 

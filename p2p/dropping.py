@@ -9,6 +9,7 @@ number). So whatever comes late, a batch, a chunk, a question, a wait, speaks of
 schema has not come yet does: it is counted, it recreates nothing, and nobody is blamed.
 """
 
+from p2p.collection import Collection
 from p2p.core import Core, Keyspace
 from p2p.pull import Pull
 from p2p.push import Push
@@ -22,11 +23,20 @@ class Dropping:
 
     Args:
         core: shared state; calls `let_go` from now on.
-        push, pull, schedule, reach, retirement: the parts that keep something by keyspace.
+        push, pull, schedule, reach, retirement, collection: the parts that keep something by keyspace.
     """
 
-    def __init__(self, core: Core, push: Push, pull: Pull, schedule: Schedule, reach: Reach, retirement: Retirement) -> None:
-        self._parts = (push, pull, schedule, reach, retirement)
+    def __init__(
+        self,
+        core: Core,
+        push: Push,
+        pull: Pull,
+        schedule: Schedule,
+        reach: Reach,
+        retirement: Retirement,
+        collection: Collection,
+    ) -> None:
+        self._parts = (push, pull, schedule, reach, retirement, collection)
         core.let_go = self.let_go
 
     def let_go(self, keyspace: Keyspace) -> None:

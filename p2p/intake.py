@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from p2p import messages as m
 from p2p.core import Core, Keyspace
 from p2p.errors import BlamelessError, RemoteProtocolError
-from p2p.replica import U64, RowColumns
+from p2p.replica import U64, Arrivals, RowColumns
 from p2p.stamps import check_not_ahead
 
 
@@ -53,8 +53,71 @@ def take_rows(core: Core, keyspace: Keyspace, columns: Sequence[RowColumns]) -> 
     keyspace.strays_possible = True
     core.counters.rows_written += applied.written
     core.counters.rows_stale += applied.stale
+    core.counters.rows_ghosts += applied.ghosts
     core.counters.pull_rows_received += sum(len(section.keys) for section in columns)
     return applied.written
+
+
+def observe(core: Core, *stamps: U64) -> None:
+    """Our clock follows what others know of, also of rows that are not there any more: a writer that begins here writes above
+    every tombstone that was collected (R5).
+    """
+    core.clock.observe(max((int(array.max()) for array in stamps if array.size), default=0))
+
+
+class WholeArrivals:
+    """What an answer has brought of shards that come whole (R5), on the side that asked; none, as a rule."""
+
+    def __init__(self) -> None:
+        self._shards: NDArray[np.uint32] = np.empty(0, np.uint32)
+        self._arrivals: Arrivals | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether some shards come whole."""
+        return self._arrivals is not None
+
+    def check(self, shards: int, whole: NDArray[np.uint32], last: bool, floor: m.Floor | None) -> None:
+        """Refuse what contradicts itself; nothing changes.
+
+        Raises:
+            RemoteProtocolError: shards that do not exist, or a floor of others than came whole.
+        """
+        if len(whole) and int(whole[-1]) >= shards:
+            raise RemoteProtocolError(f"shard {int(whole[-1])} comes whole, the keyspace has {shards}")
+        came = np.union1d(self._shards, whole)
+        told = np.empty(0, np.uint32) if floor is None else floor.shards
+        if not np.array_equal(told, came if last else told[:0]):
+            raise RemoteProtocolError("a loss floor of other shards than came whole")
+
+    def begin(self, keyspace: Keyspace, whole: NDArray[np.uint32]) -> None:
+        """These come whole from now on."""
+        if len(whole):
+            self._arrivals = self._arrivals or keyspace.replica.arrivals()
+            self._arrivals.begin(whole)
+            self._shards = np.union1d(self._shards, whole).astype(np.uint32)
+
+    def note(self, columns: Sequence[RowColumns]) -> None:
+        """These rows came, and are applied."""
+        if self._arrivals is not None:
+            self._arrivals.note(columns)
+
+    def finish(self, core: Core, keyspace: Keyspace, floor: m.Floor | None, writers: NDArray[np.uint16], vector: U64) -> bool:
+        """All rows came: drop what did not come, and take over the floor; only then may claims be merged.
+
+        Returns:
+            False when what did not come cannot be told; nothing is dropped then, and nothing may be merged.
+        """
+        if self._arrivals is None or floor is None:
+            return True
+        dropped = self._arrivals.drop_absent(writers, vector)
+        if dropped is None:
+            return False
+        keyspace.replica.merge_floor(floor.shards, floor.writers, floor.stamps)
+        observe(core, floor.stamps)
+        keyspace.strays_possible = True
+        core.counters.rows_dropped += dropped
+        return True
 
 
 def bindings_of(core: Core, keyspace: Keyspace) -> tuple[NDArray[np.uint16], U64]:

@@ -75,6 +75,7 @@ class NodeRecord:
     expelled: dict[int, Expulsion] = field(default_factory=dict)  # by boot
     retired: dict[tuple[int, int, int], Retired] = field(default_factory=dict)  # by (keyspace, writer, nonce)
     absent: dict[NodeId, Absent] = field(default_factory=dict)
+    own: dict[tuple[int, int], int] = field(default_factory=dict)  # (keyspace, writer) -> nonce, of ours, former ones included
     _stale: bool = False  # `peers` or `absent` changed since it was written down
 
     @classmethod
@@ -105,6 +106,7 @@ class NodeRecord:
                 {int(one[1]): Expulsion(str(one[0]), int(one[1]), int(one[2])) for one in state.get("expelled", [])},
                 {(one[0], one[2], one[3]): _retired_of(one) for one in state.get("retired", [])},
                 {str(one[0]): _absent_of(one) for one in state.get("absent", [])},
+                {(int(keyspace), int(writer)): int(nonce) for keyspace, writer, nonce in state.get("own", [])},
             )
         except Exception as error:
             raise LocalProtocolError(
@@ -114,6 +116,7 @@ class NodeRecord:
     def save(self) -> None:
         """Write it down, durably."""
         granted = [[keyspace, writer, nonce] for (keyspace, writer), nonce in self.bindings.items()]
+        own = [[keyspace, writer, nonce] for (keyspace, writer), nonce in self.own.items()]
         peers = [[peer.node, peer.region, peer.role, peer.address] for peer in self.peers.values()]
         state = {
             "cluster": self.cluster,
@@ -132,6 +135,7 @@ class NodeRecord:
                 [one.keyspace, one.family, one.writer, one.nonce, one.stage, one.floor.tobytes()]
                 for one in self.retired.values()
             ],
+            "own": own,
             "absent": [
                 [one.node, one.boot, one.boot_ms, one.left, [_writer_list(w) for w in one.writers]]
                 for one in self.absent.values()

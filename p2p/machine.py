@@ -16,6 +16,7 @@ from typing import assert_never
 from p2p import links, push, status
 from p2p import messages as m
 from p2p.allotment import Allotment
+from p2p.collection import Collection
 from p2p.core import Core, Counters, Keyspace, MachineOptions
 from p2p.dropping import Dropping
 from p2p.errors import AheadError, LocalProtocolError, NotYetError, RemoteProtocolError
@@ -72,7 +73,10 @@ class Machine:
         self._schedule = Schedule(self._core, self._pull)
         self._reach = Reach(self._core)
         self._retirement = Retirement(self._core, self._pull)
-        self._dropping = Dropping(self._core, self._push, self._pull, self._schedule, self._reach, self._retirement)
+        self._collection = Collection(self._core, self._pull)
+        self._dropping = Dropping(
+            self._core, self._push, self._pull, self._schedule, self._reach, self._retirement, self._collection
+        )
         self._introductions = Introductions(self._core, self._pull, self._retirement)
         self._gossip = Gossip(self._core, self._pull, self._introductions, self._retirement)
         self._owed: dict[int, Link] = {}  # by boot: links on which something applied is not acknowledged yet
@@ -342,6 +346,12 @@ class Machine:
                 self._schedule.on_round(now)
             case m.Adopt():
                 self._push.adoption.on_adopt(link, message, now)
+            case m.StableAsk():
+                self._collection.on_ask(link, message)
+            case m.StableReport():
+                self._collection.on_report(link, message, now)
+            case m.Stable():
+                self._collection.on_stable(link, message, now)
             case m.Hello() | m.Refusal():
                 raise AssertionError("these are said without a link")
             case _:
@@ -491,6 +501,7 @@ class Machine:
                 self._push.open_links(now)
                 self._allotment.on_beat(now)
                 self._retirement.on_timer(now)
+                self._collection.on_beat(now)
                 self._publish_waiting(now)
             self._gossip.on_timer(now)
         self._push.beat(now)
@@ -584,4 +595,6 @@ class Machine:
     def status(self, now: m.Now) -> NodeStatus:
         """A picture of now."""
         wanted = self._allotment.reason
-        return status.of_node(self._core, self._push, self._pull, self._reach, self._introductions.introduced, wanted, now)
+        return status.of_node(
+            self._core, self._push, self._pull, self._reach, self._collection, self._introductions.introduced, wanted, now
+        )

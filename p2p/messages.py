@@ -159,6 +159,10 @@ def _no_numbers() -> U64:
     return np.empty(0, np.uint64)
 
 
+def _no_shards() -> NDArray[np.uint32]:
+    return np.empty(0, np.uint32)
+
+
 def _no_writers() -> NDArray[np.uint16]:
     return np.empty(0, np.uint16)
 
@@ -311,6 +315,15 @@ class PullRequest:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Floor:
+    """What the sender has dropped for good of some shards (R5)."""
+
+    shards: NDArray[np.uint32]  # [j], ascending, no repeats
+    writers: NDArray[np.uint16]  # [f], ascending
+    stamps: U64  # [j, f]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class PullReply(_Rows):
     """One chunk of the answer. Rows claim nothing; the claims ride in the last chunk and count only if all chunks came."""
 
@@ -324,6 +337,8 @@ class PullReply(_Rows):
     frontier: U64  # [w]
     bound: NDArray[np.uint16] = field(default_factory=_no_writers)  # [b] in the first chunk: writers whose nonces are known
     nonces: U64 = field(default_factory=_no_numbers)  # [b]
+    whole: NDArray[np.uint32] = field(default_factory=_no_shards)  # ascending: from this chunk on all of their rows come (R5)
+    floor: "Floor | None" = None  # in the last chunk, of all shards that came whole; both since protocol version 2
 
     def __post_init__(self) -> None:
         self._count(self.columns)
@@ -394,6 +409,8 @@ class ShardsReply(_Rows):
     vectors: U64  # [k, w]; the answerer's, read before it selected the rows
     bound: NDArray[np.uint16] = field(default_factory=_no_writers)  # [b] in the first chunk: writers whose nonces are known
     nonces: U64 = field(default_factory=_no_numbers)  # [b]
+    whole: NDArray[np.uint32] = field(default_factory=_no_shards)  # as in `PullReply`
+    floor: "Floor | None" = None
 
     def __post_init__(self) -> None:
         self._count(self.columns)
@@ -499,6 +516,37 @@ class RetireReport:
     column: U64  # [shards]
 
 
+# How it is learned what may be dropped for good (`p2p.collection`), since protocol version 2.
+
+
+@dataclass(frozen=True, slots=True)
+class StableAsk:
+    """Report how far you have everything: some holder keeps tombstones."""
+
+    keyspace: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StableReport:
+    """So far the sender's life has everything of each writer that it knows of, in all shards."""
+
+    keyspace: int
+    waiting: bool  # it keeps rows that might be dropped
+    writers: NDArray[np.uint16]  # [w], ascending
+    reached: U64  # [w]; 0: nothing yet
+    boots: U64  # [b]: lives of holders that the sender knows of, away ones included
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stable:
+    """Every member that is not expelled has everything of each writer up to here; writers that somebody knows of are named."""
+
+    keyspace: int
+    writers: NDArray[np.uint16]  # [w], ascending; none while somebody has not reported
+    reached: U64  # [w]
+    held_up_by: tuple[str, ...]  # who has not
+
+
 Message = (
     Hello
     | Refusal
@@ -523,6 +571,9 @@ Message = (
     | Retirements
     | RetireReport
     | Adopt
+    | StableAsk
+    | StableReport
+    | Stable
 )
 
 

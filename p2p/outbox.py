@@ -6,7 +6,9 @@ which is harmless, and none that the vector covers can be missing (theorem T5 ha
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum
 
 import numpy as np
 
@@ -26,6 +28,18 @@ CHUNKS_PER_EVENT = 2
 STREAMS_MAX = 64
 
 
+class Completion(Enum):
+    """Whether a stream whose last row was read may claim."""
+
+    CLAIM = 0
+    GO_ON = 1  # some shards began anew
+    GIVE_UP = 2  # it cannot be completed here; the asker asks somebody else
+
+
+def _no_shards() -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+    return np.empty(0, np.uint32)
+
+
 @dataclass(slots=True, eq=False)
 class PullStream:
     """The answer to one pull, as far as it was sent."""
@@ -42,6 +56,11 @@ class PullStream:
     versions: U64 | None = None  # and theirs
     next_chunk: int = 0
     row_offset: int = 0  # into the first selection
+    whole: np.ndarray[tuple[int], np.dtype[np.uint32]] = field(default_factory=_no_shards)  # of which all rows are sent (R5)
+    whole_next: np.ndarray[tuple[int], np.dtype[np.uint32]] = field(default_factory=_no_shards)  # of these, not announced yet
+    # Called when the last row is read: may add to all this where the asker fell below the loss floor meanwhile (`p2p.whole`).
+    recheck: Callable[["PullStream"], Completion] | None = None
+    floor: Callable[["PullStream"], m.Floor | None] | None = None  # of the shards that were sent whole, when it ends
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +93,10 @@ class Outbox:
             stream = next(iter(self.streams.values()))
             keyspace = core.keyspaces[stream.keyspace]
             chunk = next_chunk(stream, keyspace)
+            if chunk is None:
+                del self.streams[stream.keyspace]
+                core.counters.pulls_refused += 1
+                continue
             core.emit(m.Send(link.address, link.next_envelope(chunk.payload_bytes), chunk))
             link.traffic.rows_out += chunk.row_count
             link.traffic.bytes_out += chunk.payload_bytes
@@ -83,8 +106,8 @@ class Outbox:
                 del self.streams[stream.keyspace]
 
 
-def next_chunk(stream: PullStream, keyspace: Keyspace) -> m.PullReply | m.ShardsReply:
-    """Read the next rows of a stream into a chunk, and move past them."""
+def next_chunk(stream: PullStream, keyspace: Keyspace) -> m.PullReply | m.ShardsReply | None:
+    """Read the next rows of a stream into a chunk, and move past them; None when the stream cannot be completed."""
     columns: list[RowColumns] = []
     room = CHUNK_BYTES_MAX
     left_out = False
@@ -105,12 +128,16 @@ def next_chunk(stream: PullStream, keyspace: Keyspace) -> m.PullReply | m.Shards
         # makes the asker give it up and ask again.
         stream.selections.clear()
         stream.next_chunk += 1
+    elif not stream.selections and stream.recheck is not None and stream.recheck(stream) is Completion.GIVE_UP:
+        return None
     last = not stream.selections
     number = stream.next_chunk
     stream.next_chunk += 1
+    floor = stream.floor(stream) if last and stream.floor is not None else None
+    whole, stream.whole_next = stream.whole_next, _no_shards()
     if stream.shards is None or stream.versions is None:
-        return _of_pull(stream, number, last, tuple(columns), keyspace.knowledge.shards)
-    return _of_round(stream, number, last, tuple(columns), stream.shards, stream.versions)
+        return replace(_of_pull(stream, number, last, tuple(columns), keyspace.knowledge.shards), whole=whole, floor=floor)
+    return replace(_of_round(stream, number, last, tuple(columns), stream.shards, stream.versions), whole=whole, floor=floor)
 
 
 def _of_pull(stream: PullStream, number: int, last: bool, columns: tuple[RowColumns, ...], shards: int) -> m.PullReply:

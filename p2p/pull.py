@@ -15,7 +15,7 @@ Without push pulls are regular (`p2p.schedule`), and none of these counts but a 
 versions (`p2p.rounds`) would not see it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from p2p import messages as m
 from p2p import wire
 from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
-from p2p.intake import check_rows, check_writers, take_rows
+from p2p.intake import WholeArrivals, check_rows, check_writers, observe, take_rows
 from p2p.links import Link
 from p2p.outbox import STREAMS_MAX, Outbox
 from p2p.placement import may_hold
@@ -77,6 +77,7 @@ class _Asked:
     deadline_ms: int
     asked_ms: int
     repeats: int = 0
+    whole: WholeArrivals = field(default_factory=WholeArrivals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +196,20 @@ class Pull:
             return 0
         asked.next_chunk += 1
         asked.deadline_ms = now.monotonic_ms + PULL_SILENCE_MS
+        asked.whole.begin(keyspace, reply.whole)
         new = take_rows(core, keyspace, reply.columns)
-        if reply.last:
+        asked.whole.note(reply.columns)
+        if reply.last and not asked.whole.finish(core, keyspace, reply.floor, reply.writers, reply.vector):
+            self._abandon(reply.keyspace, "rows were dropped while shards came whole")
+        elif reply.last:
+            observe(core, reply.vector, reply.frontier)
             self._complete(keyspace, asked, reply, now)
         return new
+
+    def brings_whole(self, keyspace: int) -> bool:
+        """Whether some shards of a keyspace are coming whole: what is there must not go meanwhile."""
+        asked = self._asked.get(keyspace)
+        return (asked is not None and asked.whole.active) or self.rounds.brings_whole(keyspace)
 
     def _complete(self, keyspace: Keyspace, asked: _Asked, reply: m.PullReply, now: m.Now) -> None:
         base = np.zeros_like(reply.vector)
@@ -218,8 +229,11 @@ class Pull:
     def _check_reply(self, keyspace: Keyspace, reply: m.PullReply, now: m.Now) -> None:
         if reply.vector.shape[0] != keyspace.knowledge.shards:
             raise RemoteProtocolError(f"vector of {reply.vector.shape[0]} shards, expected {keyspace.knowledge.shards}")
-        check_rows(keyspace, reply.columns, (reply.vector, reply.frontier), now)
+        floor = () if reply.floor is None else (reply.floor.stamps,)
+        check_rows(keyspace, reply.columns, (reply.vector, reply.frontier, *floor), now)
         check_writers(keyspace, reply.writers)
+        asked = self._asked[reply.keyspace]
+        asked.whole.check(keyspace.knowledge.shards, reply.whole, reply.last, reply.floor)
 
     def _abandon(self, keyspace: int, why: str) -> None:
         asked = self._asked.pop(keyspace, None)
@@ -288,6 +302,8 @@ class Pull:
             self._note_caught_up(keyspace, now)
         if summary.vector_digest == own[0]:
             _learn_frontier(keyspace, summary, now)
+            # What we write from now on is above what this peer has seen, so that nothing that it collects is above it (R5).
+            core.clock.observe(max((int(keyspace.knowledge.frontier[writer]) for writer, _ in summary.frontier), default=0))
         if not keyspace.synced:
             if not equal or not core.options.sync.push:  # without push no batch will move the frontier
                 self.ask(keyspace, link, now, "joining")

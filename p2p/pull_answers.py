@@ -4,6 +4,8 @@ Why that is enough, and when a pull is due: `p2p.pull`. Answers are bounded by c
 """
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,14 +15,19 @@ from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
 from p2p.intake import bindings_of
 from p2p.links import Link
-from p2p.outbox import STREAMS_MAX, Outbox, PullStream
-from p2p.replica import U64
+from p2p.outbox import STREAMS_MAX, Completion, Outbox, PullStream
+from p2p.replica import U64, Selection
 from p2p.stamps import WRITERS_MAX
+from p2p.whole import begin_whole, below_floor, floor_of, known_elsewhere, may_answer
 
 # Who asks us for what we lack ourselves waits for so long, well below `PULL_SILENCE_MS`: an answer would be what came after the
 # gap, which it has as well, and not what is missing. Then it is answered all the same.
 HELD_MS_MAX = 1_000
 HELD_MAX = 256
+# Since when a reply can say that it brings shards whole; who cannot understand it is not answered where that is needed.
+WHOLE_SINCE = 2
+
+ABOVE_ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,27 +148,64 @@ class PullAnswers:
         # Read before the rows are selected: what is written meanwhile may be sent, and is not claimed.
         vector = np.ascontiguousarray(keyspace.knowledge.vector[:, writers])
         frontier = keyspace.knowledge.frontier[writers]
+        with self._base_of(keyspace, request) as base:
+            below = below_floor(keyspace, base)
+            if below.any() and (link.version < WHOLE_SINCE or not may_answer(keyspace, below)):
+                core.counters.pulls_refused += 1
+                return
+            base[below] = 0
+            selections = self._select(keyspace, base)
+        # The newest version of a row is of such a step: the asker has it, or one that is newer still (T1).
+        known = known_elsewhere(request.known, below)
+        if len(known.stamps):
+            selections = keyspace.replica.without(selections, known)
+        stream = PullStream(request.keyspace, request.request, writers, vector, frontier, deque(), *bindings_of(core, keyspace))
+        begin_whole(stream, below, selections)
+        stream.recheck = lambda stream: self._complete(keyspace, request, stream)
+        stream.floor = lambda stream: floor_of(keyspace, stream.whole)
+        outbox.streams.pop(request.keyspace, None)
+        outbox.streams[request.keyspace] = stream
+        begun[request.keyspace] = link.boot, request.request
+        core.counters.pulls_served += 1
+        core.counters.shards_sent_whole += int(below.sum())
+
+    @contextmanager
+    def _base_of(self, keyspace: Keyspace, request: m.PullRequest) -> Iterator[U64]:
+        """The asker's vector, uint64[shards, WRITERS_MAX], for a moment."""
         # One for all requests: a fresh one costs 6 us a shard, since 32 KiB of it are made and thrown away, 0.1 us of it used.
         base = self._bases.get(request.keyspace)
         if base is None:
             base = self._bases[request.keyspace] = np.zeros((request.shards, WRITERS_MAX), np.uint64)
         base[:, request.writers] = request.vector
         # Who agrees with us on what is retired leaves out what it has all of.
+        told, settled = set(request.writers.tolist()), keyspace.knowledge.settled
         reached = [writer for writer in settled if writer not in told]
         for writer in reached:
             base[:, writer] = settled[writer]
-        select = keyspace.replica.changed_since if core.options.sync.cache else keyspace.replica.scan_since
         try:
-            selections = select(base)
+            yield base
         finally:
             base[:, request.writers] = 0
             base[:, reached] = 0
-        # The newest version of a row is of such a step: the asker has it, or one that is newer still (T1).
-        if len(request.known.stamps):
-            selections = keyspace.replica.without(selections, request.known)
-        outbox.streams.pop(request.keyspace, None)
-        outbox.streams[request.keyspace] = PullStream(
-            request.keyspace, request.request, writers, vector, frontier, deque(selections), *bindings_of(core, keyspace)
-        )
-        begun[request.keyspace] = link.boot, request.request
-        core.counters.pulls_served += 1
+
+    def _select(self, keyspace: Keyspace, base: U64) -> list[Selection]:
+        cached = self._core.options.sync.cache
+        return keyspace.replica.changed_since(base) if cached else keyspace.replica.scan_since(base)
+
+    def _complete(self, keyspace: Keyspace, request: m.PullRequest, stream: PullStream) -> Completion:
+        """All rows of a stream are read: it may claim where the asker is not below the floor as it is now."""
+        with self._base_of(keyspace, request) as base:
+            below = below_floor(keyspace, base)
+            below[stream.whole] = False
+            if not below.any():
+                return Completion.CLAIM
+            if not may_answer(keyspace, below):
+                return Completion.GIVE_UP
+            base[~below] = ABOVE_ALL
+            base[below] = 0
+            try:
+                begin_whole(stream, below, self._select(keyspace, base))
+            finally:
+                base[...] = 0
+        self._core.counters.shards_sent_whole += int(below.sum())
+        return Completion.GO_ON

@@ -314,6 +314,7 @@ class Push:
         if applied is not None:
             core.counters.rows_written += applied.written
             core.counters.rows_stale += applied.stale
+            core.counters.rows_ghosts += applied.ghosts
             self._note_applied(batch, applied.written)
 
     def _note_applied(self, batch: m.Batch, written: int) -> None:

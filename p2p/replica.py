@@ -48,6 +48,7 @@ class Applied:
     written: int = 0  # the row's version advanced, new rows included
     inserted: int = 0  # of those, rows whose key was absent
     stale: int = 0  # an equal or newer version was there already: nothing changed
+    ghosts: int = 0  # the key is absent and the vector covers the stamp: a tombstone of it was collected (T6), nothing changed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,6 +108,31 @@ class SchemaEntry:
     since: int = field(default=FIRST_VERSION, compare=False)
 
 
+class Arrivals(Protocol):
+    """What an answer has brought of shards that are sent whole (R5); it is told of each chunk, and drops what did not come."""
+
+    def begin(self, shards: NDArray[np.uint32]) -> None:
+        """From now on these shards come whole, too."""
+
+    def note(self, columns: Sequence[RowColumns]) -> None:
+        """These rows came and are applied."""
+
+    def drop_absent(self, writers: NDArray[np.uint16], vector: U64) -> int | None:
+        """Drop the rows of the whole shards that the answerer's vector, uint64[shards, w], covers and that did not come.
+
+        Returns:
+            How many; None when that cannot be told, since other rows were dropped meanwhile. Then nothing is.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What one `Replica.collect` did."""
+
+    rows: int
+    done: bool  # the last table was looked at to its end; the next call begins anew
+
+
 class Replica(Protocol):
     """The rows and the knowledge of one keyspace on this node."""
 
@@ -145,6 +171,42 @@ class Replica(Protocol):
 
     def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:
         """Record a local step as pending (its stamp and touched shards) before any of its rows is applied (R4)."""
+
+    @property
+    def loss_floor(self) -> U64:
+        """Live uint64[shards, WRITERS_MAX]: L of protocol.md, the largest stamp of a row that was dropped for good (R5).
+
+        Only the columns of `floor_writers` are worth a look.
+        """
+
+    @property
+    def floor_writers(self) -> NDArray[np.uint16]:
+        """uint16[f], ascending: whose column of the loss floor is not empty."""
+
+    @property
+    def incomplete(self) -> NDArray[np.bool_]:
+        """bool[shards]: live rows were dropped there, too (R11)."""
+
+    @property
+    def collectable(self) -> int:
+        """Tombstones of the family held here, and rows that may have expired; 0: `collect` has nothing to look for."""
+
+    def collect(self, until: U64, unix_ms: int, rows_max: int) -> Collected:
+        """Drop some tombstones and expired rows, after their stamps were merged into the loss floor.
+
+        A bounded amount of work; the next call goes on where this one ended.
+
+        Args:
+            until: uint64[WRITERS_MAX]; only rows of a writer w with a stamp of at most `until[w]`: these are stable.
+            unix_ms: now, for what expires.
+            rows_max: to be dropped at most.
+        """
+
+    def merge_floor(self, shards: NDArray[np.uint32], writers: NDArray[np.uint16], floor: U64) -> None:
+        """Take over what somebody dropped: uint64[k, f] of these shards and writers."""
+
+    def arrivals(self) -> Arrivals:
+        """For an answer that brings shards whole."""
 
     def shards_of(self, keys: U64) -> NDArray[np.int64]:
         """int64[n]: the shard of each key of this keyspace, a function of the key alone."""

@@ -356,6 +356,7 @@ class Retirement:
         for absent in self._absence.on_beat(now):
             if self._has_room(absent):
                 self._expel(absent, now, f"absent for {self._core.options.expel_after_ms // 1000} s")
+        self._retire_former(now)
         open_ = [retired for retired in self._core.record.retired.values() if retired.stage != DONE]
         if not open_ or now.monotonic_ms < self._report_ms:
             return
@@ -369,6 +370,25 @@ class Retirement:
                 self._advance(keyspace, retired, now)
             elif (link := self._core.link(coordinator)) is not None:
                 self._report(keyspace, retired, link, now)
+
+    def _retire_former(self, now: m.Now) -> None:
+        """Writers of ours that were lost with our memory write no more, and nothing may wait for them (R4, R5)."""
+        core, record = self._core, self._core.record
+        if not record.own or core.membership.protocol_min_known() < 2:
+            return
+        for (family, writer), nonce in list(record.own.items()):
+            keyspaces = core.families.get(family)
+            if keyspaces is None or not all(keyspace.synced for keyspace in keyspaces):
+                continue
+            identity = keyspaces[0].replica.writer
+            # Only once it has a successor: until then we may not even know that we have lost anything.
+            if identity is None or identity.nonce == nonce:
+                continue
+            del record.own[family, writer]
+            record.note_change()
+            if not core.writers.is_retired(family, writer, nonce) and core.writers.nonce_of(family, writer) == nonce:
+                core.note("former_writer_retired", keyspace=family, writer=writer)
+                self.learn(m.Retirements((), (m.Retired(family, family, writer, nonce, FROZEN),)), None, now)
 
     def _coordinator(self, keyspace: Keyspace, now: m.Now) -> m.NodeId | None:
         """The first living holder by name; None when it is us."""

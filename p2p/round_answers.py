@@ -15,10 +15,11 @@ from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
 from p2p.intake import bindings_of
 from p2p.links import Link
-from p2p.outbox import STREAMS_MAX, Outbox, PullStream
+from p2p.outbox import STREAMS_MAX, Completion, Outbox, PullStream
 from p2p.replica import U64, Selection
 from p2p.shard_versions import OwnVersions
 from p2p.stamps import WRITERS_MAX
+from p2p.whole import Mask, begin_whole, below_floor, floor_of, may_answer
 
 # Questions that wait at a time, of all keyspaces; those beyond are answered at once, with nothing.
 HELD_MAX = 4_096
@@ -143,26 +144,57 @@ class RoundAnswers:
         told, settled = set(wanted.writers.tolist()), keyspace.knowledge.settled
         writers = np.union1d(keyspace.knowledge.writers, [w for w in settled if w in told]).astype(np.uint16)
         vectors = np.ascontiguousarray(keyspace.knowledge.vector[np.ix_(wanted.shards, writers)])
-        selections = deque(self._select(keyspace, wanted))
+        below, selections = self._select(keyspace, wanted, np.zeros(shards, np.bool_))
+        if not may_answer(keyspace, below):
+            core.counters.pulls_refused += 1
+            return
         outbox.streams.pop(wanted.keyspace, None)
         nothing = np.empty(0, np.uint64)
-        outbox.streams[wanted.keyspace] = PullStream(
+        stream = outbox.streams[wanted.keyspace] = PullStream(
             wanted.keyspace,
             wanted.request,
             writers,
             vectors,
             nothing,
-            selections,
+            deque(),
             *bindings_of(core, keyspace),
             wanted.shards,
             versions,
         )
+        begin_whole(stream, below, selections)
+        stream.recheck = lambda stream: self._complete(keyspace, wanted, stream)
+        stream.floor = lambda stream: floor_of(keyspace, stream.whole)
         core.counters.pulls_served += 1
+        core.counters.shards_sent_whole += int(below.sum())
 
-    def _select(self, keyspace: Keyspace, wanted: m.ShardsWanted) -> list[Selection]:
+    def _complete(self, keyspace: Keyspace, wanted: m.ShardsWanted, stream: PullStream) -> Completion:
+        """All rows of a stream are read: it may claim where the asker is not below the floor as it is now."""
+        sent = np.zeros(keyspace.knowledge.shards, np.bool_)
+        sent[stream.whole] = True
+        below, selections = self._select(keyspace, wanted, sent, only_below=True)
+        if not below.any():
+            return Completion.CLAIM
+        if not may_answer(keyspace, below):
+            return Completion.GIVE_UP
+        begin_whole(stream, below, selections)
+        self._core.counters.shards_sent_whole += int(below.sum())
+        return Completion.GO_ON
+
+    def _select(
+        self, keyspace: Keyspace, wanted: m.ShardsWanted, sent: Mask, only_below: bool = False
+    ) -> tuple[Mask, list[Selection]]:
         """Rows of the wanted shards above the asker's vectors: of the others we pretend that it has everything.
 
         Retired writers that it does not name it has all of, since we agree on what is retired (R13).
+
+        Args:
+            keyspace: of which.
+            wanted: the question.
+            sent: bool[shards]: which of them have come whole.
+            only_below: leave out what the asker can be told without.
+
+        Returns:
+            Which shards must come whole, besides those, since the asker is below our loss floor; and the rows.
         """
         settled = keyspace.knowledge.settled
         writers = np.union1d(keyspace.knowledge.writers, list(settled)).astype(np.uint16)
@@ -176,7 +208,13 @@ class RoundAnswers:
         base[np.ix_(wanted.shards, wanted.writers)] = wanted.vectors
         select = keyspace.replica.changed_since if self._core.options.sync.cache else keyspace.replica.scan_since
         try:
-            return select(base)
+            below = below_floor(keyspace, base) & ~sent
+            base[np.ix_(below, writers)] = 0
+            if only_below:
+                if not below.any():
+                    return below, []
+                base[np.ix_(~below, writers)] = _ABOVE_ALL
+            return below, select(base)
         finally:
             base[:, writers] = 0
             base[:, wanted.writers] = 0

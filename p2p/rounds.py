@@ -32,7 +32,7 @@ from p2p import messages as m
 from p2p import wire
 from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
-from p2p.intake import check_rows, check_writers, take_rows
+from p2p.intake import WholeArrivals, check_rows, check_writers, observe, take_rows
 from p2p.links import Link
 from p2p.replica import U64
 from p2p.shard_versions import Mask, OwnVersions, covers
@@ -95,6 +95,7 @@ class _Round:
     ahead_list: m.VersionList | None = None  # and its answer
     listed: bool = False  # message 2 came
     next_chunk: int = 0
+    whole: WholeArrivals = field(default_factory=WholeArrivals)
 
     @property
     def asked(self) -> NDArray[np.uint32]:
@@ -265,8 +266,10 @@ class Rounds:
         try:
             if not np.array_equal(reply.shards, found.question.shards if reply.last else _NO_SHARDS):
                 raise RemoteProtocolError("an answer for other shards than were asked for")
-            check_rows(keyspace, reply.columns, (reply.vectors,), now)
+            floor = () if reply.floor is None else (reply.floor.stamps,)
+            check_rows(keyspace, reply.columns, (reply.vectors, *floor), now)
             check_writers(keyspace, reply.writers)
+            found.whole.check(keyspace.knowledge.shards, reply.whole, reply.last, reply.floor)
         except RemoteProtocolError:
             self._abandon(place, "a chunk was refused")
             raise
@@ -275,10 +278,24 @@ class Rounds:
             return
         found.next_chunk += 1
         found.deadline_ms = now.monotonic_ms + ROUND_SILENCE_MS
+        found.whole.begin(keyspace, reply.whole)
         take_rows(self._core, keyspace, reply.columns)
-        if reply.last:
-            self._merge(place, keyspace, found.question, reply)
-            self._finish(place, keyspace, now)
+        found.whole.note(reply.columns)
+        if not reply.last:
+            return
+        every = np.zeros((keyspace.knowledge.shards, len(reply.writers)), np.uint64)
+        if found.whole.active:
+            every[reply.shards] = reply.vectors
+        if not found.whole.finish(self._core, keyspace, reply.floor, reply.writers, every):
+            self._abandon(place, "rows were dropped while shards came whole")
+            return
+        observe(self._core, reply.vectors)
+        self._merge(place, keyspace, found.question, reply)
+        self._finish(place, keyspace, now)
+
+    def brings_whole(self, keyspace: int) -> bool:
+        """Whether some shards of a keyspace are coming whole."""
+        return any(place[0] == keyspace and one.whole.active for place, one in self._rounds.items())
 
     def _merge(self, place: Place, keyspace: Keyspace, asked: m.ShardsWanted, reply: m.ShardsReply) -> None:
         """All rows of the answer are applied."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from p2p import groups, links, membership, push, reach, retirement, round_answers, wire
 from p2p import messages as m
 from p2p.adoption import ENTRIES_MAX
+from p2p.collection import Collection
 from p2p.core import Core, Keyspace
 from p2p.knowledge import OPEN_STEPS_MAX
 from p2p.outbox import STREAMS_MAX
@@ -51,6 +52,9 @@ class KeyspaceStatus:
     steps_dropped: int
     pulling_from: str
     writers: tuple[m.WriterRecord, ...]
+    collectable: int  # tombstones of its model, and rows of tables with a ttl
+    collection_held_up_by: tuple[str, ...]  # members that have not said that they know of what was deleted
+    held_up_ms: int  # for how long
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +85,18 @@ class NodeStatus:
 
 
 def of_node(
-    core: Core, pushing: Push, pulling: Pull, reaching: Reach, introduced: bool, ids_wanted: str, now: m.Now
+    core: Core,
+    pushing: Push,
+    pulling: Pull,
+    reaching: Reach,
+    collecting: Collection,
+    introduced: bool,
+    ids_wanted: str,
+    now: m.Now,
 ) -> NodeStatus:
     """The whole node; `introduced` tells whether somebody of the cluster has answered it."""
     holding = {holder.node for holder in core.membership.holders(now.monotonic_ms)}
-    keyspaces = tuple(_of_keyspace(core, pulling, keyspace, now) for keyspace in core.keyspaces.values())
+    keyspaces = tuple(_of_keyspace(core, pulling, collecting, keyspace, now) for keyspace in core.keyspaces.values())
     return NodeStatus(
         core.options.node,
         core.options.region,
@@ -95,7 +106,7 @@ def of_node(
         (introduced or core.first) and all(keyspace.synced for keyspace in keyspaces),
         tuple(_of_peer(core, pulling, node, holding, now) for node in sorted(core.membership.members)),
         keyspaces,
-        _of_queues(core, pushing, pulling, reaching),
+        _of_queues(core, pushing, pulling, reaching, collecting),
         core.options.protocol_version,
         len(core.writers.blocks),
         ids_wanted,
@@ -116,8 +127,9 @@ def _live_writers(core: Core, keyspace: Keyspace, own: m.MemberRecord, now: m.No
     return (*ours, *core.membership.live_writers(now.monotonic_ms, place))
 
 
-def _of_keyspace(core: Core, pulling: Pull, keyspace: Keyspace, now: m.Now) -> KeyspaceStatus:
+def _of_keyspace(core: Core, pulling: Pull, collecting: Collection, keyspace: Keyspace, now: m.Now) -> KeyspaceStatus:
     number = keyspace.replica.keyspace
+    held_up = collecting.held_up(number)
     return KeyspaceStatus(
         number,
         keyspace.synced,
@@ -126,6 +138,9 @@ def _of_keyspace(core: Core, pulling: Pull, keyspace: Keyspace, now: m.Now) -> K
         keyspace.knowledge.dropped,
         pulling.asking.get(number, ""),
         _live_writers(core, keyspace, core.own_record(), now),
+        keyspace.replica.collectable,
+        () if held_up is None else held_up.nodes,
+        0 if held_up is None else now.monotonic_ms - held_up.since_ms,
     )
 
 
@@ -155,7 +170,7 @@ def _of_peer(core: Core, pulling: Pull, node: str, holding: set[str], now: m.Now
     )
 
 
-def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach) -> tuple[QueueStatus, ...]:
+def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach, collecting: Collection) -> tuple[QueueStatus, ...]:
     open_steps = max((keyspace.knowledge.open_steps for keyspace in core.keyspaces.values()), default=0)
     in_flight = max((link.bytes_in_flight for link in core.links.values()), default=0)
     messages = max((link.messages_in_flight for link in core.links.values()), default=0)
@@ -185,5 +200,6 @@ def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach) -> tup
         QueueStatus("expelled", len(core.record.expelled), retirement.EXPELLED_MAX),
         QueueStatus("retired_writers", len(core.record.retired), retirement.RETIRED_MAX),
         QueueStatus("retired_floor_bytes", retirement.floor_bytes(core), retirement.FLOOR_BYTES_MAX),
+        QueueStatus("stable_reports", collecting.reports, membership.MEMBERS_MAX),
         QueueStatus("members", len(core.membership.members), membership.MEMBERS_MAX),
     )

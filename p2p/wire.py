@@ -66,6 +66,8 @@ KNOWN_BYTES_MAX: Final = 65_536
 TIME_BITS: Final = 48
 SUMMARIES_MAX: Final = 4_096
 HOPS_MAX: Final = 255
+# Nodes that hold collection up, by name; a person needs the first few.
+HELD_UP_MAX: Final = 16
 # A frame costs 3 to 5 us at each end, whatever is in it, so columns smaller than this share one. Larger ones ZeroMQ hands on
 # uncopied, which is worth a frame.
 PACK_BYTES_MAX: Final = 16_384
@@ -87,6 +89,7 @@ _CODEC_OF_SCHEMA: Final = 0
 
 _NO_NONCES: Final = np.empty(0, np.uint64)
 _NO_WRITERS: Final = np.empty(0, np.uint16)
+_NO_SHARDS: Final = np.empty(0, np.uint32)
 
 T = TypeVar("T")
 Packed = tuple[list[Any], list[NDArray[Any]]]  # header and columns
@@ -879,16 +882,41 @@ def _pack_reply(reply: m.PullReply, version: int) -> Packed:
     shards = reply.vector.shape[0]
     header: Header = [reply.keyspace, reply.request, reply.chunk, reply.last, shards, len(reply.writers), sections]
     bindings: list[NDArray[Any]] = [reply.bound, reply.nonces] if version >= 2 else []
-    return [*header, len(reply.bound)], [reply.writers, np.ascontiguousarray(reply.vector), reply.frontier, *arrays, *bindings]
+    sizes, whole = _pack_whole(reply)
+    columns: list[NDArray[Any]] = [reply.writers, np.ascontiguousarray(reply.vector), reply.frontier, *arrays, *bindings]
+    return [*header, len(reply.bound), sizes], columns + (whole if version >= 2 else [])
+
+
+def _pack_whole(reply: m.PullReply | m.ShardsReply) -> Packed:
+    """Of shards that come whole: how many of them, and in the floor; and the columns."""
+    if not len(reply.whole) and reply.floor is None:
+        return [], []
+    floor = reply.floor
+    if floor is None:
+        return [len(reply.whole)], [reply.whole]
+    sizes = [len(reply.whole), len(floor.shards), len(floor.writers)]
+    return sizes, [reply.whole, floor.shards, floor.writers, np.ascontiguousarray(floor.stamps)]
+
+
+def _take_whole(sizes: Any, columns: _Columns) -> tuple[NDArray[np.uint32], m.Floor | None]:
+    if not isinstance(sizes, list) or len(sizes) not in (0, 1, 3):
+        raise RemoteProtocolError(f"sizes of whole shards: {sizes!r}"[:200])
+    if not sizes:  # as a rule, and in version 1
+        return _NO_SHARDS, None
+    whole = _take_shards(columns, sizes[0])
+    if len(sizes) < 3:
+        return whole, None
+    shards, writers = _take_shards(columns, sizes[1]), _take_writers(columns, sizes[2])
+    return whole, m.Floor(shards, writers, _take_stamps(columns, len(shards), writers))
 
 
 def _reply(header: Header, columns: _Columns) -> m.PullReply:
-    keyspace, request, chunk, last, shards, writers, sections, bound = header
+    keyspace, request, chunk, last, shards, writers, sections, bound, sizes = header
     ids, vector, frontier = _take_vector(columns, shards, writers)
     rows = _sections(sections, columns, with_stamps=True)
     who, nonces = (_NO_WRITERS, _NO_NONCES) if bound is None else _take_bindings(columns, bound)
     reply = _uint(keyspace, 32), _uint(request), _uint(chunk, 32), _flag(last)
-    return m.PullReply(*reply, rows, ids, vector, frontier, who, nonces)
+    return m.PullReply(*reply, rows, ids, vector, frontier, who, nonces, *_take_whole(sizes, columns))
 
 
 def _take_bindings(columns: _Columns, count: object) -> tuple[NDArray[np.uint16], U64]:
@@ -1027,19 +1055,21 @@ def _pack_shards_reply(reply: m.ShardsReply, _version: int) -> Packed:
         sections,
         len(reply.bound),
     ]
+    sizes, whole = _pack_whole(reply)
     staged: list[NDArray[Any]] = [reply.shards, reply.versions, reply.writers, np.ascontiguousarray(reply.vectors)]
-    return header, [*staged, *arrays, reply.bound, reply.nonces]
+    return [*header, sizes], [*staged, *arrays, reply.bound, reply.nonces, *whole]
 
 
 def _shards_reply(header: Header, columns: _Columns) -> m.ShardsReply:
-    keyspace, request, chunk, last, count, writers, sections, bound = header
+    keyspace, request, chunk, last, count, writers, sections, bound, sizes = header
     shards = _take_shards(columns, count)
     versions = _take_versions(columns, len(shards))
     ids = _take_writers(columns, writers)
     vectors = _take_stamps(columns, len(shards), ids)
     rows = _sections(sections, columns, with_stamps=True)
     reply = _uint(keyspace, 32), _uint(request), _uint(chunk, 32), _flag(last)
-    return m.ShardsReply(*reply, rows, shards, versions, ids, vectors, *_take_bindings(columns, bound))
+    who, nonces = _take_bindings(columns, bound)
+    return m.ShardsReply(*reply, rows, shards, versions, ids, vectors, who, nonces, *_take_whole(sizes, columns))
 
 
 def _pack_retirements(told: m.Retirements, _version: int) -> Packed:
@@ -1096,6 +1126,36 @@ def _adopt(header: Header, _columns: _Columns) -> m.Adopt:
     return m.Adopt(_uint(keyspace, 32), tree, _items(children, TREE_ARITY, _text))
 
 
+def _stable_ask(header: Header, _columns: _Columns) -> m.StableAsk:
+    (keyspace,) = header
+    return m.StableAsk(_uint(keyspace, 32))
+
+
+def _pack_stable_report(report: m.StableReport, _version: int) -> Packed:
+    header: Header = [report.keyspace, report.waiting, len(report.writers), len(report.boots)]
+    return header, [report.writers, report.reached, report.boots]
+
+
+def _stable_report(header: Header, columns: _Columns) -> m.StableReport:
+    keyspace, waiting, writers, boots = header
+    ids = _take_writers(columns, writers)
+    reached = _take_stamps(columns, 1, ids)[0]
+    if _uint(boots, 32) > MEMBERS_MAX:
+        raise RemoteProtocolError(f"{boots} lives, limit {MEMBERS_MAX}")
+    return m.StableReport(_uint(keyspace, 32), _flag(waiting), ids, reached, columns.take(_UINT64, boots))
+
+
+def _pack_stable(told: m.Stable, _version: int) -> Packed:
+    return [told.keyspace, len(told.writers), list(told.held_up_by)], [told.writers, told.reached]
+
+
+def _stable(header: Header, columns: _Columns) -> m.Stable:
+    keyspace, writers, held_up_by = header
+    ids = _take_writers(columns, writers)
+    reached = _take_stamps(columns, 1, ids)[0]
+    return m.Stable(_uint(keyspace, 32), ids, reached, _items(held_up_by, HELD_UP_MAX, _text))
+
+
 # Which kinds there are and since when: a message's number on the wire is its place here, from 1; new ones go to the end.
 _KINDS: Final = (
     _Kind(m.Hello, _pack_hello, _hello),
@@ -1105,7 +1165,7 @@ _KINDS: Final = (
     _Kind(m.Leave, _pack_leave, _leave, added=((2, 0),)),
     _Kind(m.Batch, _pack_batch, _batch, added=((GROUPS_SINCE, 0),), changed=(PACKED_SINCE,)),
     _Kind(m.PullRequest, _pack_pull, _pull, added=((2, None), (2, 0), (2, None))),
-    _Kind(m.PullReply, _pack_reply, _reply, added=((2, None),)),
+    _Kind(m.PullReply, _pack_reply, _reply, added=((2, None), (2, []))),
     _Kind(m.Ack, _pack_ack, _ack),
     _Kind(m.SessionBroken, _pack_broken, _broken),
     _Kind(m.ReachQuery, _pack_query, _query),
@@ -1121,6 +1181,9 @@ _KINDS: Final = (
     _Kind(m.Retirements, _pack_retirements, _retirements, since=2),
     _Kind(m.RetireReport, _pack_retire_report, _retire_report, since=2),
     _Kind(m.Adopt, _pack_adopt, _adopt, since=2),
+    _Kind(m.StableAsk, lambda ask, _version: ([ask.keyspace], []), _stable_ask, since=2),
+    _Kind(m.StableReport, _pack_stable_report, _stable_report, since=2),
+    _Kind(m.Stable, _pack_stable, _stable, since=2),
 )
 _LARGE_HEADERS: Final = (m.Hello, m.SchemaUpdate, m.Heartbeat, m.MemberNews)
 _NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(_KINDS, start=1)}

@@ -186,7 +186,7 @@ class WriterBook:
         """
         writer = self._next_id(keyspace, list(seen))
         nonce = self._rng.getrandbits(64) | 1
-        self._record.bindings[keyspace, writer] = nonce
+        self._record.bindings[keyspace, writer] = self._record.own[keyspace, writer] = nonce
         if not self.cluster:
             assert not self.founded, "somebody founded a cluster without a nonce"
             self._record.cluster = self._rng.getrandbits(64) | 1  # one of version 1

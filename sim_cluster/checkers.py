@@ -49,7 +49,9 @@ class _Held:
     stamps: U64  # [keys]
     live: NDArray[np.bool_]  # [keys]
     values: NDArray[np.float32]  # [keys], the row's first number
-    unknown: I64  # [partitions]: rows that nobody acknowledged: a step whose publisher died may leave some
+    unknown: I64  # [partitions]: live rows that nobody acknowledged: a step whose publisher died may leave some
+    gone: U64 = field(default_factory=lambda: np.empty(0, np.uint64))  # [keys]: a tombstone up to here may have been collected
+    high: U64 = field(default_factory=lambda: np.empty(0, np.uint64))  # [keys]: the newest version ever held
     even: bool = True  # every row is one number, repeated, as publishers of the simulator write them
     misplaced: int = 0  # rows of partitions that the node does not hold
 
@@ -66,6 +68,7 @@ class _Table:
     stamps: list[int] = field(default_factory=list)
     deleted: list[bool] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
+    tombstones: dict[tuple[int, int], None] = field(default_factory=dict)  # (key number, stamp): seen, acknowledged or not
 
     def add(self, write: Write) -> None:
         """One more acknowledged write."""
@@ -234,8 +237,11 @@ class Watch:
             held = self._read_node(node, model, name)
             self._held[node.name, model, name] = (node.losses, held)
             if before is not None and before[0] == node.losses:
-                old = before[1].stamps
-                sunk = np.flatnonzero(held.stamps[: len(old)] < old)
+                old = before[1].high
+                held.high[: len(old)] = np.maximum(held.high[: len(old)], old)
+                now = held.stamps[: len(old)]
+                # A tombstone may be collected (R5); nothing older may be there afterwards (invariant 8).
+                sunk = np.flatnonzero((now < old) & ~((now == 0) & (held.gone[: len(old)] >= old)))
                 if len(sunk):
                     key = self._tables[model, name].keys[sunk[0]]
                     return f"{node.name}: {name} {key} went from stamp {old[sunk[0]]} to {held.stamps[sunk[0]]}"
@@ -267,7 +273,9 @@ class Watch:
         writers = (columns.stamps & np.uint64(WRITER_MASK)).astype(np.int64)
         frontiers = replica.frontiers[columns.shards % replica.spec.partitions, writers]
         known = np.maximum(replica.vector[columns.shards, writers], frontiers)
-        wrong = np.flatnonzero((known >= columns.stamps) & (held.stamps[columns.which] < columns.stamps))
+        here = held.stamps[columns.which]
+        lacking = (known >= columns.stamps) & (here < columns.stamps)
+        wrong = np.flatnonzero(lacking & ~((here == 0) & (held.gone[columns.which] >= columns.stamps)))
         if not len(wrong):
             return ""
         number = int(columns.which[wrong[0]])
@@ -315,9 +323,28 @@ class Watch:
             held.values[numbers[: len(values)][alive]] = values[alive, 0]
             held.even = bool((values == values[:, :1]).all())
             belongs = replica.partition_of(rows.keys)
-            unknown += np.bincount(belongs[~known], minlength=len(unknown))
+            live = len(values)
+            unknown += np.bincount(belongs[:live][~known[:live]], minlength=len(unknown))
             held.misplaced += int((~np.isin(belongs, replica.hold)).sum())
+            dead = numbers[len(values) :][known[len(values) :]]
+            for number, stamp in zip(dead.tolist(), held.stamps[dead].tolist(), strict=True):
+                table.tombstones[number, stamp] = None
+        held.gone, held.high = self._gone(node, (model, name)), held.stamps.copy()
         return held
+
+    def _gone(self, node: VirtualNode, place: tuple[str, str]) -> U64:
+        """uint64[keys]: the newest tombstone of each key that the node's vector or frontier covers, so that it may be gone."""
+        columns, table, replica = self._columns_of(place), self._tables[place], node.store.models[place[0]]
+        seen = np.array(list(table.tombstones), np.uint64).reshape(-1, 2)
+        numbers = np.concatenate([columns.which[columns.deleted], seen[:, 0].astype(np.int64)])
+        stamps = np.concatenate([columns.stamps[columns.deleted], seen[:, 1]])
+        shards = replica.shards_of(np.array(table.keys, np.uint64)[numbers])
+        writers = (stamps & np.uint64(WRITER_MASK)).astype(np.int64)
+        frontiers = replica.frontiers[shards % replica.spec.partitions, writers]
+        covered = np.maximum(replica.vector[shards, writers], frontiers) >= stamps
+        gone = np.zeros(len(table.keys), np.uint64)
+        np.maximum.at(gone, numbers[covered], stamps[covered])
+        return gone
 
     def missed(self) -> int:
         """Rows that live nodes lack in their newest acknowledged version, over all nodes."""
@@ -331,7 +358,9 @@ class Watch:
         columns = self._columns_of(place)
         here = np.isin(columns.partitions, node.store.models[place[0]].hold)
         numbers = np.flatnonzero((columns.newest >= 0) & here)
-        behind: I64 = numbers[held.stamps[numbers] < columns.stamps[columns.newest[numbers]]]
+        newest = columns.stamps[columns.newest[numbers]]
+        here_ = held.stamps[numbers]
+        behind: I64 = numbers[(here_ < newest) & ~((here_ == 0) & (held.gone[numbers] >= newest))]
         return behind
 
     def _behind(self, node: VirtualNode, place: tuple[str, str], held: _Held) -> str:
@@ -352,9 +381,12 @@ def _nothing(shards: int) -> U64:
 
 def _different(node: str, first: str, other: _Held, held: _Held, keys: NDArray[np.bool_], partition: int) -> str:
     """What two nodes hold of one partition; `keys` says which ones are of it."""
-    for what, ours, theirs in (("stamp", held.stamps, other.stamps), ("life", held.live, other.live)):
-        if not np.array_equal(ours[keys], theirs[keys]):
-            return f"{node} and {first} differ in {what} of a row"
+    if not np.array_equal(held.live[keys], other.live[keys]):
+        return f"{node} and {first} differ in life of a row"
+    # A tombstone may have been collected by one of them.
+    both = keys & (held.stamps != 0) & (other.stamps != 0)
+    if not np.array_equal(held.stamps[both], other.stamps[both]):
+        return f"{node} and {first} differ in stamp of a row"
     if not np.array_equal(held.values[keys], other.values[keys]) or held.unknown[partition] != other.unknown[partition]:
         return f"{node} and {first} hold different rows"
     return ""
@@ -369,10 +401,24 @@ def check_knowledge(cluster: VirtualCluster, node: VirtualNode) -> str:
         shard = int(replica.shards_of(np.array([write.key], np.uint64))[0])
         writer = write.stamp & WRITER_MASK
         known = max(int(replica.vector[shard, writer]), int(replica.frontiers[shard % replica.spec.partitions, writer]))
-        stamp = held[model].get((cluster.models[model].tables[write.table].id, write.key), (0, b""))[0]
-        if known >= write.stamp > stamp:
+        key = (cluster.models[model].tables[write.table].id, write.key)
+        stamp = held[model].get(key, (0, b""))[0]
+        if known >= write.stamp > stamp and not (stamp == 0 and _is_gone(cluster, replica, key, write.stamp, model)):
             return f"{node.name} claims {write} but holds stamp {stamp}"
     return ""
+
+
+def _is_gone(cluster: VirtualCluster, replica: ModelStore, key: tuple[int, int], stamp: int, model: str) -> bool:
+    """Whether a tombstone at or above this version is covered, so that it may have been collected (R5)."""
+    table = next(name for name, spec in cluster.models[model].tables.items() if spec.id == key[0])
+    shard = int(replica.shards_of(np.array([key[1]], np.uint64))[0])
+    for write in cluster.history:
+        if (write.table, write.key, write.deleted) == (table, key[1], True) and write.stamp >= stamp:
+            writer = write.stamp & WRITER_MASK
+            frontier = replica.frontiers[shard % replica.spec.partitions, writer]
+            if (write.model or cluster.model.name) == model and max(replica.vector[shard, writer], frontier) >= write.stamp:
+                return True
+    return False
 
 
 def check_converged(cluster: VirtualCluster) -> str:
@@ -401,8 +447,10 @@ def _check_converged(cluster: VirtualCluster, model: ModelSpec) -> str:
         for partition in replica.hold:
             held = by_partition.get(partition, {})
             for key, stamp in due.get(partition, {}).items():
-                if held.get(key, (0, b""))[0] < stamp:
+                here = held.get(key, (0, b""))[0]
+                if here < stamp and not (here == 0 and _is_gone(cluster, replica, key, stamp, model.name)):
                     return f"{node.name} holds {held.get(key)} of {key}, newest is {stamp}"
+            held = {key: row for key, row in held.items() if row[1]}  # a tombstone may have been collected by one of them
             name, reference = references.setdefault(partition, (node.name, held))
             if held != reference:
                 different = sorted(set(held.items()) ^ set(reference.items()))[:2]

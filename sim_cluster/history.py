@@ -7,7 +7,7 @@ import numpy as np
 
 from ekko.model import ModelSpec
 from ekko.store import Store
-from p2p.stamps import WRITERS_MAX
+from p2p.stamps import WRITERS_MAX, writer_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +23,25 @@ class Write:
 
 
 def still_held(history: Sequence[Write], stores: Iterable[Store], models: Mapping[str, ModelSpec]) -> list[Write]:
-    """The writes of which some store holds the row, in that version or a newer one."""
+    """The writes of which some store holds the row, in that version or a newer one, or has collected a newer tombstone."""
+    stores = list(stores)
     held = [_stamps_held(store) for store in stores]
-    keys = ((write, (write.model, models[write.model].tables[write.table].id, write.key)) for write in history)
-    return [write for write, key in keys if any(one.get(key, 0) >= write.stamp for one in held)]
+    kept = []
+    for write in history:
+        key = (write.model, models[write.model].tables[write.table].id, write.key)
+        here = zip(stores, held, strict=True)
+        if any(one.get(key, 0) >= write.stamp or (key not in one and _covers(store, write)) for store, one in here):
+            kept.append(write)
+    return kept
+
+
+def _covers(store: Store, write: Write) -> bool:
+    """Whether a store that does not have the key knows of this version: then a tombstone of it was collected (T6)."""
+    replica = store.models.get(write.model)
+    if replica is None:
+        return False
+    shard = int(replica.shards_of(np.array([write.key], np.uint64))[0])
+    return int(replica.vector[shard, writer_of(write.stamp)]) >= write.stamp
 
 
 def _stamps_held(store: Store) -> dict[tuple[str, int, int], int]:

@@ -18,7 +18,7 @@ from ekko.codec import encode
 from ekko.model import ModelSpec, TableSpec
 from ekko.store import Store
 from p2p import messages as m
-from p2p.core import EXPEL_AFTER_MS
+from p2p.core import COLLECT_MS, EXPEL_AFTER_MS
 from p2p.errors import RemoteProtocolError
 from p2p.ledger import Ledger
 from p2p.machine import Machine, MachineOptions
@@ -100,6 +100,7 @@ class VirtualCluster:
         self._audit = Audit(self.nodes)
         self._requests = 0
         self._now = m.Now(0, EPOCH_MS + 1_000_000)
+        self.collect_ms = COLLECT_MS  # of nodes that are started from now on; so is
         self.expel_after_ms = EXPEL_AFTER_MS  # of nodes that are started from now on
 
     @property
@@ -164,9 +165,12 @@ class VirtualCluster:
         node.store = before.reopened().narrowed(node.hold) if keep_state else Store.anonymous()
         if not keep_state or any(model.hold != before.models[name].hold for name, model in node.store.models.items()):
             node.losses += 1
-            # What only this node held is gone; no protocol can promise it (R21: memory, not disk).
-            self.history = still_held(self.history, [other.store for other in self.nodes.values()], self.models)
+            self.forget_lost()
         self.boot(node)
+
+    def forget_lost(self) -> None:
+        """What only a node held that lost its memory is gone; no protocol can promise it (R21: memory, not disk)."""
+        self.history = still_held(self.history, [other.store for other in self.nodes.values()], self.models)
 
     def pause(self, name: str) -> None:
         """SIGSTOP: nothing happens on the node until `resume`; what comes for it is held back."""
@@ -199,6 +203,7 @@ class VirtualCluster:
             node.seeds,
             protocol_version=node.protocol_version,
             expel_after_ms=self.expel_after_ms,
+            collect_ms=self.collect_ms,
             sync=self.sync,
         )
         node.lives += 1

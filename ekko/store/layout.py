@@ -108,6 +108,7 @@ MODEL = Structure(
         Field("stamp_max", 256, 8, "no row of the model has a larger stamp"),
         Field("batch_epoch", 264, 8, "grows by 2 with each applied batch; odd while one is being applied (R19)"),
         Field("unsettled", 272, 8, "0: look-ups may be consistent; else bits that say why not (R19)"),
+        Field("floor_used", 320, 8, "1: something was dropped for good, and the loss floor may be looked at"),
         Field("pending_shards", PAGE_BYTES, SHARDS_MAX // 8, "bitmap of the shards that the pending step touches"),
         Field("undo", 4 * PAGE_BYTES, UNDO_RECORDS * UNDO_BYTES, "undo records (R23)"),
         Field("frontier", 144 * PAGE_BYTES, 8 * WRITERS_MAX, "uint64 per writer, in a model of one partition"),

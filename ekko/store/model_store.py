@@ -20,8 +20,10 @@ from ekko.errors import ModelError, StoreError
 from ekko.model import DENSE_SPEC, DENSE_TABLE, TableSpec, TensorSpec, table_id
 from ekko.store import capacity, layout
 from ekko.store.batches import BatchMarks
+from ekko.store.collecting import Sweep, WholeShards
+from ekko.store.floor import LossFloor
 from ekko.store.hot import Heat
-from ekko.store.kernels import claims, index, rows
+from ekko.store.kernels import claims, collect, index, rows
 from ekko.store.kernels.atomics import publish_word
 from ekko.store.kernels.ring import ABOVE_ALL
 from ekko.store.manifest import ModelEntry, header_name, heat_name, hot_name, index_name, rows_name
@@ -30,13 +32,16 @@ from ekko.store.recent import CacheStats, RecentRows
 from ekko.store.table import Table
 from ekko.store.view import RowSource, gather_rows
 from p2p.errors import RemoteProtocolError, UnknownTableError
-from p2p.replica import Applied, KnownSteps, Place, RowColumns, Selection, WriterIdentity
+from p2p.placement import take
+from p2p.replica import Applied, Collected, KnownSteps, Place, RowColumns, Selection, WriterIdentity
 from p2p.stamps import WRITERS_MAX, writer_of
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
 T = TypeVar("T")
+
+_NO_STAMPS: U64 = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,9 @@ class ModelStore:
         self.capacity: capacity.Capacity | None = None  # set by whoever knows the configuration
         self._heat: dict[str, Heat] = {}  # of each table that readers look up
         self._marks = BatchMarks(header, self._covered)
+        self._floor = LossFloor(header, entry.shards, entry.partitions)
+        self.removals = 0  # calls of `remove` in this life: since then a key may have got another slot
+        self._sweeps = [Sweep(self, partition) for partition in range(entry.partitions)]
 
     @classmethod
     def create(cls, entry: ModelEntry, memory: Memory, table_bytes_max: int) -> "ModelStore":
@@ -112,6 +120,7 @@ class ModelStore:
             model.spec.tensors[tensor.name] = tensor
         model._merge_pending()
         model._mark_attached()
+        model._cover_floor()
         return model
 
     def _table(self, spec: TableSpec) -> Table:
@@ -190,7 +199,7 @@ class ModelStore:
         return True
 
     def table(self, table: int) -> Table:
-        """A table by its id, for `ekko.store.images`."""
+        """A table by its id."""
         return self._tables[table]
 
     def restore(self, vector: U64, frontiers: U64, loss_floor: U64, incomplete: NDArray[np.uint8], stamp_max: int) -> None:
@@ -204,11 +213,9 @@ class ModelStore:
             stamp_max: of the rows.
         """
         held = np.isin(np.arange(self.shards) % self.spec.partitions, self._hold)
-        self._header.ensure(len(self._header))
-        floor = self._header.words(layout.loss_floor_offset(self.shards, self.spec.partitions), WRITERS_MAX, self.shards)
-        bits = self._header.words(layout.incomplete_offset(self.shards, self.spec.partitions), len(incomplete) // 8)
-        floor[...] = np.where(held, loss_floor, np.uint64(0))
-        bits[...] = incomplete.view(np.uint64)
+        dropped = np.unpackbits(incomplete, bitorder="little", count=self.shards).astype(np.bool_)
+        self._floor.replace(np.where(held, loss_floor, np.uint64(0)), dropped)
+        self._cover_floor()
         self._vector.T[...] = np.where(held, vector, np.uint64(0))
         self._frontiers[list(self._hold)] = frontiers[list(self._hold)]
         self._stamp_max[...] = stamp_max
@@ -245,6 +252,28 @@ class ModelStore:
     def cache_stats(self) -> CacheStats:
         """What the update caches of all tables did and hold, together."""
         return sum((table.recent.stats() for table in self._tables.values()), CacheStats())
+
+    @property
+    def tables(self) -> list[Table]:
+        """All tables, `_dense` included, in the order in which they came."""
+        return list(self._tables.values())
+
+    def remove(self, table: int, slots: I64, *, complete: bool) -> None:
+        """Drop rows for good, after the loss floor says so: a kill in between leaves a floor that is too high, which is safe.
+
+        Args:
+            table: its id.
+            slots: int64[n], of rows that are there, without repeats.
+            complete: they are deleted or expired, or somebody else has dropped them; False: live rows go (R11).
+
+        Raises:
+            StoreError: shared memory is full; nothing changed.
+        """
+        held = self._tables[table]
+        keys, stamps = held.heads(slots)
+        self._floor.add(self.shards_of(keys), stamps, complete)
+        self.removals += 1
+        held.remove(slots)
 
     def lookup(self, table: str, keys: U64) -> tuple[NDArray[np.float32], U64]:
         """Rows float32[n, dim] and stamps uint64[n] by key, zero where absent, as a reader would see them.
@@ -316,6 +345,15 @@ class ModelStore:
             return ask(self._elsewhere)
         finally:
             own[...] = ABOVE_ALL
+
+    @property
+    def floor(self) -> LossFloor:
+        """What was dropped for good, in all partitions."""
+        return self._floor
+
+    def collect_in(self, partition: int, until: U64, unix_ms: int, rows_max: int) -> Collected:
+        """`collect` of one partition."""
+        return self._sweeps[partition].collect(until, unix_ms, rows_max)
 
     def set_partition_synced_until(self, partition: int, unix_ms: int) -> None:
         """Readers are told the worst of all held partitions; 0 is worst of all."""
@@ -409,6 +447,38 @@ class ModelStore:
             newest = np.maximum(newest, table.recent.newest_left_out())
         self._marks.attach(newest)
 
+    @property
+    def loss_floor(self) -> U64:
+        return self._floor.values
+
+    @property
+    def floor_writers(self) -> NDArray[np.uint16]:
+        return self._floor.writers
+
+    @property
+    def incomplete(self) -> NDArray[np.bool_]:
+        return self._floor.incomplete
+
+    @property
+    def collectable(self) -> int:
+        return sum(table.rows_used if table.spec.ttl_s else table.tombstones for table in self._tables.values())
+
+    def collect(self, until: U64, unix_ms: int, rows_max: int) -> Collected:
+        return self.collect_in(0, until, unix_ms, rows_max)
+
+    def merge_floor(self, shards: NDArray[np.uint32], writers: NDArray[np.uint16], floor: U64) -> None:
+        self._floor.merge(shards, writers, floor)
+        self._cover_floor()
+
+    def _cover_floor(self) -> None:
+        """Who lacks what was dropped lacks more than the update cache knows (R10)."""
+        if len(self._floor.writers):
+            for table in self._tables.values():
+                table.recent.cover(self._floor.values)
+
+    def arrivals(self) -> WholeShards:
+        return WholeShards(self, 0)
+
     def shards_of(self, keys: U64) -> NDArray[np.int64]:
         out = np.empty(keys.size, np.int64)
         index.shards_of(_whole(keys), self.spec.shards, out)
@@ -436,6 +506,9 @@ class ModelStore:
 
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
         counts = np.zeros(3, np.int64)
+        ghosts = 0
+        if len(self._floor.writers):  # else nothing was ever dropped here, and no key is absent that should not be
+            columns, ghosts = self._without_ghosts(columns, stamp)
         columns = [column for column in columns if column.keys.size]
         if columns:
             self._marks.begin(columns, stamp)
@@ -444,7 +517,21 @@ class ModelStore:
                     self._apply(column, stamp, counts)
             finally:
                 self._marks.end()
-        return Applied(int(counts[rows.WRITTEN]), int(counts[rows.INSERTED]), int(counts[rows.STALE]))
+        return Applied(int(counts[rows.WRITTEN]), int(counts[rows.INSERTED]), int(counts[rows.STALE]), ghosts)
+
+    def _without_ghosts(self, columns: Sequence[RowColumns], stamp: int) -> tuple[list[RowColumns], int]:
+        """The rows whose key is present, or whose stamp is above the vector (T6); and how many others there are."""
+        vector = self._header.address + layout.MODEL.offset("vector")
+        left, ghosts = [], 0
+        for column in columns:
+            index_ = self._tables[column.table].index
+            stamps = _NO_STAMPS if column.stamps is None else _whole(column.stamps)
+            kept = np.empty(column.keys.size, np.int64)
+            keys = _whole(column.keys)
+            count = collect.not_ghosts(index_.address, index_.capacity_log2, vector, self.shards, keys, stamps, stamp, kept)
+            ghosts += column.keys.size - count
+            left.append(column if count == column.keys.size else take(column, kept[:count]))
+        return left, ghosts
 
     def _apply(self, column: RowColumns, stamp: int, counts: I64) -> None:
         newest = stamp if column.stamps is None else int(column.stamps.max())

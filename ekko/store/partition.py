@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.model import keyspace_id
+from ekko.store.collecting import WholeShards
 from ekko.store.model_store import ModelStore
-from p2p.replica import U64, Applied, KnownSteps, Place, Replica, RowColumns, Selection, WriterIdentity
+from p2p.replica import U64, Applied, Collected, KnownSteps, Place, Replica, RowColumns, Selection, WriterIdentity
 
 # Rows in one step of a copy; what it takes in memory besides the two models.
 COPIED_AT_ONCE = 1 << 16
@@ -42,6 +43,7 @@ def copy_held(model: ModelStore, twin: ModelStore) -> None:
     for partition in twin.hold:  # after the rows, as always (R4)
         twin.vector[partition :: twin.spec.partitions] = model.vector[partition :: twin.spec.partitions]
         twin.frontiers[partition] = model.frontiers[partition]
+        twin.floor.take_over(model.floor, slice(partition, None, twin.spec.partitions))
     # Who holds less than it did cannot tell any more what it wrote there: it takes a fresh writer id, as after a loss (R4).
     if model.writer is not None and twin.hold == model.hold:
         twin.set_writer(model.writer)
@@ -92,6 +94,32 @@ class Partition:
     def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:
         # What a step has written to other partitions before is in their vectors already, and need not stay pending.
         self._model.begin_write(stamp, shards * self._place.partitions + self._place.partition)
+
+    @property
+    def loss_floor(self) -> U64:
+        floor: U64 = self._model.loss_floor[self._place.partition :: self._place.partitions]
+        return floor
+
+    @property
+    def floor_writers(self) -> NDArray[np.uint16]:
+        return self._model.floor_writers
+
+    @property
+    def incomplete(self) -> NDArray[np.bool_]:
+        return self._model.incomplete[self._place.partition :: self._place.partitions]
+
+    @property
+    def collectable(self) -> int:
+        return self._model.collectable
+
+    def collect(self, until: U64, unix_ms: int, rows_max: int) -> Collected:
+        return self._model.collect_in(self._place.partition, until, unix_ms, rows_max)
+
+    def merge_floor(self, shards: NDArray[np.uint32], writers: NDArray[np.uint16], floor: U64) -> None:
+        self._model.merge_floor(shards * np.uint32(self._place.partitions) + np.uint32(self._place.partition), writers, floor)
+
+    def arrivals(self) -> WholeShards:
+        return WholeShards(self._model, self._place.partition)
 
     def shards_of(self, keys: U64) -> NDArray[np.int64]:
         return self._model.shards_of(keys) // self._place.partitions

@@ -409,6 +409,12 @@ class Table:
         rows.read(self.mapping.address, self.stride, self.spec.row_bytes, ordered, keys, data, stamps)
         return keys, data, stamps
 
+    def heads(self, slots: I64) -> tuple[U64, U64]:
+        """Keys and stamps of rows, by slot."""
+        keys, stamps = np.empty(slots.size, np.uint64), np.empty(slots.size, np.uint64)
+        rows.read(self.mapping.address, self.stride, self.spec.row_bytes, slots, keys, np.empty((0, 0), np.uint8), stamps)
+        return keys, stamps
+
     def changed_since(self, base: U64, shards: int, *, measured: bool = True) -> I64:
         """Places of all rows above the flattened vector, in no particular order: from the update cache, or by a scan.
 

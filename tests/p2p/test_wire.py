@@ -106,12 +106,18 @@ MESSAGES: list[m.Message] = [
     ),
     m.RetireReport(5, 9, 3, m.FROZEN, vector()[:, 1]),
     m.Adopt(5, 3, ("eu-1", "us-2")),
+    m.StableAsk(5),
+    m.StableReport(5, True, WRITERS, vector()[0], BOOTS),
+    m.Stable(5, WRITERS, vector()[0], ("eu-1",)),
 ]
+FLOOR = m.Floor(np.array([0, 2, 3], np.uint32), WRITERS, vector())
 # With what version 2 added.
 LATER: list[m.Message] = [
     m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98),
     m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98, known(BOOTS)),
     m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS, BOOTS),
+    m.PullReply(5, 1, 0, True, (), WRITERS, vector(), vector()[0], WRITERS, BOOTS, FLOOR.shards),
+    m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS, BOOTS, FLOOR.shards[1:], FLOOR),
     m.Heartbeat(MEMBER, (), 7, 1_700_000_000_000, (), 5, BOOTS, BOOTS & np.uint64(3), 99, 98),
 ]
 
@@ -168,6 +174,13 @@ def test_what_version_1_does_not_have_is_left_out(message: m.Message) -> None:
         m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98, known(np.arange(8_000, dtype=np.uint64))),
         m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS * 1_000, BOOTS),
         m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS, BOOTS[:1]),
+        m.PullReply(5, 1, 0, True, (), WRITERS, vector(), vector()[0], WRITERS, BOOTS, FLOOR.shards[::-1].copy()),
+        m.PullReply(
+            5, 1, 0, True, (), WRITERS, vector(), vector()[0], WRITERS, BOOTS, floor=replace(FLOOR, stamps=vector()[:2])
+        ),
+        m.StableReport(5, True, WRITERS[::-1].copy(), vector()[0, ::-1].copy(), BOOTS),
+        m.StableReport(5, True, WRITERS, vector()[0, ::-1].copy(), BOOTS),
+        m.Stable(5, WRITERS, vector()[0], ("eu-1",) * 17),
     ],
     ids=lambda message: type(message).__name__,
 )

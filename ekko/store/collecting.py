@@ -1,0 +1,115 @@
+"""Rows that go for good: tombstones and expired rows that are stable, and what a whole-shard answer did not bring (R5).
+
+What may go is the protocol's to say (`p2p.collection`); here it is found, a bounded number of rows with each call, and dropped
+through `ModelStore.remove`, which raises the loss floor first.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.store.kernels import collect as kernels
+from p2p.replica import U64, Collected, RowColumns
+from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX
+
+if TYPE_CHECKING:
+    from ekko.store.model_store import ModelStore
+
+# Rows looked at in one call: 1 or 2 ms.
+LOOK_ROWS = 1 << 17
+
+
+class Sweep:
+    """Goes round the tables of a model, for one of its partitions."""
+
+    def __init__(self, model: "ModelStore", partition: int) -> None:
+        self._model = model
+        self._partition = partition
+        self._table = 0  # its place in the order of tables
+        self._slot = 0
+
+    def collect(self, until: U64, unix_ms: int, rows_max: int) -> Collected:
+        """As `Replica.collect`."""
+        model, looks, rows = self._model, LOOK_ROWS, 0
+        until = np.ascontiguousarray(until, np.uint64)
+        tables = model.tables
+        while self._table < len(tables):
+            table = tables[self._table]
+            # By the clock of another node a row may live for so much longer.
+            expired = table.spec.stamp_min(unix_ms - AHEAD_MS_MAX)
+            end = min(table.rows_used, self._slot + looks) if table.tombstones or expired else self._slot
+            out = np.empty(min(rows_max - rows, max(end - self._slot, 0)), np.int64)
+            count, reached = 0, end
+            if out.size:
+                count, reached = kernels.collectable(
+                    table.mapping.address,
+                    table.stride,
+                    model.shards,
+                    self._partition,
+                    model.spec.partitions,
+                    until,
+                    expired,
+                    self._slot,
+                    end,
+                    out,
+                )
+            looks -= reached - self._slot
+            if count:
+                model.remove(table.spec.id, out[:count].copy(), complete=True)
+                rows += count
+            self._slot = reached
+            if reached < table.rows_used and (table.tombstones or expired):
+                return Collected(rows, done=False)
+            self._table, self._slot = self._table + 1, 0
+        self._table = 0
+        return Collected(rows, done=True)
+
+
+class WholeShards:
+    """`p2p.replica.Arrivals`: a bit for each slot whose row came, so that memory is bounded by an eighth of a byte a row."""
+
+    def __init__(self, model: "ModelStore", partition: int) -> None:
+        self._model = model
+        self._partition = partition
+        self._shards = np.zeros(model.shards, np.bool_)  # of the model
+        self._bits: dict[int, NDArray[np.uint8]] = {}
+        self._removals = model.removals
+
+    def begin(self, shards: NDArray[np.uint32]) -> None:
+        partitions = self._model.spec.partitions
+        self._shards[shards.astype(np.int64) * partitions + self._partition] = True
+
+    def note(self, columns: Sequence[RowColumns]) -> None:
+        for column in columns:
+            table = self._model.table(column.table)
+            bits = self._bits.get(column.table)
+            size = table.rows_used + 7 >> 3
+            if bits is None or len(bits) < size:
+                grown = np.zeros(max(size, 2 * (0 if bits is None else len(bits))), np.uint8)
+                if bits is not None:
+                    grown[: len(bits)] = bits
+                bits = self._bits[column.table] = grown
+            kernels.mark(table.resolve(np.ascontiguousarray(column.keys)), bits)
+
+    def drop_absent(self, writers: NDArray[np.uint16], vector: U64) -> int | None:
+        model = self._model
+        if model.removals != self._removals:
+            return None  # a key may have got another slot
+        partitions = model.spec.partitions
+        own = np.flatnonzero(self._shards)
+        covered = np.zeros((model.shards, WRITERS_MAX), np.uint64)
+        covered[np.ix_(own, writers)] = vector[own // partitions]
+        none = np.zeros(0, np.uint8)
+        dropped = 0
+        for table in model.tables:
+            out = np.empty(table.rows_used, np.int64)
+            bits = self._bits.get(table.spec.id, none)
+            count = kernels.unmarked(
+                table.mapping.address, table.stride, model.shards, covered.reshape(-1), bits, 0, table.rows_used, out
+            )
+            if count:
+                model.remove(table.spec.id, out[:count].copy(), complete=True)
+                dropped += count
+        return dropped
