@@ -63,6 +63,7 @@ def track(
 
     A row's significance is the L1 norm of its gradient. All tables go in one batch under one stamp. A step that could not be
     published raises out of `optimizer.step()`, after the parameters have changed; its rows go with the next one that can.
+    With `Publisher(admission=...)`, rows go out from the step on that touches their key for the n-th time.
 
     Args:
         model: holds the tables; is trained by `optimizer`.

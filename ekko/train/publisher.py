@@ -56,6 +56,7 @@ from ekko.model import (
     ttl_seconds,
 )
 from ekko.store.kernels.checks import all_below, all_finite, last_occurrences
+from ekko.train.admission import Admission
 from p2p.messages import Scope
 from p2p.replica import U64, RowColumns
 
@@ -79,6 +80,8 @@ class Publisher:
             the node does not know yet are added. None: the model must exist.
         shards: the model's number of shards, if this publisher creates it.
         codec: how its rows are stored and sent (`ekko.codec`), if this publisher creates it; None: as the node has it.
+        admission: table -> from which touch on a key is published, or an `ekko.train.admission.Admission`; a table that is not
+            named: from the first. Rows before that are checked and left out (`rows_held_back`); deletes always go.
         timeout: seconds after which a node that does not answer counts as unreachable.
 
     Raises:
@@ -94,7 +97,11 @@ class Publisher:
         shards: int | None = None,
         timeout: float = 5.0,
         codec: str | None = None,
+        admission: Mapping[str, int | Admission] | None = None,
     ) -> None:
+        self._admission = {
+            table: wanted if isinstance(wanted, Admission) else Admission(wanted) for table, wanted in (admission or {}).items()
+        }
         try:
             check_endpoint(address, ipc=True)
         except ValueError as error:
@@ -119,11 +126,30 @@ class Publisher:
         self.model = model
         self.node = opened.node
         self.region = opened.region
+        for table in self._admission:
+            self._check_admission(table)
 
     @property
     def tables(self) -> dict[str, int]:
         """Table name -> dim, as the node knew them when this publisher opened the model."""
         return dict(self._tables)
+
+    @property
+    def rows_held_back(self) -> int:
+        """Rows that were not published, since their keys were not touched often enough (`admission`)."""
+        return sum(admission.held_back for admission in self._admission.values())
+
+    def admitted(self, table: str, keys: U64) -> NDArray[np.bool_] | None:
+        """Touch these keys; bool[n], which of their rows are to be published, or None: all."""
+        admission = self._admission.get(table)
+        return None if admission is None else admission.admit(keys)
+
+    def _check_admission(self, table: str) -> None:
+        try:
+            self.dim_of(table)
+        except ModelError:
+            self._connections.close()
+            raise
 
     @property
     def last_stamp(self) -> int:
@@ -306,9 +332,13 @@ class Step:
         self._check_collecting()
         dim = self._publisher.dim_of(table)
         checked_keys = _keys_of(table, keys)
-        encoded = encode(self._publisher.codec, _rows_of(table, checked_keys, rows, dim, self._publisher.codec))
+        values = _rows_of(table, checked_keys, rows, dim, self._publisher.codec)
         weights = None if significance is None else _significance_of(table, checked_keys, significance)
-        self._add(table, _Change(checked_keys, encoded, weights))
+        chosen = self._publisher.admitted(table, checked_keys)
+        if chosen is not None:
+            checked_keys, values = checked_keys[chosen], values[chosen]
+            weights = None if weights is None else weights[chosen]
+        self._add(table, _Change(checked_keys, encode(self._publisher.codec, values), weights))
 
     def delete(self, table: str, keys: ArrayLike) -> None:
         """Add deletes of one table."""
