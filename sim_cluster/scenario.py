@@ -39,10 +39,11 @@ KINDS: Final = {
     "clock": "its wall clock is `amount_ms` ahead",
     "hold": "it is started again and holds other partitions from then on, which `amount` draws",
     "expel": "nothing passes from or to it, and at the end an operator expels it; by an odd `amount` it is started again then",
+    "generation": "a model is begun or written at it, an alias switched, as `amount` draws; at the end one drops it",
     "upgrade": "it has spoken protocol version 1 until now, is stopped, and started again in the newest one",
 }
 # Drawn behind the others, so that a seed's other faults are what they were before these kinds came.
-LATER_KINDS: Final = ("expel", "upgrade")
+LATER_KINDS: Final = ("expel", "upgrade", "generation")
 # Members are given up as dead after some 10 s; nobody is expelled before.
 EXPEL_MS_MIN: Final = 10_000
 NETWORK: Final = "network"  # the kind that stands for loss, delays and the like
@@ -226,7 +227,7 @@ def _draw_event(scenario: Scenario, kind: str, rng: random.Random) -> list[Fault
         amount = rng.randint(-most, most)
     elif kind == "kill":
         amount = rng.randrange(KILL_STEPS_MAX)
-    elif kind in (HOLD, "expel"):
+    elif kind in (HOLD, "expel", "generation"):
         amount = rng.randrange(1 << 16)
     at_ms, for_ms, times, every_ms = rng.randrange(scenario.duration_ms), int(rng.expovariate(1 / 3_000)) + 1, 1, 0
     if rng.random() < 1 / 6:
@@ -396,7 +397,7 @@ def _events(item: Any, nodes: set[str]) -> list[FaultEvent]:
             raise ConfigError(f"[[faults]] node {name!r} does not exist: nodes are {', '.join(sorted(nodes)[:12])}")
     if other and kind != "one-way":
         raise ConfigError(f"[[faults]] {kind} of {node!r} has no other node: remove `other`, or use kind one-way")
-    amount = "amount" if kind in ("kill", HOLD, "expel") else "amount_ms"
+    amount = "amount" if kind in ("kill", HOLD, "expel", "generation") else "amount_ms"
     event = FaultEvent(
         int(1000 * section.number("at_s", 0.0, 0, 86_400)),
         kind,

@@ -25,6 +25,7 @@ from p2p.machine import NodeStatus
 from p2p.stamps import writer_of
 from p2p.sync import PRESETS
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION
+from sim_cluster import comings
 from sim_cluster.checkers import Watch
 from sim_cluster.history import still_held
 from sim_cluster.meter import Meter
@@ -244,7 +245,7 @@ class _Run:
 
         def settled() -> bool:
             nonlocal problem
-            problem = self._watch.check_converged()
+            problem = self._watch.check_converged() or comings.disagreement(cluster)
             return not problem
 
         cluster.run_until(settled, self._scenario.settle_ms, 500)
@@ -426,6 +427,11 @@ class _Run:
                 cut = self._links_of(event) - cluster.cut
                 cluster.cut |= cut
                 undo = lambda: self._expel(event, cut)  # noqa: E731
+            case "generation":
+                if node.machine is None or node.paused or not comings.understood(cluster):
+                    return
+                comings.begin(cluster, node, event.amount)
+                undo = lambda: comings.end(cluster, event.amount)  # noqa: E731
             case "pause":
                 if node.machine is None or node.paused:
                     return
