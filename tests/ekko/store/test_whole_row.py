@@ -62,7 +62,8 @@ class Memory:
     def enter(self, key: int, slot_plus_one: int) -> None:
         """Point the key's entry at a slot; keys here never share a first entry."""
         place = int(first_place(np.uint64(key)))
-        enter_at(address_of(self.index) + _ENTRIES + 16 * place, np.uint64(key), slot_plus_one)
+        index = address_of(self.index)
+        enter_at(index, index + _ENTRIES + 16 * place, np.uint64(key), slot_plus_one)
 
     def gather(self, keys: list[int], stamp_min: int = 0, default: F32 | None = None) -> tuple[int, F32, U64]:
         """How many are done, rows, stamps."""
@@ -96,8 +97,8 @@ def store_u64_at(address: Any, value: Any) -> None:
 
 
 @numba.njit
-def enter_at(entry: Any, key: Any, slot_plus_one: Any) -> None:
-    publish(entry, key, slot_plus_one - 1)
+def enter_at(index: Any, entry: Any, key: Any, slot_plus_one: Any) -> None:
+    publish(index, entry, key, slot_plus_one - 1)
 
 
 def first_place(key: np.uint64) -> int:
