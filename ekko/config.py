@@ -141,6 +141,8 @@ class ModelSection(Section):
     partitions: WholeNumber = 1
     hold: Literal["all"] | list[int] = "all"
     capacity_bytes: ByteSize | None = None
+    when_full: Literal["refuse", "evict"] = "refuse"
+    evict: Literal["least_recently_updated", "least_frequently_read"] = "least_recently_updated"
 
     def spec(self, name: str) -> ModelSpec:
         """The schema that these settings ask for.
@@ -435,6 +437,7 @@ def _check(config: NodeConfig, places: Places) -> None:
     _check_addresses(config.node, places, encrypted=config.security is not None)
     for name, model in config.models.items():
         _check_model(name, model, places)
+        _check_eviction(name, model, config.node.role, places)
     _check_links(config, places)
     if config.snapshots is not None:
         _check_snapshots(config.snapshots, places)
@@ -561,6 +564,19 @@ def _check_model(name: str, model: ModelSection, places: Places) -> None:
         model.spec(name)
     except ModelError as error:
         refuse("shards", str(error))
+
+
+def _check_eviction(name: str, model: ModelSection, role: str, places: Places) -> None:
+    given = model.model_fields_set
+    if "when_full" in given and model.capacity_bytes is None:
+        raise places.error(("models", name, "when_full"), "there is no limit to reach: set capacity_bytes, too")
+    if "evict" in given and model.when_full != "evict":
+        raise places.error(("models", name, "evict"), 'nothing is evicted: set when_full = "evict", too')
+    if model.when_full == "evict" and role == "train":
+        raise places.error(
+            ("models", name, "when_full"),
+            "a training node holds what nobody else may hold yet, so it refuses and never evicts: leave this out",
+        )
 
 
 def _check_links(config: NodeConfig, places: Places) -> None:

@@ -205,7 +205,7 @@ class Node:
                         f"models.{name}.capacity_bytes: {model.capacity_bytes} bytes, and {held.shards} shards take {least} "
                         "without any row: allow the model more, or give it fewer shards"
                     )
-                held.capacity = Capacity(model.capacity_bytes)
+                held.limit(Capacity(model.capacity_bytes, model.evict if model.when_full == "evict" else None))
                 if held.memory_bytes > model.capacity_bytes:
                     log.warning("capacity_exceeded", model=name, bytes=held.memory_bytes, capacity_bytes=model.capacity_bytes)
         log.info("store_open", resumed=store.resumed, models=list(store.models))
@@ -689,7 +689,10 @@ class Node:
         counters |= {"cache_pruned": cache.pruned, "cache_left_out": cache.left_out}
         counters |= {f"compression_{name}": count for name, count in asdict(parts.runtime.outgoing.counters).items()}
         counters |= {"peers_shut_out": parts.runtime.conduct.shut_outs, "shut_out_messages": parts.runtime.conduct.dropped}
+        evictions = [model.eviction for model in parts.store.models.values() if model.eviction is not None]
         counters |= {"publishes_refused_full": self._full}
+        counters |= {"rows_evicted": sum(one.evicted for one in evictions)}
+        counters |= {"rows_refused_full": sum(one.refused for one in evictions)}
         counters |= {"keys_kept": 0 if parts.keys is None else parts.keys.kept}
         own_queues = (
             QueueStatus("local_requests", self._endpoint.pending, REQUESTS_PENDING_MAX),
@@ -775,6 +778,7 @@ def _model_picture(model: ModelStore, parts: list[KeyspaceStatus], unix_ms: int,
         None if model.capacity is None else model.capacity.bytes,
         model.requests / requests if requests else 0.0,
         model.spec.id,
+        incomplete_shards=int(model.incomplete.sum()),
         collection_held_up_by=tuple(dict.fromkeys(node for part in parts for node in part.collection_held_up_by)),
         held_up_ms=max((part.held_up_ms for part in parts), default=0),
     )

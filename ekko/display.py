@@ -112,6 +112,8 @@ def _models(status: dict[str, Any]) -> Table:
     for name, model in status["models"].items():
         pulling = f", pulling from {model['pulling_from']}" if model["pulling_from"] else ""
         state = ("synced" if model["synced"] else "[yellow]catching up[/]") + pulling
+        if lacking := model.get("incomplete_shards"):
+            state += f", [yellow]rows dropped in {lacking} of {model['shards']} shards[/]"
         staleness = "-" if model["staleness_ms"] is None else f"{model['staleness_ms']:,} ms"
         held = _partitions(model["hold"], model["partitions"])
         limit = "" if model.get("capacity_bytes") is None else f" of {_size(model['capacity_bytes'])}"

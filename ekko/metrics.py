@@ -102,6 +102,9 @@ COUNTERS = {
     "ekko_transport_junk": ("Messages dropped for their frames, before they were read.", "transport_junk"),
     "ekko_transport_connections_lost": ("Connections that ended, in either direction.", "transport_connections_lost"),
     "ekko_publishes_refused_full": ("Steps refused for want of room in their model.", "publishes_refused_full"),
+    "ekko_rows_evicted": ("Rows that went to make room in their model.", "rows_evicted"),
+    "ekko_rows_refused_full": ("Rows of other nodes that found no room in their model.", "rows_refused_full"),
+    "ekko_pulls_redirected": ("Questions passed on to nodes that hold all rows.", "pulls_redirected"),
     "ekko_waits_refused": ("Waits of publishers that found too many waiting.", "waits_refused"),
     "ekko_local_requests_malformed": ("Messages on the local endpoint that are not of its protocol.", "local_malformed"),
 }
@@ -210,6 +213,7 @@ def _models(picture: NodePicture) -> Iterator[Metric]:
     size = GaugeMetricFamily("ekko_table_bytes", "Shared memory.", labels=["model", "table"])
     free = GaugeMetricFamily("ekko_table_free_bytes", "Of that, slots that are free for later rows.", labels=["model", "table"])
     total = GaugeMetricFamily("ekko_model_bytes", "Shared memory, the header included.", labels=["model"])
+    lacking = GaugeMetricFamily("ekko_incomplete_shards", "Shards of which this node dropped live rows.", labels=["model"])
     limit = GaugeMetricFamily("ekko_model_capacity_bytes", "What it may take (capacity_bytes).", labels=["model"])
     share = GaugeMetricFamily("ekko_request_share", "Of all keys that readers of this node asked for.", labels=["model"])
     lookups = CounterMetricFamily("ekko_lookups", "Look-ups of readers on this machine.", labels=["model", "table"])
@@ -222,6 +226,7 @@ def _models(picture: NodePicture) -> Iterator[Metric]:
         open_steps.add_metric([model.name], model.open_steps)
         held.add_metric([model.name], len(model.hold))
         total.add_metric([model.name], model.bytes)
+        lacking.add_metric([model.name], model.incomplete_shards)
         if model.capacity_bytes is not None:
             limit.add_metric([model.name], model.capacity_bytes)
         for table in model.tables:
@@ -233,7 +238,7 @@ def _models(picture: NodePicture) -> Iterator[Metric]:
             absent.add_metric([model.name, table.name], table.heat.misses)
             free.add_metric([model.name, table.name], table.free_bytes)
     yield from (share, lookups, looked_up, absent)
-    yield from (staleness, open_steps, held, rows, tombstones, size, free, total, limit)
+    yield from (staleness, open_steps, held, rows, tombstones, size, free, total, limit, lacking)
 
 
 def _snapshots(picture: NodePicture) -> Iterator[Metric]:

@@ -47,6 +47,7 @@ class ModelPicture:
     family: int = 0  # the model's id
     collection_held_up_by: tuple[str, ...] = ()  # members that have not said that they know of what was deleted
     held_up_ms: int = 0  # for how long
+    incomplete_shards: int = 0  # of which this node dropped live rows, for want of room
 
     @property
     def rows(self) -> int:
@@ -150,6 +151,7 @@ def _model_json(model: ModelPicture) -> dict[str, object]:
         "request_share": round(model.request_share, 6),
         "collection_held_up_by": list(model.collection_held_up_by),
         "held_up_ms": model.held_up_ms,
+        "incomplete_shards": model.incomplete_shards,
         "tables": {
             table.name: {
                 "dim": table.dim,

@@ -97,6 +97,7 @@ class Counters:
     rows_ghosts: int = 0  # late versions of keys whose tombstone was collected (T6)
     rows_collected: int = 0  # tombstones and expired rows
     rows_dropped: int = 0  # which an answer did not bring, though it brought their shards whole
+    pulls_redirected: int = 0  # to others, since we dropped rows that the asker may lack (R11)
     messages_unspoken: int = 0  # not sent, since the peer's version does not know them
 
 
@@ -154,6 +155,7 @@ class Core:
     schema_digest: int = 0  # over the whole schema
     let_go: Callable[[Keyspace], None] = lambda _: None  # what the parts keep of a keyspace that ended (`p2p.dropping`)
     conflicts: dict[str, None] = field(default_factory=dict)  # between writers, that were told
+    incomplete: dict[tuple[int, int], None] = field(default_factory=dict)  # (boot, keyspace) of whose rows it dropped some
 
     def expected(self, now: m.Now) -> list[Peer]:
         """Peers of a former life that may yet answer, sorted by node; after a while they count as silent."""

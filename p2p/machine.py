@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import assert_never
 
-from p2p import links, push, status
+from p2p import incomplete, links, push, status
 from p2p import messages as m
 from p2p.allotment import Allotment
 from p2p.collection import Collection
@@ -352,6 +352,8 @@ class Machine:
                 self._collection.on_report(link, message, now)
             case m.Stable():
                 self._collection.on_stable(link, message, now)
+            case m.Incomplete():
+                self._pull.on_incomplete(link, message, now)
             case m.Hello() | m.Refusal():
                 raise AssertionError("these are said without a link")
             case _:
@@ -502,6 +504,7 @@ class Machine:
                 self._allotment.on_beat(now)
                 self._retirement.on_timer(now)
                 self._collection.on_beat(now)
+                incomplete.tell(core, self._pull.has_heard, now)
                 self._publish_waiting(now)
             self._gossip.on_timer(now)
         self._push.beat(now)

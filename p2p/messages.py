@@ -516,6 +516,14 @@ class RetireReport:
     column: U64  # [shards]
 
 
+@dataclass(frozen=True, slots=True)
+class Incomplete:
+    """The sender has dropped live rows of this keyspace (R11): ask somebody else. Since protocol version 2."""
+
+    keyspace: int
+    request: int  # the pull that this answers; 0: none
+
+
 # How it is learned what may be dropped for good (`p2p.collection`), since protocol version 2.
 
 
@@ -574,6 +582,7 @@ Message = (
     | StableAsk
     | StableReport
     | Stable
+    | Incomplete
 )
 
 

@@ -23,6 +23,7 @@ from p2p import messages as m
 from p2p import wire
 from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
+from p2p.incomplete import complete_source, is_incomplete, note_incomplete
 from p2p.intake import WholeArrivals, check_rows, check_writers, observe, take_rows
 from p2p.links import Link
 from p2p.outbox import STREAMS_MAX, Outbox
@@ -119,6 +120,8 @@ class Pull:
     def ask(self, keyspace: Keyspace, link: Link, now: m.Now, why: str) -> None:
         """Pull a keyspace from a peer that holds it, unless a pull of it is on its way."""
         number = keyspace.replica.keyspace
+        if is_incomplete(self._core, link.boot, number):
+            link = complete_source(self._core, keyspace, now) or link
         if number in self._asked or sum(asked.node == link.node for asked in self._asked.values()) >= STREAMS_MAX:
             return  # more would be refused; the next heartbeat is soon enough
         self._requests += 1
@@ -283,6 +286,25 @@ class Pull:
             self.rounds.abandon_answered(link, reply, why)
         elif (asked := self._asked.get(reply.keyspace)) and (asked.boot, asked.request) == (link.boot, reply.request):
             self._abandon(reply.keyspace, why)
+
+    def on_incomplete(self, link: Link, told: m.Incomplete, now: m.Now) -> None:
+        """A peer has dropped live rows of a keyspace: what we asked of it we ask of somebody who has not (R11)."""
+        keyspace = self._core.keyspaces.get(told.keyspace)
+        if keyspace is None:
+            return
+        note_incomplete(self._core, link.boot, told.keyspace)
+        asked = self._asked.get(told.keyspace)
+        if asked is not None and (asked.boot, asked.request) == (link.boot, told.request):
+            self._abandon(told.keyspace, "the peer has dropped rows")
+            other = complete_source(self._core, keyspace, now)
+            if other is not None:
+                self.ask(keyspace, other, now, "redirected")
+        elif told.request:
+            self.rounds.abandon_from(link.node, "the peer has dropped rows")
+
+    def has_heard(self, record: m.MemberRecord, keyspace: int) -> bool:
+        """Whether this life of a member has told us of a keyspace."""
+        return (record.node, record.boot, keyspace) in self._seen
 
     # --- noticing
 

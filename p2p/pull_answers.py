@@ -150,7 +150,11 @@ class PullAnswers:
         frontier = keyspace.knowledge.frontier[writers]
         with self._base_of(keyspace, request) as base:
             below = below_floor(keyspace, base)
-            if below.any() and (link.version < WHOLE_SINCE or not may_answer(keyspace, below)):
+            if below.any() and not may_answer(keyspace, below):
+                core.counters.pulls_redirected += 1
+                core.send(link, m.Incomplete(request.keyspace, request.request))
+                return
+            if below.any() and link.version < WHOLE_SINCE:
                 core.counters.pulls_refused += 1
                 return
             base[below] = 0

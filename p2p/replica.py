@@ -188,6 +188,13 @@ class Replica(Protocol):
         """bool[shards]: live rows were dropped there, too (R11)."""
 
     @property
+    def limited(self) -> bool:
+        """Whether it may drop live rows of others for want of room (R11)."""
+
+    def note_backed(self, backed: bool) -> None:
+        """Whether another live node holds all of the keyspace: only then may rows that are held be dropped."""
+
+    @property
     def collectable(self) -> int:
         """Tombstones of the family held here, and rows that may have expired; 0: `collect` has nothing to look for."""
 

@@ -146,7 +146,8 @@ class RoundAnswers:
         vectors = np.ascontiguousarray(keyspace.knowledge.vector[np.ix_(wanted.shards, writers)])
         below, selections = self._select(keyspace, wanted, np.zeros(shards, np.bool_))
         if not may_answer(keyspace, below):
-            core.counters.pulls_refused += 1
+            core.counters.pulls_redirected += 1
+            core.send(link, m.Incomplete(wanted.keyspace, wanted.request))
             return
         outbox.streams.pop(wanted.keyspace, None)
         nothing = np.empty(0, np.uint64)

@@ -26,6 +26,7 @@ import numpy as np
 from p2p import messages as m
 from p2p import placement
 from p2p.core import Core, Keyspace
+from p2p.incomplete import is_incomplete
 from p2p.leaders import leaders_of
 from p2p.membership import HOLDER_ROLES
 from p2p.pull import Pull
@@ -115,7 +116,9 @@ class Schedule:
         return [
             record
             for record in self._core.membership.live(now.monotonic_ms)
-            if record.role in HOLDER_ROLES and placement.holds(record, place)
+            if record.role in HOLDER_ROLES
+            and placement.holds(record, place)
+            and not is_incomplete(self._core, record.boot, keyspace.replica.keyspace)
         ]
 
     def _pull_all(self, keyspace: Keyspace, node: m.NodeId, now: m.Now) -> None:
@@ -127,7 +130,13 @@ class Schedule:
     def _pull_as_led(self, keyspace: Keyspace, sources: Sequence[m.MemberRecord], now: m.Now, explore: bool) -> None:
         options, shards = self._core.options, keyspace.knowledge.shards
         fit = self._core.membership.holders(now.monotonic_ms, keyspace.replica.place)
-        leading = [holder.node for holder in fit if holder.region == options.region]
+        number, lacking = keyspace.replica.keyspace, keyspace.replica.incomplete.any()
+        leading = [
+            holder.node
+            for holder in fit
+            if holder.region == options.region
+            and not (lacking if holder.node == options.node else self._lacks(holder.node, number))
+        ]
         # A region without holders that are fit to lead has no leader (R22): whoever is there sees for itself.
         leader = leaders_of(leading, shards) if leading else np.full(shards, -1)
         led = {node: leader == number for number, node in enumerate(leading)}
@@ -138,6 +147,11 @@ class Schedule:
             self._round(keyspace, mate, own | led.get(mate, leader < 0), now, follow=True)
         abroad = [source for source in sources if source.region != options.region]
         self._pull_from_freshest(keyspace, abroad, own, now, explore)
+
+    def _lacks(self, node: m.NodeId, keyspace: int) -> bool:
+        """Whether a member said that it dropped rows: nobody is led by such a one (R11)."""
+        member = self._core.membership.members.get(node)
+        return member is not None and is_incomplete(self._core, member.record.boot, keyspace)
 
     def _pull_from_freshest(
         self, keyspace: Keyspace, sources: Sequence[m.MemberRecord], wanted: Mask, now: m.Now, explore: bool

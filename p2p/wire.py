@@ -1156,6 +1156,11 @@ def _stable(header: Header, columns: _Columns) -> m.Stable:
     return m.Stable(_uint(keyspace, 32), ids, reached, _items(held_up_by, HELD_UP_MAX, _text))
 
 
+def _incomplete(header: Header, _columns: _Columns) -> m.Incomplete:
+    keyspace, request = header
+    return m.Incomplete(_uint(keyspace, 32), _uint(request))
+
+
 # Which kinds there are and since when: a message's number on the wire is its place here, from 1; new ones go to the end.
 _KINDS: Final = (
     _Kind(m.Hello, _pack_hello, _hello),
@@ -1184,6 +1189,7 @@ _KINDS: Final = (
     _Kind(m.StableAsk, lambda ask, _version: ([ask.keyspace], []), _stable_ask, since=2),
     _Kind(m.StableReport, _pack_stable_report, _stable_report, since=2),
     _Kind(m.Stable, _pack_stable, _stable, since=2),
+    _Kind(m.Incomplete, lambda told, _version: ([told.keyspace, told.request], []), _incomplete, since=2),
 )
 _LARGE_HEADERS: Final = (m.Hello, m.SchemaUpdate, m.Heartbeat, m.MemberNews)
 _NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(_KINDS, start=1)}

@@ -50,6 +50,7 @@ class _Held:
     live: NDArray[np.bool_]  # [keys]
     values: NDArray[np.float32]  # [keys], the row's first number
     unknown: I64  # [partitions]: live rows that nobody acknowledged: a step whose publisher died may leave some
+    dropped: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))  # [keys]: absent for want of room (R11)
     gone: U64 = field(default_factory=lambda: np.empty(0, np.uint64))  # [keys]: a tombstone up to here may have been collected
     high: U64 = field(default_factory=lambda: np.empty(0, np.uint64))  # [keys]: the newest version ever held
     even: bool = True  # every row is one number, repeated, as publishers of the simulator write them
@@ -155,6 +156,8 @@ class Watch:
         """Invariants 2 and 6, at rest: all live nodes hold the same, and of every row the newest acknowledged version."""
         problem = self.check()
         live = [node for node in self._cluster.nodes.values() if node.machine is not None]
+        # Those that hold all are compared with each other, and the others with one of them.
+        live.sort(key=lambda node: any(model.incomplete.any() for model in node.store.models.values()))
         for model, name in self._tables if not problem else ():
             first: dict[int, tuple[str, _Held]] = {}  # who was looked at first, by partition
             partitions = self._columns_of((model, name)).partitions
@@ -330,6 +333,7 @@ class Watch:
             for number, stamp in zip(dead.tolist(), held.stamps[dead].tolist(), strict=True):
                 table.tombstones[number, stamp] = None
         held.gone, held.high = self._gone(node, (model, name)), held.stamps.copy()
+        held.dropped = (held.stamps == 0) & (self._dropped(node, (model, name)) > 0)
         return held
 
     def _gone(self, node: VirtualNode, place: tuple[str, str]) -> U64:
@@ -344,7 +348,17 @@ class Watch:
         covered = np.maximum(replica.vector[shards, writers], frontiers) >= stamps
         gone = np.zeros(len(table.keys), np.uint64)
         np.maximum.at(gone, numbers[covered], stamps[covered])
-        return gone
+        return np.maximum(gone, self._dropped(node, place))
+
+    def _dropped(self, node: VirtualNode, place: tuple[str, str]) -> U64:
+        """uint64[keys]: the newest version of each key that the node may have dropped for want of room (R11)."""
+        columns, replica = self._columns_of(place), node.store.models[place[0]]
+        dropped = np.zeros(len(self._tables[place].keys), np.uint64)
+        if replica.incomplete.any():
+            writers = (columns.stamps & np.uint64(WRITER_MASK)).astype(np.int64)
+            below = replica.incomplete[columns.shards] & (replica.loss_floor[columns.shards, writers] >= columns.stamps)
+            np.maximum.at(dropped, columns.which[below], columns.stamps[below])
+        return dropped
 
     def missed(self) -> int:
         """Rows that live nodes lack in their newest acknowledged version, over all nodes."""
@@ -381,13 +395,16 @@ def _nothing(shards: int) -> U64:
 
 def _different(node: str, first: str, other: _Held, held: _Held, keys: NDArray[np.bool_], partition: int) -> str:
     """What two nodes hold of one partition; `keys` says which ones are of it."""
+    keys = keys & ~held.dropped & ~other.dropped
     if not np.array_equal(held.live[keys], other.live[keys]):
         return f"{node} and {first} differ in life of a row"
     # A tombstone may have been collected by one of them.
     both = keys & (held.stamps != 0) & (other.stamps != 0)
     if not np.array_equal(held.stamps[both], other.stamps[both]):
         return f"{node} and {first} differ in stamp of a row"
-    if not np.array_equal(held.values[keys], other.values[keys]) or held.unknown[partition] != other.unknown[partition]:
+    if not np.array_equal(held.values[keys], other.values[keys]) or (
+        held.unknown[partition] != other.unknown[partition] and not held.dropped.any() and not other.dropped.any()
+    ):
         return f"{node} and {first} hold different rows"
     return ""
 

@@ -9,25 +9,32 @@ A step of a publisher here that has no room is refused whole.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from ekko.errors import PublishError
 from ekko.model import DENSE_SPEC
 from ekko.store import layout
-from ekko.store.table import INDEX_LOG2_MIN, Table, index_log2_for
+from ekko.store.table import INDEX_LOAD_BEGIN, INDEX_LOAD_CLEAN, INDEX_LOG2_MIN, Table, index_log2_for
 from p2p.replica import RowColumns
 
 if TYPE_CHECKING:
     from ekko.store.model_store import ModelStore
 
 
+Evict = Literal["least_recently_updated", "least_frequently_read"]
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What an operator allows a model."""
+    """What an operator allows a model.
+
+    `evict` says which rows go when rows of other nodes find no room: None: none, what comes is dropped.
+    """
 
     bytes: int
+    evict: Evict | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +62,23 @@ def memory_of(table: Table) -> TableMemory:
     return TableMemory(rows, free, layout.index_bytes(table.index.capacity_log2))
 
 
-def _with_rows(table: Table | None, stride: int, more: int) -> int:
+def _keys_max(table: Table, log2: int, evicts: bool) -> int:
+    """How many keys an index takes before a larger one is built.
+
+    Where keys come and go, an index that is full of removed entries is built anew, and larger when it is this full of keys.
+    """
+    churns = evicts or free_slots(table) > 0 or table.index.removed > 0 or table.slots_reused > 0
+    return int((INDEX_LOAD_CLEAN if churns else INDEX_LOAD_BEGIN) * (1 << log2))
+
+
+def _with_rows(table: Table | None, stride: int, more: int, evicts: bool) -> int:
     """Bytes that a table takes when so many more keys have come; None: a new table."""
-    used, free, log2 = (
-        (0, 0, INDEX_LOG2_MIN) if table is None else (table.rows_used, free_slots(table), table.index.capacity_log2)
-    )
-    slots = used + max(0, more - free)
-    log2 = max(log2, index_log2_for(used - free + more))
-    return layout.TABLE.offset("rows") + slots * stride + layout.index_bytes(log2)
+    if table is None:
+        return layout.TABLE.offset("rows") + more * stride + layout.index_bytes(max(INDEX_LOG2_MIN, index_log2_for(more)))
+    used, free, log2 = table.rows_used, free_slots(table), table.index.capacity_log2
+    while more and used - free + more > _keys_max(table, log2, evicts):
+        log2 += 1
+    return layout.TABLE.offset("rows") + (used + max(0, more - free)) * stride + layout.index_bytes(log2)
 
 
 def header_bytes(model: "ModelStore") -> int:
@@ -82,10 +98,10 @@ def check_step(model: "ModelStore", tables: Mapping[int, Table], capacity: Capac
         PublishError: with the model, the bytes, the limit and the remedies. Nothing is changed.
     """
     counts = {column.table: len(column.keys) for column in columns}
-    if _bytes_with(model, tables, counts) <= capacity.bytes:  # even if all keys are new: as a rule
+    if bytes_with(model, tables, counts) <= capacity.bytes:  # even if all keys are new: as a rule
         return
     new = {column.table: _absent(tables.get(column.table), column) for column in columns}
-    needed, held = _bytes_with(model, tables, new), memory_bytes(model, tables)
+    needed, held = bytes_with(model, tables, new), memory_bytes(model, tables)
     if needed <= max(capacity.bytes, held):
         return
     raise PublishError(
@@ -95,15 +111,35 @@ def check_step(model: "ModelStore", tables: Mapping[int, Table], capacity: Capac
     )
 
 
-def _bytes_with(model: "ModelStore", tables: Mapping[int, Table], more: Mapping[int, int]) -> int:
+def bytes_with(model: "ModelStore", tables: Mapping[int, Table], more: Mapping[int, int]) -> int:
     """Bytes of the model when so many more keys have come, by table."""
     total = header_bytes(model)
+    evicts = model.capacity is not None and model.capacity.evict is not None
     for number, table in tables.items():
-        total += _with_rows(table, table.stride, more.get(number, 0))
+        total += _with_rows(table, table.stride, more.get(number, 0), evicts)
     for number, count in more.items():
         if number not in tables and count:  # the first tensor of a model; an unknown table is refused elsewhere
-            total += _with_rows(None, layout.row_stride(DENSE_SPEC.row_bytes), count)
+            total += _with_rows(None, layout.row_stride(DENSE_SPEC.row_bytes), count, evicts)
     return total
+
+
+def room_for(model: "ModelStore", tables: Mapping[int, Table], number: int) -> int:
+    """For how many more keys a table has room; negative: so many must go before its index can be kept as large as it is."""
+    assert model.capacity is not None
+    table = tables[number]
+    held = memory_bytes(model, tables)
+    budget = max(model.capacity.bytes, held) - held + memory_of(table).total - layout.TABLE.offset("rows")
+    used, free = table.rows_used, free_slots(table)
+    log2, best = table.index.capacity_log2, free - used
+    while True:
+        slots = (budget - layout.index_bytes(log2)) // table.stride
+        if slots < used:
+            return best
+        of_index = _keys_max(table, log2, model.capacity.evict is not None) - (used - free)
+        best = max(best, min(slots - used + free, of_index))
+        if slots - used + free <= of_index:
+            return best
+        log2 += 1
 
 
 def _absent(table: Table | None, column: RowColumns) -> int:

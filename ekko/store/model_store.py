@@ -21,6 +21,7 @@ from ekko.model import DENSE_SPEC, DENSE_TABLE, TableSpec, TensorSpec, table_id
 from ekko.store import capacity, layout
 from ekko.store.batches import BatchMarks
 from ekko.store.collecting import Sweep, WholeShards
+from ekko.store.eviction import Eviction
 from ekko.store.floor import LossFloor
 from ekko.store.hot import Heat
 from ekko.store.kernels import claims, collect, index, rows
@@ -84,6 +85,7 @@ class ModelStore:
         self._floor = LossFloor(header, entry.shards, entry.partitions)
         self.removals = 0  # calls of `remove` in this life: since then a key may have got another slot
         self._sweeps = [Sweep(self, partition) for partition in range(entry.partitions)]
+        self.eviction: Eviction | None = None  # what keeps rows of other nodes within the capacity
 
     @classmethod
     def create(cls, entry: ModelEntry, memory: Memory, table_bytes_max: int) -> "ModelStore":
@@ -239,6 +241,31 @@ class ModelStore:
     def memory_bytes(self) -> int:
         """What it takes of shared memory: header, rows and indexes."""
         return capacity.memory_bytes(self, self._tables)
+
+    def limit(self, allowed: capacity.Capacity) -> None:
+        """Keep it within this from now on; what it has already stays."""
+        self.capacity = allowed
+        self.eviction = Eviction(self)
+
+    @property
+    def tables_by_id(self) -> ReadOnlyMapping[int, Table]:
+        """All tables, `_dense` included."""
+        return self._tables
+
+    def hotness(self, table: str, keys: U64) -> NDArray[np.float64]:
+        """float64[n]: how often readers asked for each key lately; 0 where nobody counts."""
+        heat = self._heat.get(table)
+        return np.zeros(keys.size, np.float64) if heat is None else heat.hotness(keys)
+
+    @property
+    def vector_address(self) -> int:
+        """Of uint64[4096, shards]: the vector as it lies in memory."""
+        return self._header.address + layout.MODEL.offset("vector")
+
+    @property
+    def newest_row(self) -> int:
+        """No row has a larger stamp."""
+        return int(self._stamp_max)
 
     def check_step(self, columns: Sequence[RowColumns]) -> None:
         """Refuse a step of a publisher here that finds no room (`capacity_bytes`).
@@ -460,6 +487,18 @@ class ModelStore:
         return self._floor.incomplete
 
     @property
+    def limited(self) -> bool:
+        return self.capacity is not None
+
+    def note_backed(self, backed: bool) -> None:
+        self.note_partition_backed(0, backed)
+
+    def note_partition_backed(self, partition: int, backed: bool) -> None:
+        """Rows go for want of room only while others hold all of every partition that is here."""
+        if self.eviction is not None:
+            self.eviction.note_backed(partition, backed, self._hold)
+
+    @property
     def collectable(self) -> int:
         return sum(table.rows_used if table.spec.ttl_s else table.tombstones for table in self._tables.values())
 
@@ -509,6 +548,9 @@ class ModelStore:
         ghosts = 0
         if len(self._floor.writers):  # else nothing was ever dropped here, and no key is absent that should not be
             columns, ghosts = self._without_ghosts(columns, stamp)
+        # A step of a publisher here was looked at as a whole, and nothing of it may be dropped.
+        if self.eviction is not None and not (stamp and stamp == int(self._word("pending_stamp"))):
+            columns = self.eviction.admit(columns, stamp)
         columns = [column for column in columns if column.keys.size]
         if columns:
             self._marks.begin(columns, stamp)

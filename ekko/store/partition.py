@@ -109,6 +109,13 @@ class Partition:
         return self._model.incomplete[self._place.partition :: self._place.partitions]
 
     @property
+    def limited(self) -> bool:
+        return self._model.limited
+
+    def note_backed(self, backed: bool) -> None:
+        self._model.note_partition_backed(self._place.partition, backed)
+
+    @property
     def collectable(self) -> int:
         return self._model.collectable
 

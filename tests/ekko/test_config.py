@@ -92,6 +92,24 @@ def test_the_contract_is_understood(tmp_path: Path) -> None:
         ("capacity_rows = 1_000", 'capacity_bytes = "100B"', ":14: models.ctr.capacity_bytes: ", "got 100: leave it out"),
         (
             "capacity_rows = 1_000",
+            'when_full = "evict"',
+            ":14: models.ctr.when_full: ",
+            "there is no limit to reach: set capacity_bytes, too",
+        ),
+        (
+            "capacity_rows = 1_000",
+            'capacity_bytes = "1GB"\nevict = "least_frequently_read"',
+            ":15: models.ctr.evict: ",
+            'nothing is evicted: set when_full = "evict", too',
+        ),
+        (
+            "capacity_rows = 1_000",
+            'capacity_bytes = "1GB"\nwhen_full = "drop"',
+            ":15: models.ctr.when_full: ",
+            "expected 'refuse' or 'evict'",
+        ),
+        (
+            "capacity_rows = 1_000",
             'codec = "int9"',
             ":14: models.ctr.codec: ",
             "expected 'float32', 'float16', 'bfloat16' or 'int8'",
@@ -214,3 +232,11 @@ def test_http_beyond_loopback_is_asked_for(tmp_path: Path) -> None:
 def test_a_capacity_in_bytes_has_a_unit_or_none(tmp_path: Path, text: str, size: int) -> None:
     config = load_config(write(tmp_path, GOOD.replace("capacity_rows = 1_000", f"capacity_bytes = {text}")))
     assert config.models["ctr"].capacity_bytes == size
+
+
+def test_a_training_node_never_evicts(tmp_path: Path) -> None:
+    text = GOOD.replace("capacity_rows = 1_000", 'capacity_bytes = "1GB"\nwhen_full = "evict"\nevict = "least_frequently_read"')
+    model = load_config(write(tmp_path, text)).models["ctr"]
+    assert (model.when_full, model.evict) == ("evict", "least_frequently_read")
+    with pytest.raises(ConfigError, match="holds what nobody else may hold yet"):
+        load_config(write(tmp_path, text.replace('role = "serve"', 'role = "train"')))

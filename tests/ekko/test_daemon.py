@@ -403,6 +403,32 @@ def test_a_step_that_finds_no_room_is_refused_whole(single: NodeProcess) -> None
     assert "ekko_publishes_refused_full_total 1.0" in get(single, "/metrics")[1].decode()
 
 
+def test_a_node_that_is_full_drops_what_comes_and_says_so(tmp_path: Path) -> None:
+    nodes = [NodeSpec("train-1", "us", "train"), NodeSpec("serve-1", "eu")]
+    with LocalCluster(tmp_path, nodes, models=MODELS) as cluster:
+        cluster.start()
+        small = cluster["serve-1"]
+        assert small.stop() == 0
+        text = small.config_path.read_text()
+        small.config_path.write_text(text.replace('[models."ctr"]', '[models."ctr"]\ncapacity_bytes = "6MB"'))
+        small.start()
+        small.wait_ready()
+        keys = np.arange(40_000, dtype=np.uint64)
+        with publisher_of(cluster["train-1"]) as publisher:
+            publisher.publish("item", keys[:1_000], rows(1, 1_000))
+            publisher.publish("item", keys, rows(2, 40_000))
+            publisher.wait(publisher.publish("item", keys[:1_000], rows(3, 1_000)), scope="all", timeout=20)
+        with closing(ekko.Reader("ctr", run_dir=small.run_dir)) as reader:
+            held = reader.lookup("item", keys)[:, 0]
+        assert set(held[1_000:].tolist()) == {0.0, 2.0}
+        assert set(held[:1_000].tolist()) == {3.0}  # what it had is updated
+        model, counters = small.status()["models"]["ctr"], small.status()["counters"]
+        assert counters["rows_refused_full"] == np.count_nonzero(held == 0)
+        assert model["bytes"] <= model["capacity_bytes"]
+        assert model["incomplete_shards"] > 0
+        assert cluster["train-1"].status()["models"]["ctr"]["rows"] == 40_000
+
+
 def test_a_damaged_ledger(single: NodeProcess) -> None:
     assert single.stop() == 0
     (single.run_dir / "ledger").write_bytes(b"\xc1 not a ledger")

@@ -109,6 +109,7 @@ MESSAGES: list[m.Message] = [
     m.StableAsk(5),
     m.StableReport(5, True, WRITERS, vector()[0], BOOTS),
     m.Stable(5, WRITERS, vector()[0], ("eu-1",)),
+    m.Incomplete(5, 7),
 ]
 FLOOR = m.Floor(np.array([0, 2, 3], np.uint32), WRITERS, vector())
 # With what version 2 added.

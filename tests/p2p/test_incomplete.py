@@ -1,0 +1,138 @@
+"""A node that dropped live rows for want of memory, among others that have them all (R11)."""
+
+import numpy as np
+import pytest
+
+from ekko.store.capacity import Capacity
+from p2p import messages as m
+from p2p.incomplete import note_incomplete
+from p2p.sync import PRESETS, SyncOptions
+from sim_cluster.checkers import Watch, contents
+from sim_cluster.virtual import VirtualCluster
+
+ROWS = 1_200
+STEP = 100
+SMALL = "eu-1"  # first by name, so that it is asked first
+
+
+def limit(cluster: VirtualCluster, name: str, rows: int = 0) -> None:
+    """This node has room for so many more rows than it has, and evicts."""
+    model = cluster.nodes[name].store.models["ctr"]
+    stride = model.tables_by_id[cluster.model.tables["item"].id].stride
+    model.limit(Capacity(model.memory_bytes + rows * stride, "least_recently_updated"))
+
+
+def publish(cluster: VirtualCluster, value: float, begin: int = 0, end: int = ROWS) -> None:
+    for first in range(begin, end, STEP):
+        cluster.publish("us-1", "item", range(first, first + STEP), value)
+        cluster.run(50)
+
+
+def running(seed: int, sync: SyncOptions = PRESETS["push"]) -> VirtualCluster:
+    """Rows that a node with little memory had to drop some of; all others have all."""
+    cluster = VirtualCluster(seed, sync=sync)
+    cluster.add("us-1", "us", "train")
+    for name in (SMALL, "eu-2"):
+        cluster.add(name, "eu", seeds=["us-1"])
+    cluster.run(3_000)
+    publish(cluster, 1.0, 0, 500)
+    cluster.run(15_000)  # until these are old enough to go
+    limit(cluster, SMALL)
+    publish(cluster, 2.0, 500)
+    cluster.run(10_000)
+    return cluster
+
+
+def newest(cluster: VirtualCluster) -> dict[tuple[int, int], tuple[int, bytes]]:
+    held = contents(cluster.nodes["us-1"].store, "ctr")
+    assert len(held) == ROWS
+    return held
+
+
+@pytest.mark.parametrize("sync", ["push", "leaders", "cache", "shard_versions"])
+def test_others_hold_all_and_it_holds_what_fits(sync: str) -> None:
+    cluster = running(7, PRESETS[sync])
+    small = cluster.nodes[SMALL]
+    model = small.store.models["ctr"]
+    assert model.capacity is not None
+    assert model.eviction is not None
+    assert model.eviction.evicted > 0
+    assert model.memory_bytes <= model.capacity.bytes
+    everything = newest(cluster)
+    assert contents(cluster.nodes["eu-2"].store, "ctr") == everything
+    kept = contents(small.store, "ctr")
+    assert 200 < len(kept) < ROWS
+    assert kept.items() <= everything.items()  # nothing that is older, nothing that was not written
+    assert model.vector.tolist() == cluster.nodes["eu-2"].store.models["ctr"].vector.tolist()  # it claims what it passed on
+    assert Watch(cluster).check_converged() == ""
+
+
+def joined(cluster: VirtualCluster) -> VirtualCluster:
+    """A node comes that is told of the incomplete one only, while the training node is away for a while."""
+    cluster.add("eu-9", "eu", seeds=[SMALL])
+    cluster.run(20_000)
+    return cluster
+
+
+@pytest.mark.parametrize("sync", ["push", "leaders", "cache", "shard_versions"])
+def test_who_joins_gets_all_rows_and_none_of_them_from_it(sync: str) -> None:
+    cluster = joined(running(8, PRESETS[sync]))
+    assert contents(cluster.nodes["eu-9"].store, "ctr") == newest(cluster)
+    machine = cluster.nodes["eu-9"].machine
+    assert machine is not None
+    assert machine.status(cluster.now_of(cluster.nodes["eu-9"])).synced
+    assert Watch(cluster).check_converged() == ""
+
+
+@pytest.mark.parametrize("sync", ["push", "leaders"])
+def test_an_incomplete_node_that_answers_like_others_is_noticed(sync: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2p.pull_answers.may_answer", lambda keyspace, below: True)
+    monkeypatch.setattr("p2p.round_answers.may_answer", lambda keyspace, below: True)
+    monkeypatch.setattr("p2p.incomplete.note_incomplete", lambda core, boot, keyspace: None)
+    monkeypatch.setattr("p2p.pull.note_incomplete", lambda core, boot, keyspace: None)
+    problems = []
+    for seed in range(8, 14):
+        cluster = joined(running(seed, PRESETS[sync]))
+        problems.append(Watch(cluster).check_converged())
+    assert any(problems)
+
+
+def test_rows_are_evicted_only_while_somebody_else_has_them() -> None:
+    cluster = VirtualCluster(9)
+    cluster.add("us-1", "us", "train")
+    cluster.add(SMALL, "eu", seeds=["us-1"])
+    cluster.run(3_000)
+    publish(cluster, 1.0, 0, 500)
+    cluster.run(15_000)
+    limit(cluster, SMALL)
+    eviction = cluster.nodes[SMALL].store.models["ctr"].eviction
+    assert eviction is not None
+    cluster.run(2_000)
+    assert eviction.backed
+    cluster.crash("us-1")
+    cluster.run(20_000)
+    assert not eviction.backed
+    before = contents(cluster.nodes[SMALL].store, "ctr")
+    cluster.restart("us-1", keep_state=False)  # all that there was is here
+    publish(cluster, 2.0, 500, 600)
+    cluster.run(20_000)
+    assert before.items() <= contents(cluster.nodes["us-1"].store, "ctr").items()
+    assert np.all([key in contents(cluster.nodes["us-1"].store, "ctr") for key in before])
+
+
+def test_what_a_peer_says_of_itself_is_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = VirtualCluster(10)
+    cluster.add("us-1", "us", "train")
+    cluster.add("eu-2", "eu", seeds=["us-1"])
+    cluster.run(3_000)
+    machine = cluster.nodes["us-1"].machine
+    assert machine is not None
+    core, pull = machine._core, machine._pull
+    (link,) = core.links.values()
+    for keyspace in (12_345, cluster.model.id):
+        pull.on_incomplete(link, m.Incomplete(keyspace, 7), cluster.now())
+    assert list(core.incomplete) == [(link.boot, cluster.model.id)]  # of keyspaces that are not here nothing is kept
+    monkeypatch.setattr("p2p.incomplete.INCOMPLETE_MAX", 3)
+    for boot in range(10):
+        note_incomplete(core, boot, 5)
+    assert list(core.incomplete) == [(7, 5), (8, 5), (9, 5)]
