@@ -254,6 +254,22 @@ def snapshot_verify(
     )
 
 
+@snapshots.command("export")
+def snapshot_export(
+    url: FolderArgument,
+    model: Annotated[str, typer.Argument(help="Which model.", metavar="MODEL")],
+    file: Annotated[Path, typer.Argument(help="The .safetensors file to write.", metavar="FILE")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model of the newest sound snapshot to a safetensors file, which `ekko load` brings back."""
+    from ekko.snapshots.commands import bar
+    from ekko.snapshots.export import export
+
+    with bar("export", quiet=as_json) as progress:
+        done = export(url, model, file, progress)
+    typer.echo(json.dumps(done) if as_json else f"{done['rows']:,} rows of snapshot {done['name']} are in {file}")
+
+
 @snapshots.command("restore")
 def snapshot_restore(
     url: FolderArgument,

@@ -21,6 +21,7 @@ SLICE_BYTES = 1 << 20  # applied in about a millisecond, so that a node's event 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U64": "<u8", "I32": "<i4", "U32": "<u4"}
 _DTYPES |= {"I16": "<i2", "U16": "<u2", "I8": "i1", "U8": "u1", "BOOL": "?"}
 KEYS_SUFFIX = ".keys"
+STAMPS_SUFFIX = ".stamps"  # of an export; a load gives rows new ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def plan_load(tensors: Mapping[str, FileTensor], known: Mapping[str, int], chose
     tables: dict[str, tuple[FileTensor, FileTensor | None]] = {}
     dense: dict[str, FileTensor] = {}
     for name, tensor in tensors.items():
-        if name.endswith(KEYS_SUFFIX) and name.removesuffix(KEYS_SUFFIX) in tensors:
+        if any(name.endswith(suffix) and name.removesuffix(suffix) in tensors for suffix in (KEYS_SUFFIX, STAMPS_SUFFIX)):
             continue
         keys = tensors.get(name + KEYS_SUFFIX)
         if name not in chosen and name not in known and keys is None and not (len(tensors) == 1 and len(tensor.shape) == 2):

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from ekko.codec import encode
 from ekko.errors import SnapshotError
 from ekko.model import ModelSpec, TableSpec, TensorSpec, table_id
 from ekko.rundir import FileLedger
 from ekko.snapshots.catalog import Catalog, Entry
+from ekko.snapshots.export import export
+from ekko.snapshots.files import plan_load, read_tensors, slices
 from ekko.snapshots.folders import LocalFolder, open_folder
 from ekko.snapshots.format import SnapshotManifest
 from ekko.snapshots.load import Restored, Wanted, open_or_restore
@@ -297,3 +300,29 @@ def test_a_chain_without_its_parent_is_refused(home: Home) -> None:
     assert restored.snapshot is None
     assert second.name in restored.refused[0]
     assert isinstance(Catalog(home.folder).entry(second.name), Entry)
+
+
+def test_export_and_back(home: Home, tmp_path: Path) -> None:
+    home.write([9, 3, 1 << 60], 1.5)
+    home.write([3], None)
+    home.write([5], 2.5, "user")
+    tensor = TensorSpec("w", (2, 3), "float32")
+    home.store.add_tensor(MODEL, tensor)
+    dense = np.arange(256, dtype=np.float32).reshape(1, 256)
+    home.model.apply([RowColumns(table_id("_dense"), tensor.keys, encode("float32", dense))], 9 << 12 | WRITER)
+    home.snapshot()
+    path = tmp_path / "out.safetensors"
+    assert export(home.folder.url, MODEL, path)["rows"] == 3
+    found = load_file(path)
+    assert found["item.keys"].tolist() == [9, 1 << 60]
+    assert found["item.stamps"].tolist() == [1 << 12 | WRITER] * 2
+    assert found["item"].tolist() == [[1.5] * DIM] * 2
+    assert found["w"].tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    back: dict[str, dict[int, list[float]]] = {}
+    for table, keys, rows in slices(plan_load(read_tensors(path), {}, {})):
+        back.setdefault(table, {}).update(zip(keys.tolist(), rows.tolist(), strict=True))
+    assert back["item"] == {9: [1.5] * DIM, 1 << 60: [1.5] * DIM}
+    assert back["user"] == {5: [2.5] * 2}
+    assert back["_dense"][int(tensor.keys[0])][:6] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    with pytest.raises(SnapshotError, match="has no model 'other'"):
+        export(home.folder.url, "other", path)
