@@ -37,6 +37,7 @@ from benchmarks.common import (
 from ekko.codec import encode, rounded
 from ekko.model import CODEC_DEFAULT, CODECS
 from ekko.serve.reader import Reader
+from ekko.store.counting import count_nothing
 
 TARGETS = {
     "vs_np_take": ">= 0.55",
@@ -46,6 +47,7 @@ TARGETS = {
     "vs_redis_mget": ">= 6",
     "redis_p99_ratio": "<= 0.2",
     "cells_vs_np_take_min": ">= 0.4",
+    "counting_cost": "<= 0.03",
 }
 BATCH = 4_096
 BAG_KEYS_MAX = 31
@@ -183,7 +185,7 @@ def _measure(
             timed = alternate(scale.rounds, sides)
             reader.lookup(TABLE, keys[: cell.batch], out=out)
             assert np.array_equal(out, rounded(codec, array[: cell.batch])), "all sides must read the same rows"
-            others = _pooled(bed, scale) | _redis(bed, scale) if more else {}
+            others = _pooled(bed, scale) | _redis(bed, scale) | _counting(bed, scale) if more else {}
     figures: dict[str, float | int | str] = {
         "dim": cell.dim,
         "rows": cell.rows,
@@ -275,6 +277,35 @@ def _pooled(bed: Bed, scale: Scale) -> dict[str, Figure]:
         "pooled_keys_per_s": places["ours"][0].size / timed.median("ours"),
         "pooled_vs_embedding_bag": timed.ratio("ours", "torch"),
         "pooled_vs_two_step": timed.ratio("ours", "two-step"),
+    }
+
+
+def _counting(bed: Bed, scale: Scale) -> dict[str, Figure]:
+    """What it costs, as a share of a look-up, that keys are counted (`ekko hot`), by keys in a look-up."""
+    costs = {}
+    view = bed.reader._table(TABLE)  # counting is not an option that users have
+    counting = view._count
+    for batch in (bed.cell.batch, 256, SMALL_BATCH):
+        cell = Cell(bed.cell.dim, bed.cell.rows, bed.cell.keys, batch)
+        places = _places(cell, scale, ("counted", "not"), seed=4_000)
+        wanted = {side: [bed.keys[batches] for batches in places[side]] for side in places}
+        out = np.empty((batch, cell.dim), np.float32)
+
+        def look_up(side: str, out: F32 = out, wanted: dict[str, list[U64]] = wanted) -> Callable[[int], None]:
+            def side_of(number: int) -> None:
+                view._count = counting if side == "counted" else count_nothing
+                for keys in wanted[side][number]:
+                    bed.reader.lookup(TABLE, keys, out=out)
+                view._count = counting
+
+            return side_of
+
+        timed = alternate(scale.rounds, {side: look_up(side) for side in places})
+        costs[batch] = 1 - timed.ratio("counted", "not")
+    return {
+        "counting_cost": costs[bed.cell.batch],
+        "counting_cost_256_keys": costs[256],
+        "counting_cost_64_keys": costs[SMALL_BATCH],
     }
 
 

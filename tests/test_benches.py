@@ -22,6 +22,7 @@ KEYS = {
         "vs_torch_embedding",
         "pooled_vs_embedding_bag",
         "pooled_vs_two_step",
+        "counting_cost",
         "vs_redis_mget",
         "redis_p99_ratio",
         "cells",

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable
 from collections.abc import Mapping as ReadOnlyMapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, overload
@@ -22,18 +21,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ekko.errors import ModelError, StoreError
-from ekko.generations import Generation
-from ekko.model import DENSE_DIM, DENSE_TABLE, TensorSpec, check_name
+from ekko.model import DENSE_DIM, DENSE_TABLE, check_name
 from ekko.serve.arguments import as_bags, as_keys, output
+from ekko.serve.attachment import Attacher, Attachment, names
 from ekko.serve.consistency import between_batches
 from ekko.serve.defaults import Default, Defaults
 from ekko.store import layout
-from ekko.store.kernels.atomics import watch_word
 from ekko.store.kernels.index import shards_of
 from ekko.store.locks import ForkSafeLock
-from ekko.store.manifest import CONTROL_NAME, Manifest, ModelEntry, header_name, kernel_boot_id, read_manifest
-from ekko.store.memory import Mapping, TmpfsMemory
-from ekko.store.view import NO_STAMPS, TableFiles, TableView
+from ekko.store.view import NO_STAMPS, TableView
 
 F32 = NDArray[np.float32]
 U64 = NDArray[np.uint64]
@@ -42,34 +38,7 @@ U64 = NDArray[np.uint64]
 POLL_S = 0.01
 # A dense tensor is read again while its rows carry different stamps, which means that a newer one is just being written.
 DENSE_ATTEMPTS_MAX = 8
-# The store may be replaced between reading its manifest and opening its files; it is not replaced often in a row.
-ATTACH_ATTEMPTS_MAX = 100
-
-_GENERATION = layout.CONTROL.offset("manifest_generation") // 8
-_RETIRED = layout.CONTROL.offset("retired") // 8
-_ALIASES_MS = layout.CONTROL.offset("aliases_ms") // 8
 _SYNCED_UNTIL = layout.MODEL.offset("synced_until_ms") // 8
-
-
-@dataclass(frozen=True, slots=True)
-class _Attachment:
-    """Everything a look-up needs, as of one manifest. Replaced as a whole, so that threads see one or the other."""
-
-    words: memoryview  # of the control file
-    generation: int
-    header: memoryview  # of the model
-    header_address: int
-    tables: dict[str, TableView]
-    tensors: dict[str, TensorSpec]
-    shards: int
-    partitions: int
-    hold: tuple[int, ...]  # the partitions that are here
-    model: Generation  # which model it is; the name asked for may be an alias
-
-    @property
-    def current(self) -> bool:
-        """False once there is a newer manifest, or another store."""
-        return self.words[_GENERATION] == self.generation and self.words[_RETIRED] == 0
 
 
 class Reader:
@@ -115,9 +84,10 @@ class Reader:
         check_name("model", model)
         self._run_dir = Path(run_dir)
         self._wait_s = wait or 0.0
+        self._attacher = Attacher(model, self._run_dir, self._defaults.check)
         self._attaching = ForkSafeLock()
         self._closed = False
-        self._attachment: _Attachment | None = None
+        self._attachment: Attachment | None = None
         self._current()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -190,7 +160,7 @@ class Reader:
             keys: integers >= 0 of any shape.
             out: float32[*keys.shape, dim], C-contiguous, to write into; None: a new array.
             stamps: return the rows' stamps too.
-            consistent: answer from between two batches, never from half of one; see below.
+            consistent: answer from between two batches, never from half of one; see the class.
 
         Returns:
             float32[*keys.shape, dim], the table's default (zeros, see `defaults`) for keys that are absent or deleted; with
@@ -223,7 +193,7 @@ class Reader:
         Args:
             keys: table -> integers >= 0 of any shape.
             out: table -> float32[*keys.shape, dim], C-contiguous, to write into; a new array for tables that it does not name.
-            consistent: answer from between two batches, never from half of one; see below.
+            consistent: answer from between two batches, never from half of one; see the class.
 
         Returns:
             Table -> its rows, in the order of `keys`. See `lookup`.
@@ -235,7 +205,7 @@ class Reader:
         attachment = self._current()
         strangers = {name: None for name in out if name not in keys}
         if strangers:
-            raise ModelError(f"out has {_names(strangers)}, and keys are asked of {_names(keys)}")
+            raise ModelError(f"out has {names(strangers)}, and keys are asked of {names(keys)}")
         calls = []
         for table, asked in keys.items():
             view, wanted = self._view(attachment, table), as_keys(asked)
@@ -273,7 +243,7 @@ class Reader:
             include_last_offset: `offsets` ends with the number of keys, so that there is one bag less.
             padding_key: this key is left out: it is neither summed nor counted.
             out: float32[bags, dim], C-contiguous, to write into; None: a new array.
-            consistent: answer from between two batches, never from half of one; see below.
+            consistent: answer from between two batches, never from half of one; see the class.
 
         Returns:
             float32[bags, dim]; an empty bag is zeros. Sums are float32, from the first row of a bag to the last.
@@ -292,7 +262,7 @@ class Reader:
         self._read(attachment, consistent, lambda: view.pool(wanted.reshape(-1), bags, rows, default.address))
         return rows
 
-    def _read(self, attachment: _Attachment, consistent: bool, gather: Callable[[], None]) -> None:
+    def _read(self, attachment: Attachment, consistent: bool, gather: Callable[[], None]) -> None:
         if consistent:
             between_batches(self.model, attachment.header_address, gather)
         else:
@@ -319,7 +289,7 @@ class Reader:
         attachment = self._current()
         spec = attachment.tensors.get(name)
         if spec is None:
-            raise ModelError(f"{self._named(attachment)} has no dense tensor {name!r}: it has {_names(attachment.tensors)}")
+            raise ModelError(f"{self._named(attachment)} has no dense tensor {name!r}: it has {names(attachment.tensors)}")
         if len(attachment.hold) != attachment.partitions:
             self._check_held(attachment, spec.keys, f"rows of dense tensor {name!r}", "read it on a node that holds them")
         rows = np.empty((spec.rows, DENSE_DIM), np.float32)
@@ -339,7 +309,7 @@ class Reader:
         until = self._current().header[_SYNCED_UNTIL]
         return max(0.0, time.time() * 1000 - until) if until else None
 
-    def _check_keys(self, attachment: _Attachment, table: str, keys: U64, padding_key: int | None) -> None:
+    def _check_keys(self, attachment: Attachment, table: str, keys: U64, padding_key: int | None) -> None:
         """Refuse keys of partitions that are not here, padding aside, unless they are to count as absent."""
         if len(attachment.hold) != attachment.partitions and self._refuses_unheld:
             asked = keys.reshape(-1)
@@ -348,7 +318,7 @@ class Reader:
             what, remedy = f"keys of table {table!r}", "ask a node that holds them (see Reader.partition_of)"
             self._check_held(attachment, asked, what, remedy)
 
-    def _check_held(self, attachment: _Attachment, keys: U64, what: str, remedy: str) -> None:
+    def _check_held(self, attachment: Attachment, keys: U64, what: str, remedy: str) -> None:
         """Refuse keys of partitions that are not here.
 
         Raises:
@@ -368,19 +338,19 @@ class Reader:
     def _table(self, name: str) -> TableView:
         return self._view(self._current(), name)
 
-    def _view(self, attachment: _Attachment, name: str) -> TableView:
+    def _view(self, attachment: Attachment, name: str) -> TableView:
         view = attachment.tables.get(name)
         if view is None:
             known = [table for table in attachment.tables if table != DENSE_TABLE]
-            raise ModelError(f"{self._named(attachment)} has no table {name!r}: it has {_names(dict.fromkeys(known))}")
+            raise ModelError(f"{self._named(attachment)} has no table {name!r}: it has {names(dict.fromkeys(known))}")
         return view
 
-    def _named(self, attachment: _Attachment) -> str:
+    def _named(self, attachment: Attachment) -> str:
         """The model in an error: by what was asked for, and by what that stands for."""
         name = attachment.model.name
         return f"model {name!r}" if name == self.model else f"model {name!r}, for which alias {self.model!r} stands,"
 
-    def _current(self) -> _Attachment:
+    def _current(self) -> Attachment:
         attachment = self._attachment
         if attachment is not None and attachment.current:
             return attachment
@@ -390,7 +360,7 @@ class Reader:
             deadline = time.monotonic() + self._wait_s
             while self._attachment is None or not self._attachment.current:
                 try:
-                    self._attachment = self._attach(self._attachment)  # None lets go of memory that was dropped
+                    self._attachment = self._attacher.attach(self._attachment)  # None lets go of memory that was dropped
                 except PermissionError as error:
                     raise StoreError(
                         f"user {os.geteuid()} may not read {error.filename} of the node at {self._run_dir} (Permission denied)"
@@ -399,73 +369,9 @@ class Reader:
                 if self._attachment is not None:
                     break
                 if time.monotonic() >= deadline:
-                    raise ModelError(self._missing())
+                    raise ModelError(self._attacher.missing())
                 time.sleep(POLL_S)
             return self._attachment
-
-    def _missing(self) -> str:
-        manifest = self._manifest()
-        if manifest is None:
-            return f"no node has a store in {self._run_dir}: start `ekko node` with this run_dir, or pass wait="
-        known = _names({entry.name: entry for entry in manifest.models})
-        registers = manifest.registers
-        if (target := registers.resolve(self.model)) is not None:
-            what = "was dropped" if registers.is_dropped(target) else "is not on this node"
-            return f"alias {self.model!r} stands for model {target.name!r}, which {what}: switch it with `ekko alias`"
-        if self.model in registers.dropped:
-            return f"model {self.model!r} was dropped on the node at {self._run_dir}: it has {known}"
-        return f"the node at {self._run_dir} does not have model {self.model!r} yet: it has {known}"
-
-    def _manifest(self) -> Manifest | None:
-        manifest = read_manifest(self._run_dir)
-        if manifest is None or manifest.boot_id != kernel_boot_id():
-            return None  # the memory it speaks of is gone
-        if manifest.layout_version != layout.LAYOUT_VERSION:
-            raise StoreError(
-                f"the node at {self._run_dir} uses shared-memory layout {manifest.layout_version}, this reader "
-                f"{layout.LAYOUT_VERSION}: install the same version of ekko on both sides"
-            )
-        return manifest
-
-    def _attach(self, old: _Attachment | None) -> _Attachment | None:
-        """Attach to what the manifest names now; None when the model is not there."""
-        for _ in range(ATTACH_ATTEMPTS_MAX):
-            manifest = self._manifest()
-            if manifest is None:
-                return None
-            memory = TmpfsMemory(Path(manifest.memory_dir), manifest.prefix)
-            try:
-                control = Mapping.open_to_read(memory.path(CONTROL_NAME))
-                words = control.view(layout.CONTROL_BYTES)
-                generation = watch_word(control.address + 8 * _GENERATION)
-                # Read again: this one is at least as new as the generation.
-                manifest = self._manifest()
-                if manifest is None or manifest.prefix != memory.prefix:
-                    continue
-                aliased = manifest.registers.resolve(self.model, words[_ALIASES_MS] or None)
-                found = (one for one in manifest.models if aliased in (None, one.generation))
-                entry = next((one for one in found if aliased is not None or one.name == self.model), None)
-                if entry is None:
-                    return None
-                hold = tuple(range(entry.partitions) if entry.hold is None else entry.hold)
-                mapped = self._map_model(entry, memory, old)
-                return _Attachment(words, generation, *mapped, entry.shards, entry.partitions, hold, entry.generation)
-            except FileNotFoundError:
-                continue  # replaced under our hands
-        return None
-
-    def _map_model(
-        self, entry: ModelEntry, memory: TmpfsMemory, old: _Attachment | None
-    ) -> tuple[memoryview, int, dict[str, TableView], dict[str, TensorSpec]]:
-        number = entry.bare_spec.id
-        header = Mapping.open_to_read(memory.path(header_name(number)))
-        tables = {}
-        for spec in entry.tables:
-            files = TableFiles(memory, number, spec.id)
-            held = old.tables.get(spec.name) if old is not None else None
-            tables[spec.name] = held if held is not None and held.files == files else TableView(spec, files)
-            self._defaults.check(tables[spec.name])
-        return header.view(layout.PAGE_BYTES), header.address, tables, {spec.name: spec for spec in entry.tensors}
 
 
 def _partition_of(keys: U64, shards: int, partitions: int) -> NDArray[np.int64]:
@@ -474,10 +380,6 @@ def _partition_of(keys: U64, shards: int, partitions: int) -> NDArray[np.int64]:
     shards_of(np.ascontiguousarray(keys), shards, out)
     out %= partitions
     return out
-
-
-def _names(known: ReadOnlyMapping[str, object]) -> str:
-    return ", ".join(map(repr, known)) or "none"
 
 
 def _reader_of(
