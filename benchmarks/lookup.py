@@ -15,6 +15,7 @@ costs its publisher, against NumPy's `astype(np.float16)` of the same rows.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from benchmarks.baselines.mget import names, redis_rows
 from benchmarks.baselines.servers import absent
 from benchmarks.common import (
     F32,
+    MODEL,
     ROUNDS,
     ROUNDS_QUICK,
     TABLE,
@@ -37,7 +39,6 @@ from benchmarks.common import (
 from ekko.codec import encode, rounded
 from ekko.model import CODEC_DEFAULT, CODECS
 from ekko.serve.reader import Reader
-from ekko.store.counting import count_nothing
 
 TARGETS = {
     "vs_np_take": ">= 0.55",
@@ -104,6 +105,7 @@ class Bed:
     """One table, in ekko's memory and as an array; row i is the number i."""
 
     cell: Cell
+    run_dir: Path
     reader: Reader
     keys: U64
     array: F32
@@ -179,7 +181,7 @@ def _measure(
         array[...] = np.arange(cell.rows, dtype=np.float32)[:, None]
         out = np.empty((cell.batch, cell.dim), np.float32)
         with Reader(model.spec.name, run_dir) as reader:
-            bed = Bed(cell, reader, keys, array)
+            bed = Bed(cell, run_dir, reader, keys, array)
             places = _places(cell, scale, SIDES, seed=0)
             sides = _sides(bed, out, places)
             timed = alternate(scale.rounds, sides)
@@ -283,25 +285,25 @@ def _pooled(bed: Bed, scale: Scale) -> dict[str, Figure]:
 def _counting(bed: Bed, scale: Scale) -> dict[str, Figure]:
     """What it costs, as a share of a look-up, that keys are counted (`ekko hot`), by keys in a look-up."""
     costs = {}
-    view = bed.reader._table(TABLE)  # counting is not an option that users have
-    counting = view._count
-    for batch in (bed.cell.batch, 256, SMALL_BATCH):
-        cell = Cell(bed.cell.dim, bed.cell.rows, bed.cell.keys, batch)
-        places = _places(cell, scale, ("counted", "not"), seed=4_000)
-        wanted = {side: [bed.keys[batches] for batches in places[side]] for side in places}
-        out = np.empty((batch, cell.dim), np.float32)
+    with Reader(MODEL, bed.run_dir, counted=False) as uncounted:
+        readers = {"counted": bed.reader, "not": uncounted}
+        for batch in (bed.cell.batch, 256, SMALL_BATCH):
+            cell = Cell(bed.cell.dim, bed.cell.rows, bed.cell.keys, batch)
+            wanted = {
+                side: [bed.keys[batches] for batches in rounds]
+                for side, rounds in _places(cell, scale, tuple(readers), seed=4_000).items()
+            }
+            out = np.empty((batch, cell.dim), np.float32)
 
-        def look_up(side: str, out: F32 = out, wanted: dict[str, list[U64]] = wanted) -> Callable[[int], None]:
-            def side_of(number: int) -> None:
-                view._count = counting if side == "counted" else count_nothing
-                for keys in wanted[side][number]:
-                    bed.reader.lookup(TABLE, keys, out=out)
-                view._count = counting
+            def look_up(side: str, out: F32 = out, wanted: dict[str, list[U64]] = wanted) -> Callable[[int], None]:
+                def side_of(number: int) -> None:
+                    for keys in wanted[side][number]:
+                        readers[side].lookup(TABLE, keys, out=out)
 
-            return side_of
+                return side_of
 
-        timed = alternate(scale.rounds, {side: look_up(side) for side in places})
-        costs[batch] = 1 - timed.ratio("counted", "not")
+            timed = alternate(scale.rounds, {side: look_up(side) for side in readers})
+            costs[batch] = 1 - timed.ratio("counted", "not")
     return {
         "counting_cost": costs[bed.cell.batch],
         "counting_cost_256_keys": costs[256],

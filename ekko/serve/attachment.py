@@ -49,12 +49,14 @@ class Attacher:
     Args:
         model: its name, or an alias.
         run_dir: the node's.
+        counted: count what is looked up.
         check: called with each table that is mapped; what it raises ends the attaching.
     """
 
-    def __init__(self, model: str, run_dir: Path, check: Callable[[TableView], None]) -> None:
+    def __init__(self, model: str, run_dir: Path, counted: bool, check: Callable[[TableView], None]) -> None:
         self._model = model
         self._run_dir = run_dir
+        self._counted = counted
         self._check = check
 
     def attach(self, old: Attachment | None) -> Attachment | None:
@@ -118,7 +120,9 @@ class Attacher:
         for spec in entry.tables:
             files = TableFiles(memory, number, spec.id)
             held = old.tables.get(spec.name) if old is not None else None
-            tables[spec.name] = held if held is not None and held.files == files else TableView(spec, files)
+            tables[spec.name] = (
+                held if held is not None and held.files == files else TableView(spec, files, counted=self._counted)
+            )
             self._check(tables[spec.name])
         return header.view(layout.PAGE_BYTES), header.address, tables, {spec.name: spec for spec in entry.tensors}
 

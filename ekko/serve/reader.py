@@ -60,6 +60,8 @@ class Reader:
             would spoil a model's answers in silence; or "absent", for those who merge the answers of several nodes.
         defaults: table -> what its absent keys are: "zeros", as without; "mean", the mean of (a sample of) the rows that are
             live, made anew once a minute and when the table has doubled; or a row, float32[dim].
+        counted: count what is looked up, so that the node knows what is hot (`ekko hot`). False for whoever reads keys that no
+            request asked for: a whole table that is exported says nothing of which rows matter.
 
     Raises:
         ModelError: the node does not have the model (within `wait`), or a default is none of these.
@@ -74,17 +76,19 @@ class Reader:
         unheld: Literal["raise", "absent"] = "raise",
         *,
         defaults: ReadOnlyMapping[str, Default] = MappingProxyType({}),
+        counted: bool = True,
     ) -> None:
         if unheld not in ("raise", "absent"):
             raise ModelError(f"unheld is {unheld!r}: expected 'raise' or 'absent'")
         self.model = model
-        self._arguments = (model, run_dir, wait, unheld, dict(defaults))
+        self._arguments = (model, run_dir, wait, unheld, dict(defaults), counted)
+        self._counted = counted
         self._refuses_unheld = unheld == "raise"
         self._defaults = Defaults(defaults)
         check_name("model", model)
         self._run_dir = Path(run_dir)
         self._wait_s = wait or 0.0
-        self._attacher = Attacher(model, self._run_dir, self._defaults.check)
+        self._attacher = Attacher(model, self._run_dir, counted, self._defaults.check)
         self._attaching = ForkSafeLock()
         self._closed = False
         self._attachment: Attachment | None = None
@@ -121,8 +125,10 @@ class Reader:
 
     @property
     def counting(self) -> bool:
-        """Whether look-ups are counted (`ekko hot`): not where this process may not write to the node's hot files."""
-        return all(view.counter.on for name, view in self._current().tables.items() if name != DENSE_TABLE)
+        """Whether look-ups are counted (`ekko hot`): not with `counted=False`, nor where this process may not
+        write to the node's hot files.
+        """
+        return self._counted and all(view.counter.on for name, view in self._current().tables.items() if name != DENSE_TABLE)
 
     @property
     def partitions(self) -> int:
@@ -389,9 +395,10 @@ def _reader_of(
     wait: float | None,
     unheld: Literal["raise", "absent"],
     defaults: ReadOnlyMapping[str, Default],
+    counted: bool,
     closed: bool,
 ) -> Reader:
     """A reader out of a pickle."""
     if closed:
         raise ModelError(f"the reader of model {model!r} was closed before it was pickled: make a new one")
-    return kind(model, run_dir, wait, unheld, defaults=defaults)
+    return kind(model, run_dir, wait, unheld, defaults=defaults, counted=counted)

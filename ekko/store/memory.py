@@ -29,6 +29,8 @@ U64 = NDArray[np.uint64]
 _MAP_NORESERVE = 0x4000
 _MADV_POPULATE_WRITE = 23
 
+_OWN = Access()
+
 
 class Mapping:
     """A mapped file or piece of anonymous memory. It is unmapped when nobody refers to it or to an array over it."""
@@ -41,7 +43,7 @@ class Mapping:
         self.ensured = 0 if descriptor is not None else len(memory)  # bytes from the start that have real pages
 
     @classmethod
-    def create(cls, path: Path, size: int, access: Access) -> "Mapping":
+    def create(cls, path: Path, size: int, access: Access = _OWN) -> "Mapping":
         """Make a new file of `size` bytes, sparse and zero, and map it for writing."""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

@@ -122,12 +122,17 @@ class TableFiles:
 class TableView:
     """One table of another process's store.
 
+    Args:
+        spec: the table.
+        files: where it is.
+        counted: count what is looked up (`ekko.store.counting`), if this process may.
+
     Raises:
         FileNotFoundError: the files are gone: the store was replaced.
         StoreError: they are damaged, or of another layout.
     """
 
-    def __init__(self, spec: TableSpec, files: TableFiles) -> None:
+    def __init__(self, spec: TableSpec, files: TableFiles, *, counted: bool = True) -> None:
         self.spec = spec
         self.files = files
         self._mapping = Mapping.open_to_read(files.memory.path(rows_name(files.model_id, files.table_id)))
@@ -140,7 +145,7 @@ class TableView:
         self._index = self._open_index()
         hot = files.memory.path(hot_name(files.model_id, files.table_id))
         self.counter = KeyCounter(hot, spec.id, self._mapping.address, self._source.stride)
-        self._count: Count = self.counter.count if self.counter.on else count_nothing
+        self._count: Count = self.counter.count if counted and self.counter.on else count_nothing
 
     @property
     def rows_used(self) -> int:
