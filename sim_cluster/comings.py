@@ -27,20 +27,19 @@ def understood(cluster: VirtualCluster) -> bool:
 
 def begin(cluster: VirtualCluster, node: VirtualNode, amount: int) -> None:
     """A model is begun at a node, or what there is of the name is gone on with; it is written, and an alias switched to it."""
-    assert node.machine is not None
     # Of the same name, all have the same schema: two publishers that begin one differently on two sides of a split are a clash,
     # which a person has to settle.
     name = _name_of(amount)
     store = node.store
     spec = store.current(ModelSpec(name, 4, {"item": TableSpec("item", 2)}))
     store.add_model(spec, asked=False)
-    cluster.feed(node, node.machine, m.SchemaChanged())
-    if node.role == "train":
+    _tell(cluster, node)
+    if node.role == "train" and node.machine is not None:
         keys = np.arange(amount % ROWS + 1, dtype=np.uint64)
         rows = encode("float32", np.full((len(keys), 2), float(amount), np.float32))
         columns = (RowColumns(spec.tables["item"].id, keys, rows),)
         cluster.ask(node.name, lambda number: m.PublishRequested(number, spec.id, columns))
-    if amount // NAMES % 2:
+    if amount // NAMES % 2 and node.machine is not None:
         _switch(cluster, node, name, amount)
 
 
@@ -52,8 +51,9 @@ def end(cluster: VirtualCluster, amount: int) -> None:
             continue
         if amount % 3 == 0:
             _switch(cluster, node, None, amount)
-        node.store.drop_model(name, cluster.now_of(node).unix_ms)
-        cluster.feed(node, node.machine, m.SchemaChanged())
+        if node.machine is not None:
+            node.store.drop_model(name, cluster.now_of(node).unix_ms)
+            _tell(cluster, node)
         return
 
 
@@ -72,8 +72,13 @@ def _name_of(amount: int) -> str:
 
 
 def _switch(cluster: VirtualCluster, node: VirtualNode, name: str | None, amount: int) -> None:
-    assert node.machine is not None
     target = None if name is None else node.store.generation(name)
     now_ms = cluster.now_of(node).unix_ms
     node.store.set_alias(node.store.registers.switched(ALIAS, target, node.store.generation(ALIAS), now_ms, amount))
-    cluster.feed(node, node.machine, m.SchemaChanged())
+    _tell(cluster, node)
+
+
+def _tell(cluster: VirtualCluster, node: VirtualNode) -> None:
+    """The node says what it has now. A kill that waits for it may strike meanwhile: afterwards it may have no machine."""
+    if node.machine is not None:
+        cluster.feed(node, node.machine, m.SchemaChanged())

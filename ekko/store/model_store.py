@@ -174,7 +174,8 @@ class ModelStore:
         names = [header_name(self.keyspace)]
         for table in self._tables.values():
             names += [rows_name(self.keyspace, table.spec.id), index_name(self.keyspace, table.spec.id, table.index.generation)]
-            names += [hot_name(self.keyspace, table.spec.id), heat_name(self.keyspace, table.spec.id)]
+            if table.spec.name in self._heat:
+                names += [hot_name(self.keyspace, table.spec.id), heat_name(self.keyspace, table.spec.id)]
         return names
 
     def add_table(self, spec: TableSpec, capacity_rows: int = 0) -> bool:

@@ -37,7 +37,7 @@ def test_configuration_says_what_was_asked_for(tmp_path: Path) -> None:
         assert serve.node.seeds == [cluster["train-1"].peers] == [train.node.peers]
         assert (serve.node.id, serve.node.region, serve.node.role) == ("eu-1", "eu", "serve")
         assert serve.node.run_dir == cluster["eu-1"].run_dir
-        assert serve.models["ctr"].tables == {"item": 16, "user.id": 8}
+        assert {name: table.dim for name, table in serve.models["ctr"].tables.items()} == {"item": 16, "user.id": 8}
         assert serve.delay_s("eu", "home") == 0.0025
         assert [node.id for node in cluster.in_region("eu")] == ["eu-1"]
         assert serve.node.http != train.node.http

@@ -117,15 +117,15 @@ def test_a_reader_acquires_the_lock_and_fences_the_second_look(name: str) -> Non
     assert fault_of_reader(of_kernel(READERS[name])) == ""
 
 
-def without(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The same function, in whose sight one of the helpers does nothing."""
+def without(function: Callable[..., Any], name: str, instead: Any = None) -> Callable[..., Any]:
+    """The same function, in whose sight one of the helpers is another one, or does nothing."""
 
     @numba.njit(forceinline=True)
     def nothing() -> None:
         return None
 
     assert name in function.__globals__
-    replaced = {**function.__globals__, name: nothing}
+    replaced = {**function.__globals__, name: nothing if instead is None else instead}
     return types.FunctionType(function.__code__, replaced, function.__name__, function.__defaults__, function.__closure__)
 
 
@@ -139,8 +139,8 @@ def _overwrite(table: Any, row: Any, stamp: Any, data: Any, row_bytes: Any) -> N
     rows._overwrite(table, row, stamp, data, row_bytes)
 
 
-def _publish(entry: Any, key: Any, slot: Any) -> None:
-    index.publish(entry, key, slot)
+def _publish(table_index: Any, entry: Any, key: Any, slot: Any) -> None:
+    index.publish(table_index, entry, key, slot)
 
 
 OVERWRITE = "void(int64, int64, uint64, int64, int64)"
@@ -171,11 +171,12 @@ def test_a_writer_fences_the_odd_lock_and_releases_the_even_one() -> None:
 
 def test_planted_bug_a_writer_without_its_fence() -> None:
     signature = numba.core.sigutils.normalize_signature(OVERWRITE)[0]
-    assert fault_of_writer(compiled(without(rows._overwrite.py_func, "fence_release"), signature)) != ""
+    lock = numba.njit(forceinline=True)(without(rows._lock.py_func, "fence_release"))
+    assert fault_of_writer(compiled(without(rows._overwrite.py_func, "_lock", lock), signature)) != ""
 
 
 def test_an_entry_of_the_index_is_published_by_a_release_store() -> None:
-    signature = numba.core.sigutils.normalize_signature("void(int64, uint64, int64)")[0]
+    signature = numba.core.sigutils.normalize_signature("void(int64, int64, uint64, int64)")[0]
     text = compiled(_publish, signature)
     assert re.search(r"store atomic i64 .* release", text)
     assert any(re.match(r"stlr\s+x", line) for line in for_aarch64(text))
