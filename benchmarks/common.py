@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from ekko.codec import encode
 from ekko.model import CODEC_DEFAULT, ModelSpec, TableSpec
 from ekko.store import Store, layout
+from ekko.store.access import DEFAULT_ACCESS
 from ekko.store.memory import Mapping as SharedMemory
 from ekko.store.model_store import ModelStore
 from ekko.store.store import MEMORY_DIR
@@ -97,7 +98,7 @@ def shared_array(rows: int, dim: int) -> Iterator[F32]:
     """float32[rows, dim] of zeros in tmpfs, as another process would share it; every page is there."""
     path = MEMORY_DIR / f"ekko-bench-{os.getpid()}-{rows}-{dim}"
     size = -(-rows * dim * 4 // layout.PAGE_BYTES) * layout.PAGE_BYTES
-    mapping = SharedMemory.create(path, size)
+    mapping = SharedMemory.create(path, size, DEFAULT_ACCESS)
     path.unlink()
     mapping.ensure(size)
     yield mapping.words(0, size // 8).view(np.float32)[: rows * dim].reshape(rows, dim)

@@ -151,6 +151,7 @@ TABLE = Structure(
         Field("tombstones", 72, 8, "of those, deleted rows"),
         Field("free", 80, 8, "of those, free slots"),
         Field("index_generation", 128, 8, "number of the index file in use; grows when the index grows"),
+        Field("index_ahead", 136, 8, "number of the index file that readers may map before it is in use; else not larger"),
         Field("slots_reused", 192, 8, "how often a free slot was given to a key (R18)"),
         Field("rows", PAGE_BYTES, 0, "rows, `row_stride` bytes each"),
     ),

@@ -41,6 +41,7 @@ class Mapping:
         self._bytes = np.frombuffer(memory, np.uint8)
         self.address: int = self._bytes.__array_interface__["data"][0]
         self.ensured = 0 if descriptor is not None else len(memory)  # bytes from the start that have real pages
+        self._file: tuple[int, int] | None = None  # device and inode, of one that is mapped to be read
 
     @classmethod
     def create(cls, path: Path, size: int, access: Access = _OWN) -> "Mapping":
@@ -75,11 +76,14 @@ class Mapping:
         """Map an existing file so that writing to it is impossible."""
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size, prot=mmap.PROT_READ)
+            status = os.fstat(descriptor)
+            memory = mmap.mmap(descriptor, status.st_size, prot=mmap.PROT_READ)
         finally:
             os.close(descriptor)
         _advise_huge(memory)
-        return cls(memory)
+        mapping = cls(memory)
+        mapping._file = status.st_dev, status.st_ino
+        return mapping
 
     @classmethod
     def open_to_count(cls, path: Path) -> "Mapping":
@@ -100,6 +104,11 @@ class Mapping:
         """Zeroed memory of this process that costs nothing until it is touched."""
         return cls(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE))
 
+    @property
+    def is_file(self) -> bool:
+        """Whether others may have it mapped."""
+        return self._descriptor is not None or self._file is not None
+
     def __len__(self) -> int:
         return len(self._memory)
 
@@ -112,6 +121,15 @@ class Mapping:
         if self._descriptor is not None:
             with suppress(OSError):  # a tmpfs without locks
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH)  # waits for a look of `ekko clean`, which is over at once
+
+    def is_of(self, path: Path) -> bool:
+        """Whether this, opened to read, is of the file that has this name now.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        status = path.stat()
+        return self._file == (status.st_dev, status.st_ino)
 
     def words(self, offset: int, *shape: int) -> NDArray[np.uint64]:
         """Live uint64 array over the memory; it keeps the mapping alive."""

@@ -24,6 +24,7 @@ from ekko.store.kernels.atomics import publish_word, watch_word
 from ekko.store.kernels.places import SLOTS_MAX, to_places
 from ekko.store.memory import Mapping, Memory
 from ekko.store.recent import RecentRows
+from ekko.store.slices import THREAD_BYTES_MIN, let_go
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
@@ -49,6 +50,8 @@ GROWTH_ROWS_PER_INSERT = 10
 GROWTH_ROWS_MIN = 8_192
 GROWTH_BYTES_PER_INSERT = 512
 GROWTH_BYTES_MIN = 1 << 20
+# So long a file of an index is kept after it was replaced: longer than readers that are at work, so that none has to free it.
+KEEP_S = 1.0
 
 _NO_STAMPS: U64 = np.empty(0, np.uint64)
 _ROWS = layout.TABLE.offset("rows")
@@ -173,6 +176,7 @@ class Table:
         self._attach(self._memory.open(self._rows_name))
         check_table_file(self.spec, self.mapping)
         generation = watch_word(self._generation_address)
+        publish_word(self._ahead_address, generation)  # the next index of a writer that was killed goes with it
         self.index = open_index(self._memory.open(self._index_name(generation)), generation)
         self.index.mapping.ensure(len(self.index.mapping))
         self.mapping.ensure(_ROWS + self.rows_used * self.stride)
@@ -185,6 +189,7 @@ class Table:
         self._tombstones = self._word("tombstones")
         self._free_slots = self._word("free")
         self._generation_address = mapping.address + layout.TABLE.offset("index_generation")
+        self._ahead_address = mapping.address + layout.TABLE.offset("index_ahead")
 
     def _word(self, name: str) -> U64:
         return self.mapping.words(layout.TABLE.offset(name))
@@ -368,6 +373,8 @@ class Table:
             step = max(GROWTH_BYTES_MIN, GROWTH_BYTES_PER_INSERT * inserted)
             following.mapping.ensure(min(self._next_ensured + step, len(following.mapping)))
             self._next_ensured = min(self._next_ensured + step, len(following.mapping))
+            if self._next_ensured == len(following.mapping) >= THREAD_BYTES_MIN:
+                publish_word(self._ahead_address, following.generation)
             return
         end = min(self._next_rows + max(GROWTH_ROWS_MIN, GROWTH_ROWS_PER_INSERT * inserted), self.rows_used)
         index_kernels.insert_rows(
@@ -383,6 +390,8 @@ class Table:
         self.index, self._next = following, None
         publish_word(self._generation_address, following.generation)
         self._memory.remove(self._index_name(old.generation))
+        if old.mapping.is_file:  # a simulated node has no threads
+            let_go(old.mapping, KEEP_S)
 
     def reserve(self, rows_count: int) -> None:
         """Have an index that takes so many rows, in a table that is empty."""

@@ -13,27 +13,23 @@ from ekko.model import CODECS, TableSpec
 from ekko.store import layout
 from ekko.store.counting import Count, KeyCounter, count_nothing
 from ekko.store.kernels import gather, pool
-from ekko.store.kernels.atomics import watch_word
 from ekko.store.kernels.average import add_rows
-from ekko.store.locks import ForkSafeLock
 from ekko.store.manifest import hot_name, index_name, rows_name
 from ekko.store.memory import Mapping, TmpfsMemory
-from ekko.store.table import Index, check_table_file, open_index
+from ekko.store.newest_index import NewestIndex
+from ekko.store.table import Index, check_table_file
 
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
 
 # A row takes well below a microsecond to write. Locked for this long, its writer is dead or stopped.
 ROW_DEADLINE_S = 1.0
-# The index may be replaced again between a look at its generation and opening the file; a writer cannot do that often in a row.
-REOPEN_ATTEMPTS_MAX = 100
 
 NO_STAMPS: U64 = np.empty(0, np.uint64)
 NO_WEIGHTS: F32 = np.empty(0, np.float32)
 ZEROS = 0  # the address that stands for a row of zeros
 
 _ROWS_USED = layout.TABLE.offset("rows_used") // 8
-_GENERATION = layout.TABLE.offset("index_generation") // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +134,10 @@ class TableView:
         self._mapping = Mapping.open_to_read(files.memory.path(rows_name(files.model_id, files.table_id)))
         check_table_file(spec, self._mapping)
         self._source = RowSource.of(spec, self._mapping.address)
-        # A memoryview reads a word in 40 ns, in no order with other accesses: what it says is new is read again with one.
         self._header = self._mapping.view(layout.TABLE.offset("rows"))
-        self._generation = self._mapping.address + 8 * _GENERATION
-        self._reopening = ForkSafeLock()
-        self._index = self._open_index()
+        self.newest_index = NewestIndex(
+            self._mapping, lambda generation: files.memory.path(index_name(files.model_id, files.table_id, generation))
+        )
         hot = files.memory.path(hot_name(files.model_id, files.table_id))
         self.counter = KeyCounter(hot, spec.id, self._mapping.address, self._source.stride)
         self._count: Count = self.counter.count if counted and self.counter.on else count_nothing
@@ -167,7 +162,7 @@ class TableView:
         source, stamp_min = self._source, self._stamp_min()
 
         def copy(begin: int) -> Any:
-            index = self._newest_index()  # this reference keeps the mapping alive through the call
+            index = self.newest_index()  # this reference keeps the mapping alive through the call
             return gather.gather(
                 source.address,
                 source.stride,
@@ -183,14 +178,14 @@ class TableView:
             )
 
         _until_done(source.table, keys, copy)
-        self._count(keys, self._index)
+        self._count(keys, self.newest_index())
 
     def pool(self, keys: U64, bags: Bags, out: F32, default: int = ZEROS) -> None:
         """Make the rows of each bag one, into out, float32[bags, dim]. Else as `lookup`."""
         source, stamp_min = self._source, self._stamp_min()
 
         def pooled(begin: int) -> Any:
-            index = self._newest_index()
+            index = self.newest_index()
             return pool.pool(
                 source.address,
                 source.stride,
@@ -210,7 +205,7 @@ class TableView:
             )
 
         _until_done(source.table, keys, pooled)
-        self._count(keys, self._index)
+        self._count(keys, self.newest_index())
 
     def mean_row(self, rows_max: int) -> F32:
         """float32[dim]: the mean of the live rows, or of `rows_max` slots that lie evenly among all; zeros where none is live.
@@ -228,26 +223,3 @@ class TableView:
     def _stamp_min(self) -> int:
         """Rows with a smaller stamp have expired."""
         return self.spec.stamp_min(int(time.time() * 1000)) if self.spec.ttl_s else 0
-
-    def _newest_index(self) -> Index:
-        index = self._index
-        return index if self._header[_GENERATION] == index.generation else self._reopen_index()
-
-    def _reopen_index(self) -> Index:
-        with self._reopening:
-            if self._header[_GENERATION] != self._index.generation:
-                self._index = self._open_index()
-            return self._index
-
-    def _open_index(self) -> Index:
-        for _ in range(REOPEN_ATTEMPTS_MAX):
-            generation = watch_word(self._generation)  # acquired: what the file holds is read after it
-            name = index_name(self.files.model_id, self.files.table_id, generation)
-            try:
-                mapping = Mapping.open_to_read(self.files.memory.path(name))
-            except FileNotFoundError:
-                if generation != self._header[_GENERATION]:
-                    continue  # the writer has replaced it meanwhile
-                raise
-            return open_index(mapping, generation)
-        raise StoreError(f"the index of table {self.spec.name!r} is replaced faster than it can be opened")

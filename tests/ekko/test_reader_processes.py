@@ -80,7 +80,7 @@ def test_locks_that_other_threads_held_at_the_fork_are_open_in_the_child(run_dir
         held, done = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with reader._attaching, table._reopening:
+            with reader._attaching, table.newest_index._switching:
                 held.set()
                 done.wait()
 

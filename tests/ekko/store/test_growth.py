@@ -47,7 +47,7 @@ def test_what_was_inserted_is_found_at_every_size(run_dir: Path) -> None:
                 complete = view.rows_used // BATCH * BATCH  # of a batch that is being written, the last row may not be indexed
                 if complete == 0:
                     continue
-                generation = view._index.generation
+                generation = view.newest_index().generation
                 # Some rows of all ages, the newest, and those that are just being inserted.
                 keys = np.concatenate([rng.integers(0, complete, 100), np.arange(max(0, complete - 100), complete + 4 * BATCH)])
                 rows, stamps = reader.lookup(TABLE, keys, stamps=True)
@@ -57,7 +57,7 @@ def test_what_was_inserted_is_found_at_every_size(run_dir: Path) -> None:
                 assert np.array_equal(rows, np.repeat(values[:, None], DIM, axis=1)), "a row was seen before it was whole"
                 assert not reader.lookup(TABLE, np.arange(COUNT, COUNT + 64)).any()
                 checks += 1
-                generations += view._index.generation != generation
+                generations += view.newest_index().generation != generation
             assert process.wait(DEADLINE_S) == 0
         finally:
             process.kill()
