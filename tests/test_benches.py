@@ -28,7 +28,14 @@ KEYS = {
         "cells",
         "codecs",
     },
-    "read-under-write": {"p99_ratio", "torn_rows", "rows_read", "growth_p999_ratio", "growth_stall_cpu_ms_max"},
+    "read-under-write": {
+        "p99_ratio",
+        "torn_rows",
+        "rows_read",
+        "growth_p999_ratio",
+        "growth_stall_cpu_ms_max",
+        "unlocked_torn_rows",
+    },
     "dissemination": {
         "rows_per_s",
         "vs_raw_zmq",
@@ -66,6 +73,8 @@ def test_quick(name: str) -> None:
         assert value is not None or f"note_{figure.removeprefix('vs_')}" in figures, figure
     if name == "read-under-write":
         assert figures["torn_rows"] == 0
+        assert figures["unlocked_torn_rows"] > 0, "torn rows would not show"
+        assert figures["slots_reused"] > 10_000
         assert figures["stamps_back"] == 0
         assert figures["rows_read"] > 100_000
     if name == "dissemination":
