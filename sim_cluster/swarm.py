@@ -286,10 +286,23 @@ class _Run:
                 return f"{node.name} still repairs"
         if patient and (held_out := self._held_out()):
             return held_out
+        if retiring := self._retiring():
+            return retiring
+        # Who writes for the first time after it lost its memory retires its former ids then, which is a repair like others.
+        return self._retiring() if self._writer() else "nobody may write"
+
+    def _retiring(self) -> str:
+        """Who is not done with retired writers, or is about to retire a former one of its own; nodes pull meanwhile (R13)."""
         for node in self.cluster.nodes.values():
-            if any(retired.stage != m.DONE for retired in NodeRecord.load(node.ledger).retired.values()):
+            record = NodeRecord.load(node.ledger)
+            if any(retired.stage != m.DONE for retired in record.retired.values()):
                 return f"{node.name} is not done with a retired writer"
-        return "" if self._writer() else "nobody may write"
+            for name, model in self.cluster.models.items():
+                identity = node.store.models[name].writer
+                own = [nonce for (family, _), nonce in record.own.items() if family == model.id]
+                if identity is not None and any(nonce != identity.nonce for nonce in own):
+                    return f"{node.name} has not retired the id under which it wrote before it lost its memory"
+        return ""
 
     def _held_out(self) -> str:
         for node in self.cluster.nodes.values():
@@ -317,6 +330,7 @@ class _Run:
         steady = steady and not self._held_out() and cluster.now_ms >= self._drained_ms
         self.meter.into_region.clear()
         writer, begin_ms = self._writer(), cluster.now_ms
+        steady = steady and not self._retiring()  # somebody else may write than a moment ago
         for step in range(STEADY_STEPS if writer else 0):
             model = rng.choice(list(cluster.models))
             keys = [int(self._scenario.workload.keys * rng.random()) for _ in range(self._scenario.workload.rows)]

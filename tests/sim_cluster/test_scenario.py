@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from ekko.cli import app, register_commands
 from ekko.errors import ConfigError
 from p2p import knowledge
+from p2p import messages as m
+from p2p.ledger import NodeRecord
 from p2p.sync import PRESETS
 from sim_cluster import swarm
 from sim_cluster.network import NetworkOptions
@@ -211,6 +213,23 @@ def test_nothing_is_steady_while_stamps_are_refused() -> None:
     outcome = run_virtual(scenario, 1, Faults(NetworkOptions(), (FaultEvent(7_930, "clock", "us-t1", 300, 66_000),)))
     assert outcome.problem == ""
     assert outcome.rejected > 100, "the scenario was refused by nobody"
+
+
+@pytest.mark.parametrize("seed", [10, 12])
+def test_nothing_is_steady_while_a_former_writer_is_retired(seed: int) -> None:
+    """Who lost its memory at the end of the storm first writes when all seems well, and retires its former ids only then.
+
+    Some of what it wrote under these nobody has whole, since messages were lost, and everybody pulls what is left.
+    """
+    scenario = replace(load_scenario(SWARM), duration_ms=4_000)
+    lossy = NetworkOptions(delay_ms_min=1, delay_ms_max=5, loss_probability=0.25)
+    run = swarm._Run(scenario, seed, Faults(lossy, (FaultEvent(3_950, "lose", "home-t1", 1_000),)))
+    assert (run._form() or run._disturb() or run._settle()) == ""
+    retired = NodeRecord.load(run.cluster.nodes["home-t1"].ledger).retired
+    assert not retired, "it retires them too early for this test"
+    assert (run._recover() or run._work_on()) == ""
+    retired = NodeRecord.load(run.cluster.nodes["home-t1"].ledger).retired
+    assert {entry.stage for entry in retired.values()} == {m.DONE}
 
 
 def test_a_storm_in_virtual_time() -> None:
