@@ -781,6 +781,7 @@ def _model_picture(model: ModelStore, parts: list[KeyspaceStatus], unix_ms: int,
         incomplete_shards=int(model.incomplete.sum()),
         collection_held_up_by=tuple(dict.fromkeys(node for part in parts for node in part.collection_held_up_by)),
         held_up_ms=max((part.held_up_ms for part in parts), default=0),
+        full_ms=max((part.full_ms for part in parts if part.full_ms is not None), default=None),
     )
 
 

@@ -36,6 +36,12 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
                 f"[yellow]{name}: deleted rows stay[/], since {_duration(model['held_up_ms'] / 1000)} for: {nodes}. Start them "
                 "again, or let go of one that is gone for good: ekko expel NODE"
             )
+        if model.get("memory_full_ms") is not None:
+            console.print(
+                f"[red]{name}: shared memory is full[/], and rows of other nodes have been missing for "
+                f"{_duration(model['memory_full_ms'] / 1000)}: enlarge the tmpfs (mount -o remount,size=...) or free space in "
+                "it; the node then pulls them by itself"
+            )
     if status["peers"]:
         console.print(_peers(status))
     console.print(_queues(status))

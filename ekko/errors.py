@@ -1,5 +1,7 @@
 """Errors a user of ekko can meet. Each message says what was wrong, what was expected and what to do."""
 
+from p2p.errors import FullError
+
 
 class EkkoError(Exception):
     """Base of every error that ekko raises for a user's mistake or a failing environment."""
@@ -11,6 +13,10 @@ class ConfigError(EkkoError):
 
 class StoreError(EkkoError):
     """The shared-memory store cannot do what was asked: no space, damaged, or a row that never settles."""
+
+
+class MemoryFullError(StoreError, FullError):
+    """Shared memory has no room for what was asked for; the message says what to enlarge. To the protocol a `FullError`."""
 
 
 class SnapshotError(StoreError):

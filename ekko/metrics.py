@@ -93,6 +93,15 @@ COUNTERS = {
     "ekko_shut_out_messages": ("Messages of peers that were shut out.", "shut_out_messages"),
     "ekko_transport_strangers": ("Connections refused for their key.", "transport_strangers"),
     "ekko_schemas_refused": ("Schemas of peers for which there was no room, at each heartbeat of theirs.", "schemas_refused"),
+    "ekko_steps_refused_full": (
+        "Steps of publishers here that were refused, since shared memory is full.",
+        "steps_refused_full",
+    ),
+    "ekko_batches_refused_full": (
+        "Batches of peers that were not stored, since shared memory is full.",
+        "batches_refused_full",
+    ),
+    "ekko_answers_refused_full": ("Answers to pulls that were given up, since shared memory is full.", "answers_refused_full"),
     "ekko_writers_refused": ("Batches dropped: their model has no room for one more writer.", "writers_refused"),
     "ekko_refuted": ("Times that others told of this node what was not so, and it said what is.", "refuted"),
     "ekko_retirements_refused": ("Entries about retired writers that found no room.", "retirements_refused"),
@@ -215,12 +224,14 @@ def _models(picture: NodePicture) -> Iterator[Metric]:
     total = GaugeMetricFamily("ekko_model_bytes", "Shared memory, the header included.", labels=["model"])
     lacking = GaugeMetricFamily("ekko_incomplete_shards", "Shards of which this node dropped live rows.", labels=["model"])
     limit = GaugeMetricFamily("ekko_model_capacity_bytes", "What it may take (capacity_bytes).", labels=["model"])
+    full = GaugeMetricFamily("ekko_memory_full", "1: rows are lacking for which memory had no room.", labels=["model"])
     share = GaugeMetricFamily("ekko_request_share", "Of all keys that readers of this node asked for.", labels=["model"])
     lookups = CounterMetricFamily("ekko_lookups", "Look-ups of readers on this machine.", labels=["model", "table"])
     looked_up = CounterMetricFamily("ekko_keys_looked_up", "Keys that they asked for.", labels=["model", "table"])
     absent = CounterMetricFamily("ekko_keys_absent", "Of those, absent ones, by a sample.", labels=["model", "table"])
     for model in picture.models:
         share.add_metric([model.name], model.request_share)
+        full.add_metric([model.name], int(model.full_ms is not None))
         if model.staleness_ms is not None:
             staleness.add_metric([model.name], model.staleness_ms)
         open_steps.add_metric([model.name], model.open_steps)
@@ -237,7 +248,7 @@ def _models(picture: NodePicture) -> Iterator[Metric]:
             looked_up.add_metric([model.name, table.name], table.heat.keys)
             absent.add_metric([model.name, table.name], table.heat.misses)
             free.add_metric([model.name, table.name], table.free_bytes)
-    yield from (share, lookups, looked_up, absent)
+    yield from (full, share, lookups, looked_up, absent)
     yield from (staleness, open_steps, held, rows, tombstones, size, free, total, limit, lacking)
 
 

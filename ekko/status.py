@@ -48,6 +48,7 @@ class ModelPicture:
     collection_held_up_by: tuple[str, ...] = ()  # members that have not said that they know of what was deleted
     held_up_ms: int = 0  # for how long
     incomplete_shards: int = 0  # of which this node dropped live rows, for want of room
+    full_ms: int | None = None  # for how long rows have been lacking for which shared memory had no room; None: none are
 
     @property
     def rows(self) -> int:
@@ -152,6 +153,7 @@ def _model_json(model: ModelPicture) -> dict[str, object]:
         "collection_held_up_by": list(model.collection_held_up_by),
         "held_up_ms": model.held_up_ms,
         "incomplete_shards": model.incomplete_shards,
+        "memory_full_ms": model.full_ms,
         "tables": {
             table.name: {
                 "dim": table.dim,

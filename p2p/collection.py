@@ -27,6 +27,7 @@ import numpy as np
 from p2p import messages as m
 from p2p import wire
 from p2p.core import Core, Keyspace
+from p2p.errors import FullError
 from p2p.links import Link
 from p2p.placement import may_hold
 from p2p.pull import Pull
@@ -111,7 +112,11 @@ class Collection:
         if not state.reached or now.monotonic_ms < state.pause_ms or self._pull.brings_whole(keyspace.replica.keyspace):
             return
         until = stable_until(keyspace, state.reached)
-        collected = keyspace.replica.collect(until, now.unix_ms, ROWS_MAX)
+        try:
+            collected = keyspace.replica.collect(until, now.unix_ms, ROWS_MAX)
+        except FullError:  # for the floor, of which the first row that goes needs all: they stay until there is room
+            state.pause_ms = now.monotonic_ms + PAUSE_ROUNDS * self._core.options.collect_ms
+            return
         self._core.counters.rows_collected += collected.rows
         if collected.done:
             state.pause_ms = now.monotonic_ms + (PAUSE_ROUNDS if not collected.rows else 1) * self._core.options.collect_ms

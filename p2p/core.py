@@ -88,6 +88,9 @@ class Counters:
     versions_refused: int = 0  # peers, and records of members, of a version that we do not speak
     retired_refused: int = 0  # batches dropped, since their writer is retired
     schemas_refused: int = 0  # of peers, since there is no room for what they name
+    steps_refused_full: int = 0  # of publishers here, since our memory has no room (`p2p.full`)
+    batches_refused_full: int = 0  # of peers
+    answers_refused_full: int = 0  # to our pulls and rounds
     writers_refused: int = 0  # batches dropped, since the vector has no room for their writer
     retirements_refused: int = 0  # entries of the record of retired writers for which there was no room
     refuted: int = 0  # what was told of us, and was not so
@@ -99,6 +102,16 @@ class Counters:
     rows_dropped: int = 0  # which an answer did not bring, though it brought their shards whole
     pulls_redirected: int = 0  # to others, since we dropped rows that the asker may lack (R11)
     messages_unspoken: int = 0  # not sent, since the peer's version does not know them
+
+
+@dataclass(slots=True, eq=False)
+class Full:
+    """Our memory had no room for rows of a keyspace, and we lack them (`p2p.full`). Moments are monotonic."""
+
+    since_ms: int
+    until_ms: int  # no pull before
+    pause_ms: int  # after the next answer that finds no room
+    told_ms: int | None = None  # when a person was told
 
 
 @dataclass(slots=True, eq=False)
@@ -122,6 +135,7 @@ class Keyspace:
     gap_tries: int = 0  # pulls that did not close it
     gap_trees: int = 0  # a bit for each tree on which something came since then that waits
     gap_trees_all: int = 1  # and those of all trees
+    full: Full | None = None
     stray_digest: int = 0
     stray_digest_ms: int = -1_000_000  # monotonic time of the scan that found it
     strays_possible: bool = True  # rows may be held above the vector

@@ -3,15 +3,21 @@
 `LocalProtocolError`: our own caller misused the machine; it propagates to that caller. `RemoteProtocolError`: bytes of a
 peer are at fault. It is the only exception that a peer's bytes can raise; whoever catches it drops the message and counts
 the peer, and the state is as it was before the message.
+
+`FullError`: nobody is at fault but this node's memory. It is caught wherever it can arise, and ends nothing.
 """
 
 
 class ProtocolError(Exception):
-    """Base of both; never raised itself."""
+    """Base of all; never raised itself."""
 
 
 class LocalProtocolError(ProtocolError):
     """We misused the machine: the call is refused and the state is unchanged."""
+
+
+class FullError(ProtocolError):
+    """Our own memory has no room for what came: all of it is refused, and the state is unchanged."""
 
 
 class NotYetError(LocalProtocolError):

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from p2p import messages as m
 from p2p.core import Core, Keyspace
-from p2p.errors import BlamelessError, RemoteProtocolError
+from p2p.errors import BlamelessError, FullError, RemoteProtocolError
+from p2p.full import note_refused_answer
 from p2p.replica import U64, Arrivals, RowColumns
 from p2p.stamps import check_not_ahead
 
@@ -44,12 +45,18 @@ def check_writers(keyspace: Keyspace, writers: NDArray[np.uint16]) -> None:
         raise BlamelessError(f"{len(writers)} writers of {keyspace.knowledge.shards} shards: our vector has no room for them")
 
 
-def take_rows(core: Core, keyspace: Keyspace, columns: Sequence[RowColumns]) -> int:
-    """Apply the rows of a checked chunk; returns how many of them were new here."""
+def take_rows(core: Core, keyspace: Keyspace, columns: Sequence[RowColumns], now: m.Now) -> int | None:
+    """Apply the rows of a checked chunk; returns how many of them were new here, None when there is no room for all."""
     for section in columns:
         if section.stamps is not None and len(section.stamps):
             core.clock.observe(int(section.stamps.max()))
-    applied = keyspace.replica.apply(columns, 0)
+    try:
+        keyspace.replica.reserve(columns)
+        applied = keyspace.replica.apply(columns, 0)
+    except FullError as error:
+        keyspace.strays_possible = True  # some may be there
+        note_refused_answer(core, keyspace, error, now)
+        return None
     keyspace.strays_possible = True
     core.counters.rows_written += applied.written
     core.counters.rows_stale += applied.stale
@@ -102,18 +109,30 @@ class WholeArrivals:
         if self._arrivals is not None:
             self._arrivals.note(columns)
 
-    def finish(self, core: Core, keyspace: Keyspace, floor: m.Floor | None, writers: NDArray[np.uint16], vector: U64) -> bool:
+    def finish(
+        self,
+        core: Core,
+        keyspace: Keyspace,
+        floor: m.Floor | None,
+        writers: NDArray[np.uint16],
+        vector: U64,
+        now: m.Now,
+    ) -> bool:
         """All rows came: drop what did not come, and take over the floor; only then may claims be merged.
 
         Returns:
-            False when what did not come cannot be told; nothing is dropped then, and nothing may be merged.
+            False when what did not come cannot be told, or there is no memory for the floor; then nothing may be merged.
         """
         if self._arrivals is None or floor is None:
             return True
-        dropped = self._arrivals.drop_absent(writers, vector)
-        if dropped is None:
+        try:
+            dropped = self._arrivals.drop_absent(writers, vector)
+            if dropped is None:
+                return False
+            keyspace.replica.merge_floor(floor.shards, floor.writers, floor.stamps)
+        except FullError as error:
+            note_refused_answer(core, keyspace, error, now)
             return False
-        keyspace.replica.merge_floor(floor.shards, floor.writers, floor.stamps)
         observe(core, floor.stamps)
         keyspace.strays_possible = True
         core.counters.rows_dropped += dropped

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import assert_never
 
-from p2p import incomplete, links, push, status
+from p2p import full, incomplete, links, push, status
 from p2p import messages as m
 from p2p.allotment import Allotment
 from p2p.collection import Collection
 from p2p.core import Core, Counters, Keyspace, MachineOptions
 from p2p.dropping import Dropping
-from p2p.errors import AheadError, LocalProtocolError, NotYetError, RemoteProtocolError
+from p2p.errors import AheadError, FullError, LocalProtocolError, NotYetError, RemoteProtocolError
 from p2p.gossip import Gossip
 from p2p.introductions import Introductions
 from p2p.ledger import Ledger, NodeRecord
@@ -429,7 +429,11 @@ class Machine:
         keyspace = self._core.keyspaces.get(batch.keyspace)
         if keyspace is not None:  # else it was dropped meanwhile
             reached = int(keyspace.knowledge.frontier[batch.writer])
-            self._push.apply(batch, link.node if link is not None else "")
+            if full.reserve_batch(self._core, keyspace, batch, now):  # else it is lacking, and will be pulled
+                try:
+                    self._push.apply(batch, link.node if link is not None else "")
+                except FullError as error:  # in a model that evicts it is not known before; what is written claims nothing
+                    full.note_refused_batch(self._core, keyspace, error, now)
             if int(keyspace.knowledge.frontier[batch.writer]) != reached:
                 self._progress(keyspace, now)
         if link is not None and envelope.session == link.session_in:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from p2p import full, wire
 from p2p import messages as m
-from p2p import wire
 from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
 from p2p.incomplete import complete_source, is_incomplete, note_incomplete
@@ -120,6 +120,8 @@ class Pull:
     def ask(self, keyspace: Keyspace, link: Link, now: m.Now, why: str) -> None:
         """Pull a keyspace from a peer that holds it, unless a pull of it is on its way."""
         number = keyspace.replica.keyspace
+        if full.pauses(keyspace, now):
+            return
         if is_incomplete(self._core, link.boot, number):
             link = complete_source(self._core, keyspace, now) or link
         if number in self._asked or sum(asked.node == link.node for asked in self._asked.values()) >= STREAMS_MAX:
@@ -200,10 +202,14 @@ class Pull:
         asked.next_chunk += 1
         asked.deadline_ms = now.monotonic_ms + PULL_SILENCE_MS
         asked.whole.begin(keyspace, reply.whole)
-        new = take_rows(core, keyspace, reply.columns)
+        new = take_rows(core, keyspace, reply.columns, now)
+        if new is None:
+            self._abandon(reply.keyspace, "there is no room for it")
+            full.call_off(core, link, last=reply.last)
+            return 0
         asked.whole.note(reply.columns)
-        if reply.last and not asked.whole.finish(core, keyspace, reply.floor, reply.writers, reply.vector):
-            self._abandon(reply.keyspace, "rows were dropped while shards came whole")
+        if reply.last and not asked.whole.finish(core, keyspace, reply.floor, reply.writers, reply.vector, now):
+            self._abandon(reply.keyspace, "what did not come in whole shards could not be dropped")
         elif reply.last:
             observe(core, reply.vector, reply.frontier)
             self._complete(keyspace, asked, reply, now)
@@ -221,6 +227,7 @@ class Pull:
             if place < len(reply.writers) and reply.writers[place] == asked.writers[column]:
                 base[:, place] = asked.base[:, column]
         keyspace.knowledge.learn_reply(reply.writers, base, reply.vector, reply.frontier)
+        full.note_room(self._core, keyspace, now)
         self._note_caught_up(keyspace, now)
         del self._asked[reply.keyspace]
         while len(self._pulled_ms) >= PULLED_MAX:
@@ -321,6 +328,7 @@ class Pull:
         seen = self._seen[key] = _Seen(summary, own, reached)
         equal = (summary.vector_digest, summary.stray_digest) == own
         if equal:
+            full.note_room(core, keyspace, now)
             self._note_caught_up(keyspace, now)
         if summary.vector_digest == own[0]:
             _learn_frontier(keyspace, summary, now)

@@ -18,7 +18,7 @@ from p2p.adoption import Adoption
 from p2p.allotment import Allotment
 from p2p.core import Core, Keyspace
 from p2p.cutting import split_step
-from p2p.errors import LocalProtocolError, RemoteProtocolError, UnknownTableError
+from p2p.errors import FullError, LocalProtocolError, RemoteProtocolError, UnknownTableError
 from p2p.groups import Step, join
 from p2p.links import Link
 from p2p.placement import divide
@@ -53,8 +53,8 @@ class Push:
         """Stamp, store and send one step.
 
         Raises:
-            LocalProtocolError: this node cannot write, the family is unknown, or some rows belong to a partition of it that
-                is not held here. Nothing happened.
+            LocalProtocolError: this node cannot write, the family is unknown, some rows belong to a partition of it that is
+                not held here, or memory has no room for all of them. Nothing happened.
         """
         core = self._core
         family = core.families.get(request.keyspace)
@@ -63,6 +63,11 @@ class Push:
         self._allotment.check_may_write(now)
         columns = tuple(section for section in request.columns if len(section.keys))
         parts = _parts_of(family, columns)
+        try:
+            family[0].replica.reserve(columns)  # before there is a stamp: a step is stored whole or not at all
+        except FullError as error:
+            core.counters.steps_refused_full += 1
+            raise LocalProtocolError(f"{error}; nothing was published") from error
         if family[0].replica.writer is None:
             _check_room(family)
             self._allotment.become_writer(family, now)

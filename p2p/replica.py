@@ -122,6 +122,9 @@ class Arrivals(Protocol):
 
         Returns:
             How many; None when that cannot be told, since other rows were dropped meanwhile. Then nothing is.
+
+        Raises:
+            FullError: there is no memory for the floor. What was dropped already may stay so.
         """
 
 
@@ -207,10 +210,17 @@ class Replica(Protocol):
             until: uint64[WRITERS_MAX]; only rows of a writer w with a stamp of at most `until[w]`: these are stable.
             unix_ms: now, for what expires.
             rows_max: to be dropped at most.
+
+        Raises:
+            FullError: there is no memory for the floor; nothing is dropped.
         """
 
     def merge_floor(self, shards: NDArray[np.uint32], writers: NDArray[np.uint16], floor: U64) -> None:
-        """Take over what somebody dropped: uint64[k, f] of these shards and writers."""
+        """Take over what somebody dropped: uint64[k, f] of these shards and writers.
+
+        Raises:
+            FullError: there is no memory for it; nothing is changed.
+        """
 
     def arrivals(self) -> Arrivals:
         """For an answer that brings shards whole."""
@@ -226,6 +236,13 @@ class Replica(Protocol):
 
         Raises:
             RemoteProtocolError: an unknown table, another row width, or keys of another partition or shard. Nothing is changed.
+        """
+
+    def reserve(self, columns: Sequence[RowColumns]) -> None:
+        """Have memory for all of these rows, of whichever partitions of the family: after this `apply` finds room for them.
+
+        Raises:
+            FullError: with the remedy. No row is changed.
         """
 
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:

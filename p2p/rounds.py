@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from p2p import full, wire
 from p2p import messages as m
-from p2p import wire
 from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
 from p2p.intake import WholeArrivals, check_rows, check_writers, observe, take_rows
@@ -163,7 +163,7 @@ class Rounds:
             follow: whether the next one is to begin as soon as this one ends, if the neighbour had news or let us wait.
         """
         place = keyspace.replica.keyspace, link.node
-        if place in self._rounds:
+        if place in self._rounds or full.pauses(keyspace, now):
             return False
         listed = self._lists.pop(place, None)
         if listed is None or listed.boot != link.boot:
@@ -279,18 +279,22 @@ class Rounds:
         found.next_chunk += 1
         found.deadline_ms = now.monotonic_ms + ROUND_SILENCE_MS
         found.whole.begin(keyspace, reply.whole)
-        take_rows(self._core, keyspace, reply.columns)
+        if take_rows(self._core, keyspace, reply.columns, now) is None:
+            self._abandon(place, "there is no room for it")
+            full.call_off(self._core, link, last=reply.last)
+            return
         found.whole.note(reply.columns)
         if not reply.last:
             return
         every = np.zeros((keyspace.knowledge.shards, len(reply.writers)), np.uint64)
         if found.whole.active:
             every[reply.shards] = reply.vectors
-        if not found.whole.finish(self._core, keyspace, reply.floor, reply.writers, every):
-            self._abandon(place, "rows were dropped while shards came whole")
+        if not found.whole.finish(self._core, keyspace, reply.floor, reply.writers, every, now):
+            self._abandon(place, "what did not come in whole shards could not be dropped")
             return
         observe(self._core, reply.vectors)
         self._merge(place, keyspace, found.question, reply)
+        full.note_room(self._core, keyspace, now)
         self._finish(place, keyspace, now)
 
     def brings_whole(self, keyspace: int) -> bool:

@@ -55,6 +55,7 @@ class KeyspaceStatus:
     collectable: int  # tombstones of its model, and rows of tables with a ttl
     collection_held_up_by: tuple[str, ...]  # members that have not said that they know of what was deleted
     held_up_ms: int  # for how long
+    full_ms: int | None  # for how long rows have been lacking for which memory had no room; None: none are
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,7 @@ def _of_keyspace(core: Core, pulling: Pull, collecting: Collection, keyspace: Ke
         keyspace.replica.collectable,
         () if held_up is None else held_up.nodes,
         0 if held_up is None else now.monotonic_ms - held_up.since_ms,
+        None if keyspace.full is None else now.monotonic_ms - keyspace.full.since_ms,
     )
 
 

@@ -1,8 +1,8 @@
 """Memory that the store's files live in: mapped tmpfs files, or anonymous memory for a simulated node.
 
 Every file is as long as it may ever become and mapped once at that length, so that rows never move; tmpfs gives it pages only
-where `Mapping.ensure` asked for them. Asking first (posix_fallocate) turns a full tmpfs into a `StoreError`; touching a page
-that tmpfs cannot supply would be a SIGBUS.
+where `Mapping.ensure` asked for them. Asking first (posix_fallocate) turns a full tmpfs into a `MemoryFullError`; touching a
+page that tmpfs cannot supply would be a SIGBUS.
 
 Not `multiprocessing.shared_memory`: its resource tracker unlinks segments under readers that are still using them.
 """
@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.errors import StoreError
+from ekko.errors import MemoryFullError, StoreError
 from ekko.store.access import DEFAULT_ACCESS, Access
 
 U64 = NDArray[np.uint64]
@@ -178,19 +178,21 @@ class Mapping:
         """Have real pages under all bytes below `end`.
 
         Raises:
-            StoreError: tmpfs is full, or `end` lies beyond the mapping. What was there before is unchanged.
+            MemoryFullError: tmpfs is full, or `end` lies beyond the mapping. What was there before is unchanged.
         """
         if end <= self.ensured:
             return
         if end > len(self):
-            raise StoreError(f"{end} bytes are needed and {len(self)} were reserved: open the store with a larger reservation")
+            raise MemoryFullError(
+                f"{end} bytes are needed and {len(self)} were reserved: open the store with a larger reservation"
+            )
         assert self._descriptor is not None
         try:
             os.posix_fallocate(self._descriptor, self.ensured, end - self.ensured)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise StoreError(
+            raise MemoryFullError(
                 f"shared memory is full: {end - self.ensured} more bytes were asked for; enlarge the tmpfs "
                 "(mount -o remount,size=...) or free space in it"
             ) from error
@@ -236,7 +238,8 @@ class TmpfsMemory:
         try:
             return Mapping.create(self.path(name), size, self.access)
         except OSError as error:
-            raise StoreError(f"cannot make {self.path(name)} ({size} bytes): {error.strerror}") from error
+            kind = MemoryFullError if error.errno == errno.ENOSPC else StoreError
+            raise kind(f"cannot make {self.path(name)} ({size} bytes): {error.strerror}") from error
 
     def open(self, name: str) -> Mapping:
         return Mapping.open(self.path(name))

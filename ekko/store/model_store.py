@@ -544,6 +544,17 @@ class ModelStore:
             if some is not None and not index.all_in_shards(_whole(column.keys), self.shards, some):
                 raise RemoteProtocolError(f"a row of table {table.spec.name!r} lies outside the shards that it came as")
 
+    def reserve(self, columns: Sequence[RowColumns]) -> None:
+        keys: dict[int, list[U64]] = {}
+        for column in columns:
+            if column.keys.size:
+                keys.setdefault(column.table, []).append(column.keys)
+        for table, parts in keys.items():
+            # Beyond its capacity rows are dropped, or others make room for them.
+            limited = self.capacity is not None and table != DENSE_SPEC.id
+            new_max = max(0, capacity.room_for(self, self._tables, table)) if limited else None
+            self._tables[table].have_room(_whole(parts[0]) if len(parts) == 1 else np.concatenate(parts), new_max)
+
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
         counts = np.zeros(3, np.int64)
         ghosts = 0

@@ -138,6 +138,9 @@ class Partition:
         own = np.arange(self.shards, dtype=np.uint32) if shards is None else shards
         self._model.check(columns, own * np.uint32(self._place.partitions) + np.uint32(self._place.partition))
 
+    def reserve(self, columns: Sequence[RowColumns]) -> None:
+        self._model.reserve(columns)
+
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
         return self._model.apply(columns, stamp)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.errors import StoreError
+from ekko.errors import MemoryFullError, StoreError
 from ekko.model import CODECS, TableSpec
 from ekko.store import layout
 from ekko.store.kernels import images, rows
@@ -245,7 +245,8 @@ class Table:
         """Write what is newer than what is held; `counts` (written, inserted, stale) is added to.
 
         Raises:
-            StoreError: shared memory is full. Rows before that point are written, each whole.
+            MemoryFullError: shared memory is full; not after `have_room` for these keys. Rows before that point are written,
+                each whole.
         """
         inserted_before = int(counts[rows.INSERTED])
         stamps = _NO_STAMPS if stamps is None else stamps
@@ -283,7 +284,7 @@ class Table:
             self._make_room()
         inserted = int(counts[rows.INSERTED]) - inserted_before
         if inserted:
-            with suppress(StoreError):  # all rows are stored; a full memory counts when the next index is needed
+            with suppress(MemoryFullError):  # all rows are stored; a full memory counts when the next index is needed
                 self._grow_index(inserted)
 
     def remove(self, places: I64) -> int:
@@ -338,14 +339,61 @@ class Table:
         used = self.rows_used
         if used >= self._rows_max and not self.free:
             if used == SLOTS_MAX:
-                raise StoreError(f"table {self.spec.name!r} has {SLOTS_MAX} rows, and there is no room for more in one table")
-            extent = min(max(used * self.stride, EXTENT_BYTES_MIN, self.stride), EXTENT_BYTES_MAX)
-            self.mapping.ensure(_ROWS + used * self.stride + max(extent, self.stride))
+                raise self._no_slots()
+            self._ensure_rows(1)
         if self._taken >= self.index.rows_max:
+            self._enlarge_index(1)
+
+    def have_room(self, keys: U64, new_max: int | None = None) -> None:
+        """Have memory for all of these keys, of which at most `new_max` new ones will be kept: `apply` finds room for them.
+
+        Raises:
+            MemoryFullError: there is none. The rows are as they were; room that was made stays, for later rows.
+        """
+        if self._has_room(keys.size):  # even if all of them are new: as a rule
+            return
+        slots = np.empty(keys.size, np.int64)
+        index_kernels.resolve(self.index.address, self.index.capacity_log2, keys, slots)
+        new = int(np.count_nonzero(slots < 0))
+        new = new if new_max is None else min(new, new_max)
+        if self._has_room(new):
+            return
+        if self.rows_used + new - self.free > SLOTS_MAX:
+            raise self._no_slots()
+        try:
+            self._enlarge_index(new)
+        except MemoryFullError:
+            if self._next is not None:  # what there is of it is memory that others can use
+                publish_word(self._ahead_address, self.index.generation)
+                self._memory.remove(self._index_name(self._next.generation))
+                self._next = None
+            raise
+        if self._rows_max < self.rows_used + new - self.free:
+            self._ensure_rows(new - self.free)
+
+    def _has_room(self, new: int) -> bool:
+        """Whether so many more keys fit into the pages and the index that there are."""
+        return self.rows_used + new - self.free <= self._rows_max and self._taken + new <= self.index.rows_max
+
+    def _no_slots(self) -> MemoryFullError:
+        return MemoryFullError(f"table {self.spec.name!r} has {SLOTS_MAX} rows, and there is no room for more in one table")
+
+    def _ensure_rows(self, more: int) -> None:
+        """Have pages for so many rows behind the last one, and for a few more while there is memory."""
+        used = self.rows_used * self.stride
+        needed, extent = more * self.stride, min(max(used, EXTENT_BYTES_MIN), EXTENT_BYTES_MAX)
+        if needed < extent:
+            with suppress(MemoryFullError):
+                self.mapping.ensure(_ROWS + used + extent)
+        self.mapping.ensure(_ROWS + used + needed)
+
+    def _enlarge_index(self, new: int) -> None:
+        """Have an index that takes so many more keys, now."""
+        while self._taken + new > self.index.rows_max:
             if self._next is None:
-                self._begin_index()
+                self._begin_index(new)
             while self._next is not None:
-                self._grow_index(used)
+                self._grow_index(self.rows_used)
 
     def _create_index(self, generation: int, capacity_log2: int) -> Index:
         name = self._index_name(generation)
@@ -355,9 +403,11 @@ class Table:
         words[...] = (layout.INDEX_MAGIC, layout.LAYOUT_VERSION, generation, capacity_log2)
         return Index(generation, capacity_log2, mapping)
 
-    def _begin_index(self) -> None:
-        crowded = self.rows_used - self.free > INDEX_LOAD_CLEAN * (1 << self.index.capacity_log2)
-        self._next = self._create_index(self.index.generation + 1, self.index.capacity_log2 + crowded)
+    def _begin_index(self, new: int = 0) -> None:
+        keys = self.rows_used - self.free
+        crowded = keys > INDEX_LOAD_CLEAN * (1 << self.index.capacity_log2)
+        capacity_log2 = max(self.index.capacity_log2 + crowded, index_log2_for(keys + new))
+        self._next = self._create_index(self.index.generation + 1, capacity_log2)
         self._next_ensured = layout.PAGE_BYTES
         self._next_rows = 0
 
