@@ -10,7 +10,7 @@ machine's clock, as in the daemon, ticks in milliseconds.
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -90,6 +90,7 @@ class VirtualCluster:
         self.timeline = Timeline()
         self.nodes: dict[str, VirtualNode] = {}
         self.history: list[Write] = []
+        self._unanswered: dict[int, list[Write]] = {}  # by request: steps that their nodes have not answered yet
         self.violations: list[str] = []  # of what is checked on the way (invariant 8)
         self.meter: Meter | None = None
         self.cut: set[tuple[str, str]] = set()  # one-way: nothing passes from the first to the second
@@ -222,18 +223,25 @@ class VirtualCluster:
     ) -> int:
         """Publish one step of one table through a node.
 
-        Every row is filled with `value`. Returns the stamp; 0 when the node refused.
+        Every row is filled with `value`. Returns the stamp; 0 when the node refused, or answers later, as while it has no id.
         """
         keyspace = self.models[model or self.model.name]
         spec = keyspace.tables[table]
         unique = np.array(sorted(set(keys)), np.uint64)
         live = 0 if delete else len(unique)
         rows = encode(spec.codec, np.full((live, spec.dim), value, np.float32))
-        reply = self.request(name, lambda number: m.PublishRequested(number, keyspace.id, (RowColumns(spec.id, unique, rows),)))
+        request = self.ask(name, lambda number: m.PublishRequested(number, keyspace.id, (RowColumns(spec.id, unique, rows),)))
+        reply = self.nodes[name].replies.get(request)
+        writes = [Write(table, key, 0, delete, value, keyspace.name) for key in unique.tolist()]
+        if reply is None:
+            self._unanswered[request] = writes
         if not isinstance(reply, m.Published):
             return 0
-        self.history += [Write(table, key, reply.stamp, delete, value, keyspace.name) for key in unique.tolist()]
+        self._acknowledge(writes, reply.stamp)
         return reply.stamp
+
+    def _acknowledge(self, writes: list[Write], stamp: int) -> None:
+        self.history += [replace(write, stamp=stamp) for write in writes]
 
     def request(self, name: str, make: Callable[[int], m.Event]) -> m.Reply | None:
         """Feed a local request now; its reply, if it came at once (later ones come to `VirtualNode.replies`)."""
@@ -318,6 +326,9 @@ class VirtualCluster:
                         pending.append(after)
                     case m.Published() | m.Refused() | m.WaitEnded() | m.Expelled():
                         node.replies[effect.request] = effect
+                        late = self._unanswered.pop(effect.request, [])
+                        if isinstance(effect, m.Published):
+                            self._acknowledge(late, effect.stamp)
                         if isinstance(effect, m.Published) and self.meter is not None:
                             self.meter.published_ms[effect.stamp] = self.now_ms
                     case m.Note():

@@ -166,3 +166,17 @@ def test_a_seed_is_a_trace() -> None:
     faults = NetworkOptions(1, 40, loss_probability=0.1, repeat_probability=0.1, reorder_probability=0.3)
     traces = [pair(faults, seed).trace for seed in (1, 1, 2)]
     assert traces[0] == traces[1] != traces[2]
+
+
+def test_a_step_that_waited_for_a_writer_id_is_history_once_it_is_acknowledged() -> None:
+    """Else a checker knows nothing of its tombstones, and misses the rows that they delete once these are collected."""
+    cluster = VirtualCluster(1)
+    cluster.add("t1", "home", "train")
+    cluster.run(3_000)
+    cluster.add("t2", "home", "train", seeds=["t1"])
+    cluster.run(50)
+    assert not cluster.publish("t2", "item", [3, 1], 2.0, delete=True)
+    assert not cluster.history
+    cluster.run(500)
+    assert [(write.key, write.deleted, write.value) for write in cluster.history] == [(1, True, 2.0), (3, True, 2.0)]
+    assert all(write.stamp for write in cluster.history)
