@@ -4,11 +4,18 @@ Numba keeps compiled functions and takes one again when its source file has the 
 enough here: a kernel contains the helpers and the offsets of other files, and files out of a wheel may all carry the same time,
 so that an upgrade could run yesterday's kernels on today's layout. So the directory's name holds a digest of all the sources
 that kernels are made of.
+
+Nor does Numba expect two processes that fill one directory at once. What is compiled of one function (for several signatures,
+or, where it is made in a function, for several values that it closes over) has one list of numbered files, which each process
+reads, extends and writes: two of them may put different code under one number, and whoever starts next runs float16's loop on
+int8's rows. So one process compiles at a time, and the others then load what it made.
 """
 
+import fcntl
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
@@ -20,6 +27,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # An integer inside a kernel. Numba gives it its machine type; to mypy it may be Python's or NumPy's.
 Int: TypeAlias = Any
+
+LOCK_NAME = "lock"
 
 # Untyped: the stubs of some versions know neither the setting nor the options.
 _numba: Any = numba
@@ -48,9 +57,23 @@ def _compile(function: Callable[..., Any], signatures: list[str] | None, *, forc
     _numba.config.CACHE_DIR = directory or before
     try:  # Numba looks at the setting now, and never again for this function
         options = {"cache": directory is not None, "nogil": True, "error_model": "numpy", "forceinline": forceinline}
-        return _numba.njit(signatures, **options)(function) if signatures else _numba.njit(**options)(function)
+        if not signatures:
+            return _numba.njit(**options)(function)
+        with _alone_in(directory):
+            return _numba.njit(signatures, **options)(function)
     finally:
         _numba.config.CACHE_DIR = before
+
+
+@contextmanager
+def _alone_in(directory: str | None) -> Iterator[None]:
+    """Until it ends no other process compiles into this directory."""
+    if directory is None:
+        yield
+        return
+    with (Path(directory) / LOCK_NAME).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a kill
+        yield
 
 
 @cache

@@ -1,6 +1,11 @@
 """Compiled kernels are kept where only these very sources find them."""
 
+import fcntl
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numba
@@ -41,3 +46,23 @@ def test_a_place_that_cannot_be_written_is_passed_over(tmp_path: Path, monkeypat
 
 def test_other_peoples_functions_keep_their_place() -> None:
     assert "ekko-kernels" not in str(numba.config.CACHE_DIR)
+
+
+@pytest.mark.processes
+def test_one_process_compiles_at_a_time(tmp_path: Path) -> None:
+    """Two that extend Numba's list of one function at once may put different code under one name."""
+    name = f"ekko-kernels-{compiling._digest(compiling._made_of(KERNELS))}"
+    (tmp_path / name).mkdir()
+    with (tmp_path / name / compiling.LOCK_NAME).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        other = subprocess.Popen([sys.executable, "-c", "import ekko.store.kernels.gather"], env=environment)
+        try:
+            # The kernel lists who waits for a lock behind an arrow.
+            while not any("->" in line and f" {other.pid} " in line for line in Path("/proc/locks").read_text().splitlines()):
+                assert other.poll() is None, "it compiled although the directory was taken"
+                time.sleep(0.01)
+            assert list((tmp_path / name).glob("**/*.nbi")) == []
+        finally:
+            other.kill()
+            other.wait()
