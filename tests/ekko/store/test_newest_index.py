@@ -11,6 +11,7 @@ import pytest
 from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.serve.reader import Reader
 from ekko.store import Store, layout, slices, table
+from ekko.store.manifest import prefix_of
 from ekko.store.memory import Mapping
 from ekko.store.model_store import ModelStore
 from ekko.store.newest_index import NewestIndex
@@ -61,9 +62,9 @@ def newest(reader: Reader) -> NewestIndex:
     return reader._table("item").newest_index
 
 
-def deleted_indexes() -> list[str]:
+def deleted_indexes(run_dir: Path) -> list[str]:
     lines = Path("/proc/self/maps").read_text().splitlines()
-    return [line for line in lines if "-index-" in line and line.endswith("(deleted)")]
+    return [line for line in lines if prefix_of(run_dir) in line and "-index-" in line and line.endswith("(deleted)")]
 
 
 def test_the_next_index_is_mapped_ahead_and_the_old_one_let_go(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +88,7 @@ def test_the_next_index_is_mapped_ahead_and_the_old_one_let_go(run_dir: Path, mo
         growing.insert_until(lambda grown: not told(grown))
         reader.lookup("item", [1])
         assert reader.lookup("item", np.arange(growing.rows), stamps=True)[1].all()
-        wait_for(lambda: not deleted_indexes())
+        wait_for(lambda: not deleted_indexes(run_dir))
 
 
 @pytest.mark.parametrize("planted", [False, True])
