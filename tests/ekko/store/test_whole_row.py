@@ -4,6 +4,7 @@ The memory is made by hand, so that each state that a writer passes through can 
 """
 
 import importlib.util
+import os
 import re
 import threading
 import time
@@ -301,7 +302,12 @@ BUGS: dict[str, tuple[ModuleType, str, str, str, list[Callable[[Memory], None]]]
 }
 
 
-@pytest.mark.parametrize("bug", sorted(BUGS))
+# Each of these compiles the largest kernels anew, for ten seconds; one of pooled look-ups and one of patience always run.
+SLOW = {"pools-any-key", "pools-what-is-free", "pools-under-the-lock", "forgets-the-open-bag", "patient-and-free"}
+on_request = pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "long", reason="runs with HYPOTHESIS_PROFILE=long")
+
+
+@pytest.mark.parametrize("bug", [pytest.param(bug, marks=on_request if bug in SLOW else ()) for bug in sorted(BUGS)])
 def test_a_planted_bug_is_noticed(bug: str, memory: Memory, tmp_path: Path) -> None:
     kernel, name, before, after, checks = BUGS[bug]
     with mutant(tmp_path, kernel, name, before, after):
