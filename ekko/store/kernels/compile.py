@@ -14,6 +14,7 @@ int8's rows. So one process compiles at a time, and the others then load what it
 import fcntl
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,6 +30,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 Int: TypeAlias = Any
 
 LOCK_NAME = "lock"
+_compiling = threading.Lock()  # the same among the threads of this process
+_owner = [0]  # which of them it is
 
 # Untyped: the stubs of some versions know neither the setting nor the options.
 _numba: Any = numba
@@ -68,12 +71,17 @@ def _compile(function: Callable[..., Any], signatures: list[str] | None, *, forc
 @contextmanager
 def _alone_in(directory: str | None) -> Iterator[None]:
     """Until it ends no other process compiles into this directory."""
-    if directory is None:
+    # Loading a compiled function may import a module, which compiles others: one that is in need not wait for itself.
+    if directory is None or _owner[0] == threading.get_ident():
         yield
         return
-    with (Path(directory) / LOCK_NAME).open("a") as lock:
+    with _compiling, (Path(directory) / LOCK_NAME).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a kill
-        yield
+        _owner[0] = threading.get_ident()
+        try:
+            yield
+        finally:
+            _owner[0] = 0
 
 
 @cache
