@@ -209,7 +209,7 @@ def _rewrite(table: Any, first: Any, stride: Any, data: Any, row_bytes: Any, sto
     return version
 
 
-def pool_under_writes(deadline_s: float = DEADLINE_S) -> None:
+def pool_under_writes(meetings: int) -> None:
     """Sums of rows that are rewritten without pause: all values of a bag are the same, or a torn row got into it."""
     memory = Memory(DIM_WIDE, ROWS_WIDE)
     keys = KEYS[:ROWS_WIDE]
@@ -225,8 +225,8 @@ def pool_under_writes(deadline_s: float = DEADLINE_S) -> None:
     writing = threading.Thread(target=rewrite, args=arguments)
     writing.start()
     try:
-        seen, before, deadline = 0, -1.0, time.monotonic() + deadline_s
-        while seen < MEETINGS:
+        seen, before, deadline = 0, -1.0, time.monotonic() + DEADLINE_S
+        while seen < meetings:
             assert time.monotonic() < deadline, f"only {seen} bags met a new version"
             done, bags = memory.pool(keys, [0, 1, ROWS_WIDE])
             if done == ROWS_WIDE:
@@ -239,7 +239,16 @@ def pool_under_writes(deadline_s: float = DEADLINE_S) -> None:
 
 
 def test_no_torn_row_gets_into_a_sum() -> None:
-    pool_under_writes()
+    pool_under_writes(MEETINGS)
+
+
+def check_overtaken(_: Memory) -> None:
+    """For a planted bug: a row is torn sooner or later, and that it is too late to tell counts as missed."""
+    try:
+        pool_under_writes(100 * MEETINGS)
+    except AssertionError as noticed:
+        if "torn" in str(noticed):
+            raise
 
 
 # --- planted bugs ---------------------------------------------------------------------------------------------------------
@@ -294,7 +303,7 @@ BUGS: dict[str, tuple[ModuleType, str, str, str, list[Callable[[Memory], None]]]
         "pool",
         _QUICK_LOCK,
         "odd = (lock & 1) | (flags & GONE)",
-        [lambda _: pool_under_writes()],
+        [check_overtaken],
     ),
     "forgets-the-open-bag": (pool, "pool", "begin > ends[bag], out + bag * row_bytes)", "False, out)", [check_lock]),
     "patient-and-any-key": (whole_row, "", "if not free and held == key:", "if not free:", [check_another_key]),
