@@ -189,6 +189,8 @@ class Node:
     def _make_parts(self, store: Store) -> "_Parts":
         node = self.config.node
         for name, model in self.config.models.items():
+            if model.capacity_bytes is not None:
+                store.limit(name, Capacity(model.capacity_bytes, model.evict if model.when_full == "evict" else None))
             if name not in store.models and name in store.registers.dropped:
                 log.warning("model_was_dropped", model=name, remedy=f"remove [models.{name}] from the configuration")
                 continue
@@ -205,7 +207,6 @@ class Node:
                         f"models.{name}.capacity_bytes: {model.capacity_bytes} bytes, and {held.shards} shards take {least} "
                         "without any row: allow the model more, or give it fewer shards"
                     )
-                held.limit(Capacity(model.capacity_bytes, model.evict if model.when_full == "evict" else None))
                 if held.memory_bytes > model.capacity_bytes:
                     log.warning("capacity_exceeded", model=name, bytes=held.memory_bytes, capacity_bytes=model.capacity_bytes)
         log.info("store_open", resumed=store.resumed, models=list(store.models))

@@ -1,7 +1,8 @@
 """How much memory a model may take, and what is told to whom when that is reached.
 
-What counts is what stands: the header, and of every table, `_dense` included, the pages of all slots given out, free ones too,
-and the index. Rows never move, so memory that a table has stays its own, and free slots are for later rows of the same table.
+What counts is what stands: the header, the loss floor in it whether or not anything was dropped yet, and of every table,
+`_dense` included, the pages of all slots given out, free ones too, the index, and what readers count. Rows never move, so
+memory that a table has stays its own, and free slots are for later rows of the same table.
 While an index is built anew, the old one stands beside it and is not counted.
 
 A step of a publisher here that has no room is refused whole.
@@ -44,10 +45,11 @@ class TableMemory:
     rows: int  # of slots in use
     free: int  # of slots that are free, for later rows of this table
     index: int
+    counts: int  # what its readers count, and what is made of it
 
     @property
     def total(self) -> int:
-        return self.rows + self.free + self.index
+        return self.rows + self.free + self.index + self.counts
 
 
 def free_slots(table: Table) -> int:
@@ -55,11 +57,16 @@ def free_slots(table: Table) -> int:
     return int(table.mapping.words(layout.TABLE.offset("free")))
 
 
-def memory_of(table: Table) -> TableMemory:
+def memory_of(model: "ModelStore", table: Table) -> TableMemory:
     """What a table takes now."""
     free = free_slots(table) * table.stride
     rows = layout.TABLE.offset("rows") + table.rows_used * table.stride - free
-    return TableMemory(rows, free, layout.index_bytes(table.index.capacity_log2))
+    return TableMemory(rows, free, layout.index_bytes(table.index.capacity_log2), _counts_bytes(model, table))
+
+
+def _counts_bytes(model: "ModelStore", table: Table) -> int:
+    heat = model.heat.get(table.spec.name)
+    return 0 if heat is None else heat.bytes
 
 
 def _keys_max(table: Table, log2: int, evicts: bool) -> int:
@@ -75,10 +82,16 @@ def _with_rows(table: Table | None, stride: int, more: int, evicts: bool) -> int
     """Bytes that a table takes when so many more keys have come; None: a new table."""
     if table is None:
         return layout.TABLE.offset("rows") + more * stride + layout.index_bytes(max(INDEX_LOG2_MIN, index_log2_for(more)))
-    used, free, log2 = table.rows_used, free_slots(table), table.index.capacity_log2
-    while more and used - free + more > _keys_max(table, log2, evicts):
+    slots = table.rows_used + max(0, more - free_slots(table))
+    return layout.TABLE.offset("rows") + slots * stride + layout.index_bytes(_log2_with(table, more, evicts))
+
+
+def _log2_with(table: Table, more: int, evicts: bool) -> int:
+    """How large its index is when so many more keys have come."""
+    log2 = table.index.capacity_log2
+    while more and table.rows_used - free_slots(table) + more > _keys_max(table, log2, evicts):
         log2 += 1
-    return layout.TABLE.offset("rows") + (used + max(0, more - free)) * stride + layout.index_bytes(log2)
+    return log2
 
 
 def header_bytes(model: "ModelStore") -> int:
@@ -88,7 +101,7 @@ def header_bytes(model: "ModelStore") -> int:
 
 def memory_bytes(model: "ModelStore", tables: Mapping[int, Table]) -> int:
     """What a model takes."""
-    return header_bytes(model) + sum(memory_of(table).total for table in tables.values())
+    return header_bytes(model) + sum(memory_of(model, table).total for table in tables.values())
 
 
 def check_step(model: "ModelStore", tables: Mapping[int, Table], capacity: Capacity, columns: Sequence[RowColumns]) -> None:
@@ -100,7 +113,7 @@ def check_step(model: "ModelStore", tables: Mapping[int, Table], capacity: Capac
     counts = {column.table: len(column.keys) for column in columns}
     if bytes_with(model, tables, counts) <= capacity.bytes:  # even if all keys are new: as a rule
         return
-    new = {column.table: _absent(tables.get(column.table), column) for column in columns}
+    new = {column.table: absent_keys(tables.get(column.table), column) for column in columns}
     needed, held = bytes_with(model, tables, new), memory_bytes(model, tables)
     if needed <= max(capacity.bytes, held):
         return
@@ -116,34 +129,43 @@ def bytes_with(model: "ModelStore", tables: Mapping[int, Table], more: Mapping[i
     total = header_bytes(model)
     evicts = model.capacity is not None and model.capacity.evict is not None
     for number, table in tables.items():
-        total += _with_rows(table, table.stride, more.get(number, 0), evicts)
+        total += _with_rows(table, table.stride, more.get(number, 0), evicts) + _counts_bytes(model, table)
     for number, count in more.items():
         if number not in tables and count:  # the first tensor of a model; an unknown table is refused elsewhere
             total += _with_rows(None, layout.row_stride(DENSE_SPEC.row_bytes), count, evicts)
     return total
 
 
-def room_for(model: "ModelStore", tables: Mapping[int, Table], number: int) -> int:
-    """For how many more keys a table has room; negative: so many must go before its index can be kept as large as it is."""
+def room_for(model: "ModelStore", tables: Mapping[int, Table], number: int, granted: Mapping[int, int]) -> int:
+    """For how many more keys a table has room; negative: so many must go before its index can be kept as large as it is.
+
+    Args:
+        model: its capacity is set.
+        tables: of the model.
+        number: of the table.
+        granted: keys that are about to come, by table: the room that these take is taken.
+    """
     assert model.capacity is not None
-    table = tables[number]
-    held = memory_bytes(model, tables)
-    budget = max(model.capacity.bytes, held) - held + memory_of(table).total - layout.TABLE.offset("rows")
-    used, free = table.rows_used, free_slots(table)
-    log2, best = table.index.capacity_log2, free - used
+    table, evicts = tables[number], model.capacity.evict is not None
+    coming = granted.get(number, 0)
+    spare = max(model.capacity.bytes, memory_bytes(model, tables)) - bytes_with(model, tables, granted)
+    budget = spare + _with_rows(table, table.stride, coming, evicts) - layout.TABLE.offset("rows")
+    used = table.rows_used + max(0, coming - free_slots(table))
+    free, log2 = max(0, free_slots(table) - coming), _log2_with(table, coming, evicts)
+    best = free - used
     while True:
         slots = (budget - layout.index_bytes(log2)) // table.stride
         if slots < used:
             return best
-        of_index = _keys_max(table, log2, model.capacity.evict is not None) - (used - free)
+        of_index = _keys_max(table, log2, evicts) - (used - free)
         best = max(best, min(slots - used + free, of_index))
         if slots - used + free <= of_index:
             return best
         log2 += 1
 
 
-def _absent(table: Table | None, column: RowColumns) -> int:
-    """How many keys of the column the table does not have."""
+def absent_keys(table: Table | None, column: RowColumns) -> int:
+    """How many keys of the column the table, None: one that is not there yet, does not have."""
     if table is None:
         return len(column.keys)
     return int(np.count_nonzero(table.resolve(np.require(column.keys, np.uint64, ["C", "A"])) < 0))

@@ -78,9 +78,16 @@ class Eviction:
         counts = {column.table: len(column.keys) for column in columns}
         if not incomplete and capacity.bytes_with(model, model.tables_by_id, counts) <= allowed.bytes:
             return list(columns)
-        return [column if column.table == DENSE_SPEC.id else self._admit(column, stamp, incomplete) for column in columns]
+        granted: dict[int, int] = {}  # new keys, by table: sections of one batch share the room
+        dense = model.tables_by_id.get(DENSE_SPEC.id)
+        for column in columns:
+            if column.table == DENSE_SPEC.id:
+                granted[column.table] = granted.get(column.table, 0) + capacity.absent_keys(dense, column)
+        return [
+            column if column.table == DENSE_SPEC.id else self._admit(column, stamp, incomplete, granted) for column in columns
+        ]
 
-    def _admit(self, column: RowColumns, stamp: int, incomplete: bool) -> RowColumns:
+    def _admit(self, column: RowColumns, stamp: int, incomplete: bool, granted: dict[int, int]) -> RowColumns:
         model = self._model
         table = model.table(column.table)
         keys = np.require(column.keys, np.uint64, ["C", "A"])
@@ -94,7 +101,7 @@ class Eviction:
         if incomplete:
             dropped = absent & (stamps <= self._dropped_up_to()[shards])
         wanted = int(np.count_nonzero(absent & ~dropped))
-        room = capacity.room_for(model, model.tables_by_id, column.table)
+        room = capacity.room_for(model, model.tables_by_id, column.table, granted)
         if wanted > room and model.capacity is not None and model.capacity.evict is not None and self.backed:
             newest = max(model.newest_row, int(stamps.max()))
             room += self._evict(table, wanted - room, slots[~absent], newest)
@@ -102,6 +109,7 @@ class Eviction:
             # The newest stay.
             coming = np.flatnonzero(absent & ~dropped)
             dropped[coming[np.argsort(stamps[coming], kind="stable")[: wanted - max(0, room)]]] = True
+        granted[column.table] = granted.get(column.table, 0) + int(np.count_nonzero(absent & ~dropped))
         if not dropped.any():
             return column
         model.floor.add(shards[dropped], stamps[dropped], complete=False)

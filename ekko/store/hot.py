@@ -121,6 +121,11 @@ class Heat:
         return self._heat.words(layout.HEAT.offset(name))
 
     @property
+    def bytes(self) -> int:
+        """Of shared memory, both files."""
+        return len(self._hot) + len(self._heat)
+
+    @property
     def seed(self) -> int:
         """Of the sketch's hash."""
         return int(self._seed)
@@ -199,7 +204,7 @@ class Heat:
         requests = float(self._word("requests").view(np.float64))
         mode = self._hot.mode
         counted_by = "everybody" if mode & 0o002 else "its user and group" if mode & 0o020 else "its user"
-        return HeatStats(lookups, keys, misses, requests, len(self._hot) + len(self._heat), counted_by)
+        return HeatStats(lookups, keys, misses, requests, self.bytes, counted_by)
 
 
 def open_to_count(path: Path, table_id: int) -> tuple[Mapping, int] | None:

@@ -51,7 +51,7 @@ class TableStats:
 
     rows: int  # live ones
     tombstones: int
-    bytes: int  # of shared memory, rows and index
+    bytes: int  # of shared memory: rows, index, and what readers count
     free_bytes: int = 0  # of those, free slots, which later rows of the table get
 
 
@@ -233,14 +233,14 @@ class ModelStore:
         """How full each table is, `_dense` included."""
         stats = {}
         for table in self._tables.values():
-            memory, free = capacity.memory_of(table), capacity.free_slots(table)
+            memory, free = capacity.memory_of(self, table), capacity.free_slots(table)
             live = table.rows_used - free - table.tombstones
             stats[table.spec.name] = TableStats(live, table.tombstones, memory.total, memory.free)
         return stats
 
     @property
     def memory_bytes(self) -> int:
-        """What it takes of shared memory: header, rows and indexes."""
+        """What it takes of shared memory: header, rows, indexes, and what readers count."""
         return capacity.memory_bytes(self, self._tables)
 
     def limit(self, allowed: capacity.Capacity) -> None:
@@ -552,7 +552,7 @@ class ModelStore:
         for table, parts in keys.items():
             # Beyond its capacity rows are dropped, or others make room for them.
             limited = self.capacity is not None and table != DENSE_SPEC.id
-            new_max = max(0, capacity.room_for(self, self._tables, table)) if limited else None
+            new_max = max(0, capacity.room_for(self, self._tables, table, {})) if limited else None
             self._tables[table].have_room(_whole(parts[0]) if len(parts) == 1 else np.concatenate(parts), new_max)
 
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:

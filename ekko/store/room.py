@@ -20,7 +20,7 @@ KEYSPACES_MAX: Final = 4_096
 # Facts about models, tables and tensors, and their bytes: half of what a header may have (`p2p.wire`).
 ENTRIES_MAX: Final = 65_536
 ENTRY_BYTES_MAX: Final = 4 << 20
-# Shared memory of models and tables that peers and publishers brought, rows not counted: 400 models of 64 shards.
+# Shared memory of models and tables that peers and publishers brought, rows not counted: 200 models of 64 shards.
 UNASKED_BYTES_MAX: Final = 1 << 30
 
 _ENTRY_BYTES: Final = 12  # of an entry, beside its name and body
@@ -71,7 +71,7 @@ def cost_of(spec: ModelSpec, but: ModelSpec | None = None) -> Cost:
         spec.incarnation,
     )
     entries = [entry for entry in new.entries() if but is None or entry.name != "model"]
-    header = layout.loss_floor_offset(spec.shards, spec.partitions) if but is None else 0
+    header = layout.model_bytes(spec.shards, spec.partitions) if but is None else 0  # the loss floor's pages, too
     dense = bool(tensors) and (but is None or not but.tensors)
     return Cost(
         int(but is None),

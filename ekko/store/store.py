@@ -20,6 +20,7 @@ from ekko.generations import Alias, Dropped, Fact, Generation, Registers, is_reg
 from ekko.model import DENSE_TABLE, TABLES_MAX, TENSORS_MAX, ModelSpec, TableSpec, TensorSpec, parse_entry
 from ekko.store import layout
 from ekko.store.access import DEFAULT_ACCESS, Access
+from ekko.store.capacity import Capacity
 from ekko.store.kernels.atomics import publish_word, watch_word
 from ekko.store.leftovers import note_run_dir
 from ekko.store.manifest import (
@@ -61,6 +62,7 @@ class Store:
         self._unasked: dict[str, int] = {}  # memory of what else there is of each model, before any row
         self._control: Mapping | None = None
         self._registers = Registers()
+        self._limits: dict[str, Capacity] = {}  # what models of these names may take, whichever incarnation is here
         self._holds: dict[str, Sequence[int]] = {}  # what this node's configuration wants to hold of a model of this name
         self.on_registers: Callable[[], None] = lambda: None  # called when aliases or what was dropped have changed
 
@@ -480,8 +482,16 @@ class Store:
         unasked = 0 if asked else before + sum(cost.memory_bytes for cost in new)
         check_room([cost for name, cost in self._costs.items() if name not in ending], new, unasked)
 
+    def limit(self, name: str, allowed: Capacity) -> None:
+        """Keep the model of this name within its capacity, also one that gets the name later; what it has already stays."""
+        self._limits[name] = allowed
+        if name in self._models:
+            self._models[name].limit(allowed)
+
     def _insert(self, model: ModelStore) -> None:
         self._models[model.spec.name] = model
+        if model.capacity is None and model.spec.name in self._limits:
+            model.limit(self._limits[model.spec.name])
         self._costs[model.spec.name] = cost_of(model.spec)
         self._unasked[model.spec.name] = cost_of(model.spec, self._asked.get(model.spec.name)).memory_bytes
         for replica in replicas_of(model):

@@ -27,7 +27,8 @@ def rows(keys: np.ndarray, live: int | None = None, table: str = "item") -> RowC
 
 def expected_bytes(keys: int) -> int:
     """Of a model of one table that got so many keys, as the reference describes it."""
-    return header_bytes_of() + layout.PAGE_BYTES + keys * STRIDE + layout.index_bytes(max(8, index_log2_for(keys)))
+    counts = layout.hot_bytes(12) + layout.heat_bytes(12)
+    return header_bytes_of() + counts + layout.PAGE_BYTES + keys * STRIDE + layout.index_bytes(max(8, index_log2_for(keys)))
 
 
 def header_bytes_of() -> int:
@@ -258,3 +259,36 @@ def test_what_was_checked_for_a_publisher_is_never_dropped() -> None:
     model.begin_write(NOW << 12 | WRITER, np.arange(SHARDS))
     model.apply([rows(np.arange(7_000, 7_010))], NOW << 12 | WRITER)
     assert held(model, np.arange(7_000, 7_010)).all()
+
+
+@pytest.mark.parametrize("evict", [None, "least_recently_updated"])
+def test_sections_of_one_batch_share_the_room(evict: Evict | None) -> None:
+    model = make("item", "user")
+    bring(model, np.arange(2_000), OLD + np.arange(2_000))
+    model.limit(Capacity(model.memory_bytes + 100 * STRIDE, evict))
+    for begin in range(5_000, 6_000, 100):
+        keys = np.arange(begin, begin + 100)
+        columns = [rows(keys), rows(keys + 10_000), rows(keys, table="user")]
+        model.apply([RowColumns(c.table, c.keys, c.rows, stamps_of(NOW + keys)) for c in columns], 0)
+        assert model.capacity is not None
+        assert model.memory_bytes <= model.capacity.bytes
+
+
+def test_what_readers_count_takes_memory_too() -> None:
+    model = make("item", "user")
+    counted = sum(heat.stats().bytes for heat in model.heat.values())
+    assert counted >= 2 * (layout.hot_bytes(12) + layout.heat_bytes(12))
+    assert model.memory_bytes == header_bytes(model) + counted + 2 * (layout.PAGE_BYTES + layout.index_bytes(8))
+
+
+def test_a_model_that_comes_again_under_its_name_is_limited_like_the_one_before() -> None:
+    store = Store.anonymous()
+    spec = ModelSpec("ctr", SHARDS, {"item": TableSpec("item", DIM)})
+    store.add_model(spec)
+    store.limit("ctr", Capacity(1 << 23))
+    assert store.models["ctr"].capacity == Capacity(1 << 23)
+    store.drop_model("ctr", 1)
+    again = store.add_model(store.current(spec), asked=False)
+    assert again.spec.incarnation > spec.incarnation
+    assert again.capacity == Capacity(1 << 23)
+    assert store.add_model(ModelSpec("other", SHARDS)).capacity is None
