@@ -133,16 +133,31 @@ class PullAnswers:
         ):
             core.counters.pulls_refused += 1
             return
-        if not waited and self._lacks_the_same(keyspace, request):
-            held = self._held.setdefault(request.keyspace, {})
-            if link.boot in held or len(held) < HELD_MAX:
-                until_ms = now.monotonic_ms + HELD_MS_MAX
-                before = held.get(link.boot)
-                if before is not None and before.request.request == request.request:
-                    until_ms = before.until_ms
-                if before is None or before.request.request <= request.request:
-                    held[link.boot] = _Held(request, until_ms)
-                return
+        if not waited and self._lacks_the_same(keyspace, request) and self._hold(link, request, now):
+            return
+        stream = self._stream(link, keyspace, request)
+        if stream is None:
+            return
+        outbox.streams.pop(request.keyspace, None)
+        outbox.streams[request.keyspace] = stream
+        begun[request.keyspace] = link.boot, request.request
+        core.counters.pulls_served += 1
+
+    def _hold(self, link: Link, request: m.PullRequest, now: m.Now) -> bool:
+        """Keep a question until there is more to say; False where there are too many of them, and it is answered now."""
+        held = self._held.setdefault(request.keyspace, {})
+        before = held.get(link.boot)
+        if before is None and len(held) >= HELD_MAX:
+            return False
+        if before is None or before.request.request < request.request:
+            held[link.boot] = _Held(request, now.monotonic_ms + HELD_MS_MAX)
+        elif before.request.request == request.request:
+            held[link.boot] = _Held(request, before.until_ms)
+        return True
+
+    def _stream(self, link: Link, keyspace: Keyspace, request: m.PullRequest) -> PullStream | None:
+        """What the asker lacks, selected to be sent; None when we cannot claim anything to it."""
+        core = self._core
         told, settled = set(request.writers.tolist()), keyspace.knowledge.settled
         writers = np.union1d(keyspace.knowledge.writers, [w for w in settled if w in told]).astype(np.uint16)
         # Read before the rows are selected: what is written meanwhile may be sent, and is not claimed.
@@ -153,10 +168,10 @@ class PullAnswers:
             if below.any() and not may_answer(keyspace, below):
                 core.counters.pulls_redirected += 1
                 core.send(link, m.Incomplete(request.keyspace, request.request))
-                return
+                return None
             if below.any() and link.version < WHOLE_SINCE:
                 core.counters.pulls_refused += 1
-                return
+                return None
             base[below] = 0
             selections = self._select(keyspace, base)
         # The newest version of a row is of such a step: the asker has it, or one that is newer still (T1).
@@ -167,11 +182,8 @@ class PullAnswers:
         begin_whole(stream, below, selections)
         stream.recheck = lambda stream: self._complete(keyspace, request, stream)
         stream.floor = lambda stream: floor_of(keyspace, stream.whole)
-        outbox.streams.pop(request.keyspace, None)
-        outbox.streams[request.keyspace] = stream
-        begun[request.keyspace] = link.boot, request.request
-        core.counters.pulls_served += 1
         core.counters.shards_sent_whole += int(below.sum())
+        return stream
 
     @contextmanager
     def _base_of(self, keyspace: Keyspace, request: m.PullRequest) -> Iterator[U64]:
