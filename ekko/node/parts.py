@@ -1,0 +1,111 @@
+"""What one life of a node is made of, and how it is put together: who knows whom."""
+
+import random
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import xxhash
+
+from ekko.config import NodeConfig
+from ekko.endpoint import LocalEndpoint
+from ekko.errors import EkkoError, StoreError
+from ekko.local import Failed
+from ekko.metrics import Metrics
+from ekko.node.effects import Effects
+from ekko.node.publishing import Publishing
+from ekko.node.whereabouts import Whereabouts
+from ekko.operations import Operations
+from ekko.rundir import FileLedger
+from ekko.security import NodeKeys
+from ekko.store import Store
+from ekko.store.manifest import kernel_boot_id
+from p2p import messages as m
+from p2p.compression import Mode
+from p2p.errors import LocalProtocolError
+from p2p.machine import Machine, MachineOptions
+from p2p.runtime import Runtime, no_delay, read_clock
+from p2p.transport.zmq import ZmqTransport
+
+LocalEvent = m.PublishRequested | m.WaitRequested | m.CaughtUpRequested | m.SchemaChanged | m.ExpelRequested
+Submit = Callable[[LocalEvent], Failed | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All made at once, from an open store."""
+
+    store: Store
+    machine: Machine
+    transport: ZmqTransport
+    runtime: Runtime
+    keys: NodeKeys | None
+    endpoint: LocalEndpoint
+    publishing: Publishing
+    operations: Operations
+    effects: Effects
+
+
+def make_parts(config: NodeConfig, store: Store, boot: int, boot_ms: int, metrics: Metrics, submit: Submit) -> Parts:
+    """Put a node together; nothing listens yet.
+
+    Args:
+        config: of the node.
+        store: open, with all that the configuration names.
+        boot: a number for this life.
+        boot_ms: when it began, Unix milliseconds.
+        metrics: which hear of applied batches.
+        submit: hands an event to the runtime that is made here; returns why it failed.
+
+    Raises:
+        StoreError: the node's ledger cannot be read.
+    """
+    node = config.node
+    machine = _make_machine(config, store, boot, boot_ms)
+    where = Whereabouts(config, machine)
+    keys = None
+    if (security := config.security) is not None:
+        keys = NodeKeys(node.id, security.key_file, security.allow, where.node_at)
+    transport = ZmqTransport(node.peers, advertise=node.advertise, keys=keys)
+
+    def submit_operation(event: m.CaughtUpRequested | m.SchemaChanged) -> None:
+        failed = submit(event)
+        if failed is not None:
+            raise EkkoError(failed.reason)
+
+    publishing = Publishing(node, store, submit, lambda: machine.protocol_min(read_clock()))
+    operations = Operations(node.id, store, submit_operation, machine.protocol_min_known)
+    endpoint = LocalEndpoint(node.local, publishing)
+    effects = Effects(store, metrics, endpoint, publishing, operations)
+    runtime = Runtime(
+        machine,
+        transport,
+        on_effect=effects.carry_out,
+        delay_s=where.delay_s if config.links else no_delay,  # asked at each send
+        compression=Mode(node.compression),
+        crosses=where.crosses,
+    )
+    return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, effects)
+
+
+def _make_machine(config: NodeConfig, store: Store, boot: int, boot_ms: int) -> Machine:
+    node = config.node
+    options = MachineOptions(
+        node.id,
+        boot,
+        boot_ms,
+        node.region,
+        node.role,
+        tuple(node.seeds),
+        machine_hash(),
+        expel_after_ms=int(node.expel_after_s * 1000),
+    )
+    try:
+        return Machine(options, store, FileLedger(node.run_dir), random.Random(secrets.randbits(64)))
+    except LocalProtocolError as error:
+        raise StoreError(f"{node.run_dir}: {error}") from None
+
+
+def machine_hash() -> int:
+    """Names this machine since its boot: whose monotonic clock a time is of."""
+    return int(xxhash.xxh64_intdigest(kernel_boot_id().encode()))

@@ -1,0 +1,220 @@
+"""What publishers and `ekko load` ask of their node: open a model, store a step, wait until it is visible.
+
+Here everything that would harm the store or the cluster is refused, before the protocol hears of it; the answer names the
+remedy. What passes goes to the protocol as an event, and the answer to it comes as an effect, often before the call returns.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import assert_never
+
+import numpy as np
+
+from ekko.config import NodeSection
+from ekko.errors import ModelError, PublishError
+from ekko.loading import LoadRequest
+from ekko.local import REOPEN, Answer, Failed, Open, Opened, Ping, Pong, PublishStep, Request, Wait
+from ekko.model import CODEC_DEFAULT, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, table_id
+from ekko.snapshots.files import LoadPlan
+from ekko.store import Store
+from ekko.store.model_store import ModelStore
+from p2p import messages as m
+from p2p.errors import RemoteProtocolError
+
+# A model that a publisher brings begins with room for this many rows; slabs grow.
+CAPACITY_ROWS_GUESS = 65_536
+# A step of `ekko load`, one at a time; requests of the local endpoint count from 0.
+LOAD_REQUEST = -2
+
+
+class Publishing:
+    """Answers the requests of one node's publishers (`ekko.endpoint.Handler`), and those of `ekko load`.
+
+    Args:
+        node: who answers.
+        store: what is published to.
+        submit: hands an event to the protocol; returns why it failed, None: the answer comes as an effect.
+        protocol_min: the oldest protocol version that a live member speaks.
+    """
+
+    def __init__(
+        self,
+        node: NodeSection,
+        store: Store,
+        submit: Callable[[m.PublishRequested | m.WaitRequested | m.SchemaChanged], Failed | None],
+        protocol_min: Callable[[], int],
+    ) -> None:
+        self._node = node
+        self._store = store
+        self._submit = submit
+        self._protocol_min = protocol_min
+        self._load_answer: asyncio.Future[int] | None = None
+        self.refused_full = 0  # steps that were refused, for want of room in their model
+
+    def handle_request(self, number: int, request: Request) -> Answer | None:
+        """See `ekko.endpoint.Handler`."""
+        match request:
+            case Ping():
+                return Pong(self._node.id)
+            case Open():
+                return self._open(request)
+            case PublishStep():
+                return self._publish(number, request)
+            case Wait(model, stamp, scope, timeout_ms):
+                held = self._store.models.get(model)
+                if held is None:
+                    raise ModelError(self._unknown(model))
+                return self._submit(m.WaitRequested(number, held.spec.id, stamp, scope, timeout_ms))
+            case _:
+                assert_never(request)
+
+    # --- open a model
+
+    def _open(self, request: Open) -> Opened:
+        self.check_may_publish()
+        held = self._store.models.get(request.model)
+        # Readers name aliases, publishers name models: a trainer of the old generation that is started again would otherwise
+        # write into the new one.
+        if held is None and (aliased := self._store.registers.resolve(request.model)) is not None:
+            raise ModelError(
+                f"{request.model!r} is an alias, now of model {aliased.name!r}: publish to a model by its own name, so that "
+                "what is written does not depend on when the alias is switched"
+            )
+        if held is None and request.tables is None:
+            raise ModelError(f"{self._unknown(request.model)}; give its tables to create it")
+        wanted = self._wanted(request, held)
+        if held is None or not wanted.tables.keys() <= held.spec.tables.keys():
+            self._grow_schema(wanted)
+        else:  # refuses what contradicts it
+            self._store.add_model(wanted, asked=False)
+        model = self._store.models[request.model]
+        dims = {table.name: table.dim for table in model.spec.tables.values()}
+        node, tensors = self._node, dict(model.spec.tensors)
+        return Opened(node.id, node.region, model.shards, dims, tensors, model.last_stamp, model.spec.codec)
+
+    def _wanted(self, request: Open, held: ModelStore | None) -> ModelSpec:
+        """The model that a publisher asks for; what it does not say is as it is here, or the default."""
+        shards = request.shards or (SHARDS_DEFAULT if held is None else held.shards)
+        codec = request.codec or (CODEC_DEFAULT if held is None else held.spec.codec)
+        known_ttls = {} if held is None else {table.name: table.ttl_s for table in held.spec.tables.values()}
+        tables = {
+            name: TableSpec(name, dim, codec, known_ttls.get(name, 0) if ttl_s is None else ttl_s)
+            for name, dim, ttl_s in request.tables or ()
+        }
+        partitions = 1 if held is None else held.spec.partitions
+        return self._store.current(ModelSpec(request.model, shards, tables, partitions=partitions, codec=codec))
+
+    def _grow_schema(self, spec: ModelSpec) -> None:
+        oldest = self._protocol_min()
+        if oldest < spec.since:
+            raise ModelError(
+                f"model {spec.name!r} has a codec, partitions or a ttl, which protocol version {oldest} does not know and "
+                "some node still speaks: upgrade all nodes first (`ekko status` shows who)"
+            )
+        self._store.add_model(spec, CAPACITY_ROWS_GUESS, asked=False)
+        self._submit(m.SchemaChanged())
+
+    def _unknown(self, model: str) -> str:
+        known = ", ".join(map(repr, self._store.models)) or "none"
+        what = f"model {model!r} was dropped" if model in self._store.registers.dropped else f"unknown model {model!r}"
+        return f"{what} at node {self._node.id!r}: known: {known}"
+
+    # --- store a step
+
+    def _publish(self, number: int, step: PublishStep, *, quiet: bool = False) -> Failed | None:
+        """Check what would harm the store, then hand the step to the protocol.
+
+        That keys are unique within a table is the publisher's part: of duplicates the store keeps the first.
+        """
+        self.check_may_publish()
+        model = self._store.models.get(step.model)
+        if model is None and step.model in self._store.registers.dropped:
+            raise ModelError(f"{self._unknown(step.model)}; make a new Publisher to begin one of this name anew")
+        if model is None:
+            return Failed(REOPEN, f"unknown model {step.model!r}")
+        if step.codec != model.spec.codec:
+            return Failed(REOPEN, f"rows in codec {step.codec!r} for model {step.model!r}, which has {model.spec.codec!r}")
+        self._check_room(model, step)
+        new = {tensor.name: tensor for tensor in step.tensors if model.spec.tensors.get(tensor.name) != tensor}
+        if new:
+            self._grow_schema(replace(model.spec, tables={}, tensors=new))
+        tables = [column.table for column in step.columns]
+        if len(set(tables)) != len(tables):
+            raise PublishError("a step names one table twice")
+        known = {table.id for table in model.spec.tables.values()} | {table_id(DENSE_TABLE)}
+        if not known.issuperset(tables):
+            return Failed(REOPEN, f"unknown table of model {step.model!r}")
+        try:
+            model.check(step.columns)
+        except RemoteProtocolError as error:
+            raise ModelError(str(error)) from None
+        self._check_held(model, step)
+        return self._submit(m.PublishRequested(number, model.keyspace, step.columns, step.published_ns, quiet))
+
+    def check_may_publish(self) -> None:
+        """Refuse what only training nodes may do.
+
+        Raises:
+            PublishError: this is none.
+        """
+        node = self._node
+        if node.role != "train":
+            raise PublishError(f"node {node.id!r} has role {node.role!r}: publish to a node with role 'train'")
+
+    def _check_room(self, model: ModelStore, step: PublishStep) -> None:
+        try:
+            model.check_step(step.columns)
+        except PublishError as error:
+            self.refused_full += 1
+            raise PublishError(f"node {self._node.id!r}: {error}") from None
+
+    def _check_held(self, model: ModelStore, step: PublishStep) -> None:
+        """A node holds what it writes (R22): otherwise nobody could repair what is lost on the way.
+
+        Raises:
+            PublishError: some rows belong to partitions that are not held here.
+        """
+        if model.holds_all:
+            return
+        for column in step.columns:
+            missing = sorted(set(np.unique(model.partition_of(column.keys)).tolist()) - set(model.hold))
+            if missing:
+                table = next((name for name, spec in model.spec.tables.items() if spec.id == column.table), DENSE_TABLE)
+                raise PublishError(
+                    f"rows of table {table!r} belong to partitions {missing} of model {step.model!r}, of which node "
+                    f"{self._node.id!r} holds {list(model.hold)}: publish them at a node that holds them, or add them to "
+                    f"models.{step.model}.hold; nothing was published"
+                )
+
+    # --- load a file
+
+    def open_to_load(self, request: LoadRequest, plan: LoadPlan | None) -> tuple[str, dict[str, int]]:
+        """See `ekko.loading.Loading`."""
+        held = self._store.models.get(request.model)
+        codec = request.codec if held is None else held.spec.codec
+        known = {} if held is None else dict(held.spec.tables)
+        if plan is not None:
+            new = {name: table for name, table in plan.table_specs(codec).items() if name not in known}
+            if held is None or new:
+                bare = ModelSpec(request.model, codec=codec) if held is None else held.spec.bare()
+                self._grow_schema(replace(bare, tables=new))
+        return codec, {name: table.dim for name, table in known.items()}
+
+    async def publish_loaded(self, step: PublishStep) -> int:
+        """See `ekko.loading.Loading`."""
+        answered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._load_answer = answered
+        failed = self._publish(LOAD_REQUEST, step, quiet=True)
+        if failed is not None:
+            raise PublishError(failed.reason)
+        return await answered
+
+    def on_loaded(self, answer: int | PublishError) -> None:
+        """The protocol's answer to `publish_loaded`: a stamp, or why there is none."""
+        if self._load_answer is None or self._load_answer.done():
+            return
+        if isinstance(answer, int):
+            self._load_answer.set_result(answer)
+        else:
+            self._load_answer.set_exception(answer)
