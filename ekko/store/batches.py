@@ -6,11 +6,15 @@ some row is newer than what its writer's frontier covers. The frontier is the on
 here up to a stamp, in all shards, whatever way it came; so that one comparison covers steps of which parts are missing, steps
 whose shards come along several trees, steps above a gap, answers to a pull of which a part has come, and strays that stay.
 
+Rows that go are marked as rows that come are: to a reader, what is evicted, or dropped after an answer that did not bring it,
+changes as much. Whoever removes rows of several tables for one reason marks it once, around all of them.
+
 `unsettled` is set before such rows can be seen, and cleared after the frontier has passed them; for that the protocol machine
 tells us when a frontier may have moved. What is compared is the newest stamp that came of each writer, kept in this process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +48,7 @@ class BatchMarks:
         self._covered = covered
         self._newest = np.zeros(WRITERS_MAX, np.uint64)  # of the rows that came of each writer
         self._ahead: set[int] = set()  # writers of whom there is more than is covered
+        self._removing = 0  # blocks of `removing` that lie in each other
 
     @property
     def settled(self) -> bool:
@@ -64,6 +69,26 @@ class BatchMarks:
     def end(self) -> None:
         """It is applied, or as much of it as there was room for."""
         batches.end(self._epoch)
+
+    @contextmanager
+    def removing(self) -> Iterator[None]:
+        """Rows go, within this block; blocks may lie in each other."""
+        if not self._removing:
+            batches.begin(self._epoch, self._unsettled, 0)
+        self._removing += 1
+        try:
+            yield
+        finally:
+            self._removing -= 1
+            if not self._removing:
+                batches.end(self._epoch)
+
+    def expect(self, claimed: U64) -> None:
+        """What is here comes to be as of uint64[WRITERS_MAX], though some of that was rows that went, not rows that came."""
+        self._newest = np.maximum(self._newest, claimed)
+        self._ahead = self._find_ahead()
+        if self._ahead:
+            publish_word(self._unsettled, UNSETTLED_AHEAD)
 
     def settle(self) -> None:
         """A frontier may have moved."""

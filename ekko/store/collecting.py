@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.store.kernels import collect as kernels
+from ekko.store.table import Table
 from p2p.replica import U64, Collected, RowColumns
 from p2p.stamps import AHEAD_MS_MAX, WRITERS_MAX
 
@@ -101,15 +102,21 @@ class WholeShards:
         own = np.flatnonzero(self._shards)
         covered = np.zeros((model.shards, WRITERS_MAX), np.uint64)
         covered[np.ix_(own, writers)] = vector[own // partitions]
-        none = np.zeros(0, np.uint8)
-        dropped = 0
-        for table in model.tables:
-            out = np.empty(table.rows_used, np.int64)
-            bits = self._bits.get(table.spec.id, none)
-            count = kernels.unmarked(
-                table.mapping.address, table.stride, model.shards, covered.reshape(-1), bits, 0, table.rows_used, out
-            )
-            if count:
-                model.remove(table.spec.id, out[:count].copy(), complete=True)
-                dropped += count
-        return dropped
+        chosen = {table.spec.id: slots for table in model.tables if (slots := self._absent_in(table, covered)).size}
+        if not chosen:
+            return 0
+        # A step that only deleted shows in nothing but this, and may have touched other partitions, too.
+        model.marks.expect(covered.max(axis=0))
+        with model.marks.removing():
+            for table, slots in chosen.items():
+                model.remove(table, slots, complete=True)
+        return sum(slots.size for slots in chosen.values())
+
+    def _absent_in(self, table: Table, covered: U64) -> NDArray[np.int64]:
+        """Slots of the rows that uint64[shards, WRITERS_MAX] covers and that did not come."""
+        out = np.empty(table.rows_used, np.int64)
+        bits = self._bits.get(table.spec.id, np.zeros(0, np.uint8))
+        count = kernels.unmarked(
+            table.mapping.address, table.stride, self._model.shards, covered.reshape(-1), bits, 0, table.rows_used, out
+        )
+        return out[:count].copy()

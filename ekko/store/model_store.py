@@ -301,7 +301,13 @@ class ModelStore:
         keys, stamps = held.heads(slots)
         self._floor.add(self.shards_of(keys), stamps, complete)
         self.removals += 1
-        held.remove(slots)
+        with self._marks.removing():
+            held.remove(slots)
+
+    @property
+    def marks(self) -> BatchMarks:
+        """What readers who want no half of anything are told."""
+        return self._marks
 
     def lookup(self, table: str, keys: U64) -> tuple[NDArray[np.float32], U64]:
         """Rows float32[n, dim] and stamps uint64[n] by key, zero where absent, as a reader would see them.

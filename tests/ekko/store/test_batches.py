@@ -167,3 +167,43 @@ def test_batches_without_a_pause_end_it_too(model: ModelStore, monkeypatch: pyte
     monkeypatch.setattr(consistency, "DEADLINE_S", 0.01)
     with pytest.raises(StoreError, match="faster than these keys"):
         between_batches("ctr", words(model), lambda: model._marks.end())
+
+
+def test_rows_that_go_are_marked_as_rows_that_come_are(model: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.apply([columns(1, 2, 3), columns(1, 2, table="user")], stamp(10))
+    reach(model, 10)
+    seen = []
+    remove = Table.remove
+
+    def watched(table: Table, *arguments: object) -> int:
+        seen.append(epoch(model) & 1)
+        return remove(table, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Table, "remove", watched)
+    before = epoch(model)
+    model.remove(table_id("item"), np.array([0], np.int64), complete=False)
+    assert (seen, epoch(model)) == ([1], before + 2)
+
+
+def test_what_an_answer_did_not_bring_goes_from_all_tables_at_once(model: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that deleted a row of each of two tables, whose tombstones are collected by now, and that a pull stands for."""
+    model.apply([columns(1), columns(1, table="user")], stamp(10))
+    reach(model, 10)
+    epochs = []
+    remove = Table.remove
+
+    def watched(table: Table, *arguments: object) -> int:
+        epochs.append(epoch(model))
+        return remove(table, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Table, "remove", watched)
+    arrivals = model.arrivals()
+    arrivals.begin(np.arange(8, dtype=np.uint32))
+    before = epoch(model)
+    vector = np.full((8, 1), stamp(20), np.uint64)
+    assert arrivals.drop_absent(np.array([WRITER], np.uint16), vector) == 2
+    assert epochs == [before + 1] * 2
+    assert epoch(model) == before + 2
+    assert unsettled(model)  # until the frontier says that all of that step is here
+    reach(model, 20)
+    assert not unsettled(model)
