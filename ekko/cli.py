@@ -283,7 +283,7 @@ def snapshot_restore(
     settings = load_config(config)
     specs = {name: model.spec(name) for name, model in settings.models.items()}
     hold = {name: model.held for name, model in settings.models.items()}
-    done = restore(url, settings.node.run_dir, specs, hold, quiet=as_json)
+    done = restore(url, settings.node.run_dir, settings.node.id, specs, hold, quiet=as_json)
     typer.echo(
         json.dumps(done) if as_json else f"snapshot {done['name']} is in the memory of node {settings.node.id!r}: start it"
     )

@@ -65,7 +65,7 @@ def _attach_or_restore(
         places.append(config.snapshots.seed)
     folders: list[Folder] = [open_folder(url) for url in places]
     specs = {name: model.spec(name) for name, model in config.models.items()}
-    wanted = Wanted(specs, {name: model.held for name, model in config.models.items()})
+    wanted = Wanted(specs, {name: model.held for name, model in config.models.items()}, config.node.id)
 
     def progress(done: int, total: int) -> None:
         tell(f"a snapshot: {done * 100 // max(1, total)} % of {total} bytes are loaded")

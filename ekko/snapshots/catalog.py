@@ -116,9 +116,12 @@ class Catalog:
             except SnapshotError:
                 roots[name] = None  # cannot be used any more
         full = [name for name, root in roots.items() if name == root]
+        if len(full) < keep:
+            return []
         kept = set(full[-keep:])
-        # Newest first: an increment never stays without its parent.
-        gone = [name for name, root in reversed(roots.items()) if root not in kept and (not full or name < full[-1])]
+        # What cannot be read may be of a newer version, or the place may fail for a moment: it goes when it would be too old
+        # anyway. Newest first: an increment never stays without its parent.
+        gone = [name for name, root in reversed(roots.items()) if root not in kept and name < full[-keep]]
         for name in gone:
             self._folder.remove(name)
         return gone

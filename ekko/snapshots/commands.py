@@ -131,7 +131,7 @@ def verify(url: str, name: str | None, *, quiet: bool) -> dict[str, Any]:
 
 
 def restore(
-    url: str, run_dir: Path, specs: Mapping[str, ModelSpec], hold: Mapping[str, Sequence[int]], *, quiet: bool
+    url: str, run_dir: Path, node: str, specs: Mapping[str, ModelSpec], hold: Mapping[str, Sequence[int]], *, quiet: bool
 ) -> dict[str, Any]:
     """Begin the store of a node that does not run with the newest sound snapshot of a folder.
 
@@ -142,7 +142,7 @@ def restore(
     with locked(run_dir), bar("restore", quiet=quiet) as progress:
         if Store.attach(run_dir) is not None:
             raise SnapshotError(f"the node of {run_dir} has its memory still: start it; or remove that first (`ekko clean`)")
-        restored = open_or_restore(run_dir, [open_folder(url)], Wanted(specs, hold), progress=progress)
+        restored = open_or_restore(run_dir, [open_folder(url)], Wanted(specs, hold, node), progress=progress)
         if restored.snapshot is None:
             restored.store.destroy()
             reasons = "; ".join(restored.refused) or "there are none"

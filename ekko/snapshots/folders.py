@@ -4,14 +4,21 @@ Names are relative, with `/`. A file appears whole or not at all only through `p
 written with. Object stores have no rename, and need none: an object appears when its upload ends.
 """
 
+import contextlib
+import fcntl
 import os
 import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from ekko.errors import ConfigError, SnapshotError
 
 BLOCK_BYTES = 16 << 20  # of an upload or a read-ahead in an object store
+MANIFEST = "manifest.json"  # the file that makes a folder a snapshot; written last
+LOCK = "lock"  # held by who writes
 
 
 class Sink(Protocol):
@@ -46,7 +53,13 @@ class Folder(Protocol):
         """What is directly in it, sorted."""
 
     def has(self, path: str) -> bool:
-        """Whether there is such a file."""
+        """Whether there is such a file; who cannot tell raises, since what is not there is removed."""
+
+    def size(self, path: str) -> int | None:
+        """Bytes of a file; None where the place does not say."""
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Be the only process that writes here, where the place can tell."""
 
     def create(self, path: str) -> Sink:
         """A new file; the folders on the way are made."""
@@ -75,11 +88,14 @@ def open_folder(url: str) -> Folder:
     if url.startswith("file://"):
         return LocalFolder(Path(url.removeprefix("file://")))
     import fsspec.core
+    from fsspec.implementations.local import LocalFileSystem
 
     try:
         system, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError, OSError) as error:
         raise ConfigError(f"{url} cannot be used for snapshots: {error}") from None
+    if type(system) is LocalFileSystem:  # by another spelling: what this says of durability holds there, too
+        return LocalFolder(Path(str(path)))
     return RemoteFolder(url, system, str(path))
 
 
@@ -103,7 +119,38 @@ class LocalFolder:
             raise _failed(self.url, error) from None
 
     def has(self, path: str) -> bool:
-        return (self._path / path).is_file()
+        try:
+            return stat.S_ISREG((self._path / path).stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise _failed(str(self._path / path), error) from None
+
+    def size(self, path: str) -> int | None:
+        try:
+            return (self._path / path).stat().st_size
+        except OSError as error:
+            raise _failed(str(self._path / path), error) from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            raise _failed(self.url, error) from None
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SnapshotError(
+                    f"another process writes snapshots to {self.url}: give each node a folder, or an id, of its own"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+        finally:
+            os.close(descriptor)
 
     def create(self, path: str) -> Sink:
         whole = self._path / path
@@ -206,8 +253,16 @@ class _LocalSource:
         self._file.close()
 
 
-# The file that makes a folder a snapshot; written last.
-MANIFEST = "manifest.json"
+@contextmanager
+def _named(url: str) -> Iterator[None]:
+    """One error for whatever fails in there: the libraries of object stores raise what they like."""
+    try:
+        yield
+    except SnapshotError:
+        raise
+    except Exception as error:  # noqa: BLE001 - see above; a place that fails must not end a node
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise SnapshotError(f"{url}: {said}") from None
 
 
 class RemoteFolder:
@@ -222,57 +277,58 @@ class RemoteFolder:
         return f"{self._path}/{path}"
 
     def names(self) -> list[str]:
-        try:
-            self._system.invalidate_cache()
-            found = self._system.ls(self._path, detail=False)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise _failed(self.url, error) from None
+        with _named(self.url):
+            try:
+                self._system.invalidate_cache()
+                found = self._system.ls(self._path, detail=False)
+            except FileNotFoundError:
+                return []
         return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in found)
 
     def has(self, path: str) -> bool:
-        try:
-            return bool(self._system.exists(self._whole(path)))
-        except OSError as error:
-            raise _failed(self.url, error) from None
+        with _named(f"{self.url}/{path}"):
+            try:
+                # Not `exists`: most file systems answer no when they cannot tell.
+                self._system.info(self._whole(path))
+            except FileNotFoundError:
+                return False
+        return True
+
+    def size(self, path: str) -> int | None:
+        with _named(f"{self.url}/{path}"):
+            size = self._system.size(self._whole(path))
+        return None if size is None else int(size)
+
+    def locked(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()  # an object store has no locks
 
     def create(self, path: str) -> Sink:
-        try:
+        with _named(f"{self.url}/{path}"):
             self._system.makedirs(self._whole(path).rsplit("/", 1)[0], exist_ok=True)
             return _RemoteSink(self.url, self._system.open(self._whole(path), "wb", block_size=BLOCK_BYTES))
-        except OSError as error:
-            raise _failed(self.url, error) from None
 
     def put(self, path: str, data: bytes) -> None:
-        try:
+        with _named(f"{self.url}/{path}"):
             self._system.pipe_file(self._whole(path), data)
-        except OSError as error:
-            raise _failed(self.url, error) from None
 
     def open(self, path: str) -> Source:
-        try:
+        with _named(f"{self.url}/{path}"):
             return _RemoteSource(self.url, self._system.open(self._whole(path), "rb", block_size=BLOCK_BYTES))
-        except OSError as error:
-            raise _failed(f"{self.url}/{path}", error) from None
 
     def get(self, path: str, bytes_max: int) -> bytes:
-        try:
-            if int(self._system.size(self._whole(path))) > bytes_max:
+        with _named(f"{self.url}/{path}"):
+            if (self.size(path) or 0) > bytes_max:
                 raise SnapshotError(f"{self.url}/{path} is larger than {bytes_max} bytes")
             return bytes(self._system.cat_file(self._whole(path)))
-        except OSError as error:
-            raise _failed(f"{self.url}/{path}", error) from None
 
     def remove(self, name: str) -> None:
-        try:
-            if self._system.exists(self._whole(f"{name}/{MANIFEST}")):
-                self._system.rm_file(self._whole(f"{name}/{MANIFEST}"))
-            self._system.rm(self._whole(name), recursive=True)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise _failed(self.url, error) from None
+        with _named(f"{self.url}/{name}"):
+            try:
+                if self.has(f"{name}/{MANIFEST}"):
+                    self._system.rm_file(self._whole(f"{name}/{MANIFEST}"))
+                self._system.rm(self._whole(name), recursive=True)
+            except FileNotFoundError:
+                return
 
 
 class _RemoteSink:
@@ -280,19 +336,17 @@ class _RemoteSink:
         self._url, self._file = url, file
 
     def write(self, data: memoryview) -> None:
-        try:
+        with _named(self._url):
             self._file.write(data)
-        except OSError as error:
-            raise _failed(self._url, error) from None
 
     def close(self) -> None:
-        try:
+        with _named(self._url):
             self._file.close()
-        except OSError as error:
-            raise _failed(self._url, error) from None
 
     def abandon(self) -> None:
-        self._file.close()  # what lies there without a manifest is removed by the next snapshot
+        # What lies there without a manifest is removed; and what failed already may fail again.
+        with contextlib.suppress(Exception):
+            self._file.close()
 
 
 class _RemoteSource:
@@ -301,16 +355,15 @@ class _RemoteSource:
 
     def readinto(self, target: memoryview) -> int:
         done = 0
-        try:
+        with _named(self._url):
             while done < len(target):
                 part = self._file.read(len(target) - done)
                 if not part:
                     break
                 target[done : done + len(part)] = part
                 done += len(part)
-        except OSError as error:
-            raise _failed(self._url, error) from None
         return done
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(Exception):  # it was only read
+            self._file.close()

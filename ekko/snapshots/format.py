@@ -21,7 +21,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from ekko.errors import ModelError, SnapshotError
-from ekko.model import SHARDS_MAX
+from ekko.generations import Registers
+from ekko.model import DENSE_ROWS_MAX, DENSE_TABLE, SHARDS_MAX, TableSpec
+from ekko.store import layout
 from ekko.store.images import FloorImage, KnowledgeImage
 from ekko.store.manifest import ModelEntry, entry_from_json
 from p2p.stamps import WRITERS_MAX
@@ -32,7 +34,10 @@ if TYPE_CHECKING:
 U64 = NDArray[np.uint64]
 
 FORMAT = 1
-NAME = re.compile(r"\d{13}-[0-9a-f]{8}")
+NAME = re.compile(r"[0-9]{13}-[0-9a-f]{8}")
+# Files of a snapshot, so that no manifest can name anything outside its folder.
+_FILE = re.compile(r"[0-9]{1,6}(-[0-9a-f]{8}\.rows|\.knowledge)")
+_HEX = re.compile(r"[0-9a-f]{1,16}")
 MANIFEST_BYTES_MAX = 256 << 20  # 100 GB in chunks are 25,000 lines of 40 bytes
 KNOWLEDGE_BYTES_MAX = 4 << 30
 # A chunk is copied, checksummed and written while it is in the processor's cache; read, checked and settled likewise.
@@ -85,6 +90,7 @@ class SnapshotManifest:
     parent: str | None  # of an increment
     parent_checksum: str | None
     models: list[ModelPart]
+    registers: Registers = field(default_factory=Registers)  # aliases, and what was dropped
     format: int = FORMAT
 
     @property
@@ -100,7 +106,7 @@ class SnapshotManifest:
 
 def encode_manifest(manifest: SnapshotManifest) -> bytes:
     """The bytes of `manifest.json`."""
-    body = asdict(manifest)
+    body = asdict(manifest) | {"registers": manifest.registers.to_json()}
     return _spelled({"checksum": checksum_of(_spelled(body)), "body": body})
 
 
@@ -129,36 +135,62 @@ def decode_manifest(data: bytes, name: str) -> SnapshotManifest:
 
 
 def _parse(body: dict[str, Any]) -> SnapshotManifest:
-    models = [
-        ModelPart(
-            entry_from_json(model["entry"]),
-            [(int(writer), str(nonce)) for writer, nonce in model["bindings"]],
-            [int(shard) for shard in model["whole"]],
-            str(model["knowledge"]),
-            str(model["knowledge_checksum"]),
-            [
-                TablePart(
-                    int(table["table"]),
-                    str(table["file"]),
-                    int(table["stride"]),
-                    [(int(rows), str(checksum)) for rows, checksum in table["chunks"]],
-                )
-                for table in model["tables"]
-            ],
-        )
-        for model in body["models"]
-    ]
+    models = [_parse_model(model) for model in body["models"]]
+    if len({model.entry.name for model in models}) < len(models):
+        raise ValueError("it has two models of one name")
+    parent = body["parent"]
+    if parent is not None and not (_matched(NAME, parent) < body["name"] and isinstance(body["parent_checksum"], str)):
+        raise ValueError("it stands on one that came later")
     return SnapshotManifest(
         body["name"],
         int(body["created_ms"]),
         str(body["node"]),
-        str(body["cluster"]),
+        _matched(_HEX, body["cluster"]),
         str(body["store"]),
-        [str(boot) for boot in body["lives"]],
-        body["parent"],
+        [_matched(_HEX, boot) for boot in body["lives"]],
+        parent,
         body["parent_checksum"],
         models,
+        Registers.from_json(body.get("registers")),
     )
+
+
+def _parse_model(model: dict[str, Any]) -> ModelPart:
+    entry = entry_from_json(model["entry"])
+    specs = {spec.id: spec for spec in entry.tables}
+    if len(specs) < len(entry.tables) or any(spec.codec != entry.codec for spec in specs.values() if spec.name != DENSE_TABLE):
+        raise ValueError(f"the tables of model {entry.name!r} do not go together")
+    shards = entry.bare_spec.shards  # it is checked by this
+    if entry.hold is not None and (
+        entry.hold != sorted(set(entry.hold)) or not set(entry.hold) <= set(range(entry.partitions))
+    ):
+        raise ValueError(f"model {entry.name!r} has no such partitions as {entry.hold}")
+    if not all(tensor.rows <= DENSE_ROWS_MAX and min(tensor.shape, default=1) >= 0 for tensor in entry.tensors):
+        raise ValueError(f"a tensor of model {entry.name!r} is too large")
+    tables = [_parse_table(table, specs) for table in model["tables"]]
+    if len({table.table for table in tables}) < len(tables):
+        raise ValueError(f"model {entry.name!r} has a table twice")
+    bindings = [(int(writer), _matched(_HEX, nonce)) for writer, nonce in model["bindings"]]
+    whole = [int(shard) for shard in model["whole"]]
+    if not all(0 <= writer < WRITERS_MAX for writer, _ in bindings) or not all(0 <= shard < shards for shard in whole):
+        raise ValueError(f"model {entry.name!r} has no such writers or shards")
+    return ModelPart(entry, bindings, whole, _matched(_FILE, model["knowledge"]), str(model["knowledge_checksum"]), tables)
+
+
+def _parse_table(table: dict[str, Any], specs: dict[int, TableSpec]) -> TablePart:
+    spec, stride = specs[int(table["table"])], int(table["stride"])
+    if stride != layout.row_stride(spec.row_bytes):
+        raise ValueError(f"rows of table {spec.name!r} have {stride} bytes, not {layout.row_stride(spec.row_bytes)}")
+    chunks = [(int(rows), str(checksum)) for rows, checksum in table["chunks"]]
+    if not all(0 < rows <= CHUNK_ROWS_MAX for rows, _ in chunks):
+        raise ValueError(f"table {spec.name!r} has chunks without rows, or with too many")
+    return TablePart(spec.id, _matched(_FILE, table["file"]), stride, chunks)
+
+
+def _matched(pattern: re.Pattern[str], text: Any) -> str:
+    if not isinstance(text, str) or pattern.fullmatch(text) is None:
+        raise ValueError(f"{text!r} is not to be expected there")
+    return text
 
 
 def encode_knowledge(knowledge: KnowledgeImage, floors: FloorImage) -> bytes:

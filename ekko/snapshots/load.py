@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from ekko.errors import ModelError, SnapshotError, StoreError
 from ekko.model import ModelSpec, keyspace_id
-from ekko.rundir import FileLedger
 from ekko.snapshots.catalog import Catalog, Entry
 from ekko.snapshots.folders import Folder, Source
-from ekko.snapshots.format import CHUNK_ROWS_MAX, ModelPart, TablePart, checksum_of
+from ekko.snapshots.format import ModelPart, TablePart, checksum_of
+from ekko.snapshots.records import load_record
 from ekko.store import Store
 from ekko.store.access import Access
 from ekko.store.images import TableFiller, fill_table
@@ -40,6 +40,7 @@ class Wanted:
 
     specs: Mapping[str, ModelSpec] = field(default_factory=dict)  # of the node's configuration
     hold: Mapping[str, Sequence[int]] = field(default_factory=dict)  # partitions; models that are not named: as in the snapshot
+    node: str = ""  # who wants it
 
 
 @dataclass(slots=True)
@@ -92,14 +93,13 @@ def open_or_restore(
             continue
         for name in reversed(names):
             try:
-                ledger = FileLedger(run_dir)
                 chain = Catalog(folder).chain(name)
-                loader = Loader(folder, chain, wanted, NodeRecord.load(ledger), progress, stop)
+                loader = Loader(folder, chain, wanted, load_record(run_dir), progress, stop)
 
                 def fill(store: Store, loader: Loader = loader) -> None:
                     loader.fill(store)
                     # Before anybody sees the rows: who wrote them must be known wherever they are.
-                    loader.note_writers(NodeRecord.load(FileLedger(run_dir)))
+                    loader.note_writers(load_record(run_dir))
 
                 store = Store.open(run_dir, memory_dir=memory_dir, table_bytes_max=table_bytes_max, fill=fill, access=access)
             except (SnapshotError, ModelError) as error:
@@ -157,14 +157,28 @@ class Loader:
             SnapshotError: something is damaged. The store must not be used.
             StoreError: shared memory is full.
         """
-        for part in self._chain[-1].manifest.models:
+        for entry in self._chain:
+            self._check_sizes(entry)
+        newest = self._chain[-1].manifest
+        for part in newest.models:
             self._fill_model(store, part)
+        store.learn_registers(newest.registers)
+
+    def _check_sizes(self, entry: Entry) -> None:
+        """Before memory is made for them: all rows that the manifest speaks of are there."""
+        for part in entry.manifest.models:
+            for table in part.tables:
+                size = self._folder.size(f"{entry.name}/{table.file}")
+                if size is not None and size != table.rows * table.stride:
+                    longer = "longer" if size > table.rows * table.stride else "shorter"
+                    raise SnapshotError(f"{entry.name}/{table.file} is {longer} than its manifest says")
 
     def note_writers(self, record: NodeRecord) -> None:
         """Remember in the ledger whose rows these are: under another nonce they would be refused, not merged (R12)."""
         newest = self._chain[-1].manifest
         record.cluster = record.cluster or int(newest.cluster, 16)
-        record.lives = list(dict.fromkeys([*(int(boot, 16) for boot in newest.lives), *record.lives]))
+        if newest.node == self._wanted.node:  # who begins with another node's rows is no life of it, and need not end with it
+            record.lives = list(dict.fromkeys([*(int(boot, 16) for boot in newest.lives), *record.lives]))
         for part in newest.models:
             for writer, nonce in part.bindings:
                 record.bindings.setdefault((part.entry.bare_spec.id, writer), int(nonce, 16))
@@ -184,6 +198,8 @@ class Loader:
         entry = newest.entry
         held = range(entry.partitions) if entry.hold is None else entry.hold
         hold = sorted(set(held) & set(self._wanted.hold.get(entry.name, held)))
+        if not hold:
+            return  # nothing of it is wanted
         if len(hold) != entry.partitions:
             entry = replace(entry, hold=hold)
         model = store.add_entry(entry, rows)
@@ -212,7 +228,7 @@ class Loader:
         shards = np.arange(model.shards)
         held = np.isin(shards % model.spec.partitions, hold)
         for entry, table in images:
-            if table.stride != filler.stride:
+            if table.stride != filler.stride:  # of another table that had its name
                 raise SnapshotError(f"{entry.name}/{table.file} has rows of {table.stride} bytes, not {filler.stride}")
             later = [other for of, other in parts if of.name > entry.name]
             replaced = np.isin(shards, [shard for other in later for shard in other.whole])
@@ -227,8 +243,6 @@ class Loader:
         for rows, checksum in table.chunks:
             if self._stop is not None and self._stop.is_set():
                 raise SnapshotError("loading was stopped")
-            if not 0 < rows <= CHUNK_ROWS_MAX:
-                raise SnapshotError(f"{file} has a chunk of {rows} rows")
             room = filler.room(rows)
             if source.readinto(room) != len(room):
                 raise SnapshotError(f"{file} is shorter than its manifest says")
@@ -266,13 +280,14 @@ def _check_spec(part: ModelPart, spec: ModelSpec | None) -> None:
     ):
         if there != here:
             raise SnapshotError(f"model {entry.name!r} has {what} {there} in it, and {here} in the configuration")
-    dims = {table.name: table.dim for table in entry.tables}
+    held = {table.name: table for table in entry.tables}
     for table in spec.tables.values():
-        if dims.get(table.name, table.dim) != table.dim:
-            raise SnapshotError(
-                f"table {table.name!r} of model {entry.name!r} has dim {dims[table.name]} in it, and {table.dim} in the "
-                "configuration"
-            )
+        for what in ("dim", "ttl_s"):
+            there, here = getattr(held.get(table.name, table), what), getattr(table, what)
+            if there != here:
+                raise SnapshotError(
+                    f"table {table.name!r} of model {entry.name!r} has {what} {there} in it, and {here} in the configuration"
+                )
 
 
 def _check_retired(part: ModelPart, model: ModelStore, vector: U64, record: NodeRecord | None) -> None:

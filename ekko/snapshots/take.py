@@ -1,5 +1,6 @@
 """Taking the next snapshot of a node, as its daemon's helper process and `ekko snapshot` do it: clean, write, prune."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,7 +9,7 @@ from ekko.errors import SnapshotError
 from ekko.snapshots.catalog import Catalog, Entry
 from ekko.snapshots.folders import Folder
 from ekko.snapshots.format import SnapshotManifest
-from ekko.snapshots.write import Progress, SnapshotWriter
+from ekko.snapshots.write import Progress, SnapshotWriter, TryAgainError
 from ekko.store.images import StoreImage
 
 ATTEMPTS_MAX = 3  # where the store changes under our hands in a way that no snapshot can follow, which is rare
@@ -35,16 +36,17 @@ def take(
         StoreError: there is no store.
     """
     catalog = Catalog(folder)
-    catalog.remove_leftovers()
-    for attempt in range(ATTEMPTS_MAX):
-        parent = _parent(catalog, run_dir, plan) if kind == "auto" and attempt == 0 else None
-        try:
-            manifest = SnapshotWriter(run_dir, folder, node, progress).write(parent)
-            break
-        except SnapshotError:
-            if attempt + 1 == ATTEMPTS_MAX:
-                raise
-    catalog.prune(plan.keep)
+    with folder.locked():
+        catalog.remove_leftovers()
+        for attempt in range(ATTEMPTS_MAX):
+            parent = _parent(catalog, run_dir, plan) if kind == "auto" and attempt == 0 else None
+            try:
+                manifest = SnapshotWriter(run_dir, folder, node, progress).write(parent)
+                break
+            except TryAgainError:
+                if attempt + 1 == ATTEMPTS_MAX:
+                    raise
+        catalog.prune(plan.keep)
     return manifest
 
 
@@ -57,8 +59,8 @@ def _parent(catalog: Catalog, run_dir: Path, plan: Plan) -> Entry | None:
         chain = catalog.chain(names[-1])
     except SnapshotError:
         return None
-    due_ms = chain[0].manifest.created_ms + plan.full_every_s * 1000
     newest = chain[-1]
-    if len(chain) > INCREMENTS_MAX or newest.manifest.created_ms >= due_ms:
+    now_ms = max(time.time() * 1000, newest.manifest.created_ms)
+    if len(chain) > INCREMENTS_MAX or now_ms >= chain[0].manifest.created_ms + plan.full_every_s * 1000:
         return None
     return newest if newest.manifest.store == StoreImage(run_dir).manifest.prefix else None

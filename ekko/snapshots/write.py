@@ -1,7 +1,8 @@
 """Writing a snapshot of a store that goes on changing.
 
 The order is the theorem (T5): of each model the vector first, then the rows, then the loss floor. A row that is written or
-removed meanwhile is newer than the vector, or covered by the floor; whoever restores the snapshot pulls it again.
+removed meanwhile is newer than the vector, or covered by the floor; whoever restores the snapshot pulls it again. Which tables
+there are is looked up after the vector, too: it covers rows of a table that came just before.
 
 An increment leaves out what its parent has. A row that was dropped since then must not come back from the parent: shards whose
 floor is above the parent's vector, or whose vector went down, are in the increment as a whole. In a shard where that happened
@@ -10,6 +11,7 @@ while we read, the increment claims no more than its parent did.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -18,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import SnapshotError
+from ekko.generations import Generation
 from ekko.model import TableSpec
-from ekko.rundir import FileLedger
 from ekko.snapshots.catalog import Catalog, Entry
 from ekko.snapshots.folders import MANIFEST, Folder
 from ekko.snapshots.format import (
@@ -31,8 +33,10 @@ from ekko.snapshots.format import (
     encode_knowledge,
     encode_manifest,
 )
+from ekko.snapshots.records import load_record
 from ekko.store import layout
 from ekko.store.images import FloorImage, KnowledgeImage, ModelImage, StoreImage
+from ekko.store.manifest import ModelEntry
 from p2p.ledger import NodeRecord
 
 U64 = NDArray[np.uint64]
@@ -48,6 +52,10 @@ class Base:
     vector: U64  # [WRITERS_MAX, shards]
     frontiers: U64
     tables: frozenset[int]
+
+
+class TryAgainError(SnapshotError):
+    """The store changed in a way that this one cannot follow, or it has nothing to stand on: a full one may succeed."""
 
 
 class SnapshotWriter:
@@ -69,30 +77,36 @@ class SnapshotWriter:
         self._done = self._total = 0
 
     def write(self, parent: Entry | None = None) -> SnapshotManifest:
-        """Write one: a full one, or an increment over `parent`.
+        """Write one: a full one, or an increment over `parent`. What fails leaves nothing behind.
 
         Raises:
-            SnapshotError: the folder fails, or the store changed in a way that no snapshot can follow: try again.
+            TryAgainError: try again.
+            SnapshotError: the folder fails.
             StoreError: there is no store, or a row of it stays locked.
         """
-        try:
-            return self._write(StoreImage(self._run_dir), parent)
-        except FileNotFoundError:
-            raise SnapshotError(f"the store in {self._run_dir} was replaced while it was read: try again") from None
-
-    def _write(self, store: StoreImage, parent: Entry | None) -> SnapshotManifest:
         name = Catalog(self._folder).next_name(time.time_ns() // 1_000_000, token_hex(4))
-        before = NodeRecord.load(FileLedger(self._run_dir))
+        try:
+            return self._write(name, StoreImage(self._run_dir), parent)
+        except BaseException as error:
+            with suppress(SnapshotError):  # a disk that is full has other users
+                self._folder.remove(name)
+            if isinstance(error, FileNotFoundError):
+                raise TryAgainError(f"the store in {self._run_dir} was replaced while it was read: try again") from None
+            raise
+
+    def _write(self, name: str, store: StoreImage, parent: Entry | None) -> SnapshotManifest:
+        before = load_record(self._run_dir)
         entries = store.manifest.models
         bases = {} if parent is None else self._bases(parent, store.manifest.prefix)
         self._done = 0
         self._total = sum(store.model(entry).rows_bytes for entry in entries)
         parts = []
         for number, entry in enumerate(entries):
-            parts.append(self._write_model(f"{name}/{number}", store.model(entry), bases.get(entry.name)))
+            part = self._write_model(f"{name}/{number}", store, entry, bases.get(entry.generation))
+            parts += [] if part is None else [part]
         if store.retired:
-            raise SnapshotError(f"the store in {self._run_dir} was replaced while it was read: try again")
-        record = NodeRecord.load(FileLedger(self._run_dir))
+            raise TryAgainError(f"the store in {self._run_dir} was replaced while it was read: try again")
+        record = load_record(self._run_dir)
         _check_bindings(before, record)
         manifest = SnapshotManifest(
             name,
@@ -104,39 +118,72 @@ class SnapshotWriter:
             None if parent is None else parent.name,
             None if parent is None else parent.checksum,
             parts,
+            store.now().registers,
         )
+        self._check_files(manifest)
         self._folder.put(f"{name}/{MANIFEST}", encode_manifest(manifest))
         return manifest
 
-    def _bases(self, parent: Entry, store: str) -> dict[str, Base]:
+    def _check_files(self, manifest: SnapshotManifest) -> None:
+        """Refuse to make a snapshot of files that somebody else removed.
+
+        Raises:
+            SnapshotError: one is missing, or has another length.
+        """
+        for part in manifest.models:
+            sizes = {table.file: table.rows * table.stride for table in part.tables}
+            for file in (*sizes, part.knowledge):
+                size = self._folder.size(f"{manifest.name}/{file}")
+                if size is not None and size != sizes.get(file, size):
+                    raise SnapshotError(
+                        f"{self._folder.url}/{manifest.name}/{file} is not as it was written: does another node write there?"
+                    )
+
+    def _bases(self, parent: Entry, store: str) -> dict[Generation, Base]:
         """What the parent knew, by model.
 
         Raises:
-            SnapshotError: it is of another memory, or damaged.
+            TryAgainError: it is of another memory, or damaged.
         """
         if parent.manifest.store != store:
-            raise SnapshotError(f"snapshot {parent.name} is of another memory: an increment over it would miss rows")
+            raise TryAgainError(f"snapshot {parent.name} is of another memory: an increment over it would miss rows")
         bases = {}
         for part in parent.manifest.models:
-            knowledge = parent.knowledge(self._folder, part)[0]
+            try:
+                knowledge = parent.knowledge(self._folder, part)[0]
+            except SnapshotError as error:
+                raise TryAgainError(str(error)) from None
             tables = frozenset(table.table for table in part.tables)
-            bases[part.entry.name] = Base(knowledge.vector, knowledge.frontiers, tables)
+            bases[part.entry.generation] = Base(knowledge.vector, knowledge.frontiers, tables)
         return bases
 
-    def _write_model(self, path: str, model: ModelImage, base: Base | None) -> ModelPart:
-        # The order of these three is T5.
-        knowledge = model.knowledge()
-        whole = np.zeros(model.entry.shards, np.bool_) if base is None else _whole(base, knowledge, model.floors())
-        tables = [self._write_table(path, model, spec, base, whole) for spec in model.entry.tables]
+    def _write_model(self, path: str, store: StoreImage, entry: ModelEntry, base: Base | None) -> ModelPart | None:
+        """Write one model; None when it was dropped meanwhile."""
+        try:
+            # The order of what follows is T5.
+            model = store.model(entry)
+            knowledge = model.knowledge()
+            now = store.entry_now(entry)
+            return None if now is None else self._write_known(path, model, now, base, knowledge)
+        except FileNotFoundError:
+            if store.entry_now(entry) is not None:
+                raise
+            return None
+
+    def _write_known(
+        self, path: str, model: ModelImage, entry: ModelEntry, base: Base | None, knowledge: KnowledgeImage
+    ) -> ModelPart:
+        whole = np.zeros(entry.shards, np.bool_) if base is None else _whole(base, knowledge, model.floors())
+        tables = [self._write_table(path, model, spec, base, whole) for spec in entry.tables]
         floors = model.floors()
         knowledge = _held_back(model, base, knowledge, floors, whole)
         data = encode_knowledge(knowledge, floors)
         file = f"{path.rsplit('/', 1)[-1]}.knowledge"
         self._put_data(f"{path}.knowledge", data)
-        record, family = NodeRecord.load(FileLedger(self._run_dir)), model.id  # after the vector: who is in it is bound by now
-        writers = np.flatnonzero(knowledge.vector.any(axis=1)).tolist()
-        bindings = [(w, f"{record.bindings[family, w]:x}") for w in writers if (family, w) in record.bindings]
-        return ModelPart(model.entry, bindings, np.flatnonzero(whole).tolist(), file, checksum_of(data), tables)
+        # After the rows: who wrote any of them, one that the vector does not know yet too, is bound by now.
+        bound = load_record(self._run_dir).bindings
+        bindings = [(writer, f"{nonce:x}") for (family, writer), nonce in sorted(bound.items()) if family == model.id]
+        return ModelPart(entry, bindings, np.flatnonzero(whole).tolist(), file, checksum_of(data), tables)
 
     def _put_data(self, path: str, data: bytes) -> None:
         sink = self._folder.create(path)
@@ -177,11 +224,11 @@ def _held_back(
     """The knowledge that may be claimed after the rows were read.
 
     Raises:
-        SnapshotError: the vector went down meanwhile: the shard was begun anew.
+        TryAgainError: the vector went down meanwhile: the shard was begun anew.
     """
     now = model.knowledge()
     if (now.vector < knowledge.vector).any():
-        raise SnapshotError(f"model {model.entry.name!r} let go of a writer while it was read: try again")
+        raise TryAgainError(f"model {model.entry.name!r} let go of a writer while it was read: try again")
     if base is None:
         return knowledge
     late = (floors.floor > base.vector).any(axis=0) & ~whole
@@ -198,8 +245,8 @@ def _check_bindings(before: NodeRecord, after: NodeRecord) -> None:
     """Refuse a snapshot during which a writer id changed hands.
 
     Raises:
-        SnapshotError: one did.
+        TryAgainError: one did.
     """
     for key, nonce in before.bindings.items():
         if after.bindings.get(key, nonce) != nonce:
-            raise SnapshotError("a writer id changed hands while the store was read: try again")
+            raise TryAgainError("a writer id changed hands while the store was read: try again")

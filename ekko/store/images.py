@@ -61,6 +61,7 @@ class StoreImage:
         manifest = read_manifest(run_dir)
         if manifest is None or manifest.boot_id != kernel_boot_id() or manifest.layout_version != layout.LAYOUT_VERSION:
             raise StoreError(f"there is no store of this version of ekko in {run_dir}: start its node")
+        self._run_dir = run_dir
         self.manifest: Manifest = manifest
         self._memory = TmpfsMemory(Path(manifest.memory_dir), manifest.prefix)
         self._control = Mapping.open_to_read(self._memory.path(CONTROL_NAME)).view(layout.CONTROL_BYTES)
@@ -71,8 +72,19 @@ class StoreImage:
         return self._control[layout.CONTROL.offset("retired") // 8] != 0
 
     def model(self, entry: ModelEntry) -> "ModelImage":
-        """One of its models."""
+        """One of its models. Raises FileNotFoundError when it was dropped."""
         return ModelImage(entry, self._memory)
+
+    def now(self) -> Manifest:
+        """What the manifest says by now. Raises FileNotFoundError when it is another store's."""
+        manifest = read_manifest(self._run_dir)
+        if manifest is None or manifest.prefix != self.manifest.prefix:
+            raise FileNotFoundError(self._run_dir)
+        return manifest
+
+    def entry_now(self, entry: ModelEntry) -> ModelEntry | None:
+        """What it says of this model: all tables of which a row was written before. None: it was dropped."""
+        return next((one for one in self.now().models if one.generation == entry.generation), None)
 
 
 class ModelImage:
@@ -98,6 +110,9 @@ class ModelImage:
     def floors(self) -> FloorImage:
         """The loss floor, which covers whatever was dropped before."""
         images.after_vector()
+        if not int(self._header.words(layout.MODEL.offset("floor_used"))):
+            # Nothing ever was. Its pages are not there yet; looking at them would make some, or kill us where there is no room.
+            return FloorImage(np.zeros((WRITERS_MAX, self.entry.shards), np.uint64), np.zeros(SHARDS_MAX // 8, np.uint8))
         floor = self._header.words(
             layout.loss_floor_offset(self.entry.shards, self.entry.partitions), WRITERS_MAX, self.entry.shards
         )

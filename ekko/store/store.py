@@ -149,7 +149,7 @@ class Store:
             store._registers = manifest.registers
             for entry in manifest.models:
                 store._insert(ModelStore.open(entry, memory, table_bytes_max))
-        except (StoreError, OSError):
+        except (StoreError, OSError, ValueError):
             return None  # damaged or missing files: nothing of them may be trusted (R4)
         store.resumed = True
         if access is not None:
@@ -173,6 +173,8 @@ class Store:
             before = read_manifest(run_dir)
             store._registers = Registers() if before is None else before.registers
         if fill is not None:
+            # What a kill left of the attempt before would take the room of this one.
+            store._remove_unnamed(run_dir, memory_dir)
             try:
                 fill(store)
                 store._learn([], [])  # what was dropped since is not brought back by an old snapshot
@@ -241,6 +243,17 @@ class Store:
         assert self._run_dir is not None
         for path in sorted(memory_dir.glob(f"{prefix_of(self._run_dir)}-*")):
             if path.name not in keep:
+                path.unlink(missing_ok=True)
+
+    def _remove_unnamed(self, run_dir: Path, memory_dir: Path) -> None:
+        """Unlink what lies there under names that neither this store nor the one of the manifest has, which readers may use."""
+        assert isinstance(self._memory, TmpfsMemory)
+        kept = [self._memory.prefix]
+        with suppress(StoreError, OSError):
+            before = read_manifest(run_dir)
+            kept += [] if before is None else [before.prefix]
+        for path in sorted(memory_dir.glob(f"{prefix_of(run_dir)}-*")):
+            if not path.name.startswith(tuple(f"{prefix}-" for prefix in kept)):
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -404,6 +417,10 @@ class Store:
     def set_alias(self, alias: Alias) -> None:
         """Have an alias stand for something from its moment on."""
         self._learn([alias], [])
+
+    def learn_registers(self, registers: Registers) -> None:
+        """Take over aliases, and what was dropped, from a snapshot; what is known here and newer stays."""
+        self._learn([*registers.aliases.values(), *registers.dropped.values()], [])
 
     def drop_model(self, name: str, unix_ms: int) -> int:
         """Drop a model for good, everywhere: its memory is given back, and readers are told.

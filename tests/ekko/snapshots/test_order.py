@@ -40,6 +40,7 @@ class Collecting(Home):
         slot, shard = int(table.resolve(array)[0]), int(self.model.shards_of(array)[0])
         row = table.mapping.words(layout.TABLE.offset("rows") + slot * table.stride, table.stride // 8)
         assert int(row[0]) >> 32 & layout.FLAG_TOMBSTONE
+        self.model._header.words(layout.MODEL.offset("floor_used"))[...] = 1
         self.floor[WRITER, shard] = max(self.floor[WRITER, shard], row[1])
         row[0] = np.uint64(int(row[0]) | layout.FLAG_FREE << 32)
 

@@ -217,10 +217,11 @@ def test_the_ledger_learns_whose_rows_they_are(home: Home) -> None:
     record.bindings[home.spec.id, WRITER] = 99
     record.save()
     home.snapshot()
-    (home.run_dir / "ledger").unlink()
-    assert home.restore().snapshot is not None
-    record = NodeRecord.load(ledger)
-    assert (record.cluster, record.lives, record.bindings) == (6, [41], {(home.spec.id, WRITER): 99})
+    for node, lives in (("a", [41]), ("b", [])):  # who begins with another node's rows is no life of it
+        (home.run_dir / "ledger").unlink()
+        assert home.restore(node=node).snapshot is not None
+        record = NodeRecord.load(ledger)
+        assert (record.cluster, record.lives, record.bindings) == (6, lives, {(home.spec.id, WRITER): 99})
 
 
 def test_leftovers_and_old_ones_are_removed(home: Home) -> None:
