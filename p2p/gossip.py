@@ -15,6 +15,7 @@ from p2p import membership
 from p2p import messages as m
 from p2p.core import Core, Keyspace
 from p2p.errors import LocalProtocolError, RemoteProtocolError
+from p2p.incomplete import note_standing, standing_of
 from p2p.introductions import Introductions
 from p2p.links import Link
 from p2p.membership import FANOUT, HEARTBEAT_MS
@@ -144,17 +145,19 @@ class Gossip:
         register = core.membership
         own = core.own_record()
         boots, counters = register.suspicion.counters(membership.COUNTERS_MAX, core.rng.getrandbits(16))
+        summaries = self._summaries(now)
         return m.Heartbeat(
             own,
             self._take_news(),
             core.schema_digest,
             now.unix_ms,
-            self._summaries(now),
+            summaries,
             register.digest(now.monotonic_ms),
             boots,
             counters,
             core.writers.cluster,
             core.retired_digest,
+            tuple(standing_of(core.keyspaces[summary.keyspace]) for summary in summaries),
         )
 
     def _take_news(self) -> tuple[m.MemberRecord, ...]:
@@ -216,8 +219,9 @@ class Gossip:
             core.send(link, m.RegisterIndex(*register.index(now.monotonic_ms), answer_wanted=True))
         if beat.schema_digest != core.schema_digest and link.admits_answer("schema", now.monotonic_ms):
             core.send(link, m.SchemaUpdate(tuple(core.host.schema())))
-        for summary in beat.summaries:
-            self._pull.on_summary(link, summary, now)
+        for summary, standing in zip(beat.summaries, beat.standing or (0,) * len(beat.summaries), strict=True):
+            note_standing(core, link.boot, summary.keyspace, standing)
+            self._pull.on_summary(link, summary, now, keeps=bool(standing & m.KEEPS))
 
     def on_index(self, link: Link, index: m.RegisterIndex, now: m.Now) -> None:
         """A peer's register differs from ours: send what it lacks, and ask for what we lack."""

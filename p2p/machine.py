@@ -508,7 +508,7 @@ class Machine:
                 self._allotment.on_beat(now)
                 self._retirement.on_timer(now)
                 self._collection.on_beat(now)
-                incomplete.tell(core, self._pull.has_heard, now)
+                incomplete.note_backing(core, self._pull.kept_by, now)
                 self._publish_waiting(now)
             self._gossip.on_timer(now)
         self._push.beat(now)

@@ -125,6 +125,11 @@ class _Told:
         return self._columns
 
 
+# How a node stands to the rows of a keyspace (`p2p.incomplete`).
+LACKS = 1  # it dropped live ones, and may not be asked by who lacks them, too
+KEEPS = 2  # it has caught up, and drops none: others may drop what it has
+
+
 @dataclass(frozen=True, slots=True)
 class KeyspaceSummary:
     """What one node holds of a keyspace, small enough for every heartbeat."""
@@ -181,6 +186,7 @@ class Heartbeat(_Told):
     counters: U64 = field(default_factory=_no_numbers)  # [n] and their heartbeat counters
     cluster: int = 0  # the cluster nonce (R12); 0: none yet, or not told
     retired_digest: int = 0  # over all that the sender knows of expulsions and retirements (R13)
+    standing: tuple[int, ...] = ()  # one a summary: `LACKS`, `KEEPS` (R11); empty: the sender's version does not tell
 
     @property
     def columns(self) -> RecordColumns | None:

@@ -88,6 +88,7 @@ class _Seen:
     summary: m.KeyspaceSummary
     own: tuple[int, int]  # digests of our vector and strays
     frontier: tuple[int, ...]  # ours, of the writers in the summary
+    keeps: bool  # it holds all that it says, and drops none of it
 
 
 class Pull:
@@ -309,13 +310,14 @@ class Pull:
         elif told.request:
             self.rounds.abandon_from(link.node, "the peer has dropped rows")
 
-    def has_heard(self, record: m.MemberRecord, keyspace: int) -> bool:
-        """Whether this life of a member has told us of a keyspace."""
-        return (record.node, record.boot, keyspace) in self._seen
+    def kept_by(self, record: m.MemberRecord, keyspace: int) -> m.KeyspaceSummary | None:
+        """What this life of a member has of a keyspace and keeps, as it said last; None: it did not say that."""
+        seen = self._seen.get((record.node, record.boot, keyspace))
+        return seen.summary if seen is not None and seen.keeps else None
 
     # --- noticing
 
-    def on_summary(self, link: Link, summary: m.KeyspaceSummary, now: m.Now) -> None:
+    def on_summary(self, link: Link, summary: m.KeyspaceSummary, now: m.Now, *, keeps: bool = False) -> None:
         """Compare a peer's heartbeat with what we hold, and pull when it shows that we lack something."""
         core = self._core
         keyspace = core.keyspaces.get(summary.keyspace)
@@ -325,7 +327,7 @@ class Pull:
         key = (link.node, link.boot, summary.keyspace)
         before = self._seen.get(key)
         reached = tuple(int(keyspace.knowledge.frontier[writer]) for writer, _ in summary.frontier)
-        seen = self._seen[key] = _Seen(summary, own, reached)
+        seen = self._seen[key] = _Seen(summary, own, reached, keeps)
         equal = (summary.vector_digest, summary.stray_digest) == own
         if equal:
             full.note_room(core, keyspace, now)

@@ -191,11 +191,11 @@ class Replica(Protocol):
         """bool[shards]: live rows were dropped there, too (R11)."""
 
     @property
-    def limited(self) -> bool:
-        """Whether it may drop live rows of others for want of room (R11)."""
+    def evicts(self) -> bool:
+        """Whether it may drop live rows that it holds, to make room for others (R11)."""
 
-    def note_backed(self, backed: bool) -> None:
-        """Whether another live node holds all of the keyspace: only then may rows that are held be dropped."""
+    def note_backed(self, until: U64) -> None:
+        """Rows of each writer that may be dropped, uint64[WRITERS_MAX]: others keep them up to these stamps."""
 
     @property
     def collectable(self) -> int:

@@ -635,15 +635,19 @@ def _pack_heartbeat(beat: m.Heartbeat, version: int) -> Packed:
         len(beat.boots),
         beat.cluster,
         beat.retired_digest,
+        list(beat.standing),
     ], [beat.boots, beat.counters.astype(np.uint32)]
 
 
 def _heartbeat(header: Header, columns: _Columns) -> m.Heartbeat:
-    member, members, schema_digest, unix_ms, summaries, register_digest, count, cluster, retired_digest = header
+    member, members, schema_digest, unix_ms, summaries, register_digest, count, cluster, retired_digest, standing = header
     boots, counters = _take_lives(columns, count)
     told = _items(summaries, SUMMARIES_MAX, _summary)
     if len({summary.keyspace for summary in told}) < len(told):
         raise RemoteProtocolError("two summaries of one keyspace")  # each costs the receiver a digest of a vector
+    stands = _items(standing, SUMMARIES_MAX, lambda one: _uint(one, 2))
+    if len(stands) not in (0, len(told)):
+        raise RemoteProtocolError(f"{len(stands)} standings of {len(told)} summaries")
     return m.Heartbeat(
         _member(member),
         _items(members, MEMBERS_MAX, _member),
@@ -655,6 +659,7 @@ def _heartbeat(header: Header, columns: _Columns) -> m.Heartbeat:
         counters,
         _uint(cluster),
         _uint(retired_digest),
+        stands,
     )
 
 
@@ -1165,7 +1170,7 @@ def _incomplete(header: Header, _columns: _Columns) -> m.Incomplete:
 _KINDS: Final = (
     _Kind(m.Hello, _pack_hello, _hello),
     _Kind(m.Refusal, _pack_refusal, _refusal),
-    _Kind(m.Heartbeat, _pack_heartbeat, _heartbeat, added=((2, 0), (2, 0))),
+    _Kind(m.Heartbeat, _pack_heartbeat, _heartbeat, added=((2, 0), (2, 0), (2, []))),
     _Kind(m.SchemaUpdate, _pack_schema, _schema),
     _Kind(m.Leave, _pack_leave, _leave, added=((2, 0),)),
     _Kind(m.Batch, _pack_batch, _batch, added=((GROUPS_SINCE, 0),), changed=(PACKED_SINCE,)),

@@ -5,8 +5,8 @@ dropped, by `when_full`. Either way the stamps of what goes are merged into the 
 incomplete there: such a node answers nobody who is below it, and the keys are to be had from another one.
 
 *What may go.* Live rows that our vector covers and that are not of these very rows; `QUIET_MS` older than the newest stamp
-here, so that they have reached the others; and only while another live node holds everything of the model (`backed`): then
-nothing vanishes that nobody else has. Tombstones stay until they are stable (R5), dense tensors for good.
+here; and only what another live node, which drops nothing, said that it has (`p2p.incomplete`): then nothing vanishes that
+nobody else has. Tombstones stay until they are stable (R5), dense tensors for good.
 
 *How they are chosen.* From a sample of `SAMPLE` slots for each row that must go, the one that was updated longest ago, or is
 read least: the work depends on what comes, not on the size of the table. Slots are drawn by a hash of a counter, so a run
@@ -28,7 +28,7 @@ from ekko.store.kernels import evict as kernels
 from ekko.store.kernels.places import SLOTS_MAX
 from ekko.store.table import Table
 from p2p.replica import RowColumns
-from p2p.stamps import COUNTER_BITS, WRITER_BITS
+from p2p.stamps import COUNTER_BITS, WRITER_BITS, WRITERS_MAX
 
 if TYPE_CHECKING:
     from ekko.store.model_store import ModelStore
@@ -55,15 +55,21 @@ class Eviction:
     def __init__(self, model: "ModelStore") -> None:
         self._model = model
         self._looks = 0
-        self.backed = False  # other live nodes hold all of the model
-        self._backed: dict[int, bool] = {}  # by partition
+        self.until = np.zeros(WRITERS_MAX, np.uint64)  # other live nodes keep rows of each writer up to here
+        self._until: dict[int, U64] = {}  # the same, by partition
         self.evicted = 0
         self.refused = 0  # rows of other nodes that were dropped when they came
 
-    def note_backed(self, partition: int, backed: bool, hold: Sequence[int]) -> None:
-        """Whether another live node holds all of a partition."""
-        self._backed[partition] = backed
-        self.backed = all(self._backed.get(one, False) for one in hold)
+    @property
+    def backed(self) -> bool:
+        """Whether others keep anything of the model."""
+        return bool(self.until.any())
+
+    def note_backed(self, partition: int, until: U64, hold: Sequence[int]) -> None:
+        """Others keep rows of a partition up to uint64[WRITERS_MAX]."""
+        self._until[partition] = until
+        nothing = np.zeros(WRITERS_MAX, np.uint64)
+        self.until = np.min([self._until.get(one, nothing) for one in hold], axis=0)
 
     def admit(self, columns: Sequence[RowColumns], stamp: int) -> list[RowColumns]:
         """What of these rows is to be applied; the rest is in the loss floor. Makes room for it, as far as it may.
@@ -142,6 +148,7 @@ class Eviction:
             model.vector_address,
             model.shards,
             newest,
+            self.until,
             self._looks,
             places,
             keys,

@@ -494,16 +494,16 @@ class ModelStore:
         return self._floor.incomplete
 
     @property
-    def limited(self) -> bool:
-        return self.capacity is not None
+    def evicts(self) -> bool:
+        return self.capacity is not None and self.capacity.evict is not None
 
-    def note_backed(self, backed: bool) -> None:
-        self.note_partition_backed(0, backed)
+    def note_backed(self, until: U64) -> None:
+        self.note_partition_backed(0, until)
 
-    def note_partition_backed(self, partition: int, backed: bool) -> None:
-        """Rows go for want of room only while others hold all of every partition that is here."""
+    def note_partition_backed(self, partition: int, until: U64) -> None:
+        """Rows go for want of room only as far as others keep them, in every partition that is here."""
         if self.eviction is not None:
-            self.eviction.note_backed(partition, backed, self._hold)
+            self.eviction.note_backed(partition, until, self._hold)
 
     @property
     def collectable(self) -> int:

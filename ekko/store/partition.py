@@ -109,11 +109,11 @@ class Partition:
         return self._model.incomplete[self._place.partition :: self._place.partitions]
 
     @property
-    def limited(self) -> bool:
-        return self._model.limited
+    def evicts(self) -> bool:
+        return self._model.evicts
 
-    def note_backed(self, backed: bool) -> None:
-        self._model.note_partition_backed(self._place.partition, backed)
+    def note_backed(self, until: U64) -> None:
+        self._model.note_partition_backed(self._place.partition, until)
 
     @property
     def collectable(self) -> int:

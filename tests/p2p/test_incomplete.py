@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from ekko.store.capacity import Capacity
+from ekko.store.eviction import Eviction
 from p2p import messages as m
 from p2p.incomplete import note_incomplete
+from p2p.pull import Pull
+from p2p.stamps import WRITER_MASK
 from p2p.sync import PRESETS, SyncOptions
 from sim_cluster.checkers import Watch, contents
 from sim_cluster.virtual import VirtualCluster
@@ -118,6 +121,54 @@ def test_rows_are_evicted_only_while_somebody_else_has_them() -> None:
     cluster.run(20_000)
     assert before.items() <= contents(cluster.nodes["us-1"].store, "ctr").items()
     assert np.all([key in contents(cluster.nodes["us-1"].store, "ctr") for key in before])
+
+
+def evicting(cluster: VirtualCluster, name: str) -> Eviction:
+    eviction = cluster.nodes[name].store.models["ctr"].eviction
+    assert eviction is not None
+    return eviction
+
+
+def test_nodes_that_evict_do_not_count_on_each_other() -> None:
+    """Two of them might drop the same row at the same moment."""
+    cluster = VirtualCluster(11)
+    cluster.add("us-1", "us", "train")
+    for name in (SMALL, "eu-2"):
+        cluster.add(name, "eu", seeds=["us-1"])
+    cluster.run(3_000)
+    publish(cluster, 1.0, 0, 500)
+    cluster.run(2_000)
+    for name in (SMALL, "eu-2"):
+        limit(cluster, name, 10_000)
+    cluster.run(2_000)
+    assert evicting(cluster, SMALL).backed
+    assert evicting(cluster, "eu-2").backed
+    cluster.crash("us-1")
+    cluster.run(20_000)
+    assert not evicting(cluster, SMALL).backed
+    assert not evicting(cluster, "eu-2").backed
+
+
+def test_who_has_not_caught_up_is_not_counted_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = VirtualCluster(12)
+    cluster.add("us-1", "us", "train")
+    cluster.add(SMALL, "eu", seeds=["us-1"])
+    cluster.run(3_000)
+    publish(cluster, 1.0, 0, 500)
+    cluster.run(2_000)
+    limit(cluster, SMALL, 10_000)
+    cluster.crash("us-1")
+    monkeypatch.setattr(Pull, "ask", lambda *_: None)
+    cluster.add("eu-3", "eu", seeds=[SMALL])
+    cluster.run(20_000)
+    assert contents(cluster.nodes["eu-3"].store, "ctr") == {}
+    assert not evicting(cluster, SMALL).backed
+    monkeypatch.undo()
+    cluster.run(5_000)
+    assert len(contents(cluster.nodes["eu-3"].store, "ctr")) == 500
+    until = evicting(cluster, SMALL).until
+    newest = max(stamp for stamp, _ in contents(cluster.nodes[SMALL].store, "ctr").values())
+    assert until[newest & WRITER_MASK] >= newest
 
 
 def test_what_a_peer_says_of_itself_is_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,7 @@ LATER: list[m.Message] = [
     m.PullReply(5, 1, 0, True, (), WRITERS, vector(), vector()[0], WRITERS, BOOTS, FLOOR.shards),
     m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS, BOOTS, FLOOR.shards[1:], FLOOR),
     m.Heartbeat(MEMBER, (), 7, 1_700_000_000_000, (), 5, BOOTS, BOOTS & np.uint64(3), 99, 98),
+    m.Heartbeat(MEMBER, (), 7, 1_700_000_000_000, (m.KeyspaceSummary(5, 1, 3, ()),), standing=(m.LACKS,)),
 ]
 
 
@@ -179,6 +180,8 @@ def test_what_version_1_does_not_have_is_left_out(message: m.Message) -> None:
         m.PullReply(
             5, 1, 0, True, (), WRITERS, vector(), vector()[0], WRITERS, BOOTS, floor=replace(FLOOR, stamps=vector()[:2])
         ),
+        m.Heartbeat(MEMBER, (), 7, 0, (m.KeyspaceSummary(5, 1, 3, ()),), standing=(m.KEEPS, m.KEEPS)),
+        m.Heartbeat(MEMBER, (), 7, 0, (m.KeyspaceSummary(5, 1, 3, ()),), standing=(4,)),
         m.StableReport(5, True, WRITERS[::-1].copy(), vector()[0, ::-1].copy(), BOOTS),
         m.StableReport(5, True, WRITERS, vector()[0, ::-1].copy(), BOOTS),
         m.Stable(5, WRITERS, vector()[0], ("eu-1",) * 17),

@@ -25,14 +25,27 @@ _NOT_LIVE = layout.FLAG_TOMBSTONE | layout.FLAG_FREE
 _WRITER_MASK = np.uint64(WRITERS_MAX - 1)
 
 
-@kernel("int64(int64, int64, int64, int64, int64, uint64, uint64, int64[::1], uint64[::1], uint64[::1])")
+@kernel(
+    "int64(int64, int64, int64, int64, int64, uint64, Array(uint64, 1, 'C', readonly=True), uint64, int64[::1], uint64[::1], "
+    "uint64[::1])"
+)
 def sample(
-    table: Int, stride: Int, used: Int, vector: Int, shards: Int, newest: Int, seed: Int, places: I64, keys: U64, stamps: U64
+    table: Int,
+    stride: Int,
+    used: Int,
+    vector: Int,
+    shards: Int,
+    newest: Int,
+    until: U64,
+    seed: Int,
+    places: I64,
+    keys: U64,
+    stamps: U64,
 ) -> Int:
     """Look at places.size slots, drawn from `used` by a hash of `seed` and their number; returns how many may be evicted.
 
-    These are live rows up to the stamp `newest` that the vector covers: no tombstones, and no strays, which others may lack.
-    `vector` is the address of uint64[4096, shards]. A slot may come twice.
+    These are live rows up to the stamp `newest`, and to `until` of their writer, that the vector covers: no tombstones, and no
+    strays, which others may lack. `vector` is the address of uint64[4096, shards]. A slot may come twice.
     """
     rows = table + _ROWS
     count = 0
@@ -43,7 +56,7 @@ def sample(
         row = rows + slot * stride
         flags = load_u32(row + _FLAGS)
         stamp = load_u64(row + _STAMP)
-        if flags & _NOT_LIVE or stamp > newest:
+        if flags & _NOT_LIVE or stamp > newest or stamp > until[np.int64(stamp & _WRITER_MASK)]:
             continue
         key = load_u64(row + _KEY)
         shard = np.int64(mix64(key) % np.uint64(shards))

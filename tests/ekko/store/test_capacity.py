@@ -9,6 +9,7 @@ from ekko.store import Store, layout
 from ekko.store.capacity import Capacity, Evict, header_bytes
 from ekko.store.model_store import ModelStore
 from ekko.store.table import index_log2_for
+from p2p.incomplete import ABOVE_ALL
 from p2p.replica import RowColumns
 
 DIM = 16
@@ -148,7 +149,7 @@ def full(evict: Evict | None, keys: int = 2_000, room: int = 0) -> ModelStore:
     bring(model, np.arange(keys), OLD + np.arange(keys))
     model.limit(Capacity(model.memory_bytes + room * STRIDE, evict))
     assert model.eviction is not None
-    model.eviction.backed = True
+    model.eviction.until[...] = ABOVE_ALL
     return model
 
 
@@ -201,12 +202,14 @@ def test_those_updated_longest_ago_make_room(step: int) -> None:
 
 def test_what_may_not_go_stays() -> None:
     keys = np.arange(2_000)
-    for reason in ("alone", "young", "strays", "tombstones", "coming"):
+    for reason in ("alone", "not sent on", "young", "strays", "tombstones", "coming"):
         model = full("least_recently_updated")
         assert model.eviction is not None
         coming, tick = np.arange(5_000, 5_100), NOW
         if reason == "alone":
-            model.eviction.backed = False
+            model.eviction.until[...] = 0
+        elif reason == "not sent on":  # whoever keeps rows does not have these yet
+            model.eviction.until[WRITER] = OLD << 12
         elif reason == "young":
             tick = OLD + 5_000
         elif reason == "strays":
