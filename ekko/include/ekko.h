@@ -267,7 +267,7 @@ static inline int ekko_map_index_(ekko_reader *reader) {
         if (error) return error;
         reader->capacity_log2 = (unsigned)ekko_relaxed_(reader->index.begin + 24);
         if (reader->capacity_log2 < 1 || reader->capacity_log2 > 48 ||
-            reader->index.size < 4096 + ((size_t)16 << reader->capacity_log2))
+            reader->index.size < 4096 + ((size_t)8 << reader->capacity_log2))
             return EKKO_DAMAGED;
         return EKKO_OK;
     }
@@ -432,19 +432,6 @@ static inline void ekko_decode_(const ekko_reader *reader, float *out) {
     }
 }
 
-/* The key's slot in the index that is mapped; -1: it is absent. */
-static inline int64_t ekko_find_(const ekko_reader *reader, uint64_t key) {
-    const uint64_t mask = ((uint64_t)1 << reader->capacity_log2) - 1;
-    uint64_t place = ekko_mix64(key) >> (64 - reader->capacity_log2);
-    for (uint64_t looked = 0; looked <= mask; looked++, place = (place + 1) & mask) {
-        const uint8_t *entry = reader->index.begin + 4096 + 16 * place;
-        int64_t slot = (int64_t)ekko_acquire_(entry + 8) - 1; /* once: the entry may be given to another key at any time */
-        if (slot == -1) return -1;
-        if (slot >= 0 && ekko_relaxed_(entry) == key) return slot;
-    }
-    return -1;
-}
-
 /* Copy the slot's row between two looks at its lock. */
 static inline int ekko_copy_(ekko_reader *reader, int64_t slot) {
     const uint8_t *row;
@@ -469,19 +456,40 @@ static inline int ekko_copy_(ekko_reader *reader, int64_t slot) {
     }
 }
 
+/* What an entry of the index says of its key, above the slot. */
+static inline uint64_t ekko_tag_(uint64_t key) { return (ekko_mix64(key) & 0x7FFFFFFFu) | 0x80000000u; }
+
+/* One key in the index that is mapped: 1 and its row in reader->copy, 0 when it is not there, 2 when a slot changed hands after
+ * its entry was read, or minus an error. */
+static inline int ekko_search_(ekko_reader *reader, uint64_t key, uint64_t stamp_min) {
+    const uint64_t mask = ((uint64_t)1 << reader->capacity_log2) - 1, tag = ekko_tag_(key);
+    uint64_t place = ekko_mix64(key) >> (64 - reader->capacity_log2);
+    int moved = 0, error;
+    for (uint64_t looked = 0; looked <= mask; looked++, place = (place + 1) & mask) {
+        /* Once: the entry may be given to another key at any time. */
+        uint64_t entry = ekko_acquire_(reader->index.begin + 4096 + 8 * place);
+        uint32_t flags;
+        if (!entry) break;
+        if (entry >> 32 != tag) continue;
+        if ((error = ekko_copy_(reader, (int64_t)(entry & 0xFFFFFFFFu)))) return -error;
+        flags = (uint32_t)(reader->copy[0] >> 32);
+        if (flags & 2) continue; /* free: its key was absent when we looked */
+        if (reader->copy[2] == key) return !(flags & 1) && reader->copy[1] >= stamp_min;
+        moved |= ekko_tag_(reader->copy[2]) != tag; /* else: another key has the same tag, and ours may come behind it */
+    }
+    return 2 * moved;
+}
+
 /* One key: 1 and its row in reader->copy, 0 when it is absent, or minus an error. */
 static inline int ekko_fetch_(ekko_reader *reader, uint64_t key, uint64_t stamp_min) {
     for (int attempt = 0; attempt < 1000; attempt++) {
-        int64_t slot = ekko_find_(reader, key);
-        uint32_t flags;
-        int error;
-        if (slot < 0) return 0;
-        if ((error = ekko_copy_(reader, slot))) return -error;
-        flags = (uint32_t)(reader->copy[0] >> 32);
-        if (!(flags & 2) && reader->copy[2] == key) return !(flags & 1) && reader->copy[1] >= stamp_min;
-        /* Free, or another key's: the slot changed hands after the index was searched; or the index is the old one. */
-        if (ekko_acquire_(reader->rows.begin + 128) != reader->index_generation && (error = ekko_map_index_(reader)))
-            return -(error < 0 ? EKKO_UNSTABLE : error);
+        int found = ekko_search_(reader, key, stamp_min), error;
+        if (found < 0 || found == 1) return found;
+        if (ekko_acquire_(reader->rows.begin + 128) != reader->index_generation) { /* what was not found may be in the new one */
+            if ((error = ekko_map_index_(reader))) return -(error < 0 ? EKKO_UNSTABLE : error);
+        } else if (!found) {
+            return 0;
+        }
     }
     return -EKKO_UNSTABLE;
 }

@@ -181,19 +181,19 @@ INDEX = Structure(
         Field("generation", 16, 8, "the number in the file's name"),
         Field("capacity_log2", 24, 8, "binary logarithm of the number of entries"),
         Field("removed", 32, 8, "entries that are removed; too many after a kill"),
-        Field("entries", PAGE_BYTES, 0, "entries, 16 bytes each"),
+        Field("entries", PAGE_BYTES, 0, "entries, 8 bytes each"),
     ),
 )
 
 ENTRY = Structure(
     "index entry",
     (
-        Field("key", 0, 8, "the key"),
-        Field("slot_plus_one", 8, 8, "0: empty; -1: removed; else the slot plus one, written after the key"),
+        Field("slot", 0, 4, "the slot; where `tag` is 0, 0: empty, 1: removed"),
+        Field("tag", 4, 4, "bits 0-30 of `mix64(key)`, and bit 31 set; 0: the entry holds no slot"),
     ),
 )
-ENTRY_BYTES = 16
-ENTRY_REMOVED = -1
+ENTRY_BYTES = 8  # read and written as one word
+ENTRY_EMPTY, ENTRY_REMOVED = 0, 1
 
 # Counted by readers, under whatever uid: the one file of a store that others than its daemon write.
 HOT_DEPTH = 4  # rows of the sketch: the least of four counters is off by more than e / width of all requests once in 55 keys

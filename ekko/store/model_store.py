@@ -584,11 +584,22 @@ class ModelStore:
         vector = self._header.address + layout.MODEL.offset("vector")
         left, ghosts = [], 0
         for column in columns:
-            index_ = self._tables[column.table].index
+            table = self._tables[column.table]
             stamps = _NO_STAMPS if column.stamps is None else _whole(column.stamps)
             kept = np.empty(column.keys.size, np.int64)
             keys = _whole(column.keys)
-            count = collect.not_ghosts(index_.address, index_.capacity_log2, vector, self.shards, keys, stamps, stamp, kept)
+            count = collect.not_ghosts(
+                table.index.address,
+                table.index.capacity_log2,
+                table.mapping.address,
+                table.stride,
+                vector,
+                self.shards,
+                keys,
+                stamps,
+                stamp,
+                kept,
+            )
             ghosts += column.keys.size - count
             left.append(column if count == column.keys.size else take(column, kept[:count]))
         return left, ghosts

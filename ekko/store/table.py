@@ -36,7 +36,7 @@ EXTENT_BYTES_MAX = 1 << 20
 
 INDEX_LOG2_MIN = 8
 # Work on a larger index begins at the first load and must be done at the second. At most 75 % of the places taken keeps the
-# mean search of a present key below 2.5 places, and of an absent one below 9, which lie in three cache lines (Knuth, volume 3,
+# mean search of a present key below 2.5 places, and of an absent one below 9, which lie in two cache lines (Knuth, volume 3,
 # 6.4). A lower load buys little: the smaller index misses the processor's translation caches less often.
 INDEX_LOAD_BEGIN = 0.60
 INDEX_LOAD_MAX = 0.75
@@ -44,11 +44,11 @@ INDEX_LOAD_MAX = 0.75
 # which it is due, and costs three rows moved for each that comes.
 INDEX_LOAD_CLEAN = 0.45
 # Work per apply while the index grows, in proportion to the rows inserted, so that it is done before the load limit: the pages
-# of the larger index (32 bytes per old place) are there after 1/16 of the old capacity came in, and at 10 rows moved per row
+# of the larger index (16 bytes per old place) are there after 1/16 of the old capacity came in, and at 10 rows moved per row
 # inserted, the 0.66 held by then are moved while 0.074 comes in: 0.60 + 0.063 + 0.074 < 0.75.
 GROWTH_ROWS_PER_INSERT = 10
 GROWTH_ROWS_MIN = 8_192
-GROWTH_BYTES_PER_INSERT = 512
+GROWTH_BYTES_PER_INSERT = 256
 GROWTH_BYTES_MIN = 1 << 20
 # So long a file of an index is kept after it was replaced: longer than readers that are at work, so that none has to free it.
 KEEP_S = 1.0
@@ -232,9 +232,13 @@ class Table:
 
     def resolve(self, keys: U64) -> I64:
         """int64[n]: the place of each key, -1 where it is absent."""
+        return self.places(self._slots_of(keys))
+
+    def _slots_of(self, keys: U64) -> I64:
         slots = np.empty(keys.size, np.int64)
-        index_kernels.resolve(self.index.address, self.index.capacity_log2, keys, slots)
-        return self.places(slots)
+        index, mapping = self.index, self.mapping
+        index_kernels.resolve_rows(index.address, index.capacity_log2, mapping.address, self.stride, keys, slots)
+        return slots
 
     def places(self, slots: I64) -> I64:
         """The places that these slots are now, in the same array; -1 for what is negative."""
@@ -352,9 +356,7 @@ class Table:
         """
         if self._has_room(keys.size):  # even if all of them are new: as a rule
             return
-        slots = np.empty(keys.size, np.int64)
-        index_kernels.resolve(self.index.address, self.index.capacity_log2, keys, slots)
-        new = int(np.count_nonzero(slots < 0))
+        new = int(np.count_nonzero(self._slots_of(keys) < 0))
         new = new if new_max is None else min(new, new_max)
         if self._has_room(new):
             return

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ekko.store import layout
 from ekko.store.kernels.atomics import load_u32, load_u64, prefetch_near
 from ekko.store.kernels.compile import Int, kernel
-from ekko.store.kernels.index import first_entry, mix64, search, slot_at
+from ekko.store.kernels.index import mix64, search, slot_at
 from ekko.store.kernels.places import place_of, slot_of
 from p2p.stamps import WRITERS_MAX
 
@@ -102,10 +102,21 @@ def unmarked(table: Int, stride: Int, shards: Int, vector: U64, bits: U8, begin:
 
 
 @kernel(
-    "int64(int64, int64, int64, int64, Array(uint64, 1, 'C', readonly=True), Array(uint64, 1, 'C', readonly=True), uint64, "
-    "int64[::1])"
+    "int64(int64, int64, int64, int64, int64, int64, Array(uint64, 1, 'C', readonly=True), "
+    "Array(uint64, 1, 'C', readonly=True), uint64, int64[::1])"
 )
-def not_ghosts(index: Int, capacity_log2: Int, vector: Int, shards: Int, keys: U64, stamps: U64, stamp: Int, kept: I64) -> Int:
+def not_ghosts(
+    index: Int,
+    capacity_log2: Int,
+    table: Int,
+    stride: Int,
+    vector: Int,
+    shards: Int,
+    keys: U64,
+    stamps: U64,
+    stamp: Int,
+    kept: I64,
+) -> Int:
     """Which of the rows are no ghosts (T6), into `kept`; returns how many.
 
     A ghost is a row whose key is absent and whose stamp the vector uint64[4096, shards], at an address, covers. `stamps` is
@@ -116,10 +127,7 @@ def not_ghosts(index: Int, capacity_log2: Int, vector: Int, shards: Int, keys: U
         row_stamp = stamps[i] if stamps.size else stamp
         shard = np.int64(mix64(keys[i]) % np.uint64(shards))
         covered = load_u64(vector + (np.int64(row_stamp & _WRITER_MASK) * shards + shard) * 8)
-        if (
-            row_stamp <= covered
-            and slot_at(search(index, capacity_log2, keys[i], first_entry(index, capacity_log2, keys[i]))) < 0
-        ):
+        if row_stamp <= covered and slot_at(search(index, capacity_log2, table, stride, keys[i])) < 0:
             continue
         kept[count] = i
         count += 1

@@ -151,7 +151,7 @@ def settle_images(
         shard = np.int64(hashed % np.uint64(shards))
         if not wanted[shard]:
             continue
-        entry = search(index, capacity_log2, key, first_entry(index, capacity_log2, key))
+        entry = search(index, capacity_log2, table, stride, key)
         held = slot_at(entry)
         if held >= 0:
             target = rows + held * stride

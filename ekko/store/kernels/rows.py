@@ -270,9 +270,9 @@ def apply(
             row_stamp = stamps[i] if stamps.size else stamp
             row_data = source + i * row_bytes if i < live else 0
             slot = slots[i - part]
-            if slot < 0:
-                # Again: an earlier key of this part may have been the same one, or may have taken the place.
-                entry = search(index, capacity_log2, keys[i], first_entry(index, capacity_log2, keys[i]))
+            if slot < 0 or load_u64(base + slot * stride + _KEY) != keys[i]:
+                # Again: an earlier key of this part may have been the same one, or another one may have the same tag.
+                entry = search(index, capacity_log2, table, stride, keys[i])
                 slot = slot_at(entry)
                 if slot < 0:
                     slot = _insert(
@@ -378,7 +378,7 @@ def mend(table: Int, stride: Int, index: Int, capacity_log2: Int, slot: Int) -> 
     if load_u32(row + _FLAGS) & _FREE:
         retract(index, capacity_log2, load_u64(row + _KEY), slot)
     else:
-        insert(index, capacity_log2, load_u64(row + _KEY), slot)
+        insert(index, capacity_log2, table, stride, load_u64(row + _KEY), slot)
 
 
 @kernel("int64(int64, int64, int64[::1])")

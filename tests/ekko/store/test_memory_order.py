@@ -77,7 +77,7 @@ def looks_after_fences(text: str) -> list[list[str]]:
         if found := re.match(r"([\w.]+):", line):
             label = found[1]
             blocks[label] = []
-        else:
+        elif line.strip():
             blocks[label].append(line.strip())
 
     def following(lines: list[str], depth: int) -> list[str]:
