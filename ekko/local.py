@@ -20,13 +20,13 @@ import numpy as np
 import zmq
 
 from ekko.errors import EkkoError, ModelError, NodeUnreachable, PublishError
-from ekko.model import CODEC_DEFAULT, CODECS, DENSE_ROWS_MAX, TABLES_MAX, TensorSpec
+from ekko.model import CODEC_DEFAULT, CODECS, DENSE_ROWS_MAX, INCARNATION_MAX, TABLES_MAX, TensorSpec, table_id
 from p2p.messages import Scope
 from p2p.replica import RowColumns
 from p2p.transport import Buffer
 from p2p.values import dataclass
 
-# Version 2: codecs, as a message's last word, and whom a wait leaves out. Where nothing but float32 is meant, a message is of
+# Version 2: codecs and whom a wait leaves out, as a message's last words, and after them which model of its name is meant. Where nothing but float32 is meant, a message is of
 # version 1, word for word: publisher and node may be of neighbouring releases, as they are while a cluster is upgraded node by
 # node.
 LOCAL_PROTOCOL_VERSION: Final = 2
@@ -49,13 +49,25 @@ ABANDON_S_MAX: Final = 10.0  # the I/O thread lets go of a closed socket's memor
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Which model of its name a publisher has open, and which tables of theirs: what it must be and they must be to go on."""
+
+    incarnation: int = 0
+    tables: dict[str, int] = field(default_factory=dict)  # name -> id
+
+
+@dataclass(frozen=True, slots=True)
 class Open:
-    """Attach to a model; what is not there yet of it is added. `tables` None: the model must exist. `codec` None: as it is."""
+    """Attach to a model; what is not there yet of it is added. `tables` None: the model must exist. `codec` None: as it is.
+
+    `again`: the client had it open, and wants back what the node lost, not what was dropped.
+    """
 
     model: str
     tables: tuple[tuple[str, int, int | None], ...] | None = None  # name, dim, and seconds until rows expire; None: as it is
     shards: int | None = None
     codec: str | None = None
+    again: Held | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +79,7 @@ class PublishStep:
     tensors: tuple[TensorSpec, ...] = ()  # the dense tensors among the rows; new ones are added to the schema
     published_ns: int = 0  # CLOCK_MONOTONIC at the entry of the user's call
     codec: str = CODEC_DEFAULT
+    incarnation: int = 0  # of the model that the publisher opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +91,7 @@ class Wait:
     scope: Scope
     timeout_ms: int
     named: bool = False
+    incarnation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +110,11 @@ class Opened:
     tensors: dict[str, TensorSpec] = field(default_factory=dict)
     last_stamp: int = 0  # of this node's own steps; 0: none yet
     codec: str = CODEC_DEFAULT  # in which the model's rows are stored
+    held: Held = field(default_factory=Held)  # the ids of tables that have another one than their name says
+
+    def table_id(self, table: str) -> int:
+        """Of a table, in steps."""
+        return self.held.tables.get(table) or table_id(table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,56 +174,60 @@ def encode_request(number: int, request: Request) -> list[Buffer]:
     """Frames of one request; `number` comes back in its answer."""
     frames: list[Buffer] = []
     version = LOCAL_PROTOCOL_VERSION_MIN
-    wanted: str | None = None  # a codec that version 1 has no word for
+    last: list[object] = []  # words that version 1 does not have
     match request:
-        case Open(model, tables, shards, wanted):
+        case Open(model, tables, shards, wanted, again):
             told = None if tables is None else [(name, dim, *([] if ttl is None else [ttl])) for name, dim, ttl in tables]
-            body: list[object] = ["open", model, told, shards, *_said(wanted)]
+            last = _last_words(wanted, None if again is None else _held_body(again))
+            body: list[object] = ["open", model, told, shards, *last]
             if any(ttl is not None for _, _, ttl in tables or ()):
                 version = LOCAL_PROTOCOL_VERSION
-        case PublishStep(model, columns, tensors, published_ns, codec):
+        case PublishStep(model, columns, tensors, published_ns, codec, incarnation):
             headers, specs = [_column_header(c) for c in columns], [_tensor_body(t) for t in tensors]
-            wanted = None if codec == CODEC_DEFAULT else codec
-            body = ["publish", model, headers, specs, published_ns, *_said(wanted)]
+            last = _last_words(None if codec == CODEC_DEFAULT else codec, incarnation or None)
+            body = ["publish", model, headers, specs, published_ns, *last]
             for column in columns:
                 frames += [_bytes_of(column.keys), _bytes_of(column.rows)]
                 frames += [] if column.significance is None else [_bytes_of(column.significance)]
-        case Wait(model, stamp, scope, timeout_ms, named):
-            wanted = NAMED if named else None
-            body = ["wait", model, stamp, int(scope), timeout_ms, *_said(wanted)]
+        case Wait(model, stamp, scope, timeout_ms, named, incarnation):
+            last = _last_words(NAMED if named else None, incarnation or None)
+            body = ["wait", model, stamp, int(scope), timeout_ms, *last]
         case Ping():
             body = ["ping"]
-    return [_packed(number, body, wanted, version), *frames]
+    return [_packed(number, body, LOCAL_PROTOCOL_VERSION if last else version), *frames]
 
 
 def encode_answer(number: int, answer: Answer) -> bytes:
     """The one frame of an answer."""
-    named: str | None = None
+    last: list[object] = []
     match answer:
-        case Opened(node, region, shards, tables, tensors, last_stamp, codec):
+        case Opened(node, region, shards, tables, tensors, last_stamp, codec, held):
             specs = [_tensor_body(tensor) for tensor in tensors.values()]
-            named = None if codec == CODEC_DEFAULT else codec
-            body: list[object] = ["opened", node, region, shards, list(tables.items()), specs, last_stamp, *_said(named)]
+            last = _last_words(None if codec == CODEC_DEFAULT else codec, None if held == Held() else _held_body(held))
+            body: list[object] = ["opened", node, region, shards, list(tables.items()), specs, last_stamp, *last]
         case Stored(stamp):
             body = ["stored", stamp]
         case Waited(lagging, silent):
-            named = NAMED if silent else None
-            body = ["waited", lagging, *([silent] if silent else [])]
+            last = [silent] if silent else []
+            body = ["waited", lagging, *last]
         case Pong(node):
             body = ["pong", node]
         case Failed(kind, reason):
             body = ["failed", kind, reason]
-    return _packed(number, body, named)
+    return _packed(number, body, LOCAL_PROTOCOL_VERSION if last else LOCAL_PROTOCOL_VERSION_MIN)
 
 
-def _said(codec: str | None) -> list[str]:
-    """The last word of a message that names a codec."""
-    return [] if codec is None else [codec]
+def _last_words(word: str | None, rest: object | None) -> list[object]:
+    """What ends a message: a word, and what follows it, as far as there is something to say."""
+    return [word, rest] if rest is not None else [] if word is None else [word]
 
 
-def _packed(number: int, body: list[object], codec: str | None, version: int = LOCAL_PROTOCOL_VERSION_MIN) -> bytes:
+def _held_body(held: Held) -> list[object]:
+    return [held.incarnation, list(held.tables.items())]
+
+
+def _packed(number: int, body: list[object], version: int) -> bytes:
     """A header, in the oldest version that can say it."""
-    version = version if codec is None else LOCAL_PROTOCOL_VERSION
     return bytes(msgpack.packb([version, number, *body]))
 
 
@@ -248,17 +271,23 @@ def decode_request(frames: Sequence[Buffer]) -> tuple[int, Request]:
 
 def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
     match body:
-        case ["open", str(model), tables, shards, *codec] if len(frames) == 1:
+        case ["open", str(model), tables, shards, *last] if len(frames) == 1:
             pairs = None if tables is None else tuple(_table_of(*table) for table in tables)
-            return Open(model, pairs, None if shards is None else _whole(shards), _codec_of(codec) if codec else None)
-        case ["publish", str(model), list(headers), list(tensors), int(published_ns), *codec]:
+            word, again = _rest_of(last)
+            codec = None if word is None else _codec_of(word)
+            return Open(
+                model, pairs, None if shards is None else _whole(shards), codec, None if again is None else _held_of(again)
+            )
+        case ["publish", str(model), list(headers), list(tensors), int(published_ns), *last]:
             columns = _decode_columns(headers, list(frames[1:]))
             specs = tuple(_tensor_of(tensor) for tensor in tensors)
-            return PublishStep(model, columns, specs, published_ns, _codec_of(codec))
-        case ["wait", str(model), int(stamp), int(scope), int(timeout_ms), *rest] if len(frames) == 1 and rest in ([], [NAMED]):
-            if not 0 <= timeout_ms <= WAIT_MS_MAX or not 0 <= stamp < 1 << 64:
+            word, incarnation = _rest_of(last)
+            return PublishStep(model, columns, specs, published_ns, _codec_of(word), _incarnation_of(incarnation))
+        case ["wait", str(model), int(stamp), int(scope), int(timeout_ms), *last] if len(frames) == 1:
+            word, incarnation = _rest_of(last)
+            if not 0 <= timeout_ms <= WAIT_MS_MAX or not 0 <= stamp < 1 << 64 or word not in (None, NAMED):
                 raise MalformedError(f"a wait of {timeout_ms} ms for stamp {stamp} is out of range")
-            return Wait(model, stamp, Scope(scope), timeout_ms, bool(rest))
+            return Wait(model, stamp, Scope(scope), timeout_ms, word is not None, _incarnation_of(incarnation))
         case ["ping"] if len(frames) == 1:
             return Ping()
     raise MalformedError("malformed request: not of this protocol")
@@ -277,10 +306,12 @@ def decode_answer(frame: Buffer) -> tuple[int, Answer]:
     number, body = _header([frame])
     try:
         match body:
-            case ["opened", str(node), str(region), int(shards), list(tables), list(tensors), int(last_stamp), *codec]:
+            case ["opened", str(node), str(region), int(shards), list(tables), list(tensors), int(last_stamp), *last]:
                 specs = {spec.name: spec for spec in map(_tensor_of, tensors)}
                 dims = {str(name): _whole(dim) for name, dim in tables}
-                return number, Opened(node, region, shards, dims, specs, last_stamp, _codec_of(codec))
+                codec, held = _rest_of(last)
+                own = Held() if held is None else _held_of(held)
+                return number, Opened(node, region, shards, dims, specs, last_stamp, _codec_of(codec), own)
             case ["stored", int(stamp)]:
                 return number, Stored(stamp)
             case ["waited", list(lagging)]:
@@ -352,15 +383,41 @@ def _tensor_of(body: Any) -> TensorSpec:
     return tensor
 
 
-def _codec_of(last_words: list[Any]) -> str:
-    """The codec that ends a message, float32 where none does."""
+def _rest_of(last_words: list[Any]) -> tuple[Any, Any]:
+    """The word that ends a message, and what follows it; None for what is not said."""
     match last_words:
         case []:
-            return CODEC_DEFAULT
-        case [str(codec)] if codec in CODECS:
-            return codec
+            return None, None
+        case [word]:
+            return word, None
+        case [word, rest]:
+            return word, rest
         case _:
-            raise MalformedError(f"codec {last_words!r}: there are {', '.join(CODECS)}"[:200])
+            raise MalformedError("a message with more words than this version knows")
+
+
+def _codec_of(word: object) -> str:
+    """The codec that a message names, float32 where it names none."""
+    if word is None:
+        return CODEC_DEFAULT
+    if not isinstance(word, str) or word not in CODECS:
+        raise MalformedError(f"codec {word!r}: there are {', '.join(CODECS)}"[:200])
+    return word
+
+
+def _incarnation_of(value: object) -> int:
+    number = 0 if value is None else _whole(value)
+    if not 0 <= number <= INCARNATION_MAX:
+        raise MalformedError(f"incarnation {number}")
+    return number
+
+
+def _held_of(body: Any) -> Held:
+    incarnation, tables = body
+    numbers = {str(name): _whole(number) for name, number in tables}
+    if any(not 0 <= number < 1 << 32 for number in numbers.values()):
+        raise MalformedError("a table id that is none")
+    return Held(_incarnation_of(incarnation), numbers)
 
 
 def _whole(value: Any) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from ekko.config import NodeSection
 from ekko.errors import ModelError, PublishError
 from ekko.loading import LoadRequest
-from ekko.local import REOPEN, Answer, Failed, Open, Opened, Ping, Pong, PublishStep, Request, Wait
+from ekko.local import REOPEN, Answer, Failed, Held, Open, Opened, Ping, Pong, PublishStep, Request, Wait
 from ekko.model import CODEC_DEFAULT, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, table_id
 from ekko.snapshots.files import LoadPlan
 from ekko.store import Store
@@ -61,10 +61,11 @@ class Publishing:
                 return self._open(request)
             case PublishStep():
                 return self._publish(number, request)
-            case Wait(model, stamp, scope, timeout_ms):
+            case Wait(model, stamp, scope, timeout_ms, _, incarnation):
                 held = self._store.models.get(model)
                 if held is None:
                     raise ModelError(self._unknown(model))
+                self._check_same(held, incarnation)
                 return self._submit(m.WaitRequested(number, held.spec.id, stamp, scope, timeout_ms))
             case _:
                 assert_never(request)
@@ -74,24 +75,37 @@ class Publishing:
     def _open(self, request: Open) -> Opened:
         self.check_may_publish()
         held = self._store.models.get(request.model)
-        # Readers name aliases, publishers name models: a trainer of the old generation that is started again would otherwise
-        # write into the new one.
-        if held is None and (aliased := self._store.registers.resolve(request.model)) is not None:
-            raise ModelError(
-                f"{request.model!r} is an alias, now of model {aliased.name!r}: publish to a model by its own name, so that "
-                "what is written does not depend on when the alias is switched"
-            )
+        self._check_no_alias(request.model)
         if held is None and request.tables is None:
             raise ModelError(f"{self._unknown(request.model)}; give its tables to create it")
         wanted = self._wanted(request, held)
+        if request.again is not None:
+            if wanted.incarnation != request.again.incarnation:
+                raise ModelError(self._another(request.model))
+            same = request.again.tables
+            wanted = replace(wanted, tables={name: t for name, t in wanted.tables.items() if same.get(name, t.id) == t.id})
         if held is None or not wanted.tables.keys() <= held.spec.tables.keys():
             self._grow_schema(wanted)
         else:  # refuses what contradicts it
             self._store.add_model(wanted, asked=False)
         model = self._store.models[request.model]
-        dims = {table.name: table.dim for table in model.spec.tables.values()}
-        node, tensors = self._node, dict(model.spec.tensors)
-        return Opened(node.id, node.region, model.shards, dims, tensors, model.last_stamp, model.spec.codec)
+        tables, tensors = model.spec.tables.values(), dict(model.spec.tensors)
+        dims, numbers = {t.name: t.dim for t in tables}, {t.name: t.id for t in tables if t.id != table_id(t.name)}
+        own, node = Held(model.spec.incarnation, numbers), self._node
+        return Opened(node.id, node.region, model.shards, dims, tensors, model.last_stamp, model.spec.codec, own)
+
+    def _check_no_alias(self, model: str) -> None:
+        """Readers name aliases, publishers name models: a trainer of the old generation that is started again would otherwise
+        write into the new one.
+
+        Raises:
+            ModelError: naming the model.
+        """
+        if model not in self._store.models and (aliased := self._store.registers.resolve(model)) is not None:
+            raise ModelError(
+                f"{model!r} is an alias, now of model {aliased.name!r}: publish to a model by its own name, so that "
+                "what is written does not depend on when the alias is switched"
+            )
 
     def _wanted(self, request: Open, held: ModelStore | None) -> ModelSpec:
         """The model that a publisher asks for; what it does not say is as it is here, or the default."""
@@ -120,6 +134,21 @@ class Publishing:
         what = f"model {model!r} was dropped" if model in self._store.registers.dropped else f"unknown model {model!r}"
         return f"{what} at node {self._node.id!r}: known: {known}"
 
+    def _check_same(self, model: ModelStore, incarnation: int) -> None:
+        """Refuse a publisher that was opened before its model was dropped: the rows of the one are not the other's.
+
+        Raises:
+            ModelError: with the remedy.
+        """
+        if model.spec.incarnation != incarnation:
+            raise ModelError(self._another(model.spec.name))
+
+    def _another(self, model: str) -> str:
+        return (
+            f"model {model!r} was dropped, and another one has its name at node {self._node.id!r}: make a new Publisher to "
+            "publish to that one"
+        )
+
     # --- store a step
 
     def _publish(self, number: int, step: PublishStep, *, quiet: bool = False) -> Failed | None:
@@ -133,6 +162,7 @@ class Publishing:
             raise ModelError(f"{self._unknown(step.model)}; make a new Publisher to begin one of this name anew")
         if model is None:
             return Failed(REOPEN, f"unknown model {step.model!r}")
+        self._check_same(model, step.incarnation)
         if step.codec != model.spec.codec:
             return Failed(REOPEN, f"rows in codec {step.codec!r} for model {step.model!r}, which has {model.spec.codec!r}")
         self._check_room(model, step)

@@ -8,10 +8,9 @@ The model's name may be an alias (`ekko.generations`). Which model it stands for
 look-up uses one attachment from its beginning to its end; when the alias is switched, the next look-up attaches anew.
 """
 
-import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Mapping as ReadOnlyMapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,11 +20,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ekko.errors import ModelError, StoreError
-from ekko.model import DENSE_DIM, DENSE_TABLE, check_name
+from ekko.model import DENSE_TABLE, TensorSpec, check_name
 from ekko.serve.arguments import as_bags, as_keys, output
 from ekko.serve.attachment import Attacher, Attachment, names
 from ekko.serve.consistency import between_batches
 from ekko.serve.defaults import Default, Defaults
+from ekko.serve.tensor import Tensor
 from ekko.store import layout
 from ekko.store.kernels.index import shards_of
 from ekko.store.locks import ForkSafeLock
@@ -36,8 +36,6 @@ U64 = NDArray[np.uint64]
 
 # How often a waiting reader looks for its model, seconds.
 POLL_S = 0.01
-# A dense tensor is read again while its rows carry different stamps, which means that a newer one is just being written.
-DENSE_ATTEMPTS_MAX = 8
 _SYNCED_UNTIL = layout.MODEL.offset("synced_until_ms") // 8
 
 
@@ -107,7 +105,8 @@ class Reader:
     def close(self) -> None:
         """Let go of the memory, in this process. Look-ups still running in other threads finish."""
         self._closed = True
-        attachment, self._attachment = self._attachment, None
+        with self._attaching:  # a thread that attaches just now may not bring it back
+            attachment, self._attachment = self._attachment, None
         if attachment is not None:
             for view in attachment.tables.values():
                 view.counter.flush()
@@ -212,11 +211,7 @@ class Reader:
         strangers = {name: None for name in out if name not in keys}
         if strangers:
             raise ModelError(f"out has {names(strangers)}, and keys are asked of {names(keys)}")
-        calls = []
-        for table, asked in keys.items():
-            view, wanted = self._view(attachment, table), as_keys(asked)
-            self._check_keys(attachment, table, wanted, None)
-            calls.append((view, wanted, output(out.get(table), (*wanted.shape, view.spec.dim))))
+        calls = self._calls(attachment, keys, out)
 
         def copy() -> None:
             for view, wanted, rows in calls:
@@ -268,6 +263,17 @@ class Reader:
         self._read(attachment, consistent, lambda: view.pool(wanted.reshape(-1), bags, rows, default.address))
         return rows
 
+    def _calls(
+        self, attachment: Attachment, keys: ReadOnlyMapping[str, ArrayLike], out: ReadOnlyMapping[str, F32]
+    ) -> list[tuple[TableView, U64, F32]]:
+        """What look-ups of several tables are to read, and where to, all of it checked."""
+        calls = []
+        for table, asked in keys.items():
+            view, wanted = self._view(attachment, table), as_keys(asked)
+            self._check_keys(attachment, table, wanted, None)
+            calls.append((view, wanted, output(out.get(table), (*wanted.shape, view.spec.dim))))
+        return calls
+
     def _read(self, attachment: Attachment, consistent: bool, gather: Callable[[], None]) -> None:
         if consistent:
             between_batches(self.model, attachment.header_address, gather)
@@ -281,34 +287,67 @@ class Reader:
         else:
             view.lookup(keys.reshape(-1), rows.reshape(-1, view.spec.dim), stamps.reshape(-1), default.address)
 
-    def dense(self, name: str) -> NDArray[Any]:
+    def dense(self, name: str, *, consistent: bool = False) -> NDArray[Any]:
         """A dense tensor, with its shape and dtype.
 
         Rows of `DENSE_DIM` values are each of one version. While a newer version is being written, the tensor is read again, a
-        few times; a mixture of two versions remains possible.
+        few times; a mixture of two versions remains possible, but with `consistent`.
+
+        Args:
+            name: the tensor's.
+            consistent: answer from between two batches: of one version, whole; see the class.
 
         Raises:
             ModelError: an unknown tensor, one that is not here yet as a whole, or one of which some rows are in partitions that
                 the node does not hold, whatever `unheld`: like all rows, those of a tensor are spread over the partitions by
                 their keys, so of a divided model only small ones are on a node that holds a part.
+            StoreError: as `lookup`.
+        """
+        tensor = Tensor(self._tensor(attachment := self._current(), name))
+        rows = attachment.tables[DENSE_TABLE]
+        self._read(attachment, consistent, lambda: tensor.read(rows))
+        return tensor.whole(self.model)
+
+    def lookup_with_dense(
+        self, keys: ReadOnlyMapping[str, ArrayLike], dense: Sequence[str], *, consistent: bool = True
+    ) -> tuple[dict[str, F32], dict[str, NDArray[Any]]]:
+        """Rows of several tables and dense tensors that belong together: of one model generation, and of the same steps.
+
+        A trainer that publishes rows and dense tensors in one step gives a pair that was trained together; without `consistent`
+        either may be a step ahead of the other.
+
+        Args:
+            keys: table -> integers >= 0 of any shape.
+            dense: names of tensors.
+            consistent: answer from between two batches, never from half of one; see the class.
+
+        Returns:
+            Table -> its rows, as `lookup_many`; and tensor -> its values, as `dense`.
+
+        Raises:
+            ModelError, StoreError: as those.
         """
         attachment = self._current()
+        calls = self._calls(attachment, keys, {})
+        tensors = {name: Tensor(self._tensor(attachment, name)) for name in dense}
+
+        def copy() -> None:
+            for view, wanted, rows in calls:
+                self._copy(view, wanted, rows, NO_STAMPS)
+            for tensor in tensors.values():
+                tensor.read(attachment.tables[DENSE_TABLE])
+
+        self._read(attachment, consistent, copy)
+        rows_of = dict(zip(keys, (rows for _, _, rows in calls), strict=True))
+        return rows_of, {name: tensor.whole(self.model) for name, tensor in tensors.items()}
+
+    def _tensor(self, attachment: Attachment, name: str) -> TensorSpec:
         spec = attachment.tensors.get(name)
         if spec is None:
             raise ModelError(f"{self._named(attachment)} has no dense tensor {name!r}: it has {names(attachment.tensors)}")
         if len(attachment.hold) != attachment.partitions:
             self._check_held(attachment, spec.keys, f"rows of dense tensor {name!r}", "read it on a node that holds them")
-        rows = np.empty((spec.rows, DENSE_DIM), np.float32)
-        stamps = np.empty(spec.rows, np.uint64)
-        for _ in range(DENSE_ATTEMPTS_MAX):
-            attachment.tables[DENSE_TABLE].lookup(spec.keys, rows, stamps)
-            if spec.rows == 0 or stamps.min() == stamps.max():
-                break
-            time.sleep(0)
-        if not stamps.all():
-            here = f"{np.count_nonzero(stamps)} of its {spec.rows} rows are here"
-            raise ModelError(f"dense tensor {name!r} of model {self.model!r} was not published yet, or was deleted: {here}")
-        return rows.reshape(-1)[: math.prod(spec.shape)].reshape(spec.shape).astype(spec.dtype, copy=False)
+        return spec
 
     def staleness_ms(self) -> float | None:
         """Now minus the newest moment up to which this node has everything that every live writer wrote; None: unknown."""
@@ -360,11 +399,11 @@ class Reader:
         attachment = self._attachment
         if attachment is not None and attachment.current:
             return attachment
-        if self._closed:
-            raise ModelError(f"the reader of model {self.model!r} is closed: make a new one")
         with self._attaching:
             deadline = time.monotonic() + self._wait_s
             while self._attachment is None or not self._attachment.current:
+                if self._closed:
+                    raise ModelError(f"the reader of model {self.model!r} is closed: make a new one")
                 try:
                     self._attachment = self._attacher.attach(self._attachment)  # None lets go of memory that was dropped
                 except PermissionError as error:

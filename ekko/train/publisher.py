@@ -17,6 +17,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
@@ -34,6 +35,7 @@ from ekko.local import (
     Answer,
     Connection,
     Failed,
+    Held,
     Open,
     Opened,
     PublishStep,
@@ -115,11 +117,12 @@ class Publisher:
         wanted = None if codec is None else check_codec("model", model, codec)
         self._open = Open(model, _tables_wanted(model, tables), _shards_of(model, shards), wanted)
         try:
-            opened = self._attach()
+            opened = self._opened(self._open)
         except BaseException:
             self._connections.close()
             raise
         self._tables = dict(opened.tables)
+        self._held = Held(opened.held.incarnation, {table: opened.table_id(table) for table in opened.tables})
         self._tensors = dict(opened.tensors)
         self._last_stamp = opened.last_stamp
         self.codec = opened.codec
@@ -216,14 +219,15 @@ class Publisher:
         self._connections.check_open()
         if stamp == 0:
             return ()  # nothing was published: it is visible everywhere
-        request = Wait(self.model, stamp, Scope[scope.upper()], round(timeout * 1000), self._silent_named)
+        wanted = Scope[scope.upper()]
+        request = Wait(self.model, stamp, wanted, round(timeout * 1000), self._silent_named, self._held.incarnation)
         try:
             answer = self._ask(request, timeout + self._timeout)
         except PublishError as error:
             if not request.named or not str(error).startswith(OTHER_RELEASE):
                 raise
             self._silent_named = False  # the node is of the release before
-            request = Wait(request.model, stamp, request.scope, request.timeout_ms)
+            request = replace(request, named=False)
             answer = self._ask(request, timeout + self._timeout)
         assert isinstance(answer, Waited), answer
         if answer.lagging:
@@ -255,6 +259,10 @@ class Publisher:
             )
         return dim
 
+    def table_number(self, table: str) -> int:
+        """The id of a table in steps; of dense tensors the reserved one."""
+        return self._held.tables.get(table) or table_id(table)
+
     def tensor_spec(self, name: str, array: NDArray[np.float32]) -> TensorSpec:
         """The schema entry of a dense tensor that looks like `array`.
 
@@ -277,28 +285,46 @@ class Publisher:
         columns = step.columns()
         if not columns:
             return self._last_stamp
-        request = PublishStep(self.model, columns, tuple(step.tensors.values()), started_ns, self.codec)
+        tensors = tuple(step.tensors.values())
+        request = PublishStep(self.model, columns, tensors, started_ns, self.codec, self._held.incarnation)
         answer = self._ask(request, self._timeout)
         assert isinstance(answer, Stored), answer
         self._tensors.update(step.tensors)
         self._last_stamp = max(self._last_stamp, answer.stamp)  # other threads publish too
         return answer.stamp
 
-    def _attach(self) -> Opened:
-        """Open the model on the node (again, after the node lost its memory)."""
-        answer = _checked(self._connections.ask(self._open, self._timeout))
+    def _opened(self, request: Open) -> Opened:
+        answer = _checked(self._connections.ask(request, self._timeout))
         assert isinstance(answer, Opened), answer
         return answer
+
+    def _reopen(self) -> None:
+        """Open the model on the node again, after the node lost its memory: what is sent again finds the same model and tables.
+
+        Raises:
+            ModelError: it is another one by now.
+            PublishError: its rows have another codec.
+        """
+        try:
+            opened = self._opened(replace(self._open, again=self._held))
+        except PublishError as error:
+            if not str(error).startswith(OTHER_RELEASE):
+                raise
+            opened = self._opened(self._open)  # the node is of the release before
+        if opened.held.incarnation != self._held.incarnation:
+            raise ModelError(
+                f"model {self.model!r} was dropped, and node {opened.node!r} has another one of that name: make a new Publisher"
+            )
+        if opened.codec != self.codec:  # what is encoded already cannot be sent
+            raise PublishError(
+                f"node {opened.node!r} now has model {self.model!r} in codec {opened.codec!r}, this publisher began with "
+                f"{self.codec!r}: make a new Publisher, and publish all rows again"
+            )
 
     def _ask(self, request: Request, timeout_s: float) -> Answer:
         answer = self._connections.ask(request, timeout_s)
         if isinstance(answer, Failed) and answer.kind == REOPEN:
-            opened = self._attach()
-            if opened.codec != self.codec:  # what is encoded already cannot be sent
-                raise PublishError(
-                    f"node {opened.node!r} now has model {self.model!r} in codec {opened.codec!r}, this publisher began with "
-                    f"{self.codec!r}: make a new Publisher, and publish all rows again"
-                )
+            self._reopen()
             answer = self._connections.ask(request, timeout_s)
         return _checked(answer)
 
@@ -359,7 +385,7 @@ class Step:
 
     def columns(self) -> tuple[RowColumns, ...]:
         """Everything collected, one column per table: unique keys, live rows first."""
-        columns = (_column_of(table_id(table), changes) for table, changes in self._changes.items())
+        columns = (_column_of(self._publisher.table_number(table), changes) for table, changes in self._changes.items())
         return tuple(column for column in columns if len(column.keys))
 
     def _add(self, table: str, change: "_Change") -> None:

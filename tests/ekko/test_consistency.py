@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ekko.errors import StoreError
+from ekko.errors import ModelError, StoreError
 from ekko.serve import consistency, reader
 from ekko.serve.reader import Reader
 from ekko.store import Store
@@ -93,6 +93,32 @@ def test_of_one_table_and_pooled_too(run_dir: Path) -> None:
         assert halves(steps_seen(lambda: [reader.lookup("item", keys, consistent=True)])) == 0
         pooled = steps_seen(lambda: [reader.lookup_pooled("item", keys[:, None], mode="mean", consistent=True)])
         assert halves(pooled) == 0
+
+
+def with_dense(run_dir: Path, *, consistent: bool) -> list[list[set[float]]]:
+    keys = np.arange(2 * KEYS)
+    with Reader("ctr", run_dir) as reader:
+
+        def look() -> list[np.ndarray]:
+            rows, tensors = reader.lookup_with_dense({"item": keys}, ["top.3", "top.4"], consistent=consistent)
+            # Of each writer what is in the tensor takes the place of one of its rows.
+            for place, tensor in zip((0, KEYS), tensors.values(), strict=True):
+                rows["item"][place, 0], rows["item"][place, 1] = tensor.min(), tensor.max()
+            return list(rows.values())
+
+        return steps_seen(look)
+
+
+def test_a_tensor_is_of_the_same_step_as_rows(run_dir: Path) -> None:
+    with writer(run_dir):
+        assert halves(with_dense(run_dir, consistent=True)) == 0
+        deadline = time.monotonic() + DEADLINE_S
+        while not halves(with_dense(run_dir, consistent=False)):
+            assert time.monotonic() < deadline, "without, both are always of one step: this test sees nothing"
+        with Reader("ctr", run_dir) as reader:
+            assert len({float(value) for value in reader.dense("top.3", consistent=True).ravel()}) == 1
+            with pytest.raises(ModelError, match=r"no dense tensor 'top': it has 'top.3', 'top.4'"):
+                reader.lookup_with_dense({}, ["top"])
 
 
 def test_without_it_answers_show_half_steps(run_dir: Path) -> None:

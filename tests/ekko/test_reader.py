@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ekko.codec import encode, rounded
 from ekko.errors import ModelError, StoreError
 from ekko.model import CODECS, DENSE_DIM, DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, table_id
+from ekko.serve.attachment import Attacher, Attachment
 from ekko.serve.reader import Reader
 from ekko.store import Store, layout
 from ekko.store.model_store import ModelStore
@@ -263,6 +264,28 @@ def test_a_destroyed_store_and_a_closed_reader_say_so(store: Store, model: Model
         store.destroy()
         with pytest.raises(ModelError, match="no node has a store"):
             reader.lookup("item", [1])
+    with pytest.raises(ModelError, match="is closed"):
+        reader.lookup("item", [1])
+
+
+def test_a_reader_that_is_closed_while_it_waits_stays_closed(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Store.open(run_dir).add_model(SPEC)
+    reader = Reader("ctr", run_dir)
+    attach, begun = Attacher.attach, threading.Event()
+
+    def slowly(self: Attacher, old: Attachment | None) -> Attachment | None:
+        begun.set()
+        time.sleep(0.05)  # long enough for the other thread to get to its lock
+        return attach(self, old)
+
+    monkeypatch.setattr(Attacher, "attach", slowly)
+    reader._attachment = None
+    thread = threading.Thread(target=lambda: reader.lookup("item", [1]))
+    thread.start()
+    assert begun.wait(10)
+    reader.close()
+    thread.join()
+    assert reader._attachment is None
     with pytest.raises(ModelError, match="is closed"):
         reader.lookup("item", [1])
 

@@ -1,7 +1,8 @@
 """A process that applies steps to a store, for tests that read consistently beside it.
 
 `step_writer.py RUN_DIR KEYS`: every step writes its number into all values of KEYS keys of two tables, of two writers in turn,
-each with keys of its own; one in eight comes in two parts. Prints "ready" after the first steps.
+each with keys of its own, and into a dense tensor of its own; one in eight comes in parts.
+Prints "ready" after the first steps.
 """
 
 import sys
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ekko.model import ModelSpec, TableSpec, table_id
+from ekko.model import DENSE_DIM, DENSE_SPEC, ModelSpec, TableSpec, TensorSpec, table_id
 from ekko.store import Store
 from p2p.replica import RowColumns
 
-SPEC = ModelSpec("ctr", 8, {"item": TableSpec("item", 64), "user": TableSpec("user", 16)})
 WRITERS = (3, 4)
+TENSORS = {f"top.{writer}": TensorSpec(f"top.{writer}", (4, 500), "float32") for writer in WRITERS}
+SPEC = ModelSpec("ctr", 8, {"item": TableSpec("item", 64), "user": TableSpec("user", 16)}, TENSORS)
 
 
 def main(run_dir: Path, count: int) -> None:
@@ -27,6 +29,9 @@ def main(run_dir: Path, count: int) -> None:
             for table in SPEC.tables.values():
                 rows = np.full((count, table.dim), number, np.float32)
                 batch.append(RowColumns(table_id(table.name), keys, rows.view(np.uint8)))
+            tensor = TENSORS[f"top.{writer}"]
+            dense = np.full((tensor.rows, DENSE_DIM), number, np.float32)
+            batch.append(RowColumns(DENSE_SPEC.id, tensor.keys, dense.view(np.uint8)))
             for part in [[one] for one in batch] if number % 8 == 0 else [batch]:
                 model.apply(part, stamp)
             model.frontier[writer] = stamp

@@ -1,0 +1,44 @@
+"""Dense tensors, out of the rows of `_dense` that hold them."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.errors import ModelError
+from ekko.model import DENSE_DIM, TensorSpec
+from ekko.store.view import TableView
+
+# A tensor is read again while its rows carry different stamps, which means that a newer one is just being written.
+DENSE_ATTEMPTS_MAX = 8
+
+
+class Tensor:
+    """A dense tensor on its way: rows of `DENSE_DIM` values and their stamps."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        self._spec = spec
+        self._rows = np.empty((spec.rows, DENSE_DIM), np.float32)
+        self._stamps = np.empty(spec.rows, np.uint64)
+
+    def read(self, view: TableView) -> None:
+        """Copy it out; again while its rows are of different versions, a few times."""
+        for _ in range(DENSE_ATTEMPTS_MAX):
+            view.lookup(self._spec.keys, self._rows, self._stamps)
+            if self._spec.rows == 0 or self._stamps.min() == self._stamps.max():
+                break
+            time.sleep(0)
+
+    def whole(self, model: str) -> NDArray[Any]:
+        """Its values.
+
+        Raises:
+            ModelError: not all of its rows are here.
+        """
+        spec = self._spec
+        if not self._stamps.all():
+            here = f"{np.count_nonzero(self._stamps)} of its {spec.rows} rows are here"
+            raise ModelError(f"dense tensor {spec.name!r} of model {model!r} was not published yet, or was deleted: {here}")
+        return self._rows.reshape(-1)[: math.prod(spec.shape)].reshape(spec.shape).astype(spec.dtype, copy=False)
