@@ -14,7 +14,7 @@ import structlog
 
 from ekko.codec import LIMIT_BITS, encode, limit_of
 from ekko.errors import EkkoError, ModelError
-from ekko.local import PublishStep
+from ekko.local import Opened, PublishStep
 from ekko.model import CODEC_DEFAULT, DENSE_TABLE, TensorSpec, table_id
 from ekko.snapshots.files import FileTensor, LoadPlan, plan_load, read_tensors, slices
 from ekko.store.kernels.checks import all_below
@@ -57,7 +57,7 @@ class Loading:
 
     def __init__(
         self,
-        open_model: Callable[[LoadRequest, LoadPlan | None], tuple[str, dict[str, int]]],
+        open_model: Callable[[LoadRequest, LoadPlan | None], Opened],
         publish: Callable[[PublishStep], Awaitable[int]],
     ) -> None:
         self.picture = LoadPicture()
@@ -98,9 +98,9 @@ class Loading:
 
     async def _load(self, request: LoadRequest) -> None:
         tensors: dict[str, FileTensor] = await asyncio.to_thread(read_tensors, request.file)
-        _, known = self._open_model(request, None)
-        plan = plan_load(tensors, known, request.tables)
-        codec, _ = self._open_model(request, plan)
+        plan = plan_load(tensors, self._open_model(request, None).tables, request.tables)
+        opened = self._open_model(request, plan)
+        codec, incarnation = opened.codec, opened.held.incarnation
         self.picture = replace(self.picture, rows_total=plan.rows)
         specs = tuple(TensorSpec(name, one.shape, "float32") for name, one in plan.dense.items())
         steps = slices(plan)
@@ -110,10 +110,12 @@ class Loading:
                 own = CODEC_DEFAULT if table == DENSE_TABLE else codec
                 if not all_below(rows, LIMIT_BITS[own]):
                     raise ModelError(f"table {table!r}: a value is {limit_of(own):g} or more, which {own} has no number for")
-                return RowColumns(table_id(table), keys, encode(own, rows))
+                return RowColumns(opened.table_id(table), keys, encode(own, rows))
             return None
 
         while (columns := await asyncio.to_thread(following)) is not None:
             tensors_of = specs if columns.table == table_id(DENSE_TABLE) else ()
-            stamp = await self._publish(PublishStep(request.model, (columns,), tensors_of, codec=codec))
+            stamp = await self._publish(
+                PublishStep(request.model, (columns,), tensors_of, codec=codec, incarnation=incarnation)
+            )
             self.picture = replace(self.picture, rows=self.picture.rows + columns.keys.size, stamp=stamp)

@@ -26,9 +26,9 @@ from p2p.replica import RowColumns
 from p2p.transport import Buffer
 from p2p.values import dataclass
 
-# Version 2: codecs and whom a wait leaves out, as a message's last words, and after them which model of its name is meant. Where nothing but float32 is meant, a message is of
-# version 1, word for word: publisher and node may be of neighbouring releases, as they are while a cluster is upgraded node by
-# node.
+# Version 2: codecs and whom a wait leaves out, as a message's last words, and after them which model of its name is meant.
+# Where nothing but float32 is meant, a message is of version 1, word for word: publisher and node may be of neighbouring
+# releases, as they are while a cluster is upgraded node by node.
 LOCAL_PROTOCOL_VERSION: Final = 2
 LOCAL_PROTOCOL_VERSION_MIN: Final = 1
 # One step of one publisher. A step of this size is 4 million rows of float32[64]; larger ones are two steps.

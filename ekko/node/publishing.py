@@ -88,7 +88,9 @@ class Publishing:
             self._grow_schema(wanted)
         else:  # refuses what contradicts it
             self._store.add_model(wanted, asked=False)
-        model = self._store.models[request.model]
+        return self._opened(self._store.models[request.model])
+
+    def _opened(self, model: ModelStore) -> Opened:
         tables, tensors = model.spec.tables.values(), dict(model.spec.tensors)
         dims, numbers = {t.name: t.dim for t in tables}, {t.name: t.id for t in tables if t.id != table_id(t.name)}
         own, node = Held(model.spec.incarnation, numbers), self._node
@@ -219,17 +221,21 @@ class Publishing:
 
     # --- load a file
 
-    def open_to_load(self, request: LoadRequest, plan: LoadPlan | None) -> tuple[str, dict[str, int]]:
+    def open_to_load(self, request: LoadRequest, plan: LoadPlan | None) -> Opened:
         """See `ekko.loading.Loading`."""
+        self._check_no_alias(request.model)
         held = self._store.models.get(request.model)
-        codec = request.codec if held is None else held.spec.codec
-        known = {} if held is None else dict(held.spec.tables)
         if plan is not None:
+            codec = request.codec if held is None else held.spec.codec
+            known = {} if held is None else held.spec.tables
             new = {name: table for name, table in plan.table_specs(codec).items() if name not in known}
             if held is None or new:
                 bare = ModelSpec(request.model, codec=codec) if held is None else held.spec.bare()
-                self._grow_schema(replace(bare, tables=new))
-        return codec, {name: table.dim for name, table in known.items()}
+                self._grow_schema(self._store.current(replace(bare, tables=new)))
+                held = self._store.models[request.model]
+        if held is None:
+            return Opened(self._node.id, self._node.region, SHARDS_DEFAULT, {}, codec=request.codec)
+        return self._opened(held)
 
     async def publish_loaded(self, step: PublishStep) -> int:
         """See `ekko.loading.Loading`."""
