@@ -106,11 +106,18 @@ class ScriptedNode:
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[ScriptedNode]:
     script = ScriptedNode()
+    with serving(script, tmp_path):
+        yield script
+
+
+@contextlib.contextmanager
+def serving(handler: endpoint.Handler, folder: Path) -> Iterator[LocalEndpoint]:
+    """A local endpoint in a thread of its own."""
     ready, loop = threading.Event(), asyncio.new_event_loop()
-    endpoint = LocalEndpoint(address_of(tmp_path), script)
+    served = LocalEndpoint(address_of(folder), handler)
 
     async def serve() -> None:
-        endpoint.start()
+        served.start()
         ready.set()
 
     def run() -> None:
@@ -120,14 +127,16 @@ def node(tmp_path: Path) -> Iterator[ScriptedNode]:
         loop.close()
 
     async def stop() -> None:
-        endpoint.close()
+        served.close()
 
     thread = threading.Thread(target=run)
     thread.start()
     assert ready.wait(5)
-    yield script
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
+    try:
+        yield served
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
 
 
 def address_of(folder: Path) -> str:
