@@ -9,7 +9,7 @@
  *     if (error) puts(ekko_message(error));
  *     ekko_close(&reader);
  *
- * A reader follows its node: a larger index, a new manifest, a store that was replaced. It is for one thread at a time; give
+ * A reader follows its node: a larger index, a new manifest, an alias that is switched, a store that was replaced. It is for one thread at a time; give
  * each thread its own, which costs some mappings and one row. Whoever inherits one over fork() may go on using it.
  *
  * Memory order. The words of the store are read with the compiler's __atomic functions, whose orders are those of C11: entries
@@ -40,7 +40,7 @@
 enum {
     EKKO_OK = 0,
     EKKO_NO_STORE = 1,    /* run_dir has no manifest of this boot of the machine: the node has not begun */
-    EKKO_NO_MODEL = 2,    /* the node has no such model */
+    EKKO_NO_MODEL = 2,    /* the node has no such model, or not the one that this alias stands for */
     EKKO_NO_TABLE = 3,    /* the model has no such table */
     EKKO_VERSION = 4,     /* shared memory of another layout: install the same version on both sides */
     EKKO_DAMAGED = 5,     /* a file makes no sense */
@@ -201,6 +201,69 @@ static inline const char *ekko_named_(const char *array, const char *name) {
     return NULL;
 }
 
+/* The element of an array with this number; NULL: there is none. */
+static inline const char *ekko_item_(const char *array, int number) {
+    const char *at = array ? ekko_blank_(array) : NULL;
+    if (!at || *at != '[') return NULL;
+    for (at = ekko_blank_(at + 1); *at && *at != ']'; at = ekko_blank_(at + 1)) {
+        if (!number--) return at;
+        if (!(at = ekko_skip_(at))) return NULL;
+        at = ekko_blank_(at);
+        if (*at != ',') return NULL;
+    }
+    return NULL;
+}
+
+static inline uint64_t ekko_number_(const char *at) { return at ? strtoull(at, NULL, 10) : 0; }
+
+/* --- aliases: which model a name stands for ------------------------------------------------------------------------------- */
+
+typedef struct {
+    char name[101]; /* empty: none */
+    uint64_t incarnation;
+} ekko_generation_;
+
+/* Of an array of arrays the one that begins with this name; NULL: there is none. */
+static inline const char *ekko_fact_(const char *facts, const char *name) {
+    const char *fact;
+    for (int number = 0; (fact = ekko_item_(facts, number)); number++)
+        if (ekko_is_(ekko_item_(fact, 0), name)) return fact;
+    return NULL;
+}
+
+/* A name and an incarnation, as an array of two. */
+static inline ekko_generation_ ekko_generation_of_(const char *pair) {
+    ekko_generation_ generation = {"", ekko_number_(ekko_item_(pair, 1))};
+    char *name = ekko_string_(ekko_item_(pair, 0));
+    if (name && strlen(name) < sizeof generation.name) strcpy(generation.name, name);
+    free(name);
+    return generation;
+}
+
+static inline int ekko_is_dropped_(const char *registers, const ekko_generation_ *generation) {
+    const char *fact = ekko_fact_(ekko_member_(registers, "dropped"), generation->name);
+    return fact && generation->incarnation <= ekko_number_(ekko_item_(fact, 1));
+}
+
+/* What a name stands for, when switches up to `unix_ms` count (0: all do): 0 when it is no alias. An alias is its name, what it
+ * stands for, what it stood for before, and from when on. Of what is dropped the other one is left. */
+static inline int ekko_resolve_(const char *registers, const char *name, uint64_t unix_ms, ekko_generation_ *found) {
+    const char *alias = ekko_fact_(ekko_member_(registers, "alias"), name);
+    ekko_generation_ target, previous;
+    int ahead;
+    if (!alias) return 0;
+    target = ekko_generation_of_(ekko_item_(alias, 1));
+    previous = ekko_generation_of_(ekko_item_(alias, 2));
+    ahead = unix_ms && unix_ms < ekko_number_(ekko_item_(alias, 3)) && *previous.name;
+    *found = ahead ? previous : target;
+    if (!*target.name) return ahead; /* it was removed, or is about to be */
+    if (ekko_is_dropped_(registers, found)) {
+        *found = ahead ? target : previous;
+        if (!*found->name || ekko_is_dropped_(registers, found)) *found = target;
+    }
+    return 1;
+}
+
 /* --- files -------------------------------------------------------------------------------------------------------------- */
 
 /* A whole small file as text, to be freed; NULL: it cannot be read. */
@@ -284,44 +347,52 @@ static inline void ekko_detach_(ekko_reader *reader) {
     reader->copy = NULL;
 }
 
-/* Understand a manifest: which model and table it says we are to read, and where. */
-static inline int ekko_understand_(ekko_reader *reader, const char *manifest, char **prefix) {
-    const char *version = ekko_member_(manifest, "layout_version"), *table, *number;
-    const char *model, *hold;
+/* The id of a model or table, of which there was another one with this name before. */
+static inline uint32_t ekko_id_of_(const char *name, uint64_t incarnation) {
     char label[160]; /* a name has 100 characters at most */
+    if (!incarnation) return ekko_id(name);
+    snprintf(label, sizeof label, "%s#%llu", name, (unsigned long long)incarnation);
+    return ekko_id(label);
+}
+
+/* Understand which model and table a manifest says that we are to read. `unix_ms`: which switches of aliases count. */
+static inline int ekko_understand_(ekko_reader *reader, const char *manifest, uint64_t unix_ms) {
+    const char *model, *hold, *table, *dim, *name = reader->model;
+    ekko_generation_ meant;
+    int aliased = ekko_resolve_(ekko_member_(manifest, "registers"), name, unix_ms, &meant);
+    uint64_t incarnation;
+    if (aliased) name = meant.name;
+    if (!(model = ekko_named_(ekko_member_(manifest, "models"), name))) return EKKO_NO_MODEL;
+    incarnation = ekko_number_(ekko_member_(model, "incarnation"));
+    if (aliased && incarnation != meant.incarnation) return EKKO_NO_MODEL;
+    if (!(table = ekko_named_(ekko_member_(model, "tables"), reader->table))) return EKKO_NO_TABLE;
+    if ((hold = ekko_member_(model, "hold")) && *hold != 'n') return EKKO_PARTIAL;
+    if (!(dim = ekko_member_(table, "dim"))) return EKKO_DAMAGED;
+    reader->model_id = ekko_id_of_(name, incarnation);
+    reader->table_id = ekko_id_of_(reader->table, ekko_number_(ekko_member_(table, "incarnation")));
+    reader->dim = (uint32_t)ekko_number_(dim);
+    reader->ttl_ms = (int64_t)ekko_number_(ekko_member_(table, "ttl_s")) * 1000;
+    return EKKO_OK;
+}
+
+/* Where a manifest says that the store is: the path of its files up to their names. */
+static inline int ekko_locate_(const char *manifest, char **prefix) {
+    const char *version = ekko_member_(manifest, "layout_version");
     char *directory = ekko_string_(ekko_member_(manifest, "memory_dir")), *stem = ekko_string_(ekko_member_(manifest, "prefix"));
-    int error = EKKO_OK;
+    int error = EKKO_DAMAGED;
     *prefix = NULL;
-    if (!version || !directory || !stem) {
-        error = EKKO_DAMAGED;
-    } else if (strtol(version, NULL, 10) != EKKO_LAYOUT_VERSION) {
+    if (version && strtol(version, NULL, 10) != EKKO_LAYOUT_VERSION) {
         error = EKKO_VERSION;
-    } else if (!(model = ekko_named_(ekko_member_(manifest, "models"), reader->model))) {
-        error = EKKO_NO_MODEL;
-    } else if (!(table = ekko_named_(ekko_member_(model, "tables"), reader->table))) {
-        error = EKKO_NO_TABLE;
-    } else if ((hold = ekko_member_(model, "hold")) && *hold != 'n') {
-        error = EKKO_PARTIAL;
-    } else if (!(number = ekko_member_(table, "dim")) || !(*prefix = (char *)malloc(strlen(directory) + strlen(stem) + 2))) {
-        error = EKKO_DAMAGED;
-    } else {
+    } else if (version && directory && stem && (*prefix = (char *)malloc(strlen(directory) + strlen(stem) + 2))) {
         sprintf(*prefix, "%s/%s", directory, stem);
-        number = ekko_member_(model, "incarnation"); /* a model that was dropped and made again has other files */
-        if (number && *number != '0')
-            snprintf(label, sizeof label, "%s#%.*s", reader->model, (int)strspn(number, "0123456789"), number);
-        else
-            snprintf(label, sizeof label, "%s", reader->model);
-        reader->model_id = ekko_id(label);
-        reader->table_id = ekko_id(reader->table);
-        reader->dim = (uint32_t)strtoul(ekko_member_(table, "dim"), NULL, 10);
-        number = ekko_member_(table, "ttl_s");
-        reader->ttl_ms = number ? strtoll(number, NULL, 10) * 1000 : 0;
+        error = EKKO_OK;
     }
     free(directory);
     free(stem);
     return error;
 }
 
+/* Where the store is and, once its control file is mapped, what we are to read there. */
 static inline int ekko_read_manifest_(ekko_reader *reader, char **prefix) {
     char path[4096], *manifest, *boot = NULL, *named = NULL;
     int length = snprintf(path, sizeof path, "%s/manifest.json", reader->run_dir), error = EKKO_NO_STORE;
@@ -329,7 +400,8 @@ static inline int ekko_read_manifest_(ekko_reader *reader, char **prefix) {
     boot = ekko_text_("/proc/sys/kernel/random/boot_id");
     named = ekko_string_(ekko_member_(manifest, "boot_id"));
     if (boot) boot[strcspn(boot, "\n")] = 0;
-    if (boot && named && !strcmp(boot, named)) error = ekko_understand_(reader, manifest, prefix); /* else: memory that is gone */
+    if (boot && named && !strcmp(boot, named)) error = ekko_locate_(manifest, prefix); /* else: memory that is gone */
+    if (!error && reader->control.begin) error = ekko_understand_(reader, manifest, ekko_acquire_(reader->control.begin + 80));
     free(named);
     free(boot);
     free(manifest);
@@ -354,7 +426,7 @@ static inline int ekko_check_rows_(ekko_reader *reader) {
 static inline int ekko_attach_(ekko_reader *reader) {
     for (int attempt = 0; attempt < 100; attempt++) {
         char name[64], *again = NULL;
-        int error;
+        int error, replaced;
         ekko_detach_(reader);
         if ((error = ekko_read_manifest_(reader, &reader->prefix))) return error;
         error = ekko_map_(reader->prefix, "control", "ekkoctl", 4096, &reader->control);
@@ -362,10 +434,11 @@ static inline int ekko_attach_(ekko_reader *reader) {
         if (error) return error;
         reader->manifest_generation = ekko_acquire_(reader->control.begin + 64);
         /* Again: this manifest is at least as new as the generation. */
-        if ((error = ekko_read_manifest_(reader, &again))) return error;
-        error = strcmp(again, reader->prefix);
+        error = ekko_read_manifest_(reader, &again);
+        replaced = again && strcmp(again, reader->prefix);
         free(again);
-        if (error) continue;
+        if (replaced) continue;
+        if (error) return error;
         snprintf(name, sizeof name, "%08x-%08x-rows", (unsigned)reader->model_id, (unsigned)reader->table_id);
         error = ekko_map_(reader->prefix, name, "ekkotabl", 4096, &reader->rows);
         if (!error) error = ekko_check_rows_(reader);
@@ -384,7 +457,8 @@ static inline void ekko_close(ekko_reader *reader) {
     reader->run_dir = reader->model = reader->table = NULL;
 }
 
-/* Attach to a table of a model of the node with this run_dir. The model's own name: aliases are not resolved here. */
+/* Attach to a table of a model of the node with this run_dir. `model` may be an alias: then the reader follows it from model to
+ * model, between two look-ups; should the next one's table have another dim, ekko_lookup says EKKO_CHANGED. */
 static inline int ekko_open(ekko_reader *reader, const char *run_dir, const char *model, const char *table) {
     int error;
     memset(reader, 0, sizeof *reader);

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 import ekko
 from ekko.codec import encode
+from ekko.errors import ModelError
+from ekko.generations import SWITCH_AHEAD_MS
 from ekko.model import CODECS, ModelSpec, TableSpec, model_id
 from ekko.serve.reader import Reader
 from ekko.store import Store, layout, view
@@ -317,13 +319,14 @@ def test_the_header_says_what_the_layout_says(program: Path) -> None:
     numbers = (
         layout.CONTROL.offset("manifest_generation"),
         layout.CONTROL.offset("retired"),
+        layout.CONTROL.offset("aliases_ms"),
         layout.TABLE.offset("row_bytes"),
         layout.TABLE.offset("row_stride"),
         layout.TABLE.offset("codec"),
         layout.TABLE.offset("index_generation"),
         layout.INDEX.offset("capacity_log2"),
     )
-    assert numbers == (64, 72, 24, 32, 40, 128, 24)
+    assert numbers == (64, 72, 80, 24, 32, 40, 128, 24)
     assert (layout.ROW.offset("lock"), layout.ROW.offset("flags"), layout.ROW.offset("stamp")) == (0, 4, 8)
     assert (layout.ROW.offset("key"), layout.ROW.offset("data"), layout.FLAG_TOMBSTONE, layout.FLAG_FREE) == (16, 24, 1, 2)
     assert layout.TABLE.offset("rows") == layout.INDEX.offset("entries") == 4096
@@ -383,3 +386,56 @@ def test_a_model_made_again_under_its_name_is_found(program: Path, run_dir: Path
     put(Store.open(run_dir).add_model(spec), "item", keys_of(1), 10)
     with Reader("ctr", run_dir) as reader, CReader(program, run_dir, "item") as c_reader:
         c_reader.same_as(reader, "item", keys_of(1, 2))
+
+
+def test_it_follows_an_alias_as_the_reader_does(program: Path, run_dir: Path) -> None:
+    """From model to model, back, to what is left when one is dropped, and to the model of the alias's own name."""
+    store = Store.open(run_dir)
+    for stamp, name in enumerate(("best", "ctr-1", "ctr-2")):
+        put(store.add_model(ModelSpec(name, 8, {"item": TableSpec("item", 3 + stamp)})), "item", keys_of(1), 10 + stamp)
+    moment = 1_000_000
+    store.settle_aliases(moment)
+
+    def switch(model: str | None) -> None:
+        target = None if model is None else store.generation(model)
+        store.set_alias(store.registers.switched("best", target, store.generation("best"), moment, 7))
+
+    with Reader("best", run_dir) as reader, CReader(program, run_dir, "item", model="best") as c_reader:
+
+        def both_read(name: str) -> None:
+            assert reader.generation == name
+            c_reader.same_as(reader, "item", keys_of(1, 2))
+
+        both_read("best")
+        for model, before in (("ctr-1", "best"), ("ctr-2", "ctr-1"), ("ctr-1", "ctr-2"), (None, "ctr-1")):
+            switch(model)
+            both_read(before)  # it is decided, and does not count yet
+            moment += SWITCH_AHEAD_MS
+            store.settle_aliases(moment)
+            both_read(model or "best")
+        switch("ctr-2")
+        store.settle_aliases(moment := moment + SWITCH_AHEAD_MS)
+        switch("ctr-1")
+        store.drop_model("ctr-2", moment)  # what it stands for until then
+        both_read("ctr-1")
+        store.settle_aliases(moment := moment + SWITCH_AHEAD_MS)
+        store.drop_model("ctr-1", moment)
+        assert c_reader.ask(keys_of(1))[0] == 2  # EKKO_NO_MODEL: as the reader, not the model of the alias's name
+        with pytest.raises(ModelError, match="which was dropped"):
+            reader.lookup("item", keys_of(1))
+        again = store.add_model(store.current(ModelSpec("ctr-1", 8, {"item": TableSpec("item", 2)})))
+        put(again, "item", keys_of(1), 30)
+        assert c_reader.ask(keys_of(1))[0] == 2  # of the name, and another model
+        switch("ctr-1")
+        store.settle_aliases(moment + SWITCH_AHEAD_MS)
+        both_read("ctr-1")
+
+
+def test_without_the_moment_of_a_switch_an_alias_is_followed_too_early(run_dir: Path, tmp_path: Path) -> None:
+    text = HEADER.read_text()
+    broken = tmp_path / "ekko.h"
+    broken.write_text(text.replace("ekko_acquire_(reader->control.begin + 80)", "0"))
+    assert broken.read_text() != text
+    program = compiled(tmp_path / "broken", header=broken)
+    with pytest.raises(AssertionError):
+        test_it_follows_an_alias_as_the_reader_does(program, run_dir)
