@@ -171,7 +171,17 @@ def load(
         list[str] | None,
         typer.Option("--table", "-t", help="Rows of another table.", metavar="TENSOR=TABLE"),
     ] = None,
-    codec: Annotated[str, typer.Option("--codec", help="Of a model that is new.")] = "float32",
+    keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keys",
+            "-k",
+            help="Keys of a table's rows, one for each: a .npy or other file with one tensor, or a tensor of FILE by its name. "
+            "Several tables: TABLE=KEYS, for each.",
+            metavar="[TABLE=]KEYS",
+        ),
+    ] = None,
+    codec: Annotated[str | None, typer.Option("--codec", help="Of a model that is new; else float32.")] = None,
     config: ConfigOption = None,
     http: Annotated[str | None, typer.Option("--http", help="The node's HTTP address.", metavar="HOST:PORT")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
@@ -179,7 +189,7 @@ def load(
     """Bring a model from a file of this machine into a training node, at the speed of the file; other nodes pull it from there.
 
     Tensors become tables that have their name, or that --table names, or that have NAME.keys beside them; all others are dense.
-    A row's key is its number, unless the file has keys.
+    A row's key is its number, unless there are NAME.keys or --keys. Of a key that comes twice the last row counts.
     """
     from ekko.model import check_codec, check_name
     from ekko.snapshots.commands import load_now
@@ -190,8 +200,16 @@ def load(
         if not found or not tensor:
             raise ConfigError(f"--table {pair}: expected TENSOR=TABLE")
         tables[tensor] = check_name("table", name)
-    names = {"model": check_name("model", model), "file": str(file.absolute()), "codec": check_codec("model", model, codec)}
-    done = load_now(_http_of(config, http), {**names, "tables": tables}, quiet=as_json)
+    where = {}
+    for one in keys or []:
+        of, _, place = one.rpartition("=") if not Path(one).is_file() else ("", "", one)
+        if of in where:
+            raise ConfigError(f"--keys {one}: keys of {of or 'the table'} are given already")
+        # The node has another working directory.
+        where[of] = str(Path(place).absolute()) if Path(place).is_file() else place
+    names = {"model": check_name("model", model), "file": str(file.absolute())}
+    request = {**names, "tables": tables, "keys": where, "codec": codec and check_codec("model", model, codec)}
+    done = load_now(_http_of(config, http), request, quiet=as_json)
     typer.echo(json.dumps(done) if as_json else f"{done['rows']:,} rows of {file} are in model {model!r}")
 
 

@@ -13,7 +13,7 @@ import json
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -36,7 +36,7 @@ SHUTDOWN_S_MAX = 1
 COMMANDS = {
     "/expel": '{"node": NODE}',
     "/snapshot": '{"kind": "auto"} or {"kind": "full"}',
-    "/load": '{"model": NAME, "file": PATH, "tables": {TENSOR: TABLE}, "codec": CODEC}',
+    "/load": '{"model": NAME, "file": PATH, "tables": {TENSOR: TABLE}, "codec": CODEC or null}, and "keys": {TABLE: KEYS}',
     "/alias": '{"alias": NAME, "model": MODEL}, or "model": null and one of "back": true, "remove": true; and "force": true',
     "/drop": '{"model": MODEL}, and "force": true',
 }
@@ -128,9 +128,16 @@ def make_app(source: Source) -> Starlette:
                     return JSONResponse(source.expel(node))
                 case "/snapshot", {"kind": "auto" | "full" as kind}:
                     return JSONResponse(source.snapshot(kind))
-                case "/load", {"model": str(model), "file": str(file), "tables": dict(tables), "codec": str(codec)}:
+                case "/load", {
+                    "model": str(model),
+                    "file": str(file),
+                    "tables": dict(tables),
+                    "codec": None | str() as codec,
+                } if isinstance(keys := body.get("keys", {}), dict):
                     chosen = {str(tensor): str(table) for tensor, table in tables.items()}
-                    return JSONResponse(source.load(LoadRequest(check_name("model", model), Path(file), chosen, codec)))
+                    where = {str(table): str(place) for table, place in keys.items()}
+                    request_ = LoadRequest(check_name("model", model), Path(file), chosen, codec, where)
+                    return JSONResponse(source.load(request_))
                 case "/drop", {"model": str(model)} if (flags := _flags(body, "force")) is not None:
                     return JSONResponse(source.drop(model, force=flags["force"]))
                 case "/alias", {"alias": str(alias), "model": None | str() as target} if (
@@ -172,6 +179,11 @@ def _refusal(request: Request) -> Response | None:
     if request.headers.get("content-type") != "application/json":
         return JSONResponse({"error": "expected content of type application/json"}, 415)
     return None
+
+
+def _load_request(body: dict[str, Any]) -> LoadRequest:
+    tables, keys = ({str(of): str(to) for of, to in body.get(name, {}).items()} for name in ("tables", "keys"))
+    return LoadRequest(check_name("model", body["model"]), Path(body["file"]), tables, body["codec"], keys)
 
 
 def _flags(body: Mapping[str, object], *names: str) -> dict[str, bool] | None:

@@ -7,7 +7,7 @@ for, and nothing waits in queues. A slice takes about a millisecond of the event
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
@@ -16,7 +16,7 @@ from ekko.codec import LIMIT_BITS, encode, limit_of
 from ekko.errors import EkkoError, ModelError
 from ekko.local import Opened, PublishStep
 from ekko.model import CODEC_DEFAULT, DENSE_TABLE, TensorSpec, table_id
-from ekko.snapshots.files import FileTensor, LoadPlan, plan_load, read_tensors, slices
+from ekko.snapshots.files import LoadPlan, plan_load, read_keys, read_tensors, slices
 from ekko.store.kernels.checks import all_below
 from p2p.replica import RowColumns
 
@@ -30,7 +30,8 @@ class LoadRequest:
     model: str
     file: Path
     tables: dict[str, str]  # tensor -> table
-    codec: str = CODEC_DEFAULT  # of a model that is new
+    codec: str | None = None  # of a model that is new
+    keys: dict[str, str] = field(default_factory=dict)  # table -> where its keys are; "": of the only table
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ class Loading:
             error = str(failure)
         except Exception as failure:  # noqa: BLE001 - a file can fail in any way; the node lives on
             error = f"{request.file} cannot be loaded: {failure!r}"
+        if error and self.picture.rows:
+            error += f" ({self.picture.rows} rows before that are loaded, and stay)"
         self.picture = replace(self.picture, running=False, error=error, finished=self.picture.finished + 1)
         if error:
             log.warning("load_failed", model=request.model, file=str(request.file), reason=error)
@@ -97,8 +100,9 @@ class Loading:
             log.info("load_finished", model=request.model, file=str(request.file), rows=self.picture.rows)
 
     async def _load(self, request: LoadRequest) -> None:
-        tensors: dict[str, FileTensor] = await asyncio.to_thread(read_tensors, request.file)
-        plan = plan_load(tensors, self._open_model(request, None).tables, request.tables)
+        tensors = await asyncio.to_thread(read_tensors, request.file)
+        keys = {table: await asyncio.to_thread(read_keys, tensors, where) for table, where in request.keys.items()}
+        plan = plan_load(tensors, self._open_model(request, None).tables, request.tables, keys)
         opened = self._open_model(request, plan)
         codec, incarnation = opened.codec, opened.held.incarnation
         self.picture = replace(self.picture, rows_total=plan.rows)

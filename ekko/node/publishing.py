@@ -225,8 +225,10 @@ class Publishing:
         """See `ekko.loading.Loading`."""
         self._check_no_alias(request.model)
         held = self._store.models.get(request.model)
+        codec = request.codec or CODEC_DEFAULT if held is None else held.spec.codec
+        if request.codec not in (None, codec):
+            raise ModelError(f"model {request.model!r} has codec {codec!r}, not {request.codec!r}: load it as another model")
         if plan is not None:
-            codec = request.codec if held is None else held.spec.codec
             known = {} if held is None else held.spec.tables
             new = {name: table for name, table in plan.table_specs(codec).items() if name not in known}
             if held is None or new:
@@ -234,7 +236,7 @@ class Publishing:
                 self._grow_schema(self._store.current(replace(bare, tables=new)))
                 held = self._store.models[request.model]
         if held is None:
-            return Opened(self._node.id, self._node.region, SHARDS_DEFAULT, {}, codec=request.codec)
+            return Opened(self._node.id, self._node.region, SHARDS_DEFAULT, {}, codec=codec)
         return self._opened(held)
 
     async def publish_loaded(self, step: PublishStep) -> int:

@@ -26,10 +26,10 @@ def export(url: str, model: str, path: Path, progress: Progress = lambda done, t
     """Write a model of the newest sound snapshot of a folder to a safetensors file.
 
     Tables are NAME (F32 [rows, dim]), NAME.keys and NAME.stamps (U64 [rows]), in ascending order of the keys, without deleted
-    rows; dense tensors have their names and shapes, and are F32.
+    rows; dense tensors have their names and shapes, and are F32; those that nobody published are left out.
 
     Raises:
-        SnapshotError: no snapshot is sound, or none has the model.
+        SnapshotError: no snapshot is sound, it has no such model, or the file cannot be written.
     """
     folder = open_folder(url)
     newest = Catalog(folder).newest()
@@ -43,7 +43,13 @@ def export(url: str, model: str, path: Path, progress: Progress = lambda done, t
         raise SnapshotError(
             f"snapshot {newest.name} has no model {model!r}: it has {', '.join(map(repr, store.models)) or 'none'}"
         )
-    rows = _write(held, path, newest.name)
+    unfinished = path.with_name(f"{path.name}.new")
+    try:
+        rows = _write(held, unfinished, newest.name)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise SnapshotError(f"{path} cannot be written: {error.strerror or error}") from None
     store.close()
     return {"name": newest.name, "model": model, "file": str(path), "rows": rows}
 
@@ -53,12 +59,19 @@ def _write(model: ModelStore, path: Path, snapshot: str) -> int:
         selection.table: selection.slots for selection in model.scan_since(np.zeros((model.shards, WRITERS_MAX), np.uint64))
     }
     tables = {name: _live(model, spec.id, slots.get(spec.id)) for name, spec in model.spec.tables.items()}
-    dense = {name: model.lookup(DENSE_TABLE, spec.keys)[0] for name, spec in model.spec.tensors.items()}
+    dense = {}
+    for name, spec_ in model.spec.tensors.items():
+        rows, written = model.lookup(DENSE_TABLE, spec_.keys)
+        if written.all():
+            dense[name] = rows
+    names = [name + suffix for name in tables for suffix in ("", KEYS_SUFFIX, STAMPS_SUFFIX)] + list(dense)
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise SnapshotError(f"two tables or tensors of model {model.spec.name!r} need the name {twice!r} in the file")
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, (_, keys, _) in tables.items():
         layout[name] = "F32", (keys.size, model.spec.tables[name].dim)
         layout[name + KEYS_SUFFIX] = layout[name + STAMPS_SUFFIX] = "U64", (keys.size,)
-    layout |= {name: ("F32", spec.shape) for name, spec in model.spec.tensors.items()}
+    layout |= {name: ("F32", model.spec.tensors[name].shape) for name in dense}
     about = {"ekko": "1", "snapshot": snapshot, "model": json.dumps(asdict(model.entry()))}
     writer = SafetensorsWriter(path, layout, about)
     for name, (ordered, keys, stamps) in tables.items():

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from ekko.codec import encode
 from ekko.errors import SnapshotError
-from ekko.model import ModelSpec, TableSpec, TensorSpec, table_id
+from ekko.model import CODECS, ModelSpec, TableSpec, TensorSpec, table_id
 from ekko.rundir import FileLedger
 from ekko.snapshots.catalog import Catalog, Entry
 from ekko.snapshots.export import export
@@ -327,3 +327,34 @@ def test_export_and_back(home: Home, tmp_path: Path) -> None:
     assert back["_dense"][int(tensor.keys[0])][:6] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     with pytest.raises(SnapshotError, match="has no model 'other'"):
         export(home.folder.url, "other", path)
+
+
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_what_is_exported_and_loaded_has_the_same_bits(tmp_path: Path, codec: str) -> None:
+    """Whatever the codec; deleted keys and tensors that nobody published stay away."""
+    run_dir, folder = tmp_path / "run", LocalFolder(tmp_path / "snapshots")
+    store = Store.open(run_dir, table_bytes_max=64 << 20)
+    spec = ModelSpec(MODEL, SHARDS, {"item": TableSpec("item", 5, codec)}, codec=codec)
+    try:
+        model = store.add_model(spec)
+        model.add_tensor(TensorSpec("never", (3,), "float32"))
+        values = np.random.default_rng(3).standard_normal((50, 5)).astype(np.float32)
+        keys = np.arange(50, dtype=np.uint64)
+        model.apply([RowColumns(table_id("item"), keys, encode(codec, values))], 1 << 12 | WRITER)
+        model.apply([RowColumns(table_id("item"), keys[:5], encode(codec, values[:0]))], 2 << 12 | WRITER)
+        SnapshotWriter(run_dir, folder, "a").write()
+        export(folder.url, MODEL, tmp_path / "out.safetensors")
+        (found,) = list(slices(plan_load(read_tensors(tmp_path / "out.safetensors"), {}, {})))
+        assert (found[0], found[1].tolist()) == ("item", list(range(5, 50)))
+        held = {key: row for (_, key), (_, row) in contents(model).items() if row is not None}
+        assert {key: row.tobytes() for key, row in zip(found[1].tolist(), encode(codec, found[2]), strict=True)} == held
+        with pytest.raises(SnapshotError, match="cannot be written: No such file"):
+            export(folder.url, MODEL, tmp_path / "nowhere" / "out.safetensors")
+        model.add_table(TableSpec("item.keys", 5, codec))
+        store.add_model(spec)
+        store.add_table(MODEL, TableSpec("item.stamps", 5, codec))
+        SnapshotWriter(run_dir, folder, "a").write()
+        with pytest.raises(SnapshotError, match=r"need the name 'item\.keys' in the file"):
+            export(folder.url, MODEL, tmp_path / "out.safetensors")
+    finally:
+        store.destroy()
