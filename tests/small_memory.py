@@ -39,7 +39,7 @@ class SmallMemory:
 
     def store(self) -> Store:
         """A store in it."""
-        return Store(self, None, TABLE_BYTES_MAX)
+        return Store(self, TABLE_BYTES_MAX)
 
 
 class _SmallMapping(Mapping):

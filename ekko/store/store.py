@@ -12,32 +12,21 @@ from collections.abc import Mapping as ReadOnlyMapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from secrets import token_hex
 from types import MappingProxyType
 
 from ekko.errors import ModelError, StoreError
 from ekko.generations import Alias, Dropped, Fact, Generation, Registers, is_register, parse_facts
-from ekko.model import DENSE_TABLE, TABLES_MAX, TENSORS_MAX, ModelSpec, TableSpec, TensorSpec, parse_entry
-from ekko.store import layout
+from ekko.model import ModelSpec, TableSpec, TensorSpec
+from ekko.store import layout, schema
 from ekko.store.access import DEFAULT_ACCESS, Access
 from ekko.store.capacity import Capacity
-from ekko.store.kernels.atomics import publish_word, watch_word
-from ekko.store.leftovers import note_run_dir
-from ekko.store.manifest import (
-    CONTROL_NAME,
-    MANIFEST_NAME,
-    Manifest,
-    ModelEntry,
-    kernel_boot_id,
-    prefix_of,
-    read_manifest,
-    write_manifest,
-)
-from ekko.store.memory import AnonymousMemory, Mapping, Memory, TmpfsMemory
+from ekko.store.control import Control, fresh_memory, remove_unnamed
+from ekko.store.manifest import CONTROL_NAME, MANIFEST_NAME, ModelEntry, kernel_boot_id, read_manifest
+from ekko.store.memory import AnonymousMemory, Memory, TmpfsMemory
 from ekko.store.model_store import ModelStore
 from ekko.store.partition import copy_held, replicas_of
 from ekko.store.room import Cost, NoRoomError, check_room, cost_of
-from p2p.errors import BlamelessError, RemoteProtocolError, SchemaClashError
+from p2p.errors import BlamelessError, SchemaClashError
 from p2p.replica import Replica, SchemaEntry
 
 # A tmpfs on every Linux.
@@ -50,17 +39,16 @@ ANONYMOUS_TABLE_BYTES_MAX = 2 << 30
 class Store:
     """Models of one node. Use `Store.open` or `Store.anonymous`."""
 
-    def __init__(self, memory: Memory, run_dir: Path | None, table_bytes_max: int) -> None:
+    def __init__(self, memory: Memory, table_bytes_max: int) -> None:
         self.resumed = False
         self._memory = memory
-        self._run_dir = run_dir
         self._table_bytes_max = table_bytes_max
         self._models: dict[str, ModelStore] = {}
         self._by_id: dict[int, Replica] = {}
         self._costs: dict[str, Cost] = {}  # of each model
         self._asked: dict[str, ModelSpec] = {}  # what this node's configuration names
         self._unasked: dict[str, int] = {}  # memory of what else there is of each model, before any row
-        self._control: Mapping | None = None
+        self._control: Control | None = None  # None: nobody can attach to it
         self._registers = Registers()
         self._limits: dict[str, Capacity] = {}  # what models of these names may take, whichever incarnation is here
         self._holds: dict[str, Sequence[int]] = {}  # what this node's configuration wants to hold of a model of this name
@@ -69,7 +57,7 @@ class Store:
     @classmethod
     def anonymous(cls, *, table_bytes_max: int = ANONYMOUS_TABLE_BYTES_MAX) -> "Store":
         """A store in the memory of this process, for simulation: no files, no readers in other processes."""
-        return cls(AnonymousMemory(), None, table_bytes_max)
+        return cls(AnonymousMemory(), table_bytes_max)
 
     @classmethod
     def open(
@@ -120,7 +108,7 @@ class Store:
     def reopened(self) -> "Store":
         """This anonymous store as the node's next process finds it: repaired by the code that attaches after a kill."""
         assert isinstance(self._memory, AnonymousMemory)
-        store = Store(self._memory, None, self._table_bytes_max)
+        store = Store(self._memory, self._table_bytes_max)
         for model in self._models.values():
             store._insert(ModelStore.open(model.entry(), self._memory, self._table_bytes_max))
         store._registers = self._registers
@@ -140,12 +128,11 @@ class Store:
             ):
                 return None
             memory = TmpfsMemory(memory_dir, manifest.prefix, access or Access.of(run_dir / MANIFEST_NAME))
-            store = cls(memory, run_dir, table_bytes_max)
-            store._control = memory.open(CONTROL_NAME)
-            store._control.mark_in_use()
-            words = store._control.words(0, layout.CONTROL_BYTES // 8)
-            if int(words[0]) != layout.CONTROL_MAGIC or int(words[layout.CONTROL.offset("retired") // 8]):
+            control = Control.attach(memory, run_dir)
+            if control is None:
                 return None
+            store = cls(memory, table_bytes_max)
+            store._control = control
             store._registers = manifest.registers
             for entry in manifest.models:
                 store._insert(ModelStore.open(entry, memory, table_bytes_max))
@@ -153,9 +140,8 @@ class Store:
             return None  # damaged or missing files: nothing of them may be trusted (R4)
         store.resumed = True
         if access is not None:
-            for path in (run_dir / MANIFEST_NAME, *(memory_dir / name for name in store._file_names())):
-                access.apply_to(path)
-        store._remove_strangers(memory_dir, keep=store._file_names())
+            control.open_to(access, store._file_names())
+        control.remove_strangers(store._file_names())
         return store
 
     @classmethod
@@ -167,14 +153,14 @@ class Store:
         fill: Callable[["Store"], None] | None,
         access: Access | None,
     ) -> "Store":
-        memory = _fresh_memory(run_dir, memory_dir, access or DEFAULT_ACCESS)
-        store = cls(memory, None, table_bytes_max)
+        memory = fresh_memory(run_dir, memory_dir, access or DEFAULT_ACCESS)
+        store = cls(memory, table_bytes_max)
         with suppress(StoreError, OSError):  # one that cannot be read has none; peers tell us again
             before = read_manifest(run_dir)
             store._registers = Registers() if before is None else before.registers
         if fill is not None:
             # What a kill left of the attempt before would take the room of this one.
-            store._remove_unnamed(run_dir, memory_dir)
+            remove_unnamed(run_dir, memory)
             try:
                 fill(store)
                 store._learn([], [])  # what was dropped since is not brought back by an old snapshot
@@ -183,7 +169,7 @@ class Store:
                 for path in memory_dir.glob(f"{memory.prefix}-*"):
                     path.unlink(missing_ok=True)
                 raise
-        store._replace(run_dir, memory_dir)
+        store._found_at(run_dir)
         return store
 
     def narrowed(self, hold: ReadOnlyMapping[str, Sequence[int]]) -> "Store":
@@ -199,62 +185,32 @@ class Store:
         kept = {name: tuple(p for p in model.hold if p in hold.get(name, model.hold)) for name, model in models}
         if all(kept[name] == model.hold for name, model in models):
             return self
-        run_dir, old = self._run_dir, self._memory
+        control = self._control
         memory: Memory = AnonymousMemory()
-        if run_dir is not None and isinstance(old, TmpfsMemory):
-            memory = _fresh_memory(run_dir, old.directory, old.access)
-        store = Store(memory, None, self._table_bytes_max)
+        if control is not None:
+            memory = fresh_memory(control.run_dir, control.memory.directory, control.memory.access)
+        store = Store(memory, self._table_bytes_max)
         for name, model in models:
             twin = ModelStore.create(replace(model.entry(), hold=list(kept[name])), memory, self._table_bytes_max)
             copy_held(model, twin)
             store._insert(twin)
         store.resumed = self.resumed
         store._registers = self._registers
-        if run_dir is not None and isinstance(old, TmpfsMemory):
+        if control is not None:
             self.close()
-            store._replace(run_dir, old.directory)
+            store._found_at(control.run_dir)
         return store
 
-    def _replace(self, run_dir: Path, memory_dir: Path) -> None:
+    def _found_at(self, run_dir: Path) -> None:
         """Become the store of this run_dir: readers of the one before are told, and its files removed."""
-        old = _control_of_old_store(run_dir)
-        self._run_dir = run_dir
-        self._control = self._memory.create(CONTROL_NAME, layout.CONTROL_BYTES)
-        self._control.mark_in_use()
-        self._control.ensure(layout.CONTROL_BYTES)
-        note_run_dir(self._control, run_dir)
-        words = self._control.words(0, 2)
-        words[...] = (layout.CONTROL_MAGIC, layout.LAYOUT_VERSION)
-        if isinstance(old, Mapping) and len(old) >= layout.CONTROL_BYTES:
-            aliases_ms = layout.CONTROL.offset("aliases_ms")
-            self._control.words(aliases_ms)[...] = old.words(aliases_ms)
-        self._publish_manifest()
-        if old is not None:  # after the new manifest is there: whoever is told finds it
-            _retire(old)
-        self._remove_strangers(memory_dir, keep=self._file_names())
+        assert isinstance(self._memory, TmpfsMemory)
+        self._control = Control.begin(self._memory, run_dir, self._entries(), self._registers)
+        self._control.remove_strangers(self._file_names())
 
     def _file_names(self) -> set[str]:
         assert isinstance(self._memory, TmpfsMemory)
         names = [CONTROL_NAME, *(name for model in self._models.values() for name in model.file_names())]
         return {self._memory.path(name).name for name in names}
-
-    def _remove_strangers(self, memory_dir: Path, keep: set[str]) -> None:
-        """Unlink what stores of this run_dir left behind, in this or an earlier life."""
-        assert self._run_dir is not None
-        for path in sorted(memory_dir.glob(f"{prefix_of(self._run_dir)}-*")):
-            if path.name not in keep:
-                path.unlink(missing_ok=True)
-
-    def _remove_unnamed(self, run_dir: Path, memory_dir: Path) -> None:
-        """Unlink what lies there under names that neither this store nor the one of the manifest has, which readers may use."""
-        assert isinstance(self._memory, TmpfsMemory)
-        kept = [self._memory.prefix]
-        with suppress(StoreError, OSError):
-            before = read_manifest(run_dir)
-            kept += [] if before is None else [before.prefix]
-        for path in sorted(memory_dir.glob(f"{prefix_of(run_dir)}-*")):
-            if not path.name.startswith(tuple(f"{prefix}-" for prefix in kept)):
-                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let go of the memory; the files stay, for readers and for the next daemon."""
@@ -266,11 +222,8 @@ class Store:
 
     def destroy(self) -> None:
         """Remove the store: its files and its manifest. Attached readers are told."""
-        if self._run_dir is not None and self._control is not None:
-            assert isinstance(self._memory, TmpfsMemory)
-            (self._run_dir / MANIFEST_NAME).unlink(missing_ok=True)
-            _retire(self._control)
-            self._remove_strangers(self._memory.directory, keep=set())
+        if self._control is not None:
+            self._control.destroy()
         self.close()
 
     # --- models -----------------------------------------------------------------------------------------------------
@@ -298,7 +251,7 @@ class Store:
         if asked and hold is not None:
             self._holds[spec.name] = tuple(hold)
         model = self._models.get(spec.name)
-        self._check_new(spec, model)
+        self._check_new(spec)
         self._check_room([spec], asked)
         if hold is not None and not set(hold) <= set(range(spec.partitions)):
             raise ModelError(f"model {spec.name!r} has partitions 0 to {spec.partitions - 1}: cannot hold {list(hold)}")
@@ -335,7 +288,7 @@ class Store:
             ModelError: it contradicts another model.
             StoreError: shared memory is full.
         """
-        self._check_new(entry.bare_spec, None)
+        schema.check_new(entry.bare_spec, None, [model.spec for model in self._models.values()])
         model = ModelStore.create(entry, self._memory, self._table_bytes_max)
         for table in entry.tables:
             model.add_table(table, max(1, rows.get(table.id, 0)))
@@ -347,7 +300,7 @@ class Store:
     def add_table(self, model: str, table: TableSpec, capacity_rows: int = 0) -> None:
         """Have this table in an existing model. Raises as `add_model`."""
         store = self._known(model)
-        self._check_new(_alone(store.spec, [table], []), store)
+        self._check_new(schema.alone(store.spec, [table], []))
         if store.add_table(table, capacity_rows):
             self._insert(store)
             self._publish_manifest()
@@ -355,7 +308,7 @@ class Store:
     def add_tensor(self, model: str, tensor: TensorSpec) -> None:
         """Have this dense tensor in an existing model. Raises as `add_model`."""
         store = self._known(model)
-        self._check_new(_alone(store.spec, [], [tensor]), store)
+        self._check_new(schema.alone(store.spec, [], [tensor]))
         if store.add_tensor(tensor):
             self._insert(store)
             self._publish_manifest()
@@ -365,32 +318,14 @@ class Store:
             raise ModelError(f"there is no model {name!r}: there are {', '.join(map(repr, self._models)) or 'none'}")
         return self._models[name]
 
-    def _check_new(self, spec: ModelSpec, model: ModelStore | None, ending: Collection[str] = ()) -> None:
-        """Refuse what contradicts the model that exists, or another one.
+    def _check_new(self, spec: ModelSpec, ending: Collection[str] = ()) -> None:
+        """Refuse what contradicts the models that are here, but those that end.
 
         Raises:
             ModelError: naming the contradiction.
         """
-        if model is None:
-            self._check_ids(spec, ending)
-            held = spec.bare()
-        else:
-            held = model.spec
-        if held.incarnation != spec.incarnation:
-            raise ModelError(f"model {spec.name!r} is here as incarnation {held.incarnation}, not {spec.incarnation}")
-        if held.shards != spec.shards:
-            raise ModelError(f"model {spec.name!r} has {held.shards} shards, not {spec.shards}")
-        if held.partitions != spec.partitions:
-            raise ModelError(
-                f"model {spec.name!r} has {held.partitions} partitions, not {spec.partitions}: all nodes of a cluster divide a "
-                "model in the same way"
-            )
-        if held.codec != spec.codec:
-            raise ModelError(
-                f"model {spec.name!r} has codec {held.codec!r}, not {spec.codec!r}: a model's codec is the same on all nodes"
-            )
-        _check_tables(held, spec)
-        _check_tensors(held, spec)
+        held = {name: model.spec for name, model in self._models.items() if name not in ending}
+        schema.check_new(spec, held.get(spec.name), held.values())
 
     # --- generations ------------------------------------------------------------------------------------------------
 
@@ -440,11 +375,10 @@ class Store:
         """Let switches up to this moment count for readers; True when there were some."""
         if self._control is None:
             return False
-        word = self._control.words(layout.CONTROL.offset("aliases_ms"))
-        before, word[...] = int(word), unix_ms
+        before = self._control.settle_aliases(unix_ms)
         settled = any(before < alias.effective_ms <= unix_ms for alias in self._registers.aliases.values())
         if settled:
-            self._tell_readers()
+            self._control.tell_readers()
         return settled
 
     def _learn(self, facts: Iterable[Fact], wanted: Sequence[ModelSpec]) -> bool:
@@ -453,7 +387,7 @@ class Store:
         The manifest is written before any file goes: who reads it finds all that it names.
         """
         merged = self._registers.merged(facts)
-        gone = [name for name in self._models if self._ends(name, merged, wanted)]
+        gone = self._ended(merged, wanted)
         if merged is self._registers and not gone:
             return False
         self._registers = merged
@@ -470,22 +404,8 @@ class Store:
         self.on_registers()
         return True
 
-    def _ends(self, name: str, registers: Registers, wanted: Sequence[ModelSpec]) -> bool:
-        """Whether a model that is here does so no more, by these facts and incarnations."""
-        held = self._models[name].spec
-        newer = any(spec.name == name and spec.incarnation > held.incarnation for spec in wanted)
-        return newer or registers.is_dropped(Generation.of(held))
-
-    def _check_ids(self, spec: ModelSpec, ending: Collection[str]) -> None:
-        """Refuse a new model of whose ids another one has one.
-
-        Raises:
-            ModelError: naming the other.
-        """
-        ids = {spec.id, *spec.keyspaces}
-        for model in (one for name, one in self._models.items() if name not in ending):
-            if ids & {model.spec.id, *model.spec.keyspaces}:
-                raise ModelError(f"models {spec.name!r} and {model.spec.name!r} have the same id: rename one")
+    def _ended(self, registers: Registers, wanted: Sequence[ModelSpec]) -> list[str]:
+        return schema.ended([model.spec for model in self._models.values()], registers, wanted)
 
     def _check_room(self, specs: Sequence[ModelSpec], asked: bool, ending: Collection[str] = ()) -> None:
         """Refuse more than this node has room for.
@@ -516,21 +436,11 @@ class Store:
 
     def _publish_manifest(self) -> None:
         """Write the manifest, then tell attached readers."""
-        if self._run_dir is None:
-            return
-        assert isinstance(self._memory, TmpfsMemory)
-        assert self._control is not None
-        entries = [model.entry() for model in self._models.values()]
-        memory = self._memory
-        manifest = Manifest(kernel_boot_id(), str(memory.directory), memory.prefix, entries, registers=self._registers)
-        write_manifest(self._run_dir, manifest, memory.access)
-        self._tell_readers()
+        if self._control is not None:
+            self._control.publish(self._entries(), self._registers)
 
-    def _tell_readers(self) -> None:
-        assert self._control is not None
-        # Released: who sees the number finds this manifest.
-        generation = self._control.address + layout.CONTROL.offset("manifest_generation")
-        publish_word(generation, watch_word(generation) + 1)
+    def _entries(self) -> list[ModelEntry]:
+        return [model.entry() for model in self._models.values()]
 
     # --- p2p.replica.Host -------------------------------------------------------------------------------------------
 
@@ -550,13 +460,14 @@ class Store:
             return False
         facts = parse_facts(fresh)
         merged = self._registers.merged(facts)
-        wanted = self._wanted([entry for entry in fresh if not is_register(entry)], merged)
-        ending = {name for name in self._models if self._ends(name, merged, wanted)}
+        held = {name: model.spec for name, model in self._models.items()}
+        wanted = schema.wanted([entry for entry in fresh if not is_register(entry)], held, merged)
+        ending = self._ended(merged, wanted)
         try:
             self._check_room(wanted, asked=False, ending=ending)
             for spec in wanted:
-                self._check_new(spec, None if spec.name in ending else self._models.get(spec.name), ending)
-            _check_apart(wanted)
+                self._check_new(spec, ending)
+            schema.check_apart(wanted)
         except NoRoomError as error:
             raise BlamelessError(f"no room for the schema of a peer: {error}") from error
         except ModelError as error:
@@ -575,106 +486,3 @@ class Store:
         """What the configuration wants to hold of a model that comes under a name which it knows."""
         hold = self._holds.get(spec.name)
         return hold if hold is not None and set(hold) <= set(range(spec.partitions)) else None
-
-    def _wanted(self, entries: Sequence[SchemaEntry], registers: Registers) -> list[ModelSpec]:
-        """The models that these entries speak of, with what they add, but those that are dropped by these facts.
-
-        Raises:
-            RemoteProtocolError: an entry makes no sense, or speaks of a model that nobody described.
-        """
-        specs: dict[int, ModelSpec] = {}
-        over = {Generation(one.name, one.incarnation) for one in registers.dropped.values()}
-        past = {ModelSpec(one.name, incarnation=one.incarnation).id for one in over}
-        parts: list[tuple[int, TableSpec | TensorSpec]] = []
-        for entry in entries:
-            parsed = parse_entry(entry)
-            if not isinstance(parsed, ModelSpec):
-                parts.append((entry.keyspace, parsed))
-            elif specs.setdefault(entry.keyspace, parsed).bare() != parsed:
-                raise RemoteProtocolError(f"model {parsed.name!r} is described twice, differently")
-        known = {model.spec.id: model.spec for model in self._models.values()}
-        for keyspace, part in parts:
-            if keyspace not in specs and keyspace in past:
-                continue
-            if keyspace not in specs and keyspace in known:
-                specs[keyspace] = known[keyspace].bare()
-            if keyspace not in specs:
-                raise RemoteProtocolError(f"schema entry for {part.name!r} of unknown model {keyspace}")
-            names: dict[str, TableSpec] | dict[str, TensorSpec]
-            names = specs[keyspace].tables if isinstance(part, TableSpec) else specs[keyspace].tensors
-            if names.setdefault(part.name, part) != part:  # type: ignore[arg-type]
-                raise RemoteProtocolError(f"{part.name!r} is described twice, differently")
-        return [spec for spec in specs.values() if self._is_current(spec, registers, specs.values())]
-
-    def _is_current(self, spec: ModelSpec, registers: Registers, others: Iterable[ModelSpec]) -> bool:
-        """Whether nothing that is known says that there is a later model of this name, or that it is dropped."""
-        held = self._models.get(spec.name)
-        later = [other.incarnation for other in (*others, *(() if held is None else (held.spec,))) if other.name == spec.name]
-        return spec.incarnation >= max(later) and not registers.is_dropped(Generation.of(spec))
-
-
-def _check_apart(specs: Sequence[ModelSpec]) -> None:
-    """Refuse models that come together and have an id in common."""
-    taken: set[int] = set()
-    for spec in specs:
-        ids = {spec.id, *spec.keyspaces}
-        if ids & taken:
-            raise ModelError(f"model {spec.name!r} has the id of another one that came with it: rename one")
-        taken |= ids
-
-
-def _alone(spec: ModelSpec, tables: list[TableSpec], tensors: list[TensorSpec]) -> ModelSpec:
-    return replace(spec, tables={t.name: t for t in tables}, tensors={t.name: t for t in tensors})
-
-
-def _check_tables(held: ModelSpec, new: ModelSpec) -> None:
-    ids = {table.id: table.name for table in held.tables.values()} | {TableSpec(DENSE_TABLE, 1).id: DENSE_TABLE}
-    for table in new.tables.values():
-        if table.name == DENSE_TABLE:
-            raise ModelError(f"table name {DENSE_TABLE!r} is reserved for dense tensors: choose another")
-        if table.codec != held.codec:
-            raise ModelError(
-                f"model {new.name!r} has codec {held.codec!r}, and its table {table.name!r} cannot have {table.codec!r}"
-            )
-        existing = held.tables.get(table.name, table)
-        if existing != table:
-            what = "dim" if existing.dim != table.dim else "ttl_s"
-            has, wanted = getattr(existing, what), getattr(table, what)
-            raise ModelError(f"table {table.name!r} of model {new.name!r} has {what} {has}, not {what} {wanted}")
-        if ids.setdefault(table.id, table.name) != table.name:
-            raise ModelError(f"tables {table.name!r} and {ids[table.id]!r} have the same id: rename one")
-    if len(held.tables | new.tables) > TABLES_MAX:
-        raise ModelError(f"model {new.name!r} would have more than {TABLES_MAX} tables")
-
-
-def _check_tensors(held: ModelSpec, new: ModelSpec) -> None:
-    for tensor in new.tensors.values():
-        existing = held.tensors.get(tensor.name, tensor)
-        if existing != tensor:
-            raise ModelError(
-                f"tensor {tensor.name!r} of model {new.name!r} is {existing.dtype}{list(existing.shape)}, "
-                f"not {tensor.dtype}{list(tensor.shape)}"
-            )
-    if len(held.tensors | new.tensors) > TENSORS_MAX:
-        raise ModelError(f"model {new.name!r} would have more than {TENSORS_MAX} tensors")
-
-
-def _fresh_memory(run_dir: Path, memory_dir: Path, access: Access) -> TmpfsMemory:
-    """Under names that no other store of this run_dir has."""
-    return TmpfsMemory(memory_dir, f"{prefix_of(run_dir)}-{token_hex(4)}", access)
-
-
-def _control_of_old_store(run_dir: Path) -> Mapping | None:
-    """The control file that an older manifest names, if both can still be used."""
-    try:
-        manifest = read_manifest(run_dir)
-        if manifest is None:
-            return None
-        return TmpfsMemory(Path(manifest.memory_dir), manifest.prefix).open(CONTROL_NAME)
-    except (StoreError, OSError, ValueError):
-        return None
-
-
-def _retire(control: Mapping) -> None:
-    if len(control) >= layout.CONTROL_BYTES:
-        publish_word(control.address + layout.CONTROL.offset("retired"), 1)

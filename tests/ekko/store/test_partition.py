@@ -9,6 +9,7 @@ import pytest
 from ekko.errors import ModelError
 from ekko.model import ModelSpec, TableSpec, TensorSpec, table_id
 from ekko.store import Store
+from ekko.store.control import Control
 from ekko.store.manifest import read_manifest
 from ekko.store.model_store import ModelStore
 from p2p.errors import RemoteProtocolError, SchemaClashError
@@ -260,7 +261,7 @@ def test_less_is_held_after_a_copy_and_the_old_files_are_gone(tmp_path: Path) ->
     assert model.spec.tensors == {"w": TensorSpec("w", (3,), "float32")}
     assert model.table_stats()["item"].tombstones == 6
     assert model.writer is None, "it cannot know any more what it wrote in partition 1"
-    assert int(control.words(72)) == 1, "readers were not told"  # type: ignore[union-attr]
+    assert int(control._mapping.words(72)) == 1, "readers were not told"  # type: ignore[union-attr]
     names = {path.name for path in (tmp_path / "shm").iterdir()}
     assert names == narrow._file_names()
     narrow.close()
@@ -293,7 +294,7 @@ def test_a_kill_in_mid_copy_changes_nothing(tmp_path: Path, monkeypatch: pytest.
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "_publish_manifest", killed)
+        patch.setattr(Control, "publish", killed)
         with pytest.raises(KilledError):
             store.narrowed({"ctr": [0]})
     again = Store.open(tmp_path / "run", memory_dir=tmp_path / "shm")
