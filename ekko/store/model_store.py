@@ -3,15 +3,14 @@
 A model of several partitions has a `ekko.store.partition.Partition` for each that this node holds, and they are its replicas.
 Vector rows and frontiers of the others stay zero, and no row of them is here.
 
-What a restarted daemon must know is in the model's header file (`ekko.store.layout.MODEL`), written in the order R4 asks for:
-a local step's stamp and shards first, then its rows, then (by the machine) the vector.
+Here are its tables and what is known of it. What comes in is for `ekko.store.applying`, what peers ask for `questions`, what a
+restarted daemon must know of its own steps for `own_writer`, what goes for good for `collecting`.
 """
 
-from collections.abc import Callable, Sequence
 from collections.abc import Mapping as ReadOnlyMapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,30 +18,25 @@ from numpy.typing import NDArray
 from ekko.errors import ModelError, StoreError
 from ekko.model import DENSE_SPEC, DENSE_TABLE, TableSpec, TensorSpec, table_id
 from ekko.store import capacity, layout
+from ekko.store.applying import Applying, whole
 from ekko.store.batches import BatchMarks
 from ekko.store.collecting import Sweep, WholeShards
 from ekko.store.eviction import Eviction
 from ekko.store.floor import LossFloor
 from ekko.store.hot import Heat
-from ekko.store.kernels import claims, collect, index, rows
-from ekko.store.kernels.atomics import publish_word
-from ekko.store.kernels.ring import ABOVE_ALL
+from ekko.store.kernels import index
 from ekko.store.manifest import ModelEntry, header_name, heat_name, hot_name, index_name, rows_name
 from ekko.store.memory import Mapping, Memory
+from ekko.store.own_writer import OwnWriter
+from ekko.store.questions import Questions
 from ekko.store.recent import CacheStats, RecentRows
 from ekko.store.table import Table
 from ekko.store.view import RowSource, gather_rows
-from p2p.errors import RemoteProtocolError, UnknownTableError
-from p2p.placement import take
 from p2p.replica import Applied, Collected, KnownSteps, Place, RowColumns, Selection, WriterIdentity
-from p2p.stamps import WRITERS_MAX, writer_of
+from p2p.stamps import WRITERS_MAX
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
-
-T = TypeVar("T")
-
-_NO_STAMPS: U64 = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +60,17 @@ class ModelStore:
         self._table_bytes_max = table_bytes_max
         self._header = header
         self._tables: dict[int, Table] = {}
-        self._words: dict[str, U64] = {}  # views of the header, by name: making one costs more than reading it
         # Each batch looks at all shards of one writer: these lie together, where a row of 4,096 writers for each shard costs a
         # page and a cache line each, all in one set of the cache (107 us against 5 for 64 shards).
         self._vector = header.words(layout.MODEL.offset("vector"), WRITERS_MAX, entry.shards).T
         frontiers = layout.frontiers_offset(entry.shards, entry.partitions)
         self._frontiers = header.words(frontiers, entry.partitions, WRITERS_MAX)
-        self._pending_shards = header.words(layout.MODEL.offset("pending_shards"), (entry.shards + 63) // 64)
-        self._pending_address = header.address + layout.MODEL.offset("pending_stamp")
-        self._stamp_max = self._word("stamp_max")
+        # Views of the header: making one costs more than reading it.
+        self._stamp_max, self._synced_until_ms = self._word("stamp_max"), self._word("synced_until_ms")
         self._synced_until = np.zeros(entry.partitions, np.int64)  # of each partition
-        self._elsewhere: U64 | None = None  # scratch of `changed_in`
-        self._identity = self._read_identity()
+        self._own = OwnWriter(header, entry.shards)
+        self._questions = Questions(self._tables, entry.shards, entry.partitions)
+        self._applying = Applying(self, self._stamp_max)
         self._place = Place(self.spec.id)
         self.capacity: capacity.Capacity | None = None  # set by whoever knows the configuration
         self._heat: dict[str, Heat] = {}  # of each table that readers look up
@@ -120,7 +113,7 @@ class ModelStore:
                 model.spec.tables[table.name] = table
         for tensor in entry.tensors:
             model.spec.tensors[tensor.name] = tensor
-        model._merge_pending()
+        model._own.merge_pending(model._vector, model._frontiers)
         model._mark_attached()
         model._cover_floor()
         return model
@@ -155,10 +148,7 @@ class ModelStore:
         return sum(heat.stats().requests for heat in self._heat.values())
 
     def _word(self, name: str) -> U64:
-        view = self._words.get(name)
-        if view is None:
-            view = self._words[name] = self._header.words(layout.MODEL.offset(name))
-        return view
+        return self._header.words(layout.MODEL.offset(name))
 
     def entry(self) -> ModelEntry:
         """What the manifest says of the model."""
@@ -320,7 +310,7 @@ class ModelStore:
             raise ModelError(f"model {self.spec.name!r} has no table {table!r}: it has {known}")
         out, stamps = np.empty((keys.size, held.spec.dim), np.float32), np.empty(keys.size, np.uint64)
         source = RowSource.of(held.spec, held.mapping.address)
-        gather_rows(source, held.index, _whole(keys), out, stamps)
+        gather_rows(source, held.index, whole(keys), out, stamps)
         return out, stamps
 
     # --- partitions -------------------------------------------------------------------------------------------------
@@ -358,27 +348,16 @@ class ModelStore:
 
     def changed_in(self, partition: int, base: U64) -> list[Selection]:
         """`changed_since` of one partition, with the vector uint64[its shards, WRITERS_MAX] of an asker."""
-        return self._in_partition(partition, base, self.changed_since)
+        return self._questions.in_partition(partition, base, self.changed_since)
 
     def scan_in(self, partition: int, base: U64) -> list[Selection]:
         """`changed_in` by looking at every row."""
-        return self._in_partition(partition, base, self.scan_since)
+        return self._questions.in_partition(partition, base, self.scan_since)
 
     def stray_digest_in(self, partition: int) -> int:
         """`stray_digest` of one partition."""
-        return self._in_partition(partition, self._vector[partition :: self.spec.partitions], self._digest_above)
-
-    def _in_partition(self, partition: int, base: U64, ask: Callable[[U64], T]) -> T:
-        """Ask with a vector of the whole model that is above everything in other partitions."""
-        # Filled once: writing a vector of 64 shards anew costs 2 MiB of memory traffic each time.
-        if self._elsewhere is None:
-            self._elsewhere = np.full(self._vector.shape, ABOVE_ALL, np.uint64)
-        own = self._elsewhere[partition :: self.spec.partitions]
-        own[...] = base
-        try:
-            return ask(self._elsewhere)
-        finally:
-            own[...] = ABOVE_ALL
+        own = self._vector[partition :: self.spec.partitions]
+        return self._questions.in_partition(partition, own, self._questions.digest_above)
 
     @property
     def floor(self) -> LossFloor:
@@ -420,52 +399,22 @@ class ModelStore:
 
     @property
     def writer(self) -> WriterIdentity | None:
-        return self._identity
+        return self._own.identity
 
-    def _read_identity(self) -> WriterIdentity | None:
-        """The identity in the header, whose words nobody else writes."""
-        if not int(self._word("writer_bound")):
-            return None
-        writer = int(self._word("writer_id"))
-        last, pending = int(self._word("writer_last_stamp")), int(self._word("pending_stamp"))
-        if pending and writer_of(pending) == writer:
-            last = max(last, pending)
-        return WriterIdentity(writer, int(self._word("writer_nonce")), last)
+    @property
+    def pending_stamp(self) -> int:
+        """Of the step of a publisher here that is being stored, or was last; 0: none yet."""
+        return self._own.pending
 
     @property
     def stamp_max(self) -> int:
-        return max(int(self._stamp_max), int(self._vector.max()), int(self._frontiers.max()), int(self._word("pending_stamp")))
+        return max(int(self._stamp_max), int(self._vector.max()), int(self._frontiers.max()), self._own.pending)
 
     def set_writer(self, identity: WriterIdentity) -> None:
-        # Unbound while the words change: a kill in between costs the identity, and a fresh id is taken. Never a wrong one.
-        bound = self._header.address + layout.MODEL.offset("writer_bound")
-        publish_word(bound, 0)
-        self._word("writer_id")[...] = identity.writer
-        self._word("writer_nonce")[...] = identity.nonce
-        self._word("writer_last_stamp")[...] = identity.last_stamp
-        publish_word(bound, 1)
-        self._identity = self._read_identity()
+        self._own.set(identity)
 
     def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:
-        last = self.writer
-        if last is not None:
-            self._word("writer_last_stamp")[...] = last.last_stamp  # survives the pending entry it may have come from
-        publish_word(self._pending_address, 0)
-        claims.set_bits(self._pending_shards, shards)
-        publish_word(self._pending_address, stamp)
-        if last is not None and writer_of(stamp) == last.writer:
-            self._identity = WriterIdentity(last.writer, last.nonce, stamp)
-
-    def _merge_pending(self) -> None:
-        """Attach (R4): what the last local step wrote before the kill is all that anybody will ever see of it."""
-        stamp = int(self._word("pending_stamp"))
-        if not stamp:
-            return
-        touched = np.flatnonzero(np.unpackbits(self._pending_shards.view(np.uint8), bitorder="little", count=self.spec.shards))
-        writer = writer_of(stamp)
-        self._vector[touched, writer] = np.maximum(self._vector[touched, writer], np.uint64(stamp))
-        partitions = np.unique(touched % self.spec.partitions)
-        self._frontiers[partitions, writer] = np.maximum(self._frontiers[partitions, writer], np.uint64(stamp))
+        self._own.begin(stamp, shards)
 
     def _covered(self) -> U64:
         """uint64[WRITERS_MAX]: everything of each writer is here up to this stamp, in every partition that is held."""
@@ -527,136 +476,35 @@ class ModelStore:
 
     def shards_of(self, keys: U64) -> NDArray[np.int64]:
         out = np.empty(keys.size, np.int64)
-        index.shards_of(_whole(keys), self.spec.shards, out)
+        index.shards_of(whole(keys), self.spec.shards, out)
         return out
 
     def check(self, columns: Sequence[RowColumns], shards: NDArray[np.uint32] | None = None) -> None:
-        some = None if shards is None or len(shards) == self.shards else shards
-        for column in columns:
-            table = self._tables.get(column.table)
-            if table is None:
-                raise UnknownTableError(f"model {self.spec.name!r} has no table with id {column.table}")
-            shape = column.rows.shape
-            if len(shape) != 2 or column.rows.dtype != np.uint8 or (shape[0] and shape[1] != table.row_bytes):
-                raise RemoteProtocolError(
-                    f"rows of table {table.spec.name!r} are {column.rows.dtype}{shape}, not {table.spec.row_bytes} bytes"
-                )
-            if column.keys.ndim != 1 or column.keys.dtype != np.uint64 or shape[0] > column.keys.size:
-                raise RemoteProtocolError(
-                    f"table {table.spec.name!r}: {shape[0]} rows and keys {column.keys.dtype}{column.keys.shape}"
-                )
-            if column.stamps is not None and (column.stamps.dtype != np.uint64 or column.stamps.shape != column.keys.shape):
-                raise RemoteProtocolError(f"table {table.spec.name!r}: stamps do not match the keys")
-            if some is not None and not index.all_in_shards(_whole(column.keys), self.shards, some):
-                raise RemoteProtocolError(f"a row of table {table.spec.name!r} lies outside the shards that it came as")
+        self._applying.check(columns, shards)
 
     def reserve(self, columns: Sequence[RowColumns]) -> None:
-        keys: dict[int, list[U64]] = {}
-        for column in columns:
-            if column.keys.size:
-                keys.setdefault(column.table, []).append(column.keys)
-        for table, parts in keys.items():
-            # Beyond its capacity rows are dropped, or others make room for them.
-            limited = self.capacity is not None and table != DENSE_SPEC.id
-            new_max = max(0, capacity.room_for(self, self._tables, table, {})) if limited else None
-            self._tables[table].have_room(_whole(parts[0]) if len(parts) == 1 else np.concatenate(parts), new_max)
+        self._applying.reserve(columns)
 
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
-        counts = np.zeros(3, np.int64)
-        ghosts = 0
-        if len(self._floor.writers):  # else nothing was ever dropped here, and no key is absent that should not be
-            columns, ghosts = self._without_ghosts(columns, stamp)
-        # A step of a publisher here was looked at as a whole, and nothing of it may be dropped.
-        if self.eviction is not None and not (stamp and stamp == int(self._word("pending_stamp"))):
-            columns = self.eviction.admit(columns, stamp)
-        columns = [column for column in columns if column.keys.size]
-        if columns:
-            self._marks.begin(columns, stamp)
-            try:
-                for column in columns:
-                    self._apply(column, stamp, counts)
-            finally:
-                self._marks.end()
-        return Applied(int(counts[rows.WRITTEN]), int(counts[rows.INSERTED]), int(counts[rows.STALE]), ghosts)
-
-    def _without_ghosts(self, columns: Sequence[RowColumns], stamp: int) -> tuple[list[RowColumns], int]:
-        """The rows whose key is present, or whose stamp is above the vector (T6); and how many others there are."""
-        vector = self._header.address + layout.MODEL.offset("vector")
-        left, ghosts = [], 0
-        for column in columns:
-            table = self._tables[column.table]
-            stamps = _NO_STAMPS if column.stamps is None else _whole(column.stamps)
-            kept = np.empty(column.keys.size, np.int64)
-            keys = _whole(column.keys)
-            count = collect.not_ghosts(
-                table.index.address,
-                table.index.capacity_log2,
-                table.mapping.address,
-                table.stride,
-                vector,
-                self.shards,
-                keys,
-                stamps,
-                stamp,
-                kept,
-            )
-            ghosts += column.keys.size - count
-            left.append(column if count == column.keys.size else take(column, kept[:count]))
-        return left, ghosts
-
-    def _apply(self, column: RowColumns, stamp: int, counts: I64) -> None:
-        newest = stamp if column.stamps is None else int(column.stamps.max())
-        if newest > int(self._stamp_max):
-            self._stamp_max[...] = newest
-        stamps = None if column.stamps is None else _whole(column.stamps)
-        data = column.rows if column.rows.flags.c_contiguous else np.ascontiguousarray(column.rows)
-        self._tables[column.table].apply(_whole(column.keys), data, stamps, stamp, counts)
+        return self._applying.apply(columns, stamp)
 
     def changed_since(self, base: U64, *, measured: bool = True) -> list[Selection]:
-        # Not measured: the update cache does not learn from the question how far back peers look.
-        return self._select(base, lambda table, flat: table.changed_since(flat, self.shards, measured=measured))
+        return self._questions.changed_since(base, measured=measured)
 
     def scan_since(self, base: U64) -> list[Selection]:
-        """`changed_since` by looking at every row: what the update cache is measured against."""
-        return self._select(base, lambda table, flat: table.scan(flat, self.shards))
-
-    def _select(self, base: U64, select: Callable[[Table, U64], I64]) -> list[Selection]:
-        flat = np.ascontiguousarray(base, np.uint64).reshape(-1)
-        assert flat.size == self.shards * WRITERS_MAX, f"vector of {flat.size} entries"
-        chosen = [Selection(table.spec.id, table.spec.row_bytes, select(table, flat)) for table in self._tables.values()]
-        return [selection for selection in chosen if selection.slots.size]
+        """`changed_since` by looking at every row."""
+        return self._questions.scan_since(base)
 
     def without(self, selections: Sequence[Selection], known: KnownSteps, *, partitions: int = 1) -> list[Selection]:
-        # Of a partition of several, `known` has one bit for each of its own shards.
-        assert known.shards.shape[1] * 8 >= self.shards // partitions, "a bit for each shard"
-        stamps, bits = _whole(known.stamps), np.ascontiguousarray(known.shards)
-        left = []
-        for selection in selections:
-            slots = self._tables[selection.table].without(selection.slots, stamps, bits, self.shards, partitions)
-            if slots.size:
-                left.append(Selection(selection.table, selection.row_bytes, slots))
-        return left
+        return self._questions.without(selections, known, partitions)
 
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         keys, data, stamps = self._tables[table].read(np.ascontiguousarray(slots, np.int64))
         return RowColumns(table, keys, data, stamps)
 
     def stray_digest(self) -> int:
-        return self._digest_above(self._vector)
-
-    def _digest_above(self, base: U64) -> int:
-        sums = np.zeros(2, np.uint64)
-        for selection in self.changed_since(base, measured=False):
-            self._tables[selection.table].add_digest(selection.slots, sums)
-        return int(sums[0]) | int(sums[1]) << 64
+        return self._questions.digest_above(self._vector)
 
     def set_synced_until(self, unix_ms: int) -> None:
         self._marks.settle()
-        self._word("synced_until_ms")[...] = unix_ms
-
-
-def _whole(column: U64) -> U64:
-    """The column as the kernels want it: contiguous and aligned; copied only when it is not."""
-    if column.flags.c_contiguous and column.flags.aligned:
-        return column
-    return np.require(column, np.uint64, ["C", "A"])
+        self._synced_until_ms[...] = unix_ms

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ekko.store.model_store import ModelStore
+from ekko.store.questions import Questions
 from p2p import membership, pull, push, reach
 from p2p import messages as m
 from p2p.gossip import Gossip
 from p2p.placement import divide, holdings_of, holds, may_hold
 from p2p.replica import Place, RowColumns
+from p2p.stamps import WRITERS_MAX
 from p2p.trees import TREES_MAX, Holder, Trees
 from p2p.versions import first_record_version
 from sim_cluster.virtual import VirtualCluster
@@ -241,12 +242,12 @@ def a_claim_is_whole_without_all_of_its_shards(patch: pytest.MonkeyPatch) -> Non
 def an_answer_has_rows_of_all_partitions(patch: pytest.MonkeyPatch) -> None:
     """A pull selects what the asker lacks of the whole model."""
 
-    def ask(self: ModelStore, partition: int, base: Any, question: Any) -> Any:
-        whole = np.zeros(self.vector.shape, np.uint64)
-        whole[partition :: self.spec.partitions] = base
+    def ask(self: Questions, partition: int, base: Any, question: Any) -> Any:
+        whole = np.zeros((self._shards, WRITERS_MAX), np.uint64)
+        whole[partition :: self._partitions] = base
         return question(whole)
 
-    patch.setattr(ModelStore, "_in_partition", ask)
+    patch.setattr(Questions, "in_partition", ask)
 
 
 def holders_do_not_look_for_each_other(patch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ekko.store import Store
+from ekko.store.applying import Applying
 from ekko.store.collecting import WholeShards
 from ekko.store.model_store import ModelStore
 from p2p import collection, pull_answers
@@ -181,7 +182,7 @@ def a_snapshot_reads_the_vector_last(patch: pytest.MonkeyPatch) -> None:
 
 def ghosts_are_let_in(patch: pytest.MonkeyPatch) -> None:
     """T6: late versions of what was collected are taken for new rows."""
-    patch.setattr(ModelStore, "_without_ghosts", lambda self, columns, stamp: (list(columns), 0))
+    patch.setattr(Applying, "without_ghosts", lambda self, columns, stamp: (list(columns), 0))
 
 
 PLANTS: list[tuple[Plant, Scenario]] = [

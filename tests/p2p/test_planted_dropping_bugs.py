@@ -6,7 +6,7 @@ import pytest
 
 from ekko.generations import DROPPED, Alias, Registers
 from ekko.model import ModelSpec
-from ekko.store import Store
+from ekko.store import schema
 from p2p import messages as m
 from p2p.pull_answers import PullAnswers
 from p2p.reach import Reach
@@ -81,7 +81,7 @@ def aliases_stand_for_what_is_gone(patch: pytest.MonkeyPatch) -> None:
 
 def older_ones_are_taken(patch: pytest.MonkeyPatch) -> None:
     """Any model that a peer names is taken, also one that was dropped."""
-    patch.setattr(Store, "_is_current", lambda *_: True)
+    patch.setattr(schema, "_is_current", lambda *_: True)
 
 
 def answers_are_kept(patch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ekko.store.kernels import rows
-from ekko.store.model_store import ModelStore
+from ekko.store.own_writer import OwnWriter
 from ekko.store.recent import RecentRows
 from p2p import outbox, push, reach
 from p2p.core import Keyspace
@@ -44,7 +44,7 @@ def a_message_to_a_former_life_is_taken(patch: pytest.MonkeyPatch) -> None:
 
 def a_step_that_was_cut_short_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     """R4: an attach does not merge the pending entry, and the writer goes on as if there had been no such step."""
-    patch.setattr(ModelStore, "_merge_pending", lambda _self: None)
+    patch.setattr(OwnWriter, "merge_pending", lambda *_: None)
 
 
 def a_half_written_row_stays(patch: pytest.MonkeyPatch) -> None:
