@@ -1,0 +1,186 @@
+"""What the values of a configuration must be beyond their types: names, addresses, bounds, and what goes together."""
+
+from collections.abc import Iterator
+from typing import NoReturn
+
+from ekko.addresses import check_endpoint, is_loopback, is_wildcard, split_host_port
+from ekko.config.places import Places
+from ekko.config.sections import ModelSection, NodeConfig, NodeSection, SnapshotsSection
+from ekko.errors import ModelError
+from ekko.model import DENSE_TABLE, TableSpec, check_name, ttl_seconds
+from p2p.replica import PARTITIONS_MAX
+
+CAPACITY_ROWS_MAX = 1 << 40
+CAPACITY_BYTES_MIN = 1 << 20  # anything near is the number of something else
+DELAY_MS_MAX = 60_000.0  # emulation of a link longer than this would look like a dead peer
+SNAPSHOT_S_MIN, SNAPSHOT_S_MAX = 1.0, 366 * 86_400.0
+SNAPSHOTS_KEPT_MAX = 100
+NOT_BUILT = "is not available in this version"
+ROLES_BUILT = ("train", "serve")
+
+
+def check(config: NodeConfig, places: Places) -> None:
+    """Everything that the types cannot say.
+
+    Raises:
+        ConfigError: with one line: file, line, setting, what is wrong, what to do.
+    """
+    _check_node(config.node, places)
+    _check_addresses(config.node, places, encrypted=config.security is not None)
+    for name, model in config.models.items():
+        _check_model(name, model, places)
+        _check_eviction(name, model, config.node.role, places)
+    _check_links(config, places)
+    if config.snapshots is not None:
+        _check_snapshots(config.snapshots, places)
+
+
+def _check_snapshots(snapshots: SnapshotsSection, places: Places) -> None:
+    for key, seconds in (("every", snapshots.every), ("full_every", snapshots.full_every)):
+        if not SNAPSHOT_S_MIN <= seconds <= SNAPSHOT_S_MAX:
+            raise places.error(
+                ("snapshots", key), f'expected a time such as "10m" or "24h", from 1 s to a year, got {seconds:g} s'
+            )
+    if not 1 <= snapshots.keep <= SNAPSHOTS_KEPT_MAX:
+        raise places.error(("snapshots", "keep"), f"expected 1 to {SNAPSHOTS_KEPT_MAX} full snapshots, got {snapshots.keep}")
+    for key, url in (("url", snapshots.url), ("seed", snapshots.seed)):
+        if url == "":
+            raise places.error(("snapshots", key), 'expected a folder or a URL such as "s3://bucket/ekko"')
+
+
+def _check_node(node: NodeSection, places: Places) -> None:
+    for key, kind, value in (("id", "node", node.id), ("region", "region", node.region)):
+        try:
+            check_name(kind, value)
+        except ModelError as error:
+            raise places.error(("node", key), str(error)) from None
+    try:
+        _ = node.access
+    except KeyError:
+        message = f"there is no group {node.shm_group!r} on this machine: name one of which the daemon's user is a member"
+        raise places.error(("node", "shm_group"), message) from None
+    if node.role not in ROLES_BUILT:
+        raise places.error(("node", "role"), f"role {node.role!r} {NOT_BUILT}: use 'train' or 'serve'")
+    if not node.hot_half_life_s >= 1:
+        raise places.error(("node", "hot_half_life_s"), f"{node.hot_half_life_s:g} seconds: expected 1 or more")
+
+
+def _addresses(node: NodeSection) -> Iterator[tuple[str, str]]:
+    yield "peers", node.peers
+    yield "local", node.local
+    yield from (("seeds", seed) for seed in node.seeds)
+    if node.advertise is not None:
+        yield "advertise", node.advertise
+
+
+def _check_addresses(node: NodeSection, places: Places, *, encrypted: bool) -> None:
+    for key, address in _addresses(node):
+        try:
+            host = check_endpoint(address, ipc=key == "local")
+            if host is not None:
+                _check_reach(node, key, host, encrypted=encrypted)
+        except ValueError as error:
+            raise places.error(("node", key), str(error)) from None
+    try:
+        host, port = split_host_port(node.http)
+        if not is_loopback(host) and not node.http_public:
+            raise ValueError(
+                f"host {host!r} is not loopback, and http neither encrypts nor asks who asks: use 127.0.0.1, or set"
+                " http_public = true"
+            )
+    except ValueError as error:
+        raise places.error(("node", "http"), str(error)) from None
+    bound = {"peers": node.peers, "local": node.local, "http": f"tcp://{host}:{port}"}
+    for key, address in list(bound.items())[1:]:
+        clash = next((other for other, taken in bound.items() if other != key and taken == address), None)
+        if clash is not None:
+            raise places.error(("node", key), f"uses the same address as node.{clash}: each needs a port of its own")
+
+
+def _check_reach(node: NodeSection, key: str, host: str, *, encrypted: bool) -> None:
+    """Refuse a host that others can reach in the clear, or that nobody can dial.
+
+    Raises:
+        ValueError: in one line, with the remedy.
+    """
+    if key == "local":
+        if not is_loopback(host):
+            raise ValueError(
+                f"host {host!r} is not loopback: publishers run on the node's own machine; use 127.0.0.1 or ipc:///PATH"
+            )
+    elif not is_loopback(host) and not encrypted:
+        raise ValueError(
+            f"host {host!r} is not loopback, and links beyond this machine are encrypted: add [security] with key_file and"
+            " allow (see `ekko keygen`), or use 127.0.0.1"
+        )
+    elif is_wildcard(host) and (key != "peers" or node.advertise is None):
+        raise ValueError(f"nobody can dial host {host!r}: set advertise to an address that others reach")
+
+
+def _check_model(name: str, model: ModelSection, places: Places) -> None:
+    def refuse(key: str, message: str) -> NoReturn:
+        raise places.error(("models", name, key), message)
+
+    if not 1 <= model.partitions <= min(PARTITIONS_MAX, max(1, model.shards)):
+        refuse(
+            "partitions",
+            f"expected a whole number from 1 to {PARTITIONS_MAX}, and no more than its {model.shards} shards, "
+            f"got {model.partitions}",
+        )
+    if model.hold != "all":
+        if not model.hold:
+            refuse("hold", "expected 'all' or a list of partitions, got []: a node without any needs no entry for the model")
+        if not set(model.hold) <= set(range(model.partitions)):
+            refuse("hold", f"expected 'all' or partitions from 0 to {model.partitions - 1}, got {model.hold}")
+        if len(set(model.hold)) != len(model.hold):
+            refuse("hold", f"a partition is there twice: {model.hold}")
+    if not 1 <= model.capacity_rows <= CAPACITY_ROWS_MAX:
+        refuse("capacity_rows", f"expected a whole number from 1 to {CAPACITY_ROWS_MAX}, got {model.capacity_rows}")
+    if model.capacity_bytes is not None and model.capacity_bytes < CAPACITY_BYTES_MIN:
+        refuse(
+            "capacity_bytes",
+            f"expected at least {CAPACITY_BYTES_MIN} bytes, got {model.capacity_bytes}: leave it out for no limit",
+        )
+    for table, section in model.tables.items():
+        try:
+            if table == DENSE_TABLE:
+                raise ModelError(f"table name {table!r} is reserved for dense tensors: use another name")
+            TableSpec(table, section.dim, ttl_s=ttl_seconds(table, section.ttl))
+        except ModelError as error:
+            raise places.error(("models", name, "tables", table), str(error)) from None
+    try:
+        check_name("model", name)
+    except ModelError as error:
+        raise places.error(("models", name), str(error)) from None
+    try:
+        model.spec(name)
+    except ModelError as error:
+        refuse("shards", str(error))
+
+
+def _check_eviction(name: str, model: ModelSection, role: str, places: Places) -> None:
+    given = model.model_fields_set
+    if "when_full" in given and model.capacity_bytes is None:
+        raise places.error(("models", name, "when_full"), "there is no limit to reach: set capacity_bytes, too")
+    if "evict" in given and model.when_full != "evict":
+        raise places.error(("models", name, "evict"), 'nothing is evicted: set when_full = "evict", too')
+    if model.when_full == "evict" and role == "train":
+        raise places.error(
+            ("models", name, "when_full"),
+            "a training node holds what nobody else may hold yet, so it refuses and never evicts: leave this out",
+        )
+
+
+def _check_links(config: NodeConfig, places: Places) -> None:
+    for pair, link in config.links.items():
+        regions = pair.split("/")
+        if len(regions) != 2 or not all(regions):
+            raise places.error(("links", pair), 'expected a pair of regions such as "eu/us"')
+        if regions[0] != regions[1] and "/".join(reversed(regions)) in config.links:
+            raise places.error(("links", pair), "this pair is there twice, once in each order: links are symmetric, keep one")
+        if link.rate_mbps is not None:
+            raise places.error(("links", pair, "rate_mbps"), f"limiting a link's rate {NOT_BUILT}: remove it")
+        if not 0 <= link.delay_ms <= DELAY_MS_MAX:
+            raise places.error(
+                ("links", pair, "delay_ms"), f"expected 0 to {DELAY_MS_MAX:.0f} milliseconds, got {link.delay_ms}"
+            )

@@ -1,0 +1,171 @@
+"""Every setting there is, its type and its default: one class for each section of the file."""
+
+import grp
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from ekko.addresses import split_host_port
+from ekko.config.values import ByteSize, Number, Seconds, WholeNumber, truth
+from ekko.model import SHARDS_DEFAULT, ModelSpec, TableSpec, ttl_seconds
+from ekko.store.access import MODES, Access
+
+ENVIRONMENT_PREFIX = "EKKO_"
+
+
+class Section(BaseModel):
+    """One table of the file: no conversions, no unknown keys, no changes afterwards."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class NodeSection(Section):
+    """`[node]`: who this node is and where it listens."""
+
+    id: str
+    region: str
+    role: Literal["train", "serve", "baseline", "witness"]
+    run_dir: Annotated[Path, Field(strict=False)]
+    peers: str
+    local: str
+    http: str
+    seeds: list[str] = []
+    advertise: str | None = None
+    http_public: Annotated[bool, BeforeValidator(truth)] = False
+    compression: Literal["auto", "always", "never"] = "auto"
+    expel_after_s: Number = 86_400.0
+    hot_half_life_s: Number = 600.0
+    shm_mode: Literal["0600", "0640", "0644"] = "0640"
+    shm_group: str | None = None
+
+    @property
+    def access(self) -> Access:
+        """Who may read the store.
+
+        Raises:
+            KeyError: there is no such group.
+        """
+        return Access(MODES[self.shm_mode], None if self.shm_group is None else grp.getgrnam(self.shm_group).gr_gid)
+
+
+class TableSection(Section):
+    """`[models.NAME.tables]`, one table."""
+
+    dim: WholeNumber
+    ttl: Any = ""  # `ttl_seconds` says what is right
+
+
+def _table_section(value: object) -> object:
+    """A dim alone is a table without anything else."""
+    return value if isinstance(value, dict | TableSection) else {"dim": value}
+
+
+class ModelSection(Section):
+    """`[models.NAME]`: what exists from the start."""
+
+    shards: WholeNumber = SHARDS_DEFAULT
+    tables: dict[str, Annotated[TableSection, BeforeValidator(_table_section)]] = {}
+    capacity_rows: WholeNumber = 1_000_000
+    codec: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    partitions: WholeNumber = 1
+    hold: Literal["all"] | list[int] = "all"
+    capacity_bytes: ByteSize | None = None
+    when_full: Literal["refuse", "evict"] = "refuse"
+    evict: Literal["least_recently_updated", "least_frequently_read"] = "least_recently_updated"
+
+    def spec(self, name: str) -> ModelSpec:
+        """The schema that these settings ask for.
+
+        Raises:
+            ModelError: a name or a size is out of its limits.
+        """
+        tables = {
+            name: TableSpec(name, table.dim, self.codec, ttl_seconds(name, table.ttl)) for name, table in self.tables.items()
+        }
+        return ModelSpec(name, self.shards, tables, partitions=self.partitions, codec=self.codec)
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The partitions that this node is to hold."""
+        return tuple(range(self.partitions)) if self.hold == "all" else tuple(self.hold)
+
+
+class LinkSection(Section):
+    """`[links]`, one pair of regions, both directions."""
+
+    rate_mbps: Number | None = None
+    delay_ms: Number = 0.0
+
+
+class SecuritySection(Section):
+    """`[security]`: CURVE on all links between nodes; relative paths are taken from the folder of the file."""
+
+    key_file: Annotated[Path, Field(strict=False)]
+    allow: Annotated[Path, Field(strict=False)]
+
+
+class SnapshotsSection(Section):
+    """`[snapshots]`: where to, how often; a relative path is taken from the folder of the file."""
+
+    url: str
+    every: Seconds = 600.0
+    full_every: Seconds = 86_400.0
+    keep: WholeNumber = 2
+    seed: str | None = None
+
+
+class NodeConfig(BaseSettings):
+    """A whole node.toml, checked."""
+
+    model_config = SettingsConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+    )
+
+    node: NodeSection
+    models: dict[str, ModelSection] = {}
+    links: dict[str, LinkSection] = {}
+    security: SecuritySection | None = None
+    snapshots: SnapshotsSection | None = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment before the file; nothing else."""
+        return env_settings, init_settings
+
+    @property
+    def http_address(self) -> tuple[str, int]:
+        """Host and port of the HTTP server."""
+        return split_host_port(self.node.http)
+
+    def delay_s(self, region: str, other: str) -> float:
+        """The one-way delay to emulate between two regions, in seconds."""
+        link = self.links.get(f"{region}/{other}") or self.links.get(f"{other}/{region}")
+        return link.delay_ms / 1000 if link else 0.0
+
+
+def names_at(path: tuple[str, ...]) -> list[str]:
+    """The settings that exist under `path`."""
+    if len(path) == 4 and path[0] == "models" and path[2] == "tables":
+        return list(TableSection.model_fields)
+    sections: dict[str, type[Section]] = {
+        "node": NodeSection,
+        "models": ModelSection,
+        "links": LinkSection,
+        "security": SecuritySection,
+        "snapshots": SnapshotsSection,
+    }
+    return list(sections[path[0]].model_fields) if path and path[0] in sections else list(NodeConfig.model_fields)
