@@ -189,8 +189,9 @@ class Node:
         while True:
             await asyncio.sleep(FOLD_S)
             for model in list(store.models.values()):
-                for heat in list(model.heat.values()):
-                    heat.fold(time.monotonic_ns() // 1_000_000, half_life_ms)
+                for name, heat in list(model.heat.items()):
+                    asked = heat.fold(time.monotonic_ns() // 1_000_000, half_life_ms)
+                    model.fetching.note_asked(model.spec.tables[name].id, asked, time.monotonic())
                     await asyncio.sleep(0)
 
     @contextlib.contextmanager

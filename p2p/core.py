@@ -101,6 +101,10 @@ class Counters:
     rows_collected: int = 0  # tombstones and expired rows
     rows_dropped: int = 0  # which an answer did not bring, though it brought their shards whole
     pulls_redirected: int = 0  # to others, since we dropped rows that the asker may lack (R11)
+    keys_wanted: int = 0  # that readers asked for, and that we had dropped (`p2p.fetching`)
+    rows_fetched: int = 0  # which came back by key
+    fetches_served: int = 0  # questions of others for rows by key
+    fetches_refused: int = 0  # of these, since we lack rows, do not cover the asker's floor, or have no credit
     messages_unspoken: int = 0  # not sent, since the peer's version does not know them
 
 

@@ -11,6 +11,7 @@ schema has not come yet does: it is counted, it recreates nothing, and nobody is
 
 from p2p.collection import Collection
 from p2p.core import Core, Keyspace
+from p2p.fetching import Fetching
 from p2p.pull import Pull
 from p2p.push import Push
 from p2p.reach import Reach
@@ -23,7 +24,7 @@ class Dropping:
 
     Args:
         core: shared state; calls `let_go` from now on.
-        push, pull, schedule, reach, retirement, collection: the parts that keep something by keyspace.
+        push, pull, schedule, reach, retirement, collection, fetching: the parts that keep something by keyspace.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class Dropping:
         reach: Reach,
         retirement: Retirement,
         collection: Collection,
+        fetching: Fetching,
     ) -> None:
-        self._parts = (push, pull, schedule, reach, retirement, collection)
+        self._parts = (push, pull, schedule, reach, retirement, collection, fetching)
         core.let_go = self.let_go
 
     def let_go(self, keyspace: Keyspace) -> None:

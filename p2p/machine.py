@@ -20,6 +20,7 @@ from p2p.collection import Collection
 from p2p.core import Core, Counters, Keyspace, MachineOptions
 from p2p.dropping import Dropping
 from p2p.errors import AheadError, FullError, LocalProtocolError, NotYetError, RemoteProtocolError
+from p2p.fetching import Fetching
 from p2p.gossip import Gossip
 from p2p.introductions import Introductions
 from p2p.ledger import Ledger, NodeRecord
@@ -74,8 +75,16 @@ class Machine:
         self._reach = Reach(self._core)
         self._retirement = Retirement(self._core, self._pull)
         self._collection = Collection(self._core, self._pull)
+        self._fetching = Fetching(self._core)
         self._dropping = Dropping(
-            self._core, self._push, self._pull, self._schedule, self._reach, self._retirement, self._collection
+            self._core,
+            self._push,
+            self._pull,
+            self._schedule,
+            self._reach,
+            self._retirement,
+            self._collection,
+            self._fetching,
         )
         self._introductions = Introductions(self._core, self._pull, self._retirement)
         self._gossip = Gossip(self._core, self._pull, self._introductions, self._retirement)
@@ -308,7 +317,9 @@ class Machine:
                 self._on_batch(link, envelope, message, now)
             case m.PullReply() | m.ShardsReply():
                 self._on_pull_reply(link, envelope, message, now)
-            case m.PullRequest() | m.VersionsWanted() | m.ShardsWanted():
+            case m.KeysFound():
+                self._on_found(link, envelope, message, now)
+            case m.PullRequest() | m.VersionsWanted() | m.ShardsWanted() | m.KeysWanted():
                 self._on_question(link, message, now)
             case m.Ack(session, sequence):
                 if link.on_ack(session, sequence):
@@ -359,7 +370,9 @@ class Machine:
             case _:
                 assert_never(message)
 
-    def _on_question(self, link: Link, asked: m.PullRequest | m.VersionsWanted | m.ShardsWanted, now: m.Now) -> None:
+    def _on_question(
+        self, link: Link, asked: m.PullRequest | m.VersionsWanted | m.ShardsWanted | m.KeysWanted, now: m.Now
+    ) -> None:
         """Somebody wants what we hold; answered only while both agree on who is retired (R13)."""
         if not self._retirement.compare(link, asked.retired_digest, now):
             self._core.counters.pulls_refused += 1
@@ -377,6 +390,8 @@ class Machine:
             case m.ShardsWanted():
                 self._pull.round_answers.on_shards_wanted(link, asked)
                 self._pump(link)
+            case m.KeysWanted():
+                self._fetching.on_wanted(link, asked)
 
     def _on_leave(self, link: Link, version: int, now: m.Now) -> None:
         member = self._core.membership.members.get(link.node)
@@ -465,6 +480,19 @@ class Machine:
         elif reply.keyspace in self._core.keyspaces:
             self._schedule.on_pulled(self._core.keyspaces[reply.keyspace], new, reply.last, now)
 
+    def _on_found(self, link: Link, envelope: m.Envelope, found: m.KeysFound, now: m.Now) -> None:
+        arrival = self._arrive(link, envelope, found.payload_bytes)
+        link.traffic.rows_in += found.row_count
+        link.traffic.bytes_in += found.payload_bytes
+        if arrival is not Arrival.NEXT:
+            return
+        try:
+            self._fetching.on_found(link, found, now)
+        except RemoteProtocolError:
+            self._refused(link, arrival, found.payload_bytes)
+            raise
+        self._applied(link, found.payload_bytes)
+
     def _arrive(self, link: Link, envelope: m.Envelope, payload: int) -> Arrival:
         if envelope.session == 0:
             raise RemoteProtocolError("a batch or pull chunk outside any session")
@@ -509,6 +537,7 @@ class Machine:
                 self._retirement.on_timer(now)
                 self._collection.on_beat(now)
                 incomplete.note_backing(core, self._pull.kept_by, now)
+                self._fetching.on_beat(now)
                 self._publish_waiting(now)
             self._gossip.on_timer(now)
         self._push.beat(now)

@@ -10,7 +10,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from p2p.replica import NO_STEPS, U64, KnownSteps, RowColumns, SchemaEntry
+from p2p.replica import NO_STEPS, U64, KnownSteps, RowColumns, SchemaEntry, TableKeys
 from p2p.transport import Buffer
 from p2p.values import dataclass
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, protocol_of
@@ -530,6 +530,34 @@ class Incomplete:
     request: int  # the pull that this answers; 0: none
 
 
+# How rows that were dropped for want of room come back (`p2p.fetching`), since protocol version 2.
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeysWanted:
+    """Send me the live rows of these keys, which I dropped, if your vector covers my loss floor."""
+
+    keyspace: int
+    request: int
+    floor: Floor  # of the shards of these keys
+    keys: tuple[TableKeys, ...]
+    retired_digest: int = 0  # as in `PullRequest`
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeysFound(_Rows):
+    """Some of these rows. They claim nothing."""
+
+    keyspace: int
+    request: int
+    columns: tuple[RowColumns, ...]  # with stamps, live rows only
+    bound: NDArray[np.uint16] = field(default_factory=_no_writers)  # [b]: writers whose nonces are known
+    nonces: U64 = field(default_factory=_no_numbers)  # [b]
+
+    def __post_init__(self) -> None:
+        self._count(self.columns)
+
+
 # How it is learned what may be dropped for good (`p2p.collection`), since protocol version 2.
 
 
@@ -589,6 +617,8 @@ Message = (
     | StableReport
     | Stable
     | Incomplete
+    | KeysWanted
+    | KeysFound
 )
 
 

@@ -41,6 +41,14 @@ class RowColumns:
         return self.keys.nbytes + self.rows.nbytes + (0 if self.stamps is None else self.stamps.nbytes)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TableKeys:
+    """Keys of one table."""
+
+    table: int
+    keys: U64  # [n], no repeats
+
+
 @dataclass(frozen=True, slots=True)
 class Applied:
     """What one `Replica.apply` did, in rows."""
@@ -196,6 +204,25 @@ class Replica(Protocol):
 
     def note_backed(self, until: U64) -> None:
         """Rows of each writer that may be dropped, uint64[WRITERS_MAX]: others keep them up to these stamps."""
+
+    def take_wanted(self, keys_max: int) -> tuple[TableKeys, ...]:
+        """Keys that were asked for here and are absent in an incomplete shard, at most so many; each is told once in a while.
+
+        An answer that `take_back` is given must be to the last of these calls, of a node that covers the loss floor as it is
+        now in the shards of these keys, and soon.
+        """
+
+    def read_keys(self, table: int, keys: U64) -> RowColumns:
+        """The live rows of these keys that are here, with stamps; none of an unknown table. Copies."""
+
+    def take_back(self, columns: Sequence[RowColumns]) -> Applied:
+        """Write live rows that were asked for by key, though they may be older than what the vector covers (R11).
+
+        Those of keys that were dropped once more since they were asked for, or that find no room, are left out.
+
+        Raises:
+            FullError: as `reserve`. No row is changed.
+        """
 
     @property
     def collectable(self) -> int:

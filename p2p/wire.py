@@ -30,7 +30,7 @@ from p2p import loops
 from p2p import messages as m
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.placement import HOLDS_SINCE
-from p2p.replica import NO_STEPS, PARTITIONS_MAX, U64, KnownSteps, RowColumns, SchemaEntry
+from p2p.replica import NO_STEPS, PARTITIONS_MAX, U64, KnownSteps, RowColumns, SchemaEntry, TableKeys
 from p2p.stamps import WRITERS_MAX, writer_of
 from p2p.transport import FRAMES_MAX, Buffer
 from p2p.trees import TREE_ARITY, TREES_MAX
@@ -76,6 +76,9 @@ PACKED_SINCE: Final = 2
 GROUP_STEPS_MAX: Final = 256
 GROUPS_SINCE: Final = 2
 VERSIONS: Final = range(FIRST_VERSION, PROTOCOL_VERSION + 1)
+
+# Keys that are asked for at once (`p2p.fetching`).
+WANTED_KEYS_MAX: Final = 1_024
 
 _HEADER_BYTES: Final = struct.Struct("<I")
 _ALIGNMENT: Final = 8
@@ -1166,6 +1169,35 @@ def _incomplete(header: Header, _columns: _Columns) -> m.Incomplete:
     return m.Incomplete(_uint(keyspace, 32), _uint(request))
 
 
+def _pack_keys_wanted(wanted: m.KeysWanted, _version: int) -> Packed:
+    floor = wanted.floor
+    tables = [[one.table, len(one.keys)] for one in wanted.keys]
+    header: Header = [wanted.keyspace, wanted.request, wanted.retired_digest, len(floor.shards), len(floor.writers), tables]
+    return header, [floor.shards, floor.writers, np.ascontiguousarray(floor.stamps), *(one.keys for one in wanted.keys)]
+
+
+def _keys_wanted(header: Header, columns: _Columns) -> m.KeysWanted:
+    keyspace, request, retired_digest, shards, writers, tables = header
+    told, ids = _take_shards(columns, shards), _take_writers(columns, writers)
+    floor = m.Floor(told, ids, _take_stamps(columns, len(told), ids))
+    counts = _items(tables, SECTIONS_MAX, lambda one: (_uint(one[0], 32), _uint(one[1], 32)))
+    if not len(told) or not 0 < sum(count for _, count in counts) <= WANTED_KEYS_MAX:
+        raise RemoteProtocolError(f"no keys are wanted, or more than {WANTED_KEYS_MAX}")
+    keys = tuple(TableKeys(table, columns.take(_UINT64, count)) for table, count in counts)
+    return m.KeysWanted(_uint(keyspace, 32), _uint(request), floor, keys, _uint(retired_digest))
+
+
+def _pack_keys_found(found: m.KeysFound, _version: int) -> Packed:
+    sections, arrays = _pack_sections(found.columns)
+    return [found.keyspace, found.request, sections, len(found.bound)], [*arrays, found.bound, found.nonces]
+
+
+def _keys_found(header: Header, columns: _Columns) -> m.KeysFound:
+    keyspace, request, sections, bound = header
+    rows = _sections(sections, columns, with_stamps=True)
+    return m.KeysFound(_uint(keyspace, 32), _uint(request), rows, *_take_bindings(columns, bound))
+
+
 # Which kinds there are and since when: a message's number on the wire is its place here, from 1; new ones go to the end.
 _KINDS: Final = (
     _Kind(m.Hello, _pack_hello, _hello),
@@ -1195,6 +1227,8 @@ _KINDS: Final = (
     _Kind(m.StableReport, _pack_stable_report, _stable_report, since=2),
     _Kind(m.Stable, _pack_stable, _stable, since=2),
     _Kind(m.Incomplete, lambda told, _version: ([told.keyspace, told.request], []), _incomplete, since=2),
+    _Kind(m.KeysWanted, _pack_keys_wanted, _keys_wanted, since=2),
+    _Kind(m.KeysFound, _pack_keys_found, _keys_found, since=2),
 )
 _LARGE_HEADERS: Final = (m.Hello, m.SchemaUpdate, m.Heartbeat, m.MemberNews)
 _NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(_KINDS, start=1)}

@@ -74,12 +74,17 @@ class Applying:
 
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
         """As `Replica.apply`."""
-        model, counts, ghosts = self._model, np.zeros(3, np.int64), 0
+        model, ghosts = self._model, 0
         if len(model.floor_writers):  # else nothing was ever dropped here, and no key is absent that should not be
             columns, ghosts = self.without_ghosts(columns, stamp)
         # A step of a publisher here was looked at as a whole, and nothing of it may be dropped.
         if model.eviction is not None and not (stamp and stamp == model.pending_stamp):
             columns = model.eviction.admit(columns, stamp)
+        return self.write(columns, stamp, ghosts)
+
+    def write(self, columns: Sequence[RowColumns], stamp: int = 0, ghosts: int = 0) -> Applied:
+        """`apply` of rows of which none is to be left out."""
+        model, counts = self._model, np.zeros(3, np.int64)
         columns = [column for column in columns if column.keys.size]
         if columns:
             model.marks.begin(columns, stamp)

@@ -16,7 +16,7 @@ repeats.
 have been deleted since, and the tombstone be among what was dropped. It is dropped, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from ekko.model import DENSE_SPEC
 from ekko.store import capacity
 from ekko.store.kernels import evict as kernels
-from ekko.store.kernels.places import SLOTS_MAX
 from ekko.store.table import Table
 from p2p.replica import RowColumns
 from p2p.stamps import COUNTER_BITS, WRITER_BITS, WRITERS_MAX
@@ -108,7 +107,7 @@ class Eviction:
             dropped = absent & (stamps <= self._dropped_up_to()[shards])
         wanted = int(np.count_nonzero(absent & ~dropped))
         room = capacity.room_for(model, model.tables_by_id, column.table, granted)
-        if wanted > room and model.capacity is not None and model.capacity.evict is not None and self.backed:
+        if wanted > room and model.evicts and self.backed:
             newest = max(model.newest_row, int(stamps.max()))
             room += self._evict(table, wanted - room, slots[~absent], newest)
         if wanted > room:
@@ -119,10 +118,28 @@ class Eviction:
         if not dropped.any():
             return column
         model.floor.add(shards[dropped], stamps[dropped], complete=False)
+        model.fetching.note_gone(column.table, keys[dropped])
         self.refused += int(np.count_nonzero(dropped))
         kept = ~dropped
         own = None if column.stamps is None else column.stamps[kept]
         return RowColumns(column.table, keys[kept], column.rows[kept[: len(column.rows)]], own)
+
+    def make_room(self, table: Table, keys: U64, granted: Mapping[int, int]) -> int:
+        """How many of the rows of these keys find room, after what may go for them has gone.
+
+        Args:
+            table: theirs.
+            keys: uint64[n].
+            granted: new keys that are about to come, by table.
+        """
+        model = self._model
+        slots = table.resolve(keys)
+        present = slots[slots >= 0]
+        wanted = keys.size - present.size
+        room = max(0, capacity.room_for(model, model.tables_by_id, table.spec.id, granted))
+        if wanted > room and model.evicts and self.backed:
+            room += self._evict(table, wanted - room, present, model.newest_row)
+        return min(room, wanted) + present.size
 
     def _dropped_up_to(self) -> U64:
         """uint64[shards]: of incomplete shards the newest stamp that was dropped there, else 0."""
@@ -132,7 +149,7 @@ class Eviction:
         return newest
 
     def _evict(self, table: Table, wanted: int, present: I64, now: int) -> int:
-        """Make room in a table, but not in these slots; returns for how many rows. `now`: the newest stamp that was seen."""
+        """Make room in a table, but not at these places; returns for how many rows. `now`: the newest stamp that was seen."""
         model = self._model
         used = table.rows_used
         if used == 0:
@@ -156,7 +173,7 @@ class Eviction:
         )
         self._looks += size
         chosen, first = np.unique(places[:count], return_index=True)
-        other = ~np.isin(chosen % SLOTS_MAX, present)
+        other = ~np.isin(chosen, present)
         chosen, first = chosen[other], first[other]
         if model.capacity is not None and model.capacity.evict == "least_frequently_read":
             order = np.lexsort((stamps[first], model.hotness(table.spec.name, keys[first])))

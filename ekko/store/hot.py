@@ -130,8 +130,11 @@ class Heat:
         """Of the sketch's hash."""
         return int(self._seed)
 
-    def fold(self, now_ms: int, half_life_ms: float) -> None:
+    def fold(self, now_ms: int, half_life_ms: float) -> U64:
         """Let what there is fade, and add what readers counted since the last fold. Call it every few seconds.
+
+        Returns:
+            uint64[n]: keys that were counted since the last fold, not all of them, and the hottest ones; no repeats.
 
         Args:
             now_ms: of the machine's monotonic clock.
@@ -141,18 +144,20 @@ class Heat:
         if len(content) != layout.hot_bytes(self.width_log2):
             self._hot.lengthen()  # somebody cut it short; the next fold sees zeros there
             self._write_header()
-            return
+            return np.empty(0, np.uint64)
         folded_ms = int(self._word("folded_ms"))
         elapsed_ms = max(0, now_ms - folded_ms) if folded_ms else 0
         decay = 0.5 ** (elapsed_ms / half_life_ms)
         grown = self._fold_counts(content)
         requests = self._word("requests").view(np.float64)
+        asked = np.empty(0, np.uint64)
         if grown or requests > REQUESTS_MIN:
             requests[...] = requests * decay + grown
             kernels.fold(content[_CELLS:].view(np.uint32), self._seen, self._faded, decay)
-            self._fold_top(content)
+            asked = self._fold_top(content)
         self._write_header()
         self._word("folded_ms")[...] = max(now_ms, 1)
+        return asked
 
     def _fold_counts(self, content: NDArray[np.uint8]) -> int:
         """Add the plain counts up; returns how many keys were asked for."""
@@ -167,8 +172,8 @@ class Heat:
             seen[...] = value
         return grown["keys"]
 
-    def _fold_top(self, content: NDArray[np.uint8]) -> None:
-        """Let the candidates of this time, and the hottest keys until now, compete anew."""
+    def _fold_top(self, content: NDArray[np.uint8]) -> U64:
+        """Let the candidates of this time, and the hottest keys until now, compete anew; returns all of them."""
         candidates = content[_CANDIDATES:_CELLS].view(np.uint64).reshape(-1, 2)
         some = candidates[candidates[:, 1] != 0, 0]
         keys = np.unique(np.concatenate([some, self._top[: self._top_count]]))
@@ -179,6 +184,7 @@ class Heat:
         self._top[: order.size] = keys[order]
         self._word("top_count")[...] = order.size
         self._hot.write(_CANDIDATES, np.zeros(2 * layout.HOT_CANDIDATES, np.uint64))
+        return keys
 
     @property
     def _top_count(self) -> int:

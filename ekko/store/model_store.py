@@ -22,6 +22,7 @@ from ekko.store.applying import Applying, whole
 from ekko.store.batches import BatchMarks
 from ekko.store.collecting import Sweep, WholeShards
 from ekko.store.eviction import Eviction
+from ekko.store.fetching import Fetching, live_rows
 from ekko.store.floor import LossFloor
 from ekko.store.hot import Heat
 from ekko.store.kernels import index
@@ -32,7 +33,7 @@ from ekko.store.questions import Questions
 from ekko.store.recent import CacheStats, RecentRows
 from ekko.store.table import Table
 from ekko.store.view import RowSource, gather_rows
-from p2p.replica import Applied, Collected, KnownSteps, Place, RowColumns, Selection, WriterIdentity
+from p2p.replica import Applied, Collected, KnownSteps, Place, RowColumns, Selection, TableKeys, WriterIdentity
 from p2p.stamps import WRITERS_MAX
 
 U64 = NDArray[np.uint64]
@@ -78,6 +79,7 @@ class ModelStore:
         self._floor = LossFloor(header, entry.shards, entry.partitions)
         self.removals = 0  # calls of `remove` in this life: since then a key may have got another slot
         self._sweeps = [Sweep(self, partition) for partition in range(entry.partitions)]
+        self.fetching = Fetching(self)
         self.eviction: Eviction | None = None  # what keeps rows of other nodes within the capacity
 
     @classmethod
@@ -290,6 +292,7 @@ class ModelStore:
         held = self._tables[table]
         keys, stamps = held.heads(slots)
         self._floor.add(self.shards_of(keys), stamps, complete)
+        self.fetching.note_gone(table, keys)
         self.removals += 1
         with self._marks.removing():
             held.remove(slots)
@@ -462,6 +465,7 @@ class ModelStore:
         return self.collect_in(0, until, unix_ms, rows_max)
 
     def merge_floor(self, shards: NDArray[np.uint32], writers: NDArray[np.uint16], floor: U64) -> None:
+        self.fetching.forget()
         self._floor.merge(shards, writers, floor)
         self._cover_floor()
 
@@ -501,6 +505,21 @@ class ModelStore:
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         keys, data, stamps = self._tables[table].read(np.ascontiguousarray(slots, np.int64))
         return RowColumns(table, keys, data, stamps)
+
+    def take_wanted(self, keys_max: int) -> tuple[TableKeys, ...]:
+        return self.fetching.take_wanted(0, keys_max)
+
+    def read_keys(self, table: int, keys: U64) -> RowColumns:
+        return live_rows(self, table, keys)
+
+    def take_back(self, columns: Sequence[RowColumns]) -> Applied:
+        return self.take_back_in(0, columns)
+
+    def take_back_in(self, partition: int, columns: Sequence[RowColumns]) -> Applied:
+        """`take_back` of one partition."""
+        let_in = self.fetching.admit(partition, columns)
+        self._applying.reserve(let_in)
+        return self._applying.write(let_in)
 
     def stray_digest(self) -> int:
         return self._questions.digest_above(self._vector)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ekko.model import keyspace_id
 from ekko.store.collecting import WholeShards
 from ekko.store.model_store import ModelStore
-from p2p.replica import U64, Applied, Collected, KnownSteps, Place, Replica, RowColumns, Selection, WriterIdentity
+from p2p.replica import U64, Applied, Collected, KnownSteps, Place, Replica, RowColumns, Selection, TableKeys, WriterIdentity
 
 # Rows in one step of a copy; what it takes in memory besides the two models.
 COPIED_AT_ONCE = 1 << 16
@@ -155,6 +155,15 @@ class Partition:
 
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         return self._model.read(table, slots)
+
+    def take_wanted(self, keys_max: int) -> tuple[TableKeys, ...]:
+        return self._model.fetching.take_wanted(self._place.partition, keys_max)
+
+    def read_keys(self, table: int, keys: U64) -> RowColumns:
+        return self._model.read_keys(table, keys)
+
+    def take_back(self, columns: Sequence[RowColumns]) -> Applied:
+        return self._model.take_back_in(self._place.partition, columns)
 
     def stray_digest(self) -> int:
         return self._model.stray_digest_in(self._place.partition)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from p2p import messages as m
 from p2p import wire
 from p2p.errors import RemoteProtocolError
-from p2p.replica import KnownSteps, RowColumns, SchemaEntry
+from p2p.replica import KnownSteps, RowColumns, SchemaEntry, TableKeys
 from p2p.stamps import make_stamp
 from p2p.versions import PROTOCOL_VERSION
 
@@ -64,6 +64,7 @@ def known(stamps: np.ndarray, row_bytes: int = 1) -> KnownSteps:
 
 
 BOOTS = np.array([1, 2**64 - 1], np.uint64)
+FLOOR = m.Floor(np.array([0, 2, 3], np.uint32), WRITERS, vector())
 MESSAGES: list[m.Message] = [
     m.Hello(1, 99, (4, 1), MEMBER, (MEMBER,), (SchemaEntry(5, "model", b"\x01"),), True),
     m.Refusal("no"),
@@ -110,8 +111,9 @@ MESSAGES: list[m.Message] = [
     m.StableReport(5, True, WRITERS, vector()[0], BOOTS),
     m.Stable(5, WRITERS, vector()[0], ("eu-1",)),
     m.Incomplete(5, 7),
+    m.KeysWanted(5, 7, FLOOR, (TableKeys(11, BOOTS), TableKeys(12, BOOTS[:1])), 98),
+    m.KeysFound(5, 7, sections(True), WRITERS, BOOTS),
 ]
-FLOOR = m.Floor(np.array([0, 2, 3], np.uint32), WRITERS, vector())
 # With what version 2 added.
 LATER: list[m.Message] = [
     m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98),
@@ -182,6 +184,10 @@ def test_what_version_1_does_not_have_is_left_out(message: m.Message) -> None:
         ),
         m.Heartbeat(MEMBER, (), 7, 0, (m.KeyspaceSummary(5, 1, 3, ()),), standing=(m.KEEPS, m.KEEPS)),
         m.Heartbeat(MEMBER, (), 7, 0, (m.KeyspaceSummary(5, 1, 3, ()),), standing=(4,)),
+        m.KeysWanted(5, 7, FLOOR, ()),
+        m.KeysWanted(5, 7, FLOOR, (TableKeys(11, np.arange(1_025, dtype=np.uint64)),)),
+        m.KeysWanted(5, 7, replace(FLOOR, shards=FLOOR.shards[::-1].copy()), (TableKeys(11, BOOTS),)),
+        m.KeysWanted(5, 7, replace(FLOOR, stamps=FLOOR.stamps[:, ::-1].copy()), (TableKeys(11, BOOTS),)),
         m.StableReport(5, True, WRITERS[::-1].copy(), vector()[0, ::-1].copy(), BOOTS),
         m.StableReport(5, True, WRITERS, vector()[0, ::-1].copy(), BOOTS),
         m.Stable(5, WRITERS, vector()[0], ("eu-1",) * 17),

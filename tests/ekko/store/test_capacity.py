@@ -225,6 +225,20 @@ def test_what_may_not_go_stays() -> None:
         assert not held(model, np.arange(5_000, 5_100)).any()
 
 
+def test_rows_of_the_very_batch_stay_in_slots_that_had_another_key() -> None:
+    model = full("least_recently_updated")
+    first = np.arange(10_000, 11_500)
+    bring(model, first, NOW + np.arange(1_500))  # most slots have changed hands now
+    everything = np.concatenate([np.arange(2_000), first])
+    kept = everything[held(model, everything)]
+    assert model.eviction is not None
+    before = model.eviction.evicted, model.eviction.refused
+    coming = np.concatenate([kept, np.arange(20_000, 20_100)])
+    bring(model, coming, 2 * NOW + np.arange(len(coming)))
+    assert (model.eviction.evicted, model.eviction.refused) == (before[0], before[1] + 100)
+    assert held(model, kept).all()
+
+
 def test_those_that_are_read_least_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     model = full("least_frequently_read")
     monkeypatch.setattr(model, "hotness", lambda _table, keys: (keys < 300).astype(np.float64))  # the oldest are the hot ones
