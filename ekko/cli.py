@@ -2,26 +2,24 @@
 
 import json
 import sys
-import urllib.error
 import urllib.parse
-import urllib.request
 from datetime import UTC, datetime
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from ekko.addresses import split_host_port
-from ekko.errors import ConfigError, EkkoError, NodeFailed, NodeUnreachable
+from ekko.asking import ask_node, fetch_status
+from ekko.errors import ConfigError, EkkoError, NodeFailed
+from ekko.options import ConfigOption, HttpOption, JsonOption, http_of
+from ekko.snapshots.cli import snapshots
 from ekko.version import __version__
 
 EXIT_MISTAKE = 2  # what the user gave, or the environment, is at fault; one line says how
 EXIT_FAILED = 3  # the node stopped by itself to protect its data
 EXIT_INTERRUPTED = 130
-STATUS_TIMEOUT_S = 5.0
 MEMORY_DIR = Path("/dev/shm")  # noqa: S108 - the tmpfs that Linux has for shared memory
-STATUS_BYTES_MAX = 64 << 20
 
 app = typer.Typer(
     name="ekko",
@@ -32,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="The node's TOML file.", metavar="FILE")]
+app.add_typer(snapshots, name="snapshot")
 
 
 def _version(wanted: bool) -> None:
@@ -96,11 +94,11 @@ def keygen(
 @app.command()
 def status(
     config: ConfigOption = None,
-    http: Annotated[str | None, typer.Option("--http", help="The node's HTTP address.", metavar="HOST:PORT")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The node's answer as it is.")] = False,
+    http: HttpOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a node says of itself: members, models, peers, queues."""
-    answer = fetch_status(_http_of(config, http))
+    answer = fetch_status(http_of(config, http))
     if as_json:
         typer.echo(json.dumps(answer, indent=2))
         return
@@ -113,14 +111,14 @@ def status(
 def expel(
     node: Annotated[str, typer.Argument(help="The id of the member.", metavar="NODE")],
     config: ConfigOption = None,
-    http: Annotated[str | None, typer.Option("--http", help="The HTTP address of a node here.", metavar="HOST:PORT")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The node's answer as it is.")] = False,
+    http: HttpOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Expel a node that is down for good, or out of reach for too long: its writers are retired, and nobody waits for it.
 
     Ask any node of the cluster, on its own machine. Should the expelled one come back, it drops what it holds and joins anew.
     """
-    answer = ask_node(_http_of(config, http), "/expel", {"node": node})
+    answer = ask_node(http_of(config, http), "/expel", {"node": node})
     if as_json:
         typer.echo(json.dumps(answer))
         return
@@ -131,7 +129,7 @@ def expel(
 def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
     memory_dir: Annotated[Path, typer.Option("--memory-dir", help="The tmpfs with the shared memory.")] = MEMORY_DIR,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Remove shared memory that dead nodes of this machine left behind.
 
@@ -183,8 +181,8 @@ def load(
     ] = None,
     codec: Annotated[str | None, typer.Option("--codec", help="Of a model that is new; else float32.")] = None,
     config: ConfigOption = None,
-    http: Annotated[str | None, typer.Option("--http", help="The node's HTTP address.", metavar="HOST:PORT")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    http: HttpOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Bring a model from a file of this machine into a training node, at the speed of the file; other nodes pull it from there.
 
@@ -209,102 +207,8 @@ def load(
         where[of] = str(Path(place).absolute()) if Path(place).is_file() else place
     names = {"model": check_name("model", model), "file": str(file.absolute())}
     request = {**names, "tables": tables, "keys": where, "codec": codec and check_codec("model", model, codec)}
-    done = load_now(_http_of(config, http), request, quiet=as_json)
+    done = load_now(http_of(config, http), request, quiet=as_json)
     typer.echo(json.dumps(done) if as_json else f"{done['rows']:,} rows of {file} are in model {model!r}")
-
-
-snapshots = typer.Typer(
-    help="Snapshots: take one now, list, verify, restore.", invoke_without_command=True, rich_markup_mode=None
-)
-app.add_typer(snapshots, name="snapshot")
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
-FolderArgument = Annotated[str, typer.Argument(help="The folder or URL that has the snapshots.", metavar="URL")]
-
-
-@snapshots.callback()
-def _snapshot(
-    context: typer.Context,
-    config: ConfigOption = None,
-    http: Annotated[str | None, typer.Option("--http", help="The node's HTTP address.", metavar="HOST:PORT")] = None,
-    full: Annotated[bool, typer.Option("--full", help="A full one, not an increment.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Have a running node take a snapshot now, and wait for it."""
-    if context.invoked_subcommand is not None:
-        return
-    from ekko.snapshots.commands import take_now
-
-    done = take_now(_http_of(config, http), full=full, quiet=as_json)
-    if as_json:
-        typer.echo(json.dumps(done))
-        return
-    kind = "full snapshot" if done["full"] else "increment"
-    typer.echo(f"{kind} {done['name']}: {done['rows']:,} rows, {done['bytes']:,} bytes in {done['seconds']:.2f} s")
-
-
-@snapshots.command("list")
-def snapshot_list(url: FolderArgument, as_json: JsonOption = False) -> None:
-    """What snapshots there are, oldest first."""
-    from ekko.snapshots.commands import listed
-
-    found = listed(url)
-    if as_json:
-        typer.echo(json.dumps({"snapshots": found}))
-        return
-    for one in found:
-        typer.echo("  ".join(f"{key}={value}" for key, value in one.items() if value not in (None, "")))
-    if not found:
-        typer.echo(f"there are no snapshots in {url}")
-
-
-@snapshots.command("verify")
-def snapshot_verify(
-    url: FolderArgument,
-    name: Annotated[str | None, typer.Argument(help="Which; else the newest.", metavar="NAME")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Read a snapshot with all that it stands on, and check every checksum."""
-    from ekko.snapshots.commands import verify
-
-    done = verify(url, name, quiet=as_json)
-    typer.echo(
-        json.dumps(done) if as_json else f"snapshot {done['name']} is sound: {done['rows']:,} rows, {done['bytes']:,} bytes"
-    )
-
-
-@snapshots.command("export")
-def snapshot_export(
-    url: FolderArgument,
-    model: Annotated[str, typer.Argument(help="Which model.", metavar="MODEL")],
-    file: Annotated[Path, typer.Argument(help="The .safetensors file to write.", metavar="FILE")],
-    as_json: JsonOption = False,
-) -> None:
-    """Write a model of the newest sound snapshot to a safetensors file, which `ekko load` brings back."""
-    from ekko.snapshots.commands import bar
-    from ekko.snapshots.export import export
-
-    with bar("export", quiet=as_json) as progress:
-        done = export(url, model, file, progress)
-    typer.echo(json.dumps(done) if as_json else f"{done['rows']:,} rows of snapshot {done['name']} are in {file}")
-
-
-@snapshots.command("restore")
-def snapshot_restore(
-    url: FolderArgument,
-    config: Annotated[Path, typer.Option("--config", "-c", help="Of the node that is to begin with it.", metavar="FILE")],
-    as_json: JsonOption = False,
-) -> None:
-    """Fill the memory of a node that does not run, and has none, with the newest sound snapshot; then start the node."""
-    from ekko.config import load_config
-    from ekko.snapshots.commands import restore
-
-    settings = load_config(config)
-    specs = {name: model.spec(name) for name, model in settings.models.items()}
-    hold = {name: model.held for name, model in settings.models.items()}
-    done = restore(url, settings.node.run_dir, settings.node.id, specs, hold, quiet=as_json)
-    typer.echo(
-        json.dumps(done) if as_json else f"snapshot {done['name']} is in the memory of node {settings.node.id!r}: start it"
-    )
 
 
 @app.command()
@@ -313,15 +217,15 @@ def hot(
     table: Annotated[str | None, typer.Argument(help="One of its tables; all without.", metavar="TABLE")] = None,
     count: Annotated[int, typer.Option("--count", "-n", help="How many keys.", min=0, max=1024)] = 20,
     config: ConfigOption = None,
-    http: Annotated[str | None, typer.Option("--http", help="The node's HTTP address.", metavar="HOST:PORT")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The node's answer as it is.")] = False,
+    http: HttpOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show which keys the readers of a node ask for most, and how much each table is read.
 
     Counts are estimates from a sample; they fade by half in node.hot_half_life_s (10 minutes).
     """
     ask = {"model": model, "count": str(count)} | ({} if table is None else {"table": table})
-    answer = ask_node(_http_of(config, http), f"/hot?{urllib.parse.urlencode(ask)}")
+    answer = ask_node(http_of(config, http), f"/hot?{urllib.parse.urlencode(ask)}")
     if as_json:
         typer.echo(json.dumps(answer, indent=2))
         return
@@ -340,15 +244,15 @@ def alias(
     remove: Annotated[bool, typer.Option("--remove", help="The name is no alias any more.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also while some node has not caught up with the model.")] = False,
     config: ConfigOption = None,
-    http: Annotated[str | None, typer.Option("--http", help="The HTTP address of a node here.", metavar="HOST:PORT")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The node's answer as it is.")] = False,
+    http: HttpOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Switch what a name stands for to another model, on all nodes at once; without a name, list the aliases.
 
     Readers of the alias follow between two look-ups. The model that it stood for stays, for `ekko alias NAME --back`, until it
     is dropped (`ekko drop`).
     """
-    address = _http_of(config, http)
+    address = http_of(config, http)
     if name is None:
         _list_aliases(address, as_json)
         return
@@ -385,77 +289,18 @@ def drop(
     model: Annotated[str, typer.Argument(help="The model.", metavar="MODEL")],
     force: Annotated[bool, typer.Option("--force", help="Also when it is the way back of an alias.")] = False,
     config: ConfigOption = None,
-    http: Annotated[str | None, typer.Option("--http", help="The HTTP address of a node here.", metavar="HOST:PORT")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The node's answer as it is.")] = False,
+    http: HttpOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Drop a model on all nodes, for good: its memory is freed, its publishers and readers are told.
 
     Nodes that are away drop it when they come back. The name may be used again, for another model.
     """
-    answer = ask_node(_http_of(config, http), "/drop", {"model": model, "force": force})
+    answer = ask_node(http_of(config, http), "/drop", {"model": model, "force": force})
     if as_json:
         typer.echo(json.dumps(answer))
         return
     typer.echo(f"model {model} is dropped; it had {answer['bytes']:,} bytes of shared memory on this node")
-
-
-def _http_of(config: Path | None, http: str | None) -> str:
-    if (config is None) == (http is None):
-        raise ConfigError("give either --config FILE or --http HOST:PORT")
-    if config is not None:
-        from ekko.config import load_config
-
-        http = load_config(config).node.http
-    assert http is not None
-    return http
-
-
-def fetch_status(http: str) -> dict[str, Any]:
-    """GET /status of the node at `HOST:PORT`.
-
-    Raises:
-        ConfigError: `http` is not HOST:PORT.
-        NodeUnreachable: nobody answers there, or somebody who is no node of ekko.
-    """
-    return ask_node(http, "/status")
-
-
-def ask_node(http: str, path: str, body: dict[str, object] | None = None) -> dict[str, Any]:
-    """GET `path` of the node at `HOST:PORT`, or POST `body` to it.
-
-    Raises:
-        ConfigError: `http` is not HOST:PORT.
-        EkkoError: the node refuses; its reason.
-        NodeUnreachable: nobody answers there, or somebody who is no node of ekko.
-    """
-    data = None if body is None else json.dumps(body).encode()
-    try:
-        split_host_port(http)
-    except ValueError as error:
-        raise ConfigError(f"--http: {error}") from None
-    try:
-        # A proxy of the environment is for other hosts.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        request = urllib.request.Request(f"http://{http}{path}", data, {"Content-Type": "application/json"})
-        with opener.open(request, timeout=STATUS_TIMEOUT_S) as response:
-            answer = json.loads(response.read(STATUS_BYTES_MAX))
-    except urllib.error.HTTPError as error:
-        raise _refused(http, error) from None
-    except (OSError, ValueError) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise NodeUnreachable(
-            f"no node answers at http://{http}: {reason}: start it, or check [node].http in its configuration"
-        ) from None
-    if not isinstance(answer, dict):
-        raise NodeUnreachable(f"what answers at http://{http} is not a node of ekko")
-    return answer
-
-
-def _refused(http: str, error: urllib.error.HTTPError) -> EkkoError:
-    try:
-        return EkkoError(str(json.loads(error.read(STATUS_BYTES_MAX))["error"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return NodeUnreachable(f"http://{http} answers {error.code} {error.reason}: is it a node of this version of ekko?")
 
 
 def register_commands() -> None:

@@ -1,25 +1,18 @@
 """The local endpoint: how publishers and tools of one machine talk to their node.
 
 One request, one answer, over a ZeroMQ DEALER (client) and ROUTER (node) on loopback or a Unix socket. A message is a msgpack
-header and then raw column frames, which are not copied. This module owns the wire and the client's half; `ekko.endpoint` is
-the node's half.
-
-A client is synchronous: it has one request outstanding, so what a connection can hold in memory is bounded by one message.
-An answer that comes after its request timed out carries an old number and is dropped.
+header and then raw column frames, which are not copied. This module owns the wire: requests, answers, and how they are encoded.
+`ekko.endpoint` is the node's half, `ekko.train.connection` the client's.
 """
 
-import contextlib
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any, Final
 
 import msgpack
 import numpy as np
-import zmq
 
-from ekko.errors import EkkoError, ModelError, NodeUnreachable, PublishError
+from ekko.errors import EkkoError, ModelError, PublishError
 from ekko.model import CODEC_DEFAULT, CODECS, DENSE_ROWS_MAX, INCARNATION_MAX, TABLES_MAX, TensorSpec, table_id
 from p2p.messages import Scope
 from p2p.replica import RowColumns
@@ -40,12 +33,6 @@ LOCAL_FRAMES_MAX: Final = 3 * TABLES_MAX + 1
 NAMED: Final = "named"
 OTHER_RELEASE: Final = "local protocol version"
 WAIT_MS_MAX: Final = 24 * 3_600_000
-RECONNECT_MS: Final = 20
-RECONNECT_MS_MAX: Final = 200
-# Requests up to this size are copied into ZeroMQ. Handing arrays over, and learning when it lets go of them, wakes a thread of
-# its own for each: a step of 256 KiB takes 97 us there and back when it is copied, 115 us when it is handed over.
-COPY_BYTES_MAX: Final = 1 << 20
-ABANDON_S_MAX: Final = 10.0  # the I/O thread lets go of a closed socket's memory in milliseconds; a guess for a stopped machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,90 +411,3 @@ def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise MalformedError(f"{value!r} where a whole number was expected")
     return value
-
-
-# --- the client's half ----------------------------------------------------------------------------------------------------
-
-
-class Connection:
-    """One synchronous connection to a node's local endpoint. Used by one thread at a time.
-
-    After any exception of `request` the connection must be closed: an answer may still be under way.
-    """
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._number = 0
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        for option, value in (
-            (zmq.LINGER, 0),
-            (zmq.IMMEDIATE, 1),  # nothing is queued for a node that is not there: `request` sees it instead
-            (zmq.SNDHWM, 2),
-            (zmq.RCVHWM, 16),
-            (zmq.RECONNECT_IVL, RECONNECT_MS),
-            (zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX),
-            (zmq.MAXMSGSIZE, HEADER_BYTES_MAX),
-        ):
-            self._socket.setsockopt(option, value)
-        try:
-            self._socket.connect(address)
-        except zmq.ZMQError as error:
-            self._socket.close()
-            raise NodeUnreachable(f"cannot connect to {address}: {error}: expected tcp://HOST:PORT or ipc://PATH") from None
-
-    def request(self, request: Request, timeout_s: float) -> Answer:
-        """Ask and wait for the answer.
-
-        Raises:
-            NodeUnreachable: nobody took the request, or nobody answered, within `timeout_s`.
-            PublishError: the step is larger than one message may be; nothing was sent.
-        """
-        deadline = time.monotonic() + timeout_s
-        self._number += 1
-        frames = encode_request(self._number, request)
-        size = frames_bytes(frames)
-        if size > LOCAL_MESSAGE_BYTES_MAX:
-            raise PublishError(
-                f"a step of {size} bytes: one step may have {LOCAL_MESSAGE_BYTES_MAX}: publish it as several steps"
-            )
-        handed_over = size > COPY_BYTES_MAX
-        # Time limits of the socket: to poll it first takes an object and two calls of the system for each step.
-        self._socket.set(zmq.SNDTIMEO, _milliseconds_until(deadline))
-        try:
-            tracker = self._socket.send_multipart(frames, copy=not handed_over, track=handed_over)
-        except zmq.Again:
-            raise NodeUnreachable(
-                f"no node answers at {self._address} within {timeout_s:g} s: start it (ekko node --config node.toml) "
-                "or check [node].local in its configuration"
-            ) from None
-        try:
-            while True:
-                self._socket.set(zmq.RCVTIMEO, _milliseconds_until(deadline))
-                number, answer = decode_answer(self._socket.recv())
-                if number == self._number:
-                    return answer
-        except zmq.Again:
-            pass
-        except BaseException:
-            self._abandon(tracker)
-            raise
-        self._abandon(tracker)
-        raise NodeUnreachable(
-            f"the node at {self._address} did not answer within {timeout_s:g} s: it is busy or went away. "
-            "Whether a step was stored is not known; publishing it again is harmless"
-        )
-
-    def _abandon(self, tracker: zmq.MessageTracker | None) -> None:
-        """Close, and return only when ZeroMQ no longer reads the caller's arrays, which the caller may now change."""
-        self.close()
-        if tracker is not None:
-            with contextlib.suppress(zmq.NotDone):
-                tracker.wait(ABANDON_S_MAX)
-
-    def close(self) -> None:
-        """Drop the connection and whatever is under way on it."""
-        self._socket.close(linger=0)
-
-
-def _milliseconds_until(deadline: float) -> int:
-    return max(0, math.ceil((deadline - time.monotonic()) * 1000))

@@ -1,10 +1,7 @@
 """What `ekko snapshot` does, and its progress bars."""
 
 import contextlib
-import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from ekko.errors import EkkoError, NodeUnreachable, SnapshotError
+from ekko.asking import ask_node
+from ekko.errors import EkkoError, SnapshotError
 from ekko.model import ModelSpec
 from ekko.rundir import locked
 from ekko.snapshots.catalog import Catalog
@@ -21,7 +19,6 @@ from ekko.snapshots.load import Loader, Wanted, open_or_restore
 from ekko.store import Store
 
 POLL_S = 0.1
-ANSWER_S_MAX = 5.0
 SILENCE_S_MAX = 60.0
 
 
@@ -41,11 +38,11 @@ def take_now(http: str, *, full: bool, quiet: bool) -> dict[str, Any]:
         EkkoError: it cannot, or it failed.
         NodeUnreachable: nobody answers there.
     """
-    before = _ask(http, "/snapshot", {"kind": "full" if full else "auto"})
+    before = ask_node(http, "/snapshot", {"kind": "full" if full else "auto"})
     heard_s = time.monotonic()
     with bar("snapshot", quiet=quiet) as progress:
         while True:
-            now = _ask(http, "/status").get("snapshots") or before
+            now = ask_node(http, "/status").get("snapshots") or before
             if now["failed"] > before["failed"]:
                 raise SnapshotError(f"the snapshot failed: {now['error']}")
             if now["written"] > before["written"] + int(before["running"]):
@@ -65,33 +62,14 @@ def load_now(http: str, request: dict[str, Any], *, quiet: bool) -> dict[str, An
         EkkoError: it cannot, or it failed.
         NodeUnreachable: nobody answers there.
     """
-    before = _ask(http, "/load", request)
+    before = ask_node(http, "/load", request)
     with bar("load, rows", quiet=quiet) as progress:
-        while (now := _ask(http, "/status")["load"])["finished"] == before["finished"]:
+        while (now := ask_node(http, "/status")["load"])["finished"] == before["finished"]:
             progress(now["rows"], max(1, now["rows_total"]))
             time.sleep(POLL_S)
     if now["error"]:
         raise EkkoError(now["error"])
     return dict(now)
-
-
-def _ask(http: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"http://{http}{path}", data, {"Content-Type": "application/json"})
-    try:
-        with opener.open(request, timeout=ANSWER_S_MAX) as response:
-            answer = json.loads(response.read())
-    except urllib.error.HTTPError as error:
-        try:
-            raise EkkoError(str(json.loads(error.read())["error"])) from None
-        except (ValueError, KeyError, TypeError):
-            raise NodeUnreachable(f"http://{http} answers {error.code}: is it a node of this version of ekko?") from None
-    except (OSError, ValueError) as error:
-        raise NodeUnreachable(f"no node answers at http://{http}: {error}: start it, or check [node].http") from None
-    if not isinstance(answer, dict):
-        raise NodeUnreachable(f"what answers at http://{http} is not a node of ekko")
-    return answer
 
 
 def listed(url: str) -> list[dict[str, Any]]:

@@ -11,21 +11,15 @@ how it travels from there is the node's business.
 Within a step the last word on a key counts: of duplicate keys the last row, of a publish and a delete the later call.
 """
 
-import contextlib
-import operator
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ekko.addresses import check_endpoint
-from ekko.codec import LIMIT_BITS, encode, limit_of
 from ekko.errors import ConfigError, EkkoError, ModelError, PublishError
 from ekko.local import (
     FAILURES,
@@ -33,7 +27,6 @@ from ekko.local import (
     REOPEN,
     WAIT_MS_MAX,
     Answer,
-    Connection,
     Failed,
     Held,
     Open,
@@ -47,28 +40,18 @@ from ekko.local import (
 from ekko.model import (
     DENSE_DIM,
     DENSE_ROWS_MAX,
-    DENSE_SPEC,
-    DENSE_TABLE,
-    ModelSpec,
-    TableSpec,
     TensorSpec,
     check_codec,
     check_name,
     table_id,
-    ttl_seconds,
 )
-from ekko.store.kernels.checks import all_below, all_finite, last_occurrences
 from ekko.train.admission import Admission
+from ekko.train.arguments import shards_of, stamp_number, tables_wanted
+from ekko.train.connection import Connections
+from ekko.train.step import Step
 from p2p.messages import Scope
-from p2p.replica import U64, RowColumns
+from p2p.replica import U64
 
-# Connections kept for the next call. One is enough for one thread; more are opened while more threads call at once.
-CONNECTIONS_IDLE_MAX: Final = 8
-# What a row counts for where its publisher did not say; the mean, in the scale of priorities.
-SIGNIFICANCE_DEFAULT: Final = 1.0
-
-Rows = NDArray[np.float32]
-U8 = NDArray[np.uint8]
 ScopeName = Literal["local", "region", "all"]
 
 
@@ -112,10 +95,10 @@ class Publisher:
             raise ConfigError(f"timeout is {timeout!r}: expected a positive number of seconds")
         self._timeout = float(timeout)
         self._silent_named = True  # whether the node tells whom nobody waited for, as far as we know
-        self._connections = _Connections(address)
+        self._connections = Connections(address)
         check_name("model", model)
         wanted = None if codec is None else check_codec("model", model, codec)
-        self._open = Open(model, _tables_wanted(model, tables), _shards_of(model, shards), wanted)
+        self._open = Open(model, tables_wanted(model, tables), shards_of(model, shards), wanted)
         try:
             opened = self._opened(self._open)
         except BaseException:
@@ -195,7 +178,7 @@ class Publisher:
         step.publish_dense(name, array)
         return self._commit(step, started_ns)
 
-    def step(self) -> "Step":
+    def step(self) -> Step:
         """One batch under one stamp, published when the `with` block ends; an exception in it publishes nothing."""
         self._connections.check_open()
         return Step(self, copy=True)
@@ -215,7 +198,7 @@ class Publisher:
             raise PublishError(f"scope is {scope!r}: expected 'local', 'region' or 'all'")
         if not 0 <= timeout * 1000 <= WAIT_MS_MAX:
             raise PublishError(f"timeout is {timeout!r}: expected 0 to {WAIT_MS_MAX // 1000} seconds")
-        stamp = _stamp_number(stamp)
+        stamp = stamp_number(stamp)
         self._connections.check_open()
         if stamp == 0:
             return ()  # nothing was published: it is visible everywhere
@@ -279,7 +262,7 @@ class Publisher:
             )
         return spec
 
-    def _commit(self, step: "Step", started_ns: int) -> int:
+    def _commit(self, step: Step, started_ns: int) -> int:
         """Send what `step` holds and return its stamp."""
         self._connections.check_open()
         columns = step.columns()
@@ -329,259 +312,6 @@ class Publisher:
         return _checked(answer)
 
 
-class Step:
-    """What one step publishes, collected until it is committed; made by `Publisher.step()`. Used by one thread."""
-
-    def __init__(self, publisher: Publisher, *, copy: bool) -> None:
-        self._publisher = publisher
-        self._copy = copy  # values are those at the call, whatever the caller does to its arrays before the step ends
-        self._changes: dict[str, list[_Change]] = {}
-        self._stamp: int | None = None
-        self._done = False
-        self.tensors: dict[str, TensorSpec] = {}
-
-    @property
-    def stamp(self) -> int:
-        """The stamp the step was published under.
-
-        Raises:
-            PublishError: the step is not published (yet).
-        """
-        if self._stamp is None:
-            raise PublishError(
-                "this step is not published: its stamp is known when the `with` block has ended without an exception"
-            )
-        return self._stamp
-
-    def publish(self, table: str, keys: ArrayLike, rows: ArrayLike, significance: ArrayLike | None = None) -> None:
-        """Add rows of one table; arguments and errors as in `Publisher.publish`."""
-        self._check_collecting()
-        dim = self._publisher.dim_of(table)
-        checked_keys = _keys_of(table, keys)
-        values = _rows_of(table, checked_keys, rows, dim, self._publisher.codec)
-        weights = None if significance is None else _significance_of(table, checked_keys, significance)
-        chosen = self._publisher.admitted(table, checked_keys)
-        if chosen is not None:
-            checked_keys, values = checked_keys[chosen], values[chosen]
-            weights = None if weights is None else weights[chosen]
-        self._add(table, _Change(checked_keys, encode(self._publisher.codec, values), weights))
-
-    def delete(self, table: str, keys: ArrayLike) -> None:
-        """Add deletes of one table."""
-        self._check_collecting()
-        self._publisher.dim_of(table)
-        self._add(table, _Change(_keys_of(table, keys), None, None))
-
-    def publish_dense(self, name: str, array: ArrayLike) -> None:
-        """Add a dense tensor: float32 of any shape."""
-        self._check_collecting()
-        values = _dense_of(name, array)
-        spec = self._publisher.tensor_spec(name, values)
-        if self.tensors.setdefault(name, spec) != spec:
-            raise ModelError(f"tensor {name!r} appears in one step with shapes {self.tensors[name].shape} and {spec.shape}")
-        rows = np.zeros((spec.rows, DENSE_DIM), np.float32)
-        rows.reshape(-1)[: values.size] = values.reshape(-1)
-        self._add(DENSE_TABLE, _Change(spec.keys, encode(DENSE_SPEC.codec, rows), None))
-
-    def columns(self) -> tuple[RowColumns, ...]:
-        """Everything collected, one column per table: unique keys, live rows first."""
-        columns = (_column_of(self._publisher.table_number(table), changes) for table, changes in self._changes.items())
-        return tuple(column for column in columns if len(column.keys))
-
-    def _add(self, table: str, change: "_Change") -> None:
-        self._changes.setdefault(table, []).append(change.snapshot() if self._copy else change)
-
-    def _check_collecting(self) -> None:
-        if self._done:
-            raise PublishError("this step has ended: begin another one with Publisher.step()")
-
-    def __enter__(self) -> Self:
-        self._check_collecting()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._check_collecting()
-        self._done = True
-        if kind is None:
-            self._stamp = self._publisher._commit(self, time.monotonic_ns())  # noqa: SLF001 - the two are one unit
-        self._changes.clear()
-
-
-class _Change:
-    """One call of a step on one table; `rows`, uint8[n, row_bytes] as they are stored; None: a delete."""
-
-    __slots__ = ("keys", "rows", "significance")
-
-    def __init__(self, keys: U64, rows: U8 | None, significance: NDArray[np.float32] | None) -> None:
-        self.keys = keys
-        self.rows = rows
-        self.significance = significance
-
-    def snapshot(self) -> "_Change":
-        """The same values in memory of our own."""
-        return _Change(
-            self.keys.copy(),
-            None if self.rows is None else self.rows.copy(),
-            None if self.significance is None else self.significance.copy(),
-        )
-
-
-def _column_of(table: int, changes: list[_Change]) -> RowColumns:
-    """Merge the calls on one table; of each key the last call's last word stays."""
-    keys = changes[0].keys if len(changes) == 1 else np.concatenate([change.keys for change in changes])
-    keep = last_occurrences(keys)
-    live_parts = [change.rows for change in changes if change.rows is not None]
-    rows = np.concatenate(live_parts) if len(live_parts) > 1 else live_parts[0] if live_parts else np.empty((0, 4), np.uint8)
-    weights = _weights_of(changes)
-    if keep is not None or len(live_parts) != len(changes):
-        live = np.concatenate([np.full(len(change.keys), change.rows is not None) for change in changes])
-        row_of = np.cumsum(live) - 1  # position in `rows` of each live entry
-        keep = np.arange(len(keys)) if keep is None else keep
-        stays, goes = keep[live[keep]], keep[~live[keep]]
-        order = np.concatenate([stays, goes])
-        keys, rows = keys[order], rows[row_of[stays]]
-        weights = None if weights is None else weights[order]
-    return RowColumns(table, np.ascontiguousarray(keys), np.ascontiguousarray(rows), None, weights)
-
-
-def _weights_of(changes: list[_Change]) -> NDArray[np.float32] | None:
-    """float32[n] over all calls; None when no call gave any."""
-    if all(change.significance is None for change in changes):
-        return None
-    default = np.float32(SIGNIFICANCE_DEFAULT)
-    parts = [np.full(len(c.keys), default) if c.significance is None else c.significance for c in changes]
-    return np.concatenate(parts)
-
-
-# --- checks of what the user gave -----------------------------------------------------------------------------------------
-
-
-def _array_of(what: str, value: ArrayLike) -> NDArray[Any]:
-    """A NumPy view of an array, a list or a CPU tensor of torch."""
-    detach: Callable[[], Any] | None = getattr(value, "detach", None)
-    if detach is not None:  # a tensor; torch itself is not needed to read it
-        tensor = detach()
-        if tensor.device.type != "cpu":
-            raise ModelError(f"{what} are on device {tensor.device}: expected them in CPU memory; use .cpu()")
-        try:
-            return np.asarray(tensor.numpy())
-        except TypeError:
-            raise ModelError(f"{what} have dtype {tensor.dtype}, which NumPy does not know: use .float()") from None
-    try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise ModelError(f"{what} are not an array: {error}") from None
-
-
-def _keys_of(table: str, keys: ArrayLike) -> U64:
-    """uint64[n], contiguous."""
-    array = _array_of(f"keys of table {table!r}", keys)
-    if array.ndim != 1:
-        raise ModelError(f"keys of table {table!r} have shape {array.shape}: expected one dimension")
-    if array.size == 0:
-        return np.empty(0, np.uint64)
-    if array.dtype.kind not in "iu":
-        raise ModelError(
-            f"keys of table {table!r} have dtype {array.dtype}: expected whole numbers, not negative; use .astype(np.uint64)"
-        )
-    if array.dtype.kind == "i" and array.min() < 0:
-        raise PublishError(f"keys of table {table!r} contain {array.min()}: expected whole numbers, not negative")
-    return np.ascontiguousarray(array, dtype=np.uint64)
-
-
-def _rows_of(table: str, keys: U64, rows: ArrayLike, dim: int, codec: str) -> Rows:
-    """float32[n, dim], contiguous, finite, and within the codec's range."""
-    array = _array_of(f"rows of table {table!r}", rows)
-    if array.size == 0 and len(keys) == 0 and array.shape in ((0,), (0, dim)):
-        return np.empty((0, dim), np.float32)
-    if array.dtype != np.float32:
-        raise ModelError(f"rows of table {table!r} have dtype {array.dtype}: expected float32; use .astype(np.float32)")
-    if array.ndim != 2 or array.shape[1] != dim:
-        raise ModelError(f"rows of table {table!r} have shape {array.shape}: expected ({len(keys)}, {dim})")
-    if len(array) != len(keys):
-        raise PublishError(f"table {table!r} was given {len(keys)} keys and {len(array)} rows: expected a row for each key")
-    array = np.ascontiguousarray(array)
-    if not all_below(array, LIMIT_BITS[codec]):
-        bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-        what, remedy = "NaN or infinity", ""
-        if not len(bad):
-            bad = np.flatnonzero((np.abs(array) >= limit_of(codec)).any(axis=1))
-            what, remedy = f"values from {limit_of(codec):g} on, which {codec} cannot hold", ", or use codec 'bfloat16'"
-        raise PublishError(
-            f"rows of table {table!r} contain {what}: {len(bad)} of {len(array)} rows, first at index {bad[0]} "
-            f"(key {keys[bad[0]]}); nothing was published: drop these rows or lower the learning rate{remedy}"
-        )
-    return array
-
-
-def _significance_of(table: str, keys: U64, significance: ArrayLike) -> NDArray[np.float32]:
-    """float32[n], finite, not negative."""
-    array = _array_of(f"significance of table {table!r}", significance)
-    if array.shape != keys.shape:
-        raise PublishError(f"significance of table {table!r} has shape {array.shape}: expected {keys.shape}, one for each key")
-    if array.dtype.kind not in "fiu":
-        raise ModelError(f"significance of table {table!r} has dtype {array.dtype}: expected float32")
-    weights = np.ascontiguousarray(array, dtype=np.float32)
-    if not np.isfinite(weights).all() or (weights < 0).any():
-        raise PublishError(
-            f"significance of table {table!r} contains negative numbers, NaN or infinity: expected finite weights from 0"
-        )
-    return weights
-
-
-def _dense_of(name: str, array: ArrayLike) -> Rows:
-    """float32, contiguous, finite, of any shape."""
-    values = _array_of(f"values of tensor {name!r}", array)
-    if values.dtype != np.float32:
-        raise ModelError(
-            f"tensor {name!r} has dtype {values.dtype}: only float32 is available in this version; use .astype(np.float32)"
-        )
-    shape = values.shape
-    values = np.ascontiguousarray(values)
-    if values.size and not all_finite(values.reshape(1, -1)):
-        raise PublishError(f"tensor {name!r} contains NaN or infinity: nothing was published")
-    return values.reshape(shape)  # ascontiguousarray makes a scalar one-dimensional
-
-
-def _tables_wanted(
-    model: str, tables: Mapping[str, int | Mapping[str, int | str]] | None
-) -> tuple[tuple[str, int, int | None], ...] | None:
-    """Name, dim and ttl in seconds of each, None where nothing is said of it."""
-    if tables is None:
-        return None
-    if DENSE_TABLE in tables:
-        raise ModelError(f"table name {DENSE_TABLE!r} of model {model!r} is reserved for dense tensors: use another name")
-    wanted = []
-    for name, table in tables.items():
-        said = table if isinstance(table, Mapping) else {"dim": table}
-        if not {"dim"} <= said.keys() <= {"dim", "ttl"}:
-            raise ModelError(f'table {name!r} is {table!r}: expected its dim, or {{"dim": 16, "ttl": "30d"}}')
-        ttl_s = ttl_seconds(name, said["ttl"]) if "ttl" in said else None
-        spec = TableSpec(name, _dim_number(name, said["dim"]))
-        wanted.append((spec.name, spec.dim, ttl_s))
-    return tuple(wanted)
-
-
-def _dim_number(table: str, dim: object) -> int:
-    if isinstance(dim, bool) or not hasattr(dim, "__index__"):
-        raise ModelError(f"table {table!r} has dim {dim!r}: expected a whole number")
-    return operator.index(dim)
-
-
-def _shards_of(model: str, shards: int | None) -> int | None:
-    return None if shards is None else ModelSpec(model, shards).shards
-
-
-def _stamp_number(stamp: object) -> int:
-    try:
-        number = operator.index(stamp)  # type: ignore[arg-type]
-    except TypeError:
-        raise PublishError(f"stamp is {stamp!r}: expected what publish() returned") from None
-    if not 0 <= number < 1 << 64:
-        raise PublishError(f"stamp is {stamp!r}: expected what publish() returned")
-    return number
-
-
 def _checked(answer: Answer) -> Answer:
     """The answer, unless it is a refusal.
 
@@ -591,53 +321,3 @@ def _checked(answer: Answer) -> Answer:
     if isinstance(answer, Failed):
         raise FAILURES.get(answer.kind, EkkoError)(answer.reason)
     return answer
-
-
-class _Connections:
-    """Connections to one endpoint: one per call under way, kept for the next. Safe for threads and forks."""
-
-    def __init__(self, address: str) -> None:
-        self._address = address
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._idle: list[Connection] = []
-        self._closed = False
-
-    def check_open(self) -> None:
-        if self._closed:
-            raise PublishError("this publisher is closed: make another one")
-
-    def ask(self, request: Request, timeout_s: float) -> Answer:
-        """One request, one answer."""
-        self.check_open()
-        with self._connection() as connection:
-            return connection.request(request, timeout_s)
-
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[Connection]:
-        if os.getpid() != self._pid:
-            # A child has copies of the parent's connections and maybe of a lock that is held there: neither is usable.
-            self._pid, self._lock, self._idle = os.getpid(), threading.Lock(), []
-        with self._lock:
-            connection = self._idle.pop() if self._idle else None
-        connection = connection or Connection(self._address)
-        try:
-            yield connection
-        except BaseException:
-            connection.close()
-            raise
-        with self._lock:
-            kept = not self._closed and len(self._idle) < CONNECTIONS_IDLE_MAX
-            if kept:
-                self._idle.append(connection)
-        if not kept:
-            connection.close()
-
-    def close(self) -> None:
-        self._closed = True
-        if os.getpid() != self._pid:
-            return  # the connections are the parent's
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()

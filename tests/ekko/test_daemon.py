@@ -20,9 +20,10 @@ import zmq
 import ekko
 from ekko.codec import encode, rounded
 from ekko.errors import ModelError, NodeUnreachable, PublishError
-from ekko.local import REOPEN, Connection, Failed, PublishStep, Stored
+from ekko.local import REOPEN, Failed, PublishStep, Stored
 from ekko.metrics import COUNTERS, UPDATE_DELAY
 from ekko.model import table_id
+from ekko.train.connection import Connection
 from p2p.compression import TRIALS_MIN
 from p2p.replica import RowColumns
 from sim_cluster.demo.verify import contents

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import ekko
-from ekko.cli import fetch_status
+from ekko.asking import fetch_status
 from sim_cluster.processes import LocalCluster, ModelTables, NodeSpec, wait_until
 
 pytestmark = pytest.mark.processes

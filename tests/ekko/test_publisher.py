@@ -26,10 +26,8 @@ from ekko.codec import encode
 from ekko.endpoint import CLIENT_QUEUE_MAX, REQUESTS_PER_TURN_MAX, LocalEndpoint
 from ekko.errors import ConfigError, EkkoError, ModelError, NodeUnreachable, PublishError
 from ekko.local import (
-    COPY_BYTES_MAX,
     REOPEN,
     Answer,
-    Connection,
     Failed,
     MalformedError,
     Open,
@@ -47,7 +45,9 @@ from ekko.local import (
     encode_request,
 )
 from ekko.model import table_id
-from ekko.train.publisher import Publisher, _Change, _column_of
+from ekko.train.connection import COPY_BYTES_MAX, Connection
+from ekko.train.publisher import Publisher
+from ekko.train.step import _Change, _column_of
 from p2p.messages import Scope
 from p2p.transport import Buffer
 
@@ -504,7 +504,7 @@ def test_a_fork_gets_connections_of_its_own(node: ScriptedNode, publisher: Publi
 
 
 def test_a_step_over_the_message_limit_is_refused(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ekko.local.LOCAL_MESSAGE_BYTES_MAX", 1000)
+    monkeypatch.setattr("ekko.train.connection.LOCAL_MESSAGE_BYTES_MAX", 1000)
     with pytest.raises(PublishError, match="one step may have 1000: publish it as several steps"):
         publisher.publish("item", np.arange(100), rows(100))
     publisher.publish("item", [1], rows(1))
@@ -588,7 +588,7 @@ def test_a_step_and_its_header_must_agree(damage: Callable[[list[bytes]], list[b
 
 
 def test_another_release_is_told_so(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ekko.local.encode_request", lambda number, request: [msgpack.packb([3, number, "publish", {}])])
+    monkeypatch.setattr("ekko.train.connection.encode_request", lambda number, _: [msgpack.packb([3, number, "publish", {}])])
     with pytest.raises(PublishError, match="version 3 met version 2: use one release"):
         publisher.publish("item", [1], rows(1))
 
