@@ -10,6 +10,9 @@ from ekko.store.view import NO_WEIGHTS, Bags
 F32 = NDArray[np.float32]
 U64 = NDArray[np.uint64]
 
+# Comparing with a type makes one of these each time.
+_FLOAT32, _UINT64 = np.dtype(np.float32), np.dtype(np.uint64)
+
 MODES = {"sum": pool.SUM, "mean": pool.MEAN, "max": pool.MAX}
 
 
@@ -20,7 +23,7 @@ def as_keys(keys: ArrayLike) -> U64:
         ModelError: they are not integers >= 0.
     """
     array = np.asarray(keys)
-    if array.dtype == np.uint64:
+    if array.dtype == _UINT64:
         return array if array.flags.carray else np.require(array, None, ["C", "A"])
     if array.size == 0:
         return np.empty(array.shape, np.uint64)
@@ -39,7 +42,8 @@ def output(out: F32 | None, shape: tuple[int, ...]) -> F32:
     """
     if out is None:
         return np.empty(shape, np.float32)
-    if out.dtype != np.float32 or out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
+    flags = out.flags
+    if out.dtype != _FLOAT32 or out.shape != shape or not flags.c_contiguous or not flags.writeable:
         raise ModelError(f"out is {out.dtype}{list(out.shape)}: expected a writable, C-contiguous float32{list(shape)}")
     return out
 

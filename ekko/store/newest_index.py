@@ -55,7 +55,7 @@ class NewestIndex:
         index = self._index
         header = self._header
         if header[_GENERATION] != index.generation:
-            return self._switch()
+            index = self._switch()
         if header[_AHEAD] != self._ahead_seen:
             self._look_ahead()
         return index

@@ -82,16 +82,15 @@ def gather_rows(source: RowSource, index: Index, keys: U64, out: F32, stamps: U6
             source.address, source.stride, source.codec, index.address, index.capacity_log2, 0, ZEROS, keys, out, stamps, begin
         )
 
-    _until_done(source.table, keys, copy)
+    _until_done(source.table, keys, copy, copy(0))
 
 
-def _until_done(table: str, keys: U64, read: Callable[[int], Any]) -> None:
+def _until_done(table: str, keys: U64, read: Callable[[int], Any], done: int) -> None:
     """Call `read(done)`, which returns how many keys are done, until all are; in between the processor is given away.
 
     Raises:
         StoreError: it did not get past one key for `ROW_DEADLINE_S`.
     """
-    done = read(0)
     stuck, deadline = -1, 0.0
     while done != keys.size:
         now = time.monotonic()
@@ -134,6 +133,8 @@ class TableView:
         self._mapping = Mapping.open_to_read(files.memory.path(rows_name(files.model_id, files.table_id)))
         check_table_file(spec, self._mapping)
         self._source = RowSource.of(spec, self._mapping.address)
+        self._rows = (self._source.address, self._source.stride, self._source.codec)  # as the kernels take them
+        self._expires = bool(spec.ttl_s)
         self._header = self._mapping.view(layout.TABLE.offset("rows"))
         self.newest_index = NewestIndex(
             self._mapping, lambda generation: files.memory.path(index_name(files.model_id, files.table_id, generation))
@@ -159,37 +160,30 @@ class TableView:
         Raises:
             StoreError: a row stayed locked for `ROW_DEADLINE_S`; its writer was killed and has not been started again.
         """
-        source, stamp_min = self._source, self._stamp_min()
+        stamp_min = self._stamp_min() if self._expires else 0
+        index = self.newest_index()  # this reference keeps the mapping alive through the call
+        done = gather.gather(*self._rows, index.address, index.capacity_log2, stamp_min, default, keys, out, stamps, 0)
+        if done != keys.size:
+            self._finish_lookup(keys, out, stamps, stamp_min, default, done)
+        self._count(keys, index)
+
+    def _finish_lookup(self, keys: U64, out: F32, stamps: U64, stamp_min: int, default: int, done: int) -> None:
+        """The rest of a look-up that met a row being written, or an index that was replaced."""
 
         def copy(begin: int) -> Any:
-            index = self.newest_index()  # this reference keeps the mapping alive through the call
-            return gather.gather(
-                source.address,
-                source.stride,
-                source.codec,
-                index.address,
-                index.capacity_log2,
-                stamp_min,
-                default,
-                keys,
-                out,
-                stamps,
-                begin,
-            )
+            index = self.newest_index()
+            return gather.gather(*self._rows, index.address, index.capacity_log2, stamp_min, default, keys, out, stamps, begin)
 
-        _until_done(source.table, keys, copy)
-        self._count(keys, self.newest_index())
+        _until_done(self.spec.name, keys, copy, done)
 
     def pool(self, keys: U64, bags: Bags, out: F32, default: int = ZEROS) -> None:
         """Make the rows of each bag one, into out, float32[bags, dim]. Else as `lookup`."""
-        source, stamp_min = self._source, self._stamp_min()
+        stamp_min = self._stamp_min()
 
         def pooled(begin: int) -> Any:
             index = self.newest_index()
             return pool.pool(
-                source.address,
-                source.stride,
-                source.codec,
+                *self._rows,
                 index.address,
                 index.capacity_log2,
                 stamp_min,
@@ -204,7 +198,7 @@ class TableView:
                 begin,
             )
 
-        _until_done(source.table, keys, pooled)
+        _until_done(self.spec.name, keys, pooled, pooled(0))
         self._count(keys, self.newest_index())
 
     def mean_row(self, rows_max: int) -> F32:
@@ -222,4 +216,4 @@ class TableView:
 
     def _stamp_min(self) -> int:
         """Rows with a smaller stamp have expired."""
-        return self.spec.stamp_min(int(time.time() * 1000)) if self.spec.ttl_s else 0
+        return self.spec.stamp_min(int(time.time() * 1000)) if self._expires else 0

@@ -4,11 +4,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.store import layout
-from ekko.store.kernels.atomics import fence_acquire, floats_at, load_acquire_u32, load_u32, load_u64
+from ekko.store.kernels.atomics import fence_acquire, floats_at, load_acquire_u32, load_u32, load_u64, prefetch_bytes
 from ekko.store.kernels.compile import Int, kernel
 from ekko.store.kernels.quantise import decode_row
 from ekko.store.kernels.rows import PREFETCH_ROWS
-from ekko.store.kernels.whole_row import DATA, FLAGS, GONE, LOCK, STAMP, prefetch_row
+from ekko.store.kernels.whole_row import DATA, FLAGS, GONE, LOCK, STAMP
 
 _ROWS = layout.TABLE.offset("rows")
 
@@ -22,7 +22,7 @@ def add_rows(table: Int, stride: Int, codec: Int, stamp_min: Int, slots: NDArray
     count = 0
     for i in range(slots.size):
         if i + PREFETCH_ROWS < slots.size:
-            prefetch_row(table + _ROWS + slots[i + PREFETCH_ROWS] * stride, stride)
+            prefetch_bytes(table + _ROWS + slots[i + PREFETCH_ROWS] * stride, stride)
         row = table + _ROWS + slots[i] * stride
         lock = load_acquire_u32(row + LOCK)
         gone = load_u32(row + FLAGS) & GONE

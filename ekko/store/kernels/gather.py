@@ -6,11 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.store import layout
-from ekko.store.kernels.atomics import fence_acquire, load_acquire_u32, load_u32, load_u64, store_u64
+from ekko.store.kernels.atomics import fence_acquire, load_acquire_u32, load_u32, load_u64, prefetch_bytes, store_u64
 from ekko.store.kernels.compile import Int, inline_kernel, kernel
-from ekko.store.kernels.index import resolve
+from ekko.store.kernels.parts import fetch_first, part_keys, resolve_part
 from ekko.store.kernels.quantise import BFLOAT16, FLOAT16, FLOAT32, INT8, decode_row
-from ekko.store.kernels.rows import PART_KEYS, PREFETCH_ROWS
 from ekko.store.kernels.whole_row import (
     BUSY,
     DATA,
@@ -20,7 +19,6 @@ from ekko.store.kernels.whole_row import (
     KEY,
     LOCK,
     STAMP,
-    prefetch_row,
     put_default,
     read_by_key,
 )
@@ -53,11 +51,10 @@ def _copy_rows(
 
     Their stamps too, unless `stamp_target` is 0. Returns how many are done: fewer when a row stayed locked.
     """
-    for i in range(min(count, PREFETCH_ROWS)):
-        prefetch_row(base + slots[i] * stride, stride)
+    ahead = fetch_first(base, stride, count, slots)
     for i in range(count):
-        if i + PREFETCH_ROWS < count:
-            prefetch_row(base + slots[i + PREFETCH_ROWS] * stride, stride)
+        if i + ahead < count:
+            prefetch_bytes(base + slots[i + ahead] * stride, stride)
         key = keys[begin + i]
         if slots[i] >= 0:
             row = base + slots[i] * stride
@@ -147,14 +144,15 @@ def gather(
     address `default`, zeros if that is 0. Returns how many keys are done; fewer than there are when a row was busy, and the
     caller is to yield, to see that it has the index that is in use, and to call again.
     """
-    slots = np.empty(min(keys.size, PART_KEYS), np.int64)
+    part_max = part_keys(stride)
+    slots = np.empty(min(keys.size, part_max), np.int64)
     dim = out.shape[1]
     base = table + _ROWS
     target = np.int64(out.ctypes.data)
     stamp_target = np.int64(stamps.ctypes.data) if stamps.size else 0
-    for part in range(begin, keys.size, PART_KEYS):
-        count = min(PART_KEYS, keys.size - part)
-        resolve(index, capacity_log2, keys[part : part + count], slots)
+    for part in range(begin, keys.size, part_max):
+        count = min(part_max, keys.size - part)
+        resolve_part(index, capacity_log2, keys[part : part + count], slots, base, stride)
         to_stamps = stamp_target + part * 8 if stamp_target else 0
         to = target + part * 4 * dim
         if codec == FLOAT32:

@@ -24,6 +24,7 @@ from ekko.store.kernels.atomics import (
     load_i64,
     load_u32,
     load_u64,
+    prefetch_bytes,
     prefetch_near,
     prefetch_write,
     store_i64,
@@ -205,12 +206,9 @@ def retract(index: Int, capacity_log2: Int, key: Int, slot: Int) -> None:
             entry = _previous_entry(index, capacity_log2, entry)
 
 
-@kernel("void(int64, int64, Array(uint64, 1, 'C', readonly=True), int64[::1])")
-def resolve(index: Int, capacity_log2: Int, keys: U64, slots: I64) -> None:
-    """Find for every key the first slot that may be its own, or a negative number: whose the row is, only the row says.
-
-    `slots` is at least as long as `keys`.
-    """
+@inline_kernel
+def _resolve(index: Int, capacity_log2: Int, keys: U64, slots: I64, rows: Int, stride: Int) -> None:
+    """`resolve`; and fetch the rows, unless the address of the first one is 0."""
     count = keys.size
     for ahead in range(count + PREFETCH_KEYS):
         if ahead < count:
@@ -219,6 +217,23 @@ def resolve(index: Int, capacity_log2: Int, keys: U64, slots: I64) -> None:
         i = ahead - PREFETCH_KEYS
         if i >= 0:
             slots[i] = find(index, capacity_log2, keys[i], slots[i])
+            if rows:
+                prefetch_bytes(rows + slots[i] * stride, stride)
+
+
+@kernel("void(int64, int64, Array(uint64, 1, 'C', readonly=True), int64[::1])")
+def resolve(index: Int, capacity_log2: Int, keys: U64, slots: I64) -> None:
+    """Find for every key the first slot that may be its own, or a negative number: whose the row is, only the row says.
+
+    `slots` is at least as long as `keys`.
+    """
+    _resolve(index, capacity_log2, keys, slots, 0, 0)
+
+
+@kernel("void(int64, int64, Array(uint64, 1, 'C', readonly=True), int64[::1], int64, int64)")
+def resolve_and_fetch(index: Int, capacity_log2: Int, keys: U64, slots: I64, rows: Int, stride: Int) -> None:
+    """`resolve`, and fetch the row in each slot; the first one is at the address `rows`."""
+    _resolve(index, capacity_log2, keys, slots, rows, stride)
 
 
 @kernel("void(int64, int64, int64, int64, Array(uint64, 1, 'C', readonly=True), int64[::1])")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ekko.store import layout
 from ekko.store.kernels.atomics import (
+    add_line,
     copy_bytes,
     fence_acquire,
     float_of,
@@ -19,12 +20,13 @@ from ekko.store.kernels.atomics import (
     load_acquire_u32,
     load_u32,
     load_u64,
+    prefetch_bytes,
     uints8_at,
     uints16_at,
     zero_bytes,
 )
 from ekko.store.kernels.compile import Int, inline_kernel, kernel
-from ekko.store.kernels.index import resolve
+from ekko.store.kernels.parts import fetch_first, part_keys, resolve_part
 from ekko.store.kernels.quantise import (
     BFLOAT16,
     FLOAT16,
@@ -34,7 +36,6 @@ from ekko.store.kernels.quantise import (
     half_value,
     int8_value,
 )
-from ekko.store.kernels.rows import PART_KEYS, PREFETCH_ROWS
 from ekko.store.kernels.whole_row import (
     ABSENT,
     BUSY,
@@ -45,7 +46,6 @@ from ekko.store.kernels.whole_row import (
     KEY,
     LOCK,
     STAMP,
-    prefetch_row,
     put_default,
     read_by_key,
 )
@@ -74,7 +74,10 @@ def _joined(mode: Int, before: Any, value: Any, weight: Any) -> Any:
 def _join(codec: Int, mode: Int, data: Int, dim: Int, weight: Any, before: Int, after: Int) -> None:
     """float32[dim] at `after`: what was `before`, and the encoded row at `data`."""
     old, new = floats_at(before, dim), floats_at(after, dim)
-    if codec == FLOAT32:
+    if codec == FLOAT32 and dim & 15 == 0 and mode != MAX and mode != WEIGHTED_SUM:
+        for offset in range(0, 4 * dim, 64):
+            add_line(after + offset, before + offset, data + offset)
+    elif codec == FLOAT32:
         values = floats_at(data, dim)
         for j in range(dim):
             new[j] = _joined(mode, old[j], values[j], weight)
@@ -157,12 +160,11 @@ def _pool_part(
     both = sums + sums + row_bytes  # the address of one half is this minus that of the other
     weight = np.float32(1)
     _open_bag(mode, sums, dim, begin > ends[bag], out + bag * row_bytes)
-    for i in range(min(count, PREFETCH_ROWS)):
-        prefetch_row(base + slots[i] * stride, stride)
+    ahead = fetch_first(base, stride, count, slots)
     done = count
     for i in range(count):
-        if i + PREFETCH_ROWS < count:
-            prefetch_row(base + slots[i + PREFETCH_ROWS] * stride, stride)
+        if i + ahead < count:
+            prefetch_bytes(base + slots[i + ahead] * stride, stride)
         key = keys[begin + i]
         if not (padded and key == padding):
             if mode == WEIGHTED_SUM:
@@ -227,75 +229,14 @@ def _pooler(codec: int) -> Any:
         scratch: Int,
         out: Int,
     ) -> Int:
+        rows = (base, stride, dim, index, log2, stamp_min, default)
+        bags = (keys, weights, padded, padding, ends, bag, begin, count, slots, scratch, out)
         # So that the mode is a constant in the loops, too.
         if mode == MAX:
-            return _pool_part(
-                codec,
-                MAX,
-                base,
-                stride,
-                dim,
-                index,
-                log2,
-                stamp_min,
-                default,
-                keys,
-                weights,
-                padded,
-                padding,
-                ends,
-                bag,
-                begin,
-                count,
-                slots,
-                scratch,
-                out,
-            )
+            return _pool_part(codec, MAX, *(rows + bags))
         if mode == WEIGHTED_SUM:
-            return _pool_part(
-                codec,
-                WEIGHTED_SUM,
-                base,
-                stride,
-                dim,
-                index,
-                log2,
-                stamp_min,
-                default,
-                keys,
-                weights,
-                padded,
-                padding,
-                ends,
-                bag,
-                begin,
-                count,
-                slots,
-                scratch,
-                out,
-            )
-        return _pool_part(
-            codec,
-            mode,
-            base,
-            stride,
-            dim,
-            index,
-            log2,
-            stamp_min,
-            default,
-            keys,
-            weights,
-            padded,
-            padding,
-            ends,
-            bag,
-            begin,
-            count,
-            slots,
-            scratch,
-            out,
-        )
+            return _pool_part(codec, WEIGHTED_SUM, *(rows + bags))
+        return _pool_part(codec, mode, *(rows + bags))
 
     return pool_part
 
@@ -330,7 +271,8 @@ def pool(
     keys equal to `padding` are left out. What absent keys are, and what is returned, as in `gather.gather`; when it is called
     again with `begin`, `out` has to be as it was left.
     """
-    slots = np.empty(min(keys.size, PART_KEYS), np.int64)
+    part_max = part_keys(stride)
+    slots = np.empty(min(keys.size, part_max), np.int64)
     bags, dim = out.shape
     scratch = np.empty(3 * dim, np.float32)
     single = np.int64(scratch.ctypes.data)
@@ -339,9 +281,9 @@ def pool(
     while bag < bags and ends[bag + 1] == 0:
         zero_bytes(target + bag * 4 * dim, 4 * dim)
         bag += 1
-    for part in range(begin, keys.size, PART_KEYS):
-        count = min(PART_KEYS, keys.size - part)
-        resolve(index, capacity_log2, keys[part : part + count], slots)
+    for part in range(begin, keys.size, part_max):
+        count = min(part_max, keys.size - part)
+        resolve_part(index, capacity_log2, keys[part : part + count], slots, base, stride)
         while ends[bag + 1] <= part:
             bag += 1
         # fmt: off

@@ -21,7 +21,6 @@ from ekko.store.kernels.atomics import (
     load_i64,
     load_u32,
     load_u64,
-    prefetch_near,
     store_u64,
     zero_bytes,
 )
@@ -44,19 +43,9 @@ KEY = layout.ROW.offset("key")
 DATA = layout.ROW.offset("data")
 FREE = layout.FLAG_FREE
 GONE = layout.FLAG_TOMBSTONE | layout.FLAG_FREE
-_LINE = layout.LINE_BYTES
 _ROWS = layout.TABLE.offset("rows")
 _GENERATION = layout.TABLE.offset("index_generation")
 _OWN_GENERATION = layout.INDEX.offset("generation")
-
-
-@inline_kernel
-def prefetch_row(row: Int, stride: Int) -> None:
-    """Fetch a row's lines. Whatever is at the address, also in front of the first row, it does no harm."""
-    for offset in range(0, stride, _LINE):
-        prefetch_near(row + offset)
-    # A row may begin late in its first line, so that its end lies in one more: every fourth row of 64 values. Measured: 15 %.
-    prefetch_near(row + stride - 1)
 
 
 @inline_kernel

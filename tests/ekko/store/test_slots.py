@@ -282,7 +282,7 @@ class Interpreter:
             store = lambda address, value, kind=kind: self._store(address, value, kind)  # noqa: E731
             vars(module).update({f"load_{name}": load, f"load_acquire_{name}": load})
             vars(module).update({f"store_{name}": store, f"store_release_{name}": store})
-        nothing = ("fence_acquire", "fence_release", "fence_program_order", "prefetch_near", "prefetch_once", "prefetch_write")
+        nothing = ("fence_acquire", "fence_release", "fence_program_order", "prefetch_bytes", "prefetch_near", "prefetch_write")
         vars(module).update({name: lambda *_: None for name in nothing}, copy_bytes=self._copy)
         return module
 
