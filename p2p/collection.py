@@ -30,7 +30,6 @@ from p2p.core import Core, Keyspace
 from p2p.errors import FullError
 from p2p.links import Link
 from p2p.placement import may_hold
-from p2p.pull import Pull
 from p2p.replica import U64
 from p2p.stamps import WRITERS_MAX, check_not_ahead
 
@@ -44,10 +43,8 @@ PAUSE_ROUNDS = 6
 class _Report:
     """What a member's life has said."""
 
-    node: m.NodeId
     reached: dict[int, int]  # by writer
     boots: frozenset[int]
-    since_ms: int  # when its slowest writer last moved, monotonic
 
 
 @dataclass(slots=True, eq=False)
@@ -74,9 +71,8 @@ class HeldUp:
 class Collection:
     """The part of the machine that lets go of deleted rows."""
 
-    def __init__(self, core: Core, pull: Pull) -> None:
+    def __init__(self, core: Core) -> None:
         self._core = core
-        self._pull = pull
         self._states: dict[int, _State] = {}  # by keyspace
 
     @property
@@ -109,17 +105,27 @@ class Collection:
     # --- collecting
 
     def _collect(self, keyspace: Keyspace, state: _State, now: m.Now) -> None:
-        if not state.reached or now.monotonic_ms < state.pause_ms or self._pull.brings_whole(keyspace.replica.keyspace):
+        if not state.reached or now.monotonic_ms < state.pause_ms:
             return
         until = stable_until(keyspace, state.reached)
         try:
-            collected = keyspace.replica.collect(until, now.unix_ms, ROWS_MAX)
+            collected = keyspace.replica.collect(until, self._sure_unix_ms(now), ROWS_MAX)
         except FullError:  # for the floor, of which the first row that goes needs all: they stay until there is room
             state.pause_ms = now.monotonic_ms + PAUSE_ROUNDS * self._core.options.collect_ms
             return
         self._core.counters.rows_collected += collected.rows
         if collected.done:
             state.pause_ms = now.monotonic_ms + (PAUSE_ROUNDS if not collected.rows else 1) * self._core.options.collect_ms
+
+    def _sure_unix_ms(self, now: m.Now) -> int:
+        """No later than our peers' clocks say (R14): a clock that jumped ahead must not let live rows expire for good.
+
+        A member to whom nobody has told the time lately is not sure of anything: 0, nothing expires.
+        """
+        error_ms, peers = self._core.membership.suspicion.clock_error_ms(now.unix_ms, now.monotonic_ms)
+        if not peers and (self._core.membership.members or self._core.record.peers):
+            return 0
+        return now.unix_ms - max(0, error_ms)
 
     # --- learning what is stable
 
@@ -191,10 +197,7 @@ class Collection:
         if report.waiting:
             state.wanted_ms = now.monotonic_ms
         reached = dict(zip(report.writers.tolist(), report.reached.tolist(), strict=True))
-        before = state.reports.get(link.boot)
-        moved = before is None or min(reached.values(), default=0) > min(before.reached.values(), default=0)
-        since_ms = now.monotonic_ms if moved or before is None else before.since_ms
-        state.reports[link.boot] = _Report(link.node, reached, frozenset(report.boots.tolist()), since_ms)
+        state.reports[link.boot] = _Report(reached, frozenset(report.boots.tolist()))
 
     def _conclude(self, keyspace: Keyspace, state: _State, now: m.Now) -> None:
         """As coordinator: how far is everybody?"""

@@ -77,6 +77,7 @@ class WholeArrivals:
 
     def __init__(self) -> None:
         self._shards: NDArray[np.uint32] = np.empty(0, np.uint32)
+        self._told: NDArray[np.uint32] = np.empty(0, np.uint32)  # of these, shards whose floor came
         self._arrivals: Arrivals | None = None
 
     @property
@@ -88,13 +89,15 @@ class WholeArrivals:
         """Refuse what contradicts itself; nothing changes.
 
         Raises:
-            RemoteProtocolError: shards that do not exist, or a floor of others than came whole.
+            RemoteProtocolError: shards that do not exist, or floors of others than came whole.
         """
         if len(whole) and int(whole[-1]) >= shards:
             raise RemoteProtocolError(f"shard {int(whole[-1])} comes whole, the keyspace has {shards}")
         came = np.union1d(self._shards, whole)
-        told = np.empty(0, np.uint32) if floor is None else floor.shards
-        if not np.array_equal(told, came if last else told[:0]):
+        more = self._told[:0] if floor is None else floor.shards
+        told = np.concatenate([self._told, more])
+        twice = len(np.unique(told)) != len(told)
+        if twice or not np.isin(told, came).all() or (last and len(told) != len(came)):
             raise RemoteProtocolError("a loss floor of other shards than came whole")
 
     def begin(self, keyspace: Keyspace, whole: NDArray[np.uint32]) -> None:
@@ -104,39 +107,62 @@ class WholeArrivals:
             self._arrivals.begin(whole)
             self._shards = np.union1d(self._shards, whole).astype(np.uint32)
 
-    def note(self, columns: Sequence[RowColumns]) -> None:
-        """These rows came, and are applied."""
-        if self._arrivals is not None:
-            self._arrivals.note(columns)
-
-    def finish(
-        self,
-        core: Core,
-        keyspace: Keyspace,
-        floor: m.Floor | None,
-        writers: NDArray[np.uint16],
-        vector: U64,
-        now: m.Now,
-    ) -> bool:
-        """All rows came: drop what did not come, and take over the floor; only then may claims be merged.
+    def note(self, core: Core, keyspace: Keyspace, columns: Sequence[RowColumns], floor: m.Floor | None, now: m.Now) -> bool:
+        """These rows came, and are applied; what was dropped of some shards is taken over.
 
         Returns:
-            False when what did not come cannot be told, or there is no memory for the floor; then nothing may be merged.
+            False when there is no memory for the floor.
         """
-        if self._arrivals is None or floor is None:
+        if self._arrivals is None:
+            return True
+        self._arrivals.note(columns)
+        if floor is None:
             return True
         try:
-            dropped = self._arrivals.drop_absent(writers, vector)
-            if dropped is None:
-                return False
             keyspace.replica.merge_floor(floor.shards, floor.writers, floor.stamps)
         except FullError as error:
             note_refused_answer(core, keyspace, error, now)
             return False
         observe(core, floor.stamps)
+        self._told = np.concatenate([self._told, floor.shards])
+        return True
+
+    def finish(
+        self,
+        core: Core,
+        keyspace: Keyspace,
+        writers: NDArray[np.uint16],
+        vector: U64,
+        now: m.Now,
+    ) -> bool:
+        """All rows and floors came: drop what did not come; only then may claims be merged.
+
+        Returns:
+            False when there is no memory for the floor; then nothing may be merged.
+        """
+        if self._arrivals is None:
+            return True
+        try:
+            dropped = self._arrivals.drop_absent(*_with_settled(keyspace, writers, vector))
+        except FullError as error:
+            note_refused_answer(core, keyspace, error, now)
+            return False
         keyspace.strays_possible = True
         core.counters.rows_dropped += dropped
         return True
+
+
+def _with_settled(keyspace: Keyspace, writers: NDArray[np.uint16], vector: U64) -> tuple[NDArray[np.uint16], U64]:
+    """An answerer's vector, with the retired writers that it leaves out, since both of us have all of them (R13).
+
+    Old rows of theirs may have been deleted by others since, like anybody's.
+    """
+    told = set(writers.tolist())
+    left_out = [(writer, floor) for writer, floor in keyspace.knowledge.settled.items() if writer not in told]
+    if not left_out:
+        return writers, vector
+    more = np.array([writer for writer, _ in left_out], np.uint16)
+    return np.concatenate([writers, more]), np.column_stack([vector, *(floor for _, floor in left_out)])
 
 
 def bindings_of(core: Core, keyspace: Keyspace) -> tuple[NDArray[np.uint16], U64]:

@@ -74,7 +74,7 @@ class Machine:
         self._schedule = Schedule(self._core, self._pull)
         self._reach = Reach(self._core)
         self._retirement = Retirement(self._core, self._pull)
-        self._collection = Collection(self._core, self._pull)
+        self._collection = Collection(self._core)
         self._fetching = Fetching(self._core)
         self._dropping = Dropping(
             self._core,

@@ -344,7 +344,7 @@ class PullReply(_Rows):
     bound: NDArray[np.uint16] = field(default_factory=_no_writers)  # [b] in the first chunk: writers whose nonces are known
     nonces: U64 = field(default_factory=_no_numbers)  # [b]
     whole: NDArray[np.uint32] = field(default_factory=_no_shards)  # ascending: from this chunk on all of their rows come (R5)
-    floor: "Floor | None" = None  # in the last chunk, of all shards that came whole; both since protocol version 2
+    floor: "Floor | None" = None  # in the last chunks, of shards that came whole, in the end of all; since protocol version 2
 
     def __post_init__(self) -> None:
         self._count(self.columns)

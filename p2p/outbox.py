@@ -60,7 +60,8 @@ class PullStream:
     whole_next: np.ndarray[tuple[int], np.dtype[np.uint32]] = field(default_factory=_no_shards)  # of these, not announced yet
     # Called when the last row is read: may add to all this where the asker fell below the loss floor meanwhile (`p2p.whole`).
     recheck: Callable[["PullStream"], Completion] | None = None
-    floor: Callable[["PullStream"], m.Floor | None] | None = None  # of the shards that were sent whole, when it ends
+    floor: Callable[[np.ndarray[tuple[int], np.dtype[np.uint32]]], m.Floor] | None = None  # of the first of these shards
+    floor_left: np.ndarray[tuple[int], np.dtype[np.uint32]] | None = None  # all rows are read: of these it is told still
 
 
 @dataclass(slots=True, eq=False)
@@ -108,36 +109,49 @@ class Outbox:
 
 def next_chunk(stream: PullStream, keyspace: Keyspace) -> m.PullReply | m.ShardsReply | None:
     """Read the next rows of a stream into a chunk, and move past them; None when the stream cannot be completed."""
+    columns = _next_rows(stream, keyspace)
+    if not stream.selections and stream.floor_left is None:
+        completion = Completion.GIVE_UP if stream.recheck is None else stream.recheck(stream)
+        if completion is Completion.GIVE_UP:
+            return None
+        if not stream.selections:
+            stream.floor_left = stream.whole
+    floor = _next_floor(stream)
+    last = stream.floor_left is not None and not len(stream.floor_left)
+    number = stream.next_chunk
+    stream.next_chunk += 1
+    whole, stream.whole_next = stream.whole_next, _no_shards()
+    if stream.shards is None or stream.versions is None:
+        return replace(_of_pull(stream, number, last, columns, keyspace.knowledge.shards), whole=whole, floor=floor)
+    return replace(_of_round(stream, number, last, columns, stream.shards, stream.versions), whole=whole, floor=floor)
+
+
+def _next_floor(stream: PullStream) -> m.Floor | None:
+    """What was dropped of some shards that were sent whole, once all rows are read."""
+    if stream.floor is None or stream.floor_left is None or not len(stream.floor_left):
+        return None
+    floor = stream.floor(stream.floor_left)
+    stream.floor_left = stream.floor_left[len(floor.shards) :]
+    return floor
+
+
+def _next_rows(stream: PullStream, keyspace: Keyspace) -> tuple[RowColumns, ...]:
+    """Rows for one chunk; the stream moves past them."""
     columns: list[RowColumns] = []
     room = CHUNK_BYTES_MAX
-    left_out = False
     while stream.selections and room > 0:
         selection = stream.selections[0]
         count = max(1, room // (16 + selection.row_bytes))  # key, stamp, value
         slots = selection.slots[stream.row_offset : stream.row_offset + count]
         if len(slots):
+            # Without rows that were removed since they were selected (R18). Their stamps are in the loss floor by now.
             columns.append(keyspace.replica.read(selection.table, slots))
-            left_out |= len(columns[-1].keys) != len(slots)
             room -= len(slots) * (16 + selection.row_bytes)
         stream.row_offset += len(slots)
         if stream.row_offset >= len(selection.slots):
             stream.selections.popleft()
             stream.row_offset = 0
-    if left_out:
-        # R18: rows that were selected are gone, and the answer may not claim them. It ends here, with a number left out, which
-        # makes the asker give it up and ask again.
-        stream.selections.clear()
-        stream.next_chunk += 1
-    elif not stream.selections and stream.recheck is not None and stream.recheck(stream) is Completion.GIVE_UP:
-        return None
-    last = not stream.selections
-    number = stream.next_chunk
-    stream.next_chunk += 1
-    floor = stream.floor(stream) if last and stream.floor is not None else None
-    whole, stream.whole_next = stream.whole_next, _no_shards()
-    if stream.shards is None or stream.versions is None:
-        return replace(_of_pull(stream, number, last, tuple(columns), keyspace.knowledge.shards), whole=whole, floor=floor)
-    return replace(_of_round(stream, number, last, tuple(columns), stream.shards, stream.versions), whole=whole, floor=floor)
+    return tuple(columns)
 
 
 def _of_pull(stream: PullStream, number: int, last: bool, columns: tuple[RowColumns, ...], shards: int) -> m.PullReply:

@@ -208,18 +208,15 @@ class Pull:
             self._abandon(reply.keyspace, "there is no room for it")
             full.call_off(core, link, last=reply.last)
             return 0
-        asked.whole.note(reply.columns)
-        if reply.last and not asked.whole.finish(core, keyspace, reply.floor, reply.writers, reply.vector, now):
-            self._abandon(reply.keyspace, "what did not come in whole shards could not be dropped")
+        if not asked.whole.note(core, keyspace, reply.columns, reply.floor, now):
+            self._abandon(reply.keyspace, "there is no room for the loss floor")
+            full.call_off(core, link, last=reply.last)
+        elif reply.last and not asked.whole.finish(core, keyspace, reply.writers, reply.vector, now):
+            self._abandon(reply.keyspace, "there is no room for the loss floor")
         elif reply.last:
             observe(core, reply.vector, reply.frontier)
             self._complete(keyspace, asked, reply, now)
         return new
-
-    def brings_whole(self, keyspace: int) -> bool:
-        """Whether some shards of a keyspace are coming whole: what is there must not go meanwhile."""
-        asked = self._asked.get(keyspace)
-        return (asked is not None and asked.whole.active) or self.rounds.brings_whole(keyspace)
 
     def _complete(self, keyspace: Keyspace, asked: _Asked, reply: m.PullReply, now: m.Now) -> None:
         base = np.zeros_like(reply.vector)

@@ -181,7 +181,7 @@ class PullAnswers:
         stream = PullStream(request.keyspace, request.request, writers, vector, frontier, deque(), *bindings_of(core, keyspace))
         begin_whole(stream, below, selections)
         stream.recheck = lambda stream: self._complete(keyspace, request, stream)
-        stream.floor = lambda stream: floor_of(keyspace, stream.whole)
+        stream.floor = lambda shards: floor_of(keyspace, shards)
         core.counters.shards_sent_whole += int(below.sum())
         return stream
 
@@ -212,11 +212,12 @@ class PullAnswers:
         """All rows of a stream are read: it may claim where the asker is not below the floor as it is now."""
         with self._base_of(keyspace, request) as base:
             below = below_floor(keyspace, base)
+            below[stream.whole] = True
+            if not may_answer(keyspace, below):  # of those that came whole, too: rows may have gone before they were read
+                return Completion.GIVE_UP
             below[stream.whole] = False
             if not below.any():
                 return Completion.CLAIM
-            if not may_answer(keyspace, below):
-                return Completion.GIVE_UP
             base[~below] = ABOVE_ALL
             base[below] = 0
             try:

@@ -125,11 +125,11 @@ class Arrivals(Protocol):
     def note(self, columns: Sequence[RowColumns]) -> None:
         """These rows came and are applied."""
 
-    def drop_absent(self, writers: NDArray[np.uint16], vector: U64) -> int | None:
+    def drop_absent(self, writers: NDArray[np.uint16], vector: U64) -> int:
         """Drop the rows of the whole shards that the answerer's vector, uint64[shards, w], covers and that did not come.
 
         Returns:
-            How many; None when that cannot be told, since other rows were dropped meanwhile. Then nothing is.
+            How many. Rows that came and were dropped meanwhile for another reason do not matter.
 
         Raises:
             FullError: there is no memory for the floor. What was dropped already may stay so.

@@ -164,7 +164,7 @@ class RoundAnswers:
         )
         begin_whole(stream, below, selections)
         stream.recheck = lambda stream: self._complete(keyspace, wanted, stream)
-        stream.floor = lambda stream: floor_of(keyspace, stream.whole)
+        stream.floor = lambda shards: floor_of(keyspace, shards)
         core.counters.pulls_served += 1
         core.counters.shards_sent_whole += int(below.sum())
 
@@ -173,10 +173,10 @@ class RoundAnswers:
         sent = np.zeros(keyspace.knowledge.shards, np.bool_)
         sent[stream.whole] = True
         below, selections = self._select(keyspace, wanted, sent, only_below=True)
+        if not may_answer(keyspace, below | sent):
+            return Completion.GIVE_UP
         if not below.any():
             return Completion.CLAIM
-        if not may_answer(keyspace, below):
-            return Completion.GIVE_UP
         begin_whole(stream, below, selections)
         self._core.counters.shards_sent_whole += int(below.sum())
         return Completion.GO_ON

@@ -269,6 +269,8 @@ class Rounds:
             floor = () if reply.floor is None else (reply.floor.stamps,)
             check_rows(keyspace, reply.columns, (reply.vectors, *floor), now)
             check_writers(keyspace, reply.writers)
+            if not np.isin(reply.whole, found.question.shards).all():
+                raise RemoteProtocolError("shards come whole that were not asked for")
             found.whole.check(keyspace.knowledge.shards, reply.whole, reply.last, reply.floor)
         except RemoteProtocolError:
             self._abandon(place, "a chunk was refused")
@@ -283,23 +285,22 @@ class Rounds:
             self._abandon(place, "there is no room for it")
             full.call_off(self._core, link, last=reply.last)
             return
-        found.whole.note(reply.columns)
+        if not found.whole.note(self._core, keyspace, reply.columns, reply.floor, now):
+            self._abandon(place, "there is no room for the loss floor")
+            full.call_off(self._core, link, last=reply.last)
+            return
         if not reply.last:
             return
         every = np.zeros((keyspace.knowledge.shards, len(reply.writers)), np.uint64)
         if found.whole.active:
             every[reply.shards] = reply.vectors
-        if not found.whole.finish(self._core, keyspace, reply.floor, reply.writers, every, now):
-            self._abandon(place, "what did not come in whole shards could not be dropped")
+        if not found.whole.finish(self._core, keyspace, reply.writers, every, now):
+            self._abandon(place, "there is no room for the loss floor")
             return
         observe(self._core, reply.vectors)
         self._merge(place, keyspace, found.question, reply)
         full.note_room(self._core, keyspace, now)
         self._finish(place, keyspace, now)
-
-    def brings_whole(self, keyspace: int) -> bool:
-        """Whether some shards of a keyspace are coming whole."""
-        return any(place[0] == keyspace and one.whole.active for place, one in self._rounds.items())
 
     def _merge(self, place: Place, keyspace: Keyspace, asked: m.ShardsWanted, reply: m.ShardsReply) -> None:
         """All rows of the answer are applied."""

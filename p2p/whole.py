@@ -5,7 +5,12 @@ asker whose vector covers the loss floor. Of any other shard all rows are sent, 
 these, of what the sender's vector covers, is what was deleted: it drops that, takes over the floor, and may take the claim.
 
 What is compared is the floor at the moment of the claim, when the last row was read (R18): a stream takes its time, and rows
-that it had selected may be collected before it gets to them. Shards where the asker is below it by then begin anew, whole.
+that it had selected may be collected before it gets to them. Then they are left out. Shards where the asker is below the floor
+by then begin anew, whole; of those that come whole already, it drops whatever it holds of such a row. So an answer ends,
+however much is deleted, or expires, meanwhile: each shard begins anew at most once.
+
+The floor follows the last row, in several chunks if it is large. One that is too high does no harm, so each part is taken as
+it comes.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +24,9 @@ from p2p.outbox import PullStream
 from p2p.replica import NO_STEPS, U64, KnownSteps, Selection
 
 Mask = NDArray[np.bool_]
+
+# Of a floor in one chunk, beside a vector (`p2p.knowledge.VECTOR_BYTES_MAX`) and rows: a message has 16 MiB.
+FLOOR_BYTES_MAX = 2 << 20
 Select = Callable[[U64], list[Selection]]
 
 
@@ -50,9 +58,8 @@ def begin_whole(stream: PullStream, below: Mask, selections: Sequence[Selection]
     stream.selections.extend(selections)
 
 
-def floor_of(keyspace: Keyspace, shards: NDArray[np.uint32]) -> m.Floor | None:
-    """What was dropped here of these shards."""
-    if not len(shards):
-        return None
+def floor_of(keyspace: Keyspace, shards: NDArray[np.uint32]) -> m.Floor:
+    """What was dropped here of these shards, or of the first of them: of as many as fit into a message, at least one."""
     writers = keyspace.replica.floor_writers
+    shards = shards[: max(1, FLOOR_BYTES_MAX // (4 + 8 * len(writers)))]
     return m.Floor(shards, writers, np.ascontiguousarray(keyspace.replica.loss_floor[np.ix_(shards, writers)]))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.codec import decode, rounded
-from ekko.model import ModelSpec, TableSpec
+from ekko.model import DENSE_SPEC, ModelSpec, TableSpec
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
 from p2p import wire
@@ -50,7 +50,7 @@ class _Held:
     live: NDArray[np.bool_]  # [keys]
     values: NDArray[np.float32]  # [keys], the row's first number
     unknown: I64  # [partitions]: live rows that nobody acknowledged: a step whose publisher died may leave some
-    dropped: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))  # [keys]: absent for want of room (R11)
+    dropped: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))  # [keys]: absent; expired, or no room
     gone: U64 = field(default_factory=lambda: np.empty(0, np.uint64))  # [keys]: a tombstone up to here may have been collected
     high: U64 = field(default_factory=lambda: np.empty(0, np.uint64))  # [keys]: the newest version ever held
     even: bool = True  # every row is one number, repeated, as publishers of the simulator write them
@@ -327,7 +327,8 @@ class Watch:
             held.even = bool((values == values[:, :1]).all())
             belongs = replica.partition_of(rows.keys)
             live = len(values)
-            unknown += np.bincount(belongs[:live][~known[:live]], minlength=len(unknown))
+            if not table.spec.ttl_s:  # else some of them may have expired
+                unknown += np.bincount(belongs[:live][~known[:live]], minlength=len(unknown))
             held.misplaced += int((~np.isin(belongs, replica.hold)).sum())
             dead = numbers[len(values) :][known[len(values) :]]
             for number, stamp in zip(dead.tolist(), held.stamps[dead].tolist(), strict=True):
@@ -351,13 +352,15 @@ class Watch:
         return np.maximum(gone, self._dropped(node, place))
 
     def _dropped(self, node: VirtualNode, place: tuple[str, str]) -> U64:
-        """uint64[keys]: the newest version of each key that the node may have dropped for want of room (R11)."""
+        """uint64[keys]: the newest version of each key that expired, or may have been dropped for want of room (R11)."""
         columns, replica = self._columns_of(place), node.store.models[place[0]]
         dropped = np.zeros(len(self._tables[place].keys), np.uint64)
         if replica.incomplete.any():
             writers = (columns.stamps & np.uint64(WRITER_MASK)).astype(np.int64)
             below = replica.incomplete[columns.shards] & (replica.loss_floor[columns.shards, writers] >= columns.stamps)
             np.maximum.at(dropped, columns.which[below], columns.stamps[below])
+        expired = columns.stamps < np.uint64(_expired_below(self._cluster, self._tables[place].spec))
+        np.maximum.at(dropped, columns.which[expired], columns.stamps[expired])
         return dropped
 
     def missed(self) -> int:
@@ -426,8 +429,10 @@ def check_knowledge(cluster: VirtualCluster, node: VirtualNode) -> str:
 
 
 def _is_gone(cluster: VirtualCluster, replica: ModelStore, key: tuple[int, int], stamp: int, model: str) -> bool:
-    """Whether a tombstone at or above this version is covered, so that it may have been collected (R5)."""
+    """Whether this version expired, or a tombstone at or above it is covered, so that it may have been collected (R5)."""
     table = next(name for name, spec in cluster.models[model].tables.items() if spec.id == key[0])
+    if stamp < _expired_below(cluster, cluster.models[model].tables[table]):
+        return True
     shard = int(replica.shards_of(np.array([key[1]], np.uint64))[0])
     for write in cluster.history:
         if (write.table, write.key, write.deleted) == (table, key[1], True) and write.stamp >= stamp:
@@ -436,6 +441,11 @@ def _is_gone(cluster: VirtualCluster, replica: ModelStore, key: tuple[int, int],
             if (write.model or cluster.model.name) == model and max(replica.vector[shard, writer], frontier) >= write.stamp:
                 return True
     return False
+
+
+def _expired_below(cluster: VirtualCluster, table: TableSpec) -> int:
+    """Versions with smaller stamps may have expired by some clock of the cluster; 0: none ever does."""
+    return table.stamp_min(cluster.now().unix_ms + cluster.ahead_ms)
 
 
 def check_converged(cluster: VirtualCluster) -> str:
@@ -453,6 +463,7 @@ def _check_converged(cluster: VirtualCluster, model: ModelSpec) -> str:
             key = (model.tables[write.table].id, write.key)
             newest[key] = max(newest.get(key, 0), write.stamp)
     references: dict[int, tuple[str, Contents]] = {}  # by partition
+    expired_below = {spec.id: _expired_below(cluster, spec) for spec in model.tables.values()} | {DENSE_SPEC.id: 0}
     for node in cluster.nodes.values():
         if node.machine is None:
             continue
@@ -467,7 +478,8 @@ def _check_converged(cluster: VirtualCluster, model: ModelSpec) -> str:
                 here = held.get(key, (0, b""))[0]
                 if here < stamp and not (here == 0 and _is_gone(cluster, replica, key, stamp, model.name)):
                     return f"{node.name} holds {held.get(key)} of {key}, newest is {stamp}"
-            held = {key: row for key, row in held.items() if row[1]}  # a tombstone may have been collected by one of them
+            # A tombstone, or a row that expired, may have been collected by one of them.
+            held = {key: row for key, row in held.items() if row[1] and row[0] >= expired_below[key[0]]}
             name, reference = references.setdefault(partition, (node.name, held))
             if held != reference:
                 different = sorted(set(held.items()) ^ set(reference.items()))[:2]

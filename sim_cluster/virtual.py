@@ -101,6 +101,7 @@ class VirtualCluster:
         self._audit = Audit(self.nodes)
         self._requests = 0
         self._now = m.Now(0, EPOCH_MS + 1_000_000)
+        self.ahead_ms = 0  # how far ahead any wall clock has ever been
         self.collect_ms = COLLECT_MS  # of nodes that are started from now on; so is
         self.expel_after_ms = EXPEL_AFTER_MS  # of nodes that are started from now on
 
@@ -189,6 +190,7 @@ class VirtualCluster:
         """Move a node's wall clock; its monotonic one goes on."""
         self.nodes[name].clock_ms += by_ms
         clocks = [node.clock_ms for node in self.nodes.values()]
+        self.ahead_ms = max(self.ahead_ms, *clocks)
         self._audit.thorough = max(clocks) - min(clocks) >= AHEAD_MS_MAX
 
     def boot(self, node: VirtualNode) -> None:

@@ -36,7 +36,7 @@ class Sweep:
         model, looks, rows = self._model, LOOK_ROWS, 0
         until = np.ascontiguousarray(until, np.uint64)
         tables = model.tables
-        while self._table < len(tables):
+        while self._table < len(tables) and rows < rows_max:
             table = tables[self._table]
             # By the clock of another node a row may live for so much longer.
             expired = table.spec.stamp_min(unix_ms - AHEAD_MS_MAX)
@@ -64,19 +64,23 @@ class Sweep:
             if reached < table.rows_used and (table.tombstones or expired):
                 return Collected(rows, done=False)
             self._table, self._slot = self._table + 1, 0
+        if self._table < len(tables):
+            return Collected(rows, done=False)
         self._table = 0
         return Collected(rows, done=True)
 
 
 class WholeShards:
-    """`p2p.replica.Arrivals`: a bit for each slot whose row came, so that memory is bounded by an eighth of a byte a row."""
+    """`p2p.replica.Arrivals`: a bit for each slot whose row came, so that memory is bounded by an eighth of a byte a row.
+
+    A slot that is freed meanwhile loses its bit: another key may get it.
+    """
 
     def __init__(self, model: "ModelStore", partition: int) -> None:
         self._model = model
         self._partition = partition
         self._shards = np.zeros(model.shards, np.bool_)  # of the model
         self._bits: dict[int, NDArray[np.uint8]] = {}
-        self._removals = model.removals
 
     def begin(self, shards: NDArray[np.uint32]) -> None:
         partitions = self._model.spec.partitions
@@ -94,10 +98,13 @@ class WholeShards:
                 bits = self._bits[column.table] = grown
             kernels.mark(table.resolve(np.ascontiguousarray(column.keys)), bits)
 
-    def drop_absent(self, writers: NDArray[np.uint16], vector: U64) -> int | None:
+    def forget(self, table: int, places: NDArray[np.int64]) -> None:
+        """These rows of a table are removed, for whatever reason."""
+        if (bits := self._bits.get(table)) is not None:
+            kernels.unmark(places, bits)
+
+    def drop_absent(self, writers: NDArray[np.uint16], vector: U64) -> int:
         model = self._model
-        if model.removals != self._removals:
-            return None  # a key may have got another slot
         partitions = model.spec.partitions
         own = np.flatnonzero(self._shards)
         covered = np.zeros((model.shards, WRITERS_MAX), np.uint64)

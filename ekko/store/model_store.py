@@ -11,6 +11,7 @@ from collections.abc import Mapping as ReadOnlyMapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from weakref import ReferenceType, ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +78,7 @@ class ModelStore:
         self._heat: dict[str, Heat] = {}  # of each table that readers look up
         self._marks = BatchMarks(header, self._covered)
         self._floor = LossFloor(header, entry.shards, entry.partitions)
-        self.removals = 0  # calls of `remove` in this life: since then a key may have got another slot
+        self._arrivals: list[ReferenceType[WholeShards]] = []  # of answers that bring shards whole
         self._sweeps = [Sweep(self, partition) for partition in range(entry.partitions)]
         self.fetching = Fetching(self)
         self.eviction: Eviction | None = None  # what keeps rows of other nodes within the capacity
@@ -293,7 +294,9 @@ class ModelStore:
         keys, stamps = held.heads(slots)
         self._floor.add(self.shards_of(keys), stamps, complete)
         self.fetching.note_gone(table, keys)
-        self.removals += 1
+        for reference in self._arrivals:
+            if (arrivals := reference()) is not None:
+                arrivals.forget(table, slots)
         with self._marks.removing():
             held.remove(slots)
 
@@ -371,6 +374,12 @@ class ModelStore:
         """`collect` of one partition."""
         return self._sweeps[partition].collect(until, unix_ms, rows_max)
 
+    def arrivals_in(self, partition: int) -> WholeShards:
+        """`arrivals` of one partition."""
+        arrivals = WholeShards(self, partition)
+        self._arrivals = [one for one in self._arrivals if one() is not None] + [ref(arrivals)]
+        return arrivals
+
     def set_partition_synced_until(self, partition: int, unix_ms: int) -> None:
         """Readers are told the worst of all held partitions; 0 is worst of all."""
         self._synced_until[partition] = unix_ms
@@ -411,7 +420,10 @@ class ModelStore:
 
     @property
     def stamp_max(self) -> int:
-        return max(int(self._stamp_max), int(self._vector.max()), int(self._frontiers.max()), self._own.pending)
+        # What was dropped here counts: a writer that begins here writes above every tombstone that was collected (R5).
+        dropped = int(self._floor.columns[self._floor.writers].max(initial=np.uint64(0)))
+        known = max(int(self._vector.max()), int(self._frontiers.max()), dropped)
+        return max(int(self._stamp_max), known, self._own.pending)
 
     def set_writer(self, identity: WriterIdentity) -> None:
         self._own.set(identity)
@@ -476,7 +488,7 @@ class ModelStore:
                 table.recent.cover(self._floor.values)
 
     def arrivals(self) -> WholeShards:
-        return WholeShards(self, 0)
+        return self.arrivals_in(0)
 
     def shards_of(self, keys: U64) -> NDArray[np.int64]:
         out = np.empty(keys.size, np.int64)

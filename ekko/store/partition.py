@@ -126,7 +126,7 @@ class Partition:
         self._model.merge_floor(shards * np.uint32(self._place.partitions) + np.uint32(self._place.partition), writers, floor)
 
     def arrivals(self) -> WholeShards:
-        return WholeShards(self._model, self._place.partition)
+        return self._model.arrivals_in(self._place.partition)
 
     def shards_of(self, keys: U64) -> NDArray[np.int64]:
         return self._model.shards_of(keys) // self._place.partitions

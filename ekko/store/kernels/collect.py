@@ -80,6 +80,15 @@ def mark(places: I64, bits: U8) -> None:
             bits[slot >> 3] |= np.uint8(1 << (slot & 7))
 
 
+@kernel("void(Array(int64, 1, 'C', readonly=True), uint8[::1])")
+def unmark(places: I64, bits: U8) -> None:
+    """Clear the bit of each place's slot; one beyond the bits has none."""
+    for i in range(places.size):
+        slot = slot_of(places[i])
+        if (slot >> 3) < bits.size:
+            bits[slot >> 3] &= np.uint8(255 ^ (1 << (slot & 7)))
+
+
 @kernel("int64(int64, int64, int64, Array(uint64, 1, 'C', readonly=True), uint8[::1], int64, int64, int64[::1])")
 def unmarked(table: Int, stride: Int, shards: Int, vector: U64, bits: U8, begin: Int, end: Int, out: I64) -> Int:
     """Places in [begin, end) whose slot has no bit, and whose stamp the flattened vector uint64[shards * 4096] covers."""
