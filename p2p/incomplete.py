@@ -9,7 +9,7 @@ these said that they have.
 It forwards batches like everybody, since it does that before it applies them, and its vector is as true as any, so that what it
 reports of it counts. But that a key is absent at an incomplete node says nothing of it: it never sends a shard whole.
 
-Nothing is ever complete again in the same life.
+Nothing is ever complete again in the same life; at its start a node may begin such shards anew (`ekko.store`).
 """
 
 from collections.abc import Callable

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ekko.model import ModelSpec
 from ekko.store import Store
+from ekko.store.capacity import Capacity
 from p2p import messages as m
 from p2p.machine import Machine
 from p2p.versions import PROTOCOL_VERSION
@@ -39,6 +40,7 @@ class VirtualNode:
     model: ModelSpec
     hold: Mapping[str, Sequence[int]] = field(default_factory=dict)  # partitions of a model; models not named: all of them
     protocol_version: int = PROTOCOL_VERSION  # of its next life
+    capacity: Capacity | None = None  # of each of its models, from its next life on
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     store: Store = field(default_factory=Store.anonymous)
     machine: Machine | None = None

@@ -197,6 +197,9 @@ class VirtualCluster:
         """Start a process on a node, which attaches to the memory that it finds."""
         for model in (node.model, *(spec for spec in self.models.values() if spec is not self.model)):
             node.store.add_model(model, capacity_rows=self._capacity_rows, hold=node.hold.get(model.name))
+            if node.capacity is not None:
+                node.store.limit(model.name, node.capacity)
+            node.store.models[model.name].begin_anew()
         options = MachineOptions(
             node.name,
             self._rng.getrandbits(64) | 1,

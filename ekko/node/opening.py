@@ -101,6 +101,9 @@ def have_configured_models(config: NodeConfig, store: Store) -> None:
                 continue
             raise ConfigError(f"models.{name}: {error}: change the configuration, or remove {config.node.run_dir}") from None
         _check_capacity(name, model, held)
+    for name, held in store.models.items():
+        if shards := held.begin_anew():
+            log.info("shards_begun_anew", model=name, shards=shards)
 
 
 def _check_capacity(name: str, model: ModelSection, held: ModelStore) -> None:

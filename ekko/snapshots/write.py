@@ -52,6 +52,7 @@ class Base:
     vector: U64  # [WRITERS_MAX, shards]
     frontiers: U64
     tables: frozenset[int]
+    incomplete: U8  # a bit for each shard
 
 
 class TryAgainError(SnapshotError):
@@ -150,11 +151,11 @@ class SnapshotWriter:
         bases = {}
         for part in parent.manifest.models:
             try:
-                knowledge = parent.knowledge(self._folder, part)[0]
+                knowledge, floors = parent.knowledge(self._folder, part)
             except SnapshotError as error:
                 raise TryAgainError(str(error)) from None
             tables = frozenset(table.table for table in part.tables)
-            bases[part.entry.generation] = Base(knowledge.vector, knowledge.frontiers, tables)
+            bases[part.entry.generation] = Base(knowledge.vector, knowledge.frontiers, tables, floors.incomplete)
         return bases
 
     def _write_model(self, path: str, store: StoreImage, entry: ModelEntry, base: Base | None) -> ModelPart | None:
@@ -213,9 +214,10 @@ class SnapshotWriter:
 
 
 def _whole(base: Base, knowledge: KnowledgeImage, floors: FloorImage) -> Mask:
-    """bool[shards]: in which the parent may have rows that were dropped since."""
+    """bool[shards]: in which the parent may have rows that were dropped since, or lack older ones that came back (R11)."""
     dropped = (floors.floor > base.vector) | (knowledge.vector < base.vector)
-    return np.asarray(dropped.any(axis=0))
+    completed = np.unpackbits(base.incomplete & ~floors.incomplete, bitorder="little", count=dropped.shape[1])
+    return np.asarray(dropped.any(axis=0) | completed.astype(np.bool_))
 
 
 def _held_back(

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from ekko.store.model_store import ModelStore
 
 
+# What was dropped is pulled again where there is room for one row more for so many that are there. A table that is full has
+# room for a few, since room is made for several at once.
+SPARE = 16
+
 Evict = Literal["least_recently_updated", "least_frequently_read"]
 
 
@@ -162,6 +166,17 @@ def room_for(model: "ModelStore", tables: Mapping[int, Table], number: int, gran
         if slots - used + free <= of_index:
             return best
         log2 += 1
+
+
+def has_spare(model: "ModelStore", tables: Mapping[int, Table]) -> bool:
+    """Whether more rows than a few would find room in each table: the limit was raised, or taken away."""
+    if model.capacity is None:
+        return True
+    return all(
+        room_for(model, tables, number, {}) > (table.rows_used - free_slots(table)) // SPARE
+        for number, table in tables.items()
+        if number != DENSE_SPEC.id
+    )
 
 
 def absent_keys(table: Table | None, column: RowColumns) -> int:

@@ -80,6 +80,11 @@ class LossFloor:
             self.merge(every, other.writers, other.values[shards, other.writers])
             self._set_incomplete(self.incomplete | (other.incomplete & np.isin(np.arange(len(self.incomplete)), every)))
 
+    def complete(self) -> None:
+        """What was dropped of live rows counts as lacking from now on, and not as dropped; the floor stays."""
+        if self.incomplete.any():
+            self._set_incomplete(np.zeros_like(self.incomplete))
+
     def _set_incomplete(self, incomplete: NDArray[np.bool_]) -> None:
         self.incomplete[...] = incomplete
         bits = np.packbits(incomplete, bitorder="little")

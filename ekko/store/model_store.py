@@ -241,6 +241,25 @@ class ModelStore:
         self.capacity = allowed
         self.eviction = Eviction(self)
 
+    def begin_anew(self) -> int:
+        """Claim nothing of incomplete shards, so that they are pulled as a node pulls that has just come; what is here stays.
+
+        Before the protocol starts, and only where this node has no writer id: what a writer claims of its own steps it must not
+        forget. Every other row of such a shard is a stray until somebody who has all of it says otherwise, and the loss floor
+        stays: one that is too high does no harm.
+
+        Returns:
+            How many shards; 0 also where there is no room to speak of for more rows than there are (`capacity.has_spare`).
+        """
+        shards = np.flatnonzero(self.incomplete)
+        if not shards.size or self.writer is not None or not capacity.has_spare(self, self._tables):
+            return 0
+        self._vector[shards] = 0
+        self._frontiers[np.unique(shards % self.spec.partitions)] = 0
+        self._floor.complete()  # last: a kill before leaves shards of which nothing is claimed, and that are begun anew again
+        self._mark_attached()
+        return int(shards.size)
+
     @property
     def tables_by_id(self) -> ReadOnlyMapping[int, Table]:
         """All tables, `_dense` included."""

@@ -1,4 +1,4 @@
-"""Real nodes: what one dropped for want of memory, and its readers ask for, comes back by key."""
+"""Real nodes: what one dropped for want of memory comes back by key when its readers ask for it, and whole with more memory."""
 
 from contextlib import closing
 from pathlib import Path
@@ -33,7 +33,7 @@ def allow(node: NodeProcess, size: int) -> None:
     node.config_path.write_text(text.replace('[models."ctr"]', f'[models."ctr"]\ncapacity_bytes = {size}'))
 
 
-def test_rows_that_readers_ask_for_come_back(tmp_path: Path) -> None:
+def test_rows_that_readers_ask_for_come_back_and_all_do_with_more_memory(tmp_path: Path) -> None:
     nodes = [NodeSpec("train-1", "us", "train"), NodeSpec("serve-1", "eu")]
     with LocalCluster(tmp_path, nodes, models={"ctr": ModelTables({"item": DIM}, capacity_rows=CAPACITY_ROWS)}) as cluster:
         serve = cluster["serve-1"]
@@ -49,7 +49,7 @@ def test_rows_that_readers_ask_for_come_back(tmp_path: Path) -> None:
         assert model["rows"] == FIRST
         assert model["incomplete_shards"] > 0
         serve.stop()
-        allow(serve, bytes_of(FIRST + 300))
+        allow(serve, bytes_of(FIRST + 200))
         serve.start()
         serve.wait_ready()
         asked = keys[-64:]
@@ -66,3 +66,10 @@ def test_rows_that_readers_ask_for_come_back(tmp_path: Path) -> None:
             held = found.any(axis=1)
             assert held.sum() == FIRST + 64
             assert (found[held] == rows[held]).all()
+            serve.stop()
+            allow(serve, 1 << 30)
+            serve.start()
+            assert (reader.lookup("item", keys)[held] == rows[held]).all()  # they are there all the time
+            serve.wait_ready()
+            assert (reader.lookup("item", keys) == rows).all()
+            assert serve.status()["models"]["ctr"]["incomplete_shards"] == 0

@@ -5,6 +5,7 @@ import pytest
 
 from ekko.store.capacity import Capacity
 from ekko.store.eviction import Eviction
+from ekko.store.model_store import ModelStore
 from p2p import messages as m
 from p2p.incomplete import note_incomplete
 from p2p.pull import Pull
@@ -121,6 +122,78 @@ def test_rows_are_evicted_only_while_somebody_else_has_them() -> None:
     cluster.run(20_000)
     assert before.items() <= contents(cluster.nodes["us-1"].store, "ctr").items()
     assert np.all([key in contents(cluster.nodes["us-1"].store, "ctr") for key in before])
+
+
+def restart_with(cluster: VirtualCluster, rows: int | None) -> ModelStore:
+    """The small node starts again, with room for so many more rows than it has; None: without a limit."""
+    model = cluster.nodes[SMALL].store.models["ctr"]
+    stride = model.tables_by_id[cluster.model.tables["item"].id].stride
+    allowed = None if rows is None else Capacity(model.memory_bytes + rows * stride, "least_recently_updated")
+    cluster.nodes[SMALL].capacity = allowed
+    cluster.crash(SMALL)
+    cluster.run(1_000)
+    cluster.restart(SMALL)
+    return cluster.nodes[SMALL].store.models["ctr"]
+
+
+@pytest.mark.parametrize("sync", ["push", "leaders"])
+def test_a_node_that_is_given_more_memory_becomes_complete_again(sync: str) -> None:
+    cluster = running(13, PRESETS[sync])
+    before = contents(cluster.nodes[SMALL].store, "ctr")
+    gone = [key for _, key in newest(cluster).keys() - before.keys()]
+    kept = [key for _, key in before]
+    # Deleted and forgotten everywhere while it is away: rows that it dropped, and rows that it has.
+    deleted = [*gone[:20], *kept[:20]]
+    cluster.crash(SMALL)
+    cluster.publish("us-1", "item", deleted, delete=True)
+    cluster.run(1_000)
+    cluster.nodes[SMALL].capacity = None
+    cluster.restart(SMALL)
+    model = cluster.nodes[SMALL].store.models["ctr"]
+    assert not model.incomplete.any()
+    assert model.lookup("item", np.array(kept, np.uint64))[1].all()  # what is here is read meanwhile
+    cluster.run(60_000)
+    everything = contents(cluster.nodes["us-1"].store, "ctr")
+    assert len(everything) == ROWS - 40  # without tombstones
+    assert contents(cluster.nodes[SMALL].store, "ctr") == everything
+    assert Watch(cluster).check_converged() == ""
+    cluster.crash("us-1")
+    cluster.crash("eu-2")
+    cluster.add("eu-9", "eu", seeds=[SMALL])
+    cluster.run(30_000)
+    assert contents(cluster.nodes["eu-9"].store, "ctr") == everything  # and others may rely on it
+
+
+def test_who_has_no_room_to_speak_of_does_not_begin_anew() -> None:
+    cluster = running(14)
+    lacking = cluster.nodes[SMALL].store.models["ctr"].incomplete.copy()
+    vector = cluster.nodes[SMALL].store.models["ctr"].vector.copy()
+    model = restart_with(cluster, 5)
+    assert model.incomplete.tolist() == lacking.tolist()
+    assert (model.vector >= vector).all()
+
+
+def test_who_begins_anew_with_too_little_room_lacks_some_again() -> None:
+    cluster = running(15)
+    before = len(contents(cluster.nodes[SMALL].store, "ctr"))
+    model = restart_with(cluster, 400)
+    assert not model.incomplete.any()
+    cluster.run(20_000)
+    assert model.incomplete.any()
+    kept, everything = contents(cluster.nodes[SMALL].store, "ctr"), newest(cluster)
+    assert before < len(kept) < ROWS
+    assert kept.items() <= everything.items()
+    assert model.capacity is not None
+    assert model.memory_bytes <= model.capacity.bytes
+    assert Watch(cluster).check_converged() == ""
+
+
+def test_a_writer_does_not_begin_anew() -> None:
+    cluster = running(16)
+    model = cluster.nodes["us-1"].store.models["ctr"]
+    model.incomplete[:] = True
+    assert model.begin_anew() == 0
+    assert model.vector.any()
 
 
 def evicting(cluster: VirtualCluster, name: str) -> Eviction:
