@@ -52,6 +52,7 @@ def _root(
 def node(
     config: Annotated[Path, typer.Option("--config", "-c", help="The node's TOML file.", metavar="FILE")],
     check: Annotated[bool, typer.Option("--check", help="Check the file and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --check: one JSON object.")] = False,
 ) -> None:
     """Run a node until SIGTERM or Ctrl-C. It is ready when GET /readyz answers 200.
 
@@ -69,7 +70,10 @@ def node(
 
     settings = load_config(config)
     if check:
-        typer.echo(f"{config}: fine: node {settings.node.id!r}, role {settings.node.role!r}, region {settings.node.region!r}")
+        own, models = settings.node, [*settings.models]
+        answer = {"file": str(config), "node": own.id, "role": own.role, "region": own.region, "models": models}
+        fine = f"{config}: fine: node {own.id!r}, role {own.role!r}, region {own.region!r}"
+        typer.echo(json.dumps(answer) if as_json else fine)
         return
     configure_logs(this_node=settings.node.id)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -79,6 +83,7 @@ def node(
 @app.command()
 def keygen(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the secret key goes.", metavar="FILE")] = Path("node.key"),
+    as_json: JsonOption = False,
 ) -> None:
     """Make a node's key: a secret file for [security].key_file, and a public one beside it for every node's allow folder.
 
@@ -87,6 +92,9 @@ def keygen(
     from ekko.security import generate
 
     public = generate(out)
+    if as_json:
+        typer.echo(json.dumps({"secret": str(out), "public": str(public)}))
+        return
     typer.echo(f"secret key: {out} (for key_file; keep it)")
     typer.echo(f"public key: {public} (copy it as NODE.pub into every node's allow folder)")
 

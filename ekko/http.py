@@ -123,30 +123,10 @@ def make_app(source: Source) -> Starlette:
         except ValueError:
             body = None
         try:
-            match name, body:
-                case "/expel", {"node": str(node)}:
-                    return JSONResponse(source.expel(node))
-                case "/snapshot", {"kind": "auto" | "full" as kind}:
-                    return JSONResponse(source.snapshot(kind))
-                case "/load", {
-                    "model": str(model),
-                    "file": str(file),
-                    "tables": dict(tables),
-                    "codec": None | str() as codec,
-                } if isinstance(keys := body.get("keys", {}), dict):
-                    chosen = {str(tensor): str(table) for tensor, table in tables.items()}
-                    where = {str(table): str(place) for table, place in keys.items()}
-                    request_ = LoadRequest(check_name("model", model), Path(file), chosen, codec, where)
-                    return JSONResponse(source.load(request_))
-                case "/drop", {"model": str(model)} if (flags := _flags(body, "force")) is not None:
-                    return JSONResponse(source.drop(model, force=flags["force"]))
-                case "/alias", {"alias": str(alias), "model": None | str() as target} if (
-                    flags := _flags(body, "back", "remove", "force")
-                ) is not None and (target is not None) + flags["back"] + flags["remove"] == 1:
-                    return JSONResponse(await source.alias(alias, target, **flags))
+            answer = await _carry_out(source, name, body)
         except EkkoError as error:
             return JSONResponse({"error": str(error)}, 409)
-        return JSONResponse({"error": f"expected {COMMANDS[name]}"}, 400)
+        return JSONResponse({"error": f"expected {COMMANDS[name]}"}, 400) if answer is None else JSONResponse(answer)
 
     async def metrics(_: Request) -> Response:
         return Response(source.metrics_text(), media_type=CONTENT_TYPE_LATEST)
@@ -169,6 +149,31 @@ def make_app(source: Source) -> Starlette:
     handlers = {"/healthz": healthz, "/readyz": readyz, "/status": status, "/metrics": metrics, "/hot": hot, "/delays": delays}
     routes = [Route(path, handler) for path, handler in handlers.items()]
     return Starlette(routes=[*routes, *(Route(path, command, methods=["POST"]) for path in COMMANDS)])
+
+
+async def _carry_out(source: Source, name: str, body: Any) -> dict[str, object] | None:
+    """What an operator wants changed, and the answer; None: that is not what is expected there."""
+    match name, body:
+        case "/expel", {"node": str(node)}:
+            return source.expel(node)
+        case "/snapshot", {"kind": "auto" | "full" as kind}:
+            return source.snapshot(kind)
+        case "/load", {
+            "model": str(model),
+            "file": str(file),
+            "tables": dict(tables),
+            "codec": None | str() as codec,
+        } if isinstance(keys := body.get("keys", {}), dict):
+            chosen = {str(tensor): str(table) for tensor, table in tables.items()}
+            where = {str(table): str(place) for table, place in keys.items()}
+            return source.load(LoadRequest(check_name("model", model), Path(file), chosen, codec, where))
+        case "/drop", {"model": str(model)} if (flags := _flags(body, "force")) is not None:
+            return source.drop(model, force=flags["force"])
+        case "/alias", {"alias": str(alias), "model": None | str() as target} if (
+            flags := _flags(body, "back", "remove", "force")
+        ) is not None and (target is not None) + flags["back"] + flags["remove"] == 1:
+            return await source.alias(alias, target, **flags)
+    return None
 
 
 def _refusal(request: Request) -> Response | None:

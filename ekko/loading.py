@@ -79,9 +79,12 @@ class Loading:
         self._task = asyncio.get_running_loop().create_task(self._run(request))
 
     def close(self) -> None:
-        """Stop; what was loaded so far stays."""
+        """Stop; what was loaded so far stays. The node may go on in another life, and load again."""
         if self._task is not None:
             self._task.cancel()
+        if self.picture.running:
+            error = f"the node stopped while it loaded {self.picture.file}: load it again"
+            self.picture = replace(self.picture, running=False, error=error, finished=self.picture.finished + 1)
 
     async def _run(self, request: LoadRequest) -> None:
         error = ""

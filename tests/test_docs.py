@@ -6,10 +6,15 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from pydantic import BaseModel
+from starlette.routing import Route
 
-from ekko.config import load_config
+from ekko.config import ModelSection, NodeConfig, NodeSection, load_config
+from ekko.config.sections import LinkSection, SecuritySection, SnapshotsSection, TableSection
+from ekko.http import make_app
 from ekko.store import Store
 from sim_cluster.processes import free_ports, wait_until
 
@@ -28,6 +33,33 @@ def test_the_readme_shows_a_valid_configuration(tmp_path: Path) -> None:
     path = tmp_path / "node.toml"
     path.write_text(texts[0])
     assert load_config(path).node.id == "eu-1"
+
+
+def settings_of(section: type[BaseModel], prefix: str) -> set[str]:
+    return {f"{prefix}.{name}" for name in section.model_fields}
+
+
+def test_the_reference_lists_every_setting_and_nothing_else() -> None:
+    text = (ROOT / "docs/reference/configuration.md").read_text()
+    listed = re.findall(r"^\| `((?:node|models|links|snapshots|security)\.[^`]+)` \|", text, re.M)
+    sections = {
+        "node": NodeSection,
+        "models.NAME": ModelSection,
+        'links."A/B"': LinkSection,
+        "snapshots": SnapshotsSection,
+        "security": SecuritySection,
+    }
+    assert {prefix.partition(".")[0] for prefix in sections} == NodeConfig.model_fields.keys()
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {name for prefix, section in sections.items() for name in settings_of(section, prefix)}
+    for name in TableSection.model_fields:
+        assert f"{name} =" in text, name
+
+
+def test_the_reference_lists_every_path_of_the_server() -> None:
+    text = (ROOT / "docs/reference/configuration.md").read_text()
+    listed = {path for row in re.findall(r"^\| (`.*?) \|", text, re.M) for path in re.findall(r"`(?:POST )?(/\w+)[`?]", row)}
+    assert listed == {route.path for route in make_app(Mock()).routes if isinstance(route, Route)}
 
 
 def test_python_in_the_readme_compiles() -> None:

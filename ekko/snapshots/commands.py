@@ -64,9 +64,12 @@ def load_now(http: str, request: dict[str, Any], *, quiet: bool) -> dict[str, An
     """
     before = ask_node(http, "/load", request)
     with bar("load, rows", quiet=quiet) as progress:
-        while (now := ask_node(http, "/status")["load"])["finished"] == before["finished"]:
+        # While it starts, the status of a node says nothing of loads.
+        while (now := ask_node(http, "/status").get("load", before))["running"] or now is before:
             progress(now["rows"], max(1, now["rows_total"]))
             time.sleep(POLL_S)
+    if now["finished"] == before["finished"]:
+        raise EkkoError(f"the node at {http} was started again while it loaded: load the file again")
     if now["error"]:
         raise EkkoError(now["error"])
     return dict(now)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from rich.console import Console
 
 from ekko import cli
@@ -19,6 +20,7 @@ from ekko.version import __version__
 from tests.ekko.test_config import GOOD
 
 Capture = pytest.CaptureFixture[str]
+REGISTER = cli.register_commands
 
 
 @pytest.fixture(autouse=True)
@@ -236,3 +238,28 @@ def test_a_command_that_cannot_be_loaded_says_so_when_called(capsys: Capture, mo
     cli._register_broken("demo", "the command 'demo' cannot be loaded: no torch")
     assert run("demo", "--quick", "5") == 2
     assert error_line(capsys) == "ekko: the command 'demo' cannot be loaded: no torch\n"
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if not (below := getattr(command, "commands", {})) or command.invoke_without_command:
+            yield " ".join((*path, name)), command
+        if below:
+            yield from commands(command, (*path, name))
+
+
+def test_every_command_speaks_json_and_says_what_its_arguments_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for names in ("registered_commands", "registered_groups"):
+        monkeypatch.setattr(cli.app, names, list(getattr(cli.app, names)))
+    REGISTER()
+    found = dict(commands(typer.main.get_command(cli.app)))
+    assert {"node", "snapshot", "snapshot list", "sim run", "demo"} <= found.keys()
+    for name, command in found.items():
+        assert command.help, name
+        assert "--json" in {option for parameter in command.params for option in parameter.opts}, name
+        assert [parameter.name for parameter in command.params if not parameter.help] == [], name
+
+
+def test_a_check_and_a_key_as_json(tmp_path: Path, capsys: Capture) -> None:
+    assert run("keygen", "--out", str(tmp_path / "eu-1.key"), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"secret": f"{tmp_path}/eu-1.key", "public": f"{tmp_path}/eu-1.pub"}

@@ -1,10 +1,12 @@
 """Models from files: what becomes of which tensor, and a real node that loads them, and another one that pulls."""
 
+import asyncio
 import json
 import subprocess
 import sys
 import urllib.request
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 import ekko
 from ekko.errors import EkkoError, ModelError
+from ekko.loading import Loading, LoadPicture, LoadRequest
+from ekko.local import Opened, PublishStep
 from ekko.model import TensorSpec
+from ekko.snapshots import commands as snapshot_commands
 from ekko.snapshots.commands import load_now
 from ekko.snapshots.files import FileTensor, LoadPlan, SafetensorsWriter, plan_load, read_keys, read_tensors, slices
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
@@ -214,6 +219,40 @@ def test_state_dicts_that_are_none(tmp_path: Path) -> None:
     torch.save({"z": torch.ones(2, 2, dtype=torch.complex64), "half": torch.ones(2, 2, dtype=torch.bfloat16)}, path)
     with pytest.raises(ModelError, match="expected real numbers"):
         loaded(path, {})
+
+
+async def _loads_in_two_lives(path: Path) -> None:
+    began = asyncio.Event()
+
+    def never(_request: LoadRequest, _plan: LoadPlan | None) -> Opened:
+        began.set()
+        return Opened("train-1", "us", 64, {"item": 4})
+
+    async def publish(_step: PublishStep) -> int:
+        return await asyncio.get_running_loop().create_future()
+
+    loads, request = Loading(never, publish), LoadRequest("ctr", path, {})
+    loads.begin(request)
+    await began.wait()
+    loads.close()
+    await asyncio.sleep(0)
+    assert "load it again" in loads.picture.error
+    loads.begin(request)  # in the next life
+    assert loads.picture == LoadPicture("ctr", str(path), True, finished=1)
+    loads.close()
+
+
+def test_a_load_that_the_end_of_a_life_cuts_short_stands_in_nobodys_way(tmp_path: Path) -> None:
+    np.save(tmp_path / "item.npy", ITEMS)
+    asyncio.run(_loads_in_two_lives(tmp_path / "item.npy"))
+
+
+def test_whoever_waits_for_a_load_is_told_that_the_node_was_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, none = asdict(LoadPicture("ctr", "x", True)), asdict(LoadPicture())
+    answers: list[dict[str, Any]] = [{"load": running}, {"ready": False}, {"load": none}]
+    monkeypatch.setattr(snapshot_commands, "ask_node", lambda *ask: dict(none) if len(ask) == 3 else answers.pop(0))
+    with pytest.raises(EkkoError, match="was started again while it loaded"):
+        load_now("127.0.0.1:1", {}, quiet=True)
 
 
 @pytest.mark.processes
