@@ -294,21 +294,24 @@ def _list_aliases(address: str, as_json: bool) -> None:
 
 @app.command()
 def drop(
-    model: Annotated[str, typer.Argument(help="The model.", metavar="MODEL")],
-    force: Annotated[bool, typer.Option("--force", help="Also when it is the way back of an alias.")] = False,
+    model: Annotated[str, typer.Argument(help="The model, or one of its tables.", metavar="MODEL[/TABLE]")],
+    force: Annotated[
+        bool, typer.Option("--force", help="Also the way back of an alias, or a table of what it stands for.")
+    ] = False,
     config: ConfigOption = None,
     http: HttpOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Drop a model on all nodes, for good: its memory is freed, its publishers and readers are told.
+    """Drop a model, or a table of it, on all nodes, for good: its memory is freed, its publishers and readers are told.
 
-    Nodes that are away drop it when they come back. The name may be used again, for another model.
+    Nodes that are away drop it when they come back. The name may be used again, for another model or table.
     """
     answer = ask_node(http_of(config, http), "/drop", {"model": model, "force": force})
     if as_json:
         typer.echo(json.dumps(answer))
         return
-    typer.echo(f"model {model} is dropped; it had {answer['bytes']:,} bytes of shared memory on this node")
+    what = "table" if "/" in model else "model"
+    typer.echo(f"{what} {model} is dropped; it had {answer['bytes']:,} bytes of shared memory on this node")
 
 
 def register_commands() -> None:

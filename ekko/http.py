@@ -38,7 +38,7 @@ COMMANDS = {
     "/snapshot": '{"kind": "auto"} or {"kind": "full"}',
     "/load": '{"model": NAME, "file": PATH, "tables": {TENSOR: TABLE}, "codec": CODEC or null}, and "keys": {TABLE: KEYS}',
     "/alias": '{"alias": NAME, "model": MODEL}, or "model": null and one of "back": true, "remove": true; and "force": true',
-    "/drop": '{"model": MODEL}, and "force": true',
+    "/drop": '{"model": MODEL or "MODEL/TABLE"}, and "force": true',
 }
 
 
@@ -79,7 +79,7 @@ class Source(Protocol):
             EkkoError: why it cannot be; nothing is changed.
         """
 
-    def drop(self, model: str, *, force: bool) -> dict[str, object]:
+    def drop(self, what: str, *, force: bool) -> dict[str, object]:
         """Drop a model on all nodes.
 
         Raises:

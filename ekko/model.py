@@ -72,6 +72,21 @@ def check_name(kind: str, name: str) -> str:
     return name
 
 
+def check_incarnation(kind: str, name: str, incarnation: int) -> None:
+    """Refuse a number that is none of an incarnation.
+
+    Raises:
+        ModelError: naming the range.
+    """
+    if type(incarnation) is not int or not 0 <= incarnation <= INCARNATION_MAX:
+        raise ModelError(f"{kind} {name!r} has incarnation {incarnation!r}: expected 0 to {INCARNATION_MAX}")
+
+
+def label_of(name: str, incarnation: int) -> str:
+    """The name of what has it as the so many-th: no two that ever were have the same one."""
+    return name if not incarnation else f"{name}#{incarnation}"  # no name has a number sign
+
+
 @dataclass(frozen=True, slots=True)
 class CodecSpec:
     """How a row of `dim` values is laid out: the scale if there is one, the values, zeros up to a multiple of `align`."""
@@ -128,12 +143,14 @@ class TableSpec:
     """One embedding table: `float32[dim]` to its users, stored as `codec` encodes it.
 
     `ttl_s`: a row whose last update is so many seconds ago counts as deleted, on all nodes alike; 0: never.
+    `incarnation`: how many tables of this name were dropped from the model before it.
     """
 
     name: str
     dim: int
     codec: str = CODEC_DEFAULT
     ttl_s: int = 0
+    incarnation: int = 0
 
     def __post_init__(self) -> None:
         check_name("table", self.name)
@@ -141,15 +158,16 @@ class TableSpec:
             raise ModelError(f"table {self.name!r} has dim {self.dim!r}: expected a whole number from 1 to {DIM_MAX}")
         check_codec("table", self.name, self.codec)
         ttl_seconds(self.name, self.ttl_s)
+        check_incarnation("table", self.name, self.incarnation)
 
     @property
     def id(self) -> int:
-        return table_id(self.name)
+        return table_id(label_of(self.name, self.incarnation))
 
     @property
     def since(self) -> int:
         """The first protocol version whose nodes understand this table."""
-        return EXTRAS_SINCE if self.ttl_s else FIRST_VERSION
+        return EXTRAS_SINCE if self.ttl_s or self.incarnation else FIRST_VERSION
 
     def stamp_min(self, unix_ms: int) -> int:
         """The smallest stamp of a row that has not expired at this moment; 0: none ever does."""
@@ -203,8 +221,7 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         check_name("model", self.name)
-        if type(self.incarnation) is not int or not 0 <= self.incarnation <= INCARNATION_MAX:
-            raise ModelError(f"model {self.name!r} has incarnation {self.incarnation!r}: expected 0 to {INCARNATION_MAX}")
+        check_incarnation("model", self.name, self.incarnation)
         check_codec("model", self.name, self.codec)
         if not isinstance(self.shards, int) or not 1 <= self.shards <= SHARDS_MAX:
             raise ModelError(
@@ -220,7 +237,7 @@ class ModelSpec:
     @property
     def label(self) -> str:
         """What its ids come from: no two models that ever were have the same one."""
-        return self.name if not self.incarnation else f"{self.name}#{self.incarnation}"  # no name has a number sign
+        return label_of(self.name, self.incarnation)
 
     @property
     def id(self) -> int:
@@ -251,9 +268,10 @@ class ModelSpec:
 
 
 # What a model's entry leaves out at its end: partitions, codec and incarnation, which came with protocol version 2; and a
-# table's: its ttl.
+# table's: its ttl and incarnation.
 EXTRAS_SINCE: Final = 2
 _AS_ALWAYS: Final[tuple[Any, ...]] = (None, None, 1, CODEC_DEFAULT, 0)
+_TABLE_AS_ALWAYS: Final[tuple[Any, ...]] = (None, None, None, 0, 0)
 
 
 def _body(fact: ModelSpec | TableSpec | TensorSpec) -> bytes:
@@ -264,7 +282,9 @@ def _body(fact: ModelSpec | TableSpec | TensorSpec) -> bytes:
             while body[2:] and body[-1] == _AS_ALWAYS[len(body) - 1]:
                 body.pop()
         case TableSpec():
-            body = [fact.name, fact.dim, fact.codec, *([fact.ttl_s] if fact.ttl_s else [])]
+            body = [fact.name, fact.dim, fact.codec, fact.ttl_s, fact.incarnation]
+            while body[3:] and body[-1] == _TABLE_AS_ALWAYS[len(body) - 1]:
+                body.pop()
         case TensorSpec():
             body = [fact.name, list(fact.shape), fact.dtype]
     return bytes(msgpack.packb(body))
@@ -294,9 +314,9 @@ def _parse(entry: SchemaEntry) -> ModelSpec | TableSpec | TensorSpec:
                     raise RemoteProtocolError(f"model {name!r} does not have id {entry.keyspace}")
                 return spec
             case ["table", label]:
-                name, dim, codec, *ttl = body
-                if name == label and len(ttl) <= 1 and all(type(seconds) is int for seconds in ttl):
-                    return TableSpec(name, dim, codec, *ttl)
+                name, dim, codec, ttl_s, incarnation = (*body, *_TABLE_AS_ALWAYS[len(body) :])
+                if name == label and type(ttl_s) is int:
+                    return TableSpec(name, dim, codec, ttl_s, incarnation)
             case ["tensor", label]:
                 name, shape, dtype = body
                 tensor = TensorSpec(name, tuple(int(n) for n in shape), np.dtype(dtype).name)

@@ -134,7 +134,7 @@ class Operations:
             silent = await self._check_caught_up(name, target, force)
         # Others may have changed something while this waited.
         value = self._store.registers.switched(name, target, self._store.generation(name), self._clock(), secrets.randbits(64))
-        if target is not None and self._store.registers.is_dropped(target):
+        if target is not None and not self._store.holds(target):
             raise ModelError(f"model {target.name!r} was dropped meanwhile")
         self._publish(value)
         return {
@@ -155,7 +155,9 @@ class Operations:
         generation = self._store.generation(model)
         if generation is None:
             known = ", ".join(map(repr, self._store.models)) or "none"
-            raise ModelError(f"node {self._node!r} has no model {model!r}: it has {known}")
+            stands_for = self._store.registers.resolve(model, self._clock())
+            which = "" if stands_for is None else f" (an alias, now of model {stands_for.name!r}: name that)"
+            raise ModelError(f"node {self._node!r} has no model {model!r}{which}: it has {known}")
         return generation
 
     def _check_versions(self) -> None:
@@ -211,15 +213,18 @@ class Operations:
             wait.set_result(answer)
         return wait is not None
 
-    def drop(self, model: str, *, force: bool) -> dict[str, object]:
-        """Drop a model on all nodes, for good.
+    def drop(self, what: str, *, force: bool) -> dict[str, object]:
+        """Drop a model, or one of its tables (`MODEL/TABLE`), on all nodes, for good.
 
         Raises:
             EkkoError: why it cannot be; nothing is changed.
         """
+        model, slash, table = what.partition("/")
         generation = self._generation(model)
         self._check_versions()
         used, kept = self._store.registers.users_of(generation)
+        if slash:
+            return self._drop_table(generation, table, used, force=force)
         # The name of an alias means the model that it stands for, also to who wants to drop one of the same name.
         if used:
             raise ModelError(f"alias {used[0]!r} stands for model {model!r}: switch it to another one first")
@@ -229,3 +234,12 @@ class Operations:
         log.warning("model_dropped", model=model, incarnation=generation.incarnation, bytes=taken)
         self._submit(m.SchemaChanged())
         return {"model": model, "bytes": taken}
+
+    def _drop_table(self, generation: Generation, table: str, used: list[str], *, force: bool) -> dict[str, object]:
+        model = generation.name
+        if used and not force:
+            raise ModelError(f"alias {used[0]!r} stands for model {model!r}: use --force to drop a table of it all the same")
+        taken = self._store.drop_table(model, table, self._clock())
+        log.warning("table_dropped", model=model, table=table, bytes=taken)
+        self._submit(m.SchemaChanged())
+        return {"model": model, "table": table, "bytes": taken}

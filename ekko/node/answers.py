@@ -141,9 +141,9 @@ class Answers:
         """See `ekko.http.Source`."""
         return await self._parts().operations.alias(name, model, back=back, remove=remove, force=force)
 
-    def drop(self, model: str, *, force: bool) -> dict[str, object]:
+    def drop(self, what: str, *, force: bool) -> dict[str, object]:
         """See `ekko.http.Source`."""
-        return self._parts().operations.drop(model, force=force)
+        return self._parts().operations.drop(what, force=force)
 
     def _parts(self) -> Parts:
         parts = self._life().parts

@@ -8,12 +8,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
 from ekko.config import ModelSection, NodeConfig
 from ekko.errors import ConfigError, ModelError
+from ekko.generations import Generation
 from ekko.snapshots.folders import Folder, open_folder
 from ekko.snapshots.load import Wanted, open_or_restore
 from ekko.snapshots.service import SnapshotService
@@ -93,8 +95,14 @@ def have_configured_models(config: NodeConfig, store: Store) -> None:
         if name not in store.models and name in store.registers.dropped:
             log.warning("model_was_dropped", model=name, remedy=f"remove [models.{name}] from the configuration")
             continue
+        wanted = store.current(model.spec(name))
+        generation = Generation.of(wanted)
+        tables = {name: one for name, one in wanted.tables.items() if not store.registers.next_table(generation, name)}
+        for table in wanted.tables.keys() - tables.keys():
+            # What has the name by now, if anything, is whoever's who began it.
+            log.warning("table_was_dropped", model=name, table=table, remedy=f"remove it from [models.{name}]")
         try:
-            held = store.add_model(store.current(model.spec(name)), model.capacity_rows, model.held)
+            held = store.add_model(replace(wanted, tables=tables), model.capacity_rows, model.held)
         except ModelError as error:
             if name in store.registers.dropped:  # what is configured was dropped, and another one has its name
                 log.warning("model_was_dropped", model=name, remedy=f"change [models.{name}]", reason=str(error))

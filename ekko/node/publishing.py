@@ -174,6 +174,11 @@ class Publishing:
         tables = [column.table for column in step.columns]
         if len(set(tables)) != len(tables):
             raise PublishError("a step names one table twice")
+        if gone := [model.tables_dropped[table] for table in tables if table in model.tables_dropped]:
+            raise ModelError(
+                f"table {gone[0]!r} of model {step.model!r} was dropped at node {self._node.id!r}: publish without it, or make "
+                "a new Publisher with it among its tables to begin one of this name anew; nothing was published"
+            )
         known = {table.id for table in model.spec.tables.values()} | {table_id(DENSE_TABLE)}
         if not known.issuperset(tables):
             return Failed(REOPEN, f"unknown table of model {step.model!r}")

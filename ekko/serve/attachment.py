@@ -36,6 +36,7 @@ class Attachment:
     partitions: int
     hold: tuple[int, ...]  # the partitions that are here
     model: Generation  # which model it is; the name asked for may be an alias
+    dropped: frozenset[str]  # names of tables that were dropped from it
 
     @property
     def current(self) -> bool:
@@ -81,7 +82,8 @@ class Attacher:
                     return None
                 hold = tuple(range(entry.partitions) if entry.hold is None else entry.hold)
                 mapped = self._map_model(entry, memory, old)
-                return Attachment(words, generation, *mapped, entry.shards, entry.partitions, hold, entry.generation)
+                dropped = frozenset(manifest.registers.tables_dropped(entry.generation).values())
+                return Attachment(words, generation, *mapped, entry.shards, entry.partitions, hold, entry.generation, dropped)
             except FileNotFoundError:
                 continue  # replaced under our hands
         return None

@@ -390,7 +390,8 @@ class Reader:
         view = attachment.tables.get(name)
         if view is None:
             known = [table for table in attachment.tables if table != DENSE_TABLE]
-            raise ModelError(f"{self._named(attachment)} has no table {name!r}: it has {names(dict.fromkeys(known))}")
+            what = f"has table {name!r} no more, which was dropped" if name in attachment.dropped else f"has no table {name!r}"
+            raise ModelError(f"{self._named(attachment)} {what}: it has {names(dict.fromkeys(known))}")
         return view
 
     def _named(self, attachment: Attachment) -> str:

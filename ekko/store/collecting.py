@@ -88,6 +88,8 @@ class WholeShards:
 
     def note(self, columns: Sequence[RowColumns]) -> None:
         for column in columns:
+            if column.table in self._model.tables_dropped:
+                continue
             table = self._model.table(column.table)
             bits = self._bits.get(column.table)
             size = table.rows_used + 7 >> 3

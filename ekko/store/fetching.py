@@ -77,6 +77,12 @@ class Fetching:
             if table in awaited:
                 awaited[table] = np.setdiff1d(awaited[table], keys)
 
+    def let_go(self, table: int) -> None:
+        """The table was dropped."""
+        self._wanted.pop(table, None)
+        for awaited in self._awaited.values():
+            awaited.pop(table, None)
+
     def forget(self) -> None:
         """Rows are dropped of which we know no keys: what was asked for is not let in."""
         self._awaited.clear()

@@ -115,7 +115,10 @@ def entry_from_json(model: dict[str, Any]) -> ModelEntry:
         str(model["name"]),
         int(model["shards"]),
         int(model["capacity_rows"]),
-        [TableSpec(table["name"], table["dim"], table["codec"], table.get("ttl_s", 0)) for table in model["tables"]],
+        [
+            TableSpec(table["name"], table["dim"], table["codec"], table.get("ttl_s", 0), table.get("incarnation", 0))
+            for table in model["tables"]
+        ],
         [TensorSpec(tensor["name"], tuple(tensor["shape"]), tensor["dtype"]) for tensor in model["tensors"]],
         int(model.get("partitions", 1)),
         None if model.get("hold") is None else [int(partition) for partition in model["hold"]],

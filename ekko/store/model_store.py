@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import ModelError, StoreError
-from ekko.model import DENSE_SPEC, DENSE_TABLE, TableSpec, TensorSpec, table_id
+from ekko.model import DENSE_SPEC, DENSE_TABLE, TableSpec, TensorSpec
 from ekko.store import capacity, layout
 from ekko.store.applying import Applying, whole
 from ekko.store.batches import BatchMarks
@@ -81,6 +81,7 @@ class ModelStore:
         self._arrivals: list[ReferenceType[WholeShards]] = []  # of answers that bring shards whole
         self._sweeps = [Sweep(self, partition) for partition in range(entry.partitions)]
         self.fetching = Fetching(self)
+        self.tables_dropped: ReadOnlyMapping[int, str] = {}  # id -> name of the tables whose rows may come late
         self.eviction: Eviction | None = None  # what keeps rows of other nodes within the capacity
 
     @classmethod
@@ -162,14 +163,28 @@ class ModelStore:
             spec.name, spec.shards, self._capacity_rows, tables, tensors, spec.partitions, hold, spec.codec, spec.incarnation
         )
 
-    def file_names(self) -> list[str]:
-        """Names of the files that it consists of."""
-        names = [header_name(self.keyspace)]
+    def file_names(self, tables: Sequence[str] | None = None) -> list[str]:
+        """Names of the files that it consists of, or of those of some tables."""
+        names = [header_name(self.keyspace)] if tables is None else []
         for table in self._tables.values():
-            names += [rows_name(self.keyspace, table.spec.id), index_name(self.keyspace, table.spec.id, table.index.generation)]
-            if table.spec.name in self._heat:
-                names += [hot_name(self.keyspace, table.spec.id), heat_name(self.keyspace, table.spec.id)]
+            if tables is None or table.spec.name in tables:
+                names += [rows_name(self.keyspace, table.spec.id), *table.index_names()]
+                if table.spec.name in self._heat:
+                    names += [hot_name(self.keyspace, table.spec.id), heat_name(self.keyspace, table.spec.id)]
         return names
+
+    def let_go(self) -> None:
+        """It was dropped, and is used no more; its memory is freed by other threads."""
+        for table in self._tables.values():
+            table.let_go()
+
+    def let_go_of_tables(self, names: Sequence[str]) -> None:
+        """These tables were dropped; what comes late of them is no error (`tables_dropped`)."""
+        for name in names:
+            number = self.spec.tables.pop(name).id
+            self._heat.pop(name, None)
+            self.fetching.let_go(number)
+            self._tables.pop(number).let_go()
 
     def add_table(self, spec: TableSpec, capacity_rows: int = 0) -> bool:
         """Have this table, which does not clash with any; True when it is new."""
@@ -330,7 +345,8 @@ class ModelStore:
         Raises:
             ModelError: there is no such table.
         """
-        if (held := self._tables.get(table_id(table))) is None:
+        spec = DENSE_SPEC if table == DENSE_TABLE else self.spec.tables.get(table)
+        if spec is None or (held := self._tables.get(spec.id)) is None:
             known = ", ".join(map(repr, self.spec.tables)) or "none"
             raise ModelError(f"model {self.spec.name!r} has no table {table!r}: it has {known}")
         out, stamps = np.empty((keys.size, held.spec.dim), np.float32), np.empty(keys.size, np.uint64)
@@ -515,13 +531,20 @@ class ModelStore:
         return out
 
     def check(self, columns: Sequence[RowColumns], shards: NDArray[np.uint32] | None = None) -> None:
-        self._applying.check(columns, shards)
+        self._applying.check(self._without_dropped(columns), shards)
 
     def reserve(self, columns: Sequence[RowColumns]) -> None:
-        self._applying.reserve(columns)
+        self._applying.reserve(self._without_dropped(columns))
 
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
-        return self._applying.apply(columns, stamp)
+        return self._applying.apply(self._without_dropped(columns), stamp)
+
+    def _without_dropped(self, columns: Sequence[RowColumns]) -> Sequence[RowColumns]:
+        """Rows of tables that were dropped come late from who has not heard of it: there is nothing to do with them, and what
+        is claimed with them is no less true.
+        """
+        dropped = self.tables_dropped
+        return [column for column in columns if column.table not in dropped] if dropped else columns
 
     def changed_since(self, base: U64, *, measured: bool = True) -> list[Selection]:
         return self._questions.changed_since(base, measured=measured)
@@ -534,6 +557,8 @@ class ModelStore:
         return self._questions.without(selections, known, partitions)
 
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
+        if table not in self._tables:  # it was dropped since they were selected
+            return RowColumns(table, np.empty(0, np.uint64), np.empty((0, 0), np.uint8), np.empty(0, np.uint64))
         keys, data, stamps = self._tables[table].read(np.ascontiguousarray(slots, np.int64))
         return RowColumns(table, keys, data, stamps)
 

@@ -67,6 +67,9 @@ class Questions:
         stamps, bits = np.require(known.stamps, np.uint64, ["C", "A"]), np.ascontiguousarray(known.shards)
         left = []
         for selection in selections:
+            if selection.table not in self._tables:  # dropped since
+                left.append(selection)  # what reads it finds nothing, and says so
+                continue
             slots = self._tables[selection.table].without(selection.slots, stamps, bits, self._shards, partitions)
             if slots.size:
                 left.append(Selection(selection.table, selection.row_bytes, slots))

@@ -72,8 +72,10 @@ def _check_tables(held: ModelSpec, new: ModelSpec) -> None:
                 f"model {new.name!r} has codec {held.codec!r}, and its table {table.name!r} cannot have {table.codec!r}"
             )
         existing = held.tables.get(table.name, table)
+        if table.incarnation > existing.incarnation:  # that one ends
+            continue
         if existing != table:
-            what = "dim" if existing.dim != table.dim else "ttl_s"
+            what = next(what for what in ("incarnation", "dim", "ttl_s") if getattr(existing, what) != getattr(table, what))
             has, wanted = getattr(existing, what), getattr(table, what)
             raise ModelError(f"table {table.name!r} of model {new.name!r} has {what} {has}, not {what} {wanted}")
         if ids.setdefault(table.id, table.name) != table.name:
@@ -122,6 +124,9 @@ def wanted(entries: Sequence[SchemaEntry], held: Mapping[str, ModelSpec], regist
     for keyspace, part in parts:
         if keyspace not in specs and keyspace in past:
             continue
+        owner = known.get(keyspace) or specs.get(keyspace)
+        if owner is not None and isinstance(part, TableSpec) and not _is_current_table(part, owner, registers):
+            continue
         if keyspace not in specs and keyspace in known:
             specs[keyspace] = known[keyspace].bare()
         if keyspace not in specs:
@@ -137,6 +142,24 @@ def _is_current(spec: ModelSpec, held: ModelSpec | None, registers: Registers, o
     """Whether nothing that is known says that there is a later model of this name, or that it is dropped."""
     later = [other.incarnation for other in (*others, *(() if held is None else (held,))) if other.name == spec.name]
     return spec.incarnation >= max(later) and not registers.is_dropped(Generation.of(spec))
+
+
+def _is_current_table(table: TableSpec, model: ModelSpec, registers: Registers) -> bool:
+    """Whether nothing that is known says that there is a later table of this name, or that it is dropped."""
+    held = model.tables.get(table.name, table)
+    dropped = registers.is_table_dropped(Generation.of(model), table.name, table.incarnation)
+    return table.incarnation >= held.incarnation and not dropped
+
+
+def ended_tables(held: ModelSpec, registers: Registers, wanted: Sequence[ModelSpec]) -> list[str]:
+    """Names of the tables of a model that are here and, by these facts and incarnations, are so no more."""
+    others = [one.tables for one in wanted if Generation.of(one) == Generation.of(held)]
+
+    def ends(table: TableSpec) -> bool:
+        newer = any(tables[table.name].incarnation > table.incarnation for tables in others if table.name in tables)
+        return newer or registers.is_table_dropped(Generation.of(held), table.name, table.incarnation)
+
+    return [table.name for table in held.tables.values() if ends(table)]
 
 
 def ended(held: Collection[ModelSpec], registers: Registers, wanted: Sequence[ModelSpec]) -> list[str]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ekko.errors import ModelError, StoreError
-from ekko.generations import Alias, Dropped, Fact, Generation, Registers, is_register, parse_facts
-from ekko.model import ModelSpec, TableSpec, TensorSpec
+from ekko.generations import Alias, Dropped, DroppedTable, Fact, Generation, Registers, ids_before, is_register, parse_facts
+from ekko.model import DENSE_TABLE, ModelSpec, TableSpec, TensorSpec
 from ekko.store import layout, schema
 from ekko.store.access import DEFAULT_ACCESS, Access
 from ekko.store.capacity import Capacity
@@ -109,9 +109,9 @@ class Store:
         """This anonymous store as the node's next process finds it: repaired by the code that attaches after a kill."""
         assert isinstance(self._memory, AnonymousMemory)
         store = Store(self._memory, self._table_bytes_max)
+        store._registers = self._registers
         for model in self._models.values():
             store._insert(ModelStore.open(model.entry(), self._memory, self._table_bytes_max))
-        store._registers = self._registers
         store.resumed = True
         return store
 
@@ -190,12 +190,12 @@ class Store:
         if control is not None:
             memory = fresh_memory(control.run_dir, control.memory.directory, control.memory.access)
         store = Store(memory, self._table_bytes_max)
+        store._registers = self._registers
         for name, model in models:
             twin = ModelStore.create(replace(model.entry(), hold=list(kept[name])), memory, self._table_bytes_max)
             copy_held(model, twin)
             store._insert(twin)
         store.resumed = self.resumed
-        store._registers = self._registers
         if control is not None:
             self.close()
             store._found_at(control.run_dir)
@@ -335,10 +335,18 @@ class Store:
         return self._registers
 
     def current(self, spec: ModelSpec) -> ModelSpec:
-        """The same, as the incarnation of its name that is here, or that a model which gets the name now would be."""
+        """The same, as the incarnation of its name that is here, or that whoever gets the name now would be; so its tables."""
         held = self._models.get(spec.name)
         incarnation = self._registers.next_incarnation(spec.name) if held is None else held.spec.incarnation
-        return replace(spec, incarnation=incarnation)
+        generation, here = Generation(spec.name, incarnation), {} if held is None else held.spec.tables
+        tables = {
+            name: replace(
+                table,
+                incarnation=here[name].incarnation if name in here else self._registers.next_table(generation, name),
+            )
+            for name, table in spec.tables.items()
+        }
+        return replace(spec, incarnation=incarnation, tables=tables)
 
     def generation(self, name: str) -> Generation | None:
         """The model of this name that is here."""
@@ -355,7 +363,7 @@ class Store:
 
     def learn_registers(self, registers: Registers) -> None:
         """Take over aliases, and what was dropped, from a snapshot; what is known here and newer stays."""
-        self._learn([*registers.aliases.values(), *registers.dropped.values()], [])
+        self._learn(registers.facts(), [])
 
     def drop_model(self, name: str, unix_ms: int) -> int:
         """Drop a model for good, everywhere: its memory is given back, and readers are told.
@@ -371,6 +379,26 @@ class Store:
         self._learn([Dropped(name, spec.incarnation, unix_ms)], [])
         return taken
 
+    def drop_table(self, model: str, table: str, unix_ms: int) -> int:
+        """Drop a table for good, everywhere: its memory is given back, and readers are told.
+
+        Returns:
+            Bytes of shared memory that it had.
+
+        Raises:
+            ModelError: there is no such table, or it is the reserved one.
+        """
+        held = self._known(model)
+        if table == DENSE_TABLE:
+            raise ModelError(f"table {DENSE_TABLE!r} of model {model!r} holds its dense tensors: it goes with the model")
+        if table not in held.spec.tables:
+            known = ", ".join(map(repr, held.spec.tables)) or "none"
+            raise ModelError(f"model {model!r} has no table {table!r}: it has {known}")
+        taken = held.table_stats()[table].bytes
+        fact = DroppedTable(Generation.of(held.spec), table, held.spec.tables[table].incarnation, unix_ms)
+        self._learn([fact], [])
+        return taken
+
     def settle_aliases(self, unix_ms: int) -> bool:
         """Let switches up to this moment count for readers; True when there were some."""
         if self._control is None:
@@ -382,27 +410,49 @@ class Store:
         return settled
 
     def _learn(self, facts: Iterable[Fact], wanted: Sequence[ModelSpec]) -> bool:
-        """Merge facts, and let go of the models that they or newer incarnations end; True when something changed.
+        """Merge facts, and let go of the models and tables that they or newer incarnations end; True when something changed.
 
         The manifest is written before any file goes: who reads it finds all that it names.
         """
         merged = self._registers.merged(facts)
         gone = self._ended(merged, wanted)
-        if merged is self._registers and not gone:
+        tables = {name: schema.ended_tables(one.spec, merged, wanted) for name, one in self._models.items() if name not in gone}
+        if merged is self._registers and not gone and not any(tables.values()):
             return False
         self._registers = merged
         files = [file for name in gone for file in self._models[name].file_names()]
+        files += [file for name, ended in tables.items() for file in self._models[name].file_names(ended)]
         for name in gone:
             model = self._models.pop(name)
+            model.let_go()
             for number in {model.spec.id, *model.spec.keyspaces}:
                 self._by_id.pop(number, None)
             for known in (self._costs, self._asked, self._unasked):
                 known.pop(name, None)
+        for name in [name for name, ended in tables.items() if ended]:
+            self._let_go_of_tables(self._models[name], tables[name])
+        for model in self._models.values():
+            self._note_late(model)
         self._publish_manifest()
         for file in files:
             self._memory.remove(file)
         self.on_registers()
         return True
+
+    def _let_go_of_tables(self, model: ModelStore, tables: Sequence[str]) -> None:
+        model.let_go_of_tables(tables)
+        if (asked := self._asked.get(model.spec.name)) is not None:
+            left = {name: table for name, table in asked.tables.items() if name not in tables}
+            self._asked[model.spec.name] = replace(asked, tables=left)
+        self._insert(model)
+
+    def _note_late(self, model: ModelStore) -> None:
+        """Tell a model of which tables rows may come late."""
+        # One may have ended since a peer told of the next one of its name, before it told of the drop.
+        ended = {
+            number: table.name for table in model.spec.tables.values() for number in ids_before(table.name, table.incarnation)
+        }
+        model.tables_dropped = ended | self._registers.tables_dropped(Generation.of(model.spec))
 
     def _ended(self, registers: Registers, wanted: Sequence[ModelSpec]) -> list[str]:
         return schema.ended([model.spec for model in self._models.values()], registers, wanted)
@@ -427,6 +477,7 @@ class Store:
 
     def _insert(self, model: ModelStore) -> None:
         self._models[model.spec.name] = model
+        self._note_late(model)
         if model.capacity is None and model.spec.name in self._limits:
             model.limit(self._limits[model.spec.name])
         self._costs[model.spec.name] = cost_of(model.spec)

@@ -445,6 +445,17 @@ class Table:
         if old.mapping.is_file:  # a simulated node has no threads
             let_go(old.mapping, KEEP_S)
 
+    def index_names(self) -> list[str]:
+        """Names of the files of its index, and of the next one."""
+        indexes = [self.index] if self._next is None else [self.index, self._next]
+        return [self._index_name(index.generation) for index in indexes]
+
+    def let_go(self) -> None:
+        """It was dropped: freeing many gigabytes takes seconds, and is left to other threads."""
+        for mapping in (self.mapping, self.index.mapping, *(() if self._next is None else (self._next.mapping,))):
+            if mapping.is_file:  # a simulated node has no threads
+                let_go(mapping, KEEP_S)
+
     def reserve(self, rows_count: int) -> None:
         """Have an index that takes so many rows, in a table that is empty."""
         if index_log2_for(rows_count) > self.index.capacity_log2:

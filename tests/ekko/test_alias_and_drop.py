@@ -145,7 +145,32 @@ def test_an_alias_that_some_node_could_not_follow_is_refused(pair: LocalCluster)
         ekko.Publisher(trainer.local, model="ctr", tables={"item": 4})
     listed = answer("alias", at=pair["serve-1"])
     assert {name: one["model"] for name, one in listed.items()} == {"ctr": OLD}
+    assert "alias 'ctr' stands for model 'ctr-1': use --force" in complaint("drop", "ctr-1/user", at=trainer)
+    assert "'ctr' (an alias, now of model 'ctr-1': name that)" in complaint("drop", "ctr/user", at=trainer)
     assert answer("alias", "ctr", "--remove", at=trainer)["model"] is None
+
+
+def test_a_table_is_dropped_everywhere_and_may_be_begun_again(pair: LocalCluster) -> None:
+    trainer, server = pair["train-1"], pair["serve-1"]
+    train(pair, OLD)
+    assert "has no table 'shop'" in complaint("drop", f"{OLD}/shop", at=trainer)
+    with ekko.Reader(OLD, run_dir=server.run_dir) as reader, ekko.Publisher(trainer.local, model=OLD) as publisher:
+        assert reader.lookup("user", [1]).tolist() == [[VALUE[OLD]] * 2]
+        assert answer("drop", f"{OLD}/user", at=server)["bytes"] > 0
+        wait_until(lambda: "user" not in reader.tables, "the node has dropped it", 30)
+        with pytest.raises(ModelError, match="has table 'user' no more, which was dropped"):
+            reader.lookup("user", [1])
+        wait_until(lambda: "user" not in trainer.status()["models"][OLD]["tables"], "the other one, too", 30)
+        with pytest.raises(ModelError, match="table 'user' of model 'ctr-1' was dropped"):
+            publisher.publish("user", [1], np.ones((1, 2), np.float32))
+        publisher.publish("item", [1], np.full((1, 4), 5.0, np.float32))
+        server.stop()
+        with ekko.Publisher(trainer.local, model=OLD, tables={"user": 3}) as again:
+            again.publish("user", [9], np.full((1, 3), 6.0, np.float32))
+        server.start()  # the configuration still names it, as it was
+        server.wait_ready()
+        wait_until(lambda: reader.tables.get("user") == 3, "the node has the new one", 30)
+        wait_until(lambda: reader.lookup("user", [1, 9])[:, 0].tolist() == [0.0, 6.0], "and its rows, and no others", 30)
 
 
 def test_who_was_away_drops_it_on_return_and_the_name_may_be_used_again(pair: LocalCluster) -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from ekko import generations
 from ekko.errors import ModelError
-from ekko.generations import Alias, Dropped, Fact, Generation, Registers, check_free, entry_of, parse_facts
-from ekko.model import INCARNATION_MAX, ModelSpec
+from ekko.generations import Alias, Dropped, DroppedTable, Fact, Generation, Registers, check_free, entry_of, parse_facts
+from ekko.model import INCARNATION_MAX, ModelSpec, TableSpec
 from p2p.errors import RemoteProtocolError
 from p2p.replica import SchemaEntry
 
@@ -24,6 +24,7 @@ fact = st.one_of(
         Alias, st.sampled_from(["ctr", "cvr"]), st.none() | generation, st.none() | generation, numbers, numbers, numbers
     ),
     st.builds(Dropped, st.sampled_from("abc"), st.integers(0, 2), numbers),
+    st.builds(DroppedTable, generation, st.sampled_from(["item", "user"]), st.integers(0, 2), numbers),
 )
 
 
@@ -73,8 +74,20 @@ def test_what_is_dropped_is_not_stood_for() -> None:
     # The name may be used again: that is another model, and the alias does not mean it.
     assert registers.next_incarnation("b") == 1
     assert registers.resolve("ctr") != Generation("b", 1)
-    assert registers.users_of(A) == ([], ["ctr"])
+    assert registers.users_of(A) == (["ctr"], ["ctr"])  # which is what readers of the alias read now
     assert registers.users_of(B) == (["ctr"], [])
+
+
+def test_tables_dropped_from_a_model_are_its_own() -> None:
+    registers = Registers().merged(
+        [DroppedTable(A, "item", 9, 5), DroppedTable(A, "item", 3, 6), DroppedTable(C, "item", 0, 5)]
+    )
+    assert [registers.next_table(model, "item") for model in (A, B, C)] == [10, 0, 1]
+    assert registers.is_table_dropped(A, "item", 9)
+    assert not registers.is_table_dropped(A, "item", 10)
+    late = registers.tables_dropped(A)
+    assert set(late.values()) == {"item"}
+    assert late.keys() == {TableSpec("item", 1, incarnation=number).id for number in range(2, 10)}  # however many there were
 
 
 def test_incarnations_have_ids_of_their_own() -> None:
@@ -121,6 +134,9 @@ GOOD = entry_of(Alias("ctr", B, A, 10, 1, 7))
         replace(GOOD, name="alias:cvr"),
         replace(GOOD, keyspace=5),
         SchemaEntry(ModelSpec("a").id, "dropped:a", msgpack.packb(["a", "0", 5])),
+        SchemaEntry(ModelSpec("a").id, "dropped-table:x", msgpack.packb([["", 0], "x", 0, 5])),
+        SchemaEntry(ModelSpec("a").id, "dropped-table:x", msgpack.packb([["a", 0], "y", 0, 5])),
+        SchemaEntry(ModelSpec("a").id, "dropped-table:x", msgpack.packb([["a", 1], "x", 0, 5])),
     ],
 )
 def test_junk_is_the_peers_fault(entry: SchemaEntry) -> None:

@@ -15,6 +15,7 @@ from tests.p2p.generations_chaos import (
     drop,
     dropped_in_the_middle_of_a_pull,
     publish,
+    tables_come_and_go,
 )
 
 
@@ -41,6 +42,11 @@ def test_a_pull_ends_with_its_model(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_two_sides_of_a_split_agree_afterwards(seed: int) -> None:
     both_sides_of_a_split(seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tables_come_and_go_under_faults(seed: int) -> None:
+    tables_come_and_go(seed)
 
 
 def test_waits_and_publishers_are_told() -> None:

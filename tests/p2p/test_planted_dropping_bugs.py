@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from ekko.generations import DROPPED, Alias, Registers
-from ekko.model import ModelSpec
+from ekko.generations import DROPPED, DROPPED_TABLE, Alias, Registers
+from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.store import schema
+from ekko.store.model_store import ModelStore
 from p2p import messages as m
 from p2p.pull_answers import PullAnswers
 from p2p.reach import Reach
@@ -23,6 +24,7 @@ from tests.p2p.generations_chaos import (
     drop,
     dropped_in_the_middle_of_a_pull,
     publish,
+    tables_come_and_go,
 )
 from tests.p2p.plants import Plant, Scenario, expect_caught
 
@@ -48,6 +50,14 @@ def by_the_papers_protocol(seed: int) -> None:
         come_and_go(seed, PRESETS["leaders"])
     except KeyError as error:
         raise AssertionError(f"a keyspace is looked up that is gone: {error}") from error
+
+
+def tables_that_are_gone(seed: int) -> None:
+    """Tables come and go; what looks up one that is gone is noticed by that."""
+    try:
+        tables_come_and_go(seed)
+    except KeyError as error:
+        raise AssertionError(f"a table is looked up that is gone: {error}") from error
 
 
 def incarnations_share_an_id(patch: pytest.MonkeyPatch) -> None:
@@ -99,6 +109,26 @@ def waits_are_kept(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Reach, "forget_keyspace", lambda *_: None)
 
 
+def tables_share_an_id(patch: pytest.MonkeyPatch) -> None:
+    """A table that gets the name of a dropped one also gets its number."""
+    patch.setattr(TableSpec, "id", property(lambda self: table_id(self.name)))
+
+
+def late_rows_are_no_exception(patch: pytest.MonkeyPatch) -> None:
+    """Rows that come late of a table that was dropped are taken as all others."""
+    patch.setattr(ModelStore, "_without_dropped", lambda _, columns: columns)
+
+
+def drops_of_tables_are_not_told(patch: pytest.MonkeyPatch) -> None:
+    """What was dropped of a model is no fact for others."""
+    original = Registers.entries
+
+    def entries(self: Registers) -> list[SchemaEntry]:
+        return [entry for entry in original(self) if not entry.name.startswith(DROPPED_TABLE)]
+
+    patch.setattr(Registers, "entries", entries)
+
+
 @pytest.mark.parametrize(
     ("plant", "scenario"),
     [
@@ -110,6 +140,9 @@ def waits_are_kept(patch: pytest.MonkeyPatch) -> None:
         (answers_are_kept, dropped_in_the_middle_of_a_pull),
         (rounds_are_kept, by_the_papers_protocol),
         (waits_are_kept, a_waiter_is_told),
+        (tables_share_an_id, tables_come_and_go),
+        (late_rows_are_no_exception, tables_that_are_gone),
+        (drops_of_tables_are_not_told, tables_come_and_go),
     ],
 )
 def test_a_planted_bug_is_noticed(plant: Plant, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
