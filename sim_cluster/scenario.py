@@ -80,6 +80,7 @@ class Workload:
     partitions: int = 1  # of a model
     hold: str = "all"  # what serving nodes hold of them: "all", or "random": drawn from the seed
     bursts: float = 0.0  # fraction of batches that some others follow within milliseconds, so that they share messages
+    room: float = 1.0  # some serving nodes have room for this fraction of the rows, and evict; 1: all have room for all
 
     @property
     def model_names(self) -> list[str]:
@@ -138,6 +139,14 @@ class Scenario:
     def trainers(self) -> list[str]:
         """The nodes that may publish."""
         return [node.name for node in self.nodes if node.role == "train"]
+
+    def limited(self, seed: int) -> list[str]:
+        """Which serving nodes have room for some of the rows only, under this seed; there is one at least."""
+        serving = [node.name for node in self.nodes if node.role != "train"]
+        if self.workload.room == 1 or not serving:
+            return []
+        rng = random.Random(f"limited of {seed}")
+        return sorted(rng.sample(serving, rng.randint(1, len(serving))))
 
     def holds(self, seed: int) -> dict[str, dict[str, tuple[int, ...]]]:
         """Which partitions of each model each node holds under this seed: node -> model -> partitions.
@@ -283,6 +292,7 @@ def _scenario(document: dict[str, Any], stem: str) -> Scenario:
         load.whole("partitions", 1, 1, PARTITIONS_MAX),
         str(load.take("hold", "all")),
         load.number("bursts", 0, 0, 1),
+        room=load.number("room", 1, 0, 1),
     )
     if workload.codec not in CODECS:
         raise ConfigError(f"[workload].codec is {workload.codec!r}: expected one of {', '.join(CODECS)}")

@@ -15,8 +15,9 @@ from typing import Final
 
 import numpy as np
 
-from ekko.model import ModelSpec, TableSpec
-from ekko.store import recent
+from ekko.model import ModelSpec, TableSpec, table_id
+from ekko.store import Store, eviction, fetching, recent
+from ekko.store.capacity import Capacity
 from p2p import knowledge, links, outbox, pull, pull_answers, push, reach, round_answers, status, wire
 from p2p import messages as m
 from p2p.groups import LINGER_MS
@@ -31,7 +32,7 @@ from sim_cluster.history import still_held
 from sim_cluster.meter import Meter
 from sim_cluster.network import NetworkOptions
 from sim_cluster.node import VirtualNode
-from sim_cluster.scenario import BURST_MAX, FaultEvent, Faults, Scenario, draw_hold
+from sim_cluster.scenario import BURST_MAX, FaultEvent, Faults, Scenario, Workload, draw_hold
 from sim_cluster.version_watch import VersionWatch
 from sim_cluster.virtual import VirtualCluster
 
@@ -45,6 +46,7 @@ STEADY_MS: Final = 2_000
 STEADY_STEPS: Final = 6
 STEADY_EVERY_MS: Final = 400
 SMALL_RING: Final = 16  # changes; tables of a swarm have some hundred rows
+READ_KEYS: Final = 20
 WAIT_PROBABILITY: Final = 0.1
 WAIT_MS_MAX: Final = 5_000
 QUEUES_EVERY_MS: Final = 1_000
@@ -72,7 +74,8 @@ def run_virtual(scenario: Scenario, seed: int, faults: Faults | None = None) -> 
     """Run a scenario once; never raises for what the cluster does wrong."""
     begin = time.perf_counter()
     run = _Run(scenario, seed, faults if faults is not None else scenario.faults(seed))
-    with small_messages(run.faults.message_bytes_max), short_queues(run.faults.short_queues):
+    quick = quick_evictions(scenario.workload.room < 1)
+    with small_messages(run.faults.message_bytes_max), short_queues(run.faults.short_queues), quick:
         problem = run.problem()
     cluster, meter = run.cluster, run.meter
     delays = sorted(meter.delays_ms)
@@ -145,6 +148,20 @@ def models_of(scenario: Scenario) -> list[ModelSpec]:
     ]
 
 
+def room_for(model: ModelSpec, load: Workload) -> Capacity:
+    """For as many rows of a model as the workload says."""
+    held = Store.anonymous().add_model(model)
+    strides = sum(table.stride for table in held.tables)
+    return Capacity(held.memory_bytes + int(load.room * load.keys) * strides, "least_recently_updated")
+
+
+@contextmanager
+def quick_evictions(wanted: bool) -> Iterator[None]:
+    """Rows are old enough to be evicted, and keys may be asked for again, after a moment."""
+    with _changed(((eviction, "QUIET_MS", 500), (fetching, "ASKED_AGAIN_S", 1)) if wanted else ()):
+        yield
+
+
 @dataclass(frozen=True, slots=True)
 class _Wait:
     """A wait for a step, and whom its asker took for alive then."""
@@ -164,6 +181,8 @@ class _Run:
         self._rng = random.Random(f"load of {seed}")
         models = models_of(scenario)
         self._holds = scenario.holds(seed)
+        self._limited, self._allowed = scenario.limited(seed), room_for(models[0], scenario.workload)
+        self._readers = random.Random(f"readers of {seed}")
         self.cluster = VirtualCluster(
             seed, NetworkOptions(links=scenario.network.links), models[0], models[1:], PRESETS[scenario.sync]
         )
@@ -189,7 +208,8 @@ class _Run:
         for node in self._scenario.nodes:
             version = FIRST_VERSION if node.name in old else PROTOCOL_VERSION
             others = [] if node.name in seeds else seeds
-            cluster.add(node.name, node.region, node.role, others, version, hold=self._holds[node.name])
+            allowed = self._allowed if node.name in self._limited else None
+            cluster.add(node.name, node.region, node.role, others, version, hold=self._holds[node.name], capacity=allowed)
 
         def formed() -> bool:
             return all(node.machine and node.machine.status(cluster.now_of(node)).synced for node in cluster.nodes.values())
@@ -223,6 +243,7 @@ class _Run:
             while events and events[0].at_ms <= cluster.now_ms:
                 self._begin(events.pop(0))
             self._publish()
+            self._read()
             cluster.run(step_ms)
             if problem := self._broken_promise():
                 return problem
@@ -372,6 +393,15 @@ class _Run:
             self._publish_one()
             if burst:
                 self.cluster.run(self._rng.randint(0, LINGER_MS // 2))
+
+    def _read(self) -> None:
+        """Readers of nodes with little memory ask for some keys, which may have been dropped there."""
+        for name in self._limited:
+            keys = np.array(
+                sorted({self._readers.randrange(self._scenario.workload.keys) for _ in range(READ_KEYS)}), np.uint64
+            )
+            for model in self.cluster.nodes[name].store.models.values():
+                model.fetching.note_asked(table_id("item"), keys, self.cluster.now_ms / 1000)
 
     def _publish_one(self) -> None:
         load, rng = self._scenario.workload, self._rng

@@ -17,6 +17,7 @@ import numpy as np
 from ekko.codec import encode
 from ekko.model import ModelSpec, TableSpec
 from ekko.store import Store
+from ekko.store.capacity import Capacity
 from p2p import messages as m
 from p2p.core import COLLECT_MS, EXPEL_AFTER_MS
 from p2p.errors import RemoteProtocolError
@@ -131,11 +132,16 @@ class VirtualCluster:
         protocol_version: int = PROTOCOL_VERSION,
         store: Store | None = None,
         hold: Mapping[str, Sequence[int]] | None = None,
+        capacity: Capacity | None = None,
     ) -> VirtualNode:
-        """Start a node; `seeds` are names of nodes, `store` is what it finds in its memory, `hold` its partitions of models."""
+        """Start a node.
+
+        `seeds` are names of nodes, `store` is what it finds in its memory, `hold` its partitions of models, `capacity` what
+        each of these may take.
+        """
         addresses = tuple(address_of(seed) for seed in seeds)
         node = VirtualNode(name, region, role, addresses, self.model, hold or {}, protocol_version)
-        node.store = store or node.store
+        node.store, node.capacity = store or node.store, capacity
         self.nodes[name] = node
         self.boot(node)
         return node

@@ -1,0 +1,51 @@
+"""Swarms in which some nodes have room for a part of the rows, and what must not be switched off there (R11)."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sim_cluster.scenario import load_scenario
+from sim_cluster.swarm import run_virtual
+
+SCENARIO = load_scenario(Path(__file__).parents[2] / "scenarios" / "limited.toml")
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+def test_who_is_limited_is_drawn_from_the_seed() -> None:
+    drawn = [SCENARIO.limited(seed) for seed in range(20)]
+    assert {len(names) for names in drawn} == {1, 2, 3, 4}
+    assert not any("-t" in name for names in drawn for name in names)
+    assert SCENARIO.limited(3) == drawn[3]
+
+
+def test_a_limited_node_holds_the_newest_or_nothing_and_the_others_all() -> None:
+    assert run_virtual(replace(SCENARIO, duration_ms=8_000), 2).problem == ""
+
+
+def _who_knows_less_answers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("p2p.fetching.covers", lambda keyspace, floor: True)
+
+
+def _what_goes_meanwhile_is_not_noted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("ekko.store.fetching.Fetching.note_gone", lambda self, table, keys: None)
+
+
+def _older_versions_come_in(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("ekko.store.eviction.Eviction._dropped_up_to", lambda self: np.zeros(self._model.shards, np.uint64))
+
+
+def _incomplete_nodes_answer(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("p2p.pull_answers.may_answer", lambda keyspace, below: True)
+
+
+@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "long", reason="takes a minute; each rule has a quick test, too")
+@pytest.mark.parametrize(
+    "bug", [_who_knows_less_answers, _what_goes_meanwhile_is_not_noted, _older_versions_come_in, _incomplete_nodes_answer]
+)
+def test_planted_bugs_are_noticed(bug: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug(monkeypatch)
+    assert any(run_virtual(SCENARIO, seed).problem for seed in range(8))
