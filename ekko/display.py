@@ -27,6 +27,7 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
         console.print(_snapshots(status["snapshots"]))
     console.print(_members(status))
     console.print(_models(status))
+    console.print(_tables(status))
     if status.get("aliases"):
         console.print(aliases_table(status["aliases"]))
     for name, model in status["models"].items():
@@ -113,8 +114,7 @@ def _snapshots(snapshots: dict[str, Any]) -> str:
 
 
 def _models(status: dict[str, Any]) -> Table:
-    columns = ("model", "table", "dim", "codec", "partitions", "rows", "deleted", "memory", "of it free", "staleness", "state")
-    table = _table("Models", *columns, numbers=(2, 5, 6, 7, 8, 9))
+    table = _table("Models", "model", "codec", "partitions", "rows", "memory", "staleness", "state", numbers=(3, 4, 5))
     for name, model in status["models"].items():
         pulling = f", pulling from {model['pulling_from']}" if model["pulling_from"] else ""
         state = ("synced" if model["synced"] else "[yellow]catching up[/]") + pulling
@@ -123,12 +123,17 @@ def _models(status: dict[str, Any]) -> Table:
         staleness = "-" if model["staleness_ms"] is None else f"{model['staleness_ms']:,} ms"
         held = _partitions(model["hold"], model["partitions"])
         limit = "" if model.get("capacity_bytes") is None else f" of {_size(model['capacity_bytes'])}"
-        memory = _size(model["bytes"]) + limit, _size(model.get("free_bytes", 0))
-        table.add_row(name, "", "", model["codec"], held, f"{model['rows']:,}", "", *memory, staleness, state)
-        for label, part in model["tables"].items():
+        memory = _size(model["bytes"]) + limit
+        table.add_row(name, model["codec"], held, f"{model['rows']:,}", memory, staleness, state)
+    return table
+
+
+def _tables(status: dict[str, Any]) -> Table:
+    table = _table("Tables", "model", "table", "dim", "rows", "deleted", "memory", "of it free", numbers=(2, 3, 4, 5, 6))
+    for model in status["models"]:
+        for name, part in status["models"][model]["tables"].items():
             sizes = _size(part["bytes"]), _size(part.get("free_bytes", 0))
-            counts = f"{part['rows']:,}", f"{part['tombstones']:,}", *sizes
-            table.add_row("", label, str(part["dim"]), "", "", *counts, "", "")
+            table.add_row(model, name, str(part["dim"]), f"{part['rows']:,}", f"{part['tombstones']:,}", *sizes)
     return table
 
 

@@ -1,5 +1,6 @@
 """The command line: exit codes, and one line for each mistake."""
 
+import io
 import json
 import sys
 import threading
@@ -216,6 +217,15 @@ def test_status_for_people() -> None:
         assert part in text, part
     assert "2.0 KiB" in text
     assert "00ff: 3" in text
+
+
+def test_the_tables_of_a_status_fit_a_narrow_terminal() -> None:
+    console = Console(width=80, file=io.StringIO())
+    print_status(STATUS, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "1,000,000" in text
 
 
 def test_status_of_a_node_that_starts(capsys: Capture) -> None:

@@ -12,7 +12,7 @@ from p2p.core import Keyspace
 from p2p.errors import FullError
 from p2p.replica import Applied
 from p2p.sync import PRESETS, PUSH, SyncOptions
-from sim_cluster.checkers import Watch, check_knowledge, contents
+from sim_cluster.checkers import Watch, check_converged, check_knowledge, contents
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import at_rest, check_claims
 from tests.small_memory import SmallMemory
@@ -74,7 +74,10 @@ def full_for_a_while(sync: SyncOptions, small: str = "us1") -> None:
         rows, _ = node.store.models["ctr"].lookup("item", np_keys(HELD))
         assert rows[:, 0].tolist() == [3.0] * len(HELD), "what is there is not updated"
     memory.limit = 1 << 40
-    at_rest(cluster, full.PAUSE_MS_MAX + 20_000)
+    # Looked at once a second: each look reads every row of every node.
+    limit_ms = full.PAUSE_MS_MAX + 20_000
+    assert cluster.run_until(lambda: check_converged(cluster) == "", limit_ms, step_ms=1_000), check_converged(cluster)
+    check_claims(cluster)
     assert watch.check_converged() == ""
     cluster.run(3_000)
     assert full_ms(cluster, small) is None
