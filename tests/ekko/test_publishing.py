@@ -104,6 +104,27 @@ def test_what_is_opened_again_is_what_was_open(node: Node, tmp_path: Path) -> No
             new._reopen()
 
 
+def test_a_table_that_was_dropped_is_not_written_to_whatever_has_its_name(node: Node, tmp_path: Path) -> None:
+    with opened(tmp_path) as old:
+        old.publish("user", [1], ones("user"))
+        node.store.drop_table("ctr", "user", 5)
+        old.publish("item", [1], ones("item"))  # goes on
+        old._reopen()  # as after its node lost its memory: that is no wish for what was dropped
+        assert list(node.store.models["ctr"].spec.tables) == ["item"]
+        for begun in (False, True):
+            if begun:
+                with opened(tmp_path) as new:
+                    assert new.tables == DIMS
+                    new.publish("user", [2], ones("user", 2.0))
+            with pytest.raises(ModelError, match="table 'user' of model 'ctr' was dropped at node 'n1': publish without it"):
+                old.publish("user", [3], ones("user"))
+            with pytest.raises(ModelError, match="nothing was published"), old.step() as step:
+                step.publish("item", [4], ones("item"))
+                step.publish("user", [4], ones("user"))
+        assert node.rows("user", 1, 2, 3) == [[0.0] * 3, [2.0] * 3, [0.0] * 3]
+        assert node.rows("item", 1, 4) == [[1.0] * 2, [0.0] * 2]
+
+
 def test_a_file_is_not_loaded_into_what_was_dropped_or_under_an_alias(node: Node) -> None:
     node.publishing.handle_request(1, Open("ctr", (("item", 2, None),)))
     node.store.drop_model("ctr", 5)
