@@ -17,7 +17,7 @@ from ekko.store.kernels import hot as kernels
 from ekko.store.table import Index
 
 # What is called once a look-up.
-Count = Callable[[NDArray[np.uint64], Index], None]
+Count = Callable[[NDArray[np.uint64], Index, int | None], None]
 U64 = NDArray[np.uint64]
 
 CALL_COST = kernels.CALL_COST
@@ -54,16 +54,20 @@ class KeyCounter:
         """Whether this process may count."""
         return self._address != 0
 
-    def count(self, keys: U64, index: Index) -> None:
-        """Count a look-up of uint64[n] keys in this index. Call it only while `on`."""
+    def count(self, keys: U64, index: Index, padding: int | None = None) -> None:
+        """Count a look-up of uint64[n] keys in this index, `padding` among them left out. Call it only while `on`."""
         # In as few steps as there can be: for a look-up of 64 keys, each of these lines is half a percent.
         self._calls += 1
         self._left = left = self._left - keys.size - CALL_COST
         if left < 0:
-            self._draw(keys, index)
+            self._draw(keys, index, padding)
 
-    def _draw(self, keys: U64, index: Index) -> None:
+    def _draw(self, keys: U64, index: Index, padding: int | None) -> None:
         left, calls, total = self._take()
+        if (
+            padding is not None and keys.size
+        ):  # taken to be as many in those that were not drawn: to look costs 10 % of a look-up
+            total = total * int(np.count_nonzero(keys != np.uint64(padding))) // keys.size
         if self._pid != os.getpid():  # children of one parent must not draw the same numbers
             self._pid, self._random[0] = os.getpid(), randbits(64) | 1
         self._left = self._begun = kernels.count(
@@ -74,6 +78,8 @@ class KeyCounter:
             index.address,
             index.capacity_log2,
             keys,
+            padding is not None,
+            padding or 0,
             left,
             calls,
             total,
@@ -95,5 +101,5 @@ class KeyCounter:
             kernels.count_calls(self._address, calls, total)
 
 
-def count_nothing(keys: U64, index: Index) -> None:
+def count_nothing(keys: U64, index: Index, padding: int | None = None) -> None:
     """In place of `KeyCounter.count` where this process may not count."""

@@ -165,7 +165,7 @@ class TableView:
         done = gather.gather(*self._rows, index.address, index.capacity_log2, stamp_min, default, keys, out, stamps, 0)
         if done != keys.size:
             self._finish_lookup(keys, out, stamps, stamp_min, default, done)
-        self._count(keys, index)
+        self._count(keys, index, None)
 
     def _finish_lookup(self, keys: U64, out: F32, stamps: U64, stamp_min: int, default: int, done: int) -> None:
         """The rest of a look-up that met a row being written, or an index that was replaced."""
@@ -199,7 +199,7 @@ class TableView:
             )
 
         _until_done(self.spec.name, keys, pooled, pooled(0))
-        self._count(keys, self.newest_index())
+        self._count(keys, self.newest_index(), bags.padding)
 
     def mean_row(self, rows_max: int) -> F32:
         """float32[dim]: the mean of the live rows, or of `rows_max` slots that lie evenly among all; zeros where none is live.

@@ -118,9 +118,11 @@ def test_a_table_that_was_dropped_is_not_written_to_whatever_has_its_name(node: 
                     new.publish("user", [2], ones("user", 2.0))
             with pytest.raises(ModelError, match="table 'user' of model 'ctr' was dropped at node 'n1': publish without it"):
                 old.publish("user", [3], ones("user"))
-            with pytest.raises(ModelError, match="nothing was published"), old.step() as step:
-                step.publish("item", [4], ones("item"))
-                step.publish("user", [4], ones("user"))
+            step = old.step()
+            step.publish("item", [4], ones("item"))
+            step.publish("user", [4], ones("user"))
+            with pytest.raises(ModelError, match="nothing was published"):
+                step.__exit__(None, None, None)
         assert node.rows("user", 1, 2, 3) == [[0.0] * 3, [2.0] * 3, [0.0] * 3]
         assert node.rows("item", 1, 4) == [[1.0] * 2, [0.0] * 2]
 

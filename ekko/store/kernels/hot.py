@@ -75,7 +75,8 @@ def _cell(first: Int, step: Int, row: Int, width_log2: Int) -> Int:
 
 
 @kernel(
-    "int64(int64, int64, int64, int64, int64, int64, Array(uint64, 1, 'C', readonly=True), int64, int64, int64, uint64[::1])",
+    "int64(int64, int64, int64, int64, int64, int64, Array(uint64, 1, 'C', readonly=True), boolean, uint64, int64, int64, "
+    "int64, uint64[::1])",
 )
 def count(
     hot: Int,
@@ -85,12 +86,16 @@ def count(
     index: Int,
     capacity_log2: Int,
     keys: U64,
+    padded: bool,
+    padding: Int,
     left: Int,
     lookups_new: Int,
     keys_new: Int,
     state: U64,
 ) -> Int:
     """Count the look-up of uint64[n] keys that went past the next point: `left` to spend is below 0.
+
+    If it is `padded`, the keys that are `padding` were not asked for, and are not counted.
 
     `hot`, `table` and `index` are addresses of files, `stride` is of rows; `lookups_new` and `keys_new` came since the last
     call; `state` is uint64[1], not 0. Returns what may be spent until the next look-up is counted.
@@ -122,6 +127,8 @@ def count(
                 prefetch_write(hot + _CELLS + 4 * _cell(first[i], step[i], row, width_log2))
         resolve(index, capacity_log2, drawn[:part], slots)
         for i in range(part):
+            if padded and drawn[i] == padding:
+                continue
             if slots[i] < 0 or load_u32(table + _ROWS + slots[i] * stride + _FLAGS) & _GONE:
                 misses += 1
             estimate = np.uint32(0xFFFF_FFFF)

@@ -142,6 +142,22 @@ def test_absent_keys_are_counted_and_are_hot_too(model: ModelStore, run_dir: Pat
     assert set(model.heat["item"].hottest(4).keys.tolist()) == {5, 5_000, ROWS + 5, 2**64 - 1}
 
 
+def test_padding_is_not_asked_for(model: ModelStore, run_dir: Path) -> None:
+    keys = np.full((50, 40), 7, np.uint64)  # three quarters of it padding
+    keys[:, ::4] = 5
+    calls = 1_000
+    with Reader("ctr", run_dir) as reader:
+        for _ in range(calls):
+            reader.lookup_pooled("item", keys, padding_key=7)
+    heat = model.heat["item"]
+    heat.fold(1_000, HALF_LIFE_MS)
+    asked = calls * keys.size / 4
+    assert asked <= heat.stats().keys < asked * 1.02  # what came after the last draw is told as it is
+    hot = heat.hotness(np.array([5, 7], np.uint64))
+    assert hot[1] == 0
+    assert asked * 0.7 < hot[0] < asked * 1.3  # 250 look-ups are counted, ten samples each
+
+
 def test_wider_tables_have_wider_sketches() -> None:
     assert [width_log2_for(rows) for rows in (0, 65_536, 66_000, 1_000_000, 1 << 40)] == [12, 12, 13, 16, 18]
 
