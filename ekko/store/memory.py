@@ -174,6 +174,16 @@ class Mapping:
             with suppress(OSError):  # a full tmpfs: who asks for it may try again
                 os.posix_fallocate(self._descriptor, 0, len(self))
 
+    def find(self, end: int) -> None:
+        """Know that whoever had the file before has real pages under all bytes below `end`.
+
+        Raises:
+            StoreError: the file is shorter.
+        """
+        if end > len(self):
+            raise StoreError(f"a file is {len(self)} bytes long, and {end} are said to be in it")
+        self.ensured = max(self.ensured, end)
+
     def ensure(self, end: int) -> None:
         """Have real pages under all bytes below `end`.
 

@@ -74,7 +74,7 @@ class RecentRows:
     """
 
     def __init__(self, shards: int) -> None:
-        self._shards = shards
+        self.shards = shards
         self._ring = np.zeros((min(RING_START, WINDOW_MIN), 2), np.uint64)
         # Sparse where nothing was written: a writer's shards lie together.
         self._dvv = np.zeros((WRITERS_MAX, shards), np.uint64)
@@ -91,7 +91,7 @@ class RecentRows:
 
     @property
     def dvv_addresses(self) -> tuple[int, int]:
-        """Where DVV is and the list of its writers, for kernels that merge into it."""
+        """Where DVV is and the list of its writers, for kernels that merge into it: after attaching, of all rows (R10)."""
         return self._bound[1], self._bound[2]
 
     @property
@@ -102,15 +102,11 @@ class RecentRows:
     def stats(self) -> CacheStats:
         """Counters and sizes."""
         head, tail, left_out, _ = self._state.tolist()
-        size = self._ring.nbytes + int(self._writers[0]) * (8 * self._shards + 16)
+        size = self._ring.nbytes + int(self._writers[0]) * (8 * self.shards + 16)
         return CacheStats(self._hits, self._misses, tail, left_out, head - tail, self._window, size)
 
-    def load(self, table: int, stride: int, rows_used: int) -> None:
-        """After attaching: nothing is cached, so DVV is the componentwise maximum of the stored stamps (R10)."""
-        ring.load(table, stride, rows_used, *self._bound)
-
     def newest_left_out(self) -> U64:
-        """uint64[WRITERS_MAX]: a stamp that no row of the writer outside the ring exceeds; right after `load`, no row."""
+        """uint64[WRITERS_MAX]: a stamp that no row of the writer outside the ring exceeds; right after attaching, no row."""
         newest = np.zeros(WRITERS_MAX, np.uint64)
         for writer in self._writers[1 : 1 + int(self._writers[0])].tolist():
             newest[writer] = self._dvv[writer].max()

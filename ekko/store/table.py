@@ -178,10 +178,10 @@ class Table:
         generation = watch_word(self._generation_address)
         publish_word(self._ahead_address, generation)  # the next index of a writer that was killed goes with it
         self.index = open_index(self._memory.open(self._index_name(generation)), generation)
-        self.index.mapping.ensure(len(self.index.mapping))
-        self.mapping.ensure(_ROWS + self.rows_used * self.stride)
+        # Asking for pages that are there took longest of all in a restart (0.13 s for 1 GB).
+        self.index.mapping.find(len(self.index.mapping))
+        self.mapping.find(_ROWS + self.rows_used * self.stride)
         self._mend()
-        self.recent.load(self.mapping.address, self.stride, self.rows_used)
 
     def _attach(self, mapping: Mapping) -> None:
         self.mapping = mapping
@@ -195,13 +195,13 @@ class Table:
         return self.mapping.words(layout.TABLE.offset(name))
 
     def _mend(self) -> None:
-        """Repair what a writer was at when it was killed: a row, and what index and counts say of it."""
+        """Repair what a writer was at when it was killed: a row, and what index, counts and DVV say of it."""
         address, index = self.mapping.address, self.index
         for slot in (rows.undo(address, self.stride, self._undo, self._id), self.rows_used - 1):
             if slot >= 0:
                 rows.mend(address, self.stride, index.address, index.capacity_log2, slot)
         free = np.empty(self.free + 1, np.int64)  # it was killed at one slot
-        if rows.survey(address, self.stride, free) > free.size:
+        if rows.survey(address, self.stride, self.recent.shards, *self.recent.dvv_addresses, free) > free.size:
             raise StoreError(f"the rows file of table {self.spec.name!r} is damaged: it has more free slots than it says")
         self._free = free
 

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from ekko.model import SHARDS_MAX
 from ekko.store import layout
-from ekko.store.kernels.atomics import load_i64, load_u32, load_u64, prefetch_near, store_i64, store_u64
+from ekko.store.kernels.atomics import load_i64, load_u64, prefetch_near, store_i64, store_u64
 from ekko.store.kernels.compile import Int, inline_kernel, kernel
 from ekko.store.kernels.index import mix64
 from ekko.store.kernels.places import PLACE_BITS, is_current, row_at
@@ -123,19 +123,6 @@ def record(
             left_out += 1
     state[HEAD], state[TAIL] = head, tail
     state[LEFT_OUT] += left_out
-
-
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def load(table: Int, stride: Int, rows_used: Int, shards: Int, dvv: Int, writers: Int) -> None:
-    """Merge the stamps of all rows."""
-    rows = table + _ROWS
-    for slot in range(rows_used):
-        row = rows + slot * stride
-        prefetch_near(row + _PREFETCH_ROWS * stride)
-        if load_u32(row + _FLAGS) & _FREE:
-            continue
-        shard = np.int64(mix64(load_u64(row + _KEY)) % np.uint64(shards))
-        merge_dvv(load_u64(row + _STAMP), shard, shards, dvv, writers)
 
 
 @kernel("void(Array(uint64, 1, 'C', readonly=True), Array(uint64, 1, 'C', readonly=True), int64, int64, int64)")

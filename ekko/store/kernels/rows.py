@@ -40,6 +40,7 @@ from ekko.store.kernels.atomics import (
 from ekko.store.kernels.compile import Int, inline_kernel, kernel
 from ekko.store.kernels.index import EMPTY, first_entry, insert, mix64, publish, removed_in, resolve, retract, search, slot_at
 from ekko.store.kernels.places import is_current, place_of, row_at, slot_of
+from ekko.store.kernels.ring import merge_dvv
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
@@ -380,19 +381,26 @@ def mend(table: Int, stride: Int, index: Int, capacity_log2: Int, slot: Int) -> 
         insert(index, capacity_log2, table, stride, load_u64(row + _KEY), slot)
 
 
-@kernel("int64(int64, int64, int64[::1])")
-def survey(table: Int, stride: Int, free: I64) -> Int:
-    """Count tombstones and free slots anew, in the table's header; the slots too, into `free` as far as it goes."""
+@kernel("int64(int64, int64, int64, int64, int64, int64[::1])")
+def survey(table: Int, stride: Int, shards: Int, dvv: Int, writers: Int, free: I64) -> Int:
+    """Count tombstones and free slots anew, in the table's header; the slots too, into `free` as far as it goes.
+
+    The stamps of all rows are merged into DVV (R10): one look at each row for both.
+    """
     tombstones = spare = np.int64(0)
     rows = table + _ROWS
     for slot in range(load_i64(table + _ROWS_USED)):
-        prefetch_near(rows + (slot + PREFETCH_ROWS) * stride)
-        flags = load_u32(rows + slot * stride + _FLAGS)
-        tombstones += flags & _TOMBSTONE != 0
+        row = rows + slot * stride
+        prefetch_near(row + PREFETCH_ROWS * stride)
+        flags = load_u32(row + _FLAGS)
         if flags & _FREE:
             if spare < free.size:
                 free[spare] = slot
             spare += 1
+            continue
+        tombstones += flags & _TOMBSTONE != 0
+        shard = np.int64(mix64(load_u64(row + _KEY)) % np.uint64(shards))
+        merge_dvv(load_u64(row + _STAMP), shard, shards, dvv, writers)
     store_i64(table + _TOMBSTONES, tombstones)
     store_i64(table + _FREE_SLOTS, spare)
     return spare

@@ -20,6 +20,7 @@ from ekko.snapshots.folders import LocalFolder, open_folder
 from ekko.snapshots.format import _spelled, checksum_of
 from ekko.snapshots.load import Wanted, open_or_restore
 from ekko.snapshots.take import Plan, take
+from ekko.snapshots.write import Pace
 from ekko.store import Store
 from ekko.store.images import TableFiller
 from ekko.store.manifest import prefix_of
@@ -308,3 +309,33 @@ def test_images_that_are_none_are_refused(home: Home) -> None:
         restored = home.restore()
         assert restored.snapshot == sound.name
         assert "are no rows" in restored.refused[0]
+
+
+def test_a_snapshot_takes_no_more_of_a_core_than_its_share(home: Home, monkeypatch: Patch) -> None:
+    """On clocks that only the work and the rests move."""
+    clock = {"cpu": 5.0, "wall": 70.0}
+
+    def sleep(seconds: float) -> None:
+        clock["wall"] += seconds
+
+    def work(cpu: float, waited: float = 0.0) -> None:
+        clock["cpu"] += cpu
+        clock["wall"] += cpu + waited
+
+    monkeypatch.setattr("ekko.snapshots.write.time.thread_time", lambda: clock["cpu"])
+    monkeypatch.setattr("ekko.snapshots.write.time.monotonic", lambda: clock["wall"])
+    monkeypatch.setattr("ekko.snapshots.write.time.sleep", sleep)
+    pace = Pace(0.5)
+    for _ in range(100):
+        work(0.002)
+        pace.keep()
+    assert clock["wall"] - 70.0 == pytest.approx(0.4, rel=0.01)
+    before = clock["wall"]
+    work(0.002, waited=1.0)  # for the disk
+    pace.keep()
+    assert clock["wall"] - before == pytest.approx(1.002), "who waits anyway rests no more"
+    before = clock["wall"]
+    for _ in range(100):
+        work(0.002)
+        pace.keep()
+    assert clock["wall"] - before == pytest.approx(0.4, rel=0.01), "and takes no more afterwards"
