@@ -16,7 +16,7 @@ from p2p.introductions import Introductions
 from p2p.machine import Machine
 from p2p.messages import PullReply
 from p2p.pull import Pull
-from p2p.stamps import writer_of
+from p2p.stamps import WRITERS_MAX, writer_of
 from tests.p2p.chaos import chaos, origin_dies_in_mid_push
 from tests.p2p.kill_chaos import (
     a_storm_with_short_queues,
@@ -54,7 +54,15 @@ def a_half_written_row_stays(patch: pytest.MonkeyPatch) -> None:
 
 def the_cache_bound_is_not_rebuilt(patch: pytest.MonkeyPatch) -> None:
     """R10: after an attach the update cache believes that there is nothing but what it saw."""
-    patch.setattr(RecentRows, "load", lambda *_args: None)
+    original = rows.survey
+
+    def survey(address: int, stride: int, shards: int, _dvv: int, _writers: int, free: Any) -> int:
+        elsewhere = np.zeros(WRITERS_MAX * (shards + 1) + 1, np.uint64)
+        return int(
+            original(address, stride, shards, elsewhere.ctypes.data, elsewhere[WRITERS_MAX * shards :].ctypes.data, free)
+        )
+
+    patch.setattr(rows, "survey", survey)
 
 
 def the_cache_bound_is_off_by_one(patch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
-"""kill -9 at random points of applying and snapshotting, and every restart compared with an oracle.
+"""kill -9 at random points of applying, collecting and snapshotting, and every restart compared with an oracle.
 
 `python -m tests.ekko.snapshots.kills [ROUNDS] [SEED]`, or `scripts/kills`. Two real processes share a store: one applies a
-stream of steps that follows from the seed, the other takes snapshots, increments and full ones in turn. Each round kills them
-at random moments. Then either the memory is intact, and is attached to: it must hold what the stream says up to its
-frontier, and of the step after that some whole rows. Or it is lost: the newest sound snapshot must hold exactly what it claims,
-and nothing that never was; the rest is pulled from a store that has everything. After either, the stream goes on.
+stream of steps that follows from the seed, and between them lets go of what was deleted, so that slots change hands; the other
+takes snapshots, increments and full ones in turn. Each round kills them at random moments. Then either the memory is intact,
+and is attached to: it must hold what the stream says up to its frontier, and of the step after that some whole rows. Or it is
+lost: the newest sound snapshot must hold exactly what it claims, and nothing that never was; the rest is pulled from a store
+that has everything. After either, the stream goes on.
 """
 
 import os
@@ -32,6 +33,8 @@ from p2p.stamps import WRITERS_MAX
 MODEL, TABLE, SHARDS, DIM, KEYS, WRITER = "ctr", "item", 8, 16, 20_000, 3
 STEP_KEYS = 200
 DELETES = 0.2  # of steps
+COLLECTS = 0.3  # of steps are followed by letting go of some deleted rows
+COLLECT_ROWS = 300
 TABLE_BYTES = 256 << 20
 ALIVE_S_MAX = 0.12  # so long both processes live at most
 LOST = 0.4  # of rounds lose the memory
@@ -69,6 +72,21 @@ def contents(model: ModelStore) -> Rows:
     _, stamps = model.lookup(TABLE, keys)  # the index finds what the scan finds
     assert stamps.tolist() == [0 if row is None else stamp for stamp, row in out.values()]
     return out
+
+
+def collect(model: ModelStore) -> None:
+    """Let go of some deleted rows, of all steps that are whole: nobody else has to know of them (R5)."""
+    until = np.zeros(WRITERS_MAX, np.uint64)
+    until[WRITER] = model.frontier[WRITER]
+    model.collect(until, 0, COLLECT_ROWS)
+
+
+def is_equal(model: ModelStore, held: Rows, key: int, expected: tuple[int, bytes | None]) -> bool:
+    """Whether the key's version is this one; a deleted one may be gone, which the loss floor then says."""
+    if key in held or expected[1] is not None:
+        return held.get(key, (0, None)) == expected
+    shard = int(model.shards_of(np.array([key], np.uint64))[0])
+    return int(model.loss_floor[shard, WRITER]) >= expected[0]
 
 
 @dataclass
@@ -111,10 +129,12 @@ def _write(run_dir: Path, seed: int) -> None:
     store = Store.attach(run_dir, table_bytes_max=TABLE_BYTES)
     assert store is not None
     model = store.models[MODEL]
-    tick = int(model.frontier[WRITER]) >> 12
+    tick, rng = int(model.frontier[WRITER]) >> 12, random.Random(os.getpid())
     while True:
         tick += 1
         apply_step(model, seed, tick)
+        if rng.random() < COLLECTS:
+            collect(model)
 
 
 def _snapshot(run_dir: Path, folder: LocalFolder, seed: int) -> None:
@@ -133,6 +153,8 @@ class Seen:
     began_empty: int = 0
     half_steps: int = 0
     unfinished: int = 0  # snapshots that a kill left without manifest
+    gone: int = 0  # deleted keys that were found to be gone
+    slots_reused: int = 0  # at most, in one memory
     steps: int = 0
 
 
@@ -181,8 +203,14 @@ def _round(rng: random.Random, seen: Seen, run_dir: Path, folder: LocalFolder, o
     else:
         _check_attached(seen, model, oracle, where)
         seen.attached += 1
-        apply_step(model, oracle.seed, reached) if reached else None  # as if its writer's half step were pulled
-    assert contents(model) == oracle.rows, f"{where}: not what the stream has written"
+        if reached:  # as if its writer's half step were pulled: what is claimed and absent would be a ghost
+            model.vector[:, WRITER] = np.minimum(model.vector[:, WRITER], np.uint64(reached - 1 << 12 | WRITER))
+            apply_step(model, oracle.seed, reached)
+    held = contents(model)
+    for key in {*held, *oracle.rows}:
+        assert is_equal(model, held, key, oracle.rows[key]), f"{where}: key {key} is {held.get(key)}, not {oracle.rows[key]}"
+    seen.gone += len(oracle.rows) - len(held)
+    seen.slots_reused = max(seen.slots_reused, model.table(table_id(TABLE)).slots_reused)
     assert model.stamp_max >= reached << 12
     store.close()
 
@@ -192,7 +220,7 @@ def _check_attached(seen: Seen, model: ModelStore, oracle: Oracle, where: str) -
     held, last = contents(model), oracle.tick << 12 | WRITER
     for key in {*held, *oracle.rows}:
         expected = oracle.rows.get(key, (0, None))
-        if held.get(key, (0, None)) == expected:
+        if is_equal(model, held, key, expected):
             continue
         assert expected[0] == last, f"{where}: key {key} is {held.get(key)}, not {expected}"
         assert held.get(key, (0, None))[0] < last, f"{where}: key {key} is torn"
@@ -216,7 +244,8 @@ def _restore(seen: Seen, run_dir: Path, folder: LocalFolder, oracle: Oracle, whe
     for key, shard in zip(keys.tolist(), shards.tolist(), strict=True):
         newest = oracle.rows[key]
         if newest[0] <= int(model.vector[shard, WRITER]):
-            assert held.get(key) == newest, f"{where}: key {key} is claimed, and is {held.get(key)}, not {newest}"
+            correct = is_equal(model, held, key, newest)
+            assert correct, f"{where}: key {key} is claimed, and is {held.get(key)}, not {newest}"
     for key, (stamp, row) in held.items():
         written, rows = step_of(oracle.seed, stamp >> 12)
         assert key in written, f"{where}: key {key} never had stamp {stamp}"

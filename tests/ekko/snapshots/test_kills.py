@@ -15,6 +15,8 @@ def test_every_restart_is_exact(tmp_path: Path) -> None:
     assert seen.attached
     assert seen.restored
     assert seen.steps > 10
+    assert seen.gone
+    assert seen.slots_reused
 
 
 @pytest.mark.processes

@@ -394,10 +394,10 @@ def _without_undo(patched: pytest.MonkeyPatch, _: Interpreter) -> None:
 def _counted_never(patched: pytest.MonkeyPatch, _: Interpreter) -> None:
     genuine = rows.survey
 
-    def survey(address: int, stride: int, free: np.ndarray) -> int:
+    def survey(address: int, *rest: object) -> int:
         header = np.ctypeslib.as_array((ctypes.c_int64 * 2).from_address(address + layout.TABLE.offset("tombstones")))
         before = header.copy()
-        spare = genuine(address, stride, free)
+        spare = genuine(address, *rest)
         header[:] = before
         return int(spare)
 
