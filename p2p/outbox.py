@@ -96,7 +96,8 @@ class Outbox:
             chunk = next_chunk(stream, keyspace)
             if chunk is None:
                 del self.streams[stream.keyspace]
-                core.counters.pulls_refused += 1
+                core.counters.pulls_redirected += 1
+                core.send(link, m.Incomplete(stream.keyspace, stream.request))  # else the asker would wait for its silence
                 continue
             core.emit(m.Send(link.address, link.next_envelope(chunk.payload_bytes), chunk))
             link.traffic.rows_out += chunk.row_count

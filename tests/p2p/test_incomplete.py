@@ -8,7 +8,9 @@ from ekko.store.eviction import Eviction
 from ekko.store.model_store import ModelStore
 from p2p import messages as m
 from p2p.incomplete import note_incomplete
+from p2p.outbox import Completion
 from p2p.pull import Pull
+from p2p.pull_answers import PullAnswers
 from p2p.stamps import WRITER_MASK
 from p2p.sync import PRESETS, SyncOptions
 from sim_cluster.checkers import Watch, contents
@@ -186,6 +188,25 @@ def test_who_begins_anew_with_too_little_room_lacks_some_again() -> None:
     assert model.capacity is not None
     assert model.memory_bytes <= model.capacity.bytes
     assert Watch(cluster).check_converged() == ""
+
+
+def test_an_answer_that_cannot_be_completed_is_redirected_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a stream had selected are evicted before it gets to them."""
+    cluster = running(17)
+    monkeypatch.setattr(PullAnswers, "_complete", lambda *_: Completion.GIVE_UP)
+    machine = cluster.nodes["eu-2"].machine
+    assert machine is not None
+    keyspace = machine._core.keyspaces[cluster.model.id]
+    link = machine._core.link(SMALL)
+    assert link is not None
+    small = cluster.nodes[SMALL].machine
+    assert small is not None
+    question = small._pull._question(small._core.keyspaces[cluster.model.id], 77)
+    machine._core.effects = []
+    machine._pull.answers.on_request(link, question, cluster.now())
+    machine._pull.outboxes[SMALL].pump(machine._core, link)
+    told = [effect.message for effect in machine._core.effects if isinstance(effect, m.Send)]
+    assert m.Incomplete(keyspace.replica.keyspace, 77) in told
 
 
 def test_a_writer_does_not_begin_anew() -> None:
