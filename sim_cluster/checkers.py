@@ -350,7 +350,9 @@ class Watch:
         covered = np.maximum(replica.vector[shards, writers], frontiers) >= stamps
         gone = np.zeros(len(table.keys), np.uint64)
         np.maximum.at(gone, numbers[covered], stamps[covered])
-        return np.maximum(gone, self._dropped(node, place))
+        # Of the versions that expired some were never acknowledged.
+        expired_below = _expired_below(self._cluster, table.spec)
+        return np.maximum(np.maximum(gone, self._dropped(node, place)), np.uint64(max(0, expired_below - 1)))
 
     def _dropped(self, node: VirtualNode, place: tuple[str, str]) -> U64:
         """uint64[keys]: the newest version of each key that expired, or may have been dropped for want of room (R11)."""

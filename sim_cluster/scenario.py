@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from ekko.errors import ConfigError
-from ekko.model import CODEC_DEFAULT, CODECS
+from ekko.model import CODEC_DEFAULT, CODECS, TTL_S_MAX
+from p2p.core import COLLECT_MS, EXPEL_AFTER_MS
 from p2p.replica import PARTITIONS_MAX
 from p2p.sync import PRESETS
 from sim_cluster.network import LinkOptions, NetworkOptions, pair_of
@@ -40,12 +41,16 @@ KINDS: Final = {
     "hold": "it is started again and holds other partitions from then on, which `amount` draws",
     "expel": "nothing passes from or to it, and at the end an operator expels it; by an odd `amount` it is started again then",
     "generation": "a model is begun or written at it, an alias switched, as `amount` draws; at the end one drops it",
+    "away": "its process is killed and away for so long that the others expel it; it is started again with its memory",
+    "restore": "its memory is lost, and it is started again with what a snapshot has that was begun `for_ms` before",
     "upgrade": "it has spoken protocol version 1 until now, is stopped, and started again in the newest one",
 }
 # Drawn behind the others, so that a seed's other faults are what they were before these kinds came.
-LATER_KINDS: Final = ("expel", "upgrade", "generation")
+LATER_KINDS: Final = ("expel", "upgrade", "generation", "restore", "away")
 # Members are given up as dead after some 10 s; nobody is expelled before.
 EXPEL_MS_MIN: Final = 10_000
+# Nobody comes back from a longer absence than so in virtual time: elsewhere members are not expelled by themselves.
+AWAY_MS_MAX: Final = 600_000
 NETWORK: Final = "network"  # the kind that stands for loss, delays and the like
 # A swarm draws so many faults of each kind in so long; a longer run has more.
 COUNTS: Final = (0, 0, 1, 2, 4)
@@ -81,6 +86,7 @@ class Workload:
     hold: str = "all"  # what serving nodes hold of them: "all", or "random": drawn from the seed
     bursts: float = 0.0  # fraction of batches that some others follow within milliseconds, so that they share messages
     room: float = 1.0  # some serving nodes have room for this fraction of the rows, and evict; 1: all have room for all
+    ttl_s: int = 0  # how long rows of the table `user` live; 0: for ever
 
     @property
     def model_names(self) -> list[str]:
@@ -128,6 +134,8 @@ class Scenario:
     events: tuple[FaultEvent, ...] = ()
     swarm: bool = False
     kinds: tuple[str, ...] = (*KINDS, NETWORK)  # what a swarm draws from
+    collect_ms: int = COLLECT_MS  # how often nodes ask what may be forgotten
+    expel_after_ms: int = EXPEL_AFTER_MS
     sync: str = "push"  # by which protocol replicas are kept equal: one of `p2p.sync.PRESETS`
 
     @property
@@ -187,6 +195,7 @@ def draw_faults(scenario: Scenario, seed: int) -> Faults:
             event
             for kind in kinds
             if kind in scenario.kinds and (kind != HOLD or scenario.workload.hold == "random")
+            if kind != "away" or scenario.expel_after_ms <= AWAY_MS_MAX
             for _ in range(sum(rng.choice(COUNTS) for _ in range(rounds)))
             for event in _draw_event(scenario, kind, rng)
         ]
@@ -244,6 +253,8 @@ def _draw_event(scenario: Scenario, kind: str, rng: random.Random) -> list[Fault
         every_ms = for_ms + rng.randint(20, 1_500)
     if kind == "expel":
         at_ms, for_ms, times = at_ms // 2, for_ms + EXPEL_MS_MIN, 1
+    if kind == "away":
+        at_ms, for_ms, times = at_ms // 2, for_ms + EXPEL_MS_MIN + scenario.expel_after_ms, 1
     return _repeated(FaultEvent(at_ms, kind, node, for_ms, amount, other if kind == "one-way" else ""), times, every_ms)
 
 
@@ -293,6 +304,7 @@ def _scenario(document: dict[str, Any], stem: str) -> Scenario:
         str(load.take("hold", "all")),
         load.number("bursts", 0, 0, 1),
         room=load.number("room", 1, 0, 1),
+        ttl_s=load.whole("ttl_s", 0, 0, TTL_S_MAX),
     )
     if workload.codec not in CODECS:
         raise ConfigError(f"[workload].codec is {workload.codec!r}: expected one of {', '.join(CODECS)}")
@@ -314,6 +326,8 @@ def _scenario(document: dict[str, Any], stem: str) -> Scenario:
         _in_order(events),
         bool(top.take("swarm", False)),
         _kinds(top.take("kinds", [*KINDS, NETWORK])),
+        int(1000 * top.number("collect_s", COLLECT_MS / 1000, 0, 86_400)),
+        int(1000 * top.number("expel_after_s", EXPEL_AFTER_MS / 1000, 0, 864_000)),
         sync_named(top.take("sync", "push")),
     )
     top.done()

@@ -4,16 +4,17 @@ The order is the theorem's: the vector, then the slabs, table by table as time p
 memory of a node that lost its own: it has no writer id (R4).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ekko.model import ModelSpec
 from ekko.store import Store
+from p2p import messages as m
 from p2p.placement import take
 from p2p.replica import RowColumns
-from p2p.stamps import WRITERS_MAX
+from p2p.stamps import WRITER_MASK, WRITERS_MAX
 
 U64 = NDArray[np.uint64]
 
@@ -53,6 +54,22 @@ class Snapshot:
             model = self._store.models[name]
             writers = model.floor_writers
             self._floors[name] = (writers, model.loss_floor[:, writers].copy())
+
+    def has_more_than_left(self, retired: Iterable[m.Retired]) -> bool:
+        """Whether it knows of steps of a retired writer, or has rows of them, that were given up (R13)."""
+        for one in retired:
+            for name, spec in self._models.items():
+                if one.stage == m.FROZEN or one.keyspace != spec.id:
+                    continue
+                model = self._store.models[name]
+                held = self._vectors[name][0][:, one.writer].copy()
+                for columns in self._rows[name]:
+                    assert columns.stamps is not None
+                    own = columns.stamps & np.uint64(WRITER_MASK) == one.writer
+                    np.maximum.at(held, model.shards_of(columns.keys[own]), columns.stamps[own])
+                if (held > one.floor).any():
+                    return True
+        return False
 
     def restore(self, into: Store) -> None:
         """Fill an empty store with it."""

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from ekko.model import ModelSpec, TableSpec, table_id
-from ekko.store import Store, eviction, fetching, recent
+from ekko.store import Store, collecting, eviction, fetching, recent
 from ekko.store.capacity import Capacity
 from p2p import knowledge, links, outbox, pull, pull_answers, push, reach, round_answers, status, wire
 from p2p import messages as m
@@ -33,6 +33,7 @@ from sim_cluster.meter import Meter
 from sim_cluster.network import NetworkOptions
 from sim_cluster.node import VirtualNode
 from sim_cluster.scenario import BURST_MAX, FaultEvent, Faults, Scenario, Workload, draw_hold
+from sim_cluster.snapshots import Snapshot
 from sim_cluster.version_watch import VersionWatch
 from sim_cluster.virtual import VirtualCluster
 
@@ -45,6 +46,7 @@ PATIENT_EVERY: Final = 10
 STEADY_MS: Final = 2_000
 STEADY_STEPS: Final = 6
 STEADY_EVERY_MS: Final = 400
+EXPIRED_MS: Final = 1_000
 SMALL_RING: Final = 16  # changes; tables of a swarm have some hundred rows
 READ_KEYS: Final = 20
 WAIT_PROBABILITY: Final = 0.1
@@ -75,7 +77,8 @@ def run_virtual(scenario: Scenario, seed: int, faults: Faults | None = None) -> 
     begin = time.perf_counter()
     run = _Run(scenario, seed, faults if faults is not None else scenario.faults(seed))
     quick = quick_evictions(scenario.workload.room < 1)
-    with small_messages(run.faults.message_bytes_max), short_queues(run.faults.short_queues), quick:
+    mortal = soon_expired(scenario.workload.ttl_s > 0)
+    with small_messages(run.faults.message_bytes_max), short_queues(run.faults.short_queues), quick, mortal:
         problem = run.problem()
     cluster, meter = run.cluster, run.meter
     delays = sorted(meter.delays_ms)
@@ -128,6 +131,13 @@ def short_queues(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
+def soon_expired(wanted: bool) -> Iterator[None]:
+    """Rows that expired by the clock of a node go for good soon after, and not only when the clocks of all would agree."""
+    with _changed(((collecting, "AHEAD_MS_MAX", EXPIRED_MS),) if wanted else ()):
+        yield
+
+
+@contextmanager
 def _changed(changes: Iterable[tuple[ModuleType, str, int]]) -> Iterator[None]:
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     try:
@@ -142,7 +152,7 @@ def _changed(changes: Iterable[tuple[ModuleType, str, int]]) -> Iterator[None]:
 def models_of(scenario: Scenario) -> list[ModelSpec]:
     """The models that the scenario's nodes carry."""
     load = scenario.workload
-    tables = {name: TableSpec(name, dim, load.codec) for name, dim in (("item", 4), ("user", 2))}
+    tables = {name: TableSpec(name, dim, load.codec, ttl_s) for name, dim, ttl_s in (("item", 4, 0), ("user", 2, load.ttl_s))}
     return [
         ModelSpec(name, load.shards, dict(tables), partitions=load.partitions, codec=load.codec) for name in load.model_names
     ]
@@ -186,6 +196,7 @@ class _Run:
         self.cluster = VirtualCluster(
             seed, NetworkOptions(links=scenario.network.links), models[0], models[1:], PRESETS[scenario.sync]
         )
+        self.cluster.collect_ms, self.cluster.expel_after_ms = scenario.collect_ms, scenario.expel_after_ms
         self.meter = self.cluster.meter = Meter()
         self._watch = Watch(self.cluster)
         self._versions = VersionWatch(self.cluster)
@@ -193,6 +204,7 @@ class _Run:
         self._published = 0
         self._refused = -1  # messages that were refused until the last look
         self._drained_ms = 0  # when what was sent before the faults ended will have come
+        self._expulsions: dict[str, int] = {}  # by node: how many it has decided
         self._waits: dict[tuple[str, int, int], _Wait] = {}  # by node, its life and the request
         self._ends: list[tuple[int, int, Callable[[], None]]] = []  # what undoes a fault, and when
 
@@ -245,6 +257,7 @@ class _Run:
             self._publish()
             self._read()
             cluster.run(step_ms)
+            self._note_expelled()
             if problem := self._broken_promise():
                 return problem
             if cluster.now_ms >= check_ms:
@@ -314,9 +327,11 @@ class _Run:
 
     def _retiring(self) -> str:
         """Who is not done with retired writers, or is about to retire a former one of its own; nodes pull meanwhile (R13)."""
+        # Of a model in partitions each of them has an entry, and the model itself has one that never changes (R13).
+        divided = {spec.id for spec in self.cluster.models.values() if spec.partitions > 1}
         for node in self.cluster.nodes.values():
             record = NodeRecord.load(node.ledger)
-            if any(retired.stage != m.DONE for retired in record.retired.values()):
+            if any(retired.stage != m.DONE and retired.keyspace not in divided for retired in record.retired.values()):
                 return f"{node.name} is not done with a retired writer"
             for name, model in self.cluster.models.items():
                 identity = node.store.models[name].writer
@@ -449,11 +464,17 @@ class _Run:
         cluster, node = self.cluster, self.cluster.nodes[event.node]
         undo: Callable[[], None]
         match event.kind:
-            case "crash" | "lose":
+            case "restore":
+                # Of nodes that drop rows for want of room virtual snapshots do not know in which shards.
+                if node.machine is None or node.paused or node.fuse is not None or event.node in self._limited:
+                    return
+                self._snapshot(event)
+                return
+            case "crash" | "lose" | "away":
                 if node.machine is None:
                     return  # it is down already
                 cluster.crash(event.node)
-                undo = lambda: self._start_again(event.node, keep_state=event.kind == "crash")  # noqa: E731
+                undo = lambda: self._start_again(event.node, keep_state=event.kind != "lose")  # noqa: E731
             case "hold":
                 if node.machine is None or node.role == "train":  # who writes everything holds everything
                     return
@@ -514,6 +535,48 @@ class _Run:
             cluster.crash(event.node)
             cluster.restart(event.node)
         cluster.cut.difference_update(cut)
+
+    def _note_expelled(self) -> None:
+        """Who was away too long was expelled: what nobody else holds of it is given up (R13)."""
+        cluster = self.cluster
+        for node in cluster.nodes.values():
+            told = [note for note in node.notes if note.name == "node_expelled"]
+            for note in told[self._expulsions.get(node.name, 0) :]:
+                gone = dict(note.fields)["node"]
+                others = [other.store for other in cluster.nodes.values() if other.name != gone]
+                cluster.history = still_held(cluster.history, others, cluster.models)
+            self._expulsions[node.name] = len(told)
+
+    def _snapshot(self, event: FaultEvent) -> None:
+        """A snapshot is begun; half of its time later it goes on, and in the end it is all that the node has."""
+        cluster, node = self.cluster, self.cluster.nodes[event.node]
+        store, snapshot = node.store, Snapshot(node.store, cluster.models)
+        snapshot.take_vectors()
+        snapshot.take_rows(0, 2)
+        taken = False
+
+        def go_on() -> None:
+            nonlocal taken
+            if node.store is store and node.machine is not None:
+                snapshot.take_rows(1, 2)
+                snapshot.take_floors()
+                taken = True
+
+        def restore() -> None:
+            # None of a life that a start-over ended is restored, nor one with more of a retired writer than was left of it
+            # (decision 0033).
+            retired = NodeRecord.load(node.ledger).retired.values()
+            if node.machine is None or not taken or node.store is not store or snapshot.has_more_than_left(retired):
+                return
+            cluster.crash(node.name)
+            node.store = Store.anonymous()
+            snapshot.restore(node.store)
+            node.losses += 1
+            cluster.forget_lost()
+            cluster.boot(node)
+
+        self._ends.append((event.at_ms + event.for_ms // 2, len(self._ends), go_on))
+        self._ends.append((event.at_ms + event.for_ms, len(self._ends), restore))
 
     def _hold_otherwise(self, name: str, amount: int) -> None:
         node, rng = self.cluster.nodes[name], random.Random(f"{name} holds {amount}")

@@ -43,6 +43,12 @@ def test_a_swarm_seed_in_partitions(seed: int) -> None:
     assert run_virtual(scenario, seed).problem == ""
 
 
+@pytest.mark.parametrize("seed", [3, 15])
+def test_a_swarm_seed_of_rows_that_come_and_go(seed: int) -> None:
+    scenario = replace(load_scenario(ROOT / "scenarios/deletes.toml"), duration_ms=12_000)
+    assert run_virtual(scenario, seed).problem == ""
+
+
 @pytest.mark.parametrize("sync", [name for name in PRESETS if name != "push"])
 def test_a_swarm_seed_under_every_preset(sync: str) -> None:
     scenario = replace(load_scenario(SWARM), duration_ms=5_000, sync=sync)
@@ -85,9 +91,11 @@ def test_seeds_draw_different_faults() -> None:
     scenario = load_scenario(SWARM)
     drawn = [draw_faults(scenario, seed) for seed in range(40)]
     assert drawn[0] == draw_faults(scenario, 0)
-    assert {event.kind for faults in drawn for event in faults.events} == set(KINDS) - {HOLD}
+    assert {event.kind for faults in drawn for event in faults.events} == set(KINDS) - {HOLD, "away"}
     divided = load_scenario(ROOT / "scenarios/partitions.toml")
-    assert {event.kind for seed in range(40) for event in divided.faults(seed).events} == set(KINDS)
+    assert {event.kind for seed in range(40) for event in divided.faults(seed).events} == set(KINDS) - {"away"}
+    deletes = load_scenario(ROOT / "scenarios/deletes.toml")
+    assert {event.kind for seed in range(40) for event in deletes.faults(seed).events} == set(KINDS) - {HOLD}
     assert all((event.other != "") == (event.kind == "one-way") for faults in drawn for event in faults.events)
     assert 0 < sum(faults.network.loss_probability > 0 for faults in drawn) < 40
 
