@@ -77,7 +77,12 @@ def mix64(key: Int) -> Int:
 @inline_kernel
 def first_entry(index: Int, capacity_log2: Int, key: Int) -> Int:
     """Address of the entry at which the search for a key begins."""
-    return index + _ENTRIES + np.int64(mix64(key) >> np.uint64(64 - capacity_log2)) * _ENTRY_BYTES
+    return _first_entry_of(index, capacity_log2, mix64(key))
+
+
+@inline_kernel
+def _first_entry_of(index: Int, capacity_log2: Int, hashed: Int) -> Int:
+    return index + _ENTRIES + np.int64(hashed >> np.uint64(64 - capacity_log2)) * _ENTRY_BYTES
 
 
 @inline_kernel
@@ -96,7 +101,12 @@ def _previous_entry(index: Int, capacity_log2: Int, entry: Int) -> Int:
 @inline_kernel
 def tag_of(key: Int) -> Int:
     """What an entry says of its key, an int64 below 0."""
-    return np.int64(mix64(key) & _TAG_MASK) - _TAG_SIGN
+    return _tag_in(mix64(key))
+
+
+@inline_kernel
+def _tag_in(hashed: Int) -> Int:
+    return np.int64(hashed & _TAG_MASK) - _TAG_SIGN
 
 
 @inline_kernel
@@ -148,12 +158,13 @@ def search(index: Int, capacity_log2: Int, table: Int, stride: Int, key: Int) ->
 
 
 @inline_kernel
-def find(index: Int, capacity_log2: Int, key: Int, entry: Int) -> Int:
-    """The first slot that may be the key's, or a negative number; the search begins at `entry`.
+def _find(index: Int, capacity_log2: Int, hashed: Int) -> Int:
+    """The first slot that may be that of the key with this hash, or a negative number.
 
     For readers, too: each entry is looked at once, since the writer may fill an empty or removed one at any time.
     """
-    tag = tag_of(key)
+    entry = _first_entry_of(index, capacity_log2, hashed)
+    tag = _tag_in(hashed)
     word = word_at(entry)
     while word != NOTHING and not has_tag(word, tag):
         entry = next_entry(index, capacity_log2, entry)
@@ -212,11 +223,12 @@ def _resolve(index: Int, capacity_log2: Int, keys: U64, slots: I64, rows: Int, s
     count = keys.size
     for ahead in range(count + PREFETCH_KEYS):
         if ahead < count:
-            slots[ahead] = first_entry(index, capacity_log2, keys[ahead])  # until it is overwritten by the slot
-            prefetch_near(slots[ahead])
+            hashed = mix64(keys[ahead])
+            slots[ahead] = np.int64(hashed)  # until it is overwritten by the slot
+            prefetch_near(_first_entry_of(index, capacity_log2, hashed))
         i = ahead - PREFETCH_KEYS
         if i >= 0:
-            slots[i] = find(index, capacity_log2, keys[i], slots[i])
+            slots[i] = _find(index, capacity_log2, np.uint64(slots[i]))
             if rows:
                 prefetch_bytes(rows + slots[i] * stride, stride)
 
