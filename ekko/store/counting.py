@@ -27,7 +27,19 @@ PERIOD = kernels.PERIOD
 class KeyCounter:
     """Counts the look-ups of one table in this process. Threads may share it, and lose a look-up or two to each other."""
 
-    __slots__ = ("_address", "_begun", "_calls", "_left", "_mapping", "_pid", "_random", "_stride", "_table", "_width_log2")
+    __slots__ = (
+        "_address",
+        "_begun",
+        "_calls",
+        "_left",
+        "_mapping",
+        "_pid",
+        "_random",
+        "_share",
+        "_stride",
+        "_table",
+        "_width_log2",
+    )
 
     def __init__(self, path: Path, table_id: int, table: int, stride: int) -> None:
         """Open the hot file at `path`; where that fails, nothing is counted, and `on` is False.
@@ -48,6 +60,7 @@ class KeyCounter:
         self._pid = os.getpid()
         self._left = self._begun = int(expovariate(1 / PERIOD))  # else readers that live shortly would never be counted
         self._calls = 0
+        self._share = 1.0  # of the keys of the last look-up that was drawn, what was not padding
 
     @property
     def on(self) -> bool:
@@ -63,11 +76,10 @@ class KeyCounter:
             self._draw(keys, index, padding)
 
     def _draw(self, keys: U64, index: Index, padding: int | None) -> None:
+        # Taken to be as in those that are not drawn: to count padding each time would cost a tenth of a look-up.
+        padded = padding is not None and keys.size
+        self._share = int(np.count_nonzero(keys != np.uint64(padding or 0))) / keys.size if padded else 1.0
         left, calls, total = self._take()
-        if (
-            padding is not None and keys.size
-        ):  # taken to be as many in those that were not drawn: to look costs 10 % of a look-up
-            total = total * int(np.count_nonzero(keys != np.uint64(padding))) // keys.size
         if self._pid != os.getpid():  # children of one parent must not draw the same numbers
             self._pid, self._random[0] = os.getpid(), randbits(64) | 1
         self._left = self._begun = kernels.count(
@@ -92,7 +104,7 @@ class KeyCounter:
         # Other threads go on meanwhile as if nothing were due.
         self._left = self._begun = PERIOD
         self._calls = 0
-        return left, calls, max(0, begun - left - calls * CALL_COST)
+        return left, calls, round(self._share * max(0, begun - left - calls * CALL_COST))
 
     def flush(self) -> None:
         """Tell the calls and keys that were not told yet, before the reader ends."""
