@@ -1,6 +1,7 @@
 """The documentation is run: its files are valid, and the tutorial does what it says, on real nodes."""
 
 import re
+import shlex
 import subprocess
 import sys
 import urllib.request
@@ -20,6 +21,12 @@ from sim_cluster.processes import free_ports, wait_until
 
 ROOT = Path(__file__).parent.parent
 DEADLINE_S = 60
+# What the trainer does between two commands of the tutorial's section on generations.
+NEXT_GENERATION = """
+import numpy as np, ekko
+with ekko.Publisher("tcp://127.0.0.1:7700", model="ctr-2026-11-22", tables={"item": 8}) as publisher:
+    publisher.wait(publisher.publish("item", [1], np.ones((1, 8), np.float32)), scope="all")
+"""
 
 
 def blocks(document: str, language: str) -> Iterator[tuple[str, str]]:
@@ -91,6 +98,13 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
         status = [sys.executable, "-m", "ekko.cli", "status", "--config", "serve.toml"]
         shown = subprocess.run(status, cwd=tmp_path, check=True, timeout=DEADLINE_S, capture_output=True, text=True).stdout
         assert "train-1" in shown
+        generations = next(text for _, text in blocks("docs/tutorial.md", "sh") if text.startswith("ekko alias"))
+        for line in generations.splitlines():
+            if not line.startswith("ekko "):
+                subprocess.run([sys.executable, "-c", moved(NEXT_GENERATION)], cwd=tmp_path, check=True, timeout=DEADLINE_S)
+                continue
+            command = [sys.executable, "-m", "ekko.cli", *shlex.split(line, comments=True)[1:]]
+            subprocess.run(command, cwd=tmp_path, check=True, timeout=DEADLINE_S)
     finally:
         for node in nodes:
             node.terminate()
