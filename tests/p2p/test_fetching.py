@@ -178,7 +178,7 @@ def test_nonsense_is_refused_and_changes_nothing(wrong: str) -> None:
     assert contents(cluster.nodes[SMALL].store, "ctr") == before
 
 
-def test_a_late_answer_is_not_taken() -> None:
+def test_a_late_answer_is_not_taken_nor_one_to_an_earlier_question() -> None:
     cluster = running(27)
     give_room(cluster, 300)
     gone = lacking(cluster)
@@ -186,14 +186,14 @@ def test_a_late_answer_is_not_taken() -> None:
     machine = machine_of(cluster)
     link = machine._core.link("eu-2")
     assert link is not None
-    for late_ms, rows in ((SILENCE_MS, 0), (0, 20)):
+    for late_ms, request, rows in ((SILENCE_MS, 0, 0), (0, 1, 0), (0, 0, 20)):
         model_of(cluster).fetching._asked.clear()
         ask(cluster, gone[:20])
         machine._fetching._asked.clear()
         now = cluster.now()
         machine._fetching.on_beat(now)
         (asked,) = machine._fetching._asked.values()
-        machine._fetching._asked[found.keyspace] = replace(asked, boot=link.boot, request=found.request)
+        machine._fetching._asked[found.keyspace] = replace(asked, boot=link.boot, request=found.request + request)
         machine._fetching.on_found(link, found, replace(now, monotonic_ms=now.monotonic_ms + late_ms))
         assert machine.counters.rows_fetched == rows
 
