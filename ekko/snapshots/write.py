@@ -42,8 +42,8 @@ from p2p.ledger import NodeRecord
 U64 = NDArray[np.uint64]
 U8 = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
-# Of a core, while the daemon works on another one. Measured with 1 GB and a writer at full speed: see decision 0033.
-SHARE = 0.5
+# Of a core. Some 0.5 to 0.75 s of processor time go into a GB, so that it takes 2 to 3 s, or as long as the disk does.
+SHARE = 0.25
 REST_S_MIN = 0.001
 REST_S_MAX = 0.05
 
@@ -61,10 +61,10 @@ class Base:
 
 
 class Pace:
-    """Half of a core at most.
+    """A share of a core at most.
 
-    Rows come through the same memory, and the same caches, as the daemon's: as fast as they can be copied, they cost it a third
-    of what it applies. A snapshot has time; what waits for a disk anyway loses none.
+    Rows come through the same memory, and the same caches, as the daemon's, and what is written to a disk takes the kernel as
+    long again. A snapshot has time; what waits for a disk anyway loses none.
     """
 
     def __init__(self, share: float) -> None:
