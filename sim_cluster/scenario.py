@@ -49,6 +49,7 @@ KINDS: Final = {
 LATER_KINDS: Final = ("expel", "upgrade", "generation", "restore", "away")
 # Members are given up as dead after some 10 s; nobody is expelled before.
 EXPEL_MS_MIN: Final = 10_000
+RESTORE_MS: Final = 15_000
 # Nobody comes back from a longer absence than so in virtual time: elsewhere members are not expelled by themselves.
 AWAY_MS_MAX: Final = 600_000
 NETWORK: Final = "network"  # the kind that stands for loss, delays and the like
@@ -253,6 +254,8 @@ def _draw_event(scenario: Scenario, kind: str, rng: random.Random) -> list[Fault
         every_ms = for_ms + rng.randint(20, 1_500)
     if kind == "expel":
         at_ms, for_ms, times = at_ms // 2, for_ms + EXPEL_MS_MIN, 1
+    if kind == "restore":  # long enough that what is in the snapshot is deleted, and forgotten, meanwhile
+        for_ms, times = for_ms + rng.randrange(RESTORE_MS), 1
     if kind == "away":
         at_ms, for_ms, times = at_ms // 2, for_ms + EXPEL_MS_MIN + scenario.expel_after_ms, 1
     return _repeated(FaultEvent(at_ms, kind, node, for_ms, amount, other if kind == "one-way" else ""), times, every_ms)

@@ -47,6 +47,7 @@ STEADY_MS: Final = 2_000
 STEADY_STEPS: Final = 6
 STEADY_EVERY_MS: Final = 400
 EXPIRED_MS: Final = 1_000
+SNAPSHOT_MS: Final = 700
 SMALL_RING: Final = 16  # changes; tables of a swarm have some hundred rows
 READ_KEYS: Final = 20
 WAIT_PROBABILITY: Final = 0.1
@@ -548,9 +549,9 @@ class _Run:
             self._expulsions[node.name] = len(told)
 
     def _snapshot(self, event: FaultEvent) -> None:
-        """A snapshot is begun; half of its time later it goes on, and in the end it is all that the node has."""
+        """A snapshot is begun; a moment later it goes on, and in the end it is all that the node has."""
         cluster, node = self.cluster, self.cluster.nodes[event.node]
-        store, snapshot = node.store, Snapshot(node.store, cluster.models)
+        store, snapshot, losses = node.store, Snapshot(node.store, cluster.models), node.losses
         snapshot.take_vectors()
         snapshot.take_rows(0, 2)
         taken = False
@@ -566,7 +567,7 @@ class _Run:
             # None of a life that a start-over ended is restored, nor one with more of a retired writer than was left of it
             # (decision 0033).
             retired = NodeRecord.load(node.ledger).retired.values()
-            if node.machine is None or not taken or node.store is not store or snapshot.has_more_than_left(retired):
+            if node.machine is None or not taken or node.losses != losses or snapshot.has_more_than_left(retired):
                 return
             cluster.crash(node.name)
             node.store = Store.anonymous()
@@ -575,7 +576,7 @@ class _Run:
             cluster.forget_lost()
             cluster.boot(node)
 
-        self._ends.append((event.at_ms + event.for_ms // 2, len(self._ends), go_on))
+        self._ends.append((event.at_ms + min(event.for_ms // 2, SNAPSHOT_MS), len(self._ends), go_on))
         self._ends.append((event.at_ms + event.for_ms, len(self._ends), restore))
 
     def _hold_otherwise(self, name: str, amount: int) -> None:
