@@ -194,10 +194,11 @@ class Knowledge:
 
     def digest(self) -> int:
         """128 bits that are equal exactly when the vectors are."""
-        # Writers whose column is still empty must not count: a node that only heard of them knows nothing more.
+        # Writers whose column is still empty must not count: a node that only heard of them knows nothing more. But of retired
+        # ones somebody else has all, and does not say so any more: two that came after that would take each other for whole.
         ids = self.writers
         columns = np.ascontiguousarray(self.vector[:, ids])
-        used = columns.any(axis=0)
+        used = columns.any(axis=0) | np.isin(ids, list(self._retired))
         body = xxhash.xxh3_128(ids[used].tobytes())
         body.update(np.ascontiguousarray(columns[:, used]).tobytes())
         return int(body.intdigest())

@@ -264,3 +264,15 @@ def test_a_shard_in_parts_is_claimed_only_when_all_parts_came(missing: int) -> N
     assert int(knowledge.vector[3, 4]) == 0
     learn(knowledge, Message(stamp, 0, 1, (3,), (0,), missing, 2))
     assert int(knowledge.vector[3, 4]) == stamp
+
+
+def test_who_has_nothing_of_a_retired_writer_differs_from_who_has_all() -> None:
+    """Else neither has its entry in the digest: one since it is settled, the other since it is empty."""
+    floor = np.array([(7 << 12) + 5] * 2, np.uint64)
+    has_all, has_nothing = (Knowledge(np.zeros((2, WRITERS_MAX), np.uint64), np.zeros(WRITERS_MAX, np.uint64)) for _ in "ab")
+    has_all.vector[:, 5] = floor
+    for one in (has_all, has_nothing):
+        one.retire(5, floor)
+    assert has_all.digest() != has_nothing.digest()
+    has_nothing.vector[:, 5] = floor
+    assert has_all.digest() == has_nothing.digest()
