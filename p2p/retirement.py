@@ -432,7 +432,7 @@ class Retirement:
         members = core.membership.expected_of(keyspace.replica.place)
         if self._coordinator(keyspace, now) is not None or not keyspace.synced:
             return
-        if any(record.boot not in reports for record in members):
+        if any(record.boot not in reports for record in members) or self._misses_somebody(now):
             return
         if retired.stage == FLOORED:
             if all(not _above(retired.floor, reports[record.boot][0]) for record in members):
@@ -451,6 +451,14 @@ class Retirement:
         keyspace.knowledge.settle(retired.writer, floor)
         keyspace.strays_possible = True
         self.learn(m.Retirements((), (replace(retired, stage=FLOORED, floor=floor),)), None, now)
+
+    def _misses_somebody(self, now: m.Now) -> bool:
+        """Whether a member is away of which only our ledger tells, since we have started meanwhile: it may hold more than all
+        others. Who left on purpose is not waited for.
+        """
+        core = self._core
+        silent = {node for node, absent in core.record.absent.items() if not absent.left}
+        return bool(core.expected(now)) or not silent <= core.membership.members.keys()
 
     def _held(self, keyspace: Keyspace, writer: int) -> U64:
         """uint64[shards]: the newest that we hold of a writer, by the vector or as a row above it."""

@@ -28,7 +28,6 @@ from p2p.sync import PRESETS
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION
 from sim_cluster import comings
 from sim_cluster.checkers import Watch
-from sim_cluster.history import still_held
 from sim_cluster.meter import Meter
 from sim_cluster.network import NetworkOptions
 from sim_cluster.node import VirtualNode
@@ -530,22 +529,20 @@ class _Run:
         # Who runs version 1 would not be let in again afterwards: operators upgrade first (decision 0020).
         if asked is not None and all(one.protocol_version > FIRST_VERSION for one in cluster.nodes.values()):
             reply = cluster.request(asked.name, lambda number: m.ExpelRequested(number, event.node))
-            if isinstance(reply, m.Expelled):  # what nobody else holds of it is given up (R13)
-                cluster.history = still_held(cluster.history, [one.store for one in others], cluster.models)
+            if isinstance(reply, m.Expelled):
+                cluster.note_expelled(event.node)
         if event.amount % 2 and node.machine is not None:
             cluster.crash(event.node)
             cluster.restart(event.node)
         cluster.cut.difference_update(cut)
 
     def _note_expelled(self) -> None:
-        """Who was away too long was expelled: what nobody else holds of it is given up (R13)."""
+        """Who was away too long was expelled."""
         cluster = self.cluster
         for node in cluster.nodes.values():
             told = [note for note in node.notes if note.name == "node_expelled"]
             for note in told[self._expulsions.get(node.name, 0) :]:
-                gone = dict(note.fields)["node"]
-                others = [other.store for other in cluster.nodes.values() if other.name != gone]
-                cluster.history = still_held(cluster.history, others, cluster.models)
+                cluster.note_expelled(str(dict(note.fields)["node"]))
             self._expulsions[node.name] = len(told)
 
     def _snapshot(self, event: FaultEvent) -> None:

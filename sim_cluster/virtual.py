@@ -105,6 +105,7 @@ class VirtualCluster:
         self.ahead_ms = 0  # how far ahead any wall clock has ever been
         self.collect_ms = COLLECT_MS  # of nodes that are started from now on; so is
         self.expel_after_ms = EXPEL_AFTER_MS  # of nodes that are started from now on
+        self._expelled: dict[str, int] = {}  # by node: how often it had lost its memory when it was expelled
 
     @property
     def trace(self) -> str:
@@ -178,7 +179,13 @@ class VirtualCluster:
 
     def forget_lost(self) -> None:
         """What only a node held that lost its memory is gone; no protocol can promise it (R21: memory, not disk)."""
-        self.history = still_held(self.history, [other.store for other in self.nodes.values()], self.models)
+        members = [node for node in self.nodes.values() if self._expelled.get(node.name) != node.losses]
+        self.history = still_held(self.history, [node.store for node in members], self.models)
+
+    def note_expelled(self, name: str) -> None:
+        """A node was expelled: what only its memory holds is given up, now and until it has started over (R13)."""
+        self._expelled[name] = self.nodes[name].losses
+        self.forget_lost()
 
     def pause(self, name: str) -> None:
         """SIGSTOP: nothing happens on the node until `resume`; what comes for it is held back."""

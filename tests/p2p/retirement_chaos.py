@@ -218,36 +218,67 @@ def a_late_batch_of_a_retired_writer_arrives(seed: int) -> None:
 
 
 def a_node_returns_with_more_than_was_left(seed: int) -> None:
-    """A serving node alone had got the writer's last steps; it was away until nobody counted with it any more."""
+    """A serving node alone had got the writer's last steps; it left on purpose, so that nobody waits for it."""
+    cluster = two_trainers(seed)
+    writer, nonce = last_steps_at_one_node(cluster)
+    cluster.cut = set()
+    cluster.leave("us3")
+    cluster.run(8_000)
+    expel(cluster, "t2", "us2")
+    del cluster.nodes["t2"]
+    give_up(cluster, "us3")
+    retired_everywhere(cluster, writer, nonce)
+    cluster.restart("us3")
+    assert cluster.run_until(lambda: any(note.name == "started_over" for note in cluster.nodes["us3"].notes), 30_000), (
+        f"seed {seed}: it keeps more than was left of the writer"
+    )
+    retired_everywhere(cluster, writer, nonce)
+    at_rest(cluster)
+    assert_tail_is_gone(cluster, tuple(range(100, 112)))
+
+
+def last_steps_at_one_node(cluster: VirtualCluster) -> tuple[int, int]:
+    """The second trainer dies, and only us3, which is cut off, has its last steps; its writer id and nonce."""
+    writer, nonce = writer_at(cluster, "t2")
+    for name in ("t2", "us3"):
+        isolate(cluster, name)
+    cluster.cut -= {("t2", "us3"), ("us3", "t2")}
+    for step in range(12):
+        assert cluster.publish("t2", "item", [100 + step, 1], 2.0 + step)
+        cluster.run(1_000)
+    cluster.crash("t2")
+    item = cluster.model.tables["item"].id
+    assert any((item, 100 + step) in contents(cluster.nodes["us3"].store, "ctr") for step in range(12)), (
+        "the scenario left us3 nothing that the others lack"
+    )
+    return writer, nonce
+
+
+def who_is_away_is_waited_for(seed: int) -> None:
+    """It died with what nobody else has of a writer, and was silent for so long that it is called no more; the others restarted
+    meanwhile, and know of it from their disks only. What it brings, when it is back, is a part of what was left.
+    """
     with mock.patch.object(membership, "FORGET_MS", 20_000):
         cluster = two_trainers(seed)
-        writer, nonce = writer_at(cluster, "t2")
-        for name in ("t2", "us3"):
-            isolate(cluster, name)
-        cluster.cut -= {("t2", "us3"), ("us3", "t2")}
-        for step in range(12):
-            assert cluster.publish("t2", "item", [100 + step, 1], 2.0 + step)
-            cluster.run(1_000)
-        cluster.crash("t2")
-        item = cluster.model.tables["item"].id
-        assert any((item, 100 + step) in contents(cluster.nodes["us3"].store, "ctr") for step in range(12)), (
-            "the scenario left us3 nothing that the others lack"
-        )
+        writer, nonce = last_steps_at_one_node(cluster)
+        held = contents(cluster.nodes["us3"].store, "ctr").keys()
         cluster.crash("us3")
         cluster.cut = set()
         cluster.run(8_000)
+        for name in ("t1", *SERVING):
+            if name != "us3" and seed % 2:
+                cluster.crash(name)
+                cluster.restart(name)
+                cluster.run(2_000)
         expel(cluster, "t2", "us2")
         del cluster.nodes["t2"]
-        give_up(cluster, "us3")
         cluster.run(30_000)
-        retired_everywhere(cluster, writer, nonce)
+        assert m.FLOORED not in stages(cluster, writer, nonce).values(), f"seed {seed}: not all were asked what they have"
         cluster.restart("us3")
-        assert cluster.run_until(lambda: any(note.name == "started_over" for note in cluster.nodes["us3"].notes), 30_000), (
-            f"seed {seed}: it keeps more than was left of the writer"
-        )
         retired_everywhere(cluster, writer, nonce)
         at_rest(cluster)
-        assert_tail_is_gone(cluster, tuple(range(100, 112)))
+        for node in cluster.nodes.values():
+            assert held <= contents(node.store, "ctr").keys(), f"seed {seed}: {node.name} lacks what only us3 had"
 
 
 def an_id_is_used_again(seed: int) -> None:
@@ -313,6 +344,7 @@ SCENARIOS: tuple[Callable[[int], None], ...] = (
     an_expelled_writer_returns,
     a_late_batch_of_a_retired_writer_arrives,
     a_node_returns_with_more_than_was_left,
+    who_is_away_is_waited_for,
     an_id_is_used_again,
     who_is_away_for_long_is_expelled,
 )

@@ -34,6 +34,7 @@ from tests.p2p.retirement_chaos import (
     retired_everywhere,
     two_trainers,
     who_is_away_for_long_is_expelled,
+    who_is_away_is_waited_for,
     writer_at,
 )
 from tests.p2p.writer_chaos import formed, record_of, split, writes
@@ -99,6 +100,11 @@ def a_new_life_is_a_new_node(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Retirement, "_follow", follow)
 
 
+def who_is_only_remembered_is_not_waited_for(patch: pytest.MonkeyPatch) -> None:
+    """The floor is fixed although somebody is away, since the coordinator has not met him in this life, or long ago."""
+    patch.setattr(Retirement, "_misses_somebody", lambda *_args: False)
+
+
 def absence_is_forgotten_with_a_restart(patch: pytest.MonkeyPatch) -> None:
     """Who is away is not remembered beyond a life."""
     original = NodeRecord.begin_life
@@ -133,6 +139,7 @@ def the_id_is_free_at_once(patch: pytest.MonkeyPatch) -> None:
         (old_knowledge_comes_back, an_expelled_writer_returns),
         (old_knowledge_comes_back, a_node_returns_with_more_than_was_left),
         (a_new_life_is_a_new_node, an_expelled_writer_returns),
+        (who_is_only_remembered_is_not_waited_for, who_is_away_is_waited_for),
         (absence_is_forgotten_with_a_restart, who_is_away_for_long_is_expelled),
         (the_id_is_free_at_once, a_late_batch_of_a_retired_writer_arrives),
         (the_entry_leaves_before_all_is_here, an_id_is_used_again),
