@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from ekko.model import table_id
 from p2p import outbox
 from tests.p2p.chaos import at_rest, form
 
@@ -22,8 +23,7 @@ def an_answer_loses_rows_on_its_way(patch: pytest.MonkeyPatch) -> int:
         places = [place for selection in stream.selections for place in selection.slots.tolist()]
         if places and not removed:
             store = next(node.store for node in cluster.nodes.values() if keyspace.replica is node.store.models["ctr"])  # type: ignore[attr-defined]
-            table = next(table for table in store.models["ctr"]._tables.values() if table.spec.name == "item")
-            assert table.remove(np.array(places[:1], np.int64)) == 1
+            store.models["ctr"].remove(table_id("item"), np.array(places[:1], np.int64), complete=False)
             removed.append(places[0])
         return original(stream, keyspace)  # type: ignore[arg-type]
 
