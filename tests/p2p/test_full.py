@@ -54,8 +54,8 @@ def full_for_a_while(sync: SyncOptions, small: str = "us1") -> None:
         cluster.run(100)
         assert watch.check() == ""
     assert cluster.publish("t1", "item", HELD, 3.0)  # rows that are there
-    for _ in range(120):
-        cluster.run(1_000)
+    for _ in range(30):
+        cluster.run(4_000)
         assert check_knowledge(cluster, node) == ""
     check_claims(cluster)
     assert watch.check() == ""

@@ -96,11 +96,7 @@ def test_an_incomplete_node_that_answers_like_others_is_noticed(sync: str, monke
     monkeypatch.setattr("p2p.round_answers.may_answer", lambda keyspace, below: True)
     monkeypatch.setattr("p2p.incomplete.note_incomplete", lambda core, boot, keyspace: None)
     monkeypatch.setattr("p2p.pull.note_incomplete", lambda core, boot, keyspace: None)
-    problems = []
-    for seed in range(8, 14):
-        cluster = joined(running(seed, PRESETS[sync]))
-        problems.append(Watch(cluster).check_converged())
-    assert any(problems)
+    assert any(Watch(joined(running(seed, PRESETS[sync]))).check_converged() for seed in range(8, 14))
 
 
 def test_rows_are_evicted_only_while_somebody_else_has_them() -> None:

@@ -280,8 +280,9 @@ def test_wait_ends_when_all_in_scope_have_it_and_names_who_lags() -> None:
     assert cluster.nodes["t1"].replies[local] == m.WaitEnded(local, ())
 
 
-def test_a_wait_names_whom_it_does_not_wait_for() -> None:
+def test_a_wait_names_whom_it_does_not_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of R21: suspects are named, also when everybody else has it, and also those that the register forgot long ago."""
+    monkeypatch.setattr(membership, "FORGET_MS", 40_000)
     cluster = start()
     cluster.publish("t1", "item", [1], 1.0)
     cluster.run(1_000)
