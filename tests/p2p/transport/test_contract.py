@@ -25,6 +25,7 @@ from p2p.transport import zmq as zmq_module
 from p2p.transport.memory import MemoryNetwork, MemoryTransport
 from p2p.transport.shared import FRAME_BYTES_MAX, TransportCounters
 from p2p.transport.zmq import COPY_BYTES_MAX, ZmqTransport, _sendable
+from sim_cluster.processes import free_ports
 
 End = MemoryTransport | ZmqTransport
 
@@ -64,7 +65,11 @@ class Bench:
 
     def any_address(self) -> str:
         self._count += 1
-        return {"memory": "memory:0", "tcp": "tcp://127.0.0.1:0", "ipc": f"ipc://{self._folder}/{self._count}"}[self.kind]
+        if self.kind == "tcp":
+            # Not one that the kernel gives to outgoing connections: who calls where nobody listens may get just that port for
+            # its own end, and is connected with itself.
+            return f"tcp://127.0.0.1:{free_ports(1)[0]}"
+        return {"memory": "memory:0", "ipc": f"ipc://{self._folder}/{self._count}"}[self.kind]
 
     def make(self, address: str | None = None) -> End:
         address = address or self.any_address()
@@ -165,9 +170,10 @@ async def test_messages_arrive_whole_and_in_order(bench: Bench) -> None:
     assert b.counters.bytes_in == a.counters.bytes_out
 
 
-@every_transport
+@over("memory", "tcp")
 async def test_address_names_the_port_that_was_chosen(bench: Bench) -> None:
-    a, b = await bench.open(), await bench.open()
+    any_port = {"memory": "memory:0", "tcp": "tcp://127.0.0.1:0"}[bench.kind]
+    a, b = await bench.open(any_port), await bench.open(any_port)
     assert a.address != b.address
     assert not a.address.endswith(":0")
 
