@@ -19,7 +19,8 @@ WORKERS_MAX = 16
 # No deadline: a shared machine makes single examples slow, and that says nothing about the code.
 settings.register_profile("quick", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("long", max_examples=5_000, deadline=None, suppress_health_check=list(HealthCheck))
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
+settings.load_profile(PROFILE)
 
 # Workers that run side by side choose from ports of their own: a node that starts again finds its port free.
 if worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
@@ -29,6 +30,12 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
 
 # A child that was told to end is given this long to be gone.
 CHILD_EXIT_S_MAX = 5.0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests that take long run on request: what they are about has a quicker test, too."""
+    if PROFILE != "long" and item.get_closest_marker("long"):
+        pytest.skip("runs with HYPOTHESIS_PROFILE=long")
 
 
 def child_processes() -> dict[int, str]:

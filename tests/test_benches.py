@@ -58,7 +58,9 @@ def test_the_store_has_its_benchmarks() -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", common.names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name == "ablation" else ()) for name in common.names()]
+)
 def test_quick(name: str) -> None:
     result = common.measure(name, quick=True)
     figures, environment = result["figures"], result["environment"]

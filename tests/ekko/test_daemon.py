@@ -150,7 +150,7 @@ def test_rows_that_hardly_compress_are_left_alone_after_a_few_trials(pair: Local
         publisher.wait(stamp, "all")
     counters = train.status()["counters"]
     tried = sum(counters[f"compression_{name}"] - before[f"compression_{name}"] for name in ("messages", "in_vain"))
-    assert TRIALS_MIN <= tried <= TRIALS_MIN + 5  # and now and then again
+    assert TRIALS_MIN <= tried < TRIALS_MIN + 12  # and now and then again, more often where steps take long
 
 
 def test_nodes_that_name_different_codecs_refuse_each_other_in_one_line(tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ def test_divided_clusters(scenario: Scenario, seed: int) -> None:
         (a_wait_counts_holders_of_the_first_partition, divided.waits_go_by_the_holders),
         (one_partition_moves_the_frontier_of_all, divided.chaos),
         (a_claim_is_whole_without_all_of_its_shards, divided.chaos),
-        (an_answer_has_rows_of_all_partitions, divided.chaos),
+        pytest.param(an_answer_has_rows_of_all_partitions, divided.chaos, marks=pytest.mark.long),
         (holders_do_not_look_for_each_other, divided.the_only_other_holder_is_no_neighbour),
         (a_new_partition_counts_as_caught_up, divided.a_partition_is_held_more_often),
     ],

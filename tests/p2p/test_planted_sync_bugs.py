@@ -336,7 +336,7 @@ def test_the_scenarios_pass_as_they_are(scenario: Scenario) -> None:
         (both_take_the_others_version, equals_ask_each_other_at_the_same_moment),
         (strays_are_not_compared, origin_dies_in_mid_answer),
         (what_was_settled_stays_settled, by_versions),
-        (a_list_counts_before_it_came, by_leaders),
+        pytest.param(a_list_counts_before_it_came, by_leaders, marks=pytest.mark.long),
         (a_frontier_is_merged_with_some_shards, by_leaders),
         (a_new_list_counts_before_older_rows, by_leaders),
         (a_dead_leader_stays_leader, leaders_die),

@@ -56,6 +56,7 @@ def test_a_small_run_from_training_to_report(tmp_path: Path, monkeypatch: pytest
     assert "Every replica equals the training node bit for bit (6 serving nodes)." in page.getvalue()
 
 
+@pytest.mark.long
 @pytest.mark.processes
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     environment = os.environ | {"TMPDIR": str(tmp_path)}

@@ -1,6 +1,5 @@
 """Swarms in which some nodes have room for a part of the rows, and what must not be switched off there (R11)."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +41,7 @@ def _incomplete_nodes_answer(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("p2p.pull_answers.may_answer", lambda keyspace, below: True)
 
 
-@pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "long", reason="takes a minute; each rule has a quick test, too")
+@pytest.mark.long  # a minute
 @pytest.mark.parametrize(
     "bug", [_who_knows_less_answers, _what_goes_meanwhile_is_not_noted, _older_versions_come_in, _incomplete_nodes_answer]
 )

@@ -4,7 +4,6 @@ The memory is made by hand, so that each state that a writer passes through can 
 """
 
 import importlib.util
-import os
 import re
 import threading
 import time
@@ -372,10 +371,9 @@ SLOW = {
     "forgets-the-open-bag",
     "patient-and-free",
 }
-on_request = pytest.mark.skipif(os.environ.get("HYPOTHESIS_PROFILE") != "long", reason="runs with HYPOTHESIS_PROFILE=long")
 
 
-@pytest.mark.parametrize("bug", [pytest.param(bug, marks=on_request if bug in SLOW else ()) for bug in sorted(BUGS)])
+@pytest.mark.parametrize("bug", [pytest.param(bug, marks=pytest.mark.long if bug in SLOW else ()) for bug in sorted(BUGS)])
 def test_a_planted_bug_is_noticed(bug: str, memory: Memory, tmp_path: Path) -> None:
     kernel, name, before, after, checks = BUGS[bug]
     with mutant(tmp_path, kernel, name, before, after):
