@@ -59,7 +59,7 @@ def test_the_store_has_its_benchmarks() -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name == "ablation" else ()) for name in common.names()]
+    "name", [pytest.param(name, marks=pytest.mark.long if name in ("ablation", "latency") else ()) for name in common.names()]
 )
 def test_quick(name: str) -> None:
     result = common.measure(name, quick=True)

@@ -192,6 +192,7 @@ def p99_excess_ms(node: NodeProcess, since: int) -> float:
     return float(np.percentile(samples, 99)) - DELAYS_MS[f"home/{node.spec.region}"]
 
 
+@pytest.mark.alone
 def test_killed_node_catches_up_by_pull_while_other_regions_stay_fast(cluster: LocalCluster, publisher: ekko.Publisher) -> None:
     oracle = Oracle()
     victim = cluster["us-1"]
