@@ -1,4 +1,12 @@
-"""Anonymous memory of which there is only so much, as in a small tmpfs; more or less of it as a test goes on."""
+"""Memory of which there is only so much: anonymous, more or less of it as a test goes on; or a real, small tmpfs."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
 
 from ekko.errors import MemoryFullError, StoreError
 from ekko.store import Store
@@ -54,3 +62,16 @@ class _SmallMapping(Mapping):
             raise MemoryFullError(f"shared memory is full: {more} more bytes were asked for")
         self.memory.taken += more
         self.ensured = end
+
+
+@contextmanager
+def small_tmpfs(folder: Path, size: str) -> Iterator[Path]:
+    """A tmpfs of its own at a new folder; `size` as mount takes it. Skips the test where none can be mounted."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -1,11 +1,9 @@
 """Real nodes on small tmpfs mounts: full, alive, and whole again when there is room."""
 
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 import ekko
 from ekko.errors import EkkoError, PublishError
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
+from tests.small_memory import small_tmpfs
 
 pytestmark = pytest.mark.processes
 DIM = 16
@@ -28,18 +27,6 @@ from ekko.logs import configure_logs
 configure_logs(this_node="test")
 asyncio.run(Node(load_config(Path(sys.argv[1])), memory_dir=Path(sys.argv[2])).run())
 """
-
-
-@contextmanager
-def tmpfs(folder: Path, size: str) -> Iterator[Path]:
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only root may mount a tmpfs")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def start_in(node: NodeProcess, memory: Path) -> None:
@@ -66,8 +53,8 @@ def test_full_nodes_live_say_so_and_recover_by_themselves(tmp_path: Path) -> Non
     nodes = [NodeSpec("train-1", "us", "train"), NodeSpec("serve-1", "eu")]
     models = {"ctr": ModelTables({"item": DIM}, capacity_rows=1_000)}
     with (
-        tmpfs(tmp_path / "large", "48m") as large,
-        tmpfs(tmp_path / "small", "16m") as small,
+        small_tmpfs(tmp_path / "large", "48m") as large,
+        small_tmpfs(tmp_path / "small", "16m") as small,
         LocalCluster(tmp_path, nodes, models=models) as cluster,
     ):
         train, serve = cluster["train-1"], cluster["serve-1"]

@@ -24,13 +24,6 @@ from tests.ekko.snapshots.test_snapshots import MODEL, WRITER, Home, contents
 Patch = pytest.MonkeyPatch
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Iterator[Home]:
-    home = Home(tmp_path)
-    yield home
-    home.store.destroy()
-
-
 def once_before(patch: Patch, of: type, method: str, happen: Callable[[], None]) -> None:
     """Have something happen before the first call of a method."""
     called, waiting = getattr(of, method), [happen]

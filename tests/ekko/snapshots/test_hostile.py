@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,6 @@ from ekko.store.store import MEMORY_DIR
 from tests.ekko.snapshots.test_snapshots import DIM, MODEL, Home, contents
 
 Patch = pytest.MonkeyPatch
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Iterator[Home]:
-    home = Home(tmp_path)
-    yield home
-    home.store.destroy()
 
 
 def forge(home: Home, name: str, change: Callable[[dict[str, Any]], None]) -> None:

@@ -1,6 +1,5 @@
 """Snapshots: what is restored is what was held; what is damaged or foreign is refused; T5 in order and out of it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,13 +76,6 @@ def contents(model: ModelStore) -> dict[tuple[str, int], tuple[int, bytes | None
             assert (names[selection.table], key) not in out
             out[names[selection.table], key] = (stamp, rows.rows[i].tobytes() if i < len(rows.rows) else None)
     return out
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Iterator[Home]:
-    home = Home(tmp_path)
-    yield home
-    home.store.destroy()
 
 
 def test_full_snapshot_is_exact(home: Home) -> None:

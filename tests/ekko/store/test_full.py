@@ -1,7 +1,5 @@
 """Room is made before rows are written: what has none changes nothing."""
 
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from ekko.store import Store, layout
 from ekko.store.model_store import ModelStore
 from p2p.errors import FullError
 from p2p.replica import RowColumns
-from tests.small_memory import SmallMemory
+from tests.small_memory import SmallMemory, small_tmpfs
 
 DIM = 16
 SPEC = ModelSpec("ctr", 8, {"item": TableSpec("item", DIM), "user": TableSpec("user", DIM)})
@@ -34,15 +32,8 @@ def seen(model: ModelStore, count: int, table: str = "item") -> list[float]:
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Path]:
     """A small tmpfs of its own."""
-    folder = tmp_path / "memory"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "none", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("only root may mount a tmpfs")
-    try:
+    with small_tmpfs(tmp_path / "memory", str(TMPFS_BYTES)) as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("step", [1, 63, 1_000, 9_000])
