@@ -168,9 +168,6 @@ class Publishing:
         if step.codec != model.spec.codec:
             return Failed(REOPEN, f"rows in codec {step.codec!r} for model {step.model!r}, which has {model.spec.codec!r}")
         self._check_room(model, step)
-        new = {tensor.name: tensor for tensor in step.tensors if model.spec.tensors.get(tensor.name) != tensor}
-        if new:
-            self._grow_schema(replace(model.spec, tables={}, tensors=new))
         tables = [column.table for column in step.columns]
         if len(set(tables)) != len(tables):
             raise PublishError("a step names one table twice")
@@ -182,6 +179,9 @@ class Publishing:
         known = {table.id for table in model.spec.tables.values()} | {table_id(DENSE_TABLE)}
         if not known.issuperset(tables):
             return Failed(REOPEN, f"unknown table of model {step.model!r}")
+        new = {tensor.name: tensor for tensor in step.tensors if model.spec.tensors.get(tensor.name) != tensor}
+        if new:
+            self._grow_schema(replace(model.spec, tables={}, tensors=new))
         try:
             model.check(step.columns)
         except RemoteProtocolError as error:
