@@ -53,10 +53,13 @@ def between_batches(model: str, header: int, gather: Callable[[], T]) -> T:
 
 
 def _reason(epoch: int, unsettled: int) -> str:
-    """What was in the way at the last attempt."""
+    """What was in the way at the last attempt: a node that was killed may leave both words behind."""
+    found = []
+    if epoch & 1:
+        found.append("a batch is being applied all the time, or the node was killed in the middle of one: see that it runs")
     if unsettled:
         reasons = [text for bit, text in _REASONS.items() if unsettled & bit] or [f"reasons {unsettled:#x}"]
-        return f"the node is catching up: {'; '.join(reasons)}; try again, or look up without consistent=True"
-    if epoch & 1:
-        return "a batch is being applied all the time, or the node was killed in the middle of one: see that it runs"
-    return "batches follow each other faster than these keys are looked up: ask for fewer at once, or try again"
+        found.append(f"the node is catching up: {', '.join(reasons)}: try again, or look up without consistent=True")
+    if not found:
+        return "batches follow each other faster than these keys are looked up: ask for fewer at once, or try again"
+    return "; ".join(found)
