@@ -29,7 +29,7 @@ from p2p.membership import Membership
 from p2p.pull import Pull
 from p2p.push import Push
 from p2p.reach import Reach
-from p2p.replica import Host
+from p2p.replica import Host, SchemaEntry
 from p2p.retirement import Retirement
 from p2p.schedule import Schedule
 from p2p.shard_versions import ShardVersions
@@ -208,8 +208,8 @@ class Machine:
                 self._answer(event.request, lambda: self._retirement.expel(event, now))
             case m.SendFailed(address, envelope):
                 self._on_send_failed(address, envelope)
-            case m.SchemaChanged():
-                self._on_schema_changed(now)
+            case m.SchemaChanged(entries):
+                self._on_schema_changed(entries, now)
             case m.Started(address):
                 self._on_started(address, now)
             case m.Leaving():
@@ -256,9 +256,9 @@ class Machine:
         for keyspace in self._core.families[event.keyspace]:
             self._progress(keyspace, now)
 
-    def _on_schema_changed(self, now: m.Now) -> None:
+    def _on_schema_changed(self, entries: tuple[SchemaEntry, ...] | None, now: m.Now) -> None:
         self._core.refresh_keyspaces(born=self._introductions.introduced)
-        self._introductions.spread_schema(tuple(self._core.host.schema()), None, now)
+        self._introductions.spread_schema(tuple(self._core.host.schema()) if entries is None else entries, None, now)
 
     def _on_leaving(self, now: m.Now) -> None:
         core = self._core

@@ -715,7 +715,9 @@ class CaughtUpRequested:
 
 @dataclass(frozen=True, slots=True)
 class SchemaChanged:
-    """The local node added schema entries, or dropped keyspaces; peers are to hear of it now."""
+    """The local node added schema entries, or dropped keyspaces; peers hear of it now: of these entries, or of all (None)."""
+
+    entries: tuple[SchemaEntry, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -320,6 +320,8 @@ class Host(Protocol):
     def adopt(self, entries: Sequence[SchemaEntry]) -> bool:
         """Merge a peer's entries; new keyspaces and tables exist afterwards, dropped ones do not. True when something was new.
 
+        What is soon outdated need not become part of the schema: it is passed on once, and not repaired where it is lost.
+
         Raises:
             SchemaClashError: an entry contradicts one held. Nothing is changed.
             RemoteProtocolError: an entry cannot be understood. Nothing is changed.

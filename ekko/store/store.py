@@ -16,11 +16,13 @@ from types import MappingProxyType
 
 from ekko.errors import ModelError, StoreError
 from ekko.generations import Alias, Dropped, DroppedTable, Fact, Generation, Registers, ids_before, is_register, parse_facts
+from ekko.health.verdicts import Verdicts
 from ekko.model import DENSE_TABLE, ModelSpec, TableSpec, TensorSpec
 from ekko.store import layout, schema
 from ekko.store.access import DEFAULT_ACCESS, Access
 from ekko.store.capacity import Capacity
 from ekko.store.control import Control, fresh_memory, remove_unnamed
+from ekko.store.facts import Facts
 from ekko.store.manifest import CONTROL_NAME, MANIFEST_NAME, ModelEntry, kernel_boot_id, read_manifest
 from ekko.store.memory import AnonymousMemory, Memory, TmpfsMemory
 from ekko.store.model_store import ModelStore
@@ -50,6 +52,7 @@ class Store:
         self._unasked: dict[str, int] = {}  # memory of what else there is of each model, before any row
         self._control: Control | None = None  # None: nobody can attach to it
         self._registers = Registers()
+        self.facts = Facts([Verdicts()])  # what nodes agree on beside the schema
         self._limits: dict[str, Capacity] = {}  # what models of these names may take, whichever incarnation is here
         self._holds: dict[str, Sequence[int]] = {}  # what this node's configuration wants to hold of a model of this name
         self.on_registers: Callable[[], None] = lambda: None  # called when aliases or what was dropped have changed
@@ -110,6 +113,7 @@ class Store:
         assert isinstance(self._memory, AnonymousMemory)
         store = Store(self._memory, self._table_bytes_max)
         store._registers = self._registers
+        store.facts = self.facts.reopened()
         for model in self._models.values():
             store._insert(ModelStore.open(model.entry(), self._memory, self._table_bytes_max))
         store.resumed = True
@@ -134,6 +138,7 @@ class Store:
             store = cls(memory, table_bytes_max)
             store._control = control
             store._registers = manifest.registers
+            store.facts.keep_in(run_dir)
             for entry in manifest.models:
                 store._insert(ModelStore.open(entry, memory, table_bytes_max))
         except (StoreError, OSError, ValueError):
@@ -158,6 +163,7 @@ class Store:
         with suppress(StoreError, OSError):  # one that cannot be read has none; peers tell us again
             before = read_manifest(run_dir)
             store._registers = Registers() if before is None else before.registers
+        store.facts.keep_in(run_dir)
         if fill is not None:
             # What a kill left of the attempt before would take the room of this one.
             remove_unnamed(run_dir, memory)
@@ -191,6 +197,7 @@ class Store:
             memory = fresh_memory(control.run_dir, control.memory.directory, control.memory.access)
         store = Store(memory, self._table_bytes_max)
         store._registers = self._registers
+        store.facts = self.facts
         for name, model in models:
             twin = ModelStore.create(replace(model.entry(), hold=list(kept[name])), memory, self._table_bytes_max)
             copy_held(model, twin)
@@ -420,6 +427,7 @@ class Store:
         if merged is self._registers and not gone and not any(tables.values()):
             return False
         self._registers = merged
+        self.facts.forget(merged.is_dropped)
         files = [file for name in gone for file in self._models[name].file_names()]
         files += [file for name, ended in tables.items() for file in self._models[name].file_names(ended)]
         for name in gone:
@@ -502,9 +510,15 @@ class Store:
     def schema(self) -> list[SchemaEntry]:
         entries = [entry for model in self._models.values() for entry in model.spec.entries()]
         entries += self._registers.entries()
+        entries += self.facts.entries()
         return sorted(entries, key=lambda entry: (entry.keyspace, entry.name))
 
     def adopt(self, entries: Sequence[SchemaEntry]) -> bool:
+        self.facts.learned(entries, self._registers.is_dropped)  # whatever is refused is refused as a whole
+        changed = self._adopt_models([entry for entry in entries if not self.facts.has(entry)])
+        return self.facts.take(self.facts.learned(entries, self._registers.is_dropped)) or changed
+
+    def _adopt_models(self, entries: Sequence[SchemaEntry]) -> bool:
         known = {(entry.keyspace, entry.name): entry.body for entry in self.schema()}
         fresh = [entry for entry in entries if known.get((entry.keyspace, entry.name)) != entry.body]
         if not fresh:
