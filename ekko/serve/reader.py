@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ekko.errors import ModelError, StoreError
+from ekko.health.traffic import Arms, RequestIds, Traffic, arms_of
 from ekko.model import DENSE_TABLE, TensorSpec, check_name
 from ekko.serve.arguments import as_bags, as_keys, output
 from ekko.serve.attachment import Attacher, Attachment, names
@@ -37,6 +38,7 @@ U64 = NDArray[np.uint64]
 # How often a waiting reader looks for its model, seconds.
 POLL_S = 0.01
 _SYNCED_UNTIL = layout.MODEL.offset("synced_until_ms") // 8
+_ONLINE_FROM, _ONLINE_UNTIL = (layout.MODEL.offset(name) // 8 for name in ("online_from", "online_until"))
 
 
 class Reader:
@@ -351,6 +353,29 @@ class Reader:
         if len(attachment.hold) != attachment.partitions:
             self._check_held(attachment, spec.keys, f"rows of dense tensor {name!r}", "read it on a node that holds them")
         return spec
+
+    def arm(self, request_ids: RequestIds) -> Arms:
+        """Which requests the online model is to answer (0), and which the baseline (1), the model with delayed state.
+
+        The same answer for the same id in every process and language, as long as the shares stay as they are; they come from
+        the node, through shared memory. See `ekko.health.traffic`.
+
+        Args:
+            request_ids: integers >= 0 of any shape, or text or bytes.
+
+        Returns:
+            uint8, of their shape.
+
+        Raises:
+            ModelError: they are none of these.
+        """
+        attachment = self._current()
+        return arms_of(attachment.model.name, request_ids, attachment.header[_ONLINE_FROM], attachment.header[_ONLINE_UNTIL])
+
+    def traffic(self) -> Traffic:
+        """The shares by which `arm` divides requests now."""
+        header = self._current().header
+        return Traffic.of_bounds(header[_ONLINE_FROM], header[_ONLINE_UNTIL])
 
     def staleness_ms(self) -> float | None:
         """Now minus the newest moment up to which this node has everything that every live writer wrote; None: unknown."""

@@ -109,6 +109,8 @@ MODEL = Structure(
         Field("batch_epoch", 264, 8, "grows by 2 with each applied batch; odd while one is being applied (R19)"),
         Field("unsettled", 272, 8, "0: look-ups may be consistent; else bits that say why not (R19)"),
         Field("floor_used", 320, 8, "1: something was dropped for good, and the loss floor may be looked at"),
+        Field("online_from", 384, 8, "requests whose hash, its upper 32 bits, is from here on are the online model's"),
+        Field("online_until", 392, 8, "and below this; all others are the baseline's. 0: all are online"),
         Field("pending_shards", PAGE_BYTES, SHARDS_MAX // 8, "bitmap of the shards that the pending step touches"),
         Field("undo", 4 * PAGE_BYTES, UNDO_RECORDS * UNDO_BYTES, "undo records (R23)"),
         Field("frontier", 144 * PAGE_BYTES, 8 * WRITERS_MAX, "uint64 per writer, in a model of one partition"),

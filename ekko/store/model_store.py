@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import ModelError, StoreError
+from ekko.health.traffic import Traffic
 from ekko.model import DENSE_SPEC, DENSE_TABLE, TableSpec, TensorSpec
 from ekko.store import capacity, layout
 from ekko.store.applying import Applying, whole
@@ -583,3 +584,14 @@ class ModelStore:
     def set_synced_until(self, unix_ms: int) -> None:
         self._marks.settle()
         self._synced_until_ms[...] = unix_ms
+
+    def set_traffic(self, traffic: Traffic) -> None:
+        """Tell readers which requests are the online model's."""
+        low, high = traffic.bounds
+        # A reader between the two sees a share that neither was, for an instant; which requests are whose stays the same.
+        self._word("online_from")[...], self._word("online_until")[...] = low, high
+
+    @property
+    def traffic(self) -> Traffic:
+        """What readers are told."""
+        return Traffic.of_bounds(int(self._word("online_from")), int(self._word("online_until")))
