@@ -1,0 +1,108 @@
+"""What differs between a model as it is and as it was at a cut, over the union of their keys (R15).
+
+Born since: a deletion. Deleted since: the row. Changed since: the row of then. What is equal by value is left out, whatever its
+stamp: so a plan that is made anew after half of another one was carried out has the other half in it, and no more.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.generations import Generation
+from ekko.rollback.past import Past, Versions
+from ekko.rollback.plan import BATCH_BYTES_MAX, BATCH_ROWS_MAX, PlanBatch, RowsAtRisk
+from ekko.rollback.scope import Scope
+from ekko.store.model_store import ModelStore
+from ekko.store.table import Table
+from p2p.stamps import make_stamp
+
+U64 = NDArray[np.uint64]
+
+
+def stamp_until(unix_ms: int) -> int:
+    """The largest stamp of a moment."""
+    return make_stamp(unix_ms + 1, 0, 0) - 1
+
+
+def versions_now(table: Table, keys: U64) -> Versions:
+    """How the rows of these keys, uint64[n] without repeats, are now."""
+    slots = table.resolve(keys)
+    found = np.flatnonzero(slots >= 0)
+    live, stamps = np.zeros(keys.size, np.bool_), np.zeros(keys.size, np.uint64)
+    rows = np.zeros((keys.size, table.spec.row_bytes), np.uint8)
+    if found.size:
+        held, data, held_stamps = table.read(table.places(slots[found]))
+        order = np.argsort(keys)
+        at = order[np.searchsorted(keys, held, sorter=order)]
+        stamps[at] = held_stamps
+        live[at[: len(data)]] = True
+        rows[at[: len(data)]] = data
+    return Versions(live, stamps, rows)
+
+
+def differences(
+    model: ModelStore, past: Past, cut_ms: int, wanted_ms: int, scope: Scope, unix_ms: int
+) -> Iterator[PlanBatch | RowsAtRisk | None]:
+    """What has to be written for the model to be as it was at the cut, and the good rows that this takes away.
+
+    Args:
+        model: as it is.
+        past: as it was.
+        cut_ms: a mark.
+        wanted_ms: the moment that is wanted, not before the mark: what was written in between is at risk.
+        scope: what of it is meant.
+        unix_ms: now: what has expired by now is not brought back.
+    """
+    generation = Generation.of(model.spec)
+    tables = {table.spec.id: table for table in model.tables}
+    for piece in past.changed_since(generation, cut_ms):
+        if piece is None:
+            yield None
+            continue
+        table = tables.get(piece.table)
+        if table is None or not scope.has_table(table.spec.name) or not piece.keys.size:
+            continue  # it was dropped since, which no rollback takes back
+        now = versions_now(table, piece.keys)
+        meant = scope.mask(piece.keys, now.stamps)
+        then = past.at(generation, cut_ms, piece.table, piece.keys)
+        if (at_risk := _at_risk(piece.table, piece.keys, now, then, meant, cut_ms, wanted_ms, scope)) is not None:
+            yield at_risk
+        live_then = then.live & ~(then.stamps < np.uint64(table.spec.stamp_min(unix_ms)))
+        same = (now.live == live_then) & (~now.live | (now.rows == then.rows).all(axis=1))
+        yield from _batches(table, piece.keys, now, live_then, then.rows, np.flatnonzero(meant & ~same))
+        yield None
+
+
+def _batches(
+    table: Table, keys: U64, now: Versions, live: NDArray[np.bool_], rows: NDArray[np.uint8], which: NDArray[np.int64]
+) -> Iterator[PlanBatch]:
+    """These keys, cut into batches; of each, live rows come first."""
+    which = np.concatenate([which[live[which]], which[~live[which]]])
+    at_once = max(1, min(BATCH_ROWS_MAX, BATCH_BYTES_MAX // (table.spec.row_bytes + 8)))
+    for begin in range(0, which.size, at_once):
+        part = which[begin : begin + at_once]
+        yield PlanBatch(table.spec.id, keys[part], rows[part[live[part]]], now.stamps[part])
+
+
+def _at_risk(
+    table: int,
+    keys: U64,
+    now: Versions,
+    then: Versions,
+    meant: NDArray[np.bool_],
+    cut_ms: int,
+    wanted_ms: int,
+    scope: Scope,
+) -> RowsAtRisk | None:
+    """Rows whose newest version was written after the mark and not after the moment that was wanted; None: there are none.
+
+    Of a key that was written in between and again later, the version in between is not at hand; it is counted, too, where one
+    writer's rows are taken back, since it may have been another's.
+    """
+    if cut_ms >= wanted_ms:
+        return None
+    between = meant & (now.stamps > np.uint64(stamp_until(cut_ms))) & (now.stamps <= np.uint64(stamp_until(wanted_ms)))
+    if not between.any():
+        return None
+    return RowsAtRisk(table, keys[between], now.stamps[between])

@@ -1,0 +1,48 @@
+"""What a rollback asks of whoever keeps the past of a model: what changed since a moment, and how it was then.
+
+The witness's delayed store and log (`ekko.delayed`) answer; tests have a simpler one.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.generations import Generation
+from p2p.values import dataclass
+
+U64 = NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChangedKeys:
+    """Keys of one table of which some version is newer than the cut, whether they are there now or not."""
+
+    table: int
+    keys: U64  # [n], no repeats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Versions:
+    """How the rows of some keys of one table were, or are: a live row, or none."""
+
+    live: NDArray[np.bool_]  # [n]
+    stamps: U64  # [n]; of a tombstone its own; 0: there was nothing
+    rows: NDArray[np.uint8]  # [n, row_bytes]; of what does not live: zeros
+
+
+class Past(Protocol):
+    """The past of the models of one witness. Moments are Unix milliseconds."""
+
+    def range(self, model: Generation) -> tuple[int, int] | None:
+        """From which moment up to which it can be told how the model was; None: nothing is kept of it."""
+
+    def mark(self, model: Generation, until_ms: int) -> int | None:
+        """The newest moment not later than this at which everything was here, in all shards (R15); None: there is none."""
+
+    def changed_since(self, model: Generation, cut_ms: int) -> Iterator[ChangedKeys | None]:
+        """What changed since a mark, in pieces of bounded size; None: nothing yet, let others have their turn."""
+
+    def at(self, model: Generation, cut_ms: int, table: int, keys: U64) -> Versions:
+        """How these rows were at a mark."""

@@ -1,0 +1,293 @@
+"""The plan of a rollback: what is written back, durable and whole before the first row is.
+
+A witness that dies while it writes finds the plan again and goes on with it; what was written already is found to be there and
+is left out (R15). So a plan may be carried out any number of times, and comes to the same.
+
+A plan is one file: a header, batches of rows of one table each, the rows at risk, and an end that says how many of all these
+there are. Each of them has a length and a checksum. It is written under another name, synced, and renamed: who finds it finds
+all of it.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Protocol
+
+import msgpack
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ekko.errors import StoreError
+from ekko.generations import Generation
+from ekko.model import label_of
+
+U64 = NDArray[np.uint64]
+
+MAGIC: Final = b"ekkoRB01"
+# One step of the write-back: small beside a link's credit, so that other models' rows go between, large beside its headers.
+BATCH_ROWS_MAX: Final = 4_096
+BATCH_BYTES_MAX: Final = 1 << 20
+# Of the rows at risk so many are named; beyond, they are counted.
+AT_RISK_NAMED_MAX: Final = 65_536
+PART_BYTES_MAX: Final = 1 << 28
+SUFFIX: Final = ".plan"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlanBatch:
+    """Rows of one table to be written back: the first `len(rows)` keys are live rows, those after them deletions."""
+
+    table: int
+    keys: U64  # [n]
+    rows: NDArray[np.uint8]  # [live, row_bytes], live <= n, as the model's codec encodes them
+    expected: U64  # [n]: the stamp that each had when the plan was made; 0: it was absent
+
+    @property
+    def payload_bytes(self) -> int:
+        """Keys and values, as a message carries them."""
+        return self.keys.nbytes + self.rows.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowsAtRisk:
+    """Good rows of one table that go with the bad ones: they were written after the mark that was found, up to the moment that
+    was wanted, or by others than the writer whose rows are taken back.
+    """
+
+    table: int
+    keys: U64  # [n]
+    stamps: U64  # [n] of the versions that are lost
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A plan in figures."""
+
+    cut_ms: int  # Unix
+    batches: int = 0
+    rows: int = 0
+    deletions: int = 0
+    payload_bytes: int = 0
+    at_risk: int = 0
+
+
+@dataclass(slots=True)
+class Plan:
+    """A plan that is whole. Batches are read when they are asked for."""
+
+    model: Generation
+    epoch: int
+    summary: Summary
+    at_risk: list[RowsAtRisk]
+    file: BinaryIO = field(repr=False)
+    places: list[int] = field(default_factory=list, repr=False)  # where each batch begins in it
+
+    def batch(self, index: int) -> PlanBatch:
+        """The `index`-th."""
+        self.file.seek(self.places[index])
+        part = _read_part(self.file)
+        table, live, keys, rows, expected = part[1:]
+        data = np.frombuffer(rows, np.uint8)
+        return PlanBatch(
+            table,
+            np.frombuffer(keys, np.uint64),
+            data.reshape(live, -1) if live else np.empty((0, 0), np.uint8),
+            np.frombuffer(expected, np.uint64),
+        )
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self.file.close()
+
+
+class Plans(Protocol):
+    """Where a node keeps its plans."""
+
+    def begin(self, model: Generation) -> BinaryIO:
+        """A file for a new plan of a model; nobody finds it before `commit`."""
+
+    def commit(self, model: Generation, file: BinaryIO) -> None:
+        """Let it take the place of the one before, durably.
+
+        Raises:
+            StoreError: it cannot be written; the one before is still there.
+        """
+
+    def open(self, model: Generation) -> BinaryIO | None:
+        """The plan that was committed last; None: there is none."""
+
+    def drop(self, model: Generation) -> None:
+        """It is carried out, or void."""
+
+
+def write_plan(
+    plans: Plans, model: Generation, epoch: int, cut_ms: int, batches: Iterable[PlanBatch | RowsAtRisk | None]
+) -> Iterator[Summary | None]:
+    """Write a plan, a piece at each step of the iterator; the last one gives its figures, and the plan is durable then.
+
+    Args:
+        plans: where to.
+        model: of which it is.
+        epoch: of the rollback.
+        cut_ms: the moment that it goes back to.
+        batches: what is in it; None: nothing yet, let others have their turn.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    file = plans.begin(model)
+    summary = Summary(cut_ms)
+    try:
+        file.write(MAGIC)
+        _write_part(file, ["head", model.name, model.incarnation, epoch, cut_ms])
+        named = 0
+        for one in batches:
+            match one:
+                case PlanBatch():
+                    body = [len(one.rows), one.keys.tobytes(), one.rows.tobytes(), one.expected.tobytes()]
+                    _write_part(file, ["rows", one.table, *body])
+                    summary = _counted(summary, one)
+                case RowsAtRisk():
+                    kept = one.keys[: AT_RISK_NAMED_MAX - named]
+                    named += len(kept)
+                    stamps = one.stamps[: len(kept)]
+                    _write_part(file, ["risk", one.table, len(one.keys), kept.tobytes(), stamps.tobytes()])
+                    summary = _with_risk(summary, len(one.keys))
+            yield None
+        _write_part(file, ["end", summary.batches, summary.rows, summary.at_risk])
+        plans.commit(model, file)
+    except OSError as error:
+        raise StoreError(f"the plan of a rollback cannot be written: {error.strerror}: free some room on the disk") from None
+    finally:
+        file.close()
+    yield summary
+
+
+def read_plan(plans: Plans, model: Generation) -> Plan | None:
+    """The plan of a model, checked from end to end; None: there is none, or it is damaged, which is as good as none."""
+    file = plans.open(model)
+    if file is None:
+        return None
+    try:
+        return _read(file, model)
+    except (OSError, ValueError, TypeError, KeyError, EOFError, msgpack.UnpackException):
+        file.close()
+        return None
+
+
+def _read(file: BinaryIO, model: Generation) -> Plan:
+    if file.read(len(MAGIC)) != MAGIC:
+        raise ValueError("no plan")
+    kind, name, incarnation, epoch, cut_ms = _read_part(file)
+    if kind != "head" or Generation(name, incarnation) != model:
+        raise ValueError("of another model")
+    plan = Plan(model, int(epoch), Summary(int(cut_ms)), [], file)
+    while True:
+        place = file.tell()
+        part = _read_part(file)
+        match part:
+            case ["rows", _, _, _, _, _]:
+                plan.places.append(place)
+                plan.summary = _counted(plan.summary, plan.batch(len(plan.places) - 1))
+            case ["risk", table, count, keys, stamps]:
+                rows = RowsAtRisk(table, np.frombuffer(keys, np.uint64), np.frombuffer(stamps, np.uint64))
+                plan.at_risk.append(rows)
+                plan.summary = _with_risk(plan.summary, int(count))
+            case ["end", batches, rows_count, at_risk]:
+                found = plan.summary
+                if (batches, rows_count, at_risk) != (found.batches, found.rows, found.at_risk):
+                    raise ValueError("parts are missing")
+                return plan
+            case _:
+                raise ValueError(f"a part that is none: {part[:1]}")
+
+
+def _counted(summary: Summary, batch: PlanBatch) -> Summary:
+    return Summary(
+        summary.cut_ms,
+        summary.batches + 1,
+        summary.rows + len(batch.keys),
+        summary.deletions + len(batch.keys) - len(batch.rows),
+        summary.payload_bytes + batch.payload_bytes,
+        summary.at_risk,
+    )
+
+
+def _with_risk(summary: Summary, count: int) -> Summary:
+    rows = summary.rows, summary.deletions, summary.payload_bytes
+    return Summary(summary.cut_ms, summary.batches, *rows, summary.at_risk + count)
+
+
+def _write_part(file: BinaryIO, part: list[object]) -> None:
+    data = bytes(msgpack.packb(part))
+    file.write(len(data).to_bytes(4, "little") + xxhash.xxh64_digest(data) + data)
+
+
+def _read_part(file: BinaryIO) -> list[Any]:
+    head = file.read(12)
+    if len(head) < 12 or (size := int.from_bytes(head[:4], "little")) > PART_BYTES_MAX:
+        raise EOFError
+    data = file.read(size)
+    if len(data) != size or xxhash.xxh64_digest(data) != head[4:]:
+        raise ValueError("a part is damaged")
+    part: list[Any] = msgpack.unpackb(data, max_bin_len=PART_BYTES_MAX)
+    return part
+
+
+class FilePlans:
+    """Plans in a folder; made when the first one is written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def begin(self, model: Generation) -> BinaryIO:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self._path(model, ".new").open("w+b")
+
+    def commit(self, model: Generation, file: BinaryIO) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        self._path(model, ".new").replace(self._path(model))
+        folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)  # the new name, too, must survive
+        finally:
+            os.close(folder)
+
+    def open(self, model: Generation) -> BinaryIO | None:
+        try:
+            return self._path(model).open("rb")
+        except FileNotFoundError:
+            return None
+
+    def drop(self, model: Generation) -> None:
+        self._path(model).unlink(missing_ok=True)
+
+    def _path(self, model: Generation, more: str = "") -> Path:
+        return self._folder / f"{label_of(model.name, model.incarnation)}{SUFFIX}{more}"
+
+
+class MemoryPlans:
+    """The same, in memory, for simulation: a crash of a node's process leaves what was committed."""
+
+    def __init__(self) -> None:
+        self.committed: dict[Generation, bytes] = {}
+
+    def begin(self, model: Generation) -> BinaryIO:
+        return BytesIO()
+
+    def commit(self, model: Generation, file: BinaryIO) -> None:
+        assert isinstance(file, BytesIO)
+        self.committed[model] = file.getvalue()
+        file.close()
+
+    def open(self, model: Generation) -> BinaryIO | None:
+        data = self.committed.get(model)
+        return None if data is None else BytesIO(data)
+
+    def drop(self, model: Generation) -> None:
+        self.committed.pop(model, None)
