@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import msgpack
 import numpy as np
+from numpy.typing import NDArray
 
 from ekko.errors import EkkoError, ModelError, PublishError
 from ekko.model import CODEC_DEFAULT, CODECS, DENSE_ROWS_MAX, INCARNATION_MAX, TABLES_MAX, TensorSpec, table_id
@@ -67,6 +68,12 @@ class PublishStep:
     published_ns: int = 0  # CLOCK_MONOTONIC at the entry of the user's call
     codec: str = CODEC_DEFAULT
     incarnation: int = 0  # of the model that the publisher opened
+    # For each of `columns`, float32[n]: how much each row matters; NaN, None, or an empty tuple: the publisher does not say.
+    significance: tuple[NDArray[np.float32] | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.significance:
+            object.__setattr__(self, "significance", (None,) * len(self.columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +176,14 @@ def encode_request(number: int, request: Request) -> list[Buffer]:
             body: list[object] = ["open", model, told, shards, *last]
             if any(ttl is not None for _, _, ttl in tables or ()):
                 version = LOCAL_PROTOCOL_VERSION
-        case PublishStep(model, columns, tensors, published_ns, codec, incarnation):
-            headers, specs = [_column_header(c) for c in columns], [_tensor_body(t) for t in tensors]
+        case PublishStep(model, columns, tensors, published_ns, codec, incarnation, significance):
+            headers = [_column_header(*both) for both in zip(columns, significance, strict=True)]
+            specs = [_tensor_body(t) for t in tensors]
             last = _last_words(None if codec == CODEC_DEFAULT else codec, incarnation or None)
             body = ["publish", model, headers, specs, published_ns, *last]
-            for column in columns:
+            for column, weights in zip(columns, significance, strict=True):
                 frames += [_bytes_of(column.keys), _bytes_of(column.rows)]
-                frames += [] if column.significance is None else [_bytes_of(column.significance)]
+                frames += [] if weights is None else [_bytes_of(weights)]
         case Wait(model, stamp, scope, timeout_ms, named, incarnation):
             last = _last_words(NAMED if named else None, incarnation or None)
             body = ["wait", model, stamp, int(scope), timeout_ms, *last]
@@ -223,9 +231,9 @@ def frames_bytes(frames: Sequence[Buffer]) -> int:
     return sum(memoryview(frame).nbytes for frame in frames)
 
 
-def _column_header(column: RowColumns) -> list[object]:
+def _column_header(column: RowColumns, significance: NDArray[np.float32] | None) -> list[object]:
     live, row_bytes = column.rows.shape
-    return [column.table, len(column.keys), live, row_bytes, column.significance is not None]
+    return [column.table, len(column.keys), live, row_bytes, significance is not None]
 
 
 def _tensor_body(tensor: TensorSpec) -> list[object]:
@@ -266,10 +274,11 @@ def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
                 model, pairs, None if shards is None else _whole(shards), codec, None if again is None else _held_of(again)
             )
         case ["publish", str(model), list(headers), list(tensors), int(published_ns), *last]:
-            columns = _decode_columns(headers, list(frames[1:]))
+            columns, significance = _decode_columns(headers, list(frames[1:]))
             specs = tuple(_tensor_of(tensor) for tensor in tensors)
             word, incarnation = _rest_of(last)
-            return PublishStep(model, columns, specs, published_ns, _codec_of(word), _incarnation_of(incarnation))
+            number = _incarnation_of(incarnation)
+            return PublishStep(model, columns, specs, published_ns, _codec_of(word), number, significance)
         case ["wait", str(model), int(stamp), int(scope), int(timeout_ms), *last] if len(frames) == 1:
             word, incarnation = _rest_of(last)
             if not 0 <= timeout_ms <= WAIT_MS_MAX or not 0 <= stamp < 1 << 64 or word not in (None, NAMED):
@@ -335,8 +344,12 @@ def _header(frames: Sequence[Buffer]) -> tuple[int, list[Any]]:
             raise MalformedError("a header that is not of this protocol")
 
 
-def _decode_columns(headers: list[Any], frames: list[Buffer]) -> tuple[RowColumns, ...]:
-    columns = []
+def _decode_columns(
+    headers: list[Any], frames: list[Buffer]
+) -> tuple[tuple[RowColumns, ...], tuple[NDArray[np.float32] | None, ...]]:
+    """Rows by table, and how much each of them matters."""
+    columns: list[RowColumns] = []
+    significance: list[NDArray[np.float32] | None] = []
     position = 0
     for table, count, live, row_bytes, has_significance in headers:
         end = position + (3 if has_significance else 2)
@@ -346,12 +359,12 @@ def _decode_columns(headers: list[Any], frames: list[Buffer]) -> tuple[RowColumn
             raise MalformedError("a step whose header contradicts itself")
         keys = _array(frames[position], np.dtype(np.uint64), count)
         rows = _array(frames[position + 1], np.dtype(np.uint8), live * row_bytes).reshape(live, row_bytes)
-        significance = _array(frames[position + 2], np.dtype(np.float32), count) if has_significance else None
-        columns.append(RowColumns(_whole(table), keys, rows, None, significance))
+        columns.append(RowColumns(_whole(table), keys, rows))
+        significance.append(_array(frames[position + 2], np.dtype(np.float32), count) if has_significance else None)
         position = end
     if position != len(frames):
         raise MalformedError("a step with more frames than its header says")
-    return tuple(columns)
+    return tuple(columns), tuple(significance)
 
 
 def _array(frame: Buffer, dtype: np.dtype[Any], count: int) -> np.ndarray[Any, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from p2p import messages as m
+from p2p.classes import NOT_KNOWN
 from p2p.errors import LocalProtocolError
 from p2p.placement import take
 from p2p.replica import U64, RowColumns
@@ -100,7 +101,7 @@ def _pieces_of_shard(
     parts: list[list[RowColumns]] = [[]]
     room = bytes_max
     for section, rows in zip(columns, chosen, strict=True):
-        row_bytes = 12 + section.rows.shape[1]  # key, significance, value
+        row_bytes = 12 + section.rows.shape[1]  # key, class, value, and a little to spare
         while len(rows):
             if room < row_bytes and parts[-1]:
                 parts.append([])
@@ -137,14 +138,14 @@ def join_sections(sections: Sequence[RowColumns], stamps: Sequence[int] = ()) ->
         return sections[0]
     order = _live_first(sections)
     counts = [len(section.keys) for section in sections]
-    significance = [section.significance for section in sections if section.significance is not None]
+    known = any(section.priority is not None for section in sections)
     return RowColumns(
         sections[0].table,
         _column([section.keys for section in sections], order),
         # Where a step only deletes, rows that are not there may have any width.
         np.concatenate([section.rows for section in sections if len(section.rows)] or [sections[0].rows]),
         _column([np.repeat(np.array(stamps, np.uint64), counts)], order) if stamps else None,
-        _column(significance, order) if len(significance) == len(sections) else None,
+        _column([priority_of(section) for section in sections], order) if known else None,
     )
 
 
@@ -170,3 +171,8 @@ def stamps_of(section: RowColumns) -> U64:
     """The stamps of rows that have some of their own."""
     assert section.stamps is not None, "rows without stamps"
     return section.stamps
+
+
+def priority_of(section: RowColumns) -> NDArray[np.uint8]:
+    """The classes of its rows, also where they are not known."""
+    return np.full(len(section.keys), NOT_KNOWN, np.uint8) if section.priority is None else section.priority

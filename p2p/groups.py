@@ -61,14 +61,14 @@ class Group:
 
     steps: list[Step] = field(default_factory=list)
     bytes: int = 0
-    weighted: dict[int, bool] = field(default_factory=dict)  # by table: whether its rows say how much they matter
+    tables: set[int] = field(default_factory=set)
     sent_ms: int | None = None  # monotonic, when the last message of our own left
 
     def add(self, step: Step) -> None:
         """Hold one more."""
         self.steps.append(step)
         self.bytes += step.bytes
-        self.weighted.update((section.table, section.significance is not None) for section in step.columns)
+        self.tables.update(section.table for section in step.columns)
 
     def admits(self, step: Step) -> bool:
         """Whether this step may leave with those that are held."""
@@ -77,17 +77,16 @@ class Group:
         # A node may take a fresh writer id at any moment (R4).
         same_writer = self.steps[0].identity.nonce == step.identity.nonce
         fits = len(self.steps) < wire.GROUP_STEPS_MAX and self.bytes + step.bytes <= bytes_max()
-        weighted = [(section.table, section.significance is not None) for section in step.columns]
         # On the wire each step counts its rows in each table of the group, live and deleted: where steps touch other tables
         # each, that would soon be more than the rows.
-        tables = self.weighted.keys() | {table for table, _ in weighted}
+        tables = self.tables | {section.table for section in step.columns}
         fits = fits and COUNT_BYTES * (len(self.steps) + 1) * len(tables) <= self.bytes + step.bytes
-        return same_writer and fits and all(self.weighted.get(table, has) == has for table, has in weighted)
+        return same_writer and fits
 
     def take(self, now_ms: int) -> list[Step]:
         """All of them, which leave now."""
         steps, self.steps, self.bytes, self.sent_ms = self.steps, [], 0, now_ms
-        self.weighted.clear()
+        self.tables.clear()
         return steps
 
 

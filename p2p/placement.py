@@ -66,6 +66,6 @@ def divide(
 def take(section: RowColumns, indices: NDArray[np.int64]) -> RowColumns:
     """Some rows of a section, in order; live rows come before tombstones, so they stay so."""
     live = indices[indices < len(section.rows)]
-    significance = None if section.significance is None else section.significance[indices]
+    priority = None if section.priority is None else section.priority[indices]
     stamps = None if section.stamps is None else section.stamps[indices]
-    return RowColumns(section.table, section.keys[indices], section.rows[live], stamps, significance)
+    return RowColumns(section.table, section.keys[indices], section.rows[live], stamps, priority)

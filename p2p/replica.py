@@ -33,7 +33,7 @@ class RowColumns:
     keys: U64  # [n]
     rows: NDArray[np.uint8]  # [live, row_bytes], live <= n, as the table's codec encodes them
     stamps: U64 | None = None  # [n]; None: all rows carry the stamp of the batch
-    significance: NDArray[np.float32] | None = None  # [n]; how much the row matters, from the publisher
+    priority: NDArray[np.uint8] | None = None  # [n]; how urgent each row is (`p2p.classes`); None: not known
 
     @property
     def payload_bytes(self) -> int:

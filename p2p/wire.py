@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from p2p import loops
+from p2p import classes, loops
 from p2p import messages as m
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.placement import HOLDS_SINCE
@@ -86,7 +86,9 @@ _UINT8, _UINT16, _UINT32, _UINT64 = (np.dtype(f"<u{size}") for size in (1, 2, 4,
 _FLOAT32: Final = np.dtype("<f4")
 
 _HAS_STAMPS: Final = 1
-_HAS_SIGNIFICANCE: Final = 2
+_HAS_SIGNIFICANCE: Final = 2  # version 1: float32[n], in a scale of its own
+_HAS_PRIORITY: Final = 4  # since version 2: uint8[n]
+PRIORITY_SINCE: Final = 2
 # How rows are encoded is a fact of the schema, on which nodes agree before they send any; the field is 0 in all versions.
 _CODEC_OF_SCHEMA: Final = 0
 
@@ -532,13 +534,15 @@ def _frontier_pair(value: Header) -> tuple[int, int]:
     return writer, stamp
 
 
-def _pack_sections(columns: Sequence[RowColumns], steps: m.Steps | None = None) -> Packed:
+def _pack_sections(columns: Sequence[RowColumns], version: int, steps: m.Steps | None = None) -> Packed:
     """Of a group, rows are in the order of their steps, and runs stand for their stamps: 1,000 rows have one, in four bytes."""
     header: Header = []
     arrays: list[NDArray[Any]] = []
     for section in columns:
         own_stamps = section.stamps is not None and steps is None
-        flags = (_HAS_STAMPS if own_stamps else 0) | (_HAS_SIGNIFICANCE if section.significance is not None else 0)
+        flags = _HAS_STAMPS if own_stamps else 0
+        if section.priority is not None:
+            flags |= _HAS_SIGNIFICANCE if version < PRIORITY_SINCE else _HAS_PRIORITY
         live, row_bytes = section.rows.shape
         header.append([section.table, len(section.keys), live, row_bytes, _CODEC_OF_SCHEMA, flags])
         arrays.append(np.ascontiguousarray(section.keys))
@@ -546,10 +550,17 @@ def _pack_sections(columns: Sequence[RowColumns], steps: m.Steps | None = None) 
             arrays.append(_runs_of(section, steps.stamps))
         elif section.stamps is not None:
             arrays.append(np.ascontiguousarray(section.stamps))
-        if section.significance is not None:
-            arrays.append(np.ascontiguousarray(section.significance))
+        if section.priority is not None:
+            arrays.append(
+                _significance_of(section.priority) if version < PRIORITY_SINCE else np.ascontiguousarray(section.priority)
+            )
         arrays.append(np.ascontiguousarray(section.rows))
     return header, arrays
+
+
+def _significance_of(priority: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What version 1 has for a class: a weight, 1 at the threshold."""
+    return np.exp2((priority.astype(np.float32) - classes.SIGNIFICANT) / classes.PER_DOUBLING)
 
 
 def _runs_of(section: RowColumns, stamps: U64) -> NDArray[np.uint32]:
@@ -573,7 +584,7 @@ def _take_runs(columns: _Columns, steps: m.Steps, live: int, count: int) -> U64:
 def _sections(value: object, columns: _Columns, with_stamps: bool, steps: m.Steps | None = None) -> tuple[RowColumns, ...]:
     def parse(item: Header) -> RowColumns:
         table, count, live, row_bytes, codec, flags = item
-        _uint(table, 32), _uint(count, 32), _uint(live, 32), _uint(row_bytes, 24), _uint(flags, 2)
+        _uint(table, 32), _uint(count, 32), _uint(live, 32), _uint(row_bytes, 24), _uint(flags, 3)
         if codec != _CODEC_OF_SCHEMA:
             raise RemoteProtocolError(f"unknown codec {codec!r}"[:80])
         if live > count or not row_bytes or bool(flags & _HAS_STAMPS) != with_stamps:
@@ -583,9 +594,11 @@ def _sections(value: object, columns: _Columns, with_stamps: bool, steps: m.Step
             stamps = columns.take(_UINT64, count) if flags & _HAS_STAMPS else None
         else:
             stamps = _take_runs(columns, steps, live, count)
-        significance = columns.take(_FLOAT32, count) if flags & _HAS_SIGNIFICANCE else None
+        if flags & _HAS_SIGNIFICANCE:
+            columns.take(_FLOAT32, count)  # of what scale it is, version 1 does not say
+        priority = columns.take(_UINT8, count) if flags & _HAS_PRIORITY else None
         rows = columns.take(_UINT8, live * row_bytes).reshape(live, row_bytes)
-        return RowColumns(table, keys, rows, stamps, significance)
+        return RowColumns(table, keys, rows, stamps, priority)
 
     return _items(value, SECTIONS_MAX, parse)
 
@@ -695,7 +708,7 @@ def _pack_batch(batch: m.Batch, version: int) -> Packed:
     steps, claims = batch.steps, batch.claims
     if steps is not None and version < GROUPS_SINCE:
         raise LocalProtocolError(f"a group of steps exists since protocol version {GROUPS_SINCE}, the link speaks {version}")
-    sections, arrays = _pack_sections(batch.columns, steps)
+    sections, arrays = _pack_sections(batch.columns, version, steps)
     header: Header = [
         batch.keyspace,
         batch.origin,
@@ -886,7 +899,7 @@ def _take_steps(columns: _Columns, count: int, shards: int) -> KnownSteps:
 
 
 def _pack_reply(reply: m.PullReply, version: int) -> Packed:
-    sections, arrays = _pack_sections(reply.columns)
+    sections, arrays = _pack_sections(reply.columns, version)
     shards = reply.vector.shape[0]
     header: Header = [reply.keyspace, reply.request, reply.chunk, reply.last, shards, len(reply.writers), sections]
     bindings: list[NDArray[Any]] = [reply.bound, reply.nonces] if version >= 2 else []
@@ -1051,8 +1064,8 @@ def _shards_wanted(header: Header, columns: _Columns) -> m.ShardsWanted:
     return m.ShardsWanted(_uint(keyspace, 32), _uint(request), shards, ids, vectors, _uint(retired_digest))
 
 
-def _pack_shards_reply(reply: m.ShardsReply, _version: int) -> Packed:
-    sections, arrays = _pack_sections(reply.columns)
+def _pack_shards_reply(reply: m.ShardsReply, version: int) -> Packed:
+    sections, arrays = _pack_sections(reply.columns, version)
     header: Header = [
         reply.keyspace,
         reply.request,
@@ -1187,8 +1200,8 @@ def _keys_wanted(header: Header, columns: _Columns) -> m.KeysWanted:
     return m.KeysWanted(_uint(keyspace, 32), _uint(request), floor, keys, _uint(retired_digest))
 
 
-def _pack_keys_found(found: m.KeysFound, _version: int) -> Packed:
-    sections, arrays = _pack_sections(found.columns)
+def _pack_keys_found(found: m.KeysFound, version: int) -> Packed:
+    sections, arrays = _pack_sections(found.columns, version)
     return [found.keyspace, found.request, sections, len(found.bound)], [*arrays, found.bound, found.nonces]
 
 

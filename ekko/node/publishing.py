@@ -5,6 +5,7 @@ remedy. What passes goes to the protocol as an event, and the answer to it comes
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import assert_never
@@ -16,6 +17,7 @@ from ekko.errors import ModelError, PublishError
 from ekko.loading import LoadRequest
 from ekko.local import REOPEN, Answer, Failed, Held, Open, Opened, Ping, Pong, PublishStep, Request, Wait
 from ekko.model import CODEC_DEFAULT, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, table_id
+from ekko.priority.origin import Priorities
 from ekko.snapshots.files import LoadPlan
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
@@ -49,6 +51,7 @@ class Publishing:
         self._store = store
         self._submit = submit
         self._protocol_min = protocol_min
+        self._priorities = Priorities(store.models)
         self._load_answer: asyncio.Future[int] | None = None
         self.refused_full = 0  # steps that were refused, for want of room in their model
 
@@ -187,7 +190,8 @@ class Publishing:
         except RemoteProtocolError as error:
             raise ModelError(str(error)) from None
         self._check_held(model, step)
-        return self._submit(m.PublishRequested(number, model.keyspace, step.columns, step.published_ns, quiet))
+        columns = self._priorities.classify(model, step.columns, step.significance, time.monotonic_ns() // 1_000_000)
+        return self._submit(m.PublishRequested(number, model.keyspace, columns, step.published_ns, quiet))
 
     def check_may_publish(self) -> None:
         """Refuse what only training nodes may do.

@@ -149,7 +149,7 @@ class Publisher:
             table: a table of the model.
             keys: integer[n], not negative; of duplicates the last counts.
             rows: float32[n, dim], finite, and below what the model's codec can hold (`ekko.codec`).
-            significance: float32[n], how much each row matters; None: as much as any.
+            significance: float32[n], how much each row matters, as the L1 norm of its gradient; None: as far as it moves.
 
         Returns:
             The step's stamp; it is stored on the local node. An empty batch is not a step: the last stamp.
@@ -265,11 +265,12 @@ class Publisher:
     def _commit(self, step: Step, started_ns: int) -> int:
         """Send what `step` holds and return its stamp."""
         self._connections.check_open()
-        columns = step.columns()
-        if not columns:
+        if not (collected := step.columns()):
             return self._last_stamp
+        columns, significance = zip(*collected, strict=True)
         tensors = tuple(step.tensors.values())
-        request = PublishStep(self.model, columns, tensors, started_ns, self.codec, self._held.incarnation)
+        incarnation = self._held.incarnation
+        request = PublishStep(self.model, columns, tensors, started_ns, self.codec, incarnation, significance)
         answer = self._ask(request, self._timeout)
         assert isinstance(answer, Stored), answer
         self._tensors.update(step.tensors)

@@ -20,10 +20,11 @@ from p2p.replica import U64, RowColumns
 if TYPE_CHECKING:
     from ekko.train.publisher import Publisher
 
-# What a row counts for where its publisher did not say; the mean, in the scale of priorities.
-SIGNIFICANCE_DEFAULT: Final = 1.0
+# Of a row whose publisher does not say how much it matters: the node looks how far it moved.
+NOT_SAID: Final = float("nan")
 
 U8 = NDArray[np.uint8]
+F32 = NDArray[np.float32]
 
 
 class Step:
@@ -80,10 +81,10 @@ class Step:
         rows.reshape(-1)[: values.size] = values.reshape(-1)
         self._add(DENSE_TABLE, _Change(spec.keys, encode(DENSE_SPEC.codec, rows), None))
 
-    def columns(self) -> tuple[RowColumns, ...]:
-        """Everything collected, one column per table: unique keys, live rows first."""
+    def columns(self) -> list[tuple[RowColumns, F32 | None]]:
+        """Everything collected, one column per table: unique keys, live rows first; and how much each of its rows matters."""
         columns = (_column_of(self._publisher.table_number(table), changes) for table, changes in self._changes.items())
-        return tuple(column for column in columns if len(column.keys))
+        return [both for both in columns if len(both[0].keys)]
 
     def _add(self, table: str, change: "_Change") -> None:
         self._changes.setdefault(table, []).append(change.snapshot() if self._copy else change)
@@ -109,7 +110,7 @@ class _Change:
 
     __slots__ = ("keys", "rows", "significance")
 
-    def __init__(self, keys: U64, rows: U8 | None, significance: NDArray[np.float32] | None) -> None:
+    def __init__(self, keys: U64, rows: U8 | None, significance: F32 | None) -> None:
         self.keys = keys
         self.rows = rows
         self.significance = significance
@@ -123,8 +124,8 @@ class _Change:
         )
 
 
-def _column_of(table: int, changes: list[_Change]) -> RowColumns:
-    """Merge the calls on one table; of each key the last call's last word stays."""
+def _column_of(table: int, changes: list[_Change]) -> tuple[RowColumns, F32 | None]:
+    """Merge the calls on one table; of each key the last call's last word stays. And float32[n], how much its rows matter."""
     keys = changes[0].keys if len(changes) == 1 else np.concatenate([change.keys for change in changes])
     keep = last_occurrences(keys)
     live_parts = [change.rows for change in changes if change.rows is not None]
@@ -138,13 +139,12 @@ def _column_of(table: int, changes: list[_Change]) -> RowColumns:
         order = np.concatenate([stays, goes])
         keys, rows = keys[order], rows[row_of[stays]]
         weights = None if weights is None else weights[order]
-    return RowColumns(table, np.ascontiguousarray(keys), np.ascontiguousarray(rows), None, weights)
+    return RowColumns(table, np.ascontiguousarray(keys), np.ascontiguousarray(rows)), weights
 
 
-def _weights_of(changes: list[_Change]) -> NDArray[np.float32] | None:
+def _weights_of(changes: list[_Change]) -> F32 | None:
     """float32[n] over all calls; None when no call gave any."""
     if all(change.significance is None for change in changes):
         return None
-    default = np.float32(SIGNIFICANCE_DEFAULT)
-    parts = [np.full(len(c.keys), default) if c.significance is None else c.significance for c in changes]
+    parts = [np.full(len(c.keys), NOT_SAID, np.float32) if c.significance is None else c.significance for c in changes]
     return np.concatenate(parts)

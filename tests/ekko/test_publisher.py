@@ -229,7 +229,7 @@ def test_a_step_means_its_calls_in_order(calls: list[tuple[bool, list[int]]]) ->
         values = np.array([[number * 10 + i] for i in range(len(keys))], F32)
         changes.append(_Change(np.array(keys, np.uint64), encode("float32", values) if live else None, None))
         expected.update({key: float(values[i, 0]) if live else None for i, key in enumerate(keys)})
-    column = _column_of(1, changes)
+    column, _ = _column_of(1, changes)
     values = column.rows.view(F32).reshape(-1)
     got = {int(key): float(values[i]) if i < len(values) else None for i, key in enumerate(column.keys)}
     assert len(column.keys) == len(got)
@@ -300,9 +300,12 @@ def test_significance_travels_with_its_row(node: ScriptedNode, publisher: Publis
     with publisher.step() as step:
         step.publish("item", [1, 2, 1], rows(3), significance=[0.1, 0.2, 0.3])
         step.delete("item", [7])
-    (column,) = node.steps[0].columns
-    assert column.significance is not None
-    assert dict(zip(column.keys.tolist(), column.significance.tolist(), strict=True)) == pytest.approx({2: 0.2, 1: 0.3, 7: 1.0})
+    (column,), (significance,) = node.steps[0].columns, node.steps[0].significance
+    assert significance is not None
+    told = dict(zip(column.keys.tolist(), significance.tolist(), strict=True))
+    assert told == pytest.approx({2: 0.2, 1: 0.3, 7: np.nan}, nan_ok=True), "of what is deleted, nobody said anything"
+    publisher.publish("item", [3], rows(1))
+    assert node.steps[1].significance == (None,)
 
 
 def test_torch_tensors_are_taken(node: ScriptedNode, publisher: Publisher) -> None:
@@ -560,7 +563,7 @@ def test_a_late_answer_to_an_older_request_is_dropped(tmp_path: Path) -> None:
 
 def step_frames() -> list[bytes]:
     """A request of three rows of table 3."""
-    column = _column_of(3, [_Change(np.arange(3, dtype=np.uint64), encode("float32", rows(3)), None)])
+    column, _ = _column_of(3, [_Change(np.arange(3, dtype=np.uint64), encode("float32", rows(3)), None)])
     return [bytes(frame) for frame in encode_request(5, PublishStep("ctr", (column,)))]
 
 
@@ -642,7 +645,7 @@ def test_a_table_may_be_given_with_the_time_that_its_rows_live(node: ScriptedNod
 
 def test_what_names_no_codec_is_said_as_version_1_said_it() -> None:
     """Publisher and node may be of neighbouring releases while a cluster is upgraded."""
-    column = _column_of(3, [_Change(np.arange(3, dtype=np.uint64), encode("float32", rows(3)), None)])
+    column, _ = _column_of(3, [_Change(np.arange(3, dtype=np.uint64), encode("float32", rows(3)), None)])
     opened = Opened("n1", "eu", 64, {"item": 4}, {}, 7)
     said = [
         encode_request(5, Open("ctr", (("item", 4, None),), 8))[0],

@@ -15,6 +15,7 @@ from ekko.model import ModelSpec, TableSpec
 from ekko.store import Store
 from p2p import groups, wire
 from p2p import messages as m
+from p2p.classes import NOT_KNOWN
 from p2p.core import Keyspace
 from p2p.cutting import split_step
 from p2p.errors import LocalProtocolError, RemoteProtocolError
@@ -128,7 +129,7 @@ def columns_of(draw: random.Random, number: int) -> tuple[RowColumns, ...]:
         keys = np.array(draw.sample(range(30), draw.randint(1, 6)), np.uint64)
         live = draw.choice([0, len(keys), draw.randint(0, len(keys))])
         rows = np.full((live, table.dim if live else 1), number, np.float32).view(np.uint8)  # none has any width
-        weights = np.full(len(keys), number, np.float32) if weighted else None
+        weights = np.full(len(keys), number % 256, np.uint8) if weighted else None
         columns.append(RowColumns(table.id, keys, rows, None, weights))
     return tuple(columns)
 
@@ -426,13 +427,19 @@ def test_an_idle_beat_does_not_overtake_what_is_held() -> None:
     assert [call.args[1].writer_prev for call in forward.call_args_list] == stamps, "a beat follows the last step"
 
 
-def test_steps_that_say_how_much_rows_matter_do_not_join_others() -> None:
+def test_steps_whose_rows_have_classes_join_others() -> None:
+    """Rows of the others are not known to matter, so they count as ordinary."""
     origin, group = Node(), Group()
-    columns = tuple(replace(section, significance=None) for section in columns_of(random.Random(1), 1))
-    weighted = tuple(replace(section, significance=np.ones(len(section.keys), np.float32)) for section in columns)
-    group.add(origin.write(1, columns))
-    assert group.admits(origin.write(2, columns))
-    assert not group.admits(origin.write(3, weighted))
+    columns = tuple(replace(section, priority=None) for section in columns_of(random.Random(1), 1))
+    known = tuple(replace(section, priority=np.full(len(section.keys), 200, np.uint8)) for section in columns)
+    steps = [origin.write(number, one) for number, one in enumerate((columns, known, columns), 1)]
+    for step in steps:
+        assert group.admits(step)
+        group.add(step)
+    for section in over_the_wire(message_of(group.take(0))).columns:
+        assert section.priority is not None
+        assert section.stamps is not None
+        assert (section.priority == np.where(section.stamps == steps[1].stamp, 200, NOT_KNOWN)).all()
 
 
 def test_a_group_of_many_tables_is_not_longer_than_its_rows() -> None:

@@ -69,7 +69,7 @@ def test_a_step_is_divided_without_loss_and_in_order(rows: list[tuple[int, bool]
     belongs = np.array(live + [belongs for belongs, alive in rows if not alive], np.int64)
     keys = np.arange(len(rows), dtype=np.uint64)
     values = keys[: len(live)].astype(np.uint8).reshape(-1, 1)
-    section = RowColumns(3, keys, values, None, keys.astype(np.float32) if weighted else None)
+    section = RowColumns(3, keys, values, None, keys.astype(np.uint8) if weighted else None)
     parts = divide([section], [belongs], 5)
     assert list(parts) == sorted(set(belongs.tolist()))
     assert sorted(key for part in parts.values() for one in part for key in one.keys.tolist()) == keys.tolist()
@@ -77,8 +77,8 @@ def test_a_step_is_divided_without_loss_and_in_order(rows: list[tuple[int, bool]
         assert (belongs[one.keys.astype(np.int64)] == partition).all()
         assert one.keys.tolist() == sorted(one.keys.tolist())
         assert one.rows[:, 0].tolist() == [key for key in one.keys.tolist() if key < len(live)]
-        assert (one.significance is not None) == weighted
-        assert one.significance is None or (one.significance == one.keys).all()
+        assert (one.priority is not None) == weighted
+        assert one.priority is None or (one.priority == one.keys).all()
 
 
 # --- leaves -----------------------------------------------------------------------------------------------------------------

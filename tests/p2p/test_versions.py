@@ -37,7 +37,13 @@ def frames_of(name: str) -> list[bytes]:
 def test_what_version_1_said_is_understood(name: str) -> None:
     envelope, message = wire.decode([memoryview(frame) for frame in frames_of(name)])
     assert envelope == v1.ENVELOPE
-    assert plain(message) == plain(v1.MESSAGES[name])
+    assert plain(message) == plain(without_priority(v1.MESSAGES[name])), "in what scale it has weights, version 1 does not say"
+
+
+def without_priority(message: m.Message) -> m.Message:
+    if not isinstance(message, m.Batch | m.PullReply):
+        return message
+    return replace(message, columns=tuple(replace(section, priority=None) for section in message.columns))
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -29,7 +29,7 @@ def _sections(stamps: bool) -> tuple[RowColumns, ...]:
     keys = np.arange(5, dtype=np.uint64)
     rows = np.arange(3 * 8, dtype=np.uint8).reshape(3, 8)
     one = RowColumns(1, keys, rows, np.full(5, STAMP, np.uint64) if stamps else None)
-    two = RowColumns(2, keys[:1], rows[:0], np.full(1, STAMP, np.uint64) if stamps else None, np.ones(1, np.float32))
+    two = RowColumns(2, keys[:1], rows[:0], np.full(1, STAMP, np.uint64) if stamps else None, np.full(1, 128, np.uint8))
     return one, two
 
 
