@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import xxhash
 
+from p2p import budget, wire
 from p2p import messages as m
-from p2p import wire
 from p2p.groups import LINGER_MS, Group
 from p2p.knowledge import Knowledge
 from p2p.ledger import NodeRecord, Peer
@@ -47,6 +47,7 @@ class MachineOptions:
     sync: SyncOptions = PUSH  # the same on all nodes of a cluster
     collect_ms: int = COLLECT_MS  # how often it is asked what of the deleted rows may go (`p2p.collection`); 0: never
     linger_ms: int = LINGER_MS  # how long a step may wait for others after a message of its keyspace; 0: none does
+    rates: tuple[tuple[str, float], ...] = ()  # other region -> bytes a second of updates to it, of all nodes here together
 
 
 @dataclass(slots=True)
@@ -171,9 +172,20 @@ class Core:
     effects: list[m.Effect] = field(default_factory=list)
     retired_digest: int = 0  # over all expulsions and retirements that we know of (R13)
     schema_digest: int = 0  # over the whole schema
+    budgets: budget.Budgets = field(init=False)
     let_go: Callable[[Keyspace], None] = lambda _: None  # what the parts keep of a keyspace that ended (`p2p.dropping`)
     conflicts: dict[str, None] = field(default_factory=dict)  # between writers, that were told
     incomplete: dict[tuple[int, int], None] = field(default_factory=dict)  # (boot, keyspace) of whose rows it dropped some
+
+    def __post_init__(self) -> None:
+        self.budgets = budget.initial(self.options.region, dict(self.options.rates))
+
+    def set_rate(self, region: str, bytes_per_s: float | None, now: m.Now) -> None:
+        """Updates to another region may use so much from now on; None: no limit."""
+        if self.budgets.set_rate(region, bytes_per_s, now.monotonic_ms):
+            for link in self.links.values():
+                if link.region == region:
+                    link.bucket = self.budgets.buckets.get(region)
 
     def expected(self, now: m.Now) -> list[Peer]:
         """Peers of a former life that may yet answer, sorted by node; after a while they count as silent."""
@@ -201,6 +213,7 @@ class Core:
         version = self.version_with(record)
         link = Link(record.node, record.boot, record.address, record.region, self.options.boot, version)
         link.session_out = self.sessions + 1
+        link.bucket = self.budgets.buckets.get(record.region)
         self.links[record.node] = self.by_boot[record.boot] = link
         self.emit(m.Dial(record.address))
         self.note("link_opened", peer=record.node, region=record.region, address=record.address)

@@ -10,7 +10,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from p2p.budget import MESSAGE_BYTES, Bucket
 from p2p.messages import Envelope, NodeId
+from p2p.round_trip import RoundTrip
 from p2p.versions import FIRST_VERSION
 from p2p.waiting import WaitingLine
 
@@ -25,6 +27,13 @@ CREDIT_MESSAGES_MAX = 4_096
 ACK_BYTES = 2 << 20
 ACK_MESSAGES = 64
 ACK_DELAY_MS = 250
+# Towards a region for which a rate is set, credit is what the rate brings in two round trips, so that what is narrower than it
+# shows at once, and not when megabytes wait in sockets. So it is acknowledged sooner, after what the rate brings in so long.
+# A round trip is taken for no less than twice that (`p2p.round_trip`), so that credit never runs dry between two of them.
+RATED_ACK_MS = 20
+# What can be cut leaves in pieces of what the rate brings in so long, so that what matters more waits for one at most.
+PIECE_MS = 10
+PIECE_BYTES_MIN = 1_024
 # Nothing acknowledged for so long by a peer that lives: what is in flight was lost, and its last message with it, so that no
 # hole will ever show. Longer than one message takes at 4 Mbit/s.
 ACK_SILENCE_MS = 10_000
@@ -77,6 +86,8 @@ class Link:
     version: int = FIRST_VERSION  # what both of us speak
     traffic: Traffic = field(default_factory=Traffic)
     waiting: WaitingLine = field(default_factory=WaitingLine)  # batches, until there is credit
+    bucket: Bucket | None = None  # of the pair of regions; None: no rate is set for it
+    round_trip: RoundTrip = field(default_factory=RoundTrip)  # only where there is a bucket
     session_out: int = 1
     _sequence_out: int = 0
     _in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (sequence, bytes)
@@ -132,19 +143,46 @@ class Link:
         """For a message outside any session."""
         return Envelope(self.own_boot, self.boot, version=self.version)
 
+    @property
+    def credit_bytes(self) -> int:
+        """How many bytes may be on their way."""
+        if self.bucket is None:
+            return CREDIT_BYTES_MAX
+        return min(CREDIT_BYTES_MAX, int(self.bucket.rate * 2 * self.round_trip.ms))
+
     def has_credit(self) -> bool:
         """Whether one more message may go out. The last one may overshoot: messages are bounded."""
-        return self.bytes_in_flight < CREDIT_BYTES_MAX and len(self._in_flight) < CREDIT_MESSAGES_MAX
+        if self.bucket is None:
+            return self.bytes_in_flight < CREDIT_BYTES_MAX and len(self._in_flight) < CREDIT_MESSAGES_MAX
+        fits = self.bytes_in_flight < self.credit_bytes and len(self._in_flight) < CREDIT_MESSAGES_MAX
+        return fits and self.bucket.has_tokens()
 
     def has_credit_for_repairs(self) -> bool:
         """Whether a chunk of an answer may go out; half is left for batches, since each that finds no room is a repair more."""
-        return self.bytes_in_flight < CREDIT_BYTES_MAX // 2 and len(self._in_flight) < CREDIT_MESSAGES_MAX // 2
+        if self.bytes_in_flight >= self.credit_bytes // 2 or len(self._in_flight) >= CREDIT_MESSAGES_MAX // 2:
+            return False
+        return self.bucket is None or self.bucket.has_tokens()
 
-    def next_envelope(self, payload_bytes: int, hops: int = 0) -> Envelope:
-        """Number the next message of the session and charge its bytes."""
+    def piece_bytes(self, most: int) -> int:
+        """How large a message should be that may be of any size up to `most`."""
+        if self.bucket is None:
+            return most
+        return min(most, max(PIECE_BYTES_MIN, int(self.bucket.rate * PIECE_MS)))
+
+    def next_envelope(self, payload_bytes: int, hops: int = 0, claim_bytes: int = 0) -> Envelope:
+        """Number the next message of the session and charge its bytes.
+
+        Args:
+            payload_bytes: keys, values and stamps.
+            hops: of a batch.
+            claim_bytes: what it has besides them and a header; charged to the budget of the regions only.
+        """
         self._sequence_out += 1
         self._in_flight.append((self._sequence_out, payload_bytes))
         self.bytes_in_flight += payload_bytes
+        if self.bucket is not None:
+            self.bucket.take(payload_bytes + claim_bytes + MESSAGE_BYTES)
+            self.round_trip.on_sent(self.session_out, self._sequence_out, self.bucket.at_ms)
         return Envelope(self.own_boot, self.boot, self.session_out, self._sequence_out, hops, self.version)
 
     def restart_session(self) -> None:
@@ -163,6 +201,8 @@ class Link:
         """
         if session != self.session_out or sequence > self._sequence_out:
             return False
+        if self.bucket is not None:
+            self.round_trip.on_ack(session, sequence, self.bucket.at_ms)
         released, before = 0, len(self._in_flight)
         while self._in_flight and self._in_flight[0][0] <= sequence:
             released += self._in_flight.popleft()[1]
@@ -175,11 +215,15 @@ class Link:
         return bool(self._in_flight)
 
     def is_stuck(self, now_ms: int) -> bool:
-        """Whether the first message in flight has waited for `ACK_SILENCE_MS`; to be asked now and then."""
+        """Whether the first message in flight has waited for `ACK_SILENCE_MS`; to be asked now and then.
+
+        At the rate of a budget what is in flight may take longer.
+        """
         oldest = (self.session_out, self._in_flight[0][0]) if self._in_flight else None
         if oldest != self._oldest:
             self._oldest, self._oldest_ms = oldest, now_ms
-        return oldest is not None and now_ms - self._oldest_ms >= ACK_SILENCE_MS
+        silence_ms = ACK_SILENCE_MS + (0 if self.bucket is None else 2 * self.bytes_in_flight / self.bucket.rate)
+        return oldest is not None and now_ms - self._oldest_ms >= silence_ms
 
     def is_broken(self, session: int) -> bool:
         """Whether messages of this session come behind a hole, and mean nothing."""
@@ -203,7 +247,8 @@ class Link:
         """A sequenced message was applied; True when an acknowledgement is due now."""
         self._unacknowledged_bytes += payload_bytes
         self._unacknowledged_messages += 1
-        return self._unacknowledged_bytes >= ACK_BYTES or self._unacknowledged_messages >= ACK_MESSAGES
+        enough = ACK_BYTES if self.bucket is None else min(ACK_BYTES, int(self.bucket.pair_rate * RATED_ACK_MS))
+        return self._unacknowledged_bytes >= enough or self._unacknowledged_messages >= ACK_MESSAGES
 
     @property
     def ack_waits(self) -> bool:

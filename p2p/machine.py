@@ -33,6 +33,7 @@ from p2p.replica import Host, SchemaEntry
 from p2p.retirement import Retirement
 from p2p.schedule import Schedule
 from p2p.shard_versions import ShardVersions
+from p2p.sharing import Sharing
 from p2p.stamps import StampClock
 from p2p.status import NodeStatus
 from p2p.versions import describe, first_record_version, lowest_spoken
@@ -76,6 +77,7 @@ class Machine:
         self._retirement = Retirement(self._core, self._pull)
         self._collection = Collection(self._core)
         self._fetching = Fetching(self._core)
+        self._sharing = Sharing(self._core)
         self._dropping = Dropping(
             self._core,
             self._push,
@@ -90,6 +92,7 @@ class Machine:
         self._gossip = Gossip(self._core, self._pull, self._introductions, self._retirement)
         self._owed: dict[int, Link] = {}  # by boot: links on which something applied is not acknowledged yet
         self._ack_ms: int | None = None  # when those want the timer
+        self._turns: dict[str, int] = {}  # by region: whose turn it is when its bucket is refilled
         self._started = False
         self._steps: deque[tuple[m.PublishRequested, int]] = deque()  # that wait for a writer id, and until when
         self._handled_ms = 0  # monotonic time of the last event
@@ -177,6 +180,7 @@ class Machine:
         if not self._planned:
             self._others_ms = 0  # unknown
         self._planned = False
+        self._core.budgets.advance(now.monotonic_ms)
         self._dispatch(event, now)
         return self._core.effects
 
@@ -193,6 +197,7 @@ class Machine:
                 self._on_batch_ready(sender_boot, envelope, batch, now)
             case m.TimerFired():
                 self._push.send_held(now)
+                self._pump_refilled()
                 if now.monotonic_ms >= self._others_ms:
                     self._on_timer(now)
             case m.PublishRequested():
@@ -210,6 +215,11 @@ class Machine:
                 self._on_send_failed(address, envelope)
             case m.SchemaChanged(entries):
                 self._on_schema_changed(entries, now)
+            case m.RateChanged(region, bytes_per_s):
+                self._core.set_rate(region, bytes_per_s, now)
+                self._pump_region(region)
+            case m.SentSmaller(boot, bytes_saved):
+                self._on_sent_smaller(boot, bytes_saved)
             case m.Started(address):
                 self._on_started(address, now)
             case m.Leaving():
@@ -357,6 +367,8 @@ class Machine:
                 self._schedule.on_round(now)
             case m.Adopt():
                 self._push.adoption.on_adopt(link, message, now)
+            case m.Wants():
+                self._sharing.on_wants(link, message, now)
             case m.StableAsk():
                 self._collection.on_ask(link, message)
             case m.StableReport():
@@ -549,6 +561,7 @@ class Machine:
         self._schedule.on_timer(now)
         self._schedule.on_round(now)
         self._reach.on_timer(now)
+        self._sharing.on_timer(now)
         if self._ack_ms is not None and now.monotonic_ms >= self._ack_ms:
             self._acknowledge()
         for node in list(self._pull.outboxes):
@@ -583,7 +596,7 @@ class Machine:
             self._ack_ms = None
         elif self._ack_ms is None:
             self._ack_ms = now_ms + links.ACK_DELAY_MS
-        parts = self._pull.next_ms(now_ms), self._reach.next_ms(), self._schedule.next_ms()
+        parts = self._pull.next_ms(now_ms), self._reach.next_ms(), self._schedule.next_ms(), self._sharing.next_ms()
         rounds = self._pull.rounds.next_ms(), self._pull.round_answers.next_ms()
         wanted = [moment for moment in (self._ack_ms, *parts, *rounds) if moment is not None]
         wanted.append(self._gossip.next_ms(now_ms))
@@ -594,8 +607,8 @@ class Machine:
             if box.streams and node in core.links and core.links[node].has_credit_for_repairs():
                 wanted.append(now_ms)
         self._others_ms = min(wanted)
-        linger_ms = self._push.next_ms()
-        self._deadline_ms = self._others_ms if linger_ms is None else min(self._others_ms, linger_ms)
+        soon = [moment for moment in (self._push.next_ms(), core.budgets.next_ms()) if moment is not None]
+        self._deadline_ms = min([self._others_ms, *soon])
 
     # --- what several events share
 
@@ -620,6 +633,23 @@ class Machine:
             outbox.pump(self._core, link)
             if not outbox.streams:  # only those that stream are looked at again and again
                 del self._pull.outboxes[link.node]
+
+    def _pump_refilled(self) -> None:
+        """Send what found no tokens, where there are some again."""
+        for bucket in self._core.budgets.take_refilled():
+            self._pump_region(bucket.region)
+
+    def _pump_region(self, region: str) -> None:
+        """All links to a region, the one that was first last time at the end now, so that none has all the tokens."""
+        links_there = [link for link in self._core.links.values() if link.region == region]
+        turn = self._turns[region] = (self._turns.get(region, 0) + 1) % max(1, len(links_there))
+        for link in (*links_there[turn:], *links_there[:turn]):
+            self._pump(link)
+
+    def _on_sent_smaller(self, boot: int, bytes_saved: int) -> None:
+        link = self._core.by_boot.get(boot)
+        if link is not None and link.bucket is not None:
+            link.bucket.give_back(bytes_saved)
 
     def _drop_streams(self, link: Link) -> None:
         """A stream with a hole is worthless: its asker gives it up too, and asks again."""

@@ -362,6 +362,16 @@ class Adopt:
     children: tuple[NodeId, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """So many bytes a second I want to send to these regions (`p2p.budget.ALL`: as many as I can get); said within a region.
+
+    Since protocol version 2 (`p2p.sharing`).
+    """
+
+    regions: tuple[tuple[str, int], ...]
+
+
 # The four messages of a round by shard versions (`p2p.rounds`), since protocol version 2.
 
 
@@ -613,6 +623,7 @@ Message = (
     | Retirements
     | RetireReport
     | Adopt
+    | Wants
     | StableAsk
     | StableReport
     | Stable
@@ -721,6 +732,22 @@ class SchemaChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class RateChanged:
+    """From now on, updates from our region to this one, of all nodes together, may use so much; None: as much as they want."""
+
+    region: str
+    bytes_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SentSmaller:
+    """A message to this life of a peer took so many bytes less on the wire than it has: it was compressed."""
+
+    receiver_boot: int
+    bytes_saved: int
+
+
+@dataclass(frozen=True, slots=True)
 class Leaving:
     """The node shuts down; tell the peers."""
 
@@ -736,6 +763,8 @@ Event = (
     | CaughtUpRequested
     | ExpelRequested
     | SchemaChanged
+    | RateChanged
+    | SentSmaller
     | Leaving
 )
 

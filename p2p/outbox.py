@@ -55,6 +55,7 @@ class PullStream:
     shards: np.ndarray[tuple[int], np.dtype[np.uint32]] | None = None  # the only ones, in a round by shard versions
     versions: U64 | None = None  # and theirs
     next_chunk: int = 0
+    chunk_bytes: int = 0  # of the next one, which its last row may overshoot; 0: the largest that there is
     row_offset: int = 0  # into the first selection
     whole: np.ndarray[tuple[int], np.dtype[np.uint32]] = field(default_factory=_no_shards)  # of which all rows are sent (R5)
     whole_next: np.ndarray[tuple[int], np.dtype[np.uint32]] = field(default_factory=_no_shards)  # of these, not announced yet
@@ -82,7 +83,7 @@ class Outbox:
         """Whether batches had so much of the link meanwhile that a chunk may use their half of the credit."""
         if not self.streams or self.chunk_at is None:
             return False
-        return link.traffic.bytes_out - self.chunk_at >= CHUNK_EVERY * CHUNK_BYTES_MAX and link.has_credit()
+        return link.traffic.bytes_out - self.chunk_at >= CHUNK_EVERY * link.piece_bytes(CHUNK_BYTES_MAX) and link.has_credit()
 
     def pump(self, core: Core, link: Link) -> None:
         """Send the next chunks, while there is credit; the timer comes back for more."""
@@ -93,6 +94,7 @@ class Outbox:
                 return
             stream = next(iter(self.streams.values()))
             keyspace = core.keyspaces[stream.keyspace]
+            stream.chunk_bytes = link.piece_bytes(CHUNK_BYTES_MAX)
             chunk = next_chunk(stream, keyspace)
             if chunk is None:
                 del self.streams[stream.keyspace]
@@ -139,7 +141,7 @@ def _next_floor(stream: PullStream) -> m.Floor | None:
 def _next_rows(stream: PullStream, keyspace: Keyspace) -> tuple[RowColumns, ...]:
     """Rows for one chunk; the stream moves past them."""
     columns: list[RowColumns] = []
-    room = CHUNK_BYTES_MAX
+    room = stream.chunk_bytes or CHUNK_BYTES_MAX
     while stream.selections and room > 0:
         selection = stream.selections[0]
         count = max(1, room // (16 + selection.row_bytes))  # key, stamp, value

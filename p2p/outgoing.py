@@ -76,6 +76,7 @@ class Outgoing:
         mode: what the operator wants.
         crosses: whether an address is in another region.
         on_failure: told of a bug that shows when a message is sent later; `send` raises its own.
+        on_saved: told how many bytes less a message of a session to this life of a peer took on the wire.
     """
 
     def __init__(
@@ -84,12 +85,14 @@ class Outgoing:
         mode: Mode = Mode.NEVER,
         crosses: Callable[[str], bool] = lambda _: False,
         on_failure: Callable[[Exception], None] = lambda _: None,
+        on_saved: Callable[[int, int], None] = lambda _boot, _bytes: None,
     ) -> None:
         self.counters = CompressionCounters()
         self._transport = transport
         self._mode = mode
         self._crosses = crosses
         self._on_failure = on_failure
+        self._on_saved = on_saved
         self._rates: dict[int, LinkRate] = {}  # by the peer's boot
         self._streams: dict[tuple[int, int], Stream] = {}  # by the peer's boot and the keyspace
         self._lines: dict[str, _Line] = {}
@@ -206,6 +209,8 @@ class Outgoing:
         envelope = message.envelope
         if envelope.sequence:
             self._rate(envelope.receiver_boot).on_sent(envelope.session, envelope.sequence, size, time.monotonic_ns())
+            if size < message.size:
+                self._on_saved(envelope.receiver_boot, message.size - size)
         return True
 
     def _rate(self, boot: int) -> LinkRate:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from p2p import groups, links, wire
+from p2p import groups, wire
 from p2p import messages as m
 from p2p.adoption import Adoption
 from p2p.allotment import Allotment
+from p2p.budget import CLAIM_BYTES
 from p2p.core import Core, Keyspace
 from p2p.cutting import split_step
 from p2p.errors import FullError, LocalProtocolError, RemoteProtocolError, UnknownTableError
@@ -351,7 +352,7 @@ class Push:
                 continue
             if not link.waiting and link.has_credit():
                 self._send(link, one)
-            elif not link.waiting.add(one, WAITING_CREDITS_MAX * links.CREDIT_BYTES_MAX):
+            elif not link.waiting.add(one, WAITING_CREDITS_MAX * link.credit_bytes):
                 core.counters.batches_skipped += 1
                 link.traffic.batches_skipped += 1
 
@@ -368,7 +369,8 @@ class Push:
 
     def _send(self, link: Link, one: WaitingBatch) -> None:
         batch = one.batch
-        self._core.emit(m.Send(link.address, link.next_envelope(batch.payload_bytes, one.hops), batch))
+        claim_bytes = CLAIM_BYTES * len(batch.claims.shards)
+        self._core.emit(m.Send(link.address, link.next_envelope(batch.payload_bytes, one.hops, claim_bytes), batch))
         self._core.counters.batches_forwarded += 1
         link.traffic.rows_out += batch.row_count
         link.traffic.bytes_out += batch.payload_bytes

@@ -38,6 +38,7 @@ from p2p.messages import (
     Now,
     Send,
     SendFailed,
+    SentSmaller,
     Started,
     StartOver,
     TimerFired,
@@ -118,7 +119,7 @@ class Runtime:
         self.started = asyncio.Event()  # the transport is bound and the machine has begun
         self.rejected: dict[str, int] = {}  # sender -> messages dropped as malformed or out of place
         self.conduct = Conduct()
-        self.outgoing = Outgoing(transport, compression, crosses, self._fail)
+        self.outgoing = Outgoing(transport, compression, crosses, self._fail, self._on_saved)
         self._machine = machine
         self._transport = transport
         self._on_effect = on_effect
@@ -302,6 +303,12 @@ class Runtime:
         except RemoteProtocolError as error:
             envelope: Envelope | None = getattr(event, "envelope", None)
             self._reject(REJECTED_UNREADABLE if envelope is None else f"{envelope.sender_boot:016x}", error)
+
+    def _on_saved(self, receiver_boot: int, bytes_saved: int) -> None:
+        """Budgets are charged for what is on the wire; known now, or later when a thread compresses."""
+        self._handle(SentSmaller(receiver_boot, bytes_saved))
+        if not self._draining:
+            self._arm_timer()
 
     def _reject(self, sender: str, error: RemoteProtocolError) -> None:
         if sender not in self.rejected and len(self.rejected) >= REJECTED_SENDERS_MAX:

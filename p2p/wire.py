@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from p2p import classes, loops
 from p2p import messages as m
+from p2p.budget import REGIONS_MAX
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.placement import HOLDS_SINCE
 from p2p.replica import NO_STEPS, PARTITIONS_MAX, U64, KnownSteps, RowColumns, SchemaEntry, TableKeys
@@ -1147,6 +1148,16 @@ def _adopt(header: Header, _columns: _Columns) -> m.Adopt:
     return m.Adopt(_uint(keyspace, 32), tree, _items(children, TREE_ARITY, _text))
 
 
+def _wants(header: Header, _columns: _Columns) -> m.Wants:
+    (regions,) = header
+
+    def one(item: Header) -> tuple[str, int]:
+        region, bytes_per_s = item
+        return _text(region), _uint(bytes_per_s)
+
+    return m.Wants(_items(regions, REGIONS_MAX, one))
+
+
 def _stable_ask(header: Header, _columns: _Columns) -> m.StableAsk:
     (keyspace,) = header
     return m.StableAsk(_uint(keyspace, 32))
@@ -1242,6 +1253,7 @@ _KINDS: Final = (
     _Kind(m.Incomplete, lambda told, _version: ([told.keyspace, told.request], []), _incomplete, since=2),
     _Kind(m.KeysWanted, _pack_keys_wanted, _keys_wanted, since=2),
     _Kind(m.KeysFound, _pack_keys_found, _keys_found, since=2),
+    _Kind(m.Wants, lambda told, _version: ([list(map(list, told.regions))], []), _wants, since=2),
 )
 _LARGE_HEADERS: Final = (m.Hello, m.SchemaUpdate, m.Heartbeat, m.MemberNews)
 _NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(_KINDS, start=1)}

@@ -2,8 +2,8 @@
 
 A link between two nodes has a queue: a message leaves when those before it have left, at the link's rate, and a queue that is
 full refuses it, as a socket at its high-water mark does. Nodes may also share what is narrow: the network card of the sender,
-and the pipe between two regions. Those queues refuse nothing; what waits in them is bounded by the senders' credit. Then come
-loss, repetition, delay and reordering.
+and the pipe between two regions. Those queues refuse nothing, unless the pipe has a bounded buffer; what waits in them is
+bounded by the senders' credit. Then come loss, repetition, delay and reordering.
 """
 
 import math
@@ -23,6 +23,7 @@ class LinkOptions:
     rate_bytes_per_ms: float = 0.0  # of each pair of nodes, each way; 0: no limit
     loss_probability: float = 0.0
     shared_bytes_per_ms: float = 0.0  # of all nodes of the two regions together, each way; 0: no limit
+    buffer_bytes: float = math.inf  # that may wait for it, before it refuses more
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,12 @@ class NetworkOptions:
 def pair_of(one: str, other: str) -> str:
     """The name of a pair of regions: "eu/us"."""
     return "/".join(sorted((one, other)))
+
+
+def rates_of(rates: Mapping[str, float], region: str) -> tuple[tuple[str, float], ...]:
+    """Of rates by pair, those of a region: (other region, rate)."""
+    pairs = ((pair.split("/"), rate) for pair, rate in sorted(rates.items()))
+    return tuple((names[names[0] == region], rate) for names, rate in pairs if region in names)
 
 
 _PLAIN = LinkOptions()
@@ -80,6 +87,8 @@ class Network:
         rng = self._rng
         pair = options.links.get(pair_of(*regions), _PLAIN) if options.links else _PLAIN
         leaves_ms = float(now_ms)
+        if pair.shared_bytes_per_ms and self._waiting(regions, pair.shared_bytes_per_ms, now_ms) > pair.buffer_bytes:
+            return None
         rate = pair.rate_bytes_per_ms or options.rate_bytes_per_ms
         if rate:
             begin = max(leaves_ms, self._free_ms.get(link, 0.0))
@@ -94,6 +103,10 @@ class Network:
         copies = 1 + (options.repeat_probability > 0 and rng.random() < options.repeat_probability)
         fixed_ms = pair.delay_ms + (options.region_delay_ms if regions[0] != regions[1] else 0)
         return [self._arrival(options, link, math.ceil(leaves_ms) + fixed_ms) for _ in range(copies)]
+
+    def _waiting(self, regions: tuple[str, str], rate: float, now_ms: float) -> float:
+        """Bytes that wait for the pipe between two regions."""
+        return rate * max(0.0, self._free_ms.get(("pipe " + regions[0], regions[1]), 0.0) - now_ms)
 
     def _pass_shared(
         self, card: float, pipe: float, link: tuple[str, str], regions: tuple[str, str], size: float, now_ms: float

@@ -31,7 +31,7 @@ from sim_cluster.audit import Audit, fingerprint
 from sim_cluster.history import Write, still_held
 from sim_cluster.kills import Fuse, KilledError, lay
 from sim_cluster.meter import Meter
-from sim_cluster.network import NetworkOptions
+from sim_cluster.network import NetworkOptions, pair_of, rates_of
 from sim_cluster.node import VirtualNode, address_of
 from sim_cluster.post import Post
 from sim_cluster.timeline import Timeline
@@ -104,6 +104,7 @@ class VirtualCluster:
         self._now = m.Now(0, EPOCH_MS + 1_000_000)
         self.ahead_ms = 0  # how far ahead any wall clock has ever been
         self.collect_ms = COLLECT_MS  # of nodes that are started from now on; so is
+        self.rates: dict[str, float] = {}  # by `pair_of(region, region)`: bytes a second that updates may use (`set_rate`)
         self.expel_after_ms = EXPEL_AFTER_MS  # of nodes that are started from now on
         self._expelled: dict[str, int] = {}  # by node: how often it had lost its memory when it was expelled
 
@@ -224,6 +225,7 @@ class VirtualCluster:
             expel_after_ms=self.expel_after_ms,
             collect_ms=self.collect_ms,
             sync=self.sync,
+            rates=rates_of(self.rates, node.region),
         )
         node.lives += 1
         host = node.store if self.cpu is None else self.cpu.host(node.name, node.store)
@@ -233,6 +235,16 @@ class VirtualCluster:
         queued, node.queued = node.queued, []
         for deliver in queued:
             self.timeline.at(self.now_ms + 1, deliver)
+
+    def set_rate(self, one: str, other: str, bytes_per_s: float | None) -> None:
+        """Let updates between two regions use so much from now on, each way, as the operator does; None: no limit."""
+        self.rates.pop(pair_of(one, other), None)
+        if bytes_per_s is not None:
+            self.rates[pair_of(one, other)] = bytes_per_s
+        for node in self.nodes.values():
+            if node.region in (one, other) and node.machine is not None:
+                region = other if node.region == one else one
+                self.feed(node, node.machine, m.RateChanged(region, bytes_per_s))
 
     # --- local requests
 

@@ -107,6 +107,7 @@ MESSAGES: list[m.Message] = [
     ),
     m.RetireReport(5, 9, 3, m.FROZEN, vector()[:, 1]),
     m.Adopt(5, 3, ("eu-1", "us-2")),
+    m.Wants((("us", 1 << 63), ("ap", 0))),
     m.StableAsk(5),
     m.StableReport(5, True, WRITERS, vector()[0], BOOTS),
     m.Stable(5, WRITERS, vector()[0], ("eu-1",)),
