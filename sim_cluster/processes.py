@@ -124,6 +124,7 @@ class NodeProcess:
         self.local = f"tcp://127.0.0.1:{local}"
         self.http = f"127.0.0.1:{http_port}"
         self.source: Path | None = None  # a folder with another release of ekko, which the next `start` runs instead of ours
+        self.launcher: list[str] = []  # what its command begins with, such as one that puts it into another namespace
         self._http_port = http_port
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -180,7 +181,7 @@ class NodeProcess:
         if self.running:
             raise NodeProcessError(f"node {self.id} runs already")
         node = [sys.executable, "-m", "ekko.cli", "node", "--config", str(self.config_path)]
-        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *node]
+        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self.launcher, *node]
         place = None if self.source is None else {**os.environ, "PYTHONPATH": str(self.source)}
         with self.log_path.open("ab") as log:
             # A session of its own: Ctrl-C in the terminal is for us, and we stop the nodes in order.
@@ -305,6 +306,7 @@ class LocalCluster:
         nodes: what to run; the first with role "train" is the one that the others join.
         models: models that all nodes know from the start; publishers may bring more.
         delays_ms: emulated one-way delays, "region/region" -> milliseconds.
+        make_node: what a node is made with, of its spec, its folder and its ports.
     """
 
     def __init__(
@@ -314,6 +316,7 @@ class LocalCluster:
         *,
         models: Mapping[str, ModelTables] | None = None,
         delays_ms: Mapping[str, float] | None = None,
+        make_node: Callable[[NodeSpec, Path, Sequence[int]], NodeProcess] = NodeProcess,
     ) -> None:
         ports = iter(free_ports(3 * len(nodes)))
         self.nodes: dict[str, NodeProcess] = {}
@@ -321,7 +324,7 @@ class LocalCluster:
             if spec.id in self.nodes:
                 raise NodeProcessError(f"two nodes are called {spec.id!r}")
             own = [next(ports), next(ports), next(ports)]
-            self.nodes[spec.id] = NodeProcess(spec, folder.absolute() / spec.id, own)
+            self.nodes[spec.id] = make_node(spec, folder.absolute() / spec.id, own)
         founder = next((node for node in self.nodes.values() if node.spec.role == "train"), None)
         for node in self.nodes.values():
             seeds = [founder.peers] if founder is not None and founder is not node else []

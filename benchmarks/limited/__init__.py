@@ -1,0 +1,1 @@
+"""Real nodes whose regions are joined by links of a given rate: network namespaces, or the nodes' own budget without them."""
