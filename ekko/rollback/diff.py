@@ -56,6 +56,11 @@ def differences(
     """
     generation = Generation.of(model.spec)
     tables = {table.spec.id: table for table in model.tables}
+    if cut_ms < wanted_ms:
+        for number, keys, stamps in past.at_risk(generation, cut_ms, wanted_ms):
+            meant = scope.mask(keys, stamps)
+            if number in tables and scope.has_table(tables[number].spec.name) and meant.any():
+                yield RowsAtRisk(number, keys[meant], stamps[meant])
     for piece in past.changed_since(generation, cut_ms):
         if piece is None:
             yield None
@@ -66,8 +71,6 @@ def differences(
         now = versions_now(table, piece.keys)
         meant = scope.mask(piece.keys, now.stamps)
         then = past.at(generation, cut_ms, piece.table, piece.keys)
-        if (at_risk := _at_risk(piece.table, piece.keys, now, then, meant, cut_ms, wanted_ms, scope)) is not None:
-            yield at_risk
         live_then = then.live & ~(then.stamps < np.uint64(table.spec.stamp_min(unix_ms)))
         same = (now.live == live_then) & (~now.live | (now.rows == then.rows).all(axis=1))
         yield from _batches(table, piece.keys, now, live_then, then.rows, np.flatnonzero(meant & ~same))
@@ -83,26 +86,3 @@ def _batches(
     for begin in range(0, which.size, at_once):
         part = which[begin : begin + at_once]
         yield PlanBatch(table.spec.id, keys[part], rows[part[live[part]]], now.stamps[part])
-
-
-def _at_risk(
-    table: int,
-    keys: U64,
-    now: Versions,
-    then: Versions,
-    meant: NDArray[np.bool_],
-    cut_ms: int,
-    wanted_ms: int,
-    scope: Scope,
-) -> RowsAtRisk | None:
-    """Rows whose newest version was written after the mark and not after the moment that was wanted; None: there are none.
-
-    Of a key that was written in between and again later, the version in between is not at hand; it is counted, too, where one
-    writer's rows are taken back, since it may have been another's.
-    """
-    if cut_ms >= wanted_ms:
-        return None
-    between = meant & (now.stamps > np.uint64(stamp_until(cut_ms))) & (now.stamps <= np.uint64(stamp_until(wanted_ms)))
-    if not between.any():
-        return None
-    return RowsAtRisk(table, keys[between], now.stamps[between])

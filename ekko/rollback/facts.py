@@ -10,7 +10,7 @@ one of the higher version counts. Only the witness that carries a rollback out c
 they all the same, the bytes decide.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, ClassVar, Final
@@ -124,6 +124,11 @@ class Rollbacks:
         """See `ekko.facts.FactSet`."""
         return self.having(*other.known.values())
 
+    def without(self, over: Callable[[Generation], bool]) -> "Rollbacks":
+        """See `ekko.facts.FactSet`."""
+        kept = {key: fact for key, fact in self.known.items() if not over(fact.model)}
+        return self if len(kept) == len(self.known) else Rollbacks(kept)
+
     def learned(self, entries: Sequence[SchemaEntry]) -> "Rollbacks":
         """See `ekko.facts.FactSet`."""
         return self.having(*map(_parse, entries))
@@ -177,6 +182,16 @@ def entry_of(fact: Rollback) -> SchemaEntry:
     """A fact as a schema entry: equal facts are equal bytes."""
     family = model_id(label_of(fact.model.name, fact.model.incarnation))
     return SchemaEntry(family, f"{ROLLBACK}:{fact.epoch:016x}", bytes(msgpack.packb(_body(fact))), EXTRAS_SINCE)
+
+
+def fact_of(model: Generation, epoch: int, body: bytes) -> Rollback:
+    """The fact that an entry's body is.
+
+    Raises:
+        RemoteProtocolError: it is none.
+    """
+    family = model_id(label_of(model.name, model.incarnation))
+    return _parse(SchemaEntry(family, f"{ROLLBACK}:{epoch:016x}", body, EXTRAS_SINCE))
 
 
 def _parse(entry: SchemaEntry) -> Rollback:

@@ -120,6 +120,11 @@ class Superseded:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """The fence of this epoch does not stand any more, though nobody has begun a rollback after this one."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """The operator ends the wait for a verdict."""
 
@@ -142,6 +147,7 @@ Event = (
     | Lifted
     | Impossible
     | Superseded
+    | Lost
     | Finish
     | TimerFired
 )
@@ -224,6 +230,7 @@ class Machine:
         assert fact.witness, "somebody carries it out"
         self.fact = fact
         self.over = False
+        self.lost = False  # over, and to be begun again under a higher epoch
         self._judged = judged
         self._effects: list[Effect] = []
         self._covered = False  # everything that the fence left has been here, in this life
@@ -294,6 +301,10 @@ class Machine:
             case Superseded():
                 self.over = True
                 self._effects.append(End(void=True))
+            case Lost():
+                if Step.FENCING <= self.step <= Step.PROBING:
+                    self.over = self.lost = True
+                    self._effects += [Note("rollback_lost_its_fence"), End(void=True)]
             case Finish():
                 if self.step is Step.PROBING:
                     self._enter(Step.LIFTING, now_ms, unix_ms)

@@ -46,3 +46,6 @@ class Past(Protocol):
 
     def at(self, model: Generation, cut_ms: int, table: int, keys: U64) -> Versions:
         """How these rows were at a mark."""
+
+    def at_risk(self, model: Generation, cut_ms: int, wanted_ms: int) -> Iterator[tuple[int, U64, U64]]:
+        """What was written after one moment and not after another: table, keys, and the stamps of the newest such versions."""

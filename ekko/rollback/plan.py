@@ -53,8 +53,8 @@ class PlanBatch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowsAtRisk:
-    """Good rows of one table that go with the bad ones: they were written after the mark that was found, up to the moment that
-    was wanted, or by others than the writer whose rows are taken back.
+    """Good rows of one table that go with the bad ones: written after the mark that was found, and not after the moment
+    that was wanted.
     """
 
     table: int
@@ -80,6 +80,7 @@ class Plan:
 
     model: Generation
     epoch: int
+    fact: bytes  # what is to be done, as nodes tell it each other: a node that has forgotten it finds it here
     summary: Summary
     at_risk: list[RowsAtRisk]
     file: BinaryIO = field(repr=False)
@@ -124,7 +125,12 @@ class Plans(Protocol):
 
 
 def write_plan(
-    plans: Plans, model: Generation, epoch: int, cut_ms: int, batches: Iterable[PlanBatch | RowsAtRisk | None]
+    plans: Plans,
+    model: Generation,
+    epoch: int,
+    cut_ms: int,
+    batches: Iterable[PlanBatch | RowsAtRisk | None],
+    fact: bytes = b"",
 ) -> Iterator[Summary | None]:
     """Write a plan, a piece at each step of the iterator; the last one gives its figures, and the plan is durable then.
 
@@ -134,6 +140,7 @@ def write_plan(
         epoch: of the rollback.
         cut_ms: the moment that it goes back to.
         batches: what is in it; None: nothing yet, let others have their turn.
+        fact: see `Plan`.
 
     Raises:
         StoreError: it cannot be written.
@@ -142,7 +149,7 @@ def write_plan(
     summary = Summary(cut_ms)
     try:
         file.write(MAGIC)
-        _write_part(file, ["head", model.name, model.incarnation, epoch, cut_ms])
+        _write_part(file, ["head", model.name, model.incarnation, epoch, cut_ms, fact])
         named = 0
         for one in batches:
             match one:
@@ -181,10 +188,10 @@ def read_plan(plans: Plans, model: Generation) -> Plan | None:
 def _read(file: BinaryIO, model: Generation) -> Plan:
     if file.read(len(MAGIC)) != MAGIC:
         raise ValueError("no plan")
-    kind, name, incarnation, epoch, cut_ms = _read_part(file)
+    kind, name, incarnation, epoch, cut_ms, fact = _read_part(file)
     if kind != "head" or Generation(name, incarnation) != model:
         raise ValueError("of another model")
-    plan = Plan(model, int(epoch), Summary(int(cut_ms)), [], file)
+    plan = Plan(model, int(epoch), bytes(fact), Summary(int(cut_ms)), [], file)
     while True:
         place = file.tell()
         part = _read_part(file)

@@ -66,3 +66,10 @@ class Remembered:
                 rows[index] = np.frombuffer(row, np.uint8)
         live = np.array([bool(row) for _, row in found])
         return Versions(live, np.array([stamp for stamp, _ in found], np.uint64), rows)
+
+    def at_risk(self, model: Generation, cut_ms: int, wanted_ms: int) -> Iterator[tuple[int, U64, U64]]:
+        first, last = stamp_until(cut_ms), stamp_until(wanted_ms)
+        for (table, key), versions in sorted(self.versions.items()):
+            between = [stamp for stamp, _ in versions if first < stamp <= last]
+            if between:
+                yield table, np.array([key], np.uint64), np.array([max(between)], np.uint64)
