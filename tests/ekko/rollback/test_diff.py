@@ -127,7 +127,7 @@ def test_a_planted_bug_is_noticed(plant: Planted, monkeypatch: pytest.MonkeyPatc
         (Scope(writer="train", writers=(2,)), lambda table, key, writer: writer == 2),
         (Scope(("item",), "train", (1,), 20), lambda table, key, writer: table == "item" and writer == 1 and key >= 20),
     ],
-    ids=str,
+    ids=["table", "keys", "writer", "all of them"],
 )
 def test_a_narrower_scope_takes_back_that_and_leaves_the_rest(scope: Scope, meant: Callable[[str, int, int], bool]) -> None:
     for seed in range(10):
