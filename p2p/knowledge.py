@@ -97,6 +97,8 @@ class Knowledge:
         self._retired: dict[int, U64] = {}  # writers whose retirement is done, whose id nobody uses, and where each ends (R13)
         # Per writer, the shards in which some open step waits for a lower claim: only a merge there can unblock anything.
         self._awaited: dict[int, NDArray[np.bool_]] = {}
+        # Writers of whom replies claimed something lately -> up to where all of it was here before.
+        self._coalesced: dict[int, int] = {}
 
     @property
     def shards(self) -> int:
@@ -281,10 +283,20 @@ class Knowledge:
             floor = self._retired.get(writer)
             if floor is not None and (until[:, column] > floor[every]).any():
                 self.note_writer(writer)  # what is above the floor is of another one, who uses the id now
+            if (until[:, column] > self.vector[every, writer]).any():
+                self._coalesced.setdefault(writer, int(self.frontier[writer]))
             fits = merge_claims(self.vector, every, writer, base[:, column], until[:, column])
             if fits.all() and frontier[column] > self.frontier[writer]:
                 self.frontier[writer] = frontier[column]
             self._absorb(writer)
+
+    def take_coalesced(self) -> dict[int, int]:
+        """Since the last call: writers of whom claims of replies were merged, and up to where all of it was here before.
+
+        Of what such a claim covers above that, only the newest version of each row may have come.
+        """
+        taken, self._coalesced = self._coalesced, {}
+        return taken
 
     def learn_frontier(self, writers: NDArray[np.uint16], frontier: U64) -> None:
         """Our vector dominates, in every shard, the one that somebody had when this was its frontier.

@@ -614,6 +614,8 @@ class Machine:
 
     def _progress(self, keyspace: Keyspace, now: m.Now) -> None:
         """A frontier may have moved: tell readers how fresh they are, and peers who wait."""
+        if coalesced := keyspace.knowledge.take_coalesced():
+            keyspace.replica.note_coalesced(coalesced)
         keyspace.replica.set_synced_until(status.synced_until(self._core, keyspace, now))
         self._reach.on_progress(keyspace)
         self._pull.answers.on_progress(keyspace, now)

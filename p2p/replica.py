@@ -300,6 +300,11 @@ class Replica(Protocol):
         0 when there are none. May scan.
         """
 
+    def note_coalesced(self, since: Mapping[int, int]) -> None:
+        """Claims were merged that came without their steps: writer -> up to where all of it was here before. Versions above
+        that may never come, since newer ones took their place at whoever sent these. Called before `set_synced_until`.
+        """
+
     def set_synced_until(self, unix_ms: int) -> None:
         """Publish to readers the newest moment up to which this node has everything; 0: unknown.
 

@@ -9,10 +9,14 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from ekko.addresses import split_host_port
 from ekko.config.values import ByteSize, Number, Seconds, WholeNumber, truth
+from ekko.delayed.limits import LOG_BYTES_DEFAULT
 from ekko.model import SHARDS_DEFAULT, ModelSpec, TableSpec, ttl_seconds
 from ekko.store.access import MODES, Access
 
 ENVIRONMENT_PREFIX = "EKKO_"
+# Roles that keep an older state, and how old it is: a few minutes of samples, as in the paper; for a witness, how far back one
+# can go by hand though the model was judged healthy since.
+DELAYS_S = {"baseline": 300.0, "witness": 600.0}
 
 
 class Section(BaseModel):
@@ -39,6 +43,23 @@ class NodeSection(Section):
     hot_half_life_s: Number = 600.0
     shm_mode: Literal["0600", "0640", "0644"] = "0640"
     shm_group: str | None = None
+    delay: Seconds | None = None
+    log_bytes: ByteSize | None = None
+
+    @property
+    def keeps_older_state(self) -> bool:
+        """Whether it has one beside its own (`ekko.delayed`)."""
+        return self.role in DELAYS_S
+
+    @property
+    def delay_s(self) -> float:
+        """How far, at least, the older state of a baseline or witness is behind."""
+        return DELAYS_S.get(self.role, 0.0) if self.delay is None else self.delay
+
+    @property
+    def log_bytes_max(self) -> int:
+        """What the log of a baseline or witness may take."""
+        return LOG_BYTES_DEFAULT if self.log_bytes is None else self.log_bytes
 
     @property
     def access(self) -> Access:

@@ -87,6 +87,8 @@ class Applying:
         model, counts = self._model, np.zeros(3, np.int64)
         columns = [column for column in columns if column.keys.size]
         if columns:
+            if model.listener is not None:
+                model.listener.on_rows(columns, stamp)
             model.marks.begin(columns, stamp)
             try:
                 for column in columns:

@@ -55,6 +55,11 @@ class BatchMarks:
         """Whether nothing here is half of something."""
         return not self._ahead
 
+    @property
+    def newest(self) -> U64:
+        """Live uint64[WRITERS_MAX]: the newest row of each writer that came."""
+        return self._newest
+
     def begin(self, columns: list[RowColumns], stamp: int) -> None:
         """A batch is about to be applied: readers are told, and that it is not settled if it is not."""
         if any(column.stamps is None for column in columns):

@@ -114,6 +114,8 @@ class WholeShards:
         chosen = {table.spec.id: slots for table in model.tables if (slots := self._absent_in(table, covered)).size}
         if not chosen:
             return 0
+        if model.listener is not None:
+            model.listener.on_rows_gone()
         # A step that only deleted shows in nothing but this, and may have touched other partitions, too.
         model.marks.expect(covered.max(axis=0))
         with model.marks.removing():

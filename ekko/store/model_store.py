@@ -28,6 +28,7 @@ from ekko.store.fetching import Fetching, live_rows
 from ekko.store.floor import LossFloor
 from ekko.store.hot import Heat
 from ekko.store.kernels import index
+from ekko.store.listening import Listener
 from ekko.store.manifest import ModelEntry, header_name, heat_name, hot_name, index_name, rows_name
 from ekko.store.memory import Mapping, Memory
 from ekko.store.own_writer import OwnWriter
@@ -84,6 +85,8 @@ class ModelStore:
         self.fetching = Fetching(self)
         self.tables_dropped: ReadOnlyMapping[int, str] = {}  # id -> name of the tables whose rows may come late
         self.eviction: Eviction | None = None  # what keeps rows of other nodes within the capacity
+        self.listener: Listener | None = None  # is told of all that comes
+        self._stable: dict[int, U64] = {}  # by partition: uint64[WRITERS_MAX], up to where rows could be collected last
 
     @classmethod
     def create(cls, entry: ModelEntry, memory: Memory, table_bytes_max: int) -> "ModelStore":
@@ -314,6 +317,11 @@ class ModelStore:
         """All tables, `_dense` included, in the order in which they came."""
         return list(self._tables.values())
 
+    @property
+    def newest_rows(self) -> U64:
+        """Live uint64[WRITERS_MAX]: the newest row of each writer that came."""
+        return self._marks.newest
+
     def remove(self, table: int, slots: I64, *, complete: bool) -> None:
         """Drop rows for good, after the loss floor says so: a kill in between leaves a floor that is too high, which is safe.
 
@@ -408,7 +416,12 @@ class ModelStore:
 
     def collect_in(self, partition: int, until: U64, unix_ms: int, rows_max: int) -> Collected:
         """`collect` of one partition."""
+        self._stable[partition] = until
         return self._sweeps[partition].collect(until, unix_ms, rows_max)
+
+    def stable_in(self, partition: int) -> U64 | None:
+        """uint64[WRITERS_MAX]: up to where rows of each writer may be collected, when that was said last; None: never."""
+        return self._stable.get(partition)
 
     def arrivals_in(self, partition: int) -> WholeShards:
         """`arrivals` of one partition."""
@@ -578,12 +591,27 @@ class ModelStore:
         self._applying.reserve(let_in)
         return self._applying.write(let_in)
 
+    def copy(self, columns: Sequence[RowColumns]) -> Applied:
+        """Write rows that another store of this node has, whatever is claimed here.
+
+        Raises:
+            MemoryFullError: as `reserve`. No row is changed.
+        """
+        self._applying.reserve(columns)
+        return self._applying.write(columns)
+
     def stray_digest(self) -> int:
         return self._questions.digest_above(self._vector)
+
+    def note_coalesced(self, since: ReadOnlyMapping[int, int]) -> None:
+        if self.listener is not None:
+            self.listener.on_coalesced(since)
 
     def set_synced_until(self, unix_ms: int) -> None:
         self._marks.settle()
         self._synced_until_ms[...] = unix_ms
+        if self.listener is not None:
+            self.listener.on_progress(unix_ms)
 
     def set_traffic(self, traffic: Traffic) -> None:
         """Tell readers which requests are the online model's."""

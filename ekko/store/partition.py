@@ -5,7 +5,7 @@ what a peer may ask for are the partition's own. Shards are numbered within it: 
 `s // partitions` of partition `s mod partitions`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -167,6 +167,9 @@ class Partition:
 
     def stray_digest(self) -> int:
         return self._model.stray_digest_in(self._place.partition)
+
+    def note_coalesced(self, since: Mapping[int, int]) -> None:
+        self._model.note_coalesced(since)
 
     def set_synced_until(self, unix_ms: int) -> None:
         self._model.set_partition_synced_until(self._place.partition, unix_ms)

@@ -24,6 +24,7 @@ from ekko.store.access import DEFAULT_ACCESS, Access
 from ekko.store.capacity import Capacity
 from ekko.store.control import Control, fresh_memory, remove_unnamed
 from ekko.store.facts import Facts
+from ekko.store.listening import Listener
 from ekko.store.manifest import CONTROL_NAME, MANIFEST_NAME, ModelEntry, kernel_boot_id, read_manifest
 from ekko.store.memory import AnonymousMemory, Memory, TmpfsMemory
 from ekko.store.model_store import ModelStore
@@ -56,6 +57,7 @@ class Store:
         self.facts = Facts([Verdicts(), Rollbacks()])  # what nodes agree on beside the schema
         self._limits: dict[str, Capacity] = {}  # what models of these names may take, whichever incarnation is here
         self._holds: dict[str, Sequence[int]] = {}  # what this node's configuration wants to hold of a model of this name
+        self._listen: Callable[[ModelStore], Listener] | None = None
         self.on_registers: Callable[[], None] = lambda: None  # called when aliases or what was dropped have changed
 
     @classmethod
@@ -478,6 +480,17 @@ class Store:
         unasked = 0 if asked else before + sum(cost.memory_bytes for cost in new)
         check_room([cost for name, cost in self._costs.items() if name not in ending], new, unasked)
 
+    def listen(self, listener_of: Callable[[ModelStore], Listener]) -> None:
+        """Have somebody told of all that comes to each model, those that come later included."""
+        self._listen = listener_of
+        for model in self._models.values():
+            model.listener = listener_of(model)
+
+    @property
+    def identity(self) -> str:
+        """Names this memory: another one, also of the same node, has another."""
+        return self._memory.prefix if isinstance(self._memory, TmpfsMemory) else f"memory-{id(self._memory):x}"
+
     def limit(self, name: str, allowed: Capacity) -> None:
         """Keep the model of this name within its capacity, also one that gets the name later; what it has already stays."""
         self._limits[name] = allowed
@@ -487,6 +500,8 @@ class Store:
     def _insert(self, model: ModelStore) -> None:
         self._models[model.spec.name] = model
         self._note_late(model)
+        if model.listener is None and self._listen is not None:
+            model.listener = self._listen(model)
         if model.capacity is None and model.spec.name in self._limits:
             model.limit(self._limits[model.spec.name])
         self._costs[model.spec.name] = cost_of(model.spec)

@@ -495,10 +495,11 @@ class Table:
         recent = self.recent.select(base, self.mapping.address, self.stride, measured=measured)
         return self.scan(base, shards) if recent is None else recent
 
-    def scan(self, base: U64, shards: int) -> I64:
-        """`changed_since` by looking at every row."""
-        out = np.empty(self.rows_used, np.int64)
-        count = rows.changed_since(self.mapping.address, self.stride, base, shards, 0, self.rows_used, out)
+    def scan(self, base: U64, shards: int, begin: int = 0, end: int | None = None) -> I64:
+        """`changed_since` by looking at every row, or at those of the slots from `begin` to `end`."""
+        end = self.rows_used if end is None else min(end, self.rows_used)
+        out = np.empty(end - begin, np.int64)
+        count = rows.changed_since(self.mapping.address, self.stride, base, shards, begin, end, out)
         return out[:count].copy()
 
     def without(self, places: I64, known: U64, bits: U8, shards: int, partitions: int) -> I64:
