@@ -13,6 +13,7 @@ import typer
 from ekko.asking import ask_node, fetch_status
 from ekko.errors import ConfigError, EkkoError, NodeFailed
 from ekko.options import ConfigOption, HttpOption, JsonOption, http_of
+from ekko.rates import parse_pair, parse_word
 from ekko.snapshots.cli import snapshots
 from ekko.version import __version__
 
@@ -312,6 +313,48 @@ def drop(
         return
     what = "table" if "/" in model else "model"
     typer.echo(f"{what} {model} is dropped; it had {answer['bytes']:,} bytes of shared memory on this node")
+
+
+@app.command()
+def rate(
+    pair: Annotated[
+        str | None, typer.Argument(help="Two regions; none: list all.", metavar="[REGION/REGION]", show_default=False)
+    ] = None,
+    mbps: Annotated[
+        str | None,
+        typer.Argument(
+            help="Mbit/s, each way; none: no limit; configured: as each node's own file says.",
+            metavar="[MBPS|none|configured]",
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    http: HttpOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how much of the way between two regions updates may use, on all nodes, from now on; without a rate, show them.
+
+    It counts before links."A/B".rate_mbps of the nodes' files, also after they start again, until `configured`.
+    """
+    address = http_of(config, http)
+    if pair is not None and mbps is not None:
+        answer = ask_node(address, "/rate", {"pair": parse_pair(pair), "rate": str(parse_word(mbps))})
+        regions, limit = " and ".join(answer["pair"].split("/")), answer["rate_mbps"]
+        may = "have no limit" if limit is None else f"may use {limit:g} Mbit/s each way"
+        typer.echo(json.dumps(answer) if as_json else f"updates between {regions} {may}")
+        return
+    rates = fetch_status(address).get("rates", {})
+    if pair is not None:
+        rates = {name: one for name, one in rates.items() if name == parse_pair(pair)}
+    if as_json:
+        typer.echo(json.dumps(rates, indent=2))
+    elif rates:
+        from rich.console import Console
+
+        from ekko.display import rates_table
+
+        Console().print(rates_table(rates))
+    else:
+        typer.echo("no rate is set")
 
 
 def register_commands() -> None:

@@ -97,6 +97,7 @@ class Node:
             if not isinstance(error, NodeExpelled) or self._life.parts is None:
                 raise error from None
             self._life.parts.operations.close()
+            self._life.parts.rates.close()
             self._life.parts.store.destroy()
             self._life.parts = None
             self._restores = False  # what it was told to drop is in its snapshots, too
@@ -105,6 +106,7 @@ class Node:
             http.close()
             if self._life.parts is not None:
                 self._life.parts.operations.close()
+                self._life.parts.rates.close()
                 self._life.parts.store.close()
             log.info("node_stopped")
         return False

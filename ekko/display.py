@@ -30,6 +30,8 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
     console.print(_tables(status))
     if status.get("aliases"):
         console.print(aliases_table(status["aliases"]))
+    if status.get("rates"):
+        console.print(rates_table(status["rates"]))
     for name, model in status["models"].items():
         if model.get("collection_held_up_by"):
             nodes = ", ".join(model["collection_held_up_by"])
@@ -143,6 +145,21 @@ def aliases_table(aliases: dict[str, Any]) -> Table:
     for name, alias in aliases.items():
         state = f"[yellow]about to be {alias['next']}[/]" if alias["next"] else "" if alias["here"] else "[red]not here[/]"
         table.add_row(name, alias["model"], alias["back"] or "", state)
+    return table
+
+
+def rates_table(rates: dict[str, Any]) -> Table:
+    """What updates may use between regions."""
+    table = _table("Rates", "regions", "Mbit/s", "our share", "charged", "waits", "says", numbers=(1, 2, 3, 4))
+    for pair, rate in rates.items():
+        table.add_row(
+            pair,
+            "no limit" if rate["rate_mbps"] is None else f"{rate['rate_mbps']:g}",
+            "-" if rate["share_mbps"] is None else f"{rate['share_mbps']:.3g}",
+            "-" if rate["bytes_charged"] is None else _size(rate["bytes_charged"]),
+            "-" if rate["waits"] is None else f"{rate['waits']:,}",
+            "an operator" if rate["said"] else "the file",
+        )
     return table
 
 

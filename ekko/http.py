@@ -26,6 +26,7 @@ from ekko.addresses import is_loopback
 from ekko.errors import ConfigError, EkkoError
 from ekko.loading import LoadRequest
 from ekko.model import check_name
+from ekko.rates import Word, parse_pair, parse_word
 
 # Requests at once; scrapers and scripts, on loopback.
 REQUESTS_MAX = 64
@@ -38,6 +39,7 @@ COMMANDS = {
     "/snapshot": '{"kind": "auto"} or {"kind": "full"}',
     "/load": '{"model": NAME, "file": PATH, "tables": {TENSOR: TABLE}, "codec": CODEC or null}, and "keys": {TABLE: KEYS}',
     "/alias": '{"alias": NAME, "model": MODEL}, or "model": null and one of "back": true, "remove": true; and "force": true',
+    "/rate": '{"pair": "REGION/REGION", "rate": MBPS, "none" or "configured", as text}',
     "/drop": '{"model": MODEL or "MODEL/TABLE"}, and "force": true',
 }
 
@@ -74,6 +76,13 @@ class Source(Protocol):
 
     async def alias(self, name: str, model: str | None, *, back: bool, remove: bool, force: bool) -> dict[str, object]:
         """Switch an alias; may wait a few seconds for others to catch up.
+
+        Raises:
+            EkkoError: why it cannot be; nothing is changed.
+        """
+
+    def rate(self, pair: str, word: Word) -> dict[str, object]:
+        """Let updates between two regions use so much from now on.
 
         Raises:
             EkkoError: why it cannot be; nothing is changed.
@@ -167,6 +176,8 @@ async def _carry_out(source: Source, name: str, body: Any) -> dict[str, object] 
             chosen = {str(tensor): str(table) for tensor, table in tables.items()}
             where = {str(table): str(place) for table, place in keys.items()}
             return source.load(LoadRequest(check_name("model", model), Path(file), chosen, codec, where))
+        case "/rate", {"pair": str(pair), "rate": str(rate)}:
+            return source.rate(parse_pair(pair), parse_word(rate))
         case "/drop", {"model": str(model)} if (flags := _flags(body, "force")) is not None:
             return source.drop(model, force=flags["force"])
         case "/alias", {"alias": str(alias), "model": None | str() as target} if (

@@ -74,6 +74,7 @@ class NodePicture:
     snapshots: SnapshotPicture | None = None
     load: LoadPicture | None = None
     aliases: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name -> what it stands for
+    rates: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # pair of regions -> what updates may use of it
 
     @property
     def ready(self) -> bool:
@@ -112,6 +113,7 @@ class NodePicture:
             ],
             "models": {model.name: _model_json(model) for model in self.models},
             "aliases": {name: dict(alias) for name, alias in self.aliases.items()},
+            "rates": {pair: dict(rate) for pair, rate in self.rates.items()},
             "peers": [{key: value for key, value in asdict(peer).items() if key != "holds"} for peer in protocol.peers],
             "queues": [asdict(queue) for queue in self.queues],
             "counters": dict(self.counters),

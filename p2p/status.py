@@ -59,6 +59,17 @@ class KeyspaceStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class BudgetStatus:
+    """What updates to another region may use."""
+
+    region: str
+    bytes_per_s: float  # of all nodes here together
+    share_bytes_per_s: float  # of that ours
+    bytes_charged: int
+    waits: int  # how often something found no tokens
+
+
+@dataclass(frozen=True, slots=True)
 class QueueStatus:
     """A bounded queue's fill."""
 
@@ -83,6 +94,7 @@ class NodeStatus:
     protocol_version: int
     writer_blocks: int  # of writer ids, that are ours
     ids_wanted: str  # why this training node has no writer id to use; empty when it has
+    budgets: tuple[BudgetStatus, ...]  # of pairs for which a rate is set
 
 
 def of_node(
@@ -111,6 +123,10 @@ def of_node(
         core.options.protocol_version,
         len(core.writers.blocks),
         ids_wanted,
+        tuple(
+            BudgetStatus(region, 1_000 * one.pair_rate, 1_000 * one.rate, one.used, one.waits)
+            for region, one in sorted(core.budgets.buckets.items())
+        ),
     )
 
 

@@ -8,6 +8,7 @@ from ekko.config.places import Places
 from ekko.config.sections import ModelSection, NodeConfig, NodeSection, SnapshotsSection
 from ekko.errors import ModelError
 from ekko.model import DENSE_TABLE, TableSpec, check_name, ttl_seconds
+from ekko.rates import RATE_MBPS_MAX, RATE_MBPS_MIN
 from p2p.replica import PARTITIONS_MAX
 
 CAPACITY_ROWS_MAX = 1 << 40
@@ -171,6 +172,15 @@ def _check_eviction(name: str, model: ModelSection, role: str, places: Places) -
         )
 
 
+def _check_rate(pair: str, regions: list[str], rate_mbps: float, places: Places) -> None:
+    if regions[0] == regions[1]:
+        message = "updates are limited between regions, and these are the same one: name two, or leave this out"
+        raise places.error(("links", pair, "rate_mbps"), message)
+    if not RATE_MBPS_MIN <= rate_mbps <= RATE_MBPS_MAX:
+        message = f"expected {RATE_MBPS_MIN:g} to {RATE_MBPS_MAX:g} Mbit/s, got {rate_mbps:g}: leave it out for no limit"
+        raise places.error(("links", pair, "rate_mbps"), message)
+
+
 def _check_links(config: NodeConfig, places: Places) -> None:
     for pair, link in config.links.items():
         regions = pair.split("/")
@@ -179,7 +189,7 @@ def _check_links(config: NodeConfig, places: Places) -> None:
         if regions[0] != regions[1] and "/".join(reversed(regions)) in config.links:
             raise places.error(("links", pair), "this pair is there twice, once in each order: links are symmetric, keep one")
         if link.rate_mbps is not None:
-            raise places.error(("links", pair, "rate_mbps"), f"limiting a link's rate {NOT_BUILT}: remove it")
+            _check_rate(pair, regions, link.rate_mbps, places)
         if not 0 <= link.delay_ms <= DELAY_MS_MAX:
             raise places.error(
                 ("links", pair, "delay_ms"), f"expected 0 to {DELAY_MS_MAX:.0f} milliseconds, got {link.delay_ms}"

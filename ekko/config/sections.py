@@ -11,6 +11,7 @@ from ekko.addresses import split_host_port
 from ekko.config.values import ByteSize, Number, Seconds, WholeNumber, truth
 from ekko.delayed.limits import LOG_BYTES_DEFAULT
 from ekko.model import SHARDS_DEFAULT, ModelSpec, TableSpec, ttl_seconds
+from ekko.rates import pair_of
 from ekko.store.access import MODES, Access
 
 ENVIRONMENT_PREFIX = "EKKO_"
@@ -176,6 +177,11 @@ class NodeConfig(BaseSettings):
         """The one-way delay to emulate between two regions, in seconds."""
         link = self.links.get(f"{region}/{other}") or self.links.get(f"{other}/{region}")
         return link.delay_ms / 1000 if link else 0.0
+
+    def rates(self) -> dict[str, float]:
+        """Mbit/s that updates may use, by pair of regions in the order of their names; only where there is a limit."""
+        limited = ((pair_of(*pair.split("/")), link.rate_mbps) for pair, link in self.links.items())
+        return {pair: rate for pair, rate in limited if rate is not None}
 
 
 def names_at(path: tuple[str, ...]) -> list[str]:

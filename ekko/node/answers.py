@@ -15,6 +15,7 @@ from ekko.node.effects import TOOL_REQUEST
 from ekko.node.life import Life
 from ekko.node.parts import Parts, Submit, machine_hash
 from ekko.node.picture import counters, model_pictures, queues
+from ekko.rates import Word
 from ekko.snapshots.service import SnapshotService
 from ekko.status import NodePicture
 from ekko.store.leftovers import LeftoversWatch
@@ -108,6 +109,7 @@ class Answers:
             None if self._snapshots is None else self._snapshots.picture,
             self._loads.picture,
             parts.operations.aliases(),
+            parts.rates.pictures(protocol.budgets),
         )
 
     # --- what it is told to do
@@ -140,6 +142,10 @@ class Answers:
     async def alias(self, name: str, model: str | None, *, back: bool, remove: bool, force: bool) -> dict[str, object]:
         """See `ekko.http.Source`."""
         return await self._parts().operations.alias(name, model, back=back, remove=remove, force=force)
+
+    def rate(self, pair: str, word: Word) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        return self._parts().rates.say(pair, word)
 
     def drop(self, what: str, *, force: bool) -> dict[str, object]:
         """See `ekko.http.Source`."""

@@ -12,10 +12,12 @@ from ekko.endpoint import LocalEndpoint
 from ekko.errors import EkkoError, StoreError
 from ekko.local import Failed
 from ekko.metrics import Metrics
+from ekko.node.budgets import NodeRates
 from ekko.node.effects import Effects
 from ekko.node.publishing import Publishing
 from ekko.node.whereabouts import Whereabouts
 from ekko.operations import Operations
+from ekko.rates import Rates
 from ekko.rundir import FileLedger
 from ekko.security import NodeKeys
 from ekko.store import Store
@@ -27,7 +29,7 @@ from p2p.machine import Machine, MachineOptions
 from p2p.runtime import Runtime, no_delay, read_clock
 from p2p.transport.zmq import ZmqTransport
 
-LocalEvent = m.PublishRequested | m.WaitRequested | m.CaughtUpRequested | m.SchemaChanged | m.ExpelRequested
+LocalEvent = m.PublishRequested | m.WaitRequested | m.CaughtUpRequested | m.SchemaChanged | m.ExpelRequested | m.RateChanged
 Submit = Callable[[LocalEvent], Failed | None]
 
 
@@ -43,6 +45,7 @@ class Parts:
     endpoint: LocalEndpoint
     publishing: Publishing
     operations: Operations
+    rates: NodeRates
     effects: Effects
 
 
@@ -68,13 +71,14 @@ def make_parts(config: NodeConfig, store: Store, boot: int, boot_ms: int, metric
         keys = NodeKeys(node.id, security.key_file, security.allow, where.node_at)
     transport = ZmqTransport(node.peers, advertise=node.advertise, keys=keys)
 
-    def submit_operation(event: m.CaughtUpRequested | m.SchemaChanged) -> None:
+    def submit_operation(event: m.CaughtUpRequested | m.SchemaChanged | m.RateChanged) -> None:
         failed = submit(event)
         if failed is not None:
             raise EkkoError(failed.reason)
 
     publishing = Publishing(node, store, submit, lambda: machine.protocol_min(read_clock()))
     operations = Operations(node.id, store, submit_operation, machine.protocol_min_known)
+    rates = NodeRates(node.region, config.rates(), store, submit_operation, machine.protocol_min_known)
     endpoint = LocalEndpoint(node.local, publishing)
     effects = Effects(store, metrics, endpoint, publishing, operations)
     runtime = Runtime(
@@ -85,7 +89,7 @@ def make_parts(config: NodeConfig, store: Store, boot: int, boot_ms: int, metric
         compression=Mode(node.compression),
         crosses=where.crosses,
     )
-    return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, effects)
+    return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, rates, effects)
 
 
 def _make_machine(config: NodeConfig, store: Store, boot: int, boot_ms: int) -> Machine:
@@ -99,6 +103,7 @@ def _make_machine(config: NodeConfig, store: Store, boot: int, boot_ms: int) -> 
         tuple(node.seeds),
         machine_hash(),
         expel_after_ms=int(node.expel_after_s * 1000),
+        rates=tuple(store.facts.of(Rates).of_region(node.region, config.rates()).items()),
     )
     try:
         return Machine(options, store, FileLedger(node.run_dir), random.Random(secrets.randbits(64)))

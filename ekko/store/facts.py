@@ -34,6 +34,7 @@ class Facts:
         self._by_kind = {kind: type(one) for one in self._sets.values() for kind in one.KINDS}
         self._path: Path | None = None  # None: they live as long as this process
         self.on_change: Callable[[], None] = lambda: None  # called when any of them has changed
+        self.listeners: list[Callable[[], None]] = []  # so are these
 
     def of(self, kind: type[F]) -> F:
         """What is known of one kind."""
@@ -78,6 +79,8 @@ class Facts:
         if any(not one.PASSING for one in changed.values()):
             self._save()
         self.on_change()
+        for listener in self.listeners:
+            listener()
         return True
 
     def forget(self, over: Over) -> None:
