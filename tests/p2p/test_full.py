@@ -15,6 +15,7 @@ from p2p.sync import PRESETS, PUSH, SyncOptions
 from sim_cluster.checkers import Watch, check_converged, check_knowledge, contents
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import at_rest, check_claims
+from tests.p2p.presets import quick_first
 from tests.small_memory import SmallMemory
 
 HELD = range(20)
@@ -84,7 +85,7 @@ def full_for_a_while(sync: SyncOptions, small: str = "us1") -> None:
     assert full_ms(cluster, "us2") is None
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", quick_first(PRESETS))
 def test_a_replica_that_is_full_lives_claims_nothing_and_recovers(preset: str) -> None:
     full_for_a_while(PRESETS[preset])
 
@@ -156,7 +157,7 @@ def test_without_reservation_the_scenario_fails() -> None:
         test_a_publisher_of_a_full_node_is_refused_whole_and_goes_on_later()
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", quick_first(PRESETS))
 def test_claiming_what_found_no_room_is_noticed(preset: str) -> None:
     apply = ModelStore.apply
 

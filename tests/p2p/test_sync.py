@@ -13,6 +13,7 @@ from sim_cluster.checkers import check_converged
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p import retirement_chaos
 from tests.p2p.chaos import CALM, at_rest, chaos, form
+from tests.p2p.presets import quick_first
 from tests.p2p.retirement_chaos import an_expelled_writer_returns, an_id_is_used_again
 
 PULLING = [name for name, sync in PRESETS.items() if not sync.push]
@@ -26,7 +27,7 @@ def start(preset: str, seed: int = 1) -> VirtualCluster:
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("preset", PULLING)
+@pytest.mark.parametrize("preset", quick_first(PULLING))
 def test_faults_end_in_equal_stores(preset: str, seed: int) -> None:
     """T7, as in `test_machine` for the product: no batch is ever sent here."""
     sent: list[object] = []
@@ -35,7 +36,7 @@ def test_faults_end_in_equal_stores(preset: str, seed: int) -> None:
     assert not sent
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", quick_first(PRESETS))
 def test_each_preset_spreads_steps_and_deletes(preset: str) -> None:
     cluster = start(preset)
     for step in range(10):
@@ -46,7 +47,7 @@ def test_each_preset_spreads_steps_and_deletes(preset: str) -> None:
     at_rest(cluster)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", quick_first(PRESETS))
 def test_a_wait_ends_and_freshness_moves_with_every_preset(preset: str) -> None:
     cluster = start(preset)
     stamp = cluster.publish("t1", "item", range(30), 1.0)
@@ -54,7 +55,7 @@ def test_a_wait_ends_and_freshness_moves_with_every_preset(preset: str) -> None:
     assert cluster.run_until(lambda: all(int(replica.frontier[0]) >= stamp for replica in replicas), 5_000)
 
 
-@pytest.mark.parametrize("preset", PULLING)
+@pytest.mark.parametrize("preset", quick_first(PULLING))
 def test_a_newcomer_catches_up_though_nobody_is_up_to_date_with_both_writers(preset: str) -> None:
     cluster = start(preset)
     cluster.add("t2", "ap", "train", ["t1"])
@@ -68,7 +69,7 @@ def test_a_newcomer_catches_up_though_nobody_is_up_to_date_with_both_writers(pre
 
 
 @pytest.mark.parametrize("scenario", [an_expelled_writer_returns, an_id_is_used_again], ids=lambda function: function.__name__)
-@pytest.mark.parametrize("preset", ["cache", "shard_versions", "leaders"])
+@pytest.mark.parametrize("preset", quick_first(["cache", "shard_versions", "leaders"]))
 def test_writers_are_retired_without_push(
     preset: str, scenario: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

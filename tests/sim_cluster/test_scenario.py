@@ -21,6 +21,7 @@ from sim_cluster.network import NetworkOptions
 from sim_cluster.real import check_feasible, run_real
 from sim_cluster.scenario import HOLD, KINDS, LATER_KINDS, NETWORK, FaultEvent, Faults, draw_faults, load_scenario
 from sim_cluster.swarm import minimise, run_virtual
+from tests.p2p.presets import quick_first
 
 ROOT = Path(__file__).parent.parent.parent
 SWARM = ROOT / "scenarios/swarm.toml"
@@ -49,7 +50,7 @@ def test_a_swarm_seed_of_rows_that_come_and_go(seed: int) -> None:
     assert run_virtual(scenario, seed).problem == ""
 
 
-@pytest.mark.parametrize("sync", [name for name in PRESETS if name != "push"])
+@pytest.mark.parametrize("sync", quick_first(name for name in PRESETS if name != "push"))
 def test_a_swarm_seed_under_every_preset(sync: str) -> None:
     scenario = replace(load_scenario(SWARM), duration_ms=5_000, sync=sync)
     assert run_virtual(scenario, 5).problem == ""
@@ -174,6 +175,7 @@ def test_a_swarm_draws_only_the_kinds_it_is_given() -> None:
     assert min(len(faults.events) for faults in drawn) > 40, "five minutes with hardly a fault"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [91, 172, 1137, 2069, 2177])
 def test_a_seed_that_complained(seed: int) -> None:
     """91, 2177: a pull in a steady state, since a dead writer's last beat had reached one node only (`test_machine`). 1137: the
