@@ -150,7 +150,9 @@ Answer = Opened | Stored | Waited | Pong | Failed
 
 # The node does not know the model or a table (it lost its memory): the client opens it again and repeats the request.
 REOPEN: Final = "reopen"
-FAILURES: Final[dict[str, type[EkkoError]]] = {"model": ModelError, "publish": PublishError}
+# The model's writers are stopped for now: nothing was published.
+FENCED: Final = "fenced"
+FAILURES: Final[dict[str, type[EkkoError]]] = {"model": ModelError, "publish": PublishError, FENCED: ModelError}
 
 
 class MalformedError(EkkoError):

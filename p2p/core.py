@@ -8,13 +8,14 @@ import xxhash
 
 from p2p import budget, wire
 from p2p import messages as m
+from p2p.fence_messages import LIFTED
 from p2p.groups import LINGER_MS, Group
 from p2p.knowledge import Knowledge
 from p2p.ledger import NodeRecord, Peer
 from p2p.links import Link
 from p2p.membership import SILENCE_MS_MAX, Membership
 from p2p.placement import holdings_of
-from p2p.replica import Host, Replica, SchemaEntry
+from p2p.replica import Host, Replica, SchemaEntry, WriterIdentity
 from p2p.stamps import StampClock, writer_of
 from p2p.sync import PUSH, SyncOptions
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, agree
@@ -88,6 +89,8 @@ class Counters:
     peers_refused: int = 0
     versions_refused: int = 0  # peers, and records of members, of a version that we do not speak
     retired_refused: int = 0  # batches dropped, since their writer is retired
+    fenced_refused: int = 0  # batches dropped, since their writer is not one that restores a fenced family
+    steps_refused_fenced: int = 0  # of publishers here, since their family is fenced
     schemas_refused: int = 0  # of peers, since there is no room for what they name
     steps_refused_full: int = 0  # of publishers here, since our memory has no room (`p2p.full`)
     batches_refused_full: int = 0  # of peers
@@ -174,6 +177,8 @@ class Core:
     schema_digest: int = 0  # over the whole schema
     budgets: budget.Budgets = field(init=False)
     let_go: Callable[[Keyspace], None] = lambda _: None  # what the parts keep of a keyspace that ended (`p2p.dropping`)
+    drop_held: Callable[[Keyspace], None] = lambda _: None  # steps of ours that wait to be sent together (`p2p.push`)
+    fences: dict[int, m.Fence] = field(default_factory=dict)  # by family: the one that counts, lifted or not (`p2p.fence`)
     conflicts: dict[str, None] = field(default_factory=dict)  # between writers, that were told
     incomplete: dict[tuple[int, int], None] = field(default_factory=dict)  # (boot, keyspace) of whose rows it dropped some
 
@@ -281,6 +286,24 @@ class Core:
             self.conflicts[reason] = None
             self.note("writers_full", alarm=True, keyspace=keyspace.replica.keyspace, writer=writer)
 
+    def fence(self, family: int) -> m.Fence | None:
+        """The fence that stands before a family's writers."""
+        fence = self.fences.get(family)
+        return fence if fence is not None and fence.stage != LIFTED else None
+
+    def fenced(self, family: int) -> bool:
+        """Whether the writers of a family are stopped, so that nothing of it but what is restored is new."""
+        return self.fence(family) is not None
+
+    def stop_writing(self, family: int) -> None:
+        """From this moment on nothing leaves under the id that we have in a family. What is stored stays, and is pulled."""
+        keyspaces = self.families.get(family, [])
+        for keyspace in keyspaces:
+            self.drop_held(keyspace)
+        if keyspaces and (identity := keyspaces[0].replica.writer) is not None:
+            keyspaces[0].replica.set_writer(None)
+            self.note("writer_stopped", keyspace=family, writer=identity.writer)
+
     def own_record(self) -> m.MemberRecord:
         """What we say of ourselves."""
         writers = []
@@ -354,14 +377,22 @@ class Core:
                 held = self.keyspaces[keyspace] = Keyspace(replica, knowledge, synced=self.first or born)
                 self.families.setdefault(replica.place.family, []).append(held)
                 self.clock.observe(max(replica.stamp_max, int(replica.frontier.max())))
-                if replica.writer is not None:
-                    knowledge.note_writer(replica.writer.writer)
+                if (own := replica.writer) is not None:
+                    if self._is_stopped(replica.place.family, own):  # a kill came before it was given up
+                        replica.set_writer(None)
+                    else:
+                        knowledge.note_writer(own.writer)
                 if self.record.drop_floors(keyspace, knowledge.shards):
                     self.retired_digest = self.record.retired_digest()
                 for retired in self.record.retired.values():
                     bound = self.writers.nonce_of(retired.family, retired.writer)
                     if retired.keyspace == keyspace and retired.stage == m.DONE and bound in (0, retired.nonce):
                         knowledge.retire(retired.writer, retired.floor)
+
+    def _is_stopped(self, family: int, own: WriterIdentity) -> bool:
+        fence = self.fence(family)
+        stopped = fence is not None and not fence.lets_pass(own.writer, own.nonce)
+        return stopped or self.writers.is_retired(family, own.writer, own.nonce)
 
     def _drop_keyspace(self, number: int) -> None:
         """It was dropped; its number is never used again, so what comes late finds nothing."""

@@ -24,6 +24,14 @@ class NotYetError(LocalProtocolError):
     """What was asked for needs an answer of another node first; asked again in a moment, it may be done."""
 
 
+class FencedError(LocalProtocolError):
+    """The family is fenced (`p2p.fence`): its writers are stopped for now. `epoch`: of the fence."""
+
+    def __init__(self, reason: str, epoch: int) -> None:
+        super().__init__(reason)
+        self.epoch = epoch
+
+
 class RemoteProtocolError(ProtocolError):
     """A peer misbehaved: its message is dropped and the state is unchanged."""
 

@@ -4,6 +4,7 @@ Granted writer ids and blocks of them, so that none is granted twice; the cluste
 whom it knew, so that a first node that comes back alone calls the others instead of believing that there are none.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -12,11 +13,16 @@ import numpy as np
 import xxhash
 
 from p2p.errors import LocalProtocolError
+from p2p.fence_messages import LIFTED, Fence, Restorer, merged
 from p2p.membership import MEMBERS_MAX
 from p2p.messages import Expulsion, NodeId, Retired, WriterRecord
 
 # Lives that used our memory one after another. Others know of the last that they saw: it is far fewer lives ago.
 LIVES_MAX = 1_024
+
+# Fences that are kept of a family, the last ones, and of all of them together; the last one of a family counts.
+FENCES_OF_FAMILY_MAX = 8
+FENCES_MAX = 1_024
 
 # Ids in a block, where a record does not say: it was written by a build of then.
 FORMER_BLOCK_IDS = 16
@@ -76,6 +82,7 @@ class NodeRecord:
     retired: dict[tuple[int, int, int], Retired] = field(default_factory=dict)  # by (keyspace, writer, nonce)
     absent: dict[NodeId, Absent] = field(default_factory=dict)
     own: dict[tuple[int, int], int] = field(default_factory=dict)  # (keyspace, writer) -> nonce, of ours, former ones included
+    fences: dict[tuple[int, int], Fence] = field(default_factory=dict)  # by (family, epoch)
     _stale: bool = False  # `peers` or `absent` changed since it was written down
 
     @classmethod
@@ -107,6 +114,7 @@ class NodeRecord:
                 {(one[0], one[2], one[3]): _retired_of(one) for one in state.get("retired", [])},
                 {str(one[0]): _absent_of(one) for one in state.get("absent", [])},
                 {(int(keyspace), int(writer)): int(nonce) for keyspace, writer, nonce in state.get("own", [])},
+                {(int(one[0]), int(one[1])): _fence_of(one) for one in state.get("fences", [])},
             )
         except Exception as error:
             raise LocalProtocolError(
@@ -136,6 +144,7 @@ class NodeRecord:
                 for one in self.retired.values()
             ],
             "own": own,
+            "fences": [_fence_list(one) for one in self.fences.values()],
             "absent": [
                 [one.node, one.boot, one.boot_ms, one.left, [_writer_list(w) for w in one.writers]]
                 for one in self.absent.values()
@@ -183,13 +192,50 @@ class NodeRecord:
         return any(boot in self.expelled for boot in self.lives)
 
     def retired_digest(self) -> int:
-        """64 bits over all expulsions and retirements; 0 when there are none."""
+        """64 bits over all expulsions, retirements and fences; 0 when there are none."""
         total = 0
         for boot in self.expelled:
             total ^= xxhash.xxh3_64_intdigest(f"expelled {boot}".encode())
         for retired in self.retired.values():
             total ^= xxhash.xxh3_64_intdigest(f"{retired.key} {retired.stage} ".encode() + retired.floor.tobytes())
+        for fence in self.fences.values():
+            total ^= xxhash.xxh3_64_intdigest(f"fence {_fence_list(fence)}".encode())
         return total
+
+    def fence(self, family: int) -> Fence | None:
+        """The fence of a family that counts: of the largest epoch."""
+        return max((one for one in self.fences.values() if one.family == family), key=lambda one: one.epoch, default=None)
+
+    def merge_fences(self, told: Iterable[Fence]) -> list[tuple[Fence | None, Fence]]:
+        """Learn of fences; returns those that are news and kept, each with what was known of it before."""
+        before: dict[tuple[int, int], Fence | None] = {}
+        for one in told:
+            known = self.fences.get(one.key)
+            more = one if known is None else merged(known, one)
+            if more != known:
+                before.setdefault(one.key, known)
+                self.fences[one.key] = more
+            if len(self.fences) > 2 * FENCES_MAX:
+                self._trim_fences()
+        self._trim_fences()
+        return [(known, self.fences[key]) for key, known in before.items() if key in self.fences]
+
+    def _trim_fences(self) -> None:
+        """Keep what everybody keeps of too many (see below): the last ones of a family, and of all first those that stand."""
+        if len(self.fences) <= FENCES_OF_FAMILY_MAX:
+            return
+        epochs: dict[int, list[int]] = {}
+        for family, epoch in self.fences:
+            epochs.setdefault(family, []).append(epoch)
+        for family, known in epochs.items():
+            for epoch in sorted(known)[:-FENCES_OF_FAMILY_MAX]:
+                del self.fences[family, epoch]
+        if len(self.fences) > FENCES_MAX:
+            order = sorted(
+                self.fences.values(),
+                key=lambda one: (one.stage == LIFTED, xxhash.xxh3_64_intdigest(f"kept {one.key}".encode())),
+            )
+            self.fences = {one.key: one for one in order[:FENCES_MAX]}
 
     # Everybody keeps the same of the same, in whatever order it came: the first so many in a fixed order of what is named.
 
@@ -236,6 +282,17 @@ class NodeRecord:
 def _retired_of(saved: list[Any]) -> Retired:
     keyspace, family, writer, nonce, stage, floor = saved
     return Retired(int(keyspace), int(family), int(writer), int(nonce), int(stage), np.frombuffer(floor, np.uint64).copy())
+
+
+def _fence_list(fence: Fence) -> list[Any]:
+    restorers = [[one.writer, one.nonce, one.since] for one in fence.restorers]
+    return [fence.family, fence.epoch, fence.stage, fence.stamp, fence.until, restorers, fence.note]
+
+
+def _fence_of(saved: list[Any]) -> Fence:
+    family, epoch, stage, stamp, until, restorers, note = saved
+    who = tuple(Restorer(*map(int, one)) for one in restorers)
+    return Fence(int(family), int(epoch), int(stage), int(stamp), int(until), who, str(note))
 
 
 def _writer_list(writer: WriterRecord) -> list[int]:

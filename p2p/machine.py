@@ -19,7 +19,8 @@ from p2p.allotment import Allotment
 from p2p.collection import Collection
 from p2p.core import Core, Counters, Keyspace, MachineOptions
 from p2p.dropping import Dropping
-from p2p.errors import AheadError, FullError, LocalProtocolError, NotYetError, RemoteProtocolError
+from p2p.errors import AheadError, FencedError, FullError, LocalProtocolError, NotYetError, RemoteProtocolError
+from p2p.fence import Fencing
 from p2p.fetching import Fetching
 from p2p.gossip import Gossip
 from p2p.introductions import Introductions
@@ -75,6 +76,7 @@ class Machine:
         self._schedule = Schedule(self._core, self._pull)
         self._reach = Reach(self._core)
         self._retirement = Retirement(self._core, self._pull)
+        self._fencing = Fencing(self._core, self._allotment, self._retirement)
         self._collection = Collection(self._core)
         self._fetching = Fetching(self._core)
         self._sharing = Sharing(self._core)
@@ -151,6 +153,10 @@ class Machine:
         """The longest silence of a live peer, as a fraction of that at which it is suspected; 0 without one."""
         return self._core.membership.suspicion.silence_max(now.monotonic_ms)
 
+    def fence_of(self, family: int) -> m.Fence | None:
+        """The last fence of a family, lifted or not."""
+        return self._core.fences.get(family)
+
     @property
     def links_open(self) -> int:
         """With how many peers we have exchanged anything."""
@@ -211,6 +217,10 @@ class Machine:
                 self._answer(event.request, lambda: self._reach.wait_caught_up(event, now))
             case m.ExpelRequested():
                 self._answer(event.request, lambda: self._retirement.expel(event, now))
+            case m.FenceRequested():
+                self._answer(event.request, lambda: self._fencing.request(event, now))
+            case m.LiftRequested():
+                self._answer(event.request, lambda: self._fencing.lift(event, now))
             case m.SendFailed(address, envelope):
                 self._on_send_failed(address, envelope)
             case m.SchemaChanged(entries):
@@ -238,7 +248,8 @@ class Machine:
                     return
                 self._core.emit(m.Refused(event.request, str(error)))
             except LocalProtocolError as error:
-                self._core.emit(m.Refused(event.request, str(error)))
+                fenced = error.epoch if isinstance(error, FencedError) else 0
+                self._core.emit(m.Refused(event.request, str(error), fenced))
             self._steps.popleft()
 
     def _answer(self, request: int, serve: Callable[[], None]) -> None:
@@ -262,6 +273,7 @@ class Machine:
 
     def _on_publish(self, event: m.PublishRequested, now: m.Now) -> None:
         self._gossip.check_clock(now)
+        self._fencing.check_step(event, now)
         self._push.publish(event, now)
         for keyspace in self._core.families[event.keyspace]:
             self._progress(keyspace, now)
@@ -342,6 +354,8 @@ class Machine:
                 self._retirement.on_retirements(message, link, now)
             case m.RetireReport():
                 self._retirement.on_report(link, message, now)
+            case m.FenceReport():
+                self._fencing.on_report(link, message, now)
             case m.Heartbeat():
                 self._gossip.on_heartbeat(link, message, now)
             case m.SchemaUpdate(entries):
@@ -487,6 +501,7 @@ class Machine:
         self._applied(link, payload)
         if reply.last:
             self._progress_of(reply.keyspace, now)
+            self._retirement.on_pulled(reply.keyspace, now)
         if isinstance(reply, m.ShardsReply):
             self._schedule.on_round(now)
         elif reply.keyspace in self._core.keyspaces:
@@ -547,6 +562,7 @@ class Machine:
                 self._push.open_links(now)
                 self._allotment.on_beat(now)
                 self._retirement.on_timer(now)
+                self._fencing.on_timer(now)
                 self._collection.on_beat(now)
                 incomplete.note_backing(core, self._pull.kept_by, now)
                 self._fetching.on_beat(now)

@@ -10,6 +10,13 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from p2p.fence_messages import Fence as Fence
+from p2p.fence_messages import Fenced as Fenced
+from p2p.fence_messages import FenceReport as FenceReport
+from p2p.fence_messages import FenceRequested as FenceRequested
+from p2p.fence_messages import FenceWaits as FenceWaits
+from p2p.fence_messages import Lifted as Lifted
+from p2p.fence_messages import LiftRequested as LiftRequested
 from p2p.replica import NO_STEPS, U64, KnownSteps, RowColumns, SchemaEntry, TableKeys
 from p2p.transport import Buffer
 from p2p.values import dataclass
@@ -515,10 +522,11 @@ class Retired:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Retirements:
-    """Who was expelled, and which writers are retired: some of it, or all."""
+    """Who was expelled, which writers are retired, and which families are fenced: some of it, or all."""
 
     expulsions: tuple[Expulsion, ...]
     retired: tuple[Retired, ...]
+    fences: tuple[Fence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -630,6 +638,7 @@ Message = (
     | Incomplete
     | KeysWanted
     | KeysFound
+    | FenceReport
 )
 
 
@@ -686,6 +695,7 @@ class PublishRequested:
     columns: tuple[RowColumns, ...]
     published_ns: int = 0
     quiet: bool = False  # stored and claimed, and sent to nobody: who lacks it pulls it, as if it had been lost
+    through_fence: int = 0  # the epoch of the fence behind which it is written, by who restores the family; 0: an ordinary step
 
 
 class Scope(IntEnum):
@@ -762,6 +772,8 @@ Event = (
     | WaitRequested
     | CaughtUpRequested
     | ExpelRequested
+    | FenceRequested
+    | LiftRequested
     | SchemaChanged
     | RateChanged
     | SentSmaller
@@ -821,6 +833,7 @@ class Refused:
 
     request: int
     reason: str
+    fenced: int = 0  # the epoch of the fence that refused a step; 0: it was something else
 
 
 @dataclass(frozen=True, slots=True)
@@ -880,7 +893,7 @@ class StartOver:
     rows_lost: int  # that it wrote itself, and nobody else is known to have
 
 
-Reply = Published | Refused | WaitEnded | Expelled
+Reply = Published | Refused | WaitEnded | Expelled | Fenced | FenceWaits | Lifted
 Effect = (
     Send
     | Dial
@@ -891,6 +904,9 @@ Effect = (
     | Refused
     | WaitEnded
     | Expelled
+    | Fenced
+    | FenceWaits
+    | Lifted
     | BatchApplied
     | Note
     | Fatal

@@ -20,7 +20,7 @@ from p2p.budget import CLAIM_BYTES
 from p2p.core import Core, Keyspace
 from p2p.cutting import split_step
 from p2p.errors import FullError, LocalProtocolError, RemoteProtocolError, UnknownTableError
-from p2p.groups import Step, join
+from p2p.groups import Group, Step, join
 from p2p.links import Link
 from p2p.placement import divide
 from p2p.replica import RowColumns, WriterIdentity
@@ -44,6 +44,7 @@ class Push:
         self.adoption = Adoption(core)
         self._seen: dict[tuple[int, ...], None] = {}
         self._lingering: dict[int, Keyspace] = {}  # those with steps that wait for others
+        core.drop_held = self._drop_held
 
     @property
     def seen(self) -> int:
@@ -61,7 +62,8 @@ class Push:
         family = core.families.get(request.keyspace)
         if family is None:
             raise LocalProtocolError(f"keyspace {request.keyspace} does not exist on this node")
-        self._allotment.check_may_write(now)
+        if not request.through_fence:  # who restores a model may be whoever knows how it was
+            self._allotment.check_may_write(now)
         columns = tuple(section for section in request.columns if len(section.keys))
         parts = _parts_of(family, columns)
         try:
@@ -181,6 +183,11 @@ class Push:
         for keyspace in list(self._lingering.values()):
             self._send_group(keyspace, now)
 
+    def _drop_held(self, keyspace: Keyspace) -> None:
+        """Nothing of our writer leaves any more; what was held is stored, and whoever lacks it pulls it."""
+        self._lingering.pop(keyspace.replica.keyspace, None)
+        keyspace.group = Group()
+
     def forget_keyspace(self, keyspace: int) -> None:
         """It was dropped, and with it the steps that waited for others."""
         self._lingering.pop(keyspace, None)
@@ -264,6 +271,10 @@ class Push:
         family = keyspace.replica.place.family
         if core.writers.is_retired(family, batch.writer, batch.nonce):
             core.counters.retired_refused += 1
+            return False
+        fence = core.fence(family)
+        if fence is not None and not fence.lets_pass(batch.writer, batch.nonce):
+            core.counters.fenced_refused += 1
             return False
         if not keyspace.knowledge.has_room_for((batch.writer,)):
             core.note_no_room(keyspace, batch.writer)

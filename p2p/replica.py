@@ -177,8 +177,10 @@ class Replica(Protocol):
     def stamp_max(self) -> int:
         """The largest stamp of any row or vector entry held here; 0 when empty. The clock starts above it."""
 
-    def set_writer(self, identity: WriterIdentity) -> None:
-        """Bind this node's writer id in the whole family, durably, before its first stamp is minted."""
+    def set_writer(self, identity: WriterIdentity | None) -> None:
+        """Bind this node's writer id in the whole family, durably, before its first stamp is minted; None: it writes no more
+        under the one that it has.
+        """
 
     def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:
         """Record a local step as pending (its stamp and touched shards) before any of its rows is applied (R4)."""

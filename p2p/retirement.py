@@ -15,6 +15,10 @@ life, or an earlier one whose memory it still uses, was expelled drops what it h
              it holds now is all that there is: F. Members pull up to F and say so
     DONE     all have reached F. The entry leaves vectors, digests and pulls, and the id may be bound to another nonce
 
+The same happens to all writers of a family at once when it is fenced for a rollback (`p2p.fence`): there the nodes live on,
+stop writing in the moment in which they hear of it, and go on under fresh ids afterwards. So does whoever finds that the writer
+that it uses is retired: nothing of it would be taken any more.
+
 Two nodes pull from each other only while they agree on all this (a digest in the request), so that what was refused once cannot
 come back by way of somebody who does not know yet. Who holds more than F of a writer, because it was away, starts over: the
 rule's "reset that shard", for all shards at once, since a node that was away for so long lacks more than that.
@@ -23,7 +27,7 @@ A coordinator that dies is replaced by the next one by name, which asks again: r
 Of two floors the one of the later stage counts, then the larger.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -58,6 +62,7 @@ FOLLOWED_NOTES_MAX = 64
 REPORT_MS = 2 * HEARTBEAT_MS
 
 Key = tuple[int, int, int]  # keyspace, writer, nonce
+News = tuple[m.Fence | None, m.Fence]  # a fence as it was known before, if it was, and as it is now
 
 
 class Retirement:
@@ -68,20 +73,30 @@ class Retirement:
         self._pull = pull
         self._absence = Absence(core)
         self._reports: dict[Key, dict[int, tuple[U64, int]]] = {}  # of this stage, by life: what it holds, when we heard
+        self._open = self._find_open()
         self._report_ms = 0
         self._told_ms = -HEARTBEAT_MS
         self._farewell_ms = -HEARTBEAT_MS
         self._apart: dict[int, None] = {}  # lives that we expelled and that expelled us, of which a person was told
+        # What `p2p.fence` has to do with it: which writers new fences stop, what follows from them, and that we know the same
+        # as somebody else.
+        self.stopped_by: Callable[[Sequence[News]], Sequence[m.Retired]] = lambda _: ()
+        self.follow_fences: Callable[[Sequence[News], m.Now], None] = lambda *_: None
+        self.on_agreed: Callable[[m.Now], bool] = lambda _: True
 
     # --- deciding
 
     def expel(self, request: m.ExpelRequested, now: m.Now) -> None:
-        """The operator says that a node will not come back as it was.
+        """The operator says that a node will not come back as it was. Raises as `let_go`."""
+        self._core.emit(m.Expelled(request.request, request.node, self.let_go(request.node, now, "by the operator")))
+
+    def let_go(self, node: m.NodeId, now: m.Now, why: str) -> int:
+        """Expel the life of a node that we saw last; returns how many writers are retired with it.
 
         Raises:
             LocalProtocolError: it is us, it is alive, nobody knows it, or nodes of version 1 would not understand.
         """
-        core, node = self._core, request.node
+        core = self._core
         member, absent = core.membership.members.get(node), core.record.absent.get(node)
         if node == core.options.node:
             raise LocalProtocolError(f"node {node!r} cannot expel itself: ask another node")
@@ -103,18 +118,35 @@ class Retirement:
                 f"{len(core.record.expelled)} lives were expelled in this cluster already, with {len(core.record.retired)} "
                 "entries of their writers, and no more can be kept"
             )
-        writers = self._expel(absent, now, "by the operator")
-        core.emit(m.Expelled(request.request, node, writers))
+        return self._expel(absent, now, why)
 
     def _has_room(self, absent: Absent) -> bool:
         """Whether its expulsion can be kept without another's being dropped."""
         core = self._core
-        entries = 0
-        for writer in absent.writers:
-            held = core.families.get(writer.keyspace)
-            partitions = PARTITIONS_MAX if held is None else held[0].replica.place.partitions
-            entries += 1 if partitions == 1 else 1 + partitions
+        entries = sum(self._entries_of(writer.keyspace) for writer in absent.writers)
         return len(core.record.expelled) < EXPELLED_MAX and len(core.record.retired) + entries <= RETIRED_MAX
+
+    def _entries_of(self, family: int) -> int:
+        """How many entries a writer of a family takes."""
+        held = self._core.families.get(family)
+        partitions = PARTITIONS_MAX if held is None else held[0].replica.place.partitions
+        return 1 if partitions == 1 else 1 + partitions
+
+    def check_room(self, family: int, writers: int) -> None:
+        """Refuse to retire so many writers of a family that is held here, where they could not be kept.
+
+        Raises:
+            LocalProtocolError: naming the bound.
+        """
+        core = self._core
+        entries = len(core.record.retired) + writers * self._entries_of(family)
+        shards = sum(keyspace.knowledge.shards for keyspace in core.families[family])
+        floors = floor_bytes(core) + 8 * writers * shards
+        if entries > RETIRED_MAX or floors > FLOOR_BYTES_MAX:
+            raise LocalProtocolError(
+                f"{writers} writers of this model would be retired: their record would have {entries} entries and "
+                f"{floors >> 20} MiB, and can have {RETIRED_MAX} and {FLOOR_BYTES_MAX >> 20}: load it as a new generation"
+            )
 
     def _expel(self, absent: Absent, now: m.Now, why: str) -> int:
         """Returns how many writers are retired with it."""
@@ -143,6 +175,9 @@ class Retirement:
         """
         for retired in told.retired:
             check_not_ahead(int(retired.floor.max(initial=np.uint64(0))), now.unix_ms)
+        for fence in told.fences:
+            since = max((restorer.since for restorer in fence.restorers), default=0)
+            check_not_ahead(max(fence.stamp, fence.until, since), now.unix_ms)
         self.learn(told, source, now)
 
     def on_farewell(self, told: m.Retirements, sender_boot: int, now: m.Now) -> None:
@@ -180,14 +215,17 @@ class Retirement:
             absent = record.absent.get(expulsion.node)
             if absent is not None and absent.boot == expulsion.boot:
                 del record.absent[expulsion.node]
+        fences = record.merge_fences(told.fences)
+        core.fences.update((fence.family, fence) for _, fence in fences if record.fence(fence.family) is fence)
+        named = (*told.retired, *self.stopped_by(fences))
         own = (
             m.Retired(keyspace.replica.keyspace, retired.family, retired.writer, retired.nonce, FROZEN)
-            for retired in told.retired
+            for retired in named
             for keyspace in core.families.get(retired.family, ())
         )
         merged: dict[Key, m.Retired] = {}
         refused, room = 0, _Room(core)
-        for retired in chain(told.retired, own):
+        for retired in chain(named, own):
             if not room.admits(retired):
                 refused += 1
             elif self._merge(retired):
@@ -202,16 +240,17 @@ class Retirement:
             core.note(
                 "retirements_full", alarm=True, bound=RETIRED_MAX, floor_bytes=FLOOR_BYTES_MAX, refused=refused, dropped=dropped
             )
-        if not new and not changed:
+        if not new and not changed and not fences:
             return
         record.save()
         core.retired_digest = record.retired_digest()
+        self._open = self._find_open()
         self._pull.abandon_all("what was retired has changed")
-        self._tell(new, changed, source, now)
+        self._tell(m.Retirements(tuple(new), tuple(changed), tuple(fence for _, fence in fences)), source, now)
         for expulsion in new:
             self._drop(expulsion)
         if record.is_expelled():
-            self._start_over(now, "this node was expelled")
+            self.start_over(now, "this node was expelled")
             return
         for retired in changed:
             if len(changed) <= FOLLOWED_NOTES_MAX and retired.keyspace in core.keyspaces:
@@ -219,6 +258,8 @@ class Retirement:
             self._follow(retired, now)
         if len(changed) > FOLLOWED_NOTES_MAX:
             core.note("writers_retired", entries=len(changed))
+        self._look(changed, now)
+        self.follow_fences(fences, now)
 
     def _trim(self) -> int:
         """Keep what everybody keeps of too much; how many entries were dropped."""
@@ -273,12 +314,11 @@ class Retirement:
         keyspace.knowledge.give_up(retired.writer)
         own = keyspace.replica.writer
         if own is not None and own.nonce == retired.nonce:
-            self._start_over(now, "this node's writer was retired")
-            return
+            core.stop_writing(retired.family)
         if retired.stage == FROZEN:
             return
-        if _above(self._held(keyspace, retired.writer), retired.floor):
-            self._start_over(now, f"this node holds more of writer {retired.writer} than was left of it when it was retired")
+        if _above(self.held(keyspace, retired.writer), retired.floor):
+            self.start_over(now, f"this node holds more of writer {retired.writer} than was left of it when it was retired")
         elif retired.stage == DONE:
             if retired.keyspace == retired.family:  # of a family in partitions we may not know who is done with the others
                 core.writers.release(retired.family, retired.writer, retired.nonce)
@@ -287,9 +327,9 @@ class Retirement:
     def start(self, now: m.Now) -> None:
         """The node is up; it may have learned in its former life that it does not belong here any more."""
         if self._core.record.is_expelled():
-            self._start_over(now, "this node was expelled")
+            self.start_over(now, "this node was expelled")
 
-    def _start_over(self, now: m.Now, why: str) -> None:
+    def start_over(self, now: m.Now, why: str) -> None:
         """Drop everything and join anew; what nobody else has got is lost, and counted."""
         record = self._core.record
         rows = sum(self._tail(keyspace) for keyspace in self._core.keyspaces.values())
@@ -301,6 +341,7 @@ class Retirement:
                 self._core.note("expulsions_forgotten", nodes=forgotten)
             record.expelled = {boot: one for boot, one in record.expelled.items() if boot in record.lives}
             record.retired.clear()
+            record.fences.clear()
             record.save()
         self._core.emit(
             m.StartOver(
@@ -322,10 +363,10 @@ class Retirement:
     # --- telling
 
     def compare(self, link: Link, digest: int, now: m.Now) -> bool:
-        """Whether a peer knows the same; if not, it is told, and tells in turn."""
+        """Whether a peer knows the same, and we may go on with what we hold; if it does not, it is told, and tells in turn."""
         own = self._core.retired_digest
         if digest == own:
-            return True
+            return self.on_agreed(now)
         if own and now.monotonic_ms - self._told_ms >= HEARTBEAT_MS:
             self._told_ms = now.monotonic_ms
             self.tell_all(link.address, link.envelope())
@@ -340,11 +381,12 @@ class Retirement:
     def tell_all(self, address: str, envelope: m.Envelope) -> None:
         """Send everything to one node, which may be a stranger."""
         record = self._core.record
-        for part in _parts(record.expelled.values(), record.retired.values()):
+        told = m.Retirements(tuple(record.expelled.values()), tuple(record.retired.values()), tuple(record.fences.values()))
+        for part in _parts(told):
             self._core.emit(m.Send(address, replace(envelope, version=2), part))
 
-    def _tell(self, expulsions: Iterable[m.Expulsion], retired: Iterable[m.Retired], source: Link | None, now: m.Now) -> None:
-        parts = list(_parts(expulsions, retired))
+    def _tell(self, told: m.Retirements, source: Link | None, now: m.Now) -> None:
+        parts = list(_parts(told))
         for link in self._core.neighbours(now):
             for part in parts if link is not source else ():
                 self._core.send(link, part)
@@ -361,15 +403,32 @@ class Retirement:
         if not open_ or now.monotonic_ms < self._report_ms:
             return
         self._report_ms = now.monotonic_ms + REPORT_MS
+        self._look(open_, now)
+
+    def _find_open(self) -> dict[int, None]:
+        """Keyspaces of which some writer's retirement is under way."""
+        return dict.fromkeys(one.keyspace for one in self._core.record.retired.values() if one.stage != DONE)
+
+    def _look(self, open_: Iterable[m.Retired], now: m.Now) -> None:
+        """Report on these to whoever coordinates them; of those that we coordinate, begin the next stage where all is ready."""
+        ours: dict[int, None] = {}
         for retired in open_:
             keyspace = self._core.keyspaces.get(retired.keyspace)
-            if keyspace is None or not keyspace.synced:
+            if keyspace is None or not keyspace.synced or retired.stage == DONE:
                 continue
             coordinator = self._coordinator(keyspace, now)
             if coordinator is None:
-                self._advance(keyspace, retired, now)
+                ours[retired.keyspace] = None
             elif (link := self._core.link(coordinator)) is not None:
                 self._report(keyspace, retired, link, now)
+        for number in ours:
+            self._advance(self._core.keyspaces[number], now)
+
+    def on_pulled(self, number: int, now: m.Now) -> None:
+        """A pull of this keyspace brought all that it was to bring."""
+        if number not in self._open:
+            return
+        self._look([retired for retired in self._core.record.retired.values() if retired.keyspace == number], now)
 
     def _retire_former(self, now: m.Now) -> None:
         """Writers of ours that were lost with our memory write no more, and nothing may wait for them (R4, R5)."""
@@ -395,11 +454,11 @@ class Retirement:
         core = self._core
         holders = core.membership.holders(now.monotonic_ms, keyspace.replica.place)
         first = min((holder.node for holder in holders), default=core.options.node)
-        return None if first >= core.options.node else first
+        return None if first == core.options.node else first
 
     def _report(self, keyspace: Keyspace, retired: m.Retired, link: Link, now: m.Now) -> None:
         """Say what we hold of a frozen writer, or that we have reached its floor."""
-        held = self._held(keyspace, retired.writer)
+        held = self.held(keyspace, retired.writer)
         if retired.stage == FLOORED:
             held = keyspace.knowledge.vector[:, retired.writer].copy()
             if _above(retired.floor, held):
@@ -423,36 +482,54 @@ class Retirement:
             # A repeated report is as old as what it says: what was pulled since is all that it speaks of.
             if before is None or not np.array_equal(before[0], report.column):
                 reports[link.boot] = (report.column, now.monotonic_ms)
-            self._advance(keyspace, retired, now)
+            self._advance(keyspace, now)
 
-    def _advance(self, keyspace: Keyspace, retired: m.Retired, now: m.Now) -> None:
-        """As coordinator: begin the next stage when everybody is ready for it."""
-        core = self._core
+    def _advance(self, keyspace: Keyspace, now: m.Now) -> None:
+        """As coordinator: begin the next stage of what everybody is ready for. Writers that were stopped by one fence go
+        together: each stage of each of them would have all others begin their pulls anew.
+        """
+        if self._coordinator(keyspace, now) is not None or not keyspace.synced or self.misses(now):
+            return
+        number, fenced = keyspace.replica.keyspace, self._core.fenced(keyspace.replica.place.family)
+        members = self._core.membership.expected_of(keyspace.replica.place)
+        open_ = [one for one in self._core.record.retired.values() if one.keyspace == number and one.stage != DONE]
+        begun: list[m.Retired] = []
+        for stage in (FROZEN, FLOORED):
+            at = [one for one in open_ if one.stage == stage]
+            ready = [one for one in at if self._is_ready(keyspace, one, members, now)]
+            begun += ready if not fenced or len(ready) == len(at) else []
+        if not begun:
+            return
+        stages: list[m.Retired] = []
+        for one in begun:
+            if one.stage == FLOORED:
+                stages.append(replace(one, stage=DONE))
+                continue
+            # All that is left of it is here: what we hold is the whole, by decree, since nobody can ever bring more.
+            floor = self.held(keyspace, one.writer)
+            keyspace.knowledge.settle(one.writer, floor)
+            keyspace.strays_possible = True
+            stages.append(replace(one, stage=FLOORED, floor=floor))
+        self.learn(m.Retirements((), tuple(stages)), None, now)
+
+    def _is_ready(self, keyspace: Keyspace, retired: m.Retired, members: Sequence[m.MemberRecord], now: m.Now) -> bool:
+        """Whether the next stage may begin: all have reported, and what they hold is here, or they hold what they should."""
         reports = self._reports.get(retired.key, {})
-        members = core.membership.expected_of(keyspace.replica.place)
-        if self._coordinator(keyspace, now) is not None or not keyspace.synced:
-            return
-        if any(record.boot not in reports for record in members) or self._misses_somebody(now):
-            return
+        if any(record.boot not in reports for record in members):
+            return False
         if retired.stage == FLOORED:
-            if all(not _above(retired.floor, reports[record.boot][0]) for record in members):
-                self.learn(m.Retirements((), (replace(retired, stage=DONE),)), None, now)
-            return
+            return all(not _above(retired.floor, reports[record.boot][0]) for record in members)
         own = keyspace.knowledge.vector[:, retired.writer]
         for record in members:
             held, heard_ms = reports[record.boot]
             if _above(held, own) and self._pull.asked_ms(record.boot, retired.keyspace) < heard_ms:
-                link = core.link(record.node)
+                link = self._core.link(record.node)
                 if link is not None:
                     self._pull.ask(keyspace, link, now, "what is left of a retired writer")
-                return
-        # All that is left of it is here: what we hold is the whole, by decree, since nobody can ever bring more.
-        floor = self._held(keyspace, retired.writer)
-        keyspace.knowledge.settle(retired.writer, floor)
-        keyspace.strays_possible = True
-        self.learn(m.Retirements((), (replace(retired, stage=FLOORED, floor=floor),)), None, now)
+                return False
+        return True
 
-    def _misses_somebody(self, now: m.Now) -> bool:
+    def misses(self, now: m.Now) -> bool:
         """Whether a member is away of which only our ledger tells, since we have started meanwhile: it may hold more than all
         others. Who left on purpose is not waited for.
         """
@@ -460,7 +537,7 @@ class Retirement:
         silent = {node for node, absent in core.record.absent.items() if not absent.left}
         return bool(core.expected(now)) or not silent <= core.membership.members.keys()
 
-    def _held(self, keyspace: Keyspace, writer: int) -> U64:
+    def held(self, keyspace: Keyspace, writer: int) -> U64:
         """uint64[shards]: the newest that we hold of a writer, by the vector or as a row above it."""
         held = keyspace.knowledge.vector[:, writer].copy()
         if not keyspace.strays_possible and not keyspace.stray_digest:
@@ -510,17 +587,17 @@ class _Room:
         return told.floor.nbytes - self._sizes.get(told.key, 0)
 
 
-def _parts(expulsions: Iterable[m.Expulsion], retired: Iterable[m.Retired]) -> Iterator[m.Retirements]:
-    """So much cut into messages, the expulsions first; at least one."""
-    lives, entries = list(expulsions), list[m.Retired]()
+def _parts(told: m.Retirements) -> Iterator[m.Retirements]:
+    """So much cut into messages, expulsions and fences first; at least one."""
+    lives, fences, entries = told.expulsions, told.fences, list[m.Retired]()
     room = TOLD_BYTES_MAX
-    for one in retired:
+    for one in told.retired:
         if room <= 0 or len(entries) >= TOLD_ENTRIES_MAX:
-            yield m.Retirements(tuple(lives), tuple(entries))
-            lives, entries, room = [], [], TOLD_BYTES_MAX
+            yield m.Retirements(lives, tuple(entries), fences)
+            lives, fences, entries, room = (), (), [], TOLD_BYTES_MAX
         entries.append(one)
         room -= 64 + one.floor.nbytes
-    yield m.Retirements(tuple(lives), tuple(entries))
+    yield m.Retirements(lives, tuple(entries), fences)
 
 
 def _above(one: U64, other: U64) -> bool:

@@ -30,12 +30,19 @@ from p2p import classes, loops
 from p2p import messages as m
 from p2p.budget import REGIONS_MAX
 from p2p.errors import LocalProtocolError, RemoteProtocolError
+from p2p.fence_wire import FENCES_TOLD_MAX, pack_fence, pack_report, unpack_fence, unpack_report
 from p2p.placement import HOLDS_SINCE
 from p2p.replica import NO_STEPS, PARTITIONS_MAX, U64, KnownSteps, RowColumns, SchemaEntry, TableKeys
 from p2p.stamps import WRITERS_MAX, writer_of
 from p2p.transport import FRAMES_MAX, Buffer
 from p2p.trees import TREE_ARITY, TREES_MAX
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, describe
+from p2p.wire_values import STRING_BYTES_MAX
+from p2p.wire_values import flag as _flag
+from p2p.wire_values import items as _items
+from p2p.wire_values import text as _text
+from p2p.wire_values import uint as _uint
+from p2p.wire_values import wide as _wide
 from p2p.writers import BLOCKS
 
 ENVELOPE: Final = struct.Struct("<2sBBQQIB3xQQ4x")  # magic, version, type, boots, session, hops, sequence, checksum
@@ -48,7 +55,6 @@ MESSAGE_BYTES_MAX: Final = 16 << 20
 # the header, the claims and one row of the largest width come on top.
 BATCH_BYTES_MAX: Final = 4 << 20
 HEADER_BYTES_MAX: Final = 8 << 20
-STRING_BYTES_MAX: Final = 1_024
 # What msgpack may make of a header: a byte becomes a list of 72, and repeats compress to nothing. No header has maps. Below
 # the first bound it can cost a few megabytes and is not looked at; of those above, only the kinds that tell of the whole
 # schema or of many members have more items than the second, and none more than the third.
@@ -359,37 +365,6 @@ class _Columns:
             raise RemoteProtocolError(f"{len(self._frames) - self._next} columns too many")
         if self._head is not None and self._offset != self._head.nbytes:
             raise RemoteProtocolError(f"{self._head.nbytes - self._offset} bytes too many behind the header")
-
-
-def _uint(value: object, bits: int = 64) -> int:
-    if type(value) is not int or not 0 <= value < 1 << bits:
-        raise RemoteProtocolError(f"expected an unsigned {bits}-bit number, got {value!r}"[:100])
-    return value
-
-
-def _wide(value: object) -> int:
-    """A 128-bit digest travels as 16 bytes."""
-    if type(value) is not bytes or len(value) != 16:
-        raise RemoteProtocolError("expected a 16-byte digest")
-    return int.from_bytes(value, "little")
-
-
-def _text(value: object) -> str:
-    if type(value) is not str or len(value) > STRING_BYTES_MAX:
-        raise RemoteProtocolError("expected a short string")
-    return value
-
-
-def _flag(value: object) -> bool:
-    if type(value) is not bool:
-        raise RemoteProtocolError("expected true or false")
-    return value
-
-
-def _items(value: object, count_max: int, parse: Callable[[Any], T]) -> tuple[T, ...]:
-    if type(value) is not list or len(value) > count_max:
-        raise RemoteProtocolError(f"expected a list of at most {count_max}")
-    return tuple(parse(item) for item in value)
 
 
 # --- records inside headers -------------------------------------------------------------------------------------------------
@@ -1098,17 +1073,19 @@ def _pack_retirements(told: m.Retirements, _version: int) -> Packed:
     floors = [one.floor for one in told.retired]
     expulsions = [[one.node, one.boot, one.boot_ms] for one in told.expulsions]
     retired = [[one.keyspace, one.family, one.writer, one.nonce, one.stage, len(one.floor)] for one in told.retired]
-    return [expulsions, retired], [np.concatenate(floors) if floors else _NO_NONCES]
+    fences = [pack_fence(one) for one in told.fences]
+    return [expulsions, retired, fences], [np.concatenate(floors) if floors else _NO_NONCES]
 
 
 def _retirements(header: Header, columns: _Columns) -> m.Retirements:
-    expulsions, retired = header
+    expulsions, retired, fences = header
     lives = _items(expulsions, MEMBERS_MAX, lambda one: m.Expulsion(_text(one[0]), _uint(one[1]), _uint(one[2], TIME_BITS)))
     counts = _items(retired, WRITERS_MAX, lambda one: _uint(one[5], 32))
     if max(counts, default=0) > SHARDS_MAX:
         raise RemoteProtocolError(f"a floor of {max(counts)} shards, limit {SHARDS_MAX}")
     floors = np.split(columns.take(_UINT64, sum(counts)), np.cumsum(counts)[:-1].astype(np.int64))
-    return m.Retirements(lives, tuple(_retired(one, floor) for one, floor in zip(retired, floors, strict=False)))
+    entries = tuple(_retired(one, floor) for one, floor in zip(retired, floors, strict=False))
+    return m.Retirements(lives, entries, _items(fences, FENCES_TOLD_MAX, unpack_fence))
 
 
 def _retired(value: Header, floor: U64) -> m.Retired:
@@ -1254,6 +1231,7 @@ _KINDS: Final = (
     _Kind(m.KeysWanted, _pack_keys_wanted, _keys_wanted, since=2),
     _Kind(m.KeysFound, _pack_keys_found, _keys_found, since=2),
     _Kind(m.Wants, lambda told, _version: ([list(map(list, told.regions))], []), _wants, since=2),
+    _Kind(m.FenceReport, pack_report, unpack_report, since=2),
 )
 _LARGE_HEADERS: Final = (m.Hello, m.SchemaUpdate, m.Heartbeat, m.MemberNews)
 _NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(_KINDS, start=1)}

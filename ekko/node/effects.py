@@ -7,7 +7,7 @@ import structlog
 
 from ekko.endpoint import LocalEndpoint
 from ekko.errors import PublishError
-from ekko.local import Failed, Stored, Waited
+from ekko.local import FENCED, Failed, Stored, Waited
 from ekko.metrics import Metrics
 from ekko.node.publishing import LOAD_REQUEST, Publishing
 from ekko.operations import Operations
@@ -42,14 +42,16 @@ class Effects:
                 self._publishing.on_loaded(stamp)
             case m.Published(request, stamp):
                 self._endpoint.answer(request, Stored(stamp))
-            case m.Refused() | m.WaitEnded() if self._operations.on_answer(effect):
+            case m.Refused() | m.WaitEnded() | m.Fenced() | m.FenceWaits() | m.Lifted() if self._operations.on_answer(effect):
                 pass
+            case m.Fenced() | m.FenceWaits() | m.Lifted():
+                pass  # whoever asked is gone
             case m.Refused(request) if request == TOOL_REQUEST:
                 self._tool_answer = effect
             case m.Refused(request, reason) if request == LOAD_REQUEST:
                 self._publishing.on_loaded(PublishError(reason))
-            case m.Refused(request, reason):
-                self._endpoint.answer(request, Failed("publish", reason))
+            case m.Refused(request, reason, fenced):
+                self._endpoint.answer(request, Failed(FENCED if fenced else "publish", reason))
             case m.WaitEnded(request, lagging, silent):
                 self._endpoint.answer(request, Waited(lagging, silent))
             case m.Note(name, fields, alarm):

@@ -474,7 +474,7 @@ class ModelStore:
         known = max(int(self._vector.max()), int(self._frontiers.max()), dropped)
         return max(int(self._stamp_max), known, self._own.pending)
 
-    def set_writer(self, identity: WriterIdentity) -> None:
+    def set_writer(self, identity: WriterIdentity | None) -> None:
         self._own.set(identity)
 
     def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:

@@ -43,10 +43,13 @@ class OwnWriter:
         """The stamp of the step that is being stored, or was last; 0: none yet."""
         return int(self._pending)
 
-    def set(self, identity: WriterIdentity) -> None:
-        """Write under this identity from now on."""
+    def set(self, identity: WriterIdentity | None) -> None:
+        """Write under this identity from now on; None: under none, until there is a fresh one."""
         # Unbound while the words change: a kill in between costs the identity, and a fresh id is taken. Never a wrong one.
         publish_word(self._bound_address, 0)
+        if identity is None:
+            self.identity = None
+            return
         self._id[...] = identity.writer
         self._nonce[...] = identity.nonce
         self._last_stamp[...] = identity.last_stamp

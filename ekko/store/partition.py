@@ -88,7 +88,7 @@ class Partition:
     def stamp_max(self) -> int:
         return self._model.stamp_max
 
-    def set_writer(self, identity: WriterIdentity) -> None:
+    def set_writer(self, identity: WriterIdentity | None) -> None:
         self._model.set_writer(identity)
 
     def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:

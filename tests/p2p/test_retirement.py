@@ -74,13 +74,13 @@ def the_floor_is_fixed_before_all_have_reported(patch: pytest.MonkeyPatch) -> No
 def strays_are_not_reported(patch: pytest.MonkeyPatch) -> None:
     """A report leaves out rows above the vector, so that F cuts them off."""
     patch.setattr(
-        Retirement, "_held", lambda _self, keyspace, writer: np.ascontiguousarray(keyspace.knowledge.vector[:, writer])
+        Retirement, "held", lambda _self, keyspace, writer: np.ascontiguousarray(keyspace.knowledge.vector[:, writer])
     )
 
 
 def old_knowledge_comes_back(patch: pytest.MonkeyPatch) -> None:
     """Who was expelled, or holds more than was left, goes on with what it knows."""
-    patch.setattr(Retirement, "_start_over", lambda *_args: None)
+    patch.setattr(Retirement, "start_over", lambda *_args: None)
 
 
 def a_new_life_is_a_new_node(patch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def a_new_life_is_a_new_node(patch: pytest.MonkeyPatch) -> None:
 
     def follow(self: Any, retired: m.Retired, now: m.Now) -> None:
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(Retirement, "_start_over", lambda *_args: None)
+            inner.setattr(Retirement, "start_over", lambda *_args: None)
             original(self, retired, now)
 
     patch.setattr(Retirement, "_follow", follow)
@@ -102,7 +102,7 @@ def a_new_life_is_a_new_node(patch: pytest.MonkeyPatch) -> None:
 
 def who_is_only_remembered_is_not_waited_for(patch: pytest.MonkeyPatch) -> None:
     """The floor is fixed although somebody is away, since the coordinator has not met him in this life, or long ago."""
-    patch.setattr(Retirement, "_misses_somebody", lambda *_args: False)
+    patch.setattr(Retirement, "misses", lambda *_args: False)
 
 
 def absence_is_forgotten_with_a_restart(patch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_who_keeps_what_it_decided_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     def forget_nothing(self: Retirement, _now: m.Now, why: str) -> None:
         self._core.emit(m.StartOver(why, 0))
 
-    monkeypatch.setattr(Retirement, "_start_over", forget_nothing)
+    monkeypatch.setattr(Retirement, "start_over", forget_nothing)
     with pytest.raises(AssertionError):
         who_was_expelled_has_no_say()
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from p2p import messages as m
 from p2p import wire
 from p2p.errors import RemoteProtocolError
+from p2p.fence_messages import CLOSED, LIFTED, Restorer
 from p2p.replica import KnownSteps, RowColumns, SchemaEntry, TableKeys
 from p2p.stamps import make_stamp
 from p2p.versions import PROTOCOL_VERSION
@@ -104,8 +105,10 @@ MESSAGES: list[m.Message] = [
             m.Retired(5, 5, 2, 3, m.DONE, vector()[:, 0]),
             m.Retired(6, 6, 9, 3, m.FLOORED, vector()[:, 1]),
         ),
+        (m.Fence(5, 6), m.Fence(5, 7, CLOSED, STAMP, 0, (Restorer(9, 3, STAMP),), "shuffled labels")),
     ),
     m.RetireReport(5, 9, 3, m.FROZEN, vector()[:, 1]),
+    m.FenceReport(5, 7, 98, True, (1, 2)),
     m.Adopt(5, 3, ("eu-1", "us-2")),
     m.Wants((("us", 1 << 63), ("ap", 0))),
     m.StableAsk(5),
@@ -125,6 +128,7 @@ LATER: list[m.Message] = [
     m.Heartbeat(MEMBER, (), 7, 1_700_000_000_000, (), 5, BOOTS, BOOTS & np.uint64(3), 99, 98),
     m.Heartbeat(MEMBER, (), 7, 1_700_000_000_000, (m.KeyspaceSummary(5, 1, 3, ()),), standing=(m.LACKS,)),
 ]
+FENCE = m.Fence(5, 7, LIFTED, STAMP, STAMP, (Restorer(9, 3, STAMP),), "shuffled labels")
 
 
 def transfer(message: m.Message, envelope: m.Envelope = ENVELOPE) -> tuple[m.Envelope, m.Message]:
@@ -171,6 +175,15 @@ def test_what_version_1_does_not_have_is_left_out(message: m.Message) -> None:
         m.Retirements((), (m.Retired(5, 5, 8, 3, m.DONE, vector()[:, 1]),)),
         m.Retirements((), (m.Retired(5, 5, 9, 3, 3, vector()[:, 1]),)),
         m.RetireReport(5, 9, 3, m.FROZEN, vector()[:, 0]),
+        m.Retirements((), (), (replace(FENCE, stage=3),)),
+        m.Retirements((), (), (replace(FENCE, until=0),)),
+        m.Retirements((), (), (replace(FENCE, stage=CLOSED),)),
+        m.Retirements((), (), (replace(FENCE, epoch=0),)),
+        m.Retirements((), (), (replace(FENCE, note="x" * 201),)),
+        m.Retirements((), (), (replace(FENCE, restorers=(Restorer(4_096, 3, 0),)),)),
+        m.Retirements((), (), (replace(FENCE, restorers=(Restorer(9, 3, 0),) * 65),)),
+        m.FenceReport(5, 7, 98, 1, ()),  # type: ignore[arg-type]
+        m.FenceReport(5, 7, 98, True, (1,) * 4_097),
         m.BlockGrant(99, 7, (1024,), STAMP, True),
         m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS[:1]),
         m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98, known(BOOTS[::-1])),
