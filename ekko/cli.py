@@ -12,6 +12,7 @@ import typer
 
 from ekko.asking import ask_node, fetch_status
 from ekko.errors import ConfigError, EkkoError, NodeFailed
+from ekko.health.cli import health
 from ekko.options import ConfigOption, HttpOption, JsonOption, http_of
 from ekko.rates import parse_pair, parse_word
 from ekko.snapshots.cli import snapshots
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 
 app.add_typer(snapshots, name="snapshot")
+app.command()(health)
 
 
 def _version(wanted: bool) -> None:

@@ -27,7 +27,7 @@ from ekko.node.answers import Answers
 from ekko.node.life import Life
 from ekko.node.opening import have_configured_models, open_store
 from ekko.node.parts import LocalEvent, Parts, make_parts
-from ekko.rundir import locked
+from ekko.rundir import locked, write_endpoint
 from ekko.security import WATCH_S, NodeKeys
 from ekko.snapshots.service import SnapshotPicture, SnapshotService, SnapshotSettings
 from ekko.snapshots.take import Plan
@@ -131,7 +131,9 @@ class Node:
             if parts.keys is not None:
                 tasks.create_task(self._watch_keys(parts.keys, parts.transport))
             tasks.create_task(self._fold_heat(parts.store))
+            tasks.create_task(parts.health.run())
             parts.endpoint.start()
+            write_endpoint(node.run_dir, node.local, node.access)
             life.preparing.remove("sockets")
             # Half a million objects of the libraries, which the collector would visit again and again while batches wait.
             gc.collect()

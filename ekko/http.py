@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,7 +24,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ekko.addresses import is_loopback
-from ekko.errors import ConfigError, EkkoError
+from ekko.errors import ConfigError, EkkoError, ModelError
+from ekko.health.traffic import ONLINE
+from ekko.health.verdicts import State
+from ekko.health.wire import REPORT_EVENTS_MAX, Report, Reported, events_of
 from ekko.loading import LoadRequest
 from ekko.model import check_name
 from ekko.rates import Word, parse_pair, parse_word
@@ -40,6 +44,8 @@ COMMANDS = {
     "/load": '{"model": NAME, "file": PATH, "tables": {TENSOR: TABLE}, "codec": CODEC or null}, and "keys": {TABLE: KEYS}',
     "/alias": '{"alias": NAME, "model": MODEL}, or "model": null and one of "back": true, "remove": true; and "force": true',
     "/rate": '{"pair": "REGION/REGION", "rate": MBPS, "none" or "configured", as text}',
+    "/health": '{"model": MODEL, "state": "healthy" or "uncertain" or "corrupted", "from_ms": UNIX_MS or null, "why": TEXT}',
+    "/report": '{"model": MODEL, "prediction": [...], "label": [...]}, and "weight", "segment", "arm", "at_ms": one or a list',
     "/drop": '{"model": MODEL or "MODEL/TABLE"}, and "force": true',
 }
 
@@ -93,6 +99,20 @@ class Source(Protocol):
 
         Raises:
             EkkoError: why it cannot be; nothing is changed.
+        """
+
+    def overrule(self, model: str, state: State, from_ms: int | None, text: str) -> dict[str, object]:
+        """Say that a model was in another state than was found.
+
+        Raises:
+            EkkoError: why it cannot be; nothing is changed.
+        """
+
+    def report(self, report: Report) -> Reported:
+        """Take a scorer's events.
+
+        Raises:
+            EkkoError: why not.
         """
 
     def metrics_text(self) -> bytes:
@@ -180,11 +200,31 @@ async def _carry_out(source: Source, name: str, body: Any) -> dict[str, object] 
             return source.rate(parse_pair(pair), parse_word(rate))
         case "/drop", {"model": str(model)} if (flags := _flags(body, "force")) is not None:
             return source.drop(model, force=flags["force"])
+        case "/health", {"model": str(model), "state": "healthy" | "uncertain" | "corrupted" as state, "why": str(why)} if (
+            from_ms := body.get("from_ms")
+        ) is None or type(from_ms) is int:
+            return source.overrule(model, state, from_ms, why)
+        case "/report", {"model": str(), "prediction": list(prediction), "label": list()} if (
+            0 < len(prediction) <= REPORT_EVENTS_MAX
+        ):
+            return _report(source, body)
         case "/alias", {"alias": str(alias), "model": None | str() as target} if (
             flags := _flags(body, "back", "remove", "force")
         ) is not None and (target is not None) + flags["back"] + flags["remove"] == 1:
             return await source.alias(alias, target, **flags)
     return None
+
+
+def _report(source: Source, body: dict[str, Any]) -> dict[str, object]:
+    """A scorer's events as JSON, for those that speak nothing else."""
+    at_ms = body.get("at_ms", time.time_ns() // 1_000_000)
+    arm, weight, segment = body.get("arm", ONLINE), body.get("weight"), body.get("segment")
+    try:
+        parts = [*events_of(body["prediction"], body["label"], weight, segment, arm, at_ms)]
+    except (TypeError, ValueError) as error:  # a list of lists, or words where numbers are expected
+        raise ModelError(f"a report that makes no sense: {error}") from None
+    answers = [source.report(Report(body["model"], events)) for events in parts]
+    return {name: sum(getattr(one, name) for one in answers) for name in ("taken", "late", "ahead")}
 
 
 def _refusal(request: Request) -> Response | None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import EkkoError, ModelError, PublishError
+from ekko.health.wire import Report, Reported, decode_report, report_body, report_frames
 from ekko.model import CODEC_DEFAULT, CODECS, DENSE_ROWS_MAX, INCARNATION_MAX, TABLES_MAX, TensorSpec, table_id
 from p2p.messages import Scope
 from p2p.replica import RowColumns
@@ -145,8 +146,8 @@ class Failed:
     reason: str
 
 
-Request = Open | PublishStep | Wait | Ping
-Answer = Opened | Stored | Waited | Pong | Failed
+Request = Open | PublishStep | Wait | Ping | Report
+Answer = Opened | Stored | Waited | Pong | Failed | Reported
 
 # The node does not know the model or a table (it lost its memory): the client opens it again and repeats the request.
 REOPEN: Final = "reopen"
@@ -191,6 +192,9 @@ def encode_request(number: int, request: Request) -> list[Buffer]:
             body = ["wait", model, stamp, int(scope), timeout_ms, *last]
         case Ping():
             body = ["ping"]
+        case Report():
+            body, version = report_body(request), LOCAL_PROTOCOL_VERSION
+            frames += [_bytes_of(column) for column in report_frames(request)]
     return [_packed(number, body, LOCAL_PROTOCOL_VERSION if last else version), *frames]
 
 
@@ -211,6 +215,8 @@ def encode_answer(number: int, answer: Answer) -> bytes:
             body = ["pong", node]
         case Failed(kind, reason):
             body = ["failed", kind, reason]
+        case Reported(taken, late, ahead):
+            body = ["reported", taken, late, ahead]
     return _packed(number, body, LOCAL_PROTOCOL_VERSION if last else LOCAL_PROTOCOL_VERSION_MIN)
 
 
@@ -288,6 +294,8 @@ def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
             return Wait(model, stamp, Scope(scope), timeout_ms, word is not None, _incarnation_of(incarnation))
         case ["ping"] if len(frames) == 1:
             return Ping()
+        case ["report", str(model), count, segment]:
+            return decode_report(model, count, segment, frames[1:])
     raise MalformedError("malformed request: not of this protocol")
 
 
@@ -320,6 +328,8 @@ def decode_answer(frame: Buffer) -> tuple[int, Answer]:
                 return number, Pong(node)
             case ["failed", str(kind), str(reason)]:
                 return number, Failed(kind, reason)
+            case ["reported", int(taken), int(late), int(ahead)]:
+                return number, Reported(taken, late, ahead)
     except (TypeError, ValueError, OverflowError) as error:
         raise MalformedError(f"malformed answer: {error}") from error
     raise MalformedError("malformed answer: not of this protocol")

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ekko.health.verdicts import SEVERITY
 from ekko.status import NodePicture
 from p2p.messages import BatchApplied
 from p2p.stamps import unix_ms_of
@@ -207,6 +208,7 @@ class Metrics(Collector):
         yield from _peers(picture)
         yield from _queues(picture)
         yield from _snapshots(picture)
+        yield from _health(picture)
         rejected = CounterMetricFamily("ekko_rejected_frames", "Messages of peers that were dropped.", labels=["sender"])
         for sender, count in picture.rejected.items():
             rejected.add_metric([sender], count)
@@ -267,6 +269,26 @@ def _snapshots(picture: NodePicture) -> Iterator[Metric]:
     yield _gauge("ekko_snapshot_bytes", "Rows in the last snapshot.", snapshots.bytes)
     if snapshots.created_ms:
         yield _gauge("ekko_snapshot_created_seconds", "Unix time of the last snapshot.", snapshots.created_ms / 1000)
+
+
+def _health(picture: NodePicture) -> Iterator[Metric]:
+    states = GaugeMetricFamily("ekko_model_state", "1: the model is in this state.", labels=["model", "state"])
+    until = GaugeMetricFamily("ekko_healthy_until_seconds", "Unix time up to which it was found healthy.", labels=["model"])
+    labels = ["model", "arm", "metric"]
+    quality = GaugeMetricFamily("ekko_quality", "Of the last windows, of all nodes, by arm.", labels=labels)
+    events = CounterMetricFamily("ekko_quality_events", "Events of scorers of this node.", labels=["model", "fate"])
+    for one in picture.health:
+        for state in SEVERITY:
+            states.add_metric([one.model.name, state], int(one.state == state))
+        if one.healthy_until_ms is not None:
+            until.add_metric([one.model.name], one.healthy_until_ms / 1000)
+        for arm, figures in one.arms.items():
+            for name, value in figures.items():
+                if value is not None:
+                    quality.add_metric([one.model.name, arm, name], value)
+        for fate, count in one.events.items():
+            events.add_metric([one.model.name, fate], count)
+    yield from (states, until, quality, events)
 
 
 def _peers(picture: NodePicture) -> Iterator[Metric]:

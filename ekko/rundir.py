@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ekko.errors import ConfigError, StoreError
+from ekko.errors import ConfigError, NodeUnreachable, StoreError
+from ekko.store.access import Access
 
 LOCK_NAME = "lock"
+ENDPOINT_NAME = "endpoint"
 LEDGER_NAME = "ledger"
 LOOKS_MET_MAX = 5
 LEDGER_BYTES_MAX = 16 << 20  # 4,096 ids for each of some models are a few hundred KiB
@@ -50,6 +52,28 @@ def _lock(descriptor: int) -> None:
             return
         time.sleep(0.01)
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def write_endpoint(run_dir: Path, address: str, access: Access) -> None:
+    """Say where the node listens to processes of its machine, for those that know its `run_dir` only."""
+    temporary = run_dir / f"{ENDPOINT_NAME}.new"
+    temporary.write_text(address)
+    access.apply_to(temporary)
+    temporary.replace(run_dir / ENDPOINT_NAME)
+
+
+def read_endpoint(run_dir: Path) -> str:
+    """Where the node of this folder listens to processes of its machine.
+
+    Raises:
+        NodeUnreachable: no node has ever said so.
+    """
+    try:
+        return (run_dir / ENDPOINT_NAME).read_text()
+    except OSError as error:
+        raise NodeUnreachable(
+            f"no node has its endpoint in {run_dir} ({error.strerror}): start `ekko node` with this run_dir"
+        ) from None
 
 
 class FileLedger:

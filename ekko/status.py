@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from ekko.health.service import ModelHealth
 from ekko.loading import LoadPicture
 from ekko.model import TensorSpec
 from ekko.snapshots.service import SnapshotPicture
@@ -75,6 +76,7 @@ class NodePicture:
     load: LoadPicture | None = None
     aliases: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name -> what it stands for
     rates: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # pair of regions -> what updates may use of it
+    health: tuple[ModelHealth, ...] = ()
 
     @property
     def ready(self) -> bool:
@@ -114,6 +116,7 @@ class NodePicture:
             "models": {model.name: _model_json(model) for model in self.models},
             "aliases": {name: dict(alias) for name, alias in self.aliases.items()},
             "rates": {pair: dict(rate) for pair, rate in self.rates.items()},
+            "health": {one.model.name: one.to_json() for one in self.health},
             "peers": [{key: value for key, value in asdict(peer).items() if key != "holds"} for peer in protocol.peers],
             "queues": [asdict(queue) for queue in self.queues],
             "counters": dict(self.counters),

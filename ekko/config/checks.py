@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from ekko.addresses import check_endpoint, is_loopback, is_wildcard, split_host_port
 from ekko.config.places import Places
-from ekko.config.sections import ModelSection, NodeConfig, NodeSection, SnapshotsSection
+from ekko.config.sections import HealthSection, ModelSection, NodeConfig, NodeSection, SnapshotsSection
 from ekko.errors import ModelError
 from ekko.model import DENSE_TABLE, TableSpec, check_name, ttl_seconds
 from ekko.rates import RATE_MBPS_MAX, RATE_MBPS_MIN
@@ -16,6 +16,11 @@ CAPACITY_BYTES_MIN = 1 << 20  # anything near is the number of something else
 DELAY_MS_MAX = 60_000.0  # emulation of a link longer than this would look like a dead peer
 SNAPSHOT_S_MIN, SNAPSHOT_S_MAX = 1.0, 366 * 86_400.0
 SNAPSHOTS_KEPT_MAX = 100
+WINDOW_S_MIN, WINDOW_S_MAX = 1.0, 3_600.0  # verdicts are by the second; and nobody waits for longer ones
+LATENESS_S_MAX = 3_600.0
+WINDOWS_LATE_MAX = 360  # `ekko.health.windows.WINDOWS_OPEN_MAX` has room for them
+HORIZON_S_MAX = 31 * 86_400.0
+FIGURES = ("auc", "log_loss", "ctr", "calibration", "own")
 NOT_BUILT = "is not available in this version"
 ROLES_BUILT = ("train", "serve")
 
@@ -34,6 +39,42 @@ def check(config: NodeConfig, places: Places) -> None:
     _check_links(config, places)
     if config.snapshots is not None:
         _check_snapshots(config.snapshots, places)
+    if config.health is not None:
+        _check_health(config.health, places)
+
+
+def _check_health(health: HealthSection, places: Places) -> None:
+    def refuse(key: str, message: str) -> NoReturn:
+        raise places.error(("health", key), message)
+
+    if not WINDOW_S_MIN <= health.window <= WINDOW_S_MAX:
+        refuse("window", f'expected a time such as "10s", from 1 s to an hour, got {health.window:g} s')
+    if not 0 <= health.lateness <= LATENESS_S_MAX or health.lateness > WINDOWS_LATE_MAX * health.window:
+        refuse(
+            "lateness",
+            f"expected up to an hour and up to {WINDOWS_LATE_MAX} windows, got {health.lateness:g} s: make windows longer",
+        )
+    if not health.window <= health.horizon <= HORIZON_S_MAX:
+        refuse("horizon", f'expected a time such as "24h", from one window to a month, got {health.horizon:g} s')
+    for key, value, low, high in (
+        ("level", health.level, 1e-12, 0.5),
+        ("tolerance", health.tolerance, 0.0, 1.0),
+        ("precision", health.precision, 1e-6, 1.0),
+        ("baseline_share", health.baseline_share, 0.0, 0.5),
+    ):
+        if not low <= value <= high:
+            refuse(key, f"expected a number from {low:g} to {high:g}, got {value:g}")
+    if not health.detectors:
+        refuse("detectors", 'expected some of "sequential", "watermarks", "drift": leave [health] out to judge nothing')
+    if len(set(health.detectors)) != len(health.detectors):
+        refuse("detectors", f"one is there twice: {health.detectors}")
+    if health.auto_rollback:
+        refuse("auto_rollback", f"rolling back by itself {NOT_BUILT}: remove it")
+    if health.metric == "own" and health.own_metric is None:
+        refuse("metric", "it is 'own', and own_metric does not say which")
+    unknown = [name for name in health.watermarks if name not in FIGURES]
+    if unknown:
+        refuse("watermarks", f"there is no figure {unknown[0]!r}: there are {', '.join(FIGURES)}")
 
 
 def _check_snapshots(snapshots: SnapshotsSection, places: Places) -> None:

@@ -138,6 +138,42 @@ class SnapshotsSection(Section):
     seed: str | None = None
 
 
+class BoundSection(Section):
+    """`[health.watermarks]`, one figure: what it may not go below, or above."""
+
+    min: Number | None = None
+    max: Number | None = None
+
+
+class HealthSection(Section):
+    """`[health]`: whether and how this node judges models by the quality of their answers."""
+
+    metric: Literal["auc", "log_loss", "ctr", "own"] = "auc"
+    own_metric: str | None = None
+    window: Seconds = 10.0
+    lateness: Seconds = 30.0
+    detectors: list[str] = ["sequential", "watermarks"]
+    level: Number = 0.001
+    horizon: Seconds = 86_400.0
+    tolerance: Number = 0.005
+    precision: Number = 0.02
+    baseline_share: Number = 0.005
+    auto_rollback: Annotated[bool, BeforeValidator(truth)] = False
+    drift_method: Literal["adwin", "page_hinkley", "kswin"] = "adwin"
+    events_min: WholeNumber = 100
+    watermarks: dict[str, BoundSection] = {}
+
+    @property
+    def window_ms(self) -> int:
+        """Milliseconds of a window."""
+        return round(self.window * 1000)
+
+    @property
+    def lateness_ms(self) -> int:
+        """How long after the answer a label may come."""
+        return round(self.lateness * 1000)
+
+
 class NodeConfig(BaseSettings):
     """A whole node.toml, checked."""
 
@@ -155,6 +191,7 @@ class NodeConfig(BaseSettings):
     links: dict[str, LinkSection] = {}
     security: SecuritySection | None = None
     snapshots: SnapshotsSection | None = None
+    health: HealthSection | None = None
 
     @classmethod
     def settings_customise_sources(
@@ -188,11 +225,14 @@ def names_at(path: tuple[str, ...]) -> list[str]:
     """The settings that exist under `path`."""
     if len(path) == 4 and path[0] == "models" and path[2] == "tables":
         return list(TableSection.model_fields)
+    if len(path) == 3 and path[:2] == ("health", "watermarks"):
+        return list(BoundSection.model_fields)
     sections: dict[str, type[Section]] = {
         "node": NodeSection,
         "models": ModelSection,
         "links": LinkSection,
         "security": SecuritySection,
         "snapshots": SnapshotsSection,
+        "health": HealthSection,
     }
     return list(sections[path[0]].model_fields) if path and path[0] in sections else list(NodeConfig.model_fields)

@@ -8,6 +8,8 @@ from typing import Literal
 
 from ekko.config import NodeConfig
 from ekko.errors import EkkoError
+from ekko.health.verdicts import State
+from ekko.health.wire import Report, Reported
 from ekko.hot_report import hot_report
 from ekko.loading import Loading, LoadRequest
 from ekko.metrics import Metrics
@@ -110,6 +112,7 @@ class Answers:
             self._loads.picture,
             parts.operations.aliases(),
             parts.rates.pictures(protocol.budgets),
+            health=parts.health.pictures(),
         )
 
     # --- what it is told to do
@@ -150,6 +153,14 @@ class Answers:
     def drop(self, what: str, *, force: bool) -> dict[str, object]:
         """See `ekko.http.Source`."""
         return self._parts().operations.drop(what, force=force)
+
+    def overrule(self, model: str, state: State, from_ms: int | None, text: str) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        return self._parts().health.overrule(model, state, from_ms, text)
+
+    def report(self, report: Report) -> Reported:
+        """See `ekko.http.Source`."""
+        return self._parts().health.report(report)
 
     def _parts(self) -> Parts:
         parts = self._life().parts

@@ -10,6 +10,7 @@ import xxhash
 from ekko.config import NodeConfig
 from ekko.endpoint import LocalEndpoint
 from ekko.errors import EkkoError, StoreError
+from ekko.health.service import Health
 from ekko.local import Failed
 from ekko.metrics import Metrics
 from ekko.node.budgets import NodeRates
@@ -47,6 +48,7 @@ class Parts:
     operations: Operations
     rates: NodeRates
     effects: Effects
+    health: Health
 
 
 def make_parts(config: NodeConfig, store: Store, boot: int, boot_ms: int, metrics: Metrics, submit: Submit) -> Parts:
@@ -62,6 +64,7 @@ def make_parts(config: NodeConfig, store: Store, boot: int, boot_ms: int, metric
 
     Raises:
         StoreError: the node's ledger cannot be read.
+        ConfigError: a detector or metric that the configuration names is not there.
     """
     node = config.node
     machine = _make_machine(config, store, boot, boot_ms)
@@ -79,6 +82,14 @@ def make_parts(config: NodeConfig, store: Store, boot: int, boot_ms: int, metric
     publishing = Publishing(node, store, submit, lambda: machine.protocol_min(read_clock()))
     operations = Operations(node.id, store, submit_operation, machine.protocol_min_known)
     rates = NodeRates(node.region, config.rates(), store, submit_operation, machine.protocol_min_known)
+    health = Health(
+        node.id,
+        config.health,
+        store,
+        lambda entries: submit_operation(m.SchemaChanged(entries)),
+        machine.protocol_min_known,
+    )
+    publishing.on_report = health.report
     endpoint = LocalEndpoint(node.local, publishing)
     effects = Effects(store, metrics, endpoint, publishing, operations)
     runtime = Runtime(
@@ -89,7 +100,7 @@ def make_parts(config: NodeConfig, store: Store, boot: int, boot_ms: int, metric
         compression=Mode(node.compression),
         crosses=where.crosses,
     )
-    return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, rates, effects)
+    return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, rates, effects, health)
 
 
 def _make_machine(config: NodeConfig, store: Store, boot: int, boot_ms: int) -> Machine:

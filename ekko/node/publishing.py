@@ -14,6 +14,7 @@ import numpy as np
 
 from ekko.config import NodeSection
 from ekko.errors import ModelError, PublishError
+from ekko.health.wire import Report, Reported
 from ekko.loading import LoadRequest
 from ekko.local import REOPEN, Answer, Failed, Held, Open, Opened, Ping, Pong, PublishStep, Request, Wait
 from ekko.model import CODEC_DEFAULT, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, table_id
@@ -53,6 +54,7 @@ class Publishing:
         self._protocol_min = protocol_min
         self._priorities = Priorities(store.models)
         self._load_answer: asyncio.Future[int] | None = None
+        self.on_report: Callable[[Report], Reported] = _no_reports
         self.refused_full = 0  # steps that were refused, for want of room in their model
 
     def handle_request(self, number: int, request: Request) -> Answer | None:
@@ -70,6 +72,8 @@ class Publishing:
                     raise ModelError(self._unknown(model))
                 self._check_same(held, incarnation)
                 return self._submit(m.WaitRequested(number, held.spec.id, stamp, scope, timeout_ms))
+            case Report():
+                return self.on_report(request)
             case _:
                 assert_never(request)
 
@@ -265,3 +269,7 @@ class Publishing:
             self._load_answer.set_result(answer)
         else:
             self._load_answer.set_exception(answer)
+
+
+def _no_reports(_: Report) -> Reported:
+    raise ModelError("the node takes no reports yet: it is starting")

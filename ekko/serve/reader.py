@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from collections.abc import Mapping as ReadOnlyMapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ekko.errors import ModelError, StoreError
-from ekko.health.traffic import Arms, RequestIds, Traffic, arms_of
+from ekko.health.traffic import ONLINE, Arms, RequestIds, Traffic, arms_of
+from ekko.health.wire import events_of
 from ekko.model import DENSE_TABLE, TensorSpec, check_name
 from ekko.serve.arguments import as_bags, as_keys, output
 from ekko.serve.attachment import Attacher, Attachment, names
@@ -32,11 +33,16 @@ from ekko.store.kernels.index import shards_of
 from ekko.store.locks import ForkSafeLock
 from ekko.store.view import NO_STAMPS, TableView
 
+if TYPE_CHECKING:
+    from ekko.health.reporting import ReportCounts, Reporter
+
 F32 = NDArray[np.float32]
 U64 = NDArray[np.uint64]
 
 # How often a waiting reader looks for its model, seconds.
 POLL_S = 0.01
+# What was reported last gets so long to reach the node when a reader is closed.
+REPORTS_S_MAX = 1.0
 _SYNCED_UNTIL = layout.MODEL.offset("synced_until_ms") // 8
 _ONLINE_FROM, _ONLINE_UNTIL = (layout.MODEL.offset(name) // 8 for name in ("online_from", "online_until"))
 
@@ -92,6 +98,7 @@ class Reader:
         self._attaching = ForkSafeLock()
         self._closed = False
         self._attachment: Attachment | None = None
+        self._reports: Reporter | None = None
         self._current()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -109,6 +116,10 @@ class Reader:
         self._closed = True
         with self._attaching:  # a thread that attaches just now may not bring it back
             attachment, self._attachment = self._attachment, None
+            reports, self._reports = self._reports, None
+        if reports is not None:
+            reports.flush(REPORTS_S_MAX)
+            reports.close()
         if attachment is not None:
             for view in attachment.tables.values():
                 view.counter.flush()
@@ -376,6 +387,60 @@ class Reader:
         """The shares by which `arm` divides requests now."""
         header = self._current().header
         return Traffic.of_bounds(header[_ONLINE_FROM], header[_ONLINE_UNTIL])
+
+    def report(
+        self,
+        model: str | None,
+        prediction: ArrayLike,
+        label: ArrayLike,
+        weight: ArrayLike | None = None,
+        segment: str | Sequence[str] | None = None,
+        *,
+        arm: ArrayLike = ONLINE,
+        at: ArrayLike | None = None,
+    ) -> int:
+        """Tell the node how good answers were, so that it can judge the model (`ekko health`). Never waits, never fails.
+
+        What finds no room in a queue of this process, or no node, is dropped and counted (`report_counts`).
+
+        Args:
+            model: which model answered; None: this reader's.
+            prediction: the probabilities that it gave, [n].
+            label: what came of it, 0 or 1, [n].
+            weight: importance of each, [n] or one for all; None: 1.
+            segment: what they are to be told apart by, a name for each or one for all; of a model 32 are kept.
+            arm: which arm answered (see `arm`), [n] or one for all.
+            at: when the model answered, Unix seconds, [n] or one for all; None: now. Labels that come late need it.
+
+        Returns:
+            How many events were queued.
+
+        Raises:
+            ModelError: predictions or labels are not from 0 to 1, or columns do not fit each other. Nothing is queued.
+        """
+        at_ms = time.time_ns() // 1_000_000 if at is None else np.round(np.asarray(at, np.float64) * 1000)
+        name = self.model if model is None else check_name("model", model)
+        parts = events_of(prediction, label, weight, segment, arm, at_ms)
+        reporter = self._reporter
+        return sum(len(events) for events in parts if reporter.put(name, events))
+
+    @property
+    def report_counts(self) -> "ReportCounts":
+        """What became of the events that `report` was given in this process."""
+        return self._reporter.counts
+
+    def flush_reports(self, timeout: float = 5.0) -> bool:
+        """Wait until what `report` queued is with the node, or dropped; False: not in time. For tests and the end of jobs."""
+        return self._reporter.flush(timeout)
+
+    @property
+    def _reporter(self) -> "Reporter":
+        if self._reports is None:
+            from ekko.health.reporting import Reporter  # serving needs no network, reporting does
+
+            with self._attaching:
+                self._reports = self._reports or Reporter(self._run_dir)
+        return self._reports
 
     def staleness_ms(self) -> float | None:
         """Now minus the newest moment up to which this node has everything that every live writer wrote; None: unknown."""

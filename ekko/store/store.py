@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 from ekko.errors import ModelError, StoreError
 from ekko.generations import Alias, Dropped, DroppedTable, Fact, Generation, Registers, ids_before, is_register, parse_facts
+from ekko.health.summaries import Summaries
 from ekko.health.verdicts import Verdicts
 from ekko.model import DENSE_TABLE, ModelSpec, TableSpec, TensorSpec
 from ekko.rates import Rates
@@ -55,7 +56,7 @@ class Store:
         self._unasked: dict[str, int] = {}  # memory of what else there is of each model, before any row
         self._control: Control | None = None  # None: nobody can attach to it
         self._registers = Registers()
-        self.facts = Facts([Verdicts(), Rollbacks(), Rates()])  # what nodes agree on beside the schema
+        self.facts = Facts([Verdicts(), Summaries(), Rollbacks(), Rates()])  # what nodes agree on beside the schema
         self._limits: dict[str, Capacity] = {}  # what models of these names may take, whichever incarnation is here
         self._holds: dict[str, Sequence[int]] = {}  # what this node's configuration wants to hold of a model of this name
         self._listen: Callable[[ModelStore], Listener] | None = None

@@ -1,0 +1,144 @@
+"""From events to windows of event time: what belongs together, when it is complete, and what came too late.
+
+An event is of the moment at which the model answered, whenever its label came. The *watermark* is the moment before which
+nothing is expected any more (the Dataflow model): the newest event so far, less `lateness`. It stands still while labels
+stall, for at most `PATIENCE_MS` beyond that; then the clock moves it, so that a quiet model is not waited for. A window
+that the watermark has passed is closed and summed up; an event of a closed window is late: counted, and not looked at.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.health.samples import OwnMetric, Sample, Tally
+from ekko.health.traffic import ARMS
+
+# How long a stall of the labels is waited for.
+PATIENCE_MS: Final = 60_000
+# A scorer's clock may be ahead of the node's by so much; beyond it, its events are refused, or they would push the watermark.
+AHEAD_MS_MAX: Final = 5_000
+# Open at once. With windows of 10 s and a lateness of an hour, the most that is sensible, there are 366.
+WINDOWS_OPEN_MAX: Final = 512
+# Segments of one model; further ones count as `OTHER`, so that an id in the place of a segment costs no memory.
+SEGMENTS_MAX: Final = 32
+OTHER: Final = "other"
+
+F32 = NDArray[np.float32]
+Pair = tuple[Sample, Sample]  # online, baseline
+Key = tuple[int, str]  # arm, segment
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Events:
+    """Answers of a model with their labels, as columns; those of one segment."""
+
+    at_ms: NDArray[np.int64]  # [n], Unix milliseconds of the answer
+    prediction: F32  # [n], from 0 to 1
+    label: F32  # [n], from 0 to 1
+    weight: F32  # [n], above 0
+    arm: NDArray[np.uint8]  # [n], `ekko.health.traffic.ONLINE` or `BASELINE`
+    segment: str = ""  # empty: in none
+
+    def __len__(self) -> int:
+        return len(self.at_ms)
+
+    def chosen(self, which: NDArray[np.bool_]) -> "Events":
+        """Some of them."""
+        values = self.prediction[which], self.label[which], self.weight[which]
+        return Events(self.at_ms[which], *values, self.arm[which], self.segment)
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """One window that is complete on this node."""
+
+    window: int  # it begins at window * window_ms
+    arms: Pair
+    segments: Mapping[str, Pair]
+
+
+@dataclass(slots=True)
+class Windows:
+    """Windows of one model on one node.
+
+    Args:
+        window_ms: how long one is.
+        lateness_ms: how long after the answer a label may come.
+        own: the user's own metric.
+    """
+
+    window_ms: int
+    lateness_ms: int
+    own: OwnMetric | None = None
+    late: int = 0  # events of closed windows
+    ahead: int = 0  # of the future
+    taken: int = 0
+    _open: dict[int, dict[Key, Tally]] = field(default_factory=dict)
+    _newest_ms: int = 0  # event so far
+    _next: int = 0  # no window below it is open any more
+    _segments: dict[str, None] = field(default_factory=dict)  # in the order in which they came
+
+    @property
+    def open(self) -> int:
+        """How many windows are open."""
+        return len(self._open)
+
+    def add(self, events: Events, now_ms: int) -> None:
+        """Take events, Unix milliseconds now."""
+        good = events.at_ms <= now_ms + AHEAD_MS_MAX
+        windows = events.at_ms // self.window_ms
+        in_time = windows >= max(self._next, (now_ms - self.lateness_ms) // self.window_ms + 1 - WINDOWS_OPEN_MAX)
+        self.ahead += int((~good).sum())
+        self.late += int((good & ~in_time).sum())
+        good &= in_time
+        if not good.any():
+            return
+        events, windows = events.chosen(good), windows[good]
+        self.taken += len(events)
+        self._newest_ms = max(self._newest_ms, int(events.at_ms.max()))
+        segment = self._known(events.segment)
+        for window in np.unique(windows).tolist():
+            tallies = self._open.setdefault(window, {})
+            for arm in range(len(ARMS)):
+                which = (windows == window) & (events.arm == arm)
+                if which.any():
+                    for name in ("", segment) if segment else ("",):
+                        tally = tallies.setdefault((arm, name), Tally())
+                        tally.add(events.prediction[which], events.label[which], events.weight[which], self.own)
+
+    def watermark_ms(self, now_ms: int) -> int:
+        """Nothing is expected of before this moment."""
+        return max(self._newest_ms - self.lateness_ms, now_ms - self.lateness_ms - PATIENCE_MS)
+
+    def close(self, now_ms: int) -> list[Closed]:
+        """The windows that the watermark has passed since the last call, in order of time."""
+        end = self.watermark_ms(now_ms) // self.window_ms
+        ready = sorted(window for window in self._open if window < end)
+        # Whatever clocks do, no more than so many stay open.
+        over = sorted(self._open)[: max(0, len(self._open) - WINDOWS_OPEN_MAX)]
+        closed = []
+        for window in sorted({*ready, *over}):
+            tallies = self._open.pop(window)
+            names = dict.fromkeys(name for _, name in tallies)
+            pairs = {name: self._pair(tallies, name) for name in names}
+            closed.append(Closed(window, pairs.pop(""), pairs))
+        self._next = max([self._next, end, *(one.window + 1 for one in closed)])
+        return closed
+
+    @staticmethod
+    def _pair(tallies: Mapping[Key, Tally], segment: str) -> Pair:
+        online, baseline = (
+            tallies[arm, segment].sample() if (arm, segment) in tallies else Sample() for arm in range(len(ARMS))
+        )
+        return online, baseline
+
+    def _known(self, segment: str) -> str:
+        if not segment or segment in self._segments:
+            return segment
+        if len(self._segments) >= SEGMENTS_MAX:
+            return OTHER
+        self._segments[segment] = None
+        return segment

@@ -1,0 +1,158 @@
+"""The sequential test keeps its level over long streams, at any look, and finds drops; its sums are what they say."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ekko.health.moments import Moments
+from ekko.health.samples import LOSS_MAX, Sample, Tally
+from ekko.health.sequential import GRID, Detection, Difference, Stretch
+from sim_cluster.demo.evaluation import auc as exact_auc
+
+values = st.lists(st.floats(0, 1), max_size=8)
+
+
+def moments(sample: list[float]) -> Moments:
+    if not sample:
+        return Moments()
+    return Moments(len(sample), math.fsum(sample), len(sample) * float(np.var(sample)))
+
+
+@given(values, values)
+def test_moments_of_two_samples_are_those_of_both(one: list[float], other: list[float]) -> None:
+    together = moments(one) + moments(other)
+    whole = moments(one + other)
+    for left, right in zip((together.count, together.total, together.spread), (whole.count, whole.total, whole.spread)):  # noqa: B905
+        assert left == pytest.approx(right, abs=1e-9)
+    assert together.squares_about(0.3) == pytest.approx(sum((x - 0.3) ** 2 for x in one + other), abs=1e-9)
+
+
+def test_a_sample_is_that_of_its_events_and_survives_the_wire() -> None:
+    rng = np.random.default_rng(1)
+    label = (rng.random(4_000) < 0.2).astype(np.float32)
+    prediction = (1 / (1 + np.exp(-rng.normal(label * 1.2 - 1.5)))).astype(np.float32)
+    one, other, tally = Tally(), Tally(), Tally()
+    ones = np.ones(4_000, np.float32)
+    for part, half in ((one, slice(0, 1_000)), (other, slice(1_000, 4_000))):
+        part.add(prediction[half], label[half], ones[half])
+        tally.add(prediction[half], label[half], ones[half], lambda p, y, _: 1 - np.abs(p - y))
+    sample, added = tally.sample(), one.sample() + other.sample()
+    assert sample.auc.mean == pytest.approx(exact_auc(label.astype(float), prediction.astype(float)), abs=2e-4)
+    p = prediction.astype(np.float64)
+    assert sample.loss.mean == pytest.approx(float(-(label * np.log(p) + (1 - label) * np.log1p(-p)).mean()), rel=1e-6)
+    assert sample.ctr.mean == pytest.approx(label.mean(), rel=1e-6)
+    assert sample.calibration == pytest.approx(p.sum() / label.sum(), rel=1e-5)
+    assert sample.own.mean == pytest.approx(1 - np.abs(p - label).mean(), rel=1e-6)
+    assert (added.loss.mean, added.loss.spread) == pytest.approx((sample.loss.mean, sample.loss.spread), rel=1e-9)
+    assert added.auc.mean == pytest.approx(sample.auc.mean, abs=0.02)  # stratified: pairs within a node only
+    back = Sample.from_array(sample.to_array())
+    assert back.auc.mean == pytest.approx(sample.auc.mean, rel=1e-5)
+    assert back.events == 4_000
+    # The spread says how far a window's AUC is from the truth.
+    aucs = [tally_of(np.random.default_rng(seed), 400, 0.0).auc for seed in range(300)]
+    said = np.mean([one.spread / one.count**2 for one in aucs])
+    assert float(np.var([one.mean for one in aucs])) == pytest.approx(float(said), rel=0.25)
+
+
+def test_a_weight_counts_as_so_many_events() -> None:
+    prediction, label = np.array([0.2, 0.7, 0.9, 0.4], np.float32), np.array([0, 1, 0, 1], np.float32)
+    weight = np.array([1, 3, 2, 1], np.float32)
+    weighted, repeated = Tally(), Tally()
+    weighted.add(prediction, label, weight)
+    times = weight.astype(int)
+    repeated.add(np.repeat(prediction, times), np.repeat(label, times), np.ones(7, np.float32))
+    one, other = weighted.sample(), repeated.sample()
+    assert (one.auc.mean, one.loss.mean, one.ctr.mean) == pytest.approx((other.auc.mean, other.loss.mean, other.ctr.mean))
+    assert one.events == 4
+
+
+@pytest.mark.parametrize(
+    "array", [np.full(12, np.nan), np.full(12, -1.0), np.arange(11.0), [1, 1, 1, 1, 2, 0, 1, 1, 0, 0, 0, 0]]
+)
+def test_sums_that_no_events_have_are_refused(array: object) -> None:
+    with pytest.raises(ValueError, match="no"):
+        Sample.from_array(np.asarray(array, np.float32))
+
+
+def tally_of(rng: np.random.Generator, events: int, drop: float, rate: float = 0.2) -> Sample:
+    """A window's events of a model with AUC 0.76, less `drop`."""
+    label = (rng.random(events) < rate).astype(np.float32)
+    # Two normals at distance d have an AUC of Phi(d / sqrt 2).
+    distance = {0.0: 1.0, 0.05: 0.787}[drop]
+    prediction = (1 / (1 + np.exp(2.0 - rng.normal(label * distance)))).astype(np.float32)
+    tally = Tally()
+    tally.add(prediction, label, np.ones(events, np.float32))
+    return tally.sample()
+
+
+def first_alarm(rng: np.random.Generator, metric: str, windows: int, level: float, drop_from: int, horizon: int = 0) -> int:
+    """The window of the first alarm, or -1; 400 online and 100 baseline events a window."""
+    scale = LOSS_MAX if metric == "log_loss" else 1.0
+    detection, difference = Detection(horizon or windows, scale, 0.0), Difference(scale, 20)
+    for window in range(windows):
+        online = tally_of(rng, 400, 0.05 if window >= drop_from else 0.0)
+        step = difference.take(online.quality(metric)[0], tally_of(rng, 100, 0.0).quality(metric)[0])
+        if step is not None:
+            detection.add(window, *step)
+            if detection.log_evidence >= -math.log(level):
+                return window
+    return -1
+
+
+@pytest.mark.parametrize("metric", ["auc", "log_loss"])
+def test_false_alarms_stay_below_the_level(metric: str) -> None:
+    """A few streams here; a thousand long ones in `scripts/bench health`."""
+    alarms = sum(first_alarm(np.random.default_rng(seed), metric, 60, 0.1, 60) >= 0 for seed in range(40))
+    assert alarms <= 9  # of 40 at 0.1 each: more with a chance below 1 %
+
+
+def test_a_drop_is_found_and_dated() -> None:
+    found = [first_alarm(np.random.default_rng(seed), "auc", 400, 0.01, 100) for seed in range(3)]
+    assert all(100 <= window < 400 for window in found), found
+
+
+def test_evidence_is_a_supermartingale_at_the_bound() -> None:
+    """Without a difference its mean does not exceed what has begun: checked on streams of coin tosses."""
+    rng = np.random.default_rng(3)
+    evidence = []
+    for _ in range(800):
+        detection, difference = Detection(10, 1.0, 0.0), Difference(1.0, 1)
+        for window in range(10):
+            online, baseline = (moments(list(map(float, rng.integers(0, 2, 30)))) for _ in range(2))
+            step = difference.take(online, baseline)
+            assert step is not None
+            detection.add(window, *step)
+        evidence.append(math.exp(detection.log_evidence))
+    assert np.mean(evidence) <= 1 + 4 * np.std(evidence) / math.sqrt(len(evidence))
+
+
+def test_the_confidence_sequence_holds_the_truth_at_all_windows_at_once() -> None:
+    rng, missed, level = np.random.default_rng(4), 0, 0.1
+    for _ in range(60):
+        stretch, difference = Stretch(1.0), Difference(1.0, 1)
+        for _ in range(50):
+            online = moments(list(map(float, rng.random(40) < 0.5)))
+            step = difference.take(online, moments(list(map(float, rng.random(20) < 0.4))))
+            assert step is not None
+            stretch.add(*step)
+            if stretch.mean - stretch.radius(level) > 0.1:
+                missed += 1
+                break
+    assert missed <= 13  # 6 are allowed on average; more than 13 with a chance below 1 %
+    assert stretch.radius(level) < 0.15
+    assert Stretch(1.0).radius(level) == math.inf
+
+
+def test_small_samples_wait() -> None:
+    difference = Difference(1.0, 10)
+    assert difference.take(Moments(100, 50, 25), Moments(5, 2, 1)) is None
+    step = difference.take(Moments(100, 50, 25), Moments(5, 3, 1))
+    assert step is not None
+    size, total, variance = step
+    assert (size, total) == (10, pytest.approx(0.0))
+    # Nothing was known before, so that squares are about the middle of the range.
+    assert variance == pytest.approx((10 / 200) ** 2 * 50 + Moments(10, 5, 2.1).squares_about(0.5))
+    assert GRID.max() < 1
