@@ -24,6 +24,7 @@ from ekko.http import HttpServer
 from ekko.loading import Loading
 from ekko.local import Failed
 from ekko.node.answers import Answers
+from ekko.node.delaying import check_role, open_delayed
 from ekko.node.life import Life
 from ekko.node.opening import have_configured_models, open_store
 from ekko.node.parts import LocalEvent, Parts, make_parts
@@ -79,6 +80,7 @@ class Node:
         """
         self._task = asyncio.current_task()
         with locked(self.config.node.run_dir), self._signals():
+            check_role(self.config.node)
             while await self._live():
                 self._life = Life()
 
@@ -96,18 +98,14 @@ class Node:
             error = _first_of(group)
             if not isinstance(error, NodeExpelled) or self._life.parts is None:
                 raise error from None
-            self._life.parts.operations.close()
-            self._life.parts.rates.close()
-            self._life.parts.store.destroy()
+            self._life.parts.destroy()
             self._life.parts = None
             self._restores = False  # what it was told to drop is in its snapshots, too
             return True
         finally:
             http.close()
             if self._life.parts is not None:
-                self._life.parts.operations.close()
-                self._life.parts.rates.close()
-                self._life.parts.store.close()
+                self._life.parts.close()
             log.info("node_stopped")
         return False
 
@@ -121,7 +119,10 @@ class Node:
             await asyncio.to_thread(warm)
             life.preparing.remove("kernels")
             store = await self._open_store()
-            life.parts = parts = make_parts(self.config, store, life.boot, life.boot_ms, self._answers.metrics, self._submit)
+            delayed = await asyncio.to_thread(open_delayed, self.config, store, self._memory_dir)
+            life.parts = parts = make_parts(
+                self.config, store, delayed, life.boot, life.boot_ms, self._answers.metrics, self._submit
+            )
             parts.operations.settle()
             life.preparing.remove("store")
             if self._snapshots is not None:
@@ -130,8 +131,10 @@ class Node:
             await parts.runtime.started.wait()
             if parts.keys is not None:
                 tasks.create_task(self._watch_keys(parts.keys, parts.transport))
-            tasks.create_task(self._fold_heat(parts.store))
             tasks.create_task(parts.health.run())
+            tasks.create_task(self._fold_heat(parts.served))
+            if parts.delaying is not None:
+                tasks.create_task(parts.delaying.run())
             parts.endpoint.start()
             write_endpoint(node.run_dir, node.local, node.access)
             life.preparing.remove("sockets")

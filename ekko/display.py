@@ -32,6 +32,10 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
         console.print(aliases_table(status["aliases"]))
     if status.get("rates"):
         console.print(rates_table(status["rates"]))
+    if status.get("delayed"):
+        console.print(_delayed(status["delayed"]))
+        if reason := status["delayed"]["reason"]:
+            console.print(f"[yellow]part of the log was lost[/], {status['delayed']['losses']} times, last since: {reason}")
     for name, model in status["models"].items():
         if model.get("collection_held_up_by"):
             nodes = ", ".join(model["collection_held_up_by"])
@@ -185,6 +189,29 @@ def _peers(status: dict[str, Any]) -> Table:
             f"{peer['batches_skipped']:,}",
         )
     return table
+
+
+def _delayed(delayed: dict[str, Any]) -> Table:
+    """The older state of a baseline or witness."""
+    log = delayed["log"]
+    title = (
+        f"Older state, {'at least ' if delayed['role'] == 'witness' else ''}{_duration(delayed['delay_s'])} behind; log "
+        f"{_size(log['bytes'])} of {_size(log['bound'])}, {log['pending_rows']:,} rows wait"
+    )
+    table = _table(title, "model", "is at", "exact up to", "can be told up to", "rows", "memory", "unknown", numbers=(4, 5, 6))
+    for name, model in delayed["models"].items():
+        table.add_row(
+            name,
+            *(_moment(model[key]) for key in ("until_ms", "exact_until_ms", "known_until_ms")),
+            f"{model['rows']:,}",
+            _size(model["bytes"]),
+            "to be compared" if model["comparing"] else f"{model['blurs']} stretches" if model["blurs"] else "-",
+        )
+    return table
+
+
+def _moment(unix_ms: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(unix_ms / 1000)) if unix_ms else "-"
 
 
 def _queues(status: dict[str, Any]) -> Table:

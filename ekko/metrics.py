@@ -209,6 +209,7 @@ class Metrics(Collector):
         yield from _queues(picture)
         yield from _snapshots(picture)
         yield from _health(picture)
+        yield from _delayed(picture)
         rejected = CounterMetricFamily("ekko_rejected_frames", "Messages of peers that were dropped.", labels=["sender"])
         for sender, count in picture.rejected.items():
             rejected.add_metric([sender], count)
@@ -289,6 +290,29 @@ def _health(picture: NodePicture) -> Iterator[Metric]:
         for fate, count in one.events.items():
             events.add_metric([one.model.name, fate], count)
     yield from (states, until, quality, events)
+
+
+def _delayed(picture: NodePicture) -> Iterator[Metric]:
+    if (delayed := picture.delayed) is None:
+        return
+    log = delayed["log"]
+    yield _gauge("ekko_log_bytes", "What the log of a baseline or witness takes on its disk.", log["bytes"])
+    yield _gauge("ekko_log_pending_rows", "Rows in it that the older state does not have yet.", log["pending_rows"])
+    yield CounterMetricFamily("ekko_log_rows", "Rows that were written to it.", value=log["rows"])
+    yield CounterMetricFamily(
+        "ekko_log_files_given_up", "Files of it that were given up for want of room.", value=log["given_up"]
+    )
+    yield CounterMetricFamily("ekko_log_losses", "Times that a model lost a part of it.", value=delayed["losses"])
+    until = GaugeMetricFamily("ekko_delayed_until_seconds", "Unix time of the older state.", labels=["model"])
+    exact = GaugeMetricFamily("ekko_delayed_exact_seconds", "Unix time up to which it has everything.", labels=["model"])
+    rows = GaugeMetricFamily("ekko_delayed_rows", "Live rows of it.", labels=["model"])
+    size = GaugeMetricFamily("ekko_delayed_bytes", "Shared memory of it.", labels=["model"])
+    for name, model in delayed["models"].items():
+        until.add_metric([name], model["until_ms"] / 1000)
+        exact.add_metric([name], model["exact_until_ms"] / 1000)
+        rows.add_metric([name], model["rows"])
+        size.add_metric([name], model["bytes"])
+    yield from (until, exact, rows, size)
 
 
 def _peers(picture: NodePicture) -> Iterator[Metric]:

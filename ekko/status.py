@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ekko.health.service import ModelHealth
 from ekko.loading import LoadPicture
@@ -77,6 +78,7 @@ class NodePicture:
     aliases: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name -> what it stands for
     rates: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # pair of regions -> what updates may use of it
     health: tuple[ModelHealth, ...] = ()
+    delayed: Mapping[str, Any] | None = None  # the older state of a baseline or witness
 
     @property
     def ready(self) -> bool:
@@ -115,6 +117,7 @@ class NodePicture:
             ],
             "models": {model.name: _model_json(model) for model in self.models},
             "aliases": {name: dict(alias) for name, alias in self.aliases.items()},
+            "delayed": None if self.delayed is None else dict(self.delayed),
             "rates": {pair: dict(rate) for pair, rate in self.rates.items()},
             "health": {one.model.name: one.to_json() for one in self.health},
             "peers": [{key: value for key, value in asdict(peer).items() if key != "holds"} for peer in protocol.peers],

@@ -58,8 +58,9 @@ class NodeSpec:
 
     id: str
     region: str
-    role: str = "serve"  # "train" | "serve"
+    role: str = "serve"  # "train" | "serve" | "baseline" | "witness"
     hold: Mapping[str, Sequence[int]] = field(default_factory=dict)  # partitions of a model; not named: all of them
+    settings: Mapping[str, str] = field(default_factory=dict)  # more of [node]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +175,7 @@ class NodeProcess:
             "peers": self.peers,
             "local": self.local,
             "http": self.http,
+            **self.spec.settings,
         }
 
     def start(self) -> None:

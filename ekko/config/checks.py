@@ -6,6 +6,7 @@ from typing import NoReturn
 from ekko.addresses import check_endpoint, is_loopback, is_wildcard, split_host_port
 from ekko.config.places import Places
 from ekko.config.sections import HealthSection, ModelSection, NodeConfig, NodeSection, SnapshotsSection
+from ekko.delayed.limits import LOG_BYTES_MIN
 from ekko.errors import ModelError
 from ekko.model import DENSE_TABLE, TableSpec, check_name, ttl_seconds
 from ekko.rates import RATE_MBPS_MAX, RATE_MBPS_MIN
@@ -22,7 +23,7 @@ WINDOWS_LATE_MAX = 360  # `ekko.health.windows.WINDOWS_OPEN_MAX` has room for th
 HORIZON_S_MAX = 31 * 86_400.0
 FIGURES = ("auc", "log_loss", "ctr", "calibration", "own")
 NOT_BUILT = "is not available in this version"
-ROLES_BUILT = ("train", "serve")
+DELAY_S_MAX = 7 * 86_400.0  # a log of a week is a mistake
 
 
 def check(config: NodeConfig, places: Places) -> None:
@@ -39,6 +40,9 @@ def check(config: NodeConfig, places: Places) -> None:
     _check_links(config, places)
     if config.snapshots is not None:
         _check_snapshots(config.snapshots, places)
+        if config.node.role == "baseline":
+            message = "a baseline's state is behind on purpose, and nobody is to begin with it: take snapshots of another node"
+            raise places.error(("snapshots",), message)
     if config.health is not None:
         _check_health(config.health, places)
 
@@ -101,10 +105,27 @@ def _check_node(node: NodeSection, places: Places) -> None:
     except KeyError:
         message = f"there is no group {node.shm_group!r} on this machine: name one of which the daemon's user is a member"
         raise places.error(("node", "shm_group"), message) from None
-    if node.role not in ROLES_BUILT:
-        raise places.error(("node", "role"), f"role {node.role!r} {NOT_BUILT}: use 'train' or 'serve'")
+    _check_older_state(node, places)
     if not node.hot_half_life_s >= 1:
         raise places.error(("node", "hot_half_life_s"), f"{node.hot_half_life_s:g} seconds: expected 1 or more")
+
+
+def _check_older_state(node: NodeSection, places: Places) -> None:
+    for key in ("delay", "log_bytes"):
+        if getattr(node, key) is not None and not node.keeps_older_state:
+            message = (
+                f"a node with role {node.role!r} keeps no older state: leave this out, or use role 'baseline' or 'witness'"
+            )
+            raise places.error(("node", key), message)
+    least = 1.0 if node.role == "baseline" else 0.0
+    if not least <= node.delay_s <= DELAY_S_MAX:
+        raise places.error(
+            ("node", "delay"), f'expected a time such as "5m", from {least:g} s to 7 days, got {node.delay_s:g} s'
+        )
+    if node.log_bytes_max < LOG_BYTES_MIN:
+        raise places.error(
+            ("node", "log_bytes"), f'expected a size such as "16GB", at least {LOG_BYTES_MIN} bytes, got {node.log_bytes_max}'
+        )
 
 
 def _addresses(node: NodeSection) -> Iterator[tuple[str, str]]:
@@ -206,6 +227,11 @@ def _check_eviction(name: str, model: ModelSection, role: str, places: Places) -
         raise places.error(("models", name, "when_full"), "there is no limit to reach: set capacity_bytes, too")
     if "evict" in given and model.when_full != "evict":
         raise places.error(("models", name, "evict"), 'nothing is evicted: set when_full = "evict", too')
+    if model.when_full == "evict" and role in ("baseline", "witness"):
+        raise places.error(
+            ("models", name, "when_full"),
+            "a node that keeps an older state holds all that comes, so it refuses and never evicts: leave this out",
+        )
     if model.when_full == "evict" and role == "train":
         raise places.error(
             ("models", name, "when_full"),

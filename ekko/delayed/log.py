@@ -122,7 +122,7 @@ class Log:
         self.replayed: dict[int, int] = {}  # model -> newest stamp that was written after that
         self.complete = True  # all that was written is here
         # Whoever has the log sets these before anything is written.
-        self.describe: Callable[[], dict[str, Any]] = dict  # what is known now, for a record of it
+        self.describe: Callable[[int | None], dict[str, Any]] = lambda model: {}  # what is known now, of one model or of all
         self.lose: Callable[[list[int], str], None] = lambda models, why: None
         self._folder = folder
         self._bytes_max = bytes_max
@@ -165,7 +165,7 @@ class Log:
                     if state["identity"] != self._identity:
                         segment.remove()
                         return
-                    self.state, self.replayed = state, {}
+                    self._take(state)
                 else:
                     self._note(segment.number, offset, header)
         except DamagedError as error:
@@ -176,12 +176,19 @@ class Log:
         self._segments[segment.number] = segment
         self._bytes += segment.size
 
+    def _take(self, state: dict[str, Any]) -> None:
+        """What was known at a point: of all models at the beginning of a file, else of some."""
+        before = {} if self.state is None or state["whole"] else self.state["models"]
+        self.state = {**state, "models": {**before, **state["models"]}}
+        for number in state["models"]:
+            self.replayed.pop(int(number), None)
+
     def _state_at(self, segment: _Segment, offset: int, header: Header) -> dict[str, Any]:
         body = os.pread(segment.descriptor, header.body_bytes, offset + records.HEADER_BYTES)
         try:
             records.check_body(header, body)
             state = records.decode_state(body)
-            if not isinstance(state, dict) or not {"identity", "segments"} <= state.keys():
+            if not isinstance(state, dict) or not {"identity", "segments", "whole", "models"} <= state.keys():
                 raise DamagedError("a record of the log is no description of it")
         except DamagedError:
             segment.size = offset
@@ -272,19 +279,20 @@ class Log:
             self.counters.records += 1
             self.counters.rows += header.rows
 
-    def note_state(self) -> None:
-        """Write down what is known now.
+    def note_state(self, model: int | None = None) -> None:
+        """Write down what is known now, of one model or of all.
 
         Raises:
             LogFullError: nothing can be written.
         """
         if not self._segments:
             return  # the first file will begin with it
-        self._write(*records.encode_state(self._described()))
+        self._write(*records.encode_state(self._described(model)))
 
-    def _described(self) -> dict[str, Any]:
+    def _described(self, model: int | None = None) -> dict[str, Any]:
         # The file that begins with this is not among them: who reads it has found it.
-        return {"identity": self._identity, "segments": list(self._segments), **self.describe()}
+        named = {"identity": self._identity, "segments": list(self._segments), "whole": model is None}
+        return {**named, "models": self.describe(model)}
 
     def _write(self, header: Header, parts: list[Part]) -> tuple[int, int]:
         """Append a record; returns in which file, and where."""

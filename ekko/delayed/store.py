@@ -38,7 +38,7 @@ U64 = NDArray[np.uint64]
 # Rows that are applied with one call.
 BATCH_ROWS: Final = 1 << 15
 # What is known is written down when it has come so far; a kill costs that much of what may be known exactly.
-NOTE_MS: Final = 1_000
+NOTE_MS: Final = 250
 # Deleted and expired rows that go with one call of `collect`.
 COLLECTED_MAX: Final = 4_096
 # A disk that refused is tried again after so long.
@@ -88,12 +88,12 @@ class _Model:
 
     def on_rows_gone(self) -> None:
         self.history.lose(self.current.newest_row)
-        self.owner.note_state()
+        self.owner.note_state(self.current.spec.id)
 
     def on_coalesced(self, since: Mapping[int, int]) -> None:
         self.history.note_coalesced(since)
         self.mark()
-        self.owner.note_state()
+        self.owner.note_state(self.current.spec.id)
 
     def on_progress(self, synced_until_ms: int) -> None:
         self.synced_until_ms = synced_until_ms
@@ -101,7 +101,7 @@ class _Model:
             self.mark()
             if unix_ms_of(self.history.complete) - unix_ms_of(self.noted) >= NOTE_MS:
                 self.noted = self.history.complete
-                self.owner.note_state()
+                self.owner.note_state(self.current.spec.id)
 
     def mark(self) -> None:
         """Take note of how far everything is here."""
@@ -259,16 +259,17 @@ class DelayedStore:
             self._retry_s = None
             log.info("log_written_again")
 
-    def note_state(self) -> None:
-        """Write down what is known; what cannot be is found out by the next process, as a loss."""
+    def note_state(self, model: int | None = None) -> None:
+        """Write down what is known, of one model or of all; what cannot be is found out by the next process, as a loss."""
         try:
-            self.log.note_state()
+            self.log.note_state(model)
         except LogFullError as error:
             self._retry_s = time.monotonic() + RETRY_S
             self.reason = str(error)
 
-    def _describe(self) -> dict[str, Any]:
-        return {"models": {str(number): model.history.to_json() for number, model in self._models.items()}}
+    def _describe(self, model: int | None) -> dict[str, Any]:
+        numbers = [number for number in self._models if model in (None, number)]
+        return {str(number): self._models[number].history.to_json() for number in numbers}
 
     def _on_lost(self, models: list[int], why: str) -> None:
         for number in models:
@@ -309,7 +310,7 @@ class DelayedStore:
             if model.claimed is None:
                 model.claimed = _claims_of(model.current)
             history.begin_advance(cut)
-            self.log.note_state()
+            self.log.note_state(model.current.spec.id)
         elif history.target <= history.until and not self._has_pending(model, history.target):
             return True
         cut = history.target
@@ -388,7 +389,7 @@ class DelayedStore:
         # Of nothing that this node has it knows how fresh it is, where it does not know that of what is current.
         older.set_synced_until(unix_ms_of_cut(exact) if model.synced_until_ms and exact else 0)
         self.log.sweep()
-        self.note_state()
+        self.note_state(model.current.spec.id)
 
     def collect(self, name: str, unix_ms: int) -> int:
         """Drop some deleted and expired rows of the older state that everybody knows of; returns how many (R5).
@@ -420,6 +421,27 @@ class DelayedStore:
         while cut is not None and cut_of(unix_ms_of_cut(cut)) != cut:  # it ends within a millisecond
             cut = model.history.valid_cut(cut_of(unix_ms_of_cut(cut)))
         return None if cut is None else unix_ms_of_cut(cut)
+
+    def lost(self, name: str) -> bool:
+        """Whether part of the log is lost, so that both stores are to be compared.
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        return self._model(name).history.compare_at is not None
+
+    def is_whole(self, name: str) -> bool:
+        """Whether the older state has everything that it should have: nothing of it is blurred, or lost.
+
+        Raises:
+            ModelError: there is no such model.
+        """
+        model = self._model(name)
+        history = model.history
+        if history.target > history.until or history.compare_at is not None or not history.until:
+            return False
+        # Where nobody writes, or nobody has been heard of who does, there is no more to wait for than what is here.
+        return not any(begin <= history.until < end for begin, end in history.blurs)
 
     def oldest_cut(self, name: str) -> int:
         """Up to where the older state has come, Unix milliseconds: nothing before can be told; 0: it has not begun."""

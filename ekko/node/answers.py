@@ -69,6 +69,8 @@ class Answers:
                 waiting.append("the cluster: this node has not caught up with it yet")
         if life.parts is not None and (reason := life.parts.machine.ids_wanted):
             waiting.append(f"a writer id: {reason}")
+        if life.parts is not None and life.parts.delaying is not None and life.caught_up:
+            waiting += life.parts.delaying.waiting_for()
         return waiting
 
     def status(self) -> dict[str, object]:
@@ -86,7 +88,7 @@ class Answers:
 
     def hot(self, model: str, table: str | None, count: int) -> dict[str, object]:
         """See `ekko.http.Source`."""
-        return hot_report(self._parts().store, model, table, count)
+        return hot_report(self._parts().served, model, table, count)
 
     def picture(self) -> NodePicture | None:
         """The node now; None before there is a store."""
@@ -113,6 +115,7 @@ class Answers:
             parts.operations.aliases(),
             parts.rates.pictures(protocol.budgets),
             health=parts.health.pictures(),
+            delayed=None if parts.delaying is None else parts.delaying.to_json(),
         )
 
     # --- what it is told to do

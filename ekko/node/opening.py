@@ -16,6 +16,7 @@ import structlog
 from ekko.config import ModelSection, NodeConfig
 from ekko.errors import ConfigError, ModelError
 from ekko.generations import Generation
+from ekko.node.delaying import store_dir
 from ekko.snapshots.folders import Folder, open_folder
 from ekko.snapshots.load import Wanted, open_or_restore
 from ekko.snapshots.service import SnapshotService
@@ -59,7 +60,7 @@ def _attach_or_restore(
     config: NodeConfig, memory_dir: Path, snapshots: SnapshotService | None, tell: Callable[[str], None], stop: threading.Event
 ) -> Store:
     """In a thread: 100 GB take minutes, and /healthz answers meanwhile."""
-    run_dir, access = config.node.run_dir, config.node.access
+    run_dir, access = store_dir(config.node), config.node.access
     if snapshots is None:
         return Store.open(run_dir, memory_dir=memory_dir, access=access)
     places = [snapshots.picture.url]

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import xxhash
 
 from ekko.config import NodeConfig
+from ekko.delayed.store import DelayedStore
 from ekko.endpoint import LocalEndpoint
 from ekko.errors import EkkoError, StoreError
 from ekko.health.service import Health
 from ekko.local import Failed
 from ekko.metrics import Metrics
 from ekko.node.budgets import NodeRates
+from ekko.node.delaying import Delaying
 from ekko.node.effects import Effects
 from ekko.node.publishing import Publishing
 from ekko.node.whereabouts import Whereabouts
@@ -49,14 +51,45 @@ class Parts:
     rates: NodeRates
     effects: Effects
     health: Health
+    delaying: Delaying | None  # of a baseline or witness
+
+    @property
+    def served(self) -> Store:
+        """What readers of this node see."""
+        return self.store if self.delaying is None else self.delaying.served
+
+    def close(self) -> None:
+        """Let go of memory and files; they stay."""
+        self.operations.close()
+        self.rates.close()
+        if self.delaying is not None:
+            self.delaying.delayed.close()
+        self.store.close()
+
+    def destroy(self) -> None:
+        """Remove all that this node holds."""
+        self.operations.close()
+        self.rates.close()
+        if self.delaying is not None:
+            self.delaying.delayed.destroy()
+        self.store.destroy()
 
 
-def make_parts(config: NodeConfig, store: Store, boot: int, boot_ms: int, metrics: Metrics, submit: Submit) -> Parts:
+def make_parts(
+    config: NodeConfig,
+    store: Store,
+    delayed: DelayedStore | None,
+    boot: int,
+    boot_ms: int,
+    metrics: Metrics,
+    submit: Submit,
+) -> Parts:
     """Put a node together; nothing listens yet.
 
     Args:
         config: of the node.
         store: open, with all that the configuration names.
+        delayed: the older state beside it, if there is to be one.
         boot: a number for this life.
         boot_ms: when it began, Unix milliseconds.
         metrics: which hear of applied batches.
@@ -100,7 +133,8 @@ def make_parts(config: NodeConfig, store: Store, boot: int, boot_ms: int, metric
         compression=Mode(node.compression),
         crosses=where.crosses,
     )
-    return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, rates, effects, health)
+    delaying = None if delayed is None else Delaying(node, delayed)
+    return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, rates, effects, health, delaying)
 
 
 def _make_machine(config: NodeConfig, store: Store, boot: int, boot_ms: int) -> Machine:

@@ -16,19 +16,31 @@ from p2p.status import KeyspaceStatus, NodeStatus, QueueStatus
 def model_pictures(parts: Parts, protocol: NodeStatus, now: Now) -> tuple[ModelPicture, ...]:
     """Every model that the protocol replicates."""
     keyspaces = {keyspace.keyspace: keyspace for keyspace in protocol.keyspaces}
-    requests = sum(model.requests for model in parts.store.models.values())
+    served = parts.served.models
+    requests = sum(model.requests for model in served.values())
     return tuple(
-        _model_picture(model, [keyspaces[n] for n in model.spec.keyspaces if n in keyspaces], now.unix_ms, requests)
+        _model_picture(
+            model,
+            served.get(model.spec.name, model),
+            [keyspaces[n] for n in model.spec.keyspaces if n in keyspaces],
+            now.unix_ms,
+            requests,
+        )
         for model in parts.store.models.values()
         if keyspaces.keys() & set(model.spec.keyspaces)
     )
 
 
-def _model_picture(model: ModelStore, parts: list[KeyspaceStatus], unix_ms: int, requests: float) -> ModelPicture:
-    """What is to be said of a model, of whose held partitions there is a status each; `requests`: of readers to all models."""
+def _model_picture(
+    model: ModelStore, served: ModelStore, parts: list[KeyspaceStatus], unix_ms: int, requests: float
+) -> ModelPicture:
+    """What is to be said of a model, of whose held partitions there is a status each.
+
+    `served` is what readers see of it; `requests`: of readers to all models.
+    """
     synced_until_ms = min(part.synced_until_ms for part in parts)
     dims = {table.name: table.dim for table in model.spec.tables.values()} | {DENSE_TABLE: DENSE_DIM}
-    stats, heat = model.table_stats(), model.heat
+    stats, heat = model.table_stats(), served.heat
     return ModelPicture(
         model.spec.name,
         model.shards,
@@ -55,7 +67,7 @@ def _model_picture(model: ModelStore, parts: list[KeyspaceStatus], unix_ms: int,
         tuple(model.spec.tensors.values()),
         model.memory_bytes,
         None if model.capacity is None else model.capacity.bytes,
-        model.requests / requests if requests else 0.0,
+        served.requests / requests if requests else 0.0,
         model.spec.id,
         incomplete_shards=int(model.incomplete.sum()),
         collection_held_up_by=tuple(dict.fromkeys(node for part in parts for node in part.collection_held_up_by)),
@@ -89,6 +101,7 @@ def queues(parts: Parts, protocol: NodeStatus) -> tuple[QueueStatus, ...]:
         *protocol.queues,
         QueueStatus("local_requests", parts.endpoint.pending, REQUESTS_PENDING_MAX),
         QueueStatus("update_cache", cache.cached, cache.window),
+        *(() if parts.delaying is None else (parts.delaying.queue(),)),
     )
 
 
