@@ -41,8 +41,10 @@ def health(
         said = f"{answer['model']} counts as {state} from {_time(answer['from_ms'])} to {_time(answer['until_ms'])} UTC"
         typer.echo(json.dumps(answer) if as_json else said)
         return
-    known: dict[str, Any] = fetch_status(address).get("health", {})
+    picture = fetch_status(address)
+    known: dict[str, Any] = picture.get("health", {})
     if model is not None:
+        model = picture.get("aliases", {}).get(model, {"model": model})["model"]
         if model not in known:
             raise ModelError(f"the node has no model {model!r}: it has {', '.join(map(repr, known)) or 'none'}")
         known = {model: known[model]}

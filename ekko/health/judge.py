@@ -16,6 +16,8 @@ from ekko.health.windows import AHEAD_MS_MAX, PATIENCE_MS
 SETTLE_MS: Final = 1_000
 # Judges take turns within this, so that the first one's verdict spares the others an entry in the log.
 STAGGER_MS: Final = 1_000
+# A node that has told of none of so many windows has stopped: nobody waits for it.
+SILENT_WINDOWS: Final = 3
 # Windows whose figures are kept for people.
 HISTORY_MAX: Final = 60
 
@@ -41,7 +43,7 @@ class Judge:
     detectors: Sequence[Detector]
     history: deque[Window] = field(default_factory=lambda: deque(maxlen=HISTORY_MAX))
     findings: dict[str, Finding] = field(default_factory=dict)  # the last of each detector
-    missed: int = 0  # summaries that came after their window was judged
+    failed: dict[str, str] = field(default_factory=dict)  # detectors that failed, and how: they have no say any more
     _next: int = 0  # no window below it is judged any more
 
     def judge(self, summaries: Summaries, numbers: Sequence[int], verdicts: Verdicts, now_ms: int) -> Verdicts:
@@ -80,10 +82,15 @@ class Judge:
         for model, node, window_ms, window in summaries.windows:
             if (model, window_ms) == (self.model, self.window_ms):
                 newest[node] = max(newest.get(node, 0), window)
-        return all(window >= number for window in newest.values())
+        return all(window >= number for window in newest.values() if window >= number - SILENT_WINDOWS)
 
     def _observe(self, window: Window, verdicts: Verdicts, now_ms: int) -> Verdicts:
-        found = [(detector.name, finding) for detector in self.detectors for finding in detector.observe(window)]
+        found: list[tuple[str, Finding]] = []
+        for detector in self.detectors:
+            try:
+                found += [(detector.name, finding) for finding in detector.observe(window) if detector.name not in self.failed]
+            except Exception as error:  # noqa: BLE001 - a user's detector can fail in any way
+                self.failed[detector.name] = repr(error)
         # The worst first: what it says of a moment is then not said again by others.
         for name, finding in sorted(found, key=lambda one: -SEVERITY[one[1].state]):
             self.findings[name] = finding
@@ -103,6 +110,11 @@ class Judge:
                 )
             verdicts = noted
         return verdicts
+
+    def why(self) -> dict[str, str]:
+        """Detector -> what it said last, or how it failed."""
+        said = {name: f"{one.state}: {one.text}" for name, one in self.findings.items()}
+        return said | {name: f"failed, and has no say any more: {reason}" for name, reason in self.failed.items()}
 
     def recent(self) -> tuple[Sample, Sample]:
         """Both arms over the windows that are kept."""

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.errors import ConfigError
+from ekko.errors import ConfigError, ModelError
 from ekko.health.moments import Moments
 
 F32 = NDArray[np.float32]
@@ -100,21 +100,20 @@ class Tally:
         self._bins = np.zeros((2, 2, BINS), np.float64)  # [weights or their squares, negative or positive, bin]
         self._sums = Sample()
 
-    def add(self, prediction: F32, label: F32, weight: F32, own: OwnMetric | None = None) -> None:
-        """Count events: float32[n] each; predictions and labels from 0 to 1."""
+    def add(self, prediction: F32, label: F32, weight: F32, own: F64 | None = None) -> None:
+        """Count events: float32[n] each; predictions and labels from 0 to 1; `own`: float64[n], of the user's metric."""
         bins = _bins_of(prediction) + BINS * (label >= 0.5)
         for power, row in ((1, self._bins[0]), (2, self._bins[1])):
             row += np.bincount(bins, weight.astype(np.float64) ** power, 2 * BINS).reshape(2, BINS)
         p = np.clip(prediction.astype(np.float64), PREDICTION_MIN, 1 - PREDICTION_MIN)
         loss = -(label * np.log(p) + (1 - label) * np.log1p(-p))
-        values = None if own is None else np.asarray(own(prediction, label, weight), np.float64).clip(0.0, 1.0)
         self._sums += Sample(
             float(len(prediction)),
             float((prediction * weight).sum(dtype=np.float64)),
             float((label * weight).sum(dtype=np.float64)),
             Moments(),
             _moments(loss, weight),
-            Moments() if values is None else _moments(values, weight),
+            Moments() if own is None else _moments(own, weight),
         )
 
     def sample(self) -> Sample:
@@ -141,6 +140,23 @@ def find_metric(name: str) -> OwnMetric:
     except Exception as error:  # noqa: BLE001 - a user's module can fail in any way
         raise ConfigError(f"health.own_metric: metric {name!r} cannot be loaded: {error!r}") from None
     return metric
+
+
+def own_values(metric: OwnMetric, prediction: F32, label: F32, weight: F32) -> F64:
+    """float64[n], from 0 to 1: what the user's metric makes of events.
+
+    Raises:
+        ModelError: it fails, or does not return a number from 0 to 1 for each.
+    """
+    try:
+        values = np.asarray(metric(prediction, label, weight), np.float64)
+    except Exception as error:  # noqa: BLE001 - a user's function can fail in any way
+        raise ModelError(f"health.own_metric failed: {error!r}") from None
+    if values.shape != prediction.shape or not bool(((values >= 0) & (values <= 1)).all()):
+        raise ModelError(
+            f"health.own_metric returned {values.dtype}{list(values.shape)}: expected a number from 0 to 1 for each"
+        )
+    return values
 
 
 def _bins_of(prediction: F32) -> NDArray[np.int64]:

@@ -137,7 +137,9 @@ class Difference:
     _waiting: list[Moments] = field(default_factory=lambda: [Moments(), Moments()])
 
     def take(self, online: Moments, baseline: Moments) -> tuple[float, float, float] | None:
-        """A window's samples; None: they wait."""
+        """A window's samples; None: they wait. Where one arm has none, nothing is known of the difference: it is left out."""
+        if not online.count or not baseline.count:
+            return None
         self._waiting = [self._waiting[0] + online, self._waiting[1] + baseline]
         if min(one.count for one in self._waiting) < self.sample_min:
             return None

@@ -14,7 +14,7 @@ import structlog
 import xxhash
 
 from ekko.config.sections import HealthSection
-from ekko.errors import ModelError
+from ekko.errors import EkkoError, ModelError
 from ekko.generations import Generation
 from ekko.health.detectors import Settings, make_detectors
 from ekko.health.judge import STAGGER_MS, Judge
@@ -25,6 +25,7 @@ from ekko.health.verdicts import Interval, Ruling, State, Verdicts
 from ekko.health.windows import Windows
 from ekko.health.wire import Report, Reported
 from ekko.model import EXTRAS_SINCE, check_name
+from ekko.rollback.facts import Rollbacks
 from ekko.store import Store
 from p2p.replica import SchemaEntry
 
@@ -52,7 +53,7 @@ class ModelHealth:
     segments: Mapping[str, Mapping[str, Mapping[str, float | None]]]  # segment -> arm -> figures of this node's last window
     traffic: Traffic
     why: Mapping[str, str]  # detector -> what it last said here
-    events: Mapping[str, int]  # taken, late, ahead, missed
+    events: Mapping[str, int]  # taken, late, ahead
 
     def to_json(self) -> dict[str, object]:
         """For `/status` and `ekko health --json`."""
@@ -118,7 +119,7 @@ class Health:
         self._states: dict[Generation, State] = {}  # as last logged
         self._own: OwnMetric | None = None
         # What a rollback lets the online model answer, and who is told when a model's state has changed, on every node.
-        self.serving: Callable[[Generation], float] = lambda _: 1.0
+        self.serving: Callable[[Generation], float] = lambda model: store.facts.of(Rollbacks).share(model)
         self.on_state: Callable[[Generation, State], None] = lambda _model, _state: None
         if section is not None:
             make_detectors(section.detectors, settings_of(section))  # what cannot be made is found now
@@ -171,7 +172,10 @@ class Health:
         period_s = TICK_S if self._section is None else min(TICK_S, self._section.window / 4)
         while True:
             await asyncio.sleep(period_s)
-            self.tick()
+            try:
+                self.tick()
+            except EkkoError as error:  # peers could not be told; they are with the next window
+                log.warning("health_not_told", reason=str(error))
 
     def tick(self) -> None:
         """Close windows, tell others, judge what is complete, and divide requests."""
@@ -281,7 +285,7 @@ class Health:
             {arm: sample.figures() for arm, sample in zip(ARMS, pair, strict=True)},
             segments,
             self._store.models[model.name].traffic,
-            {} if judge is None else {name: f"{one.state}: {one.text}" for name, one in judge.findings.items()},
+            {} if judge is None else judge.why(),
             dict(zip(("taken", "late", "ahead"), counts, strict=True)),
         )
 

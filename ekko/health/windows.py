@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.health.samples import OwnMetric, Sample, Tally
+from ekko.health.samples import OwnMetric, Sample, Tally, own_values
 from ekko.health.traffic import ARMS
 
 # How long a stall of the labels is waited for.
@@ -87,7 +87,11 @@ class Windows:
         return len(self._open)
 
     def add(self, events: Events, now_ms: int) -> None:
-        """Take events, Unix milliseconds now."""
+        """Take events, Unix milliseconds now.
+
+        Raises:
+            ModelError: the user's metric fails; nothing is taken.
+        """
         good = events.at_ms <= now_ms + AHEAD_MS_MAX
         windows = events.at_ms // self.window_ms
         in_time = windows >= max(self._next, (now_ms - self.lateness_ms) // self.window_ms + 1 - WINDOWS_OPEN_MAX)
@@ -97,6 +101,7 @@ class Windows:
         if not good.any():
             return
         events, windows = events.chosen(good), windows[good]
+        own = None if self.own is None else own_values(self.own, events.prediction, events.label, events.weight)
         self.taken += len(events)
         self._newest_ms = max(self._newest_ms, int(events.at_ms.max()))
         segment = self._known(events.segment)
@@ -107,7 +112,8 @@ class Windows:
                 if which.any():
                     for name in ("", segment) if segment else ("",):
                         tally = tallies.setdefault((arm, name), Tally())
-                        tally.add(events.prediction[which], events.label[which], events.weight[which], self.own)
+                        values = None if own is None else own[which]
+                        tally.add(events.prediction[which], events.label[which], events.weight[which], values)
 
     def watermark_ms(self, now_ms: int) -> int:
         """Nothing is expected of before this moment."""

@@ -197,6 +197,41 @@ def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('window = "0.5s"', "from 1 s to an hour"),
+        ('lateness = "2h"', "up to an hour"),
+        ('window = "1s"\nlateness = "20m"', "make windows longer"),
+        ('horizon = "1s"', "from one window to a month"),
+        ("level = 0.0", "expected a number from 1e-12 to 0.5"),
+        ("baseline_share = 0.9", "expected a number from 0 to 0.5"),
+        ("precision = 0.0", "expected a number from"),
+        ("detectors = []", "leave [health] out to judge nothing"),
+        ('detectors = ["drift", "drift"]', "one is there twice"),
+        ('metric = "own"', "own_metric does not say which"),
+        ('metric = "f1"', "expected 'auc'"),
+        ("watermarks = { aug = { min = 0.5 } }", "there is no figure 'aug': there are auc"),
+        ("watermarks = { auc = { least = 0.5 } }", "unknown setting"),
+        ("auto_rollback = true", "not available in this version"),
+    ],
+)
+def test_what_health_cannot_be_is_refused(tmp_path: Path, line: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, f"{GOOD}[health]\n{line}\n"))
+    assert complaint in str(caught.value)
+    assert "health." in str(caught.value)
+
+
+def test_health_is_understood(tmp_path: Path) -> None:
+    text = f'{GOOD}[health]\nwindow = "5s"\nmetric = "log_loss"\nwatermarks = {{ auc = {{ min = 0.6 }} }}\n'
+    health = load_config(write(tmp_path, text)).health
+    assert health is not None
+    assert (health.window_ms, health.lateness_ms, health.metric) == (5_000, 30_000, "log_loss")
+    assert (health.watermarks["auc"].min, health.watermarks["auc"].max) == (0.6, None)
+    assert load_config(write(tmp_path, GOOD)).health is None
+
+
+@pytest.mark.parametrize(
     ("name", "value", "complaint"),
     [
         ("EKKO_NODE__HTTP", "nowhere", "environment variable EKKO_NODE__HTTP: expected HOST:PORT"),

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ekko.health.moments import Moments
-from ekko.health.samples import LOSS_MAX, Sample, Tally
+from ekko.health.samples import LOSS_MAX, Sample, Tally, own_values
 from ekko.health.sequential import GRID, Detection, Difference, Stretch
 from sim_cluster.demo.evaluation import auc as exact_auc
 
@@ -38,7 +38,8 @@ def test_a_sample_is_that_of_its_events_and_survives_the_wire() -> None:
     ones = np.ones(4_000, np.float32)
     for part, half in ((one, slice(0, 1_000)), (other, slice(1_000, 4_000))):
         part.add(prediction[half], label[half], ones[half])
-        tally.add(prediction[half], label[half], ones[half], lambda p, y, _: 1 - np.abs(p - y))
+        own = own_values(lambda p, y, _: 1 - np.abs(p - y), prediction[half], label[half], ones[half])
+        tally.add(prediction[half], label[half], ones[half], own)
     sample, added = tally.sample(), one.sample() + other.sample()
     assert sample.auc.mean == pytest.approx(exact_auc(label.astype(float), prediction.astype(float)), abs=2e-4)
     p = prediction.astype(np.float64)
@@ -52,9 +53,9 @@ def test_a_sample_is_that_of_its_events_and_survives_the_wire() -> None:
     assert back.auc.mean == pytest.approx(sample.auc.mean, rel=1e-5)
     assert back.events == 4_000
     # The spread says how far a window's AUC is from the truth.
-    aucs = [tally_of(np.random.default_rng(seed), 400, 0.0).auc for seed in range(300)]
+    aucs = [tally_of(np.random.default_rng(seed), 400, 0.0).auc for seed in range(200)]
     said = np.mean([one.spread / one.count**2 for one in aucs])
-    assert float(np.var([one.mean for one in aucs])) == pytest.approx(float(said), rel=0.25)
+    assert float(np.var([one.mean for one in aucs])) == pytest.approx(float(said), rel=0.3)
 
 
 def test_a_weight_counts_as_so_many_events() -> None:
@@ -105,8 +106,8 @@ def first_alarm(rng: np.random.Generator, metric: str, windows: int, level: floa
 @pytest.mark.parametrize("metric", ["auc", "log_loss"])
 def test_false_alarms_stay_below_the_level(metric: str) -> None:
     """A few streams here; a thousand long ones in `scripts/bench health`."""
-    alarms = sum(first_alarm(np.random.default_rng(seed), metric, 60, 0.1, 60) >= 0 for seed in range(40))
-    assert alarms <= 9  # of 40 at 0.1 each: more with a chance below 1 %
+    alarms = sum(first_alarm(np.random.default_rng(seed), metric, 40, 0.1, 40) >= 0 for seed in range(25))
+    assert alarms <= 6  # of 25 at 0.1 each: more with a chance below 1 %
 
 
 def test_a_drop_is_found_and_dated() -> None:
@@ -118,7 +119,7 @@ def test_evidence_is_a_supermartingale_at_the_bound() -> None:
     """Without a difference its mean does not exceed what has begun: checked on streams of coin tosses."""
     rng = np.random.default_rng(3)
     evidence = []
-    for _ in range(800):
+    for _ in range(400):
         detection, difference = Detection(10, 1.0, 0.0), Difference(1.0, 1)
         for window in range(10):
             online, baseline = (moments(list(map(float, rng.integers(0, 2, 30)))) for _ in range(2))
@@ -156,3 +157,8 @@ def test_small_samples_wait() -> None:
     # Nothing was known before, so that squares are about the middle of the range.
     assert variance == pytest.approx((10 / 200) ** 2 * 50 + Moments(10, 5, 2.1).squares_about(0.5))
     assert GRID.max() < 1
+    # An arm without events says nothing of the difference, and the other arm's hours without it do not enter.
+    assert difference.take(Moments(1_000, 900, 90), Moments()) is None
+    again = difference.take(Moments(100, 50, 25), Moments(10, 5, 2))
+    assert again is not None
+    assert again[1] == pytest.approx(0.0)

@@ -1,0 +1,258 @@
+"""Events become windows when they are complete, windows of all nodes meet, and are judged in their order, once."""
+
+import random
+from dataclasses import replace
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ekko.errors import ConfigError, ModelError
+from ekko.generations import Generation
+from ekko.health import summaries as module
+from ekko.health.detectors import Finding, Window
+from ekko.health.judge import SETTLE_MS, Judge
+from ekko.health.moments import Moments
+from ekko.health.samples import FIELDS, Sample, find_metric
+from ekko.health.summaries import TOLD_TIMES, WINDOWS_MAX, Summaries
+from ekko.health.traffic import BASELINE, ONLINE
+from ekko.health.verdicts import Verdicts
+from ekko.health.windows import AHEAD_MS_MAX, OTHER, PATIENCE_MS, SEGMENTS_MAX, WINDOWS_OPEN_MAX, Events, Windows
+from ekko.model import ModelSpec, TableSpec
+from ekko.store import Store
+from p2p.errors import RemoteProtocolError
+from p2p.replica import SchemaEntry
+
+T = 1_700_000_000_000
+CTR = Generation("ctr")
+
+
+def events(*at_ms: int, arm: int = ONLINE, segment: str = "") -> Events:
+    count = len(at_ms)
+    label = np.arange(count) % 2
+    ones = np.ones(count, np.float32)
+    return Events(np.array(at_ms), ones / 2, label.astype(np.float32), ones, np.full(count, arm, np.uint8), segment)
+
+
+# --- windows
+
+
+def test_a_window_closes_when_the_newest_event_says_so_and_late_ones_are_counted() -> None:
+    windows = Windows(1_000, 500)
+    windows.add(events(T, T + 100, T + 999), T + 1_000)
+    windows.add(events(T + 300, arm=BASELINE), T + 1_000)
+    assert windows.close(T + 1_400) == []
+    windows.add(events(T + 1_600), T + 1_600)
+    (closed,) = windows.close(T + 1_600)
+    assert closed.window == T // 1_000
+    assert [arm.events for arm in closed.arms] == [3, 1]
+    windows.add(events(T + 999, T + 1_000), T + 1_700)
+    assert (windows.taken, windows.late, windows.ahead) == (6, 1, 0)
+    windows.add(events(T + 1_700 + AHEAD_MS_MAX + 1), T + 1_700)
+    assert windows.ahead == 1
+    assert windows.watermark_ms(T + 1_700) == T + 1_100, "what is of the future does not push the watermark"
+
+
+def test_a_stall_of_the_labels_is_waited_for_and_quiet_is_not() -> None:
+    windows = Windows(1_000, 500)
+    windows.add(events(T), T)
+    assert windows.close(T + 30_000) == [], "they may come yet"
+    windows.add(events(T + 900), T + 30_000)
+    (closed,) = windows.close(T + PATIENCE_MS + 2_000)
+    assert closed.arms[0].events == 2
+    assert windows.open == 0
+    windows.add(events(T + 500), T + PATIENCE_MS + 2_000)
+    assert windows.late == 1
+
+
+def test_open_windows_and_segments_have_bounds() -> None:
+    windows = Windows(1_000, 3_600_000)
+    for second in range(WINDOWS_OPEN_MAX + 50):
+        windows.add(events(T + 1_000 * second), T + 1_000 * second)
+        windows.close(T + 1_000 * second)
+    assert windows.open <= WINDOWS_OPEN_MAX
+    many = Windows(1_000, 0)
+    for number in range(SEGMENTS_MAX + 5):
+        many.add(events(T, segment=f"s{number}"), T)
+    many.add(events(T + 1_000), T + 1_000)
+    (closed,) = many.close(T + 1_000)
+    assert len(closed.segments) == SEGMENTS_MAX + 1
+    assert closed.segments[OTHER][0].events == 5
+    assert closed.arms[0].events == SEGMENTS_MAX + 5
+
+
+def test_a_metric_of_the_users_own_is_counted_or_refused_whole() -> None:
+    windows = Windows(1_000, 0, lambda p, y, w: (p >= 0.5) * y)
+    windows.add(events(T, T + 1, T + 1_000), T + 1_000)
+    assert windows.close(T + 1_000)[0].arms[0].own.mean == 0.5
+    for broken in (lambda p, y, w: p * 3, lambda p, y, w: p[:-1], lambda p, y, w: 1 / 0):
+        failing = Windows(1_000, 0, broken)
+        with pytest.raises(ModelError, match="own_metric"):
+            failing.add(events(T, T + 1), T)
+        assert (failing.taken, failing.open) == (0, 0)
+    with pytest.raises(ConfigError, match="no installed package offers metric 'watch_time'"):
+        find_metric("watch_time")
+
+
+# --- summaries
+
+
+def summary(node: str, window: int, count: float = 10.0, model: Generation = CTR) -> Summaries:
+    sample = Sample(count, 1.0, 1.0, Moments(2, 1, 0.5), Moments(count, 3, 1))
+    return Summaries.of(model, node, 1_000, window, (sample, Sample()))
+
+
+told = st.builds(
+    summary,
+    st.sampled_from(["a", "b"]),
+    st.integers(0, 40),
+    st.sampled_from([5.0, 10.0]),
+    st.sampled_from([CTR, Generation("cvr", 1)]),
+)
+
+
+@given(st.lists(told, max_size=60), st.randoms())
+def test_merging_summaries_is_a_join(said: list[Summaries], rng: random.Random) -> None:
+    whole = Summaries()
+    for one in said:
+        whole = whole.merged(one)
+    shuffled = said + said
+    rng.shuffle(shuffled)
+    other = Summaries()
+    for one in shuffled:
+        other = other.learned(one.entries())
+    assert other == whole
+    assert whole.merged(other) is whole
+    assert len(whole.windows) <= 4 * WINDOWS_MAX
+
+
+def test_nodes_windows_add_up_and_pass_through_stores_without_becoming_schema() -> None:
+    one, other = Store.anonymous(), Store.anonymous()
+    for store in (one, other):
+        store.add_model(ModelSpec("ctr", 4, {"item": TableSpec("item", 2)}))
+    before = other.schema()
+    for window in range(5):
+        one.facts.note(summary("a", window))
+        other.facts.note(summary("b", window, 30.0))
+    entries = one.facts.of(Summaries).told(CTR, "a", 1_000, 4)
+    assert len(entries) == TOLD_TIMES
+    assert other.adopt(entries)
+    assert not other.adopt(entries), "no news, so it is not passed on again"
+    assert other.schema() == before
+    (online, _), nodes = other.facts.of(Summaries).pair(CTR, 1_000, 4)
+    assert (online.events, online.loss.count, nodes) == (40, 40, ("a", "b"))
+    assert other.facts.of(Summaries).numbers(1_000) == [(CTR, number) for number in range(5)]
+    assert other.facts.of(Summaries).without(lambda _: True) == Summaries()
+
+
+(ENTRY,) = summary("a", 7).entries()
+WORDS = msgpack.unpackb(ENTRY.body)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        replace(ENTRY, body=b"\xc1"),
+        replace(ENTRY, body=msgpack.packb([*WORDS[:5], WORDS[5][:-4]])),
+        replace(ENTRY, body=msgpack.packb([*WORDS[:5], np.full(2 * FIELDS, np.nan, np.float32).tobytes()])),
+        replace(ENTRY, body=msgpack.packb([*WORDS[:5], np.full(2 * FIELDS, -1, np.float32).tobytes()])),
+        replace(ENTRY, body=msgpack.packb([*WORDS[:3], 0, *WORDS[4:]])),
+        replace(ENTRY, body=msgpack.packb([*WORDS[:3], 1 << 40, *WORDS[4:]])),
+        replace(ENTRY, body=msgpack.packb([*WORDS[:4], -1, WORDS[5]])),
+        replace(ENTRY, body=msgpack.packb([*WORDS[:2], "-a", *WORDS[3:]])),
+        replace(ENTRY, name="quality:b:1000:7"),
+        replace(ENTRY, keyspace=1),
+    ],
+)
+def test_junk_is_the_peers_fault_and_changes_nothing(entry: SchemaEntry) -> None:
+    store = Store.anonymous()
+    with pytest.raises(RemoteProtocolError):
+        store.adopt([ENTRY, entry])
+    assert store.facts.of(Summaries) == Summaries()
+    assert store.adopt([ENTRY])
+
+
+def test_what_is_remembered_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SUMMARIES_MAX", 20)
+    known = Summaries()
+    for window in range(100):
+        for node in ("a", "b", "c"):
+            known = known.merged(summary(node, window))
+    assert len(known.windows) == 20
+    assert known.merged(summary("a", 0)) is known, "what is forgotten is no news"
+
+
+# --- the judge
+
+
+class Scripted:
+    """Says of a window what it is told to."""
+
+    name = "scripted"
+
+    def __init__(self, script: dict[int, str]) -> None:
+        self.script = script
+        self.seen: list[tuple[int, float]] = []
+
+    def observe(self, window: Window) -> list[Finding]:
+        self.seen.append((window.number, window.arms[0].events))
+        state = self.script.get(window.number)
+        if state == "fail":
+            raise ZeroDivisionError("oops")
+        return [] if state is None else [Finding(state, window.from_ms, window.until_ms, f"is {state}")]  # type: ignore[arg-type]
+
+
+def judge_of(*detectors: Scripted) -> Judge:
+    return Judge(CTR, "me", 1_000, 500, 0, detectors)
+
+
+def look(judge: Judge, known: Summaries, verdicts: Verdicts, now_ms: int) -> Verdicts:
+    return judge.judge(known, [number for _, number in known.numbers(1_000)], verdicts, now_ms)
+
+
+def test_a_window_is_judged_once_when_all_who_report_have_told() -> None:
+    detector = Scripted({})
+    judge, known, first = judge_of(detector), Summaries(), T // 1_000
+    known = known.merged(summary("a", first)).merged(summary("b", first, 20.0)).merged(summary("a", first + 1))
+    due_ms = T + 1_000 + 500 + SETTLE_MS
+    look(judge, known, Verdicts(), due_ms - 1)
+    assert detector.seen == []
+    look(judge, known, Verdicts(), due_ms + 1_000)
+    assert detector.seen == [(first, 30.0)], "node b has not told of the second yet"
+    look(judge, known.merged(summary("b", first + 1)), Verdicts(), due_ms + 1_000)
+    look(judge, known.merged(summary("c", first)), Verdicts(), due_ms + 2_000)
+    assert detector.seen == [(first, 30.0), (first + 1, 20.0)]
+    assert len(judge.history) == 2
+
+
+def test_a_node_that_stopped_is_waited_for_only_so_long() -> None:
+    detector = Scripted({})
+    judge, first = judge_of(detector), T // 1_000
+    known = summary("gone", first)
+    for number in range(first, first + 10):
+        known = known.merged(summary("a", number))
+    look(judge, known, Verdicts(), T + 12_000)
+    assert [number for number, _ in detector.seen] == [first]
+    look(judge, known, Verdicts(), T + 12_000 + PATIENCE_MS)
+    assert [number for number, _ in detector.seen] == [*range(first, first + 10)]
+    quick = judge_of(Scripted({}))
+    look(quick, known.merged(summary("a", first + 500)), Verdicts(), T + 12_000)
+    assert all(number < first + 500 for number, _ in quick.detectors[0].seen), "windows of the future are not looked at"  # type: ignore[attr-defined]
+
+
+def test_the_worst_counts_and_only_changes_are_logged() -> None:
+    first = T // 1_000
+    calm = Scripted({first: "healthy", first + 1: "healthy", first + 2: "healthy", first + 3: "fail"})
+    alarmed = Scripted({first + 2: "corrupted"})
+    alarmed.name = "alarmed"
+    judge, known, verdicts = judge_of(calm, alarmed), Summaries(), Verdicts()
+    for number in range(first, first + 5):
+        known = known.merged(summary("a", number))
+        verdicts = look(judge, known, verdicts, (number + 4) * 1_000)
+    assert [(one.detector, one.state) for one in verdicts.log("ctr")] == [("scripted", "healthy"), ("alarmed", "corrupted")]
+    assert verdicts.healthy_until("ctr") == T + 2_000
+    assert verdicts.state("ctr", T + 10_000) == "corrupted"
+    assert "ZeroDivisionError" in judge.why()["scripted"], "it has no say any more, and the others go on"
+    assert len(alarmed.seen) == 5
