@@ -28,6 +28,14 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
     console.print(_members(status))
     console.print(_models(status))
     console.print(_tables(status))
+    if any(_seen(model) for model in status["models"].values()):
+        console.print(priorities_table(status["models"]))
+    for name, model in status["models"].items():
+        if (priority := model.get("priority")) and priority["steps_without"]:
+            console.print(
+                f"[yellow]{name}: priority formula {priority['formula']!r} failed {priority['failures']:,} times[/]: the "
+                f"built-in one weighed {priority['steps_without']:,} tables of steps; last: {priority['last_failure']}"
+            )
     if status.get("aliases"):
         console.print(aliases_table(status["aliases"]))
     if status.get("rates"):
@@ -141,6 +149,40 @@ def _tables(status: dict[str, Any]) -> Table:
             sizes = _size(part["bytes"]), _size(part.get("free_bytes", 0))
             table.add_row(model, name, str(part["dim"]), f"{part['rows']:,}", f"{part['tombstones']:,}", *sizes)
     return table
+
+
+def _seen(model: dict[str, Any]) -> bool:
+    return any(part["rows"] for part in model.get("row_delays", {}).values())
+
+
+def priorities_table(models: dict[str, Any]) -> Table:
+    """How much of what came was significant, and how late it was lately."""
+    table = _table(
+        "Updates",
+        "model",
+        "rows",
+        "significant",
+        "p50",
+        "p99",
+        "ordinary p50",
+        "p99",
+        "published here",
+        numbers=(1, 2, 3, 4, 5, 6, 7),
+    )
+    for name, model in models.items():
+        if not _seen(model):
+            continue
+        significant, ordinary = model["row_delays"]["significant"], model["row_delays"]["ordinary"]
+        rows = significant["rows"] + ordinary["rows"]
+        delays = [_delay(part[key]) for part in (significant, ordinary) for key in ("p50_ms", "p99_ms")]
+        priority = model["priority"]
+        here = "-" if priority is None else f"{priority['formula']}, k = {priority['k']:g}"
+        table.add_row(name, f"{rows:,}", f"{100 * significant['rows'] / rows:.2f} %", *delays, here)
+    return table
+
+
+def _delay(value_ms: float | None) -> str:
+    return "-" if value_ms is None else f"{value_ms:,.1f} ms"
 
 
 def aliases_table(aliases: dict[str, Any]) -> Table:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ekko.health.verdicts import SEVERITY
+from ekko.priority.delays import KINDS, RowDelays
 from ekko.status import NodePicture
 from p2p.messages import BatchApplied
 from p2p.stamps import unix_ms_of
@@ -158,6 +159,7 @@ class Metrics(Collector):
 
     def __init__(self, picture: Callable[[], NodePicture | None], machine: int) -> None:
         self.delays = Delays()
+        self.row_delays = RowDelays()
         self._picture = picture
         self._machine = machine
         self._regions: dict[str, Histogram] = {}
@@ -182,6 +184,7 @@ class Metrics(Collector):
         else:
             delay_ms = float(max(0, unix_ms - unix_ms_of(batch.stamp)))
         self.delays.add(delay_ms)
+        self.row_delays.add(batch.keyspace, delay_ms, batch.rows, batch.significant, monotonic_ns // 1_000_000)
         histogram = self._regions.get(batch.origin_region)
         if histogram is None:
             if len(self._regions) >= REGIONS_MAX:
@@ -205,6 +208,7 @@ class Metrics(Collector):
         for name, (text, counter) in COUNTERS.items():
             yield CounterMetricFamily(name, text, value=picture.counters.get(counter, 0))
         yield from _models(picture)
+        yield from _priorities(picture, self.row_delays)
         yield from _peers(picture)
         yield from _queues(picture)
         yield from _snapshots(picture)
@@ -257,6 +261,32 @@ def _models(picture: NodePicture) -> Iterator[Metric]:
             free.add_metric([model.name, table.name], table.free_bytes)
     yield from (full, share, lookups, looked_up, absent)
     yield from (staleness, open_steps, held, rows, tombstones, size, free, total, limit, lacking)
+
+
+def _priorities(picture: NodePicture, delays: RowDelays) -> Iterator[Metric]:
+    delay = HistogramMetricFamily(
+        "ekko_row_delay_seconds", "Of rows, significant and ordinary ones, as of updates.", labels=["model", "kind"]
+    )
+    weighed = CounterMetricFamily("ekko_rows_weighed", "Rows published here, by what they are.", labels=["model", "kind"])
+    failures = CounterMetricFamily("ekko_priority_failures", "Times that a model's formula failed.", labels=["model"])
+    replaced = CounterMetricFamily(
+        "ekko_priority_fallbacks", "Tables of steps that the built-in formula weighed instead.", labels=["model"]
+    )
+    threshold = GaugeMetricFamily("ekko_priority_threshold", "From which priority on a row is significant.", labels=["model"])
+    for model in picture.models:
+        for kind in KINDS:
+            counts, total_s = delays.buckets(model.keyspaces, kind, DELAY_BUCKETS_S)
+            if counts[-1]:
+                bounds = [*map(str, DELAY_BUCKETS_S), "+Inf"]
+                delay.add_metric([model.name, kind], list(zip(bounds, counts, strict=True)), total_s)
+        if (priority := model.priority) is not None:
+            weighed.add_metric([model.name, "significant"], priority.significant)
+            weighed.add_metric([model.name, "ordinary"], priority.rows - priority.significant)
+            failures.add_metric([model.name], priority.failures)
+            replaced.add_metric([model.name], priority.steps_without)
+            if priority.threshold is not None:
+                threshold.add_metric([model.name], priority.threshold)
+    yield from (delay, weighed, failures, replaced, threshold)
 
 
 def _snapshots(picture: NodePicture) -> Iterator[Metric]:

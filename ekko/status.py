@@ -7,6 +7,8 @@ from typing import Any
 from ekko.health.service import ModelHealth
 from ekko.loading import LoadPicture
 from ekko.model import TensorSpec
+from ekko.priority.delays import DelaysPicture
+from ekko.priority.picture import PriorityPicture
 from ekko.snapshots.service import SnapshotPicture
 from ekko.store.hot import HeatStats
 from p2p.status import NodeStatus, PeerStatus, QueueStatus
@@ -50,6 +52,9 @@ class ModelPicture:
     collection_held_up_by: tuple[str, ...] = ()  # members that have not said that they know of what was deleted
     held_up_ms: int = 0  # for how long
     incomplete_shards: int = 0  # of which this node dropped live rows, for want of room
+    keyspaces: tuple[int, ...] = ()
+    priority: PriorityPicture | None = None  # None: nothing of it was published here in this life
+    delays: Mapping[str, DelaysPicture] = field(default_factory=dict)  # of rows, by kind
     full_ms: int | None = None  # for how long rows have been lacking for which shared memory had no room; None: none are
 
     @property
@@ -162,6 +167,8 @@ def _model_json(model: ModelPicture) -> dict[str, object]:
         "held_up_ms": model.held_up_ms,
         "incomplete_shards": model.incomplete_shards,
         "memory_full_ms": model.full_ms,
+        "priority": None if model.priority is None else asdict(model.priority),
+        "row_delays": {kind: asdict(one) for kind, one in model.delays.items()},
         "tables": {
             table.name: {
                 "dim": table.dim,

@@ -9,7 +9,12 @@ a factor of two. What a priority is, only the origin knows (`ekko.priority`); he
     255        taken back: the rows of a rollback, before everything else
 """
 
+from collections.abc import Iterable
 from typing import Final
+
+import numpy as np
+
+from p2p.replica import U64, RowColumns
 
 NOT_KNOWN: Final = 0
 LEAST: Final = 1
@@ -18,3 +23,18 @@ MOST: Final = 254
 TAKEN_BACK: Final = 255
 # So many classes apart, one priority is twice the other: 9 % a class, and 15 doublings on either side of the threshold.
 PER_DOUBLING: Final = 8
+
+
+def significant_rows(columns: Iterable[RowColumns]) -> int:
+    """How many of these rows are at the threshold or above."""
+    return sum([int(np.count_nonzero(one.priority >= SIGNIFICANT)) for one in columns if one.priority is not None])
+
+
+def significant_by_step(columns: Iterable[RowColumns], stamps: U64) -> list[int]:
+    """The same for each step of a group, by its stamp; the rows have stamps of their own."""
+    counts = np.zeros(len(stamps), np.int64)
+    for one in columns:
+        if one.priority is not None and one.stamps is not None:
+            chosen = one.stamps[one.priority >= SIGNIFICANT]
+            counts += np.bincount(np.searchsorted(stamps, chosen), minlength=len(stamps))
+    return counts.tolist()

@@ -867,6 +867,7 @@ class BatchApplied:
     published_ns: int
     machine: int
     rows: int
+    significant: int = 0  # of them, as far as their origin said (`p2p.classes`)
 
 
 @dataclass(frozen=True, slots=True)

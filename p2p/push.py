@@ -17,6 +17,7 @@ from p2p import messages as m
 from p2p.adoption import Adoption
 from p2p.allotment import Allotment
 from p2p.budget import CLAIM_BYTES
+from p2p.classes import significant_by_step, significant_rows
 from p2p.core import Core, Keyspace
 from p2p.cutting import split_step
 from p2p.errors import FullError, LocalProtocolError, RemoteProtocolError, UnknownTableError
@@ -94,9 +95,8 @@ class Push:
                 self._send_or_hold(keyspace, step, now)
         written = sum([written for _, written in stored])
         options = core.options
-        core.emit(
-            m.BatchApplied(parts[0][0].replica.keyspace, options.region, stamp, request.published_ns, options.machine, written)
-        )
+        number, significant = parts[0][0].replica.keyspace, min(written, significant_rows(request.columns))
+        core.emit(m.BatchApplied(number, options.region, stamp, request.published_ns, options.machine, written, significant))
 
     def _store(
         self,
@@ -336,15 +336,16 @@ class Push:
 
     def _note_applied(self, batch: m.Batch, written: int) -> None:
         """Of each step by itself: its delay counts from its own `publish`."""
-        emit = self._core.emit
+        emit, number, region = self._core.emit, batch.keyspace, batch.origin_region
         if batch.steps is None:
-            emit(m.BatchApplied(batch.keyspace, batch.origin_region, batch.stamp, batch.published_ns, batch.machine, written))
+            significant = min(written, significant_rows(batch.columns))
+            emit(m.BatchApplied(number, region, batch.stamp, batch.published_ns, batch.machine, written, significant))
             return
-        steps = batch.steps
-        each = zip(steps.stamps.tolist(), steps.published_ns.tolist(), steps.rows.tolist(), strict=True)
-        for stamp, published_ns, rows in each:
+        steps, of_each = batch.steps, significant_by_step(batch.columns, batch.steps.stamps)
+        each = zip(steps.stamps.tolist(), steps.published_ns.tolist(), steps.rows.tolist(), of_each, strict=True)
+        for stamp, published_ns, rows, significant in each:
             if rows:  # it may have some on other trees only
-                emit(m.BatchApplied(batch.keyspace, batch.origin_region, stamp, published_ns, batch.machine, rows))
+                emit(m.BatchApplied(number, region, stamp, published_ns, batch.machine, rows, significant))
 
     def _is_upstream(self, peer: m.NodeId, origin: m.NodeId) -> bool:
         link = self._core.links.get(peer)

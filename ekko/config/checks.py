@@ -5,15 +5,19 @@ from typing import NoReturn
 
 from ekko.addresses import check_endpoint, is_loopback, is_wildcard, split_host_port
 from ekko.config.places import Places
-from ekko.config.sections import HealthSection, ModelSection, NodeConfig, NodeSection, SnapshotsSection
+from ekko.config.sections import HealthSection, ModelSection, NodeConfig, NodeSection, PrioritySection, SnapshotsSection
 from ekko.delayed.limits import LOG_BYTES_MIN
-from ekko.errors import ModelError
+from ekko.errors import ConfigError, ModelError
 from ekko.model import DENSE_TABLE, TableSpec, check_name, ttl_seconds
+from ekko.priority.functions import formula_of
 from ekko.rates import RATE_MBPS_MAX, RATE_MBPS_MIN
 from p2p.replica import PARTITIONS_MAX
 
 CAPACITY_ROWS_MAX = 1 << 40
 CAPACITY_BYTES_MIN = 1 << 20  # anything near is the number of something else
+PERCENT_MIN, PERCENT_MAX = 1.0, 99.999
+PRIORITY_S_MAX = 30 * 86_400.0
+FRESH_WEIGHT_MAX = 1e6
 DELAY_MS_MAX = 60_000.0  # emulation of a link longer than this would look like a dead peer
 SNAPSHOT_S_MIN, SNAPSHOT_S_MAX = 1.0, 366 * 86_400.0
 SNAPSHOTS_KEPT_MAX = 100
@@ -37,6 +41,7 @@ def check(config: NodeConfig, places: Places) -> None:
     for name, model in config.models.items():
         _check_model(name, model, places)
         _check_eviction(name, model, config.node.role, places)
+        _check_priority(name, model.priority, places)
     _check_links(config, places)
     if config.snapshots is not None:
         _check_snapshots(config.snapshots, places)
@@ -79,6 +84,21 @@ def _check_health(health: HealthSection, places: Places) -> None:
     unknown = [name for name in health.watermarks if name not in FIGURES]
     if unknown:
         refuse("watermarks", f"there is no figure {unknown[0]!r}: there are {', '.join(FIGURES)}")
+
+
+def check_formulas(config: NodeConfig, places: Places) -> None:
+    """That there are the formulas which rows are weighed by, once their paths are absolute.
+
+    Raises:
+        ConfigError: as above.
+    """
+    if config.node.role != "train":
+        return  # weighs nothing, and need not have what a formula is made of
+    for name, model in config.models.items():
+        try:
+            formula_of(model.priority.formula)
+        except ConfigError as error:
+            raise places.error(("models", name, "priority", "formula"), str(error)) from None
 
 
 def _check_snapshots(snapshots: SnapshotsSection, places: Places) -> None:
@@ -246,6 +266,17 @@ def _check_rate(pair: str, regions: list[str], rate_mbps: float, places: Places)
     if not RATE_MBPS_MIN <= rate_mbps <= RATE_MBPS_MAX:
         message = f"expected {RATE_MBPS_MIN:g} to {RATE_MBPS_MAX:g} Mbit/s, got {rate_mbps:g}: leave it out for no limit"
         raise places.error(("links", pair, "rate_mbps"), message)
+
+
+def _check_priority(name: str, priority: PrioritySection, places: Places) -> None:
+    at = ("models", name, "priority")
+    if not PERCENT_MIN <= priority.k <= PERCENT_MAX:
+        raise places.error((*at, "k"), f"expected {PERCENT_MIN:g} to {PERCENT_MAX:g} percent, got {priority.k:g}")
+    for key, seconds in (("window", priority.window), ("fresh_half_life", priority.fresh_half_life)):
+        if not 1 <= seconds <= PRIORITY_S_MAX:
+            raise places.error((*at, key), f'expected a time such as "60s" or "10m", from 1 s to 30 days, got {seconds:g} s')
+    if not 0 <= priority.fresh_weight <= FRESH_WEIGHT_MAX:
+        raise places.error((*at, "fresh_weight"), f"expected 0 to {FRESH_WEIGHT_MAX:g}, got {priority.fresh_weight:g}")
 
 
 def _check_links(config: NodeConfig, places: Places) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from pydantic import ValidationError
 from pydantic_settings.exceptions import SettingsError
 
-from ekko.config.checks import check
+from ekko.config.checks import check, check_formulas
 from ekko.config.places import Places
-from ekko.config.sections import ENVIRONMENT_PREFIX, NodeConfig
+from ekko.config.sections import ENVIRONMENT_PREFIX, ModelSection, NodeConfig
 from ekko.errors import ConfigError
+from ekko.priority.functions import MODULE_SUFFIXES
 
 CONFIG_BYTES_MAX = 1 << 20  # a node's file has some dozens of lines; anything near this is not a configuration
 
@@ -44,7 +45,16 @@ def load_config(path: Path | str) -> NodeConfig:
     def absolute(relative: Path) -> Path:
         return (path.parent / relative.expanduser()).absolute()
 
+    def formula(model: ModelSection) -> str:
+        named = model.priority.formula
+        return str(absolute(Path(named))) if named.endswith(MODULE_SUFFIXES) else named
+
     changed: dict[str, object] = {"node": config.node.model_copy(update={"run_dir": absolute(config.node.run_dir)})}
+    if config.models:
+        changed["models"] = {
+            name: model.model_copy(update={"priority": model.priority.model_copy(update={"formula": formula(model)})})
+            for name, model in config.models.items()
+        }
     if (security := config.security) is not None:
         paths = {"key_file": absolute(security.key_file), "allow": absolute(security.allow)}
         changed["security"] = security.model_copy(update=paths)
@@ -54,7 +64,9 @@ def load_config(path: Path | str) -> NodeConfig:
             key: url if url is None or "://" in url or "::" in url else str(absolute(Path(url))) for key, url in urls.items()
         }
         changed["snapshots"] = snapshots.model_copy(update=urls)
-    return config.model_copy(update=changed)
+    config = config.model_copy(update=changed)
+    check_formulas(config, places)
+    return config
 
 
 def _read(path: Path) -> str:

@@ -11,6 +11,7 @@ from ekko.addresses import split_host_port
 from ekko.config.values import ByteSize, Number, Seconds, WholeNumber, truth
 from ekko.delayed.limits import LOG_BYTES_DEFAULT
 from ekko.model import SHARDS_DEFAULT, ModelSpec, TableSpec, ttl_seconds
+from ekko.priority.settings import DEFAULTS, PrioritySettings
 from ekko.rates import pair_of
 from ekko.store.access import MODES, Access
 
@@ -84,6 +85,21 @@ def _table_section(value: object) -> object:
     return value if isinstance(value, dict | TableSection) else {"dim": value}
 
 
+class PrioritySection(Section):
+    """`[models.NAME.priority]`: how urgent its rows are; see docs/reference/priorities.md."""
+
+    k: Number = DEFAULTS.k
+    window: Seconds = DEFAULTS.window_s
+    formula: str = DEFAULTS.formula
+    fresh_weight: Number = DEFAULTS.fresh_weight
+    fresh_half_life: Seconds = DEFAULTS.fresh_half_life_s
+
+    @property
+    def settings(self) -> PrioritySettings:
+        """As `ekko.priority` takes them."""
+        return PrioritySettings(self.k, self.window, self.formula, self.fresh_weight, self.fresh_half_life)
+
+
 class ModelSection(Section):
     """`[models.NAME]`: what exists from the start."""
 
@@ -96,6 +112,7 @@ class ModelSection(Section):
     capacity_bytes: ByteSize | None = None
     when_full: Literal["refuse", "evict"] = "refuse"
     evict: Literal["least_recently_updated", "least_frequently_read"] = "least_recently_updated"
+    priority: PrioritySection = PrioritySection()
 
     def spec(self, name: str) -> ModelSpec:
         """The schema that these settings ask for.
@@ -227,6 +244,8 @@ def names_at(path: tuple[str, ...]) -> list[str]:
         return list(TableSection.model_fields)
     if len(path) == 3 and path[:2] == ("health", "watermarks"):
         return list(BoundSection.model_fields)
+    if len(path) == 3 and path[0] == "models" and path[2] == "priority":
+        return list(PrioritySection.model_fields)
     sections: dict[str, type[Section]] = {
         "node": NodeSection,
         "models": ModelSection,

@@ -105,7 +105,7 @@ class Answers:
             parts.store.resumed,
             tuple(self.waiting_for()),
             protocol,
-            model_pictures(parts, protocol, now),
+            model_pictures(parts, protocol, now, self.metrics.row_delays),
             queues(parts, protocol),
             counters(parts),
             dict(parts.runtime.rejected),

@@ -20,6 +20,7 @@ from ekko.node.effects import Effects
 from ekko.node.publishing import Publishing
 from ekko.node.whereabouts import Whereabouts
 from ekko.operations import Operations
+from ekko.priority.origin import Priorities
 from ekko.rates import Rates
 from ekko.rundir import FileLedger
 from ekko.security import NodeKeys
@@ -112,7 +113,8 @@ def make_parts(
         if failed is not None:
             raise EkkoError(failed.reason)
 
-    publishing = Publishing(node, store, submit, lambda: machine.protocol_min(read_clock()))
+    priorities = Priorities(store.models, {name: model.priority.settings for name, model in config.models.items()})
+    publishing = Publishing(node, store, submit, lambda: machine.protocol_min(read_clock()), priorities)
     operations = Operations(node.id, store, submit_operation, machine.protocol_min_known)
     rates = NodeRates(node.region, config.rates(), store, submit_operation, machine.protocol_min_known)
     health = Health(

@@ -1,10 +1,11 @@
 """The picture of a node at one moment, drawn from its parts; what it says is in `ekko.status`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from ekko.endpoint import REQUESTS_PENDING_MAX
 from ekko.model import DENSE_DIM, DENSE_TABLE
 from ekko.node.parts import Parts
+from ekko.priority.delays import RowDelays
 from ekko.status import ModelPicture, TablePicture
 from ekko.store.hot import HeatStats
 from ekko.store.model_store import ModelStore
@@ -13,18 +14,23 @@ from p2p.messages import Now
 from p2p.status import KeyspaceStatus, NodeStatus, QueueStatus
 
 
-def model_pictures(parts: Parts, protocol: NodeStatus, now: Now) -> tuple[ModelPicture, ...]:
+def model_pictures(parts: Parts, protocol: NodeStatus, now: Now, delays: RowDelays) -> tuple[ModelPicture, ...]:
     """Every model that the protocol replicates."""
     keyspaces = {keyspace.keyspace: keyspace for keyspace in protocol.keyspaces}
     served = parts.served.models
     requests = sum(model.requests for model in served.values())
     return tuple(
-        _model_picture(
-            model,
-            served.get(model.spec.name, model),
-            [keyspaces[n] for n in model.spec.keyspaces if n in keyspaces],
-            now.unix_ms,
-            requests,
+        replace(
+            _model_picture(
+                model,
+                served.get(model.spec.name, model),
+                [keyspaces[n] for n in model.spec.keyspaces if n in keyspaces],
+                now.unix_ms,
+                requests,
+            ),
+            keyspaces=model.spec.keyspaces,
+            priority=parts.publishing.priorities.picture(model),
+            delays=delays.picture(model.spec.keyspaces),
         )
         for model in parts.store.models.values()
         if keyspaces.keys() & set(model.spec.keyspaces)

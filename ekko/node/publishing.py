@@ -5,7 +5,6 @@ remedy. What passes goes to the protocol as an event, and the answer to it comes
 """
 
 import asyncio
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import assert_never
@@ -18,12 +17,13 @@ from ekko.health.wire import Report, Reported
 from ekko.loading import LoadRequest
 from ekko.local import REOPEN, Answer, Failed, Held, Open, Opened, Ping, Pong, PublishStep, Request, Wait
 from ekko.model import CODEC_DEFAULT, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, table_id
-from ekko.priority.origin import Priorities
+from ekko.priority.origin import Priorities, check_significance
 from ekko.snapshots.files import LoadPlan
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
 from p2p import messages as m
 from p2p.errors import RemoteProtocolError
+from p2p.runtime import read_clock
 
 # A model that a publisher brings begins with room for this many rows; slabs grow.
 CAPACITY_ROWS_GUESS = 65_536
@@ -39,6 +39,7 @@ class Publishing:
         store: what is published to.
         submit: hands an event to the protocol; returns why it failed, None: the answer comes as an effect.
         protocol_min: the oldest protocol version that a live member speaks.
+        priorities: what classes rows get; None: as without settings.
     """
 
     def __init__(
@@ -47,12 +48,13 @@ class Publishing:
         store: Store,
         submit: Callable[[m.PublishRequested | m.WaitRequested | m.SchemaChanged], Failed | None],
         protocol_min: Callable[[], int],
+        priorities: Priorities | None = None,
     ) -> None:
         self._node = node
         self._store = store
         self._submit = submit
         self._protocol_min = protocol_min
-        self._priorities = Priorities(store.models)
+        self.priorities = Priorities(store.models) if priorities is None else priorities
         self._load_answer: asyncio.Future[int] | None = None
         self.on_report: Callable[[Report], Reported] = _no_reports
         self.refused_full = 0  # steps that were refused, for want of room in their model
@@ -194,7 +196,10 @@ class Publishing:
         except RemoteProtocolError as error:
             raise ModelError(str(error)) from None
         self._check_held(model, step)
-        columns = self._priorities.classify(model, step.columns, step.significance, time.monotonic_ns() // 1_000_000)
+        for column, weights in zip(step.columns, step.significance, strict=True):
+            if weights is not None:
+                check_significance(model.tables_by_id[column.table].spec.name, weights)
+        columns = self.priorities.classify(model, step.columns, step.significance, read_clock())
         return self._submit(m.PublishRequested(number, model.keyspace, columns, step.published_ns, quiet))
 
     def check_may_publish(self) -> None:

@@ -1,23 +1,44 @@
-"""The classes of what is published at this node, once and for all: those who forward a row carry its class unchanged."""
+"""The classes of what is published at this node, once and for all: those who forward a row carry its class unchanged.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+    p = (p_g + p_u) * p_m        class = 128 + 8 log2(p / p_k)
+
+p_g, significance: what the publisher says of a row (the L1 norm of its gradient), or else how far the row moves, relative to
+the model's recent mean of the same. p_u, freshness: most as a key is created, and half as much a half-life later. p_m, the
+model's share of what readers ask for. p_k: the k-th percentile of the model's own p_g + p_u, times the share of a model that is
+asked for as often as the average. So of such a model 1 - k of the rows are significant, and of one that is asked for twice as
+often those that would be at half the threshold. An origin does not see what others write, so no percentile over all models is
+to be had anywhere: this one means the same at every origin.
+
+Dense tensors have a mean of their own: their rows are of another length, and would all look significant.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import log2
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.priority.threshold import Percentile
+from ekko.errors import PublishError
+from ekko.model import DENSE_SPEC
+from ekko.priority.functions import formula_of
+from ekko.priority.guard import Guarded
+from ekko.priority.mean import RecentMean
+from ekko.priority.memory import KeyMemory
+from ekko.priority.picture import PriorityPicture
+from ekko.priority.settings import DEFAULTS, PrioritySettings
+from ekko.priority.threshold import Percentile, log2_of
+from ekko.priority.updates import F32, U64, Updates
 from ekko.store.model_store import ModelStore
 from p2p import classes
+from p2p.messages import Now
 from p2p.replica import RowColumns
 
-F32 = NDArray[np.float32]
+# A model that nobody asks for, as far as readers count, is weighed as if it had this part of the average: its new rows are to
+# be there when somebody does, and readers that may not count (other users) are not seen.
+SHARE_MIN: Final = 1 / 64
 
-K_DEFAULT: Final = 99.0
-WINDOW_S: Final = 60.0
-# What a mean remembers: rows of about so many steps.
-MEAN_STEPS: Final = 256
+_LARGEST: Final = np.float32(3e38)
 
 
 class Priorities:
@@ -25,64 +46,168 @@ class Priorities:
 
     Args:
         models: live, those there are.
+        settings: of models by name; the others have the defaults.
+        share_of: of a model's name, its share of readers' requests relative to the average; 1: nobody knows better.
     """
 
-    def __init__(self, models: Mapping[str, ModelStore]) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, ModelStore],
+        settings: Mapping[str, PrioritySettings] | None = None,
+        share_of: Callable[[str], float] = lambda _: 1.0,
+    ) -> None:
         self._models = models
+        self._settings = dict(settings or {})
+        self._share_of = share_of
         self._of: dict[int, ModelPriority] = {}
 
     def classify(
-        self, model: ModelStore, columns: Sequence[RowColumns], significance: Sequence[F32 | None], now_ms: int
+        self, model: ModelStore, columns: Sequence[RowColumns], significance: Sequence[F32 | None], now: Now
     ) -> tuple[RowColumns, ...]:
         """As `ModelPriority.classify`, of a step of this model."""
         priority = self._of.get(model.spec.id)
         if priority is None:
             there = {other.spec.id for other in self._models.values()}
             self._of = {number: one for number, one in self._of.items() if number in there}
-            priority = self._of[model.spec.id] = ModelPriority()
-        return priority.classify(columns, significance, now_ms)
+            settings = self._settings.get(model.spec.name, DEFAULTS)
+            priority = self._of[model.spec.id] = ModelPriority(model, settings)
+        return priority.classify(columns, significance, now, self._share_of(model.spec.name))
+
+    def picture(self, model: ModelStore) -> PriorityPicture | None:
+        """Of one model; None: nothing of it was published here in this life of the node."""
+        priority = self._of.get(model.spec.id)
+        return None if priority is None else priority.picture(self._share_of(model.spec.name))
 
 
 class ModelPriority:
-    """Of one model at its origin."""
+    """Of one model at its origin.
 
-    def __init__(self, k: float = K_DEFAULT, window_s: float = WINDOW_S) -> None:
-        self._percentile = Percentile(k, window_s)
-        self._mean = 0.0
+    Raises:
+        ConfigError: there is no such formula; `check_formula` says so before a node starts.
+    """
+
+    def __init__(self, model: ModelStore, settings: PrioritySettings) -> None:
+        self._model = model
+        self._settings = settings
+        self._formula = formula_of(settings.formula)
+        self._percentile = Percentile(settings.k, settings.window_s)
+        self._means: dict[str, RecentMean] = {}
+        self._created = KeyMemory()  # seconds of the clock below
+        self._drifted = KeyMemory()  # since a row was last significant; only for formulas that are told
+        self._begun_ms = 0
+        self._rows = 0
+        self._significant = 0
 
     def classify(
-        self, columns: Sequence[RowColumns], significance: Sequence[F32 | None], now_ms: int
+        self, columns: Sequence[RowColumns], significance: Sequence[F32 | None], now: Now, share: float
     ) -> tuple[RowColumns, ...]:
-        """The same rows with their classes; of which nothing is known, without.
+        """The same rows with their classes. Call it before they are stored: what they replace is looked at.
 
         Args:
-            columns: a step.
-            significance: float32[n] for each of them, not negative; NaN or None: not said.
-            now_ms: monotonic.
+            columns: a step, checked against the schema.
+            significance: float32[n] for each of them; NaN or None: not said, what the row's movement says counts.
+            now: of this machine.
+            share: of the model among what readers ask for, relative to the average.
+
+        Raises:
+            PublishError: a significance is negative or infinite.
         """
         return tuple(
-            section if weights is None else replace(section, priority=self._classes(weights, now_ms))
-            for section, weights in zip(columns, significance, strict=True)
+            self._classified(section, said, now, share) if len(section.keys) else section
+            for section, said in zip(columns, significance, strict=True)
         )
 
-    def _classes(self, significance: F32, now_ms: int) -> NDArray[np.uint8]:
-        said = np.isfinite(significance)
-        known = significance[said]
-        out = np.full(significance.size, classes.NOT_KNOWN, np.uint8)
-        if known.size:
-            mean = float(known.mean())
-            self._mean += (mean - self._mean) / MEAN_STEPS if self._mean else mean
-            priorities = (known / np.float32(self._mean or 1.0)).astype(np.float32)
-            self._percentile.add(priorities, now_ms)
-            out[said] = class_of(priorities, self._percentile.threshold)
+    def _classified(self, section: RowColumns, said: F32 | None, now: Now, share: float) -> RowColumns:
+        updates = self._updates(section, said, now)
+        logarithms = log2_of(self._formula(updates))
+        self._percentile.add(logarithms, now.monotonic_ms)
+        threshold = self._percentile.threshold
+        weighed = class_of(logarithms, None if threshold is None else threshold - log2(max(share, SHARE_MIN)))
+        significant = weighed >= classes.SIGNIFICANT
+        self._rows += weighed.size
+        self._significant += int(np.count_nonzero(significant))
+        if self._remembers_drift:
+            self._drifted.note(section.table, section.keys, np.where(significant, np.float32(0), updates.drift))
+        return RowColumns(section.table, section.keys, section.rows, section.stamps, weighed)
+
+    @property
+    def _remembers_drift(self) -> bool:
+        return self._settings.formula != "significance"
+
+    def _updates(self, section: RowColumns, said: F32 | None, now: Now) -> Updates:
+        """What the formula is told."""
+        table, keys = self._model.tables_by_id[section.table], section.keys
+        moved, before = table.movement(keys, section.rows)
+        moved = np.fmin(moved, _LARGEST)  # another client may have sent rows with NaN or infinity
+        kind = "dense" if section.table == DENSE_SPEC.id else "moved"
+        relative = self._relative(kind, moved, now.monotonic_ms)
+        significance = relative if said is None else self._significance(said, relative, now.monotonic_ms)
+        age_s = self._age_s(section, before, now.monotonic_ms)
+        settings = self._settings
+        freshness = np.float32(settings.fresh_weight) * np.exp2(-age_s / np.float32(settings.fresh_half_life_s))
+        drift = relative
+        if self._remembers_drift:
+            drift = relative + self._drifted.recall(section.table, keys, 0.0)
+        name = self._model.spec.name
+        given = (significance, freshness, age_s, relative, drift, before)
+        return Updates(name, table.spec.name, keys, *given, now.unix_ms)
+
+    def _relative(self, kind: str, values: F32, now_ms: int) -> F32:
+        mean = self._means.get(kind)
+        if mean is None:
+            mean = self._means[kind] = RecentMean(self._settings.window_s)
+        mean.add(values, now_ms)
+        return mean.relative(values)
+
+    def _significance(self, said: F32, moved: F32, now_ms: int) -> F32:
+        """What the publisher says, relative to what it usually says; of rows of which it says nothing, how far they move."""
+        known = ~np.isnan(said)
+        if known.all():
+            return self._relative("said", said, now_ms)
+        out = moved.copy()
+        out[known] = self._relative("said", said[known], now_ms)
         return out
 
+    def _age_s(self, section: RowColumns, before: U64, now_ms: int) -> F32:
+        """Seconds since each key was created here; infinite where that is not remembered."""
+        self._begun_ms = self._begun_ms or now_ms
+        now_s = (now_ms - self._begun_ms) / 1000
+        live = len(section.rows)
+        age_s = np.float32(now_s) - self._created.recall(section.table, section.keys, -np.inf)
+        new = np.flatnonzero(before[:live] == 0)
+        if new.size:
+            self._created.note(section.table, section.keys[new], np.full(new.size, now_s, np.float32))
+            age_s[new] = 0
+        age_s[live:] = np.inf  # what is deleted is not fresh, whenever it was created
+        return age_s
 
-def class_of(priorities: F32, threshold: float | None) -> NDArray[np.uint8]:
-    """uint8[n]: how far float32[n] is above the threshold; where there is none yet, not known."""
+    def picture(self, share: float) -> PriorityPicture:
+        """See `PriorityPicture`."""
+        settings, formula = self._settings, self._formula
+        threshold = self._percentile.threshold
+        value = None if threshold is None else 2.0**threshold
+        known = (settings.formula, settings.k, value, self._rows, self._significant, share)
+        if not isinstance(formula, Guarded):
+            return PriorityPicture(*known)
+        return PriorityPicture(*known, formula.failures, formula.steps_without, formula.last_failure)
+
+
+def check_significance(table: str, significance: F32) -> None:
+    """Refuse what is no weight; NaN says that the publisher does not say.
+
+    Raises:
+        PublishError: naming the table.
+    """
+    if not ((significance >= 0) & (significance < np.inf) | np.isnan(significance)).all():
+        raise PublishError(
+            f"significance of table {table!r} contains negative numbers or infinity: expected finite weights from 0"
+        )
+
+
+def class_of(logarithms: F32, threshold: float | None) -> NDArray[np.uint8]:
+    """uint8[n]: how far above the threshold, a logarithm as they are; where there is none yet, not known."""
     if threshold is None:
-        return np.full(priorities.size, classes.NOT_KNOWN, np.uint8)
-    with np.errstate(divide="ignore"):  # the logarithm of 0 is below the least class
-        relative = np.log2(priorities / np.float32(threshold)) * classes.PER_DOUBLING
-    clipped: F32 = np.clip(np.rint(relative) + classes.SIGNIFICANT, classes.LEAST, classes.MOST)
+        return np.full(logarithms.size, classes.NOT_KNOWN, np.uint8)
+    relative = np.rint((logarithms - np.float32(threshold)) * classes.PER_DOUBLING)
+    clipped: F32 = np.clip(relative + classes.SIGNIFICANT, classes.LEAST, classes.MOST)
     return clipped.astype(np.uint8)

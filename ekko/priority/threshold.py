@@ -14,13 +14,15 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from p2p.classes import PER_DOUBLING
+
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 BINS_PER_DOUBLING: Final = 32
-# Values from 2**-64 to 2**64; smaller ones count as 0, which has a bin of its own, and larger ones as that.
+# Values from 2**-64 to 2**64; smaller ones, and 0, count as the one, and larger ones as the other.
 DOUBLINGS: Final = 64
-BINS: Final = 2 * DOUBLINGS * BINS_PER_DOUBLING + 1
+BINS: Final = 2 * DOUBLINGS * BINS_PER_DOUBLING
 # A window is so many histograms, of which the oldest is forgotten as a new one begins.
 PARTS: Final = 6
 # With fewer rows in the window than would have so many significant ones, the threshold stays what it was.
@@ -29,7 +31,7 @@ SIGNIFICANT_MIN: Final = 2.0
 COUNTED_TOGETHER: Final = 512
 COUNTED_AFTER_MS: Final = 100
 
-_LOWEST: Final = np.float32(2.0**-DOUBLINGS)
+_SMALLEST: Final = np.float32(2.0**-DOUBLINGS)
 
 
 class Percentile:
@@ -52,17 +54,17 @@ class Percentile:
         self._waiting: list[F32] = []
         self._waiting_rows = 0
         self._counted_ms = 0
-        self.threshold: float | None = None  # None: too few rows were seen so far
+        self.threshold: float | None = None  # its binary logarithm; None: too few rows were seen so far
 
     @property
     def histogram(self) -> I64:
         """int64[BINS]: rows of the window by priority; those of several nodes or models may be added up."""
         return self._total.copy()
 
-    def add(self, priorities: F32, now_ms: int) -> None:
-        """Count float32[n], finite and not negative, published at `now_ms` of a monotonic clock."""
-        self._waiting.append(priorities)
-        self._waiting_rows += priorities.size
+    def add(self, logarithms: F32, now_ms: int) -> None:
+        """Count float32[n] from `log2_of`, published at `now_ms` of a monotonic clock."""
+        self._waiting.append(logarithms)
+        self._waiting_rows += logarithms.size
         early = self.threshold is None or now_ms - self._counted_ms >= COUNTED_AFTER_MS
         if early or self._waiting_rows >= COUNTED_TOGETHER:
             self._count(now_ms)
@@ -89,18 +91,21 @@ class Percentile:
         self._begun_ms += steps * self._part_ms
 
 
-def bins_of(values: F32) -> I64:
-    """int64[n], the bins of finite values that are not negative."""
-    bins = np.floor(np.log2(np.maximum(values, _LOWEST)) * BINS_PER_DOUBLING).astype(np.int64)
-    placed: I64 = np.clip(bins + (DOUBLINGS * BINS_PER_DOUBLING + 1), 1, BINS - 1)
-    return placed * (values >= _LOWEST)
+def log2_of(values: F32) -> F32:
+    """float32[n]: binary logarithms of numbers from 0; those of 0 and of the smallest are one, those of the largest another."""
+    return np.clip(np.log2(np.maximum(values, _SMALLEST)), np.float32(-DOUBLINGS), np.float32(DOUBLINGS))
+
+
+def bins_of(logarithms: F32) -> I64:
+    """int64[n], the bins of what `log2_of` gives."""
+    return np.minimum(((logarithms + DOUBLINGS) * BINS_PER_DOUBLING).astype(np.int64), BINS - 1)
 
 
 def threshold_of(histogram: I64, above: float) -> float | None:
-    """The value p_k of which the class formula makes just the rows significant that are among the share `above` of all.
+    """The logarithm of the p_k of which the class formula makes just the rows significant that are among the share `above` of
+    all.
 
-    Returns:
-        Above 0; None: the histogram has too few rows to say.
+    None: the histogram has too few rows to say.
     """
     total = int(histogram.sum())
     if total * above < SIGNIFICANT_MIN:
@@ -108,5 +113,4 @@ def threshold_of(histogram: I64, above: float) -> float | None:
     tails = np.cumsum(histogram[::-1])[::-1]  # rows in this bin and above
     first = int(np.argmax(tails <= total * above)) if tails[-1] <= total * above else BINS
     # A class is rounded: what is half a class below p_k is significant, too. So p_k is half a class above the bin's lower edge.
-    edge = (max(first, 1) - (DOUBLINGS * BINS_PER_DOUBLING + 1)) / BINS_PER_DOUBLING
-    return float(2.0 ** (edge + 1 / 16))
+    return first / BINS_PER_DOUBLING - DOUBLINGS + 1 / (2 * PER_DOUBLING)

@@ -21,6 +21,7 @@ from ekko.store import layout
 from ekko.store.kernels import images, rows
 from ekko.store.kernels import index as index_kernels
 from ekko.store.kernels.atomics import publish_word, watch_word
+from ekko.store.kernels.movement import movement
 from ekko.store.kernels.places import SLOTS_MAX, to_places
 from ekko.store.memory import Mapping, Memory
 from ekko.store.recent import RecentRows
@@ -290,6 +291,25 @@ class Table:
         if inserted:
             with suppress(MemoryFullError):  # all rows are stored; a full memory counts when the next index is needed
                 self._grow_index(inserted)
+
+    def movement(self, keys: U64, data: U8) -> tuple[NDArray[np.float32], U64]:
+        """How far rows are from what is stored, before they are applied.
+
+        Args:
+            keys: uint64[n].
+            data: uint8[live, row_bytes], of the first keys; the others are to be deleted.
+
+        Returns:
+            float32[n], the sum of the magnitudes of the differences, absent rows being zeros; uint64[n], the stamps of what is
+            stored, 0 where the key is absent or deleted.
+        """
+        moved, before = np.empty(keys.size, np.float32), np.empty(keys.size, np.uint64)
+        codec, dim = CODECS[self.spec.codec].number, self.spec.dim
+        index, mapping = self.index, self.mapping
+        data = data if len(data) else np.empty((0, self.spec.row_bytes), np.uint8)
+        place = (index.address, index.capacity_log2, mapping.address, self.stride)
+        movement(*place, codec, dim, keys, data, moved, before)
+        return moved, before
 
     def remove(self, places: I64) -> int:
         """Forget the rows at these places, and free their slots; returns how many there were.

@@ -1,0 +1,93 @@
+"""How long rows took to get here, significant ones and ordinary ones apart, by model.
+
+The histograms are of logarithms, as those of priorities are (`threshold`): a delay is known to 2 %.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.priority.threshold import BINS, BINS_PER_DOUBLING, DOUBLINGS, I64, bins_of, log2_of
+
+# What is said of "lately" is of the last window, and of the one before it.
+WINDOW_MS: Final = 300_000
+# Keyspaces; a model has at most 64.
+KEYSPACES_MAX: Final = 4_096
+KINDS: Final = ("ordinary", "significant")
+
+
+@dataclass(frozen=True, slots=True)
+class DelaysPicture:
+    """Rows of one kind in one model: how many came in this life of the node, and how late those were that came lately."""
+
+    rows: int = 0
+    p50_ms: float | None = None  # None: none came lately
+    p99_ms: float | None = None
+
+
+class RowDelays:
+    """Of all rows that are applied here."""
+
+    def __init__(self) -> None:
+        self._all: dict[int, I64] = {}  # int64[2, BINS] by keyspace: ordinary ones, significant ones
+        self._lately: dict[int, I64] = {}
+        self._before: dict[int, I64] = {}
+        self._begun_ms = 0
+
+    def add(self, keyspace: int, delay_ms: float, rows: int, significant: int, now_ms: int) -> None:
+        """Count rows of one step; `now_ms` of a monotonic clock."""
+        if now_ms - self._begun_ms >= WINDOW_MS:
+            self._before = self._lately if now_ms - self._begun_ms < 2 * WINDOW_MS else {}
+            self._lately, self._begun_ms = {}, now_ms
+        place = int(bins_of(log2_of(np.array([max(delay_ms, 0.0)], np.float32)))[0])
+        for histograms in (self._all, self._lately):
+            if keyspace not in histograms:
+                if len(histograms) >= KEYSPACES_MAX:
+                    return
+                histograms[keyspace] = np.zeros((len(KINDS), BINS), np.int64)
+            histograms[keyspace][0, place] += rows - significant
+            histograms[keyspace][1, place] += significant
+
+    def picture(self, keyspaces: tuple[int, ...]) -> dict[str, DelaysPicture]:
+        """Of one model, by kind."""
+        total = _sum(self._all, keyspaces)
+        lately = _sum(self._lately, keyspaces) + _sum(self._before, keyspaces)
+        return {
+            kind: DelaysPicture(int(total[number].sum()), _quantile_ms(lately[number], 0.5), _quantile_ms(lately[number], 0.99))
+            for number, kind in enumerate(KINDS)
+        }
+
+    def buckets(self, keyspaces: tuple[int, ...], kind: str, bounds_s: tuple[float, ...]) -> tuple[list[int], float]:
+        """For a metric: rows with a delay up to each bound, all of them at the end; and the sum of delays in seconds."""
+        histogram = _sum(self._all, keyspaces)[KINDS.index(kind)]
+        edges_ms = _values()
+        ends = np.searchsorted(edges_ms, np.array(bounds_s) * 1000)
+        sums = np.concatenate([[0], np.cumsum(histogram)])
+        return [*sums[ends].tolist(), int(sums[-1])], float((histogram * edges_ms).sum() / 1000)
+
+
+def _sum(histograms: dict[int, I64], keyspaces: tuple[int, ...]) -> I64:
+    out = np.zeros((len(KINDS), BINS), np.int64)
+    for keyspace in keyspaces:
+        if keyspace in histograms:
+            out += histograms[keyspace]
+    return out
+
+
+def _quantile_ms(histogram: I64, share: float) -> float | None:
+    sums = np.cumsum(histogram)
+    if not sums[-1]:
+        return None
+    return float(_values()[np.searchsorted(sums, share * sums[-1])])
+
+
+@cache
+def _values() -> NDArray[np.float64]:
+    """float64[BINS]: the middle of each bin, and 0 of the first."""
+    exponents = (np.arange(BINS) + 0.5) / BINS_PER_DOUBLING - DOUBLINGS
+    values: NDArray[np.float64] = np.exp2(exponents)
+    values[0] = 0.0
+    return values

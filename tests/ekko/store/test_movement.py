@@ -1,0 +1,33 @@
+"""How far rows are from what is stored, against a plain computation, in every codec."""
+
+import numpy as np
+import pytest
+
+from ekko.codec import decode, encode
+from ekko.model import CODECS, ModelSpec, TableSpec
+from ekko.store import Store
+from p2p.replica import RowColumns
+
+F32 = np.float32
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dim", [1, 3, 4, 17, 64])
+def test_movement_is_the_sum_of_magnitudes(codec: str, dim: int) -> None:
+    rng = np.random.default_rng(dim)
+    spec = TableSpec("item", dim, codec)
+    model = Store.anonymous().add_model(ModelSpec("ctr", 8, {"item": spec}, codec=codec))
+    stored, given = (encode(codec, rng.normal(size=(100, dim)).astype(F32)) for _ in range(2))
+    keys = np.arange(100, dtype=np.uint64)
+    model.apply([RowColumns(spec.id, keys[:60], stored[:60])], 10)
+    model.apply([RowColumns(spec.id, keys[50:60], stored[:0])], 11)
+    # Of what is there: some moves, some is deleted; new keys; deleted ones that come back; and deletes of what is not there.
+    asked = np.concatenate([keys[20:80], keys[:10], keys[55:57], keys[95:]])
+    moved, before = model.tables_by_id[spec.id].movement(asked, given[20:80])
+    here = asked < 50
+    old = np.where(here[:, None], decode(codec, stored, dim)[asked.astype(int)], 0)
+    new = np.zeros((asked.size, dim), F32)
+    new[:60] = decode(codec, np.ascontiguousarray(given[20:80]), dim)
+    np.testing.assert_allclose(moved, np.abs(new - old).sum(axis=1), rtol=1e-5)
+    assert before.tolist() == np.where(here, 10, 0).tolist()
+    assert model.tables_by_id[spec.id].movement(keys[:0], given[:0])[0].size == 0
