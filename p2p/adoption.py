@@ -108,13 +108,18 @@ class Adoption:
             children = [node for node in children if node != fullest.node]
         return children
 
-    def taken(self, keyspace: int, origin: m.NodeId, tree: int, now: m.Now) -> tuple[m.NodeId, ...]:
+    def kept(self, keyspace: int, tree: int, children: Sequence[m.NodeId]) -> Sequence[m.NodeId]:
+        """Of our children for our own batches, those that nobody else feeds for us."""
+        given = self._given.get((keyspace, tree))
+        return [node for node in children if node not in given] if given else children
+
+    def taken(self, keyspace: int, origin: m.NodeId, tree: int, now_ms: int) -> tuple[m.NodeId, ...]:
         """Who gets batches of this origin and tree from us though it is not below us."""
         taken = self._taken.get((keyspace, origin, tree))
         if taken is None:
             return ()
         link = self._core.links.get(origin)
-        if now.monotonic_ms >= taken.until_ms or link is None or link.boot != taken.boot:
+        if now_ms >= taken.until_ms or link is None or link.boot != taken.boot:
             del self._taken[keyspace, origin, tree]
             return ()
         return taken.children
@@ -187,7 +192,7 @@ class Adoption:
     def _is_calm(self, children: Sequence[m.NodeId]) -> bool:
         """Whether one more copy fits; not while anything waits, which would be overtaken by the news that a child came back."""
         open_links = self._core.links
-        waits = any(open_links[node].waiting for node in children if node in open_links)
+        waits = any(open_links[node].is_busy for node in children if node in open_links)
         return not waits and self._in_flight(children) <= links.CREDIT_BYTES_MAX // 2
 
     def _boot_of(self, node: m.NodeId) -> int | None:

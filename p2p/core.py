@@ -3,8 +3,11 @@
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from p2p import budget, wire
 from p2p import messages as m
@@ -14,8 +17,9 @@ from p2p.knowledge import Knowledge
 from p2p.ledger import NodeRecord, Peer
 from p2p.links import Link
 from p2p.membership import SILENCE_MS_MAX, Membership
+from p2p.pairs import Feed
 from p2p.placement import holdings_of
-from p2p.replica import Host, Replica, SchemaEntry, WriterIdentity
+from p2p.replica import Host, Replica, RowColumns, SchemaEntry, WriterIdentity
 from p2p.stamps import StampClock, writer_of
 from p2p.sync import PUSH, SyncOptions
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, agree
@@ -30,6 +34,11 @@ EXPEL_AFTER_MS = 24 * 3_600_000
 COLLECT_MS = 10_000
 # Steps of ours of which we remember what they touched, for those who wait for them: 4 s of 1,000 a second.
 TOUCHED_MAX = 4_096
+
+
+# What becomes of batches that find no credit: their rows are kept as due (`p2p.backlog`), or they are not sent, and pulled.
+STATE, NONE = "state", "none"
+OUTBOXES = (STATE, NONE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,7 @@ class MachineOptions:
     protocol_version: int = PROTOCOL_VERSION  # an older one makes a node of before an upgrade, for tests of it
     sync: SyncOptions = PUSH  # the same on all nodes of a cluster
     collect_ms: int = COLLECT_MS  # how often it is asked what of the deleted rows may go (`p2p.collection`); 0: never
+    outbox: str = STATE  # what becomes of batches that find no credit: one of `OUTBOXES`
     linger_ms: int = LINGER_MS  # how long a step may wait for others after a message of its keyspace; 0: none does
     rates: tuple[tuple[str, float], ...] = ()  # other region -> bytes a second of updates to it, of all nodes here together
 
@@ -109,6 +119,14 @@ class Counters:
     rows_fetched: int = 0  # which came back by key
     fetches_served: int = 0  # questions of others for rows by key
     fetches_refused: int = 0  # of these, since we lack rows, do not cover the asker's floor, or have no credit
+    backlogs_begun: int = 0  # a link went into state mode for a keyspace
+    backlogs_ended: int = 0  # batches passed through again
+    backlogs_again: int = 0  # thrown away, and selected again
+    backlogs_refused: int = 0  # given up: the child pulls
+    backlog_claims: int = 0  # made to children
+    backlog_rows_sent: int = 0
+    backlog_bytes_saved: int = 0  # rows that changed again while they waited
+    feeds_spoiled: int = 0  # backlogs towards us of which something could not be taken, so that their claims are not, either
     messages_unspoken: int = 0  # not sent, since the peer's version does not know them
 
 
@@ -120,6 +138,13 @@ class Full:
     until_ms: int  # no pull before
     pause_ms: int  # after the next answer that finds no room
     told_ms: int | None = None  # when a person was told
+
+
+class Noting(Protocol):
+    """What wants to know of every row that comes (`p2p.backlog`)."""
+
+    def note(self, section: RowColumns, places: NDArray[np.int64], now_ms: int) -> None:
+        """These rows came and were applied; `places` says where each is, -1: nowhere."""
 
 
 @dataclass(slots=True, eq=False)
@@ -149,6 +174,16 @@ class Keyspace:
     strays_possible: bool = True  # rows may be held above the vector
     live_writers: tuple[int, ...] = ()  # as `Core.live_writers` found them last
     live_writers_of: tuple[object, int] = (None, -1)  # and of what: the others' records, and our own writer
+    backlogs: dict[int, Noting] = field(default_factory=dict)  # by boot of the child: links in state mode
+    feeds: dict[int, Feed] = field(default_factory=dict)  # by boot of the parent: links in state mode towards us
+
+    def fed_with(self, writer: int, now_ms: int) -> bool:
+        """Whether a parent has queued for us what we lack of this writer, or some of it, so that it is not to be pulled."""
+        return any(feed.until_ms > now_ms and writer in feed.pairs.writers for feed in self.feeds.values())
+
+    def is_fed(self, now_ms: int) -> bool:
+        """Whether a link towards us is in state mode (R19)."""
+        return any(feed.until_ms > now_ms for feed in self.feeds.values())
 
 
 @dataclass(slots=True, eq=False)
@@ -170,6 +205,7 @@ class Core:
     touched: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by stamp: the partitions of a step of ours
     families: dict[int, list[Keyspace]] = field(default_factory=dict)  # the same keyspaces, by partition
     started_ms: int = 0  # monotonic
+    now_ms: int = 0  # monotonic, of the event at hand
     first: bool = False  # no seed but ourselves, and no peer of a former life: nobody to catch up with
     deaf: bool = False  # we hear nobody
     effects: list[m.Effect] = field(default_factory=list)
@@ -179,6 +215,8 @@ class Core:
     let_go: Callable[[Keyspace], None] = lambda _: None  # what the parts keep of a keyspace that ended (`p2p.dropping`)
     drop_held: Callable[[Keyspace], None] = lambda _: None  # steps of ours that wait to be sent together (`p2p.push`)
     fences: dict[int, m.Fence] = field(default_factory=dict)  # by family: the one that counts, lifted or not (`p2p.fence`)
+    link_gone: Callable[[Link], None] = lambda _: None  # what they keep for a life of a peer that we forget
+    retired_changed: Callable[[], None] = lambda: None  # what rests on who is retired begins anew (R13)
     conflicts: dict[str, None] = field(default_factory=dict)  # between writers, that were told
     incomplete: dict[tuple[int, int], None] = field(default_factory=dict)  # (boot, keyspace) of whose rows it dropped some
 
@@ -229,6 +267,7 @@ class Core:
         self.sessions = max(self.sessions, link.session_out)
         self.by_boot.pop(link.boot, None)
         self.links.pop(link.node, None)
+        self.link_gone(link)
 
     def version_with(self, record: m.MemberRecord) -> int:
         """What we speak with this member."""

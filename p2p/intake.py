@@ -12,6 +12,7 @@ from p2p import messages as m
 from p2p.core import Core, Keyspace
 from p2p.errors import BlamelessError, FullError, RemoteProtocolError
 from p2p.full import note_refused_answer
+from p2p.noting import note_rows
 from p2p.replica import U64, Arrivals, RowColumns
 from p2p.stamps import check_not_ahead
 
@@ -58,6 +59,7 @@ def take_rows(core: Core, keyspace: Keyspace, columns: Sequence[RowColumns], now
         note_refused_answer(core, keyspace, error, now)
         return None
     keyspace.strays_possible = True
+    note_rows(core, keyspace, columns)
     core.counters.rows_written += applied.written
     core.counters.rows_stale += applied.stale
     core.counters.rows_ghosts += applied.ghosts

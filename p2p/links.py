@@ -88,6 +88,7 @@ class Link:
     waiting: WaitingLine = field(default_factory=WaitingLine)  # batches, until there is credit
     bucket: Bucket | None = None  # of the pair of regions; None: no rate is set for it
     round_trip: RoundTrip = field(default_factory=RoundTrip)  # only where there is a bucket
+    in_state_mode: bool = False  # for some keyspace (`p2p.backlog`)
     session_out: int = 1
     _sequence_out: int = 0
     _in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (sequence, bytes)
@@ -133,6 +134,11 @@ class Link:
         self._unclaimed_bytes += payload_bytes
         self._unclaimed_messages += 1
         return self._unclaimed_bytes > OVERRUN_BYTES or self._unclaimed_messages > OVERRUN_MESSAGES
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something waits for credit, or the rows of what found none are due."""
+        return bool(self.waiting) or self.in_state_mode
 
     @property
     def messages_in_flight(self) -> int:
@@ -208,6 +214,16 @@ class Link:
             released += self._in_flight.popleft()[1]
         self.bytes_in_flight -= released
         return len(self._in_flight) < before
+
+    @property
+    def sequence_out(self) -> int:
+        """Of the last message that was sent in this session."""
+        return self._sequence_out
+
+    @property
+    def sequence_acknowledged(self) -> int:
+        """Of the last one that is acknowledged."""
+        return self._in_flight[0][0] - 1 if self._in_flight else self._sequence_out
 
     @property
     def waits_for_ack(self) -> bool:

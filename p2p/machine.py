@@ -20,6 +20,7 @@ from p2p.collection import Collection
 from p2p.core import Core, Counters, Keyspace, MachineOptions
 from p2p.dropping import Dropping
 from p2p.errors import AheadError, FencedError, FullError, LocalProtocolError, NotYetError, RemoteProtocolError
+from p2p.feeds import Feeds
 from p2p.fence import Fencing
 from p2p.fetching import Fetching
 from p2p.gossip import Gossip
@@ -71,8 +72,10 @@ class Machine:
         self._core.clock.observe(record.clock_floor)
         self._core.retired_digest = record.retired_digest()
         self._allotment = Allotment(self._core)
-        self._push = Push(self._core, self._allotment)
         self._pull = Pull(self._core)
+        self._push = Push(self._core, self._allotment, self._pull.answers)
+        self._state_mode = self._push.state_mode
+        self._feeds = Feeds(self._core, self._pull)
         self._schedule = Schedule(self._core, self._pull)
         self._reach = Reach(self._core)
         self._retirement = Retirement(self._core, self._pull)
@@ -92,6 +95,7 @@ class Machine:
         )
         self._introductions = Introductions(self._core, self._pull, self._retirement)
         self._gossip = Gossip(self._core, self._pull, self._introductions, self._retirement)
+        self._core.link_gone, self._core.retired_changed = self._on_link_gone, self._on_retired_changed
         self._owed: dict[int, Link] = {}  # by boot: links on which something applied is not acknowledged yet
         self._ack_ms: int | None = None  # when those want the timer
         self._turns: dict[str, int] = {}  # by region: whose turn it is when its bucket is refilled
@@ -180,6 +184,7 @@ class Machine:
             LocalProtocolError: from a local request that was wrong and changed nothing.
         """
         self._core.effects = []
+        self._core.now_ms = now.monotonic_ms
         if self._started:
             self._gossip.note_late(now.monotonic_ms - max(self._deadline_ms, self._handled_ms))
         self._handled_ms = now.monotonic_ms
@@ -188,6 +193,8 @@ class Machine:
         self._planned = False
         self._core.budgets.advance(now.monotonic_ms)
         self._dispatch(event, now)
+        if self._state_mode.active:  # rows may have become due, or knowledge may have moved
+            self._state_mode.pump_all()
         return self._core.effects
 
     def _dispatch(self, event: m.Event, now: m.Now) -> None:
@@ -341,6 +348,12 @@ class Machine:
                 self._on_pull_reply(link, envelope, message, now)
             case m.KeysFound():
                 self._on_found(link, envelope, message, now)
+            case m.StateChunk():
+                self._on_state_chunk(link, envelope, message, now)
+            case m.Backlogged():
+                feed = self._feeds.on_notice(link, message, now)
+                if feed is not None:
+                    self._state_mode.pass_on(self._core.keyspaces[message.keyspace], feed.pairs)
             case m.PullRequest() | m.VersionsWanted() | m.ShardsWanted() | m.KeysWanted():
                 self._on_question(link, message, now)
             case m.Ack(session, sequence):
@@ -408,6 +421,8 @@ class Machine:
             self._core.counters.pulls_refused += 1
             return
         match asked:
+            case m.PullRequest(backlog=True):
+                self._state_mode.on_vector(link, asked)
             case m.PullRequest():
                 self._pull.answers.on_request(link, asked, now)
                 self._pump(link)
@@ -520,6 +535,23 @@ class Machine:
             raise
         self._applied(link, found.payload_bytes)
 
+    def _on_state_chunk(self, link: Link, envelope: m.Envelope, chunk: m.StateChunk, now: m.Now) -> None:
+        payload = chunk.payload_bytes
+        arrival = self._arrive(link, envelope, payload)
+        link.traffic.rows_in += chunk.row_count
+        link.traffic.bytes_in += payload
+        if arrival is not Arrival.NEXT:
+            return
+        try:
+            claimed = self._feeds.take(link, chunk, now)
+        except RemoteProtocolError:
+            self._refused(link, arrival, payload)
+            raise
+        link.note_applied(payload)
+        self._core.send(link, m.Ack(*link.take_ack()))  # at once: its sender has nothing but acknowledgements to go by
+        if claimed:
+            self._progress_of(chunk.keyspace, now)
+
     def _arrive(self, link: Link, envelope: m.Envelope, payload: int) -> Arrival:
         if envelope.session == 0:
             raise RemoteProtocolError("a batch or pull chunk outside any session")
@@ -534,6 +566,7 @@ class Machine:
             self._core.counters.sessions_broken += 1
             if not was_broken:  # what was asked since then is answered in the next session
                 self._pull.abandon_from(link.node, "the session has a hole")
+                self._feeds.spoil(link)
             self._core.send(link, m.SessionBroken(envelope.session))
         return arrival
 
@@ -578,6 +611,8 @@ class Machine:
         self._schedule.on_round(now)
         self._reach.on_timer(now)
         self._sharing.on_timer(now)
+        self._feeds.on_timer(now)
+        self._state_mode.on_timer()
         if self._ack_ms is not None and now.monotonic_ms >= self._ack_ms:
             self._acknowledge()
         for node in list(self._pull.outboxes):
@@ -598,6 +633,7 @@ class Machine:
             if not link.waits_for_ack:
                 continue
             if not core.membership.alive(link.node, now.monotonic_ms):
+                self._state_mode.drop(link.boot)
                 self._push.drop_waiting(link)  # it may be gone for good; if it comes back, it pulls
                 continue
             if link.is_stuck(now.monotonic_ms):
@@ -614,7 +650,8 @@ class Machine:
             self._ack_ms = now_ms + links.ACK_DELAY_MS
         parts = self._pull.next_ms(now_ms), self._reach.next_ms(), self._schedule.next_ms(), self._sharing.next_ms()
         rounds = self._pull.rounds.next_ms(), self._pull.round_answers.next_ms()
-        wanted = [moment for moment in (self._ack_ms, *parts, *rounds) if moment is not None]
+        backlogs = self._state_mode.next_ms(), self._feeds.next_ms()
+        wanted = [moment for moment in (self._ack_ms, *parts, *rounds, *backlogs) if moment is not None]
         wanted.append(self._gossip.next_ms(now_ms))
         written = [keyspace.last_batch_ms for keyspace in core.keyspaces.values() if keyspace.last_batch_ms]  # by our writer
         if written:
@@ -634,6 +671,7 @@ class Machine:
             keyspace.replica.note_coalesced(coalesced)
         keyspace.replica.set_synced_until(status.synced_until(self._core, keyspace, now))
         self._reach.on_progress(keyspace)
+        self._state_mode.on_progress(keyspace)
         self._pull.answers.on_progress(keyspace, now)
         self._pull.round_answers.on_progress(keyspace)
 
@@ -672,7 +710,16 @@ class Machine:
     def _drop_streams(self, link: Link) -> None:
         """A stream with a hole is worthless: its asker gives it up too, and asks again."""
         self._push.drop_waiting(link)
+        self._state_mode.on_session_ended(link)
         self._pull.answers.drop_streams(link.node)
+
+    def _on_link_gone(self, link: Link) -> None:
+        self._state_mode.drop(link.boot)
+        self._feeds.forget(link.boot)
+
+    def _on_retired_changed(self) -> None:
+        self._feeds.spoil_all()
+        self._state_mode.select_again("what is retired has changed")
 
     # --- for the operator
 

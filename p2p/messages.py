@@ -10,6 +10,9 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from p2p.backlog_messages import Backlogged as Backlogged
+from p2p.backlog_messages import Rows
+from p2p.backlog_messages import StateChunk as StateChunk
 from p2p.fence_messages import Fence as Fence
 from p2p.fence_messages import Fenced as Fenced
 from p2p.fence_messages import FenceReport as FenceReport
@@ -258,19 +261,7 @@ class Steps:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """What the messages that carry rows have in common; counted once, and asked for by everybody who handles them."""
-
-    payload_bytes: int = field(init=False, repr=False)  # keys, values and stamps
-    row_count: int = field(init=False, repr=False)
-
-    def _count(self, columns: tuple[RowColumns, ...]) -> None:
-        object.__setattr__(self, "payload_bytes", sum([section.payload_bytes for section in columns]))
-        object.__setattr__(self, "row_count", sum([len(section.keys) for section in columns]))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch(_Rows):
+class Batch(Rows):
     """One optimiser step of one writer, or a part of it, under one stamp; or a *group*, several steps that follow each other.
 
     A group is like one large step: `stamp` and `published_ns` are its last one's, `writer_prev` is what the first one follows.
@@ -325,6 +316,7 @@ class PullRequest:
     nonces: U64 = field(default_factory=_no_numbers)  # [w] or empty: to which the asker knows them bound; 0: unknown
     retired_digest: int = 0  # as in `Heartbeat`: writers whose retirement is done are left out where all of it is reached
     known: KnownSteps = NO_STEPS  # above the vector: their rows need not be sent again; since protocol version 2
+    backlog: bool = False  # it answers `Backlogged`: the rows are to come in order of priority (`StateChunk`)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -337,7 +329,7 @@ class Floor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PullReply(_Rows):
+class PullReply(Rows):
     """One chunk of the answer. Rows claim nothing; the claims ride in the last chunk and count only if all chunks came."""
 
     keyspace: int
@@ -418,7 +410,7 @@ class ShardsWanted:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ShardsReply(_Rows):
+class ShardsReply(Rows):
     """4: one chunk of the answer. Rows claim nothing; vectors and versions are in the last one and count only if all came."""
 
     keyspace: int
@@ -563,7 +555,7 @@ class KeysWanted:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class KeysFound(_Rows):
+class KeysFound(Rows):
     """Some of these rows. They claim nothing."""
 
     keyspace: int
@@ -639,6 +631,8 @@ Message = (
     | KeysWanted
     | KeysFound
     | FenceReport
+    | Backlogged
+    | StateChunk
 )
 
 

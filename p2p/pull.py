@@ -143,7 +143,18 @@ class Pull:
         self._core.note("pull_started", peer=link.node, keyspace=number, why=why)
         self._core.send(link, request)
 
-    def _question(self, keyspace: Keyspace, number: int) -> m.PullRequest:
+    def tell_vector(self, keyspace: Keyspace, link: Link, request: int) -> int:
+        """Answer a parent in state mode (`p2p.feeds`); 0 stands for a new question. Returns the question's number."""
+        if not request:
+            self._requests += 1
+            request = self._requests
+        asked = self._asked.get(keyspace.replica.keyspace)
+        if asked is not None and asked.boot == link.boot and not asked.next_chunk and keyspace.synced:
+            self._abandon(keyspace.replica.keyspace, "the peer sends it by priority")
+        self._core.send(link, self._question(keyspace, request, backlog=True))
+        return request
+
+    def _question(self, keyspace: Keyspace, number: int, *, backlog: bool = False) -> m.PullRequest:
         knowledge = keyspace.knowledge
         writers = knowledge.writers
         nonces = [self._core.writers.nonce_of(keyspace.replica.place.family, writer) for writer in writers.tolist()]
@@ -157,6 +168,7 @@ class Pull:
             np.array(nonces, np.uint64),
             self._core.retired_digest,
             knowledge.known_steps(wire.KNOWN_BYTES_MAX),
+            backlog,
         )
 
     def _repeat(self, now: m.Now) -> None:
@@ -345,8 +357,10 @@ class Pull:
         if sync.push:
             if keyspace.gap_writer is not None:
                 return ""  # it is known, and being repaired
-            known = keyspace.knowledge.frontier
+            known, now_ms = keyspace.knowledge.frontier, self._core.now_ms
             for (writer, stamp), reached in zip(before.summary.frontier, before.frontier, strict=True):
+                if keyspace.feeds and keyspace.fed_with(writer, now_ms):
+                    continue  # it is queued for us (R16)
                 # Whose frontier has moved is late, not cut off: steps come in order, and the rest is on its way. A busy node is
                 # where its writer was a heartbeat ago or more, and would pull what waits in its socket.
                 if stamp > int(known[writer]) == reached:
@@ -357,7 +371,7 @@ class Pull:
             own,
         )
         if still and sync.push:
-            return "digests differ"
+            return "" if keyspace.is_fed(self._core.now_ms) else "digests differ"
         # Rounds compare versions, which stand for vectors only. Regular pulls by vector bring strays anyway.
         if still and sync.shard_versions and summary.stray_digest != own[1]:
             return "strays differ"
@@ -432,6 +446,9 @@ class Pull:
             keyspace.gap_frontier = 0 if keyspace.gap_writer is None else int(knowledge.frontier[keyspace.gap_writer])
             keyspace.gap_since_ms, keyspace.gap_tries = now.monotonic_ms, 0
         if keyspace.gap_writer is None or keyspace.replica.keyspace in self._asked:
+            return
+        if keyspace.feeds and keyspace.fed_with(keyspace.gap_writer, now.monotonic_ms):
+            keyspace.gap_since_ms = now.monotonic_ms  # it is queued for us (R16)
             return
         if now.monotonic_ms - keyspace.gap_since_ms < self._grace_ms(keyspace):
             return

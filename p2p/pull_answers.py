@@ -18,7 +18,7 @@ from p2p.links import Link
 from p2p.outbox import STREAMS_MAX, Completion, Outbox, PullStream
 from p2p.replica import U64, Selection
 from p2p.stamps import WRITERS_MAX
-from p2p.whole import begin_whole, below_floor, floor_of, known_elsewhere, may_answer
+from p2p.whole import Mask, begin_whole, below_floor, floor_of, known_elsewhere, may_answer
 
 # Who asks us for what we lack ourselves waits for so long, well below `PULL_SILENCE_MS`: an answer would be what came after the
 # gap, which it has as well, and not what is missing. Then it is answered all the same.
@@ -126,12 +126,8 @@ class PullAnswers:
         if keyspace is None or (len(outbox.streams) >= STREAMS_MAX and request.keyspace not in outbox.streams):
             core.counters.pulls_refused += 1
             return
-        if request.shards != keyspace.knowledge.shards:
-            raise RemoteProtocolError(f"pull of {request.shards} shards, the keyspace has {keyspace.knowledge.shards}")
-        if len(request.nonces) and not core.same_writers(
-            link.node, keyspace.replica.place.family, request.writers.tolist(), request.nonces.tolist()
-        ):
-            core.counters.pulls_refused += 1
+        self._check_shards(keyspace, request)
+        if not self._same_writers(link, keyspace, request):
             return
         if not waited and self._lacks_the_same(keyspace, request) and self._hold(link, request, now):
             return
@@ -184,6 +180,43 @@ class PullAnswers:
         stream.floor = lambda shards: floor_of(keyspace, shards)
         core.counters.shards_sent_whole += int(below.sum())
         return stream
+
+    def lacking(
+        self, link: Link, keyspace: Keyspace, request: m.PullRequest, shards: Mask | None
+    ) -> tuple[Mask, list[Selection]] | None:
+        """What an asker lacks of some shards (None: of all), whoever wrote it; None when it cannot be told.
+
+        Returns:
+            The shards, bool[shards], that could only come whole; without any, the rows above the asker's vector.
+
+        Raises:
+            RemoteProtocolError: the vector is not one of this keyspace.
+        """
+        self._check_shards(keyspace, request)
+        if not self._same_writers(link, keyspace, request):
+            return None
+        wanted = np.ones(request.shards, np.bool_) if shards is None else shards
+        with self._base_of(keyspace, request) as base:
+            below = below_floor(keyspace, base) & wanted
+            if below.any():
+                return below, []
+            base[~wanted] = ABOVE_ALL
+            try:
+                selections = self._select(keyspace, base)
+            finally:
+                base[~wanted] = 0
+        return below, keyspace.replica.without(selections, request.known) if len(request.known.stamps) else selections
+
+    def _check_shards(self, keyspace: Keyspace, request: m.PullRequest) -> None:
+        if request.shards != keyspace.knowledge.shards:
+            raise RemoteProtocolError(f"pull of {request.shards} shards, the keyspace has {keyspace.knowledge.shards}")
+
+    def _same_writers(self, link: Link, keyspace: Keyspace, request: m.PullRequest) -> bool:
+        told = request.writers.tolist(), request.nonces.tolist()
+        if len(request.nonces) and not self._core.same_writers(link.node, keyspace.replica.place.family, *told):
+            self._core.counters.pulls_refused += 1
+            return False
+        return True
 
     @contextmanager
     def _base_of(self, keyspace: Keyspace, request: m.PullRequest) -> Iterator[U64]:

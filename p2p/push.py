@@ -16,18 +16,22 @@ from p2p import groups, wire
 from p2p import messages as m
 from p2p.adoption import Adoption
 from p2p.allotment import Allotment
+from p2p.backlog import STATE_SINCE
 from p2p.budget import CLAIM_BYTES
 from p2p.classes import significant_by_step, significant_rows
-from p2p.core import Core, Keyspace
+from p2p.core import STATE, Core, Keyspace
 from p2p.cutting import split_step
 from p2p.errors import FullError, LocalProtocolError, RemoteProtocolError, UnknownTableError
 from p2p.groups import Group, Step, join
 from p2p.links import Link
+from p2p.noting import note_rows
 from p2p.placement import divide
+from p2p.pull_answers import PullAnswers
 from p2p.replica import RowColumns, WriterIdentity
 from p2p.stamps import check_not_ahead
+from p2p.state_mode import StateMode
 from p2p.trees import TREES_MAX, Trees
-from p2p.waiting import WAITING_CREDITS_MAX, WaitingBatch
+from p2p.waiting import SHORT_BYTES_MAX, WAITING_CREDITS_MAX, WaitingBatch
 
 # An idle writer says "nothing since" this often; it bounds how stale a node must assume itself to be, and how long the loss
 # of the very last batch goes unnoticed.
@@ -39,10 +43,11 @@ SEEN_MAX = 16_384
 class Push:
     """The pushing part of the machine."""
 
-    def __init__(self, core: Core, allotment: Allotment) -> None:
+    def __init__(self, core: Core, allotment: Allotment, answers: PullAnswers) -> None:
         self._core = core
         self._allotment = allotment
         self.adoption = Adoption(core)
+        self.state_mode = StateMode(core, answers, self._fed_in)
         self._seen: dict[tuple[int, ...], None] = {}
         self._lingering: dict[int, Keyspace] = {}  # those with steps that wait for others
         core.drop_held = self._drop_held
@@ -119,6 +124,7 @@ class Push:
         writer_prev = int(replica.frontier[writer])
         replica.begin_write(stamp, touched)
         applied = replica.apply(columns, stamp)
+        note_rows(core, keyspace, columns)
         step = Step(identity, stamp, writer_prev, touched.astype(np.uint32), prev, columns, shard_of, published_ns)
         claims = join([step]).claims
         keyspace.knowledge.learn_step(stamp, writer_prev, len(touched), claims.shards, prev, claims.part, claims.parts)
@@ -192,6 +198,7 @@ class Push:
         """It was dropped, and with it the steps that waited for others."""
         self._lingering.pop(keyspace, None)
         self.adoption.forget_keyspace(keyspace)
+        self.state_mode.forget_keyspace(keyspace)
 
     def send_awaited(self, family: int, stamp: int, now: m.Now) -> None:
         """Somebody waits for a step: where it is held, it leaves now."""
@@ -308,6 +315,7 @@ class Push:
         core.clock.observe(batch.stamp)
         claims = batch.claims
         applied = keyspace.replica.apply(batch.columns, batch.stamp) if batch.columns else None
+        note_rows(core, keyspace, batch.columns)
         whole = keyspace.knowledge.learn_step(
             batch.stamp,
             batch.writer_prev,
@@ -362,11 +370,23 @@ class Push:
             if link is None or (batch.steps is not None and link.version < wire.GROUPS_SINCE):
                 core.counters.batches_skipped += 1
                 continue
+            if self.state_mode.active and self.state_mode.takes(link, keyspace):
+                continue  # its rows are due there once they are applied
             if not link.waiting and link.has_credit():
                 self._send(link, one)
-            elif not link.waiting.add(one, WAITING_CREDITS_MAX * link.credit_bytes):
+            elif not self._let_wait(link, keyspace, one):
                 core.counters.batches_skipped += 1
                 link.traffic.batches_skipped += 1
+
+    def _let_wait(self, link: Link, keyspace: Keyspace, one: WaitingBatch) -> bool:
+        """A batch that finds no credit waits for a moment; where the moment lasts, its rows are due (`p2p.backlog`)."""
+        core, line = self._core, link.waiting
+        knows = core.options.outbox == STATE and link.version >= STATE_SINCE
+        if not knows:
+            return line.add(one, WAITING_CREDITS_MAX * link.credit_bytes, core.now_ms)
+        if not line.is_overdue(core.now_ms) and line.add(one, SHORT_BYTES_MAX, core.now_ms):
+            return True
+        return self.state_mode.enter(link, keyspace, "a batch found no credit")
 
     def pump(self, link: Link) -> None:
         """Send what waits for credit, as far as there is some."""
@@ -393,9 +413,19 @@ class Push:
         if hops == 0:
             return self.adoption.fed_by_us(batch, children, now)
         if hops == 1:
-            taken = self.adoption.taken(batch.keyspace, batch.origin, batch.tree, now)
+            taken = self.adoption.taken(batch.keyspace, batch.origin, batch.tree, now.monotonic_ms)
             return (*children, *(node for node in taken if node not in children)) if taken else children
         return children
+
+    def _fed_in(self, keyspace: Keyspace, origin: m.NodeId, tree: int) -> Sequence[m.NodeId]:
+        """To whom batches of an origin go from us in a tree, as things are now."""
+        core = self._core
+        children = _children(core.membership.trees(core.now_ms, keyspace.replica.place), keyspace, origin, tree)
+        number = keyspace.replica.keyspace
+        if origin == core.options.node:
+            return self.adoption.kept(number, tree, children)
+        taken = self.adoption.taken(number, origin, tree, core.now_ms)
+        return (*children, *(node for node in taken if node not in children)) if taken else children
 
     def _trees(self, keyspace: Keyspace, now: m.Now) -> Trees:
         return self._core.membership.trees(now.monotonic_ms, keyspace.replica.place)

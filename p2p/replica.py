@@ -18,6 +18,9 @@ from p2p.versions import FIRST_VERSION
 
 U64 = NDArray[np.uint64]
 
+# What a store knows a row by (`Selection.slots`) has the number of the row's slot in its low bits, and which of the slot's
+# lives it is above them (R18): who keeps a byte for each slot needs the number.
+SLOT_MASK = (1 << 32) - 1
 # Of one family. A partition costs every heartbeat a summary and every idle writer five small messages a second.
 PARTITIONS_MAX = 64
 
@@ -291,6 +294,15 @@ class Replica(Protocol):
         """The same, but rows that are a known step's and lie in a shard for which that is said. `known.shards` is as wide as
         this keyspace needs.
         """
+
+    def row_bytes_of(self, table: int) -> int:
+        """Width of an encoded row of this table; 0: there is no such table any more."""
+
+    def places_of(self, table: int, keys: U64) -> NDArray[np.int64]:
+        """int64[n]: by which number the store knows the row of each key, as in `Selection.slots`; -1 where it is absent."""
+
+    def set_fed(self, fed: bool) -> None:
+        """Tell readers that somebody sends us rows in order of priority, and not as steps: nothing here is consistent (R19)."""
 
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         """The newest version of each slot, with stamps; tombstones sorted to the end. Rows that were removed since they were

@@ -246,6 +246,7 @@ class Retirement:
         core.retired_digest = record.retired_digest()
         self._open = self._find_open()
         self._pull.abandon_all("what was retired has changed")
+        core.retired_changed()
         self._tell(m.Retirements(tuple(new), tuple(changed), tuple(fence for _, fence in fences)), source, now)
         for expulsion in new:
             self._drop(expulsion)

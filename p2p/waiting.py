@@ -1,8 +1,9 @@
-"""Batches that wait for credit on one link, in order, up to a bound.
+"""Batches that wait for credit on one link, in order, for a moment.
 
 A link whose credit is used up for a moment, as while a busy origin hands children over (`p2p.adoption`), would otherwise lose
-a batch, and with it what every node below has of all later ones: a repair costs more than the wait, since it brings again
-what is on its way. Batches are shared between links, so many that wait cost little more than one. What finds no room is not
+a batch, and with it what every node below has of all later ones. Batches are shared between links, so many that wait cost
+little more than one. When there are too many, or the first has waited too long, the link goes into state mode (`p2p.backlog`),
+where rows are due instead. Where it cannot, since the peer speaks version 1, the line is longer, and what finds no room is not
 sent; the child sees a gap and pulls.
 """
 
@@ -14,6 +15,9 @@ from p2p import messages as m
 # Bytes, as a multiple of a link's credit. A new writer fills the links for a second before enough children are handed over.
 WAITING_CREDITS_MAX = 4
 WAITING_MESSAGES_MAX = 4_096
+# Before state mode it is short: what waits here is sent in order, whatever matters more, and whole, whatever changed since.
+SHORT_BYTES_MAX = 8 << 20
+SHORT_MS_MAX = 150
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,12 +34,19 @@ class WaitingLine:
 
     batches: deque[WaitingBatch] = field(default_factory=deque)
     bytes: int = 0
+    since_ms: int = 0  # when the line was empty last
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def add(self, one: WaitingBatch, bytes_max: int) -> bool:
+    def is_overdue(self, now_ms: int) -> bool:
+        """Whether there has been no credit for all for too long."""
+        return bool(self.batches) and now_ms - self.since_ms >= SHORT_MS_MAX
+
+    def add(self, one: WaitingBatch, bytes_max: int, now_ms: int) -> bool:
         """Let one more wait; False when there is no room. The last one may overshoot."""
+        if not self.batches:
+            self.since_ms = now_ms
         if self.bytes >= bytes_max or len(self.batches) >= WAITING_MESSAGES_MAX:
             return False
         self.batches.append(one)

@@ -809,7 +809,7 @@ def _pack_pull(pull: m.PullRequest, version: int) -> Packed:
     known = pull.known
     header = [pull.keyspace, pull.request, pull.shards, len(pull.writers), len(pull.nonces), pull.retired_digest]
     later: list[NDArray[Any]] = [pull.nonces, known.stamps, known.shards] if version >= 2 else []
-    return [*header, len(known.stamps)], [pull.writers, pull.vector, pull.frontier, *later]
+    return [*header, len(known.stamps), pull.backlog], [pull.writers, pull.vector, pull.frontier, *later]
 
 
 def _take_vector(columns: _Columns, shards: int, writers: int) -> tuple[NDArray[np.uint16], U64, U64]:
@@ -853,14 +853,14 @@ def _take_versions(columns: _Columns, count: int) -> U64:
 
 
 def _pull(header: Header, columns: _Columns) -> m.PullRequest:
-    keyspace, request, shards, writers, bound, retired_digest, known = header
+    keyspace, request, shards, writers, bound, retired_digest, known, backlog = header
     ids, vector, frontier = _take_vector(columns, shards, writers)
     nonces = _NO_NONCES if bound is None else columns.take(_UINT64, _uint(bound, 32))
     if len(nonces) not in (0, len(ids)):
         raise RemoteProtocolError(f"{len(nonces)} nonces of {len(ids)} writers")
     steps = NO_STEPS if known is None else _take_steps(columns, known, shards)
     return m.PullRequest(
-        _uint(keyspace, 32), _uint(request), ids, vector, frontier, shards, nonces, _uint(retired_digest), steps
+        _uint(keyspace, 32), _uint(request), ids, vector, frontier, shards, nonces, _uint(retired_digest), steps, _flag(backlog)
     )
 
 
@@ -1199,6 +1199,34 @@ def _keys_found(header: Header, columns: _Columns) -> m.KeysFound:
     return m.KeysFound(_uint(keyspace, 32), _uint(request), rows, *_take_bindings(columns, bound))
 
 
+def _pack_backlogged(told: m.Backlogged, _version: int) -> Packed:
+    return [told.keyspace, told.number, told.on, told.trees, len(told.writers)], [told.writers, told.served]
+
+
+def _backlogged(header: Header, columns: _Columns) -> m.Backlogged:
+    keyspace, number, on, trees, count = header
+    ids = _take_writers(columns, count)
+    if not 1 <= _uint(trees, 8) <= TREES_MAX:
+        raise RemoteProtocolError(f"{trees} trees, limit {TREES_MAX}")
+    return m.Backlogged(_uint(keyspace, 32), _uint(number), _flag(on), trees, ids, columns.take(_UINT8, len(ids)))
+
+
+def _pack_state_chunk(chunk: m.StateChunk, version: int) -> Packed:
+    sections, arrays = _pack_sections(chunk.columns, version)
+    sizes = [len(chunk.shards), len(chunk.writers), len(chunk.bound)]
+    claims: list[NDArray[Any]] = [chunk.shards, chunk.writers, np.ascontiguousarray(chunk.until), chunk.frontier]
+    return [chunk.keyspace, chunk.request, chunk.ends, *sizes, sections], [*claims, *arrays, chunk.bound, chunk.nonces]
+
+
+def _state_chunk(header: Header, columns: _Columns) -> m.StateChunk:
+    keyspace, request, ends, count, writers, bound, sections = header
+    shards, ids = _take_shards(columns, count), _take_writers(columns, writers)
+    until, frontier = _take_stamps(columns, len(shards), ids), _take_stamps(columns, 1, ids)[0]
+    rows = _sections(sections, columns, with_stamps=True)
+    claims = shards, ids, until, frontier
+    return m.StateChunk(_uint(keyspace, 32), _uint(request), _flag(ends), rows, *claims, *_take_bindings(columns, bound))
+
+
 # Which kinds there are and since when: a message's number on the wire is its place here, from 1; new ones go to the end.
 _KINDS: Final = (
     _Kind(m.Hello, _pack_hello, _hello),
@@ -1207,7 +1235,7 @@ _KINDS: Final = (
     _Kind(m.SchemaUpdate, _pack_schema, _schema),
     _Kind(m.Leave, _pack_leave, _leave, added=((2, 0),)),
     _Kind(m.Batch, _pack_batch, _batch, added=((GROUPS_SINCE, 0),), changed=(PACKED_SINCE,)),
-    _Kind(m.PullRequest, _pack_pull, _pull, added=((2, None), (2, 0), (2, None))),
+    _Kind(m.PullRequest, _pack_pull, _pull, added=((2, None), (2, 0), (2, None), (2, False))),
     _Kind(m.PullReply, _pack_reply, _reply, added=((2, None), (2, []))),
     _Kind(m.Ack, _pack_ack, _ack),
     _Kind(m.SessionBroken, _pack_broken, _broken),
@@ -1232,6 +1260,8 @@ _KINDS: Final = (
     _Kind(m.KeysFound, _pack_keys_found, _keys_found, since=2),
     _Kind(m.Wants, lambda told, _version: ([list(map(list, told.regions))], []), _wants, since=2),
     _Kind(m.FenceReport, pack_report, unpack_report, since=2),
+    _Kind(m.Backlogged, _pack_backlogged, _backlogged, since=2),
+    _Kind(m.StateChunk, _pack_state_chunk, _state_chunk, since=2),
 )
 _LARGE_HEADERS: Final = (m.Hello, m.SchemaUpdate, m.Heartbeat, m.MemberNews)
 _NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(_KINDS, start=1)}

@@ -18,7 +18,7 @@ import numpy as np
 from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.store import Store, collecting, eviction, fetching, recent
 from ekko.store.capacity import Capacity
-from p2p import knowledge, links, outbox, pull, pull_answers, push, reach, round_answers, status, wire
+from p2p import knowledge, links, outbox, pull, pull_answers, push, reach, round_answers, state_mode, status, wire
 from p2p import messages as m
 from p2p.groups import LINGER_MS
 from p2p.ledger import NodeRecord
@@ -104,6 +104,7 @@ def small_messages(bytes_max: int) -> Iterator[None]:
     changes: tuple[tuple[ModuleType, str, int], ...] = (
         (wire, "BATCH_BYTES_MAX", bytes_max),
         (outbox, "CHUNK_BYTES_MAX", bytes_max),
+        (state_mode, "CHUNK_BYTES_MAX", bytes_max),
         (recent, "RING_START", SMALL_RING),
         (recent, "WINDOW_MIN", 2 * SMALL_RING),
         (recent, "WINDOW_START", 4 * SMALL_RING),
@@ -119,6 +120,7 @@ def short_queues(wanted: bool) -> Iterator[None]:
         (knowledge, "OPEN_STEPS_MAX", 8),
         (links, "CREDIT_MESSAGES_MAX", 16),
         (links, "CREDIT_BYTES_MAX", 8_000),
+        (push, "SHORT_BYTES_MAX", 2_000),
         (push, "SEEN_MAX", 32),
         (reach, "WAITS_MAX", 2),
         (reach, "QUESTIONS_MAX", 2),

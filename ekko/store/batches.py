@@ -29,6 +29,7 @@ from p2p.stamps import WRITERS_MAX, writer_of
 U64 = NDArray[np.uint64]
 
 UNSETTLED_AHEAD = 1  # rows of steps that are not here as a whole
+UNSETTLED_FED = 2  # a link towards this node is in state mode: rows come by priority
 _EPOCH = layout.MODEL.offset("batch_epoch")
 _UNSETTLED = layout.MODEL.offset("unsettled")
 
@@ -48,6 +49,7 @@ class BatchMarks:
         self._covered = covered
         self._newest = np.zeros(WRITERS_MAX, np.uint64)  # of the rows that came of each writer
         self._ahead: set[int] = set()  # writers of whom there is more than is covered
+        self._fed: set[int] = set()  # partitions whose rows come by priority
         self._removing = 0  # blocks of `removing` that lie in each other
 
     @property
@@ -71,6 +73,16 @@ class BatchMarks:
         self._ahead = self._find_ahead()
         batches.begin(self._epoch, self._unsettled, UNSETTLED_AHEAD if self._ahead else 0)
 
+    def set_fed(self, partition: int, fed: bool) -> None:
+        """Rows of a partition come by priority from now on, or do so no more."""
+        before = bool(self._fed)
+        (self._fed.add if fed else self._fed.discard)(partition)
+        if bool(self._fed) != before:
+            self._publish()
+
+    def _publish(self) -> None:
+        publish_word(self._unsettled, (UNSETTLED_AHEAD if self._ahead else 0) | (UNSETTLED_FED if self._fed else 0))
+
     def end(self) -> None:
         """It is applied, or as much of it as there was room for."""
         batches.end(self._epoch)
@@ -93,20 +105,20 @@ class BatchMarks:
         self._newest = np.maximum(self._newest, claimed)
         self._ahead = self._find_ahead()
         if self._ahead:
-            publish_word(self._unsettled, UNSETTLED_AHEAD)
+            self._publish()
 
     def settle(self) -> None:
         """A frontier may have moved."""
         if self._ahead:
             self._ahead = self._find_ahead()
             if not self._ahead:
-                publish_word(self._unsettled, 0)
+                self._publish()
 
     def attach(self, newest: U64) -> None:
         """Take over what another process left, with `newest` uint64[WRITERS_MAX] of the rows that are here."""
         self._newest = newest
         self._ahead = self._find_ahead()
-        publish_word(self._unsettled, UNSETTLED_AHEAD if self._ahead else 0)
+        self._publish()
         batches.end(self._epoch)
 
     def _find_ahead(self) -> set[int]:

@@ -570,6 +570,17 @@ class ModelStore:
     def without(self, selections: Sequence[Selection], known: KnownSteps, *, partitions: int = 1) -> list[Selection]:
         return self._questions.without(selections, known, partitions)
 
+    def row_bytes_of(self, table: int) -> int:
+        held = self._tables.get(table)
+        return 0 if held is None else held.row_bytes
+
+    def places_of(self, table: int, keys: U64) -> I64:
+        held = self._tables.get(table)
+        return np.full(keys.size, -1, np.int64) if held is None else held.resolve(whole(keys))
+
+    def set_fed(self, fed: bool) -> None:
+        self._marks.set_fed(0, fed)
+
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         if table not in self._tables:  # it was dropped since they were selected
             return RowColumns(table, np.empty(0, np.uint64), np.empty((0, 0), np.uint8), np.empty(0, np.uint64))

@@ -153,6 +153,15 @@ class Partition:
     def without(self, selections: Sequence[Selection], known: KnownSteps) -> list[Selection]:
         return self._model.without(selections, known, partitions=self._place.partitions)
 
+    def row_bytes_of(self, table: int) -> int:
+        return self._model.row_bytes_of(table)
+
+    def places_of(self, table: int, keys: U64) -> NDArray[np.int64]:
+        return self._model.places_of(table, keys)
+
+    def set_fed(self, fed: bool) -> None:
+        self._model.marks.set_fed(self._place.partition, fed)
+
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         return self._model.read(table, slots)
 

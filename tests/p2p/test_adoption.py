@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ekko.model import ModelSpec, TableSpec
-from p2p import adoption, links
+from p2p import adoption, links, push
 from p2p import messages as m
 from p2p.errors import RemoteProtocolError
 from p2p.trees import TREE_ARITY
@@ -64,6 +64,7 @@ def test_children_of_a_busy_origin_feed_each_other() -> None:
 
 def test_without_that_they_wait_for_its_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adoption, "ADOPTED_MAX", 0)
+    monkeypatch.setattr(push, "STATE", "neither")  # nor are rows kept as due (`p2p.backlog`)
     assert late_ms(cluster_of_regions()) > 3_000
 
 
@@ -109,10 +110,10 @@ def test_what_an_origin_does_not_repeat_is_forgotten() -> None:
     (link,) = [link for link in machine._core.links.values() if link.node == "n0"]
     keyspace = cluster.model.id
     machine._push.adoption.on_adopt(link, m.Adopt(keyspace, 2, ("n5",)), cluster.now())
-    assert machine._push.adoption.taken(keyspace, "n0", 2, cluster.now()) == ("n5",)
-    assert machine._push.adoption.taken(keyspace, "n0", 1, cluster.now()) == ()
+    assert machine._push.adoption.taken(keyspace, "n0", 2, cluster.now().monotonic_ms) == ("n5",)
+    assert machine._push.adoption.taken(keyspace, "n0", 1, cluster.now().monotonic_ms) == ()
     cluster.run(adoption.KEPT_MS)
-    assert machine._push.adoption.taken(keyspace, "n0", 2, cluster.now()) == ()
+    assert machine._push.adoption.taken(keyspace, "n0", 2, cluster.now().monotonic_ms) == ()
     assert not machine._push.adoption.entries
 
 
@@ -124,9 +125,9 @@ def batch(number: int) -> m.Batch:
 def test_batches_wait_in_order_up_to_a_bound() -> None:
     line = WaitingLine()
     for number in range(WAITING_MESSAGES_MAX):
-        assert line.add(WaitingBatch(batch(number), 0), 1)
-    assert not line.add(WaitingBatch(batch(9), 0), 1)
+        assert line.add(WaitingBatch(batch(number), 0), 1, 0)
+    assert not line.add(WaitingBatch(batch(9), 0), 1, 0)
     assert [line.take().batch.stamp for _ in range(3)] == [0, 1, 2]
-    assert not WaitingLine().add(WaitingBatch(batch(9), 0), 0)
+    assert not WaitingLine().add(WaitingBatch(batch(9), 0), 0, 0)
     assert line.clear() == WAITING_MESSAGES_MAX - 3
     assert not line

@@ -226,7 +226,7 @@ def test_children_come_back_one_by_one_while_the_card_is_calm(origin: Origin) ->
     origin.feed(after_ms=adoption.ADOPTED_MS + adoption.RETURN_MS)
     assert len(origin.given) == count - 2
     # A link with something that waits would have it overtaken by the news.
-    assert origin.link("n1").waiting.add(WaitingBatch(origin.batch(20), 0), CREDIT)
+    assert origin.link("n1").waiting.add(WaitingBatch(origin.batch(20), 0), CREDIT, 0)
     origin.feed(after_ms=adoption.ADOPTED_MS + 2 * adoption.RETURN_MS)
     assert len(origin.given) == count - 2
     origin.link("n1").waiting.clear()

@@ -288,9 +288,9 @@ def test_leaves_adopt_nobody_and_nobody_adopts_for_itself() -> None:
     link, place = machine._core.links["n0"], cluster.model.id
     part = machine._push.adoption
     part.on_adopt(link, m.Adopt(place, 0, ("n0", "n1", "n5", "n5")), cluster.now())
-    assert part.taken(place, "n0", 0, cluster.now()) == ("n5",)
+    assert part.taken(place, "n0", 0, cluster.now().monotonic_ms) == ("n5",)
     link.boot += 1
-    assert part.taken(place, "n0", 0, cluster.now()) == (), "its origin began a new life"
+    assert part.taken(place, "n0", 0, cluster.now().monotonic_ms) == (), "its origin began a new life"
     object.__setattr__(machine._core.options, "role", "witness")
     part.on_adopt(link, m.Adopt(place, 0, ("n5",)), cluster.now())
     assert not part.entries

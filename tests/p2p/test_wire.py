@@ -117,11 +117,15 @@ MESSAGES: list[m.Message] = [
     m.Incomplete(5, 7),
     m.KeysWanted(5, 7, FLOOR, (TableKeys(11, BOOTS), TableKeys(12, BOOTS[:1])), 98),
     m.KeysFound(5, 7, sections(True), WRITERS, BOOTS),
+    m.Backlogged(5, 7, True, 4, WRITERS, np.arange(1, 1 + len(WRITERS), dtype=np.uint8)),
+    m.StateChunk(5, 7, False, sections(True), FLOOR.shards, WRITERS, vector(), vector()[0], WRITERS, BOOTS),
+    m.StateChunk(5, 7, True, (), FLOOR.shards[:0], WRITERS[:0], vector()[:0, :0], BOOTS[:0], WRITERS[:0], BOOTS[:0]),
 ]
 # With what version 2 added.
 LATER: list[m.Message] = [
     m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98),
     m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98, known(BOOTS)),
+    m.PullRequest(5, 1, WRITERS, vector(), vector()[0], 3, BOOTS, 98, known(BOOTS), backlog=True),
     m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS, BOOTS),
     m.PullReply(5, 1, 0, True, (), WRITERS, vector(), vector()[0], WRITERS, BOOTS, FLOOR.shards),
     m.PullReply(5, 1, 0, True, sections(True), WRITERS, vector(), vector()[0], WRITERS, BOOTS, FLOOR.shards[1:], FLOOR),
