@@ -15,6 +15,7 @@ from ekko.errors import ConfigError, EkkoError, NodeFailed
 from ekko.health.cli import health
 from ekko.options import ConfigOption, HttpOption, JsonOption, http_of
 from ekko.rates import parse_pair, parse_word
+from ekko.rollback.cli import rollback
 from ekko.snapshots.cli import snapshots
 from ekko.version import __version__
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 
 app.add_typer(snapshots, name="snapshot")
 app.command()(health)
+app.command()(rollback)
 
 
 def _version(wanted: bool) -> None:

@@ -132,6 +132,7 @@ class Node:
             if parts.keys is not None:
                 tasks.create_task(self._watch_keys(parts.keys, parts.transport))
             tasks.create_task(parts.health.run())
+            tasks.create_task(parts.rollbacks.run())
             tasks.create_task(self._fold_heat(parts.served))
             if parts.delaying is not None:
                 tasks.create_task(parts.delaying.run())

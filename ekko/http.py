@@ -10,6 +10,7 @@ callers on this machine.
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from ekko.health.wire import REPORT_EVENTS_MAX, Report, Reported, events_of
 from ekko.loading import LoadRequest
 from ekko.model import check_name
 from ekko.rates import Word, parse_pair, parse_word
+from ekko.rollback.request import RollbackRequest, rollback_request
 
 # Requests at once; scrapers and scripts, on loopback.
 REQUESTS_MAX = 64
@@ -47,6 +49,8 @@ COMMANDS = {
     "/health": '{"model": MODEL, "state": "healthy" or "uncertain" or "corrupted", "from_ms": UNIX_MS or null, "why": TEXT}',
     "/report": '{"model": MODEL, "prediction": [...], "label": [...]}, and "weight", "segment", "arm", "at_ms": one or a list',
     "/drop": '{"model": MODEL or "MODEL/TABLE"}, and "force": true',
+    "/rollback": '{"model": MODEL, "to_ms": UNIX_MS or 0, "tables": [NAME], "writer": NODE, "keys": ["A", "B"] or null}, and '
+    '"dry_run": true, "force": true; or {"model": MODEL, "finish": true}',
 }
 
 
@@ -115,6 +119,23 @@ class Source(Protocol):
             EkkoError: why not.
         """
 
+    def rollback(self, request: RollbackRequest) -> dict[str, object]:
+        """Ask for a rollback; returns what all nodes are told of it.
+
+        Raises:
+            EkkoError: why it cannot be; nothing is changed.
+        """
+
+    def finish_rollback(self, model: str) -> dict[str, object]:
+        """Let writers go on without a healthy verdict.
+
+        Raises:
+            EkkoError: nothing waits for one here.
+        """
+
+    def rollbacks(self, model: str | None, epoch: int | None) -> dict[str, object]:
+        """What was taken back and is, of a model or of all; or what became of one request."""
+
     def metrics_text(self) -> bytes:
         """The node in Prometheus' text format."""
 
@@ -175,8 +196,17 @@ def make_app(source: Source) -> Starlette:
         except EkkoError as error:
             return JSONResponse({"error": str(error)}, 404)
 
+    async def rollbacks(request: Request) -> Response:
+        ask, epoch = request.query_params, request.query_params.get("epoch")
+        if epoch is not None and not re.fullmatch("[0-9a-f]{1,16}", epoch):
+            return JSONResponse({"error": f"epoch is {epoch!r}: expected 1 to 16 hexadecimal digits"}, 400)
+        try:
+            return JSONResponse(source.rollbacks(ask.get("model"), None if epoch is None else int(epoch, 16)))
+        except EkkoError as error:
+            return JSONResponse({"error": str(error)}, 404)
+
     handlers = {"/healthz": healthz, "/readyz": readyz, "/status": status, "/metrics": metrics, "/hot": hot, "/delays": delays}
-    routes = [Route(path, handler) for path, handler in handlers.items()]
+    routes = [Route(path, handler) for path, handler in (handlers | {"/rollback": rollbacks}).items()]
     return Starlette(routes=[*routes, *(Route(path, command, methods=["POST"]) for path in COMMANDS)])
 
 
@@ -208,6 +238,10 @@ async def _carry_out(source: Source, name: str, body: Any) -> dict[str, object] 
             0 < len(prediction) <= REPORT_EVENTS_MAX
         ):
             return _report(source, body)
+        case "/rollback", {"model": str(model), "finish": True}:
+            return source.finish_rollback(check_name("model", model))
+        case "/rollback", dict() if (wanted := rollback_request(body)) is not None:
+            return source.rollback(wanted)
         case "/alias", {"alias": str(alias), "model": None | str() as target} if (
             flags := _flags(body, "back", "remove", "force")
         ) is not None and (target is not None) + flags["back"] + flags["remove"] == 1:

@@ -173,6 +173,14 @@ class Machine:
                 return member.record.region
         return None
 
+    def writers_of(self, node: m.NodeId, family: int) -> tuple[int, ...]:
+        """The ids under which a node writes to a family, as far as is known here, ascending."""
+        core = self._core
+        member, absent = core.membership.members.get(node), core.record.absent.get(node)
+        records = [core.own_record()] if node == core.options.node else [member.record] if member is not None else []
+        told = [one for record in records for one in record.writers] + list(() if absent is None else absent.writers)
+        return tuple(sorted({one.writer for one in told if one.keyspace == family}))
+
     def handle(self, event: m.Event, now: m.Now) -> list[m.Effect]:
         """Advance by one event.
 

@@ -18,6 +18,7 @@ from ekko.node.life import Life
 from ekko.node.parts import Parts, Submit, machine_hash
 from ekko.node.picture import counters, model_pictures, queues
 from ekko.rates import Word
+from ekko.rollback.request import RollbackRequest
 from ekko.snapshots.service import SnapshotService
 from ekko.status import NodePicture
 from ekko.store.leftovers import LeftoversWatch
@@ -164,6 +165,18 @@ class Answers:
     def report(self, report: Report) -> Reported:
         """See `ekko.http.Source`."""
         return self._parts().health.report(report)
+
+    def rollback(self, request: RollbackRequest) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        return self._parts().rollbacks.request(request)
+
+    def finish_rollback(self, model: str) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        return self._parts().rollbacks.finish(model)
+
+    def rollbacks(self, model: str | None, epoch: int | None) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        return self._parts().rollbacks.history(model, epoch)
 
     def _parts(self) -> Parts:
         parts = self._life().parts

@@ -87,10 +87,14 @@ class Delaying:
     Args:
         node: its section.
         delayed: both states.
+        held_until: beyond this moment the older state of a model must not come now, Unix milliseconds; None: no such moment.
     """
 
-    def __init__(self, node: NodeSection, delayed: DelayedStore) -> None:
+    def __init__(
+        self, node: NodeSection, delayed: DelayedStore, held_until: Callable[[Generation], int | None] = lambda _: None
+    ) -> None:
         self.delayed = delayed
+        self._held_until = held_until
         self._node = node
         self._bound: Bound = self._healthy_until if node.role == "witness" else self._before_now
         self._complete = node.role != "baseline"  # the older state was whole once in this life
@@ -109,9 +113,10 @@ class Delaying:
         """A moment of which the state is known, so that the older store never has anything but a state that was healthy."""
         healthy_ms = self.delayed.current.facts.of(Verdicts).healthy_until(Generation.of(model.spec))
         before_ms = self._before_now(model)
+        held_ms = self._held_until(Generation.of(model.spec))
         if healthy_ms is None or before_ms is None:
             return None
-        wanted_ms = min(healthy_ms - 1, before_ms)
+        wanted_ms = min(healthy_ms - 1, before_ms, before_ms if held_ms is None else held_ms)
         if self.delayed.lost(model.spec.name):
             return wanted_ms  # nothing is known until both stores were compared
         return self.delayed.valid_cut(model.spec.name, wanted_ms)

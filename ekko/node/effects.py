@@ -1,6 +1,7 @@
 """What the protocol wants done: answers to whoever asked, times for the metrics, notes for the log."""
 
 import time
+from collections.abc import Callable
 from typing import assert_never
 
 import structlog
@@ -10,6 +11,7 @@ from ekko.errors import PublishError
 from ekko.local import FENCED, Failed, Stored, Waited
 from ekko.metrics import Metrics
 from ekko.node.publishing import LOAD_REQUEST, Publishing
+from ekko.node.rollbacks import Reply
 from ekko.operations import Operations
 from ekko.store import Store
 from p2p import messages as m
@@ -24,18 +26,27 @@ class Effects:
     """Carries out the machine's effects, but those of the runtime itself."""
 
     def __init__(
-        self, store: Store, metrics: Metrics, endpoint: LocalEndpoint, publishing: Publishing, operations: Operations
+        self,
+        store: Store,
+        metrics: Metrics,
+        endpoint: LocalEndpoint,
+        publishing: Publishing,
+        operations: Operations,
+        on_rollback: Callable[[Reply], bool],
     ) -> None:
         self._store = store
         self._metrics = metrics
         self._endpoint = endpoint
         self._publishing = publishing
         self._operations = operations
+        self._on_rollback = on_rollback
         self._tool_answer: m.Expelled | m.Refused | None = None
 
     def carry_out(self, effect: m.Effect) -> None:
         """One effect, now."""
         match effect:
+            case m.Published() | m.Refused() | m.WaitEnded() | m.Fenced() | m.FenceWaits() | m.Lifted() if self._on_rollback(effect):
+                pass
             case m.BatchApplied():
                 self._metrics.on_applied(effect, time.monotonic_ns(), time.time_ns() // 1_000_000)
             case m.Published(request, stamp) if request == LOAD_REQUEST:

@@ -18,10 +18,12 @@ from ekko.node.budgets import NodeRates
 from ekko.node.delaying import Delaying
 from ekko.node.effects import Effects
 from ekko.node.publishing import Publishing
+from ekko.node.rollbacks import NodeRollbacks
 from ekko.node.whereabouts import Whereabouts
 from ekko.operations import Operations
 from ekko.priority.origin import Priorities
 from ekko.rates import Rates
+from ekko.rollback.past import DelayedPast
 from ekko.rundir import FileLedger
 from ekko.security import NodeKeys
 from ekko.store import Store
@@ -33,7 +35,16 @@ from p2p.machine import Machine, MachineOptions
 from p2p.runtime import Runtime, no_delay, read_clock
 from p2p.transport.zmq import ZmqTransport
 
-LocalEvent = m.PublishRequested | m.WaitRequested | m.CaughtUpRequested | m.SchemaChanged | m.ExpelRequested | m.RateChanged
+LocalEvent = (
+    m.PublishRequested
+    | m.WaitRequested
+    | m.CaughtUpRequested
+    | m.SchemaChanged
+    | m.ExpelRequested
+    | m.RateChanged
+    | m.FenceRequested
+    | m.LiftRequested
+)
 Submit = Callable[[LocalEvent], Failed | None]
 
 
@@ -53,6 +64,7 @@ class Parts:
     effects: Effects
     health: Health
     delaying: Delaying | None  # of a baseline or witness
+    rollbacks: NodeRollbacks
 
     @property
     def served(self) -> Store:
@@ -126,7 +138,9 @@ def make_parts(
     )
     publishing.on_report = health.report
     endpoint = LocalEndpoint(node.local, publishing)
-    effects = Effects(store, metrics, endpoint, publishing, operations)
+    past = DelayedPast(delayed) if delayed is not None and node.role == "witness" else None
+    rollbacks = NodeRollbacks(config, store, machine, submit, past)
+    effects = Effects(store, metrics, endpoint, publishing, operations, rollbacks.on_reply)
     runtime = Runtime(
         machine,
         transport,
@@ -135,8 +149,9 @@ def make_parts(
         compression=Mode(node.compression),
         crosses=where.crosses,
     )
-    delaying = None if delayed is None else Delaying(node, delayed)
-    return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, rates, effects, health, delaying)
+    delaying = None if delayed is None else Delaying(node, delayed, rollbacks.coordinator.cut_held)
+    served = rates, effects, health, delaying, rollbacks
+    return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, *served)
 
 
 def _make_machine(config: NodeConfig, store: Store, boot: int, boot_ms: int) -> Machine:

@@ -202,9 +202,7 @@ class Lift:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """It is over: forget the plan. `void`: somebody else has taken over."""
-
-    void: bool = False
+    """It is over here: forget the plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,11 +298,11 @@ class Machine:
                 self._on_impossible(reason, now_ms, unix_ms)
             case Superseded():
                 self.over = True
-                self._effects.append(End(void=True))
+                self._effects.append(End())
             case Lost():
                 if Step.FENCING <= self.step <= Step.PROBING:
                     self.over = self.lost = True
-                    self._effects += [Note("rollback_lost_its_fence"), End(void=True)]
+                    self._effects += [Note("rollback_lost_its_fence"), End()]
             case Finish():
                 if self.step is Step.PROBING:
                     self._enter(Step.LIFTING, now_ms, unix_ms)

@@ -4,15 +4,19 @@ The witness's delayed store and log (`ekko.delayed`) answer; tests have a simple
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ekko.delayed.store import DelayedStore
 from ekko.generations import Generation
 from p2p.values import dataclass
 
 U64 = NDArray[np.uint64]
+
+# Keys that are compared with one step; their rows, twice, are what a step takes in memory.
+PIECE_KEYS: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,3 +53,37 @@ class Past(Protocol):
 
     def at_risk(self, model: Generation, cut_ms: int, wanted_ms: int) -> Iterator[tuple[int, U64, U64]]:
         """What was written after one moment and not after another: table, keys, and the stamps of the newest such versions."""
+
+
+class DelayedPast:
+    """As a witness keeps it."""
+
+    def __init__(self, delayed: DelayedStore) -> None:
+        self._delayed = delayed
+
+    def range(self, model: Generation) -> tuple[int, int] | None:
+        if self._delayed.current.generation(model.name) != model:
+            return None
+        newest = self._delayed.valid_cut(model.name, _ALWAYS_MS)
+        return None if newest is None else (self._delayed.oldest_cut(model.name), newest)
+
+    def mark(self, model: Generation, until_ms: int) -> int | None:
+        return self._delayed.valid_cut(model.name, until_ms)
+
+    def changed_since(self, model: Generation, cut_ms: int) -> Iterator[ChangedKeys | None]:
+        for changed in self._delayed.changed_since(model.name, cut_ms):
+            yield None
+            for begin in range(0, len(changed.keys), PIECE_KEYS):
+                yield ChangedKeys(changed.table, changed.keys[begin : begin + PIECE_KEYS])
+
+    def at(self, model: Generation, cut_ms: int, table: int, keys: U64) -> Versions:
+        found = self._delayed.at(model.name, cut_ms, table, keys)
+        return Versions(found.live, found.stamps, found.rows)
+
+    def at_risk(self, model: Generation, cut_ms: int, wanted_ms: int) -> Iterator[tuple[int, U64, U64]]:
+        for changed in self._delayed.at_risk(model.name, cut_ms, wanted_ms):
+            yield changed.table, changed.keys, changed.stamps
+
+
+# Below 2**42 ms after the epoch of stamps.
+_ALWAYS_MS: Final = 5_000_000_000_000

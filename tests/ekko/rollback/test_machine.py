@@ -93,8 +93,8 @@ class World:
                     self.mistakes.append("lifted while the traffic is kept away")
                 self.lifted = True
                 self.answer(r.Lifted())
-            case r.End(void):
-                self.plan = self.plan if void else None
+            case r.End():
+                self.plan = None
 
     def run(self, crashes: int = 0, limit: int = 4_000) -> "World":
         for _ in range(limit):
@@ -181,7 +181,7 @@ def test_what_cannot_be_lets_writers_go_on_and_says_why() -> None:
 def test_who_is_superseded_says_no_more_and_keeps_out() -> None:
     machine = r.Machine(fact(), judged=True)
     machine.handle(r.Begun(), 0, 0)
-    assert machine.handle(r.Superseded(), 1, 1) == [r.End(void=True)]
+    assert machine.handle(r.Superseded(), 1, 1) == [r.End()]
     assert machine.over
     assert machine.handle(r.Fenced(), 2, 2) == []
 

@@ -1,0 +1,295 @@
+"""Which rollbacks there are to be, and who carries them out: requests of operators, verdicts, witnesses that died.
+
+Every node has one of these. Of nodes that are no witness it only writes requests down, for all to see. A witness takes one on,
+or begins a rollback by itself when the model is judged corrupted; where there are several, they take turns by name, and
+should two do it at once, the higher epoch counts. What a witness does not finish another one takes over.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from ekko.errors import EkkoError, ModelError
+from ekko.generations import Generation
+from ekko.rollback.facts import PER_MILLE, Rollback, Rollbacks, Step, check_free, fact_of, shortened
+from ekko.rollback.moments import HEALTHY
+from ekko.rollback.performer import Performer, Reply, Surroundings
+from ekko.rollback.plan import read_plan
+from ekko.rollback.scope import WHOLE, Scope
+from ekko.store import Store
+from p2p import messages as m
+from p2p.errors import RemoteProtocolError
+
+# What the first witness by name does not take on within so long, the second does, and so on.
+TURN_MS = 2_000
+# A witness that is silent for so long is taken over from; longer than a restart of its process takes.
+TAKEOVER_MS = 10_000
+# A request that no witness has taken on is given up by who made it, and not taken on later.
+REQUEST_MS_MAX = 20_000
+LOOK_MS = 500
+# After a rollback by verdict, the next one of the model has to wait: quality is measured over windows.
+AUTOMATIC_EVERY_MS = 60_000
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorOptions:
+    """Of one node.
+
+    Args:
+        node: its id.
+        witness: whether it is one.
+        automatic: whether a verdict begins a rollback.
+    """
+
+    node: str
+    witness: bool
+    automatic: bool = False
+
+
+@dataclass(slots=True)
+class Coordinator:
+    """The rollbacks of one node's life.
+
+    Args:
+        options: who it is.
+        store: the models.
+        facts: what is known of rollbacks.
+        tell: lets all nodes know a fact.
+        witnesses: the living witnesses, this node among them if it is one, sorted.
+        ready: whether the node has caught up with the cluster, so that it knows what the others know.
+        random: 32 random bits.
+        around: what a rollback needs; asked for at witnesses only.
+    """
+
+    options: CoordinatorOptions
+    store: Store
+    facts: Callable[[], Rollbacks]
+    tell: Callable[[Rollback], None]
+    witnesses: Callable[[], tuple[str, ...]]
+    ready: Callable[[], bool]
+    random: Callable[[], int]
+    around: Surroundings | None = None
+    make_performer: type[Performer] = Performer
+    performers: dict[tuple[Generation, bool], Performer] = field(default_factory=dict)  # by model, and whether it is dry
+    _seen_ms: dict[tuple[str, int, int, str], int] = field(default_factory=dict)  # since when something waits to be taken on
+    _look_ms: int = 0
+    _remembered: dict[Generation, None] = field(default_factory=dict)  # models whose plan was looked for
+
+    # --- operators
+
+    def request(self, model: str, to_ms: int, scope: Scope, now: m.Now, *, dry: bool = False, force: bool = False) -> Rollback:
+        """Ask for a rollback; some witness takes it on.
+
+        Raises:
+            EkkoError: why it cannot be; nothing is changed.
+        """
+        generation = self._generation(model)
+        held = self.store.models[model].spec
+        if unknown := [table for table in scope.tables if table not in held.tables and table != "_dense"]:
+            known = ", ".join(map(repr, held.tables)) or "none"
+            raise ModelError(f"model {model!r} has no table {unknown[0]!r}: it has {known}")
+        if not self.witnesses():
+            raise EkkoError(
+                f"no witness is alive in this cluster, so nobody knows how model {model!r} was: run a node with "
+                'role = "witness"; to go back now, load a snapshot (`ekko load`)'
+            )
+        if not dry and not force:
+            check_free(self.facts(), generation)
+        fact = self._fact(generation, to_ms, scope, now, dry=dry)
+        self.tell(fact)
+        self.look(now)
+        return fact
+
+    def finish(self, model: str, now: m.Now) -> Rollback:
+        """End the wait for a healthy verdict, and let writers go on.
+
+        Raises:
+            EkkoError: nothing of the kind goes on at this node.
+        """
+        generation = self._generation(model)
+        performer = self.performers.get((generation, False))
+        if performer is None or performer.fact.step is not Step.PROBING:
+            running = self.facts().running(generation)
+            if running is not None and running.step is Step.PROBING:
+                raise EkkoError(f"witness {running.witness!r} waits for the verdict: ask there")
+            raise ModelError(f"no rollback of model {model!r} waits for a verdict")
+        performer.finish(now)
+        return performer.fact
+
+    def _generation(self, model: str) -> Generation:
+        generation = self.store.generation(model)
+        if generation is None:
+            known = ", ".join(map(repr, self.store.models)) or "none"
+            raise ModelError(f"unknown model {model!r} at node {self.options.node!r}: known: {known}")
+        return generation
+
+    def _fact(
+        self, model: Generation, to_ms: int, scope: Scope, now: m.Now, *, dry: bool = False, automatic: bool = False
+    ) -> Rollback:
+        epoch = self.facts().next_epoch(model, self.random())
+        return Rollback(
+            model, epoch, Step.REQUESTED, to_ms, now.unix_ms, self.options.node, automatic, scope, dry, changed_ms=now.unix_ms
+        )
+
+    # --- at every look
+
+    def look(self, now: m.Now) -> None:
+        """See what there is to be begun, taken over, or let go of. Called when facts change, and in between."""
+        self._look_ms = now.monotonic_ms + LOOK_MS
+        self._give_up(now)
+        if not self.options.witness or self.around is None:
+            return
+        if not self.ready():
+            return
+        for key in [key for key, performer in self.performers.items() if performer.over]:
+            gone = self.performers.pop(key)
+            if gone.lost and self.facts().running(gone.fact.model) == gone.fact:
+                self._perform(self._taken(gone.fact, now), now)
+        for name in list(self.store.models):
+            generation = self._generation(name)
+            self._look_at(generation, now)
+            self._look_at_questions(generation, now)
+
+    def _give_up(self, now: m.Now) -> None:
+        """What was asked for here and nobody takes on is over."""
+        for fact in self.facts().known.values():
+            mine = fact.asked_by == self.options.node and fact.step is Step.REQUESTED
+            answered = self.facts().answering(fact.epoch)
+            if mine and answered == fact and now.unix_ms - fact.requested_ms > REQUEST_MS_MAX:
+                reason = "no witness has taken it on: look at `ekko status` of the witnesses"
+                self.tell(replace(fact, step=Step.FAILED, version=fact.version + 1, reason=reason, changed_ms=now.unix_ms))
+
+    def _remember(self, model: Generation) -> None:
+        """What only a plan tells of, since whoever knew of it has lost its memory."""
+        assert self.around is not None
+        plan = read_plan(self.around.plans, model)
+        if plan is None:
+            return
+        plan.close()
+        current = self.facts().current(model)
+        if current is None or current.epoch < plan.epoch:
+            with suppress(RemoteProtocolError):
+                self.tell(fact_of(model, plan.epoch, plan.fact))
+        elif current.over or current.epoch > plan.epoch:
+            self.around.plans.drop(model)  # of one that others have brought to its end
+
+    def _look_at(self, model: Generation, now: m.Now) -> None:
+        if model not in self._remembered:
+            self._remembered[model] = None
+            self._remember(model)
+        current, own = self.facts().current(model), self.performers.get((model, False))
+        if own is not None and (current is None or current.epoch > own.fact.epoch):
+            own.supersede(now)
+            del self.performers[model, False]
+            own = None
+        if own is not None:
+            return
+        if current is None or current.over:
+            self._look_at_verdict(model, current, now)
+        elif current.witness == self.options.node:
+            self._perform(current, now)  # of the life before
+        elif self._is_turn(current, now):
+            self._perform(self._taken(current, now), now)
+
+    def _look_at_questions(self, model: Generation, now: m.Now) -> None:
+        """Dry runs: the newest that nobody answered."""
+        for fact in self.facts().of(model):
+            if fact.dry and fact.step is Step.REQUESTED and self.facts().answering(fact.epoch) == fact:
+                if (model, True) not in self.performers and self._is_turn(fact, now):
+                    self._perform(self._taken(fact, now), now)
+                return
+
+    def _is_turn(self, fact: Rollback, now: m.Now) -> bool:
+        """Whether this witness is to take it on now: nobody has it, or who has it is gone; and those before us did not."""
+        witnesses = self.witnesses()
+        key = (*fact.key, fact.witness)
+        if fact.witness in witnesses or self.options.node not in witnesses:
+            self._seen_ms.pop(key, None)
+            return False
+        if fact.step is Step.REQUESTED and now.unix_ms - fact.requested_ms > REQUEST_MS_MAX:
+            return False
+        since_ms = self._seen_ms.setdefault(key, now.monotonic_ms)
+        wait_ms = TURN_MS * witnesses.index(self.options.node) + (TAKEOVER_MS if fact.witness else 0)
+        return now.monotonic_ms - since_ms >= wait_ms
+
+    def _taken(self, fact: Rollback, now: m.Now) -> Rollback:
+        """The same under a new epoch, of this witness."""
+        self._seen_ms.pop((*fact.key, fact.witness), None)
+        epoch = self.facts().next_epoch(fact.model, self.random())
+        step = Step.REQUESTED if fact.dry else Step.FENCING
+        return Rollback(
+            fact.model,
+            epoch,
+            step,
+            fact.to_ms,
+            fact.requested_ms,
+            fact.asked_by,
+            fact.automatic,
+            fact.scope,
+            fact.dry,
+            request=fact.request or fact.epoch,
+            witness=self.options.node,
+            changed_ms=now.unix_ms,
+            share=PER_MILLE if fact.dry else 0,
+        )
+
+    def _look_at_verdict(self, model: Generation, last: Rollback | None, now: m.Now) -> None:
+        """A model that is judged corrupted is taken back, if that is wanted."""
+        assert self.around is not None
+        if not self.options.automatic:
+            return
+        if last is not None and now.unix_ms - last.changed_ms < AUTOMATIC_EVERY_MS:
+            return
+        if self.around.verdict(model.name, 0 if last is None else last.changed_ms) != "corrupted":
+            self._seen_ms.pop((model.name, model.incarnation, 0, "verdict"), None)
+            return
+        witnesses = self.witnesses()
+        if self.options.node not in witnesses:
+            return
+        since_ms = self._seen_ms.setdefault((model.name, model.incarnation, 0, "verdict"), now.monotonic_ms)
+        if now.monotonic_ms - since_ms >= TURN_MS * witnesses.index(self.options.node):
+            fact = self._fact(model, HEALTHY, WHOLE, now, automatic=True)
+            self._perform(replace(fact, witness=self.options.node, step=Step.FENCING, share=0), now)
+
+    def _perform(self, fact: Rollback, now: m.Now) -> None:
+        assert self.around is not None
+        performer = self.make_performer(shortened(fact), self.around)
+        self.performers[fact.model, fact.dry] = performer
+        self.around.note("rollback_begins", {"model": fact.model.name, "epoch": f"{fact.epoch:016x}", "to_ms": fact.to_ms})
+        performer.begin(now)
+
+    # --- what happens
+
+    def on_reply(self, reply: Reply, request: int, now: m.Now) -> bool:
+        """Whether an answer of the protocol was for a rollback here."""
+        return any(performer.on_reply(reply, request, now) for performer in list(self.performers.values()))
+
+    def on_timer(self, now: m.Now) -> None:
+        """Time has passed, `deadline_ms` perhaps."""
+        for performer in list(self.performers.values()):
+            due_ms = performer.deadline_ms
+            if due_ms is not None and due_ms <= now.monotonic_ms:
+                performer.on_timer(now)
+        if now.monotonic_ms >= self._look_ms:
+            self.look(now)
+
+    def work(self, now: m.Now) -> bool:
+        """A slice of what takes long; whether there is more of it."""
+        for performer in list(self.performers.values()):
+            performer.work(now)
+        return any(performer.working for performer in self.performers.values())
+
+    def look_soon(self) -> None:
+        """Facts have changed."""
+        self._look_ms = 0
+
+    @property
+    def deadline_ms(self) -> int:
+        """Monotonic time at which `on_timer` is wanted."""
+        due = [performer.deadline_ms for performer in self.performers.values() if performer.deadline_ms is not None]
+        return min([self._look_ms, *due])
+
+    def cut_held(self, model: Generation) -> int | None:
+        """The moment beyond which this witness must not flush the past of a model while it is rolled back; None: any."""
+        performer = self.performers.get((model, False))
+        return None if performer is None else performer.holds_cut_ms
