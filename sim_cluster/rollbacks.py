@@ -70,7 +70,9 @@ class Shell:
         for performer in list(coordinator.performers.values()):
             for number in performer.waiting:
                 if node.machine is not None and number in node.replies:
-                    coordinator.on_reply(node.replies.pop(number), number, self.cluster.now_of(node))
+                    reply = node.replies.pop(number)
+                    assert not isinstance(reply, m.Expelled), "nobody has asked for that"
+                    coordinator.on_reply(reply, number, self.cluster.now_of(node))
         if node.machine is not None:
             coordinator.on_timer(self.cluster.now_of(node))
         while node.machine is not None and coordinator.work(self.cluster.now_of(node)):

@@ -49,10 +49,10 @@ def check(config: NodeConfig, places: Places) -> None:
             message = "a baseline's state is behind on purpose, and nobody is to begin with it: take snapshots of another node"
             raise places.error(("snapshots",), message)
     if config.health is not None:
-        _check_health(config.health, places)
+        _check_health(config.health, config.node.role, places)
 
 
-def _check_health(health: HealthSection, places: Places) -> None:
+def _check_health(health: HealthSection, role: str, places: Places) -> None:
     def refuse(key: str, message: str) -> NoReturn:
         raise places.error(("health", key), message)
 
@@ -77,8 +77,8 @@ def _check_health(health: HealthSection, places: Places) -> None:
         refuse("detectors", 'expected some of "sequential", "watermarks", "drift": leave [health] out to judge nothing')
     if len(set(health.detectors)) != len(health.detectors):
         refuse("detectors", f"one is there twice: {health.detectors}")
-    if health.auto_rollback:
-        refuse("auto_rollback", f"rolling back by itself {NOT_BUILT}: remove it")
+    if health.auto_rollback and role != "witness":
+        refuse("auto_rollback", f"this node has role {role!r}, and only a witness rolls back: set it in a witness's file")
     if health.metric == "own" and health.own_metric is None:
         refuse("metric", "it is 'own', and own_metric does not say which")
     unknown = [name for name in health.watermarks if name not in FIGURES]

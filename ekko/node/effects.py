@@ -11,8 +11,8 @@ from ekko.errors import PublishError
 from ekko.local import FENCED, Failed, Stored, Waited
 from ekko.metrics import Metrics
 from ekko.node.publishing import LOAD_REQUEST, Publishing
-from ekko.node.rollbacks import Reply
 from ekko.operations import Operations
+from ekko.rollback.performer import Reply
 from ekko.store import Store
 from p2p import messages as m
 
@@ -45,7 +45,9 @@ class Effects:
     def carry_out(self, effect: m.Effect) -> None:
         """One effect, now."""
         match effect:
-            case m.Published() | m.Refused() | m.WaitEnded() | m.Fenced() | m.FenceWaits() | m.Lifted() if self._on_rollback(effect):
+            case m.Published() | m.Refused() | m.WaitEnded() | m.Fenced() | m.FenceWaits() | m.Lifted() if self._on_rollback(
+                effect
+            ):
                 pass
             case m.BatchApplied():
                 self._metrics.on_applied(effect, time.monotonic_ns(), time.time_ns() // 1_000_000)
