@@ -290,6 +290,16 @@ class NodeProcess:
             raise NodeProcessError(f"node {self.id} answers GET {path} with {status}: {body[:200].decode(errors='replace')}")
         return body
 
+    def post(self, path: str, body: Mapping[str, object]) -> tuple[int, bytes]:
+        """POST a command; status and body of the answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._http_port, timeout=HTTP_S_MAX)
+        try:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
     def _get(self, path: str) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self._http_port, timeout=HTTP_S_MAX)
         try:

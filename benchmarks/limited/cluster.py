@@ -1,6 +1,5 @@
 """A `LocalCluster` whose nodes are in the namespaces of their regions."""
 
-import http.client
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -35,16 +34,10 @@ class RegionNode(NodeProcess):
         get = super()._get
         return self._regions.do_inside(self.spec.region, lambda: get(path))
 
-    def post(self, path: str, body: bytes) -> tuple[int, bytes]:
-        """Have it carry a command out."""
-
-        def ask() -> tuple[int, bytes]:
-            connection = http.client.HTTPConnection(self.http, timeout=30)
-            connection.request("POST", path, body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            return response.status, response.read()
-
-        return self._regions.do_inside(self.spec.region, ask)
+    def post(self, path: str, body: Mapping[str, object]) -> tuple[int, bytes]:
+        """See `NodeProcess`."""
+        post = super().post
+        return self._regions.do_inside(self.spec.region, lambda: post(path, body))
 
 
 def cluster_in(regions: Regions, folder: Path, nodes: Sequence[NodeSpec], models: Mapping[str, ModelTables]) -> LocalCluster:

@@ -26,7 +26,6 @@ LATENESS_S_MAX = 3_600.0
 WINDOWS_LATE_MAX = 360  # `ekko.health.windows.WINDOWS_OPEN_MAX` has room for them
 HORIZON_S_MAX = 31 * 86_400.0
 FIGURES = ("auc", "log_loss", "ctr", "calibration", "own")
-NOT_BUILT = "is not available in this version"
 DELAY_S_MAX = 7 * 86_400.0  # a log of a week is a mistake
 
 
