@@ -46,6 +46,7 @@ KEYS = {
         "cpu",
     },
     "membership": {"detect_s_100", "detect_s_100_loss_50pct", "false_suspicions", "idle_bytes_per_s"},
+    "health": {"false_alarms_auc", "false_alarms_log_loss", "level", "streams", "windows", "delays"},
     "latency": {"p50_ms", "p99_ms", "wan_excess_p99_ms"},
     "ablation": {"mean_ms", "p99_ms", "max_ms", "hostile"},
     "scale": {"nodes", "missed", "redundancy_max", "redundancy_loss_1pct_max", "region_bytes_ratio_max", "busiest_to_mean_max"},
