@@ -10,7 +10,7 @@ from ekko.health.detectors import Detector, Finding, Window
 from ekko.health.samples import Sample
 from ekko.health.summaries import Summaries
 from ekko.health.verdicts import SEVERITY, Verdicts
-from ekko.health.windows import AHEAD_MS_MAX, PATIENCE_MS
+from ekko.health.windows import PATIENCE_MS
 
 # After a window's events were due: until its nodes have closed it, and the others heard.
 SETTLE_MS: Final = 1_000
@@ -59,10 +59,10 @@ class Judge:
             What was said before, and what is to be said now.
         """
         for number in numbers:
-            if number < self._next or number * self.window_ms > now_ms + AHEAD_MS_MAX:
+            if number < self._next:
                 continue
             if not self._complete(summaries, number, now_ms):
-                break
+                break  # nor are those after it, those of the future among them
             self._next = number + 1
             arms, _ = summaries.pair(self.model, self.window_ms, number)
             begin_ms = number * self.window_ms

@@ -54,6 +54,7 @@ _VERDICT: Final = "verdict"
 _RULING: Final = "verdict-ruling"
 
 Cells = NDArray[np.uint8]
+RulingKey = tuple[Generation, State, str, int]  # model, state, detector, from when on
 K = TypeVar("K")
 G = TypeVar("G")
 
@@ -77,9 +78,9 @@ class Ruling:
         return self.stamp_ms, self.node, self.detector, self.state, self.from_ms, self.until_ms, self.text
 
     @property
-    def key(self) -> tuple[Generation, int, str]:
-        """Of two under one key the higher rank is kept."""
-        return self.model, self.stamp_ms, self.node
+    def key(self) -> "RulingKey":
+        """Of two under one key the higher rank is kept: nodes that find the same fill one line of the log, not all of it."""
+        return self.model, self.state, self.detector, self.from_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Verdicts:
     """All verdicts of a cluster, as far as a node knows them. Never changed: `note` and `merged` make new ones."""
 
     blocks: dict[tuple[Generation, int], bytes] = field(default_factory=dict)  # model and block -> uint8[BLOCK_CELLS]
-    rulings: dict[tuple[Generation, int, str], Ruling] = field(default_factory=dict)
+    rulings: dict[RulingKey, Ruling] = field(default_factory=dict)
 
     KINDS: ClassVar[tuple[str, ...]] = (_VERDICT, _RULING)
     PASSING: ClassVar[bool] = False
@@ -341,7 +342,7 @@ def _ruling_entry(ruling: Ruling) -> SchemaEntry:
     times = [ruling.from_ms, ruling.until_ms]
     words = [ruling.state, *times, ruling.detector, ruling.text]
     body = bytes(msgpack.packb([model.name, model.incarnation, ruling.stamp_ms, ruling.node, *words]))
-    name = f"{_RULING}:{ruling.stamp_ms}:{ruling.node}"
+    name = f"{_RULING}:{ruling.state}:{ruling.from_ms}:{ruling.detector}"
     return SchemaEntry(model_id(label_of(model.name, model.incarnation)), name, body, EXTRAS_SINCE)
 
 

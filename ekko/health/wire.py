@@ -1,6 +1,6 @@
 """Quality events on the local endpoint: columns of a report, as `ekko.local` carries them, and what users may pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -105,13 +105,16 @@ def events_of(
         _check(whole)
     except ValueError as error:
         raise ModelError(str(error)) from None
-    names = np.broadcast_to(np.asarray("" if segment is None else segment, np.str_), (count,))
-    return _parts(whole, names)
+    if segment is None or isinstance(segment, str):
+        return _parts(whole, {segment or "": np.arange(count)})
+    names = np.asarray(segment, np.str_).reshape(-1)
+    if len(names) != count:
+        raise ModelError(f"segment does not fit {count} predictions: expected one name, or one for each")
+    return _parts(whole, {name: np.flatnonzero(names == name) for name in np.unique(names).tolist()})
 
 
-def _parts(whole: Events, names: NDArray[np.str_]) -> Iterator[Events]:
-    for name in np.unique(names).tolist():
-        which = np.flatnonzero(names == name)
+def _parts(whole: Events, segments: Mapping[str, NDArray[np.int64]]) -> Iterator[Events]:
+    for name, which in segments.items():
         for first in range(0, len(which), REPORT_EVENTS_MAX):
             part = which[first : first + REPORT_EVENTS_MAX]
             values = whole.at_ms[part], whole.prediction[part], whole.label[part], whole.weight[part], whole.arm[part]

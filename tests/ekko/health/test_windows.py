@@ -235,7 +235,8 @@ def test_a_node_that_stopped_is_waited_for_only_so_long() -> None:
         known = known.merged(summary("a", number))
     look(judge, known, Verdicts(), T + 12_000)
     assert [number for number, _ in detector.seen] == [first]
-    look(judge, known, Verdicts(), T + 12_000 + PATIENCE_MS)
+    # The three windows after its last have waited for it for a minute; those after them do not.
+    look(judge, known, Verdicts(), T + 4_000 + 500 + SETTLE_MS + PATIENCE_MS)
     assert [number for number, _ in detector.seen] == [*range(first, first + 10)]
     quick = judge_of(Scripted({}))
     look(quick, known.merged(summary("a", first + 500)), Verdicts(), T + 12_000)
@@ -244,7 +245,7 @@ def test_a_node_that_stopped_is_waited_for_only_so_long() -> None:
 
 def test_the_worst_counts_and_only_changes_are_logged() -> None:
     first = T // 1_000
-    calm = Scripted({first: "healthy", first + 1: "healthy", first + 2: "healthy", first + 3: "fail"})
+    calm = Scripted({first: "healthy", first + 1: "healthy", first + 2: "uncertain", first + 3: "fail"})
     alarmed = Scripted({first + 2: "corrupted"})
     alarmed.name = "alarmed"
     judge, known, verdicts = judge_of(calm, alarmed), Summaries(), Verdicts()

@@ -1,0 +1,122 @@
+"""Judging in the virtual cluster: events at two nodes, verdicts on all, whatever the network loses and whoever is cut off."""
+
+import numpy as np
+import pytest
+
+from ekko.config.sections import HealthSection
+from ekko.errors import ModelError
+from ekko.generations import Generation
+from ekko.health.service import Health
+from ekko.health.traffic import BASELINE, ONLINE
+from ekko.health.verdicts import State
+from ekko.health.wire import Report, events_of
+from p2p import messages as m
+from p2p.replica import SchemaEntry
+from sim_cluster.node import VirtualNode
+from sim_cluster.virtual import VirtualCluster
+from tests.p2p.chaos import FAULTS, form
+
+SECTION = HealthSection(window=1.0, lateness=0.5, level=0.001, horizon=3_600.0, precision=0.1, baseline_share=0.25)
+
+
+class Judged:
+    """The six nodes, each of which judges; two have scorers, one for each arm."""
+
+    def __init__(self, seed: int) -> None:
+        self.cluster = form(seed, FAULTS)
+        self.cluster.run(3_000)
+        self.rng = np.random.default_rng(seed)
+        self.flipped = False
+        self.changes: dict[str, list[State]] = {name: [] for name in self.cluster.nodes}
+        self.health = {name: self._health_of(node) for name, node in self.cluster.nodes.items()}
+
+    def _health_of(self, node: VirtualNode) -> Health:
+        def submit(entries: tuple[SchemaEntry, ...]) -> None:
+            assert node.machine is not None
+            self.cluster.feed(node, node.machine, m.SchemaChanged(entries))
+
+        health = Health(node.name, SECTION, node.store, submit, lambda: 2, lambda: self.cluster.now_of(node).unix_ms)
+        health.on_state = lambda _, state: self.changes[node.name].append(state)
+        return health
+
+    def run(self, seconds: int) -> None:
+        for _ in range(4 * seconds):
+            for name, arm in (("eu1", ONLINE), ("us3", BASELINE)):
+                truth = (self.rng.random(100) < 0.3).astype(np.float32)
+                prediction = 1 / (1 + np.exp(1.0 - self.rng.normal(truth * 1.5)))
+                label = 1 - truth if self.flipped and arm == ONLINE else truth
+                at_ms = self.cluster.now_of(self.cluster.nodes[name]).unix_ms
+                for events in events_of(prediction, label, None, None, arm, at_ms):
+                    self.health[name].report(Report("ctr", events))
+            self.cluster.run(250)
+            for health in self.health.values():
+                health.tick()
+
+    def states(self) -> list[State]:
+        return [next(one.state for one in health.pictures()) for health in self.health.values()]
+
+    def run_until(self, state: State, seconds: int) -> None:
+        for _ in range(seconds):
+            self.run(1)
+            if set(self.states()) == {state}:
+                return
+        raise AssertionError(f"seed {self.cluster.seed}: after {seconds} s: {self.states()}")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_all_nodes_agree_under_loss_and_after_a_split(seed: int) -> None:
+    judged = Judged(seed)
+    cluster = judged.cluster
+    judged.run_until("healthy", 60)
+    names, side = list(cluster.nodes), {"eu1", "eu2", "t1"}
+    # Scorers of one arm on each side: nobody can compare, and nobody is blamed.
+    cluster.cut = {(a, b) for a in names for b in names if (a in side) != (b in side)}
+    judged.run(5)
+    flipped_ms = cluster.now_of(cluster.nodes["t1"]).unix_ms
+    judged.flipped = True
+    cluster.cut = set()
+    judged.run_until("corrupted", 40)
+    untils = {health.verdicts.healthy_until("ctr") for health in judged.health.values()}
+    assert max(until or 0 for until in untils) <= flipped_ms + 1_000
+    judged.flipped = False
+    judged.run_until("healthy", 60)
+    judged.run(3)  # what was said last is with everybody
+    assert len({health.verdicts.healthy_until("ctr") for health in judged.health.values()}) == 1
+    for changes in judged.changes.values():
+        assert [state for state in changes if state != "uncertain"] == ["healthy", "corrupted", "healthy"]
+    log = [one for one in judged.health["t1"].verdicts.log("ctr") if one.state != "uncertain"]
+    assert [one.state for one in log] == ["healthy", "corrupted", "healthy"], "six nodes found it, and one line says so"
+    assert [one.stamp_ms for one in log] == sorted({one.stamp_ms for one in log}), "stamps are monotone"
+
+
+def test_a_rollback_and_the_configuration_divide_requests() -> None:
+    cluster: VirtualCluster = form(9)
+    node = cluster.nodes["t1"]
+    health = Health("t1", SECTION, node.store, lambda _: None, lambda: 2, lambda: 10_000)
+    health.tick()
+    assert node.store.models["ctr"].traffic.baseline == 0.25
+    health.serving = lambda model: 0.5 if model == Generation("ctr") else 1.0
+    health.tick()
+    assert node.store.models["ctr"].traffic.serving == pytest.approx(0.5)
+
+
+def test_who_has_no_health_takes_no_reports_and_knows_what_others_found() -> None:
+    cluster: VirtualCluster = form(9)
+    node = cluster.nodes["t1"]
+    health = Health("t1", None, node.store, lambda _: None, lambda: 2, lambda: 10_000_000)
+    (events,) = events_of([0.5], [1], None, "eu", ONLINE, 10_000_000)
+    with pytest.raises(ModelError, match=r"add \[health\] to its configuration"):
+        health.report(Report("ctr", events))
+    node.store.facts.note(health.verdicts.note("ctr", "corrupted", 9_000_000, 9_900_000))
+    seen: list[State] = []
+    health.on_state = lambda _, state: seen.append(state)
+    health.tick()
+    health.tick()
+    assert seen == ["corrupted"]
+    assert not health.auto_rollback
+    (picture,) = health.pictures()
+    assert picture.to_json()["state"] == "corrupted"
+    health.overrule("ctr", "healthy", None, "a drill")
+    assert health.verdicts.state("ctr", 9_500_000) == "healthy"
+    with pytest.raises(ModelError, match="unknown model 'nothing'"):
+        health.overrule("nothing", "healthy", None, "")
