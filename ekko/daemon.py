@@ -28,6 +28,7 @@ from ekko.node.delaying import check_role, open_delayed
 from ekko.node.life import Life
 from ekko.node.opening import have_configured_models, open_store
 from ekko.node.parts import LocalEvent, Parts, make_parts
+from ekko.priority.shares import Shares
 from ekko.rundir import locked, write_endpoint
 from ekko.security import WATCH_S, NodeKeys
 from ekko.snapshots.service import SnapshotPicture, SnapshotService, SnapshotSettings
@@ -35,7 +36,7 @@ from ekko.snapshots.take import Plan
 from ekko.store import Store, warm
 from ekko.version import __version__
 from p2p.errors import LocalProtocolError
-from p2p.runtime import NodeExpelled, NodeStopped, Runtime
+from p2p.runtime import NodeExpelled, NodeStopped, Runtime, read_clock
 from p2p.transport.zmq import ZmqTransport
 
 FOLD_S = 2.0  # how far what `ekko hot` says may be behind the readers
@@ -133,7 +134,7 @@ class Node:
                 tasks.create_task(self._watch_keys(parts.keys, parts.transport))
             tasks.create_task(parts.health.run())
             tasks.create_task(parts.rollbacks.run())
-            tasks.create_task(self._fold_heat(parts.served))
+            tasks.create_task(self._fold_heat(parts.served, parts.shares))
             if parts.delaying is not None:
                 tasks.create_task(parts.delaying.run())
             parts.endpoint.start()
@@ -191,7 +192,7 @@ class Node:
             except OSError as error:
                 raise NodeFailed(f"node.peers: {error.strerror or error}") from None
 
-    async def _fold_heat(self, store: Store) -> None:
+    async def _fold_heat(self, store: Store, shares: Shares) -> None:
         """Take over what readers counted, table by table: a millisecond of the loop's time each."""
         half_life_ms = self.config.node.hot_half_life_s * 1000
         while True:
@@ -201,6 +202,7 @@ class Node:
                     asked = heat.fold(time.monotonic_ns() // 1_000_000, half_life_ms)
                     model.fetching.note_asked(model.spec.tables[name].id, asked, time.monotonic())
                     await asyncio.sleep(0)
+            shares.look(read_clock())
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

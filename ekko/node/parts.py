@@ -22,6 +22,7 @@ from ekko.node.rollbacks import NodeRollbacks
 from ekko.node.whereabouts import Whereabouts
 from ekko.operations import Operations
 from ekko.priority.origin import Priorities
+from ekko.priority.shares import Shares
 from ekko.rates import Rates
 from ekko.rollback.past import DelayedPast
 from ekko.rundir import FileLedger
@@ -63,6 +64,7 @@ class Parts:
     rates: NodeRates
     effects: Effects
     health: Health
+    shares: Shares
     delaying: Delaying | None  # of a baseline or witness
     rollbacks: NodeRollbacks
 
@@ -125,7 +127,9 @@ def make_parts(
         if failed is not None:
             raise EkkoError(failed.reason)
 
-    priorities = Priorities(store.models, {name: model.priority.settings for name, model in config.models.items()})
+    shares = Shares(node.id, store, lambda entries: submit_operation(m.SchemaChanged(entries)))
+    settings = {name: model.priority.settings for name, model in config.models.items()}
+    priorities = Priorities(store.models, settings, shares.share_of)
     publishing = Publishing(node, store, submit, lambda: machine.protocol_min(read_clock()), priorities)
     operations = Operations(node.id, store, submit_operation, machine.protocol_min_known)
     rates = NodeRates(node.region, config.rates(), store, submit_operation, machine.protocol_min_known)
@@ -150,7 +154,7 @@ def make_parts(
         crosses=where.crosses,
     )
     delaying = None if delayed is None else Delaying(node, delayed, rollbacks.coordinator.cut_held)
-    served = rates, effects, health, delaying, rollbacks
+    served = rates, effects, health, shares, delaying, rollbacks
     return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, *served)
 
 

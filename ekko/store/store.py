@@ -19,6 +19,7 @@ from ekko.generations import Alias, Dropped, DroppedTable, Fact, Generation, Reg
 from ekko.health.summaries import Summaries
 from ekko.health.verdicts import Verdicts
 from ekko.model import DENSE_TABLE, ModelSpec, TableSpec, TensorSpec
+from ekko.priority.demand import Demand
 from ekko.rates import Rates
 from ekko.rollback.facts import Rollbacks
 from ekko.store import layout, schema
@@ -56,7 +57,7 @@ class Store:
         self._unasked: dict[str, int] = {}  # memory of what else there is of each model, before any row
         self._control: Control | None = None  # None: nobody can attach to it
         self._registers = Registers()
-        self.facts = Facts([Verdicts(), Summaries(), Rollbacks(), Rates()])  # what nodes agree on beside the schema
+        self.facts = Facts([Verdicts(), Summaries(), Rollbacks(), Rates(), Demand()])  # what nodes agree on beside the schema
         self._limits: dict[str, Capacity] = {}  # what models of these names may take, whichever incarnation is here
         self._holds: dict[str, Sequence[int]] = {}  # what this node's configuration wants to hold of a model of this name
         self._listen: Callable[[ModelStore], Listener] | None = None
