@@ -18,7 +18,7 @@ themselves. Time is counted in our own heartbeats: a wall clock that jumps, or a
 from p2p import messages as m
 from p2p.core import Core
 from p2p.ledger import Absent
-from p2p.membership import HEARTBEAT_MS, MEMBERS_MAX
+from p2p.membership import HEARTBEAT_MS, HOLDER_ROLES, MEMBERS_MAX
 
 
 class Absence:
@@ -37,7 +37,14 @@ class Absence:
             self._beats.clear()
             return []
         self._beats = {absent.boot: self._beats.get(absent.boot, 0) + 1 for absent in silent}
-        if any(node < core.options.node for node in core.membership.live_nodes(now.monotonic_ms)[:1]):
+        live = core.membership.live(now.monotonic_ms)
+        # Leaves lead nobody, unless there are only leaves (R22).
+        leads = [record.node for record in live if record.role in HOLDER_ROLES]
+        if core.options.role not in HOLDER_ROLES:
+            first = "" if leads else min((record.node for record in live), default=core.options.node)
+        else:
+            first = min(leads, default=core.options.node)
+        if first < core.options.node:
             return []
         return [absent for absent in silent if self._beats[absent.boot] * HEARTBEAT_MS > core.options.expel_after_ms]
 

@@ -154,7 +154,7 @@ class Collection:
         """The first living holder by name; None when it is us."""
         holders = self._core.membership.holders(now.monotonic_ms, keyspace.replica.place)
         first = min((holder.node for holder in holders), default=self._core.options.node)
-        return None if first >= self._core.options.node else first
+        return None if first == self._core.options.node else first
 
     def _tell_all(self, keyspace: Keyspace, message: m.Message, now: m.Now) -> None:
         core = self._core

@@ -25,6 +25,7 @@ from p2p.core import Core, Keyspace
 from p2p.errors import RemoteProtocolError
 from p2p.incomplete import complete_source, is_incomplete, note_incomplete
 from p2p.intake import WholeArrivals, check_rows, check_writers, observe, take_rows
+from p2p.leaves import LeafNews, source_beside
 from p2p.links import Link
 from p2p.outbox import STREAMS_MAX, Outbox
 from p2p.placement import may_hold
@@ -103,6 +104,7 @@ class Pull:
         self.versions = OwnVersions(core.options.boot, core.rng)
         self.rounds = Rounds(core, self.versions)
         self.round_answers = RoundAnswers(core, self.versions, self.outboxes)
+        self._leaf_news = LeafNews(core, self._told_by)
         self._requests = 0
         self._pulled_ms: dict[tuple[int, int], int] = {}  # (boot, keyspace) -> when we asked, of the last that was completed
 
@@ -347,9 +349,17 @@ class Pull:
             core.clock.observe(max((int(keyspace.knowledge.frontier[writer]) for writer, _ in summary.frontier), default=0))
         if not keyspace.synced:
             if not equal or not core.options.sync.push:  # without push no batch will move the frontier
-                self.ask(keyspace, link, now, "joining")
-        elif not equal and before is not None and (why := self._why_pull(keyspace, before, seen)):
-            self.ask(keyspace, link, now, why)
+                self.ask(keyspace, source_beside(core, keyspace, link, now), now, "joining")
+        elif not equal and before is not None:
+            why = self._why_pull(keyspace, before, seen)
+            # What a leaf said a heartbeat ago a holder may say by now.
+            if why and self._leaf_news.may_ask(keyspace, link, before.summary, now):
+                self.ask(keyspace, link, now, why)
+
+    def _told_by(self, record: m.MemberRecord, keyspace: int) -> m.KeyspaceSummary | None:
+        """What this life of a member said of a keyspace last."""
+        seen = self._seen.get((record.node, record.boot, keyspace))
+        return None if seen is None else seen.summary
 
     def _why_pull(self, keyspace: Keyspace, before: _Seen, seen: _Seen) -> str:
         """What a peer's summaries, a heartbeat ago and now, say that we lack; an empty string when nothing does."""
