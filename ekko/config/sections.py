@@ -17,8 +17,8 @@ from ekko.store.access import MODES, Access
 
 ENVIRONMENT_PREFIX = "EKKO_"
 # Roles that keep an older state, and how old it is: a few minutes of samples, as in the paper; for a witness, how far back one
-# can go by hand though the model was judged healthy since.
-DELAYS_S = {"baseline": 300.0, "witness": 600.0}
+# can go by hand though the model was judged healthy since. A rollback reads what the log has between the two.
+DELAYS_S = {"baseline": 300.0, "witness": 60.0}
 
 
 class Section(BaseModel):

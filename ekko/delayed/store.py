@@ -86,8 +86,9 @@ class _Model:
         self.history.note_rows(newest)
         self.owner.write_down(self, columns, stamp, newest)
 
-    def on_rows_gone(self) -> None:
-        self.history.lose(self.current.newest_row)
+    def on_rows_gone(self, newest: int) -> None:
+        self.history.note_rows(newest)  # as if the tombstones had come
+        self.owner.lose(self, newest, "rows went with an answer that brought their shards whole")
         self.owner.note_state(self.current.spec.id)
 
     def on_coalesced(self, since: Mapping[int, int]) -> None:
@@ -230,7 +231,7 @@ class DelayedStore:
             history.until = max(history.until, model.older.newest_row)
             history.target = max(history.target, history.until + (model.older.newest_row > 0))
             history.newest = max(history.newest, current.newest_row)
-            self._lose(model, current.newest_row, reason)
+            self.lose(model, current.newest_row, reason)
         elif history.newest:
             history.resume(current.frontiers[list(current.hold)])
         model.mark()
@@ -247,13 +248,13 @@ class DelayedStore:
     def write_down(self, model: _Model, columns: Sequence[RowColumns], stamp: int, newest: int) -> None:
         """Rows come: into the log with them. What cannot be written is lost for the older state, and for nothing else."""
         if self._retry_s is not None and time.monotonic() < self._retry_s:
-            self._lose(model, newest, self.reason)
+            self.lose(model, newest, self.reason)
             return
         try:
             self.log.append(model.current.spec.id, columns, stamp)
         except LogFullError as error:
             self._retry_s = time.monotonic() + RETRY_S
-            self._lose(model, newest, str(error))
+            self.lose(model, newest, str(error))
             return
         if self._retry_s is not None:
             self._retry_s = None
@@ -274,9 +275,10 @@ class DelayedStore:
     def _on_lost(self, models: list[int], why: str) -> None:
         for number in models:
             if (model := self._models.get(number)) is not None:
-                self._lose(model, model.history.newest, why)
+                self.lose(model, model.history.newest, why)
 
-    def _lose(self, model: _Model, newest: int, why: str) -> None:
+    def lose(self, model: _Model, newest: int, why: str) -> None:
+        """Versions up to this stamp may never have come, or are gone."""
         if model.history.compare_at is None:
             self.losses += 1
             self.reason = why
@@ -355,7 +357,7 @@ class DelayedStore:
         try:
             return self.log.read(record)
         except DamagedError as error:
-            self._lose(model, model.history.newest, str(error))
+            self.lose(model, model.history.newest, str(error))
             return None
 
     def _compare(self, model: _Model, cut: int, rows_max: int | None) -> bool:
@@ -455,17 +457,20 @@ class DelayedStore:
             ModelError: there is no such model.
             StoreError: the older state has passed that moment.
         """
+        return list(self.changes(name, cut_ms))
+
+    def changes(self, name: str, cut_ms: int) -> Iterator[Changed]:
+        """`changed_since`, table by table."""
         model = self._model(name)
         cut = self._checked(model, cut_ms)
         current = model.current
         base = np.full(current.shards * WRITERS_MAX, cut, np.uint64)
         now_ms = time.time_ns() // 1_000_000
-        changed = []
         for table in current.tables:
             keys, stamps = table.heads(table.scan(base, current.shards))
             gone = self._gone(model, table.spec.id, cut, now_ms)
-            changed.append(Changed(table.spec.id, np.concatenate((keys, gone)), np.concatenate((stamps, np.zeros_like(gone)))))
-        return [one for one in changed if len(one.keys)]
+            if len(keys) or len(gone):
+                yield Changed(table.spec.id, np.concatenate((keys, gone)), np.concatenate((stamps, np.zeros_like(gone))))
 
     def _gone(self, model: _Model, table: int, cut: int, now_ms: int) -> U64:
         """Keys that had a row at a cut and are absent by now: deleted after it, and forgotten."""

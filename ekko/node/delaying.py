@@ -115,11 +115,19 @@ class Delaying:
         before_ms = self._before_now(model)
         held_ms = self._held_until(Generation.of(model.spec))
         if healthy_ms is None or before_ms is None:
-            return None
+            return self._unjudged(model, before_ms)
         wanted_ms = min(healthy_ms - 1, before_ms, before_ms if held_ms is None else held_ms)
         if self.delayed.lost(model.spec.name):
             return wanted_ms  # nothing is known until both stores were compared
         return self.delayed.valid_cut(model.spec.name, wanted_ms)
+
+    def _unjudged(self, model: ModelStore, before_ms: int | None) -> int | None:
+        """Nobody ever judged it: once half of the log is full, what is old enough moves on, rather than be given up."""
+        judged = self.delayed.current.facts.of(Verdicts).judged_until(Generation.of(model.spec)) is not None
+        if judged or before_ms is None or self.delayed.log.bytes < self.delayed.log.bytes_max // 2:
+            return None
+        self._tell(model.spec.name, "nobody judges it, and the log is half full: its older state follows the current one")
+        return self.delayed.valid_cut(model.spec.name, before_ms)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -145,6 +153,9 @@ class Delaying:
             while not delayed.advance(name, until_ms, SLICE_ROWS):  # noqa: ASYNC110 - others have their turn
                 await asyncio.sleep(0)
         delayed.collect(name, _now_ms())
+        twin = delayed.older.models[name]
+        if twin.traffic.bounds != model.traffic.bounds:  # readers of either ask which requests are whose
+            twin.set_traffic(model.traffic)
 
     def _tell(self, model: str, reason: str) -> None:
         self.failures += 1

@@ -115,7 +115,7 @@ class WholeShards:
         if not chosen:
             return 0
         if model.listener is not None:
-            model.listener.on_rows_gone()
+            model.listener.on_rows_gone(int(covered.max()))
         # A step that only deleted shows in nothing but this, and may have touched other partitions, too.
         model.marks.expect(covered.max(axis=0))
         with model.marks.removing():

@@ -14,8 +14,8 @@ class Listener(Protocol):
         columns without stamps of their own. The arrays are the caller's.
         """
 
-    def on_rows_gone(self) -> None:
-        """Rows are about to go that somebody else has dropped: no version comes in their place (R5)."""
+    def on_rows_gone(self, newest: int) -> None:
+        """Rows are about to go that others deleted, up to this stamp, and forgot: no version comes in their place (R5)."""
 
     def on_coalesced(self, since: Mapping[int, int]) -> None:
         """See `p2p.replica.Replica.note_coalesced`."""

@@ -8,9 +8,15 @@ import pytest
 
 from ekko.delayed import store as delayed_store
 from ekko.delayed.history import BLURS_MAX, History, cut_of, unix_ms_of_cut
+from ekko.delayed.past import DelayedPast
 from ekko.delayed.store import DelayedStore
 from ekko.errors import ModelError, StoreError
+from ekko.generations import Generation
 from ekko.model import DENSE_DIM, DENSE_SPEC, ModelSpec, TableSpec, TensorSpec, table_id
+from ekko.rollback.diff import differences
+from ekko.rollback.past import Past
+from ekko.rollback.plan import PlanBatch
+from ekko.rollback.scope import Scope
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
 from p2p.replica import RowColumns
@@ -313,3 +319,45 @@ def test_blurs_are_bounded_and_only_grow_together() -> None:
         assert not history.is_exact(begin + 2)
     assert history.is_exact(1_001)
     assert History.from_json(history.to_json()).blurs == history.blurs
+
+
+def test_a_rollback_asks_the_same(pair: Pair) -> None:
+    model = Generation("ctr")
+    past: Past = DelayedPast(pair.delayed)
+    assert past.range(Generation("other")) is None
+    pair.write(100, [1, 2, 3], 1.0)
+    pair.delayed.advance("ctr", START + 110)
+    pair.write(200, [2], 2.0)
+    pair.write(300, [3, 4], 3.0)
+    assert past.range(model) == (START + 110, START + 299)
+    assert past.mark(model, START + 250) == START + 250
+    pieces = [piece for piece in past.changed_since(model, START + 250) if piece is not None]
+    assert [piece.keys.tolist() for piece in pieces] == [[3, 4]]
+    then = past.at(model, START + 250, ITEM, pieces[0].keys)
+    assert then.live.tolist() == [True, False]
+    assert then.rows.view(np.float32)[0].tolist() == [1.0, 1.0]
+    found = list(differences(pair.model, past, START + 250, START + 250, Scope(), START + 400))
+    batches = [one for one in found if isinstance(one, PlanBatch)]
+    assert [batch.keys.tolist() for batch in batches] == [[3, 4]]
+
+
+def test_rows_that_go_without_a_version_are_a_loss(pair: Pair) -> None:
+    """An answer that brings a shard whole drops what it does not bring (R5): the tombstone came to others only."""
+    pair.write(100, [1, 2], 1.0)
+    pair.delayed.advance("ctr", START + 110)
+    arrivals = pair.model.arrivals()
+    arrivals.begin(np.arange(8, dtype=np.uint32))
+    data = np.full((1, 2), 1.0, np.float32)
+    stamp = make_stamp(START + 100, 0, WRITER)
+    arrivals.note([RowColumns(ITEM, np.array([1], np.uint64), data.view(np.uint8), np.array([stamp], np.uint64))])
+    covered = np.full((8, 1), make_stamp(START + 200, 0, WRITER), np.uint64)
+    assert arrivals.drop_absent(np.array([WRITER], np.uint16), covered) == 1
+    pair.tell(200)
+    assert pair.delayed.losses == 1
+    assert pair.delayed.valid_cut("ctr", START + 180) == START + 110
+    pair.write(300, [5], 5.0)
+    pair.delayed.advance("ctr", START + 250)
+    assert pair.old([1, 2]) == [1.0, 0.0]
+    assert pair.older.models["ctr"].table_stats()["item"].rows == 1
+    pair.write(400, [6], 5.0)
+    assert pair.delayed.valid_cut("ctr", START + 350) == START + 350
