@@ -9,7 +9,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,10 +35,10 @@ min = 0.001
 WITHIN_S = 60.0
 
 
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
-    nodes = [NodeSpec("train-1", "us", "train"), NodeSpec("serve-1", "eu"), NodeSpec("serve-2", "eu")]
-    with LocalCluster(tmp_path, nodes, models={"ctr": ModelTables({"item": 4})}) as cluster:
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    nodes = [NodeSpec("train-1", "us", "train"), NodeSpec("serve-1", "eu")]
+    with LocalCluster(tmp_path_factory.mktemp("judging"), nodes, models={"ctr": ModelTables({"item": 4})}) as cluster:
         for node in cluster.nodes.values():
             node.config_path.write_text(node.config_path.read_text() + HEALTH)
         cluster.start()
@@ -77,7 +76,7 @@ def command(*arguments: str, at: NodeProcess) -> subprocess.CompletedProcess[str
 
 def test_all_nodes_agree_on_a_corrupted_model_and_on_its_recovery(cluster: LocalCluster) -> None:
     nodes = list(cluster.nodes.values())
-    online, baseline = Scorer(cluster["serve-1"], ONLINE, 1), Scorer(cluster["serve-2"], BASELINE, 2)
+    online, baseline = Scorer(cluster["serve-1"], ONLINE, 1), Scorer(cluster["train-1"], BASELINE, 2)
     for scorer in (online, baseline):
         scorer.start()
     try:

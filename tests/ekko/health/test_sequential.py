@@ -53,9 +53,9 @@ def test_a_sample_is_that_of_its_events_and_survives_the_wire() -> None:
     assert back.auc.mean == pytest.approx(sample.auc.mean, rel=1e-5)
     assert back.events == 4_000
     # The spread says how far a window's AUC is from the truth.
-    aucs = [tally_of(np.random.default_rng(seed), 400, 0.0).auc for seed in range(200)]
+    aucs = [tally_of(np.random.default_rng(seed), 400, 0.0).auc for seed in range(120)]
     said = np.mean([one.spread / one.count**2 for one in aucs])
-    assert float(np.var([one.mean for one in aucs])) == pytest.approx(float(said), rel=0.3)
+    assert float(np.var([one.mean for one in aucs])) == pytest.approx(float(said), rel=0.4)
 
 
 def test_a_weight_counts_as_so_many_events() -> None:
@@ -119,7 +119,7 @@ def test_evidence_is_a_supermartingale_at_the_bound() -> None:
     """Without a difference its mean does not exceed what has begun: checked on streams of coin tosses."""
     rng = np.random.default_rng(3)
     evidence = []
-    for _ in range(400):
+    for _ in range(250):
         detection, difference = Detection(10, 1.0, 0.0), Difference(1.0, 1)
         for window in range(10):
             online, baseline = (moments(list(map(float, rng.integers(0, 2, 30)))) for _ in range(2))
@@ -132,7 +132,7 @@ def test_evidence_is_a_supermartingale_at_the_bound() -> None:
 
 def test_the_confidence_sequence_holds_the_truth_at_all_windows_at_once() -> None:
     rng, missed, level = np.random.default_rng(4), 0, 0.1
-    for _ in range(60):
+    for _ in range(30):
         stretch, difference = Stretch(1.0), Difference(1.0, 1)
         for _ in range(50):
             online = moments(list(map(float, rng.random(40) < 0.5)))
@@ -142,7 +142,7 @@ def test_the_confidence_sequence_holds_the_truth_at_all_windows_at_once() -> Non
             if stretch.mean - stretch.radius(level) > 0.1:
                 missed += 1
                 break
-    assert missed <= 13  # 6 are allowed on average; more than 13 with a chance below 1 %
+    assert missed <= 8  # 3 are allowed on average; more than 8 with a chance below 1 %
     assert stretch.radius(level) < 0.15
     assert Stretch(1.0).radius(level) == math.inf
 
