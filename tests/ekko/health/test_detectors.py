@@ -91,10 +91,10 @@ def test_bounds_are_uncertain_at_first_then_corrupted() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("river") is None, reason="river is not installed")
 @pytest.mark.parametrize("method", ["adwin", "page_hinkley", "kswin"])
 def test_a_drift_makes_uncertain_and_never_corrupted(method: str) -> None:
-    findings = told("drift", stream(range(60, 180), 180, online=300), Settings(drift_method=method))
+    findings = told("drift", stream(range(120, 240), 240, online=200), Settings(drift_method=method))
     assert findings
     assert {one.state for _, one in findings} == {"uncertain"}
-    assert findings[0][0] >= 60
+    assert findings[0][0] >= 120
     assert len(told("drift", stream(range(0), 40, seed=1, online=300), Settings(drift_method=method))) <= 1
 
 
