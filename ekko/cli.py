@@ -139,6 +139,40 @@ def expel(
 
 
 @app.command()
+def fence(
+    model: Annotated[str, typer.Argument(help="The model.", metavar="MODEL")],
+    note: Annotated[str, typer.Option("--note", help="Why, for people and for publishers that are refused.")] = "",
+    epoch: Annotated[int, typer.Option("--epoch", help="Of a fence that was asked for before; 0: a new one.")] = 0,
+    config: ConfigOption = None,
+    http: HttpOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop all writers of a model until the fence is lifted (`ekko lift`); what they have published is on all members then.
+
+    `ekko rollback` does this by itself. Asked again with the same epoch, it says how far the same fence is.
+    """
+    answer = ask_node(http_of(config, http), "/fence", {"model": model, "note": note, "epoch": epoch})
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    waits = f"; it waits for {', '.join(answer['waits_for'])}" if answer["waits_for"] else ""
+    state = "is closed" if answer["closed"] else f"is closing{waits}: ask again with --epoch {answer['epoch']}"
+    typer.echo(f"the fence of epoch {answer['epoch']} before model {answer['model']} {state}")
+
+
+@app.command()
+def lift(
+    model: Annotated[str, typer.Argument(help="The model.", metavar="MODEL")],
+    config: ConfigOption = None,
+    http: HttpOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let the writers of a fenced model go on, under fresh ids."""
+    answer = ask_node(http_of(config, http), "/lift", {"model": model})
+    typer.echo(json.dumps(answer) if as_json else f"the fence of epoch {answer['epoch']} is lifted: model {model} is written")
+
+
+@app.command()
 def clean(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
     memory_dir: Annotated[Path, typer.Option("--memory-dir", help="The tmpfs with the shared memory.")] = MEMORY_DIR,

@@ -45,6 +45,13 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
         if reason := status["delayed"]["reason"]:
             console.print(f"[yellow]part of the log was lost[/], {status['delayed']['losses']} times, last since: {reason}")
     for name, model in status["models"].items():
+        fence = model.get("fence")
+        if fence is not None and fence["stage"] != "lifted":
+            why = f": {fence['note']}" if fence["note"] else ""
+            console.print(
+                f"[yellow]{name} is fenced[/] (epoch {fence['epoch']}, {fence['stage']}{why}): its writers are stopped until "
+                f"it is restored. If nobody restores it any more: ekko lift {name}"
+            )
         if model.get("collection_held_up_by"):
             nodes = ", ".join(model["collection_held_up_by"])
             console.print(

@@ -45,6 +45,8 @@ COMMANDS = {
     "/snapshot": '{"kind": "auto"} or {"kind": "full"}',
     "/load": '{"model": NAME, "file": PATH, "tables": {TENSOR: TABLE}, "codec": CODEC or null}, and "keys": {TABLE: KEYS}',
     "/alias": '{"alias": NAME, "model": MODEL}, or "model": null and one of "back": true, "remove": true; and "force": true',
+    "/fence": '{"model": MODEL}, and "epoch": NUMBER, "note": TEXT, "expel_after_ms": NUMBER or null',
+    "/lift": '{"model": MODEL}, and "epoch": NUMBER',
     "/rate": '{"pair": "REGION/REGION", "rate": MBPS, "none" or "configured", as text}',
     "/health": '{"model": MODEL, "state": "healthy" or "uncertain" or "corrupted", "from_ms": UNIX_MS or null, "why": TEXT}',
     "/report": '{"model": MODEL, "prediction": [...], "label": [...]}, and "weight", "segment", "arm", "at_ms": one or a list',
@@ -89,6 +91,20 @@ class Source(Protocol):
 
         Raises:
             EkkoError: why it cannot be; nothing is changed.
+        """
+
+    async def fence(self, model: str, epoch: int, note: str, expel_after_ms: int | None) -> dict[str, object]:
+        """Stop the writers of a model; may wait a few seconds until all have stopped.
+
+        Raises:
+            EkkoError: why it cannot be; nothing is changed.
+        """
+
+    async def lift(self, model: str, epoch: int) -> dict[str, object]:
+        """Let the writers of a model go on.
+
+        Raises:
+            EkkoError: it is not fenced.
         """
 
     def rate(self, pair: str, word: Word) -> dict[str, object]:
@@ -226,6 +242,12 @@ async def _carry_out(source: Source, name: str, body: Any) -> dict[str, object] 
             chosen = {str(tensor): str(table) for tensor, table in tables.items()}
             where = {str(table): str(place) for table, place in keys.items()}
             return source.load(LoadRequest(check_name("model", model), Path(file), chosen, codec, where))
+        case "/fence" | "/lift", {"model": str(model)}:
+            epoch, note, expel_after_ms = body.get("epoch", 0), body.get("note", ""), body.get("expel_after_ms")
+            numbers = all(type(one) is int and 0 <= one < 1 << 63 for one in (epoch, expel_after_ms or 0))
+            if not numbers or not isinstance(note, str):
+                return None
+            return await (source.fence(model, epoch, note, expel_after_ms) if name == "/fence" else source.lift(model, epoch))
         case "/rate", {"pair": str(pair), "rate": str(rate)}:
             return source.rate(parse_pair(pair), parse_word(rate))
         case "/drop", {"model": str(model)} if (flags := _flags(body, "force")) is not None:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from ekko.errors import EkkoError, ModelError, PublishError
 from ekko.health.wire import Report, Reported, decode_report, report_body, report_frames
 from ekko.model import CODEC_DEFAULT, CODECS, DENSE_ROWS_MAX, INCARNATION_MAX, TABLES_MAX, TensorSpec, table_id
+from ekko.restored import RestoredAsk, RestoredPage, ask_body, ask_of, page_body, page_of
+from p2p.fence_messages import EPOCH_BITS
 from p2p.messages import Scope
 from p2p.replica import RowColumns
 from p2p.transport import Buffer
@@ -71,6 +73,7 @@ class PublishStep:
     incarnation: int = 0  # of the model that the publisher opened
     # For each of `columns`, float32[n]: how much each row matters; NaN, None, or an empty tuple: the publisher does not say.
     significance: tuple[NDArray[np.float32] | None, ...] = ()
+    epoch: int | None = None  # of the last rollback that the publisher knows of (`ekko.restored`); None: it does not say
 
     def __post_init__(self) -> None:
         if not self.significance:
@@ -146,14 +149,21 @@ class Failed:
     reason: str
 
 
-Request = Open | PublishStep | Wait | Ping | Report
-Answer = Opened | Stored | Waited | Pong | Failed | Reported
+Request = Open | PublishStep | Wait | Ping | Report | RestoredAsk
+Answer = Opened | Stored | Waited | Pong | Failed | Reported | RestoredPage
 
 # The node does not know the model or a table (it lost its memory): the client opens it again and repeats the request.
 REOPEN: Final = "reopen"
 # The model's writers are stopped for now: nothing was published.
 FENCED: Final = "fenced"
-FAILURES: Final[dict[str, type[EkkoError]]] = {"model": ModelError, "publish": PublishError, FENCED: ModelError}
+# The model was rolled back, and the publisher has not asked yet what was restored: nothing was published.
+RESTORED: Final = "restored"
+FAILURES: Final[dict[str, type[EkkoError]]] = {
+    "model": ModelError,
+    "publish": PublishError,
+    FENCED: ModelError,
+    RESTORED: ModelError,
+}
 
 
 class MalformedError(EkkoError):
@@ -179,10 +189,12 @@ def encode_request(number: int, request: Request) -> list[Buffer]:
             body: list[object] = ["open", model, told, shards, *last]
             if any(ttl is not None for _, _, ttl in tables or ()):
                 version = LOCAL_PROTOCOL_VERSION
-        case PublishStep(model, columns, tensors, published_ns, codec, incarnation, significance):
+        case PublishStep(model, columns, tensors, published_ns, codec, incarnation, significance, epoch):
             headers = [_column_header(*both) for both in zip(columns, significance, strict=True)]
             specs = [_tensor_body(t) for t in tensors]
             last = _last_words(None if codec == CODEC_DEFAULT else codec, incarnation or None)
+            if epoch is not None:
+                last = [None if codec == CODEC_DEFAULT else codec, incarnation, epoch]
             body = ["publish", model, headers, specs, published_ns, *last]
             for column, weights in zip(columns, significance, strict=True):
                 frames += [_bytes_of(column.keys), _bytes_of(column.rows)]
@@ -195,6 +207,8 @@ def encode_request(number: int, request: Request) -> list[Buffer]:
         case Report():
             body, version = report_body(request), LOCAL_PROTOCOL_VERSION
             frames += [_bytes_of(column) for column in report_frames(request)]
+        case RestoredAsk():
+            body, version = ask_body(request), LOCAL_PROTOCOL_VERSION
     return [_packed(number, body, LOCAL_PROTOCOL_VERSION if last else version), *frames]
 
 
@@ -217,6 +231,8 @@ def encode_answer(number: int, answer: Answer) -> bytes:
             body = ["failed", kind, reason]
         case Reported(taken, late, ahead):
             body = ["reported", taken, late, ahead]
+        case RestoredPage():
+            body = page_body(answer)
     return _packed(number, body, LOCAL_PROTOCOL_VERSION if last else LOCAL_PROTOCOL_VERSION_MIN)
 
 
@@ -284,9 +300,9 @@ def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
         case ["publish", str(model), list(headers), list(tensors), int(published_ns), *last]:
             columns, significance = _decode_columns(headers, list(frames[1:]))
             specs = tuple(_tensor_of(tensor) for tensor in tensors)
-            word, incarnation = _rest_of(last)
-            number = _incarnation_of(incarnation)
-            return PublishStep(model, columns, specs, published_ns, _codec_of(word), number, significance)
+            word, incarnation = _rest_of(last[:2])
+            number, epoch = _incarnation_of(incarnation), _epoch_of(last[2:])
+            return PublishStep(model, columns, specs, published_ns, _codec_of(word), number, significance, epoch)
         case ["wait", str(model), int(stamp), int(scope), int(timeout_ms), *last] if len(frames) == 1:
             word, incarnation = _rest_of(last)
             if not 0 <= timeout_ms <= WAIT_MS_MAX or not 0 <= stamp < 1 << 64 or word not in (None, NAMED):
@@ -296,6 +312,8 @@ def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
             return Ping()
         case ["report", str(model), count, segment]:
             return decode_report(model, count, segment, frames[1:])
+        case ["restored", str(model), since, None | list() as after] if len(frames) == 1:
+            return ask_of(model, since, after)
     raise MalformedError("malformed request: not of this protocol")
 
 
@@ -330,6 +348,8 @@ def decode_answer(frame: Buffer) -> tuple[int, Answer]:
                 return number, Failed(kind, reason)
             case ["reported", int(taken), int(late), int(ahead)]:
                 return number, Reported(taken, late, ahead)
+            case ["restored", int(epoch), int(fenced), int(table), bytes(keys), list(shape), bytes(rows)]:
+                return number, page_of(epoch, fenced, table, keys, shape, rows)
     except (TypeError, ValueError, OverflowError) as error:
         raise MalformedError(f"malformed answer: {error}") from error
     raise MalformedError("malformed answer: not of this protocol")
@@ -422,6 +442,16 @@ def _incarnation_of(value: object) -> int:
     if not 0 <= number <= INCARNATION_MAX:
         raise MalformedError(f"incarnation {number}")
     return number
+
+
+def _epoch_of(last_words: list[Any]) -> int | None:
+    match last_words:
+        case []:
+            return None
+        case [int(epoch)] if 0 <= epoch < 1 << EPOCH_BITS:
+            return epoch
+        case _:
+            raise MalformedError("a step with more words than this version knows, or of no epoch")
 
 
 def _held_of(body: Any) -> Held:

@@ -27,6 +27,8 @@ from p2p.stamps import EPOCH_MS, make_stamp
 from p2p.versions import FIRST_VERSION
 
 DENSE_TABLE = "_dense"
+# The key of a dense tensor's row: its name's hash, and the row's number in so many bits.
+TENSOR_KEY_BITS = 20
 DENSE_DIM = 256
 DENSE_ROWS_MAX = 1 << 20  # rows of one tensor; the key keeps 20 bits for them
 SHARDS_DEFAULT = 64
@@ -203,7 +205,7 @@ class TensorSpec:
     @property
     def keys(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         """uint64[rows]: the keys of its rows in `_dense`."""
-        base = (xxhash.xxh64_intdigest(self.name.encode()) << 20) & 0xFFFF_FFFF_FFFF_FFFF
+        base = (xxhash.xxh64_intdigest(self.name.encode()) << TENSOR_KEY_BITS) & 0xFFFF_FFFF_FFFF_FFFF
         return np.uint64(base) | np.arange(self.rows, dtype=np.uint64)
 
 

@@ -206,10 +206,10 @@ class Operations:
         finally:
             del self._waits[request]
 
-    def on_answer(self, answer: m.WaitEnded | m.Refused | m.Fenced | m.FenceWaits | m.Lifted) -> bool:
+    def on_answer(self, answer: m.WaitEnded | m.Refused) -> bool:
         """Whether an answer of the protocol was for an operation here."""
         wait = self._waits.get(answer.request)
-        if wait is not None and not wait.done() and isinstance(answer, m.WaitEnded | m.Refused):
+        if wait is not None and not wait.done():
             wait.set_result(answer)
         return wait is not None
 

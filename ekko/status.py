@@ -11,6 +11,7 @@ from ekko.priority.delays import DelaysPicture
 from ekko.priority.picture import PriorityPicture
 from ekko.snapshots.service import SnapshotPicture
 from ekko.store.hot import HeatStats
+from p2p import messages as m
 from p2p.status import NodeStatus, PeerStatus, QueueStatus
 
 NOT_READ = HeatStats()
@@ -120,7 +121,13 @@ class NodePicture:
                 },
                 *(self._member_json(peer) for peer in protocol.peers),
             ],
-            "models": {model.name: _model_json(model) for model in self.models},
+            "models": {
+                model.name: {
+                    **_model_json(model),
+                    "fence": next((_fence_json(one) for one in protocol.fences if one.family == model.family), None),
+                }
+                for model in self.models
+            },
             "aliases": {name: dict(alias) for name, alias in self.aliases.items()},
             "delayed": None if self.delayed is None else dict(self.delayed),
             "rates": {pair: dict(rate) for pair, rate in self.rates.items()},
@@ -145,6 +152,10 @@ class NodePicture:
             "alive": peer.alive,
             "hold": {names[one.family]: list(one.held) for one in peer.holds if one.family in names},
         }
+
+
+def _fence_json(fence: m.Fence) -> dict[str, object]:
+    return {"epoch": fence.epoch, "stage": ("closing", "closed", "lifted")[fence.stage], "note": fence.note}
 
 
 def _model_json(model: ModelPicture) -> dict[str, object]:

@@ -42,6 +42,7 @@ from p2p.links import Link
 from p2p.retirement import News, Retirement
 from p2p.stamps import WRITER_MASK
 
+STAMP_MAX = (1 << 64) - 1
 # Requests of local processes that wait for their fence.
 REQUESTS_MAX = 64
 # Whom a closing fence waits for is told when it has waited for so long: as a rule it is closed by then.
@@ -171,6 +172,22 @@ class Fencing:
         assert identity is not None
         who = Restorer(identity.writer, identity.nonce, self._core.clock.last | WRITER_MASK)
         self._retirement.learn(m.Retirements((), (), (replace(fence, restorers=(*fence.restorers, who)),)), None, now)
+
+    def restored_spans(self, family: int, since: int) -> list[tuple[int, int, int]]:
+        """(id, low, high) of everybody who restored a family behind fences of larger epochs than `since` that are lifted: what
+        they wrote has stamps above low, up to high. An id may be another's before and after.
+        """
+        record, spans = self._core.record, []
+        for fence in record.fences.values():
+            for one in fence.restorers if fence.family == family and fence.epoch > since and fence.stage == LIFTED else ():
+                left = [
+                    int(retired.floor.max())
+                    for retired in record.retired.values()
+                    if (retired.family, retired.writer, retired.nonce) == (family, one.writer, one.nonce) and len(retired.floor)
+                ]
+                # Until it is known what is left of it, the id is nobody else's.
+                spans.append((one.writer, one.since, max(left, default=STAMP_MAX)))
+        return spans
 
     # --- what follows from what was learned
 

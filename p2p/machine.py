@@ -161,6 +161,16 @@ class Machine:
         """The last fence of a family, lifted or not."""
         return self._core.fences.get(family)
 
+    def fences_of(self, family: int) -> tuple[m.Fence, ...]:
+        """The fences of a family that are remembered, by epoch, the last one last."""
+        return tuple(
+            sorted((one for one in self._core.record.fences.values() if one.family == family), key=lambda one: one.epoch)
+        )
+
+    def restored_spans(self, family: int, since: int) -> list[tuple[int, int, int]]:
+        """See `Fencing.restored_spans`."""
+        return self._fencing.restored_spans(family, since)
+
     @property
     def links_open(self) -> int:
         """With how many peers we have exchanged anything."""

@@ -8,6 +8,7 @@ from p2p.adoption import ENTRIES_MAX
 from p2p.collection import Collection
 from p2p.core import Core, Keyspace
 from p2p.knowledge import OPEN_STEPS_MAX
+from p2p.ledger import FENCES_MAX
 from p2p.outbox import STREAMS_MAX
 from p2p.pull import Pull
 from p2p.pull_answers import HELD_MAX
@@ -94,6 +95,7 @@ class NodeStatus:
     protocol_version: int
     writer_blocks: int  # of writer ids, that are ours
     ids_wanted: str  # why this training node has no writer id to use; empty when it has
+    fences: tuple[m.Fence, ...]  # the last one of each family that had one
     budgets: tuple[BudgetStatus, ...]  # of pairs for which a rate is set
 
 
@@ -123,6 +125,7 @@ def of_node(
         core.options.protocol_version,
         len(core.writers.blocks),
         ids_wanted,
+        tuple(core.fences[family] for family in sorted(core.fences)),
         tuple(
             BudgetStatus(region, 1_000 * one.pair_rate, 1_000 * one.rate, one.used, one.waits)
             for region, one in sorted(core.budgets.buckets.items())
@@ -217,6 +220,7 @@ def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach, collec
         QueueStatus("questions", len(reaching.questions), reach.QUESTIONS_MAX),
         QueueStatus("expelled", len(core.record.expelled), retirement.EXPELLED_MAX),
         QueueStatus("retired_writers", len(core.record.retired), retirement.RETIRED_MAX),
+        QueueStatus("fences", len(core.record.fences), FENCES_MAX),
         QueueStatus("retired_floor_bytes", retirement.floor_bytes(core), retirement.FLOOR_BYTES_MAX),
         QueueStatus("stable_reports", collecting.reports, membership.MEMBERS_MAX),
         QueueStatus("members", len(core.membership.members), membership.MEMBERS_MAX),

@@ -154,6 +154,14 @@ class Answers:
         """See `ekko.http.Source`."""
         return self._parts().rates.say(pair, word)
 
+    async def fence(self, model: str, epoch: int, note: str, expel_after_ms: int | None) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        return await self._parts().fences.fence(model, epoch, note, expel_after_ms)
+
+    async def lift(self, model: str, epoch: int) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        return await self._parts().fences.lift(model, epoch)
+
     def drop(self, what: str, *, force: bool) -> dict[str, object]:
         """See `ekko.http.Source`."""
         return self._parts().operations.drop(what, force=force)

@@ -10,6 +10,7 @@ from ekko.endpoint import LocalEndpoint
 from ekko.errors import PublishError
 from ekko.local import FENCED, Failed, Stored, Waited
 from ekko.metrics import Metrics
+from ekko.node.fences import Fences
 from ekko.node.publishing import LOAD_REQUEST, Publishing
 from ekko.operations import Operations
 from ekko.rollback.performer import Reply
@@ -33,6 +34,7 @@ class Effects:
         publishing: Publishing,
         operations: Operations,
         on_rollback: Callable[[Reply], bool],
+        fences: Fences,
     ) -> None:
         self._store = store
         self._metrics = metrics
@@ -40,6 +42,7 @@ class Effects:
         self._publishing = publishing
         self._operations = operations
         self._on_rollback = on_rollback
+        self._fences = fences
         self._tool_answer: m.Expelled | m.Refused | None = None
 
     def carry_out(self, effect: m.Effect) -> None:
@@ -55,7 +58,9 @@ class Effects:
                 self._publishing.on_loaded(stamp)
             case m.Published(request, stamp):
                 self._endpoint.answer(request, Stored(stamp))
-            case m.Refused() | m.WaitEnded() | m.Fenced() | m.FenceWaits() | m.Lifted() if self._operations.on_answer(effect):
+            case m.Refused() | m.WaitEnded() if self._operations.on_answer(effect):
+                pass
+            case m.Refused() | m.Fenced() | m.FenceWaits() | m.Lifted() if self._fences.on_answer(effect):
                 pass
             case m.Fenced() | m.FenceWaits() | m.Lifted():
                 pass  # whoever asked is gone

@@ -17,7 +17,9 @@ from ekko.metrics import Metrics
 from ekko.node.budgets import NodeRates
 from ekko.node.delaying import Delaying
 from ekko.node.effects import Effects
+from ekko.node.fences import Fences
 from ekko.node.publishing import Publishing
+from ekko.node.restored import RestoredRows
 from ekko.node.rollbacks import NodeRollbacks
 from ekko.node.whereabouts import Whereabouts
 from ekko.operations import Operations
@@ -61,6 +63,7 @@ class Parts:
     endpoint: LocalEndpoint
     publishing: Publishing
     operations: Operations
+    fences: Fences
     rates: NodeRates
     effects: Effects
     health: Health
@@ -122,7 +125,9 @@ def make_parts(
         keys = NodeKeys(node.id, security.key_file, security.allow, where.node_at)
     transport = ZmqTransport(node.peers, advertise=node.advertise, keys=keys)
 
-    def submit_operation(event: m.CaughtUpRequested | m.SchemaChanged | m.RateChanged) -> None:
+    def submit_operation(
+        event: m.CaughtUpRequested | m.SchemaChanged | m.RateChanged | m.FenceRequested | m.LiftRequested,
+    ) -> None:
         failed = submit(event)
         if failed is not None:
             raise EkkoError(failed.reason)
@@ -130,7 +135,9 @@ def make_parts(
     shares = Shares(node.id, store, lambda entries: submit_operation(m.SchemaChanged(entries)))
     settings = {name: model.priority.settings for name, model in config.models.items()}
     priorities = Priorities(store.models, settings, shares.share_of)
-    publishing = Publishing(node, store, submit, lambda: machine.protocol_min(read_clock()), priorities)
+    restored = RestoredRows(machine.fences_of, machine.restored_spans)
+    publishing = Publishing(node, store, submit, lambda: machine.protocol_min(read_clock()), restored, priorities)
+    fences = Fences(store, machine.fence_of, submit_operation)
     operations = Operations(node.id, store, submit_operation, machine.protocol_min_known)
     rates = NodeRates(node.region, config.rates(), store, submit_operation, machine.protocol_min_known)
     health = Health(
@@ -144,7 +151,7 @@ def make_parts(
     endpoint = LocalEndpoint(node.local, publishing)
     past = DelayedPast(delayed) if delayed is not None and node.role == "witness" else None
     rollbacks = NodeRollbacks(config, store, machine, submit, past)
-    effects = Effects(store, metrics, endpoint, publishing, operations, rollbacks.on_reply)
+    effects = Effects(store, metrics, endpoint, publishing, operations, rollbacks.on_reply, fences)
     runtime = Runtime(
         machine,
         transport,
@@ -155,7 +162,7 @@ def make_parts(
     )
     delaying = None if delayed is None else Delaying(node, delayed, rollbacks.coordinator.cut_held)
     served = rates, effects, health, shares, delaying, rollbacks
-    return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, *served)
+    return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, fences, *served)
 
 
 def _make_machine(config: NodeConfig, store: Store, boot: int, boot_ms: int) -> Machine:

@@ -15,9 +15,25 @@ from ekko.config import NodeSection
 from ekko.errors import ModelError, PublishError
 from ekko.health.wire import Report, Reported
 from ekko.loading import LoadRequest
-from ekko.local import REOPEN, Answer, Failed, Held, Open, Opened, Ping, Pong, PublishStep, Request, Wait
+from ekko.local import (
+    FENCED,
+    REOPEN,
+    RESTORED,
+    Answer,
+    Failed,
+    Held,
+    Open,
+    Opened,
+    Ping,
+    Pong,
+    PublishStep,
+    Request,
+    Wait,
+)
 from ekko.model import CODEC_DEFAULT, DENSE_TABLE, SHARDS_DEFAULT, ModelSpec, TableSpec, table_id
+from ekko.node.restored import RestoredRows
 from ekko.priority.origin import Priorities, check_significance
+from ekko.restored import RestoredAsk
 from ekko.snapshots.files import LoadPlan
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
@@ -39,6 +55,7 @@ class Publishing:
         store: what is published to.
         submit: hands an event to the protocol; returns why it failed, None: the answer comes as an effect.
         protocol_min: the oldest protocol version that a live member speaks.
+        restored: what rollbacks took back.
         priorities: what classes rows get; None: as without settings.
     """
 
@@ -48,9 +65,11 @@ class Publishing:
         store: Store,
         submit: Callable[[m.PublishRequested | m.WaitRequested | m.SchemaChanged], Failed | None],
         protocol_min: Callable[[], int],
+        restored: RestoredRows,
         priorities: Priorities | None = None,
     ) -> None:
         self._node = node
+        self._restored = restored
         self._store = store
         self._submit = submit
         self._protocol_min = protocol_min
@@ -76,6 +95,11 @@ class Publishing:
                 return self._submit(m.WaitRequested(number, held.spec.id, stamp, scope, timeout_ms))
             case Report():
                 return self.on_report(request)
+            case RestoredAsk(model):
+                held = self._store.models.get(model)
+                if held is None:
+                    raise ModelError(self._unknown(model))
+                return self._restored.page(held, request)
             case _:
                 assert_never(request)
 
@@ -196,11 +220,31 @@ class Publishing:
         except RemoteProtocolError as error:
             raise ModelError(str(error)) from None
         self._check_held(model, step)
+        if (refused := self._rolled_back(model, step)) is not None:
+            return refused
         for column, weights in zip(step.columns, step.significance, strict=True):
             if weights is not None:
                 check_significance(model.tables_by_id[column.table].spec.name, weights)
         columns = self.priorities.classify(model, step.columns, step.significance, read_clock())
         return self._submit(m.PublishRequested(number, model.keyspace, columns, step.published_ns, quiet))
+
+    def _rolled_back(self, model: ModelStore, step: PublishStep) -> Failed | None:
+        """Why a step is refused whose model is rolled back, or was, since its publisher looked; None: it is not."""
+        if (fence := self._restored.fence(model)) is not None:
+            why = f": {fence.note}" if fence.note else ""
+            return Failed(
+                FENCED,
+                f"it is being rolled back (epoch {fence.epoch}{why}), and its writers are stopped: publish again when that is "
+                'over (`ekko status`), or make the Publisher with while_fenced="wait"; nothing was published',
+            )
+        epoch = self._restored.epoch(model)
+        if step.epoch is None or step.epoch >= epoch:
+            return None
+        return Failed(
+            RESTORED,
+            f"it was rolled back (epoch {epoch}) since this publisher looked, and the step was worked out before: load what "
+            "Publisher.restored() names into the model in training, then publish again; nothing was published",
+        )
 
     def check_may_publish(self) -> None:
         """Refuse what only training nodes may do.

@@ -40,14 +40,17 @@ from ekko.local import (
 from ekko.model import (
     DENSE_DIM,
     DENSE_ROWS_MAX,
+    DENSE_TABLE,
     TensorSpec,
     check_codec,
     check_name,
     table_id,
 )
+from ekko.restored import Restored
 from ekko.train.admission import Admission
 from ekko.train.arguments import shards_of, stamp_number, tables_wanted
 from ekko.train.connection import Connections
+from ekko.train.pause import Pause, WhileFenced, is_pause
 from ekko.train.step import Step
 from p2p.messages import Scope
 from p2p.replica import U64
@@ -68,6 +71,9 @@ class Publisher:
         admission: table -> from which touch on a key is published, or an `ekko.train.admission.Admission`; a table that is not
             named: from the first. Rows before that are checked and left out (`rows_held_back`); deletes always go.
         timeout: seconds after which a node that does not answer counts as unreachable.
+        while_fenced: what becomes of a step while the model is rolled back: "raise" refuses it; "wait" has it wait until that
+            is over, leaves out the rows that were restored, publishes the others, and tells which they are (`restored`).
+        fenced_timeout: seconds that a step waits so at most.
 
     Raises:
         NodeUnreachable: nobody answers at `address`.
@@ -83,6 +89,8 @@ class Publisher:
         timeout: float = 5.0,
         codec: str | None = None,
         admission: Mapping[str, int | Admission] | None = None,
+        while_fenced: WhileFenced = "raise",
+        fenced_timeout: float = 600.0,
     ) -> None:
         self._admission = {
             table: wanted if isinstance(wanted, Admission) else Admission(wanted) for table, wanted in (admission or {}).items()
@@ -93,6 +101,11 @@ class Publisher:
             raise ConfigError(f"address of the local endpoint: {error}") from None
         if not timeout > 0:
             raise ConfigError(f"timeout is {timeout!r}: expected a positive number of seconds")
+        if while_fenced not in ("raise", "wait") or not fenced_timeout > 0:
+            raise ConfigError(
+                f"while_fenced is {while_fenced!r} and fenced_timeout {fenced_timeout!r}: expected 'raise' or 'wait', and a "
+                "positive number of seconds"
+            )
         self._timeout = float(timeout)
         self._silent_named = True  # whether the node tells whom nobody waited for, as far as we know
         self._connections = Connections(address)
@@ -101,6 +114,8 @@ class Publisher:
         self._open = Open(model, tables_wanted(model, tables), shards_of(model, shards), wanted)
         try:
             opened = self._opened(self._open)
+            wait_s = fenced_timeout if while_fenced == "wait" else None
+            self._pause = Pause(model, lambda ask: self._connections.ask(ask, self._timeout), wait_s)
         except BaseException:
             self._connections.close()
             raise
@@ -124,6 +139,28 @@ class Publisher:
     def rows_held_back(self) -> int:
         """Rows that were not published, since their keys were not touched often enough (`admission`)."""
         return sum(admission.held_back for admission in self._admission.values())
+
+    @property
+    def rows_left_out(self) -> int:
+        """Rows of steps that waited for the end of a rollback, and were not published, since it restored them."""
+        return self._pause.rows_left_out
+
+    def restored(self) -> tuple[Restored, ...]:
+        """What rollbacks wrote since this was called last, or this publisher was made: load it into the model in training.
+
+        After a rollback a publisher with `while_fenced="raise"` is refused until it has called this: what it would publish was
+        worked out from rows that are not there any more. Rows that somebody else has written since are not among these.
+
+        Raises:
+            NodeUnreachable: no answer in time.
+        """
+        self._connections.check_open()
+        return self._pause.restored(self._names(), self.codec, self._tensors)
+
+    def _names(self) -> dict[int, tuple[str, int]]:
+        """Table id -> name and width."""
+        names = {self.table_number(table): (table, dim) for table, dim in self._tables.items()}
+        return {**names, self.table_number(DENSE_TABLE): (DENSE_TABLE, DENSE_DIM)}
 
     def admitted(self, table: str, keys: U64) -> NDArray[np.bool_] | None:
         """Touch these keys; bool[n], which of their rows are to be published, or None: all."""
@@ -270,8 +307,13 @@ class Publisher:
         columns, significance = zip(*collected, strict=True)
         tensors = tuple(step.tensors.values())
         incarnation = self._held.incarnation
-        request = PublishStep(self.model, columns, tensors, started_ns, self.codec, incarnation, significance)
-        answer = self._ask(request, self._timeout)
+        epoch = self._pause.epoch
+        request = PublishStep(self.model, columns, tensors, started_ns, self.codec, incarnation, significance, epoch)
+        while isinstance(answer := self._ask(request, self._timeout), Failed):  # the model is rolled back, or was
+            again = self._pause.retry(request, answer, self._names(), self.codec)
+            if again is None:
+                return self._last_stamp
+            request = again
         assert isinstance(answer, Stored), answer
         self._tensors.update(step.tensors)
         self._last_stamp = max(self._last_stamp, answer.stamp)  # other threads publish too
@@ -310,7 +352,7 @@ class Publisher:
         if isinstance(answer, Failed) and answer.kind == REOPEN:
             self._reopen()
             answer = self._connections.ask(request, timeout_s)
-        return _checked(answer)
+        return answer if is_pause(answer) else _checked(answer)
 
 
 def _checked(answer: Answer) -> Answer:

@@ -27,6 +27,7 @@ from ekko.local import (
     encode_request,
 )
 from ekko.node.publishing import Publishing
+from ekko.node.restored import RestoredRows
 from ekko.store import Store
 from p2p import messages as m
 from p2p.messages import Scope
@@ -42,7 +43,9 @@ class Node:
     def __init__(self) -> None:
         self.store = Store.anonymous()
         self.stamp = 1 << 30
-        self.publishing = Publishing(NODE, self.store, self.submit, lambda: 2)
+        self.fences: list[m.Fence] = []
+        restored = RestoredRows(lambda _: self.fences, lambda *_: [])
+        self.publishing = Publishing(NODE, self.store, self.submit, lambda: 2, restored)
         self.answer: Any = None
 
     def submit(self, event: m.PublishRequested | m.WaitRequested | m.SchemaChanged) -> Failed | None:
