@@ -16,8 +16,8 @@ from p2p.fence_messages import LIFTED
 ANSWER_S = 4.0
 # Requests of operators that wait at once.
 REQUESTS_MAX = 16
-# Those of publishers count up from 0, those of `ekko.operations` down from -1,000.
-FIRST_REQUEST = -1_000_000
+# Requests of publishers count up from 0, those of `ekko.operations` down from -1,000, those of rollbacks from -1,000,000.
+FIRST_REQUEST, LAST_REQUEST = -500_000, -999_999
 
 Answered = m.Fenced | m.FenceWaits | m.Lifted | m.Refused
 
@@ -106,7 +106,7 @@ class Fences:
         """Whether an answer of the protocol was for somebody here."""
         waiting = self._waiting.get(answer.request)
         if waiting is None:
-            return FIRST_REQUEST - (1 << 31) < answer.request <= FIRST_REQUEST  # somebody who has gone
+            return LAST_REQUEST <= answer.request <= FIRST_REQUEST  # somebody who has gone
         if isinstance(answer, m.FenceWaits):
             waiting.waits_for = answer.nodes
         elif not waiting.done.done():
@@ -116,7 +116,7 @@ class Fences:
     def _begin(self) -> tuple[int, _Waiting]:
         if len(self._waiting) >= REQUESTS_MAX:
             raise EkkoError(f"{REQUESTS_MAX} requests wait on this node already: ask again in a moment")
-        self._requests -= 1
+        self._requests = FIRST_REQUEST if self._requests <= LAST_REQUEST else self._requests - 1
         waiting = self._waiting[self._requests] = _Waiting(asyncio.get_running_loop().create_future())
         return self._requests, waiting
 
