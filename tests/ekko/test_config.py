@@ -212,7 +212,7 @@ def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.
         ('metric = "f1"', "expected 'auc'"),
         ("watermarks = { aug = { min = 0.5 } }", "there is no figure 'aug': there are auc"),
         ("watermarks = { auc = { least = 0.5 } }", "unknown setting"),
-        ("auto_rollback = true", "not available in this version"),
+        ("auto_rollback = true", "only a witness rolls back"),
     ],
 )
 def test_what_health_cannot_be_is_refused(tmp_path: Path, line: str, complaint: str) -> None:
