@@ -12,7 +12,7 @@ Serving side: `EmbeddingBag(reader, "item")` stands where `torch.nn.EmbeddingBag
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Final, Protocol, Self
+from typing import Final, Literal, Protocol, Self, get_args
 
 import numpy as np
 import torch
@@ -22,12 +22,16 @@ from torch.optim import Optimizer
 
 from ekko.errors import ModelError
 from ekko.serve.embedding_bag import EmbeddingBag
+from ekko.torch_reload import DenseReader, Reloaded, load_dense, load_rows
 
-__all__ = ["EmbeddingBag", "Tracker", "track"]
+__all__ = ["EmbeddingBag", "Reloaded", "Tracker", "track"]
 
 # `publish_all` cuts a table into steps of about this size: large enough that the cost of a step does not count, small enough
 # that the node stays responsive to other publishers meanwhile.
 PUBLISH_ALL_BYTES_MAX: Final = 4 << 20
+# Where a row's gradient is zero these leave the row as it is; Adam and its relatives move it by what they remember of it.
+LEAVES_ZERO_GRADIENTS: Final = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop)
+Significance = Literal["gradient", "change"]
 
 
 class PublishStep(Protocol):
@@ -58,30 +62,35 @@ def track(
     publisher: StepPublisher,
     tables: Mapping[str, str],
     dense_every: int | None = None,
+    significance: Significance = "gradient",
+    reader: DenseReader | None = None,
 ) -> "Tracker":
     """Publish, after each `optimizer.step()`, the embedding rows that it changed.
 
-    A row's significance is the L1 norm of its gradient. All tables go in one batch under one stamp. A step that could not be
-    published raises out of `optimizer.step()`, after the parameters have changed; its rows go with the next one that can.
-    With `Publisher(admission=...)`, rows go out from the step on that touches their key for the n-th time.
+    A row's significance is the L1 norm of its gradient, or what the node sees of it. All tables go in one batch under one
+    stamp. A step that could not be published raises out of `optimizer.step()`, after the parameters have changed; its rows go
+    with the next one that can. Once the model was rolled back, the next step first loads what was restored into the tables
+    (`Tracker.reload`). With `Publisher(admission=...)`, rows go out from the step on that touches their key for the n-th time.
 
     Args:
         model: holds the tables; is trained by `optimizer`.
-        optimizer: changes only rows with a gradient: no weight decay and no momentum on the tables (SparseAdam, Adagrad and
-            plain SGD are fine).
+        optimizer: changes only rows with a gradient: no weight decay and no momentum on the tables (SparseAdam, Adagrad,
+            RMSprop and plain SGD are fine; of dense gradients the last three).
         publisher: an `ekko.Publisher` of a model that has the tables.
-        tables: module name (as in `model.named_modules()`) of an `nn.Embedding(sparse=True)` -> table it is published to;
-            the row index is the key.
+        tables: module name (as in `model.named_modules()`) of an `nn.Embedding` -> table it is published to; the row index is
+            the key. With `sparse=False` the rows of a step are those whose gradient is not zero.
         dense_every: publish all other parameters too, under their parameter names, with every this many steps; None: never.
+        significance: "gradient", or "change": how far a row moves is what counts, as the node sees it.
+        reader: of the same model on this machine, to read restored dense parameters; None: these stay as they are.
 
     Returns:
         The handle; `remove()` it, or use it in a `with` block, to stop.
 
     Raises:
-        ModelError: no such module or table, not an `nn.Embedding`, dense gradients, another width, or an optimizer that
-            changes rows without a gradient. Nothing is tracked.
+        ModelError: no such module or table, not an `nn.Embedding`, another width, or an optimizer that changes rows without a
+            gradient. Nothing is tracked.
     """
-    return Tracker(model, optimizer, publisher, tables, dense_every)
+    return Tracker(model, optimizer, publisher, tables, dense_every, significance, reader)
 
 
 class Tracker:
@@ -94,10 +103,17 @@ class Tracker:
         publisher: StepPublisher,
         tables: Mapping[str, str],
         dense_every: int | None = None,
+        significance: Significance = "gradient",
+        reader: DenseReader | None = None,
     ) -> None:
+        if significance not in get_args(Significance):
+            raise ModelError(f"significance is {significance!r}: expected 'gradient' or 'change'")
         if dense_every is not None and (not isinstance(dense_every, int) or dense_every < 1):
             raise ModelError(f"dense_every is {dense_every!r}: expected a number of steps from 1, or None for never")
         self._publisher = publisher
+        self._optimizer = optimizer
+        self._says_significance = significance == "gradient"
+        self._reader = reader
         self._weights = _tracked_weights(model, optimizer, publisher, tables)
         tracked = {id(weight) for weight in self._weights.values()}
         self._dense = {name: value for name, value in model.named_parameters() if id(value) not in tracked}
@@ -142,6 +158,38 @@ class Tracker:
         self._dense_due = bool(self._dense)
         return self._publish()
 
+    def reload(self) -> Reloaded:
+        """Load what rollbacks restored since this was last called, and forget what the optimizer remembers of it.
+
+        Steps of these rows that are not published yet are dropped. Called by itself where a step is refused since the model
+        was rolled back, or had to wait for that; call it to go on from the restored rows before the next step.
+        """
+        loaded: dict[str, int] = {}
+        dense: dict[str, bool] = {}
+        for restored in getattr(self._publisher, "restored", tuple)():  # a publisher of yours may know no rollbacks
+            for name in restored.tensors:
+                if name in self._dense:
+                    dense[name] = self._reload_dense(name)
+            if restored.table in self._weights:
+                ids = load_rows(self._optimizer, self._weights[restored.table], restored)
+                loaded[restored.table] = loaded.get(restored.table, 0) + len(ids)
+                self._drop(restored.table, ids)
+        read = tuple(name for name, whether in dense.items() if whether)
+        return Reloaded(loaded, read, tuple(name for name, whether in dense.items() if not whether))
+
+    def _reload_dense(self, name: str) -> bool:
+        if self._reader is None:
+            return False
+        load_dense(self._optimizer, self._dense[name], self._reader.dense(name))
+        return True
+
+    def _drop(self, table: str, ids: Tensor) -> None:
+        if (held := self._touched.get(table)) is not None:
+            left = ~torch.isin(held.ids, ids)
+            self._touched[table] = _Touched(held.ids[left], held.significance[left])
+            if not left.any():
+                del self._touched[table]
+
     def remove(self) -> None:
         """Stop tracking. What was published stays published."""
         self._hook.remove()
@@ -154,7 +202,7 @@ class Tracker:
 
     def _after_step(self, *_: object) -> None:
         for table, weight in self._weights.items():
-            touched = _touched_rows(table, weight)
+            touched = _touched_rows(table, weight, self._optimizer)
             if touched is not None:
                 held = self._touched.get(table)
                 self._touched[table] = touched if held is None else held.merged(touched)
@@ -164,13 +212,26 @@ class Tracker:
         self._publish()
 
     def _publish(self) -> int:
-        """Publish what is due. Nothing is forgotten before the node has stored it."""
+        """Publish what is due, after what was restored is loaded."""
+        try:
+            stamp = self._publish_due()
+        except ModelError:
+            if self.reload() == Reloaded({}):
+                raise  # it is refused for another reason, or the rollback is not over
+            stamp = self._publish_due()
+        if getattr(self._publisher, "has_restored", False):  # it waited for the end of one
+            self.reload()
+        return stamp
+
+    def _publish_due(self) -> int:
+        """Nothing is forgotten before the node has stored it."""
         if not self._touched and not self._dense_due:
             return self._stamp
         with self._publisher.step() as step:
             for table, touched in self._touched.items():
                 rows = _rows(self._weights[table], touched.ids)
-                step.publish(table, _keys(touched.ids), rows, touched.significance.cpu().numpy())
+                weights = touched.significance.cpu().numpy() if self._says_significance else None
+                step.publish(table, _keys(touched.ids), rows, weights)
             if self._dense_due:
                 for name, value in self._dense.items():
                     step.publish_dense(name, value.detach().cpu().numpy())
@@ -196,20 +257,24 @@ class _Touched:
         return _Touched(ids, total.index_add_(0, place, torch.cat([self.significance, newer.significance])))
 
 
-def _touched_rows(table: str, weight: nn.Parameter) -> _Touched | None:
+def _touched_rows(table: str, weight: nn.Parameter, optimizer: Optimizer) -> _Touched | None:
     """The rows that this step's gradient touches.
 
     Raises:
-        ModelError: the gradient is dense after all, so it does not say which rows changed.
+        ModelError: the gradient is dense after all, and the optimizer then changes rows without one, too.
     """
     gradient = weight.grad
     if gradient is None:
         return None
     if not gradient.is_sparse:
-        raise ModelError(
-            f"the gradient of table {table!r} is dense: its weight is also used outside of nn.Embedding(sparse=True); "
-            "in this version only sparse gradients can be tracked"
-        )
+        if not isinstance(optimizer, LEAVES_ZERO_GRADIENTS):
+            raise ModelError(
+                f"the gradient of table {table!r} is dense: its weight is also used outside of nn.Embedding(sparse=True), and "
+                f"{type(optimizer).__name__} changes rows that have no gradient: use Adagrad, RMSprop or SGD on it"
+            )
+        norms = gradient.detach().abs().sum(dim=1)
+        ids = norms.nonzero().reshape(-1)
+        return _Touched(ids, norms[ids]) if len(ids) else None
     gradient = gradient.detach().coalesce()
     ids, values = gradient.indices()[0], gradient.values()
     return _Touched(ids, values.abs().sum(dim=1)) if len(ids) else None
@@ -242,7 +307,7 @@ def _tracked_weights(
             raise ModelError(f"module {name!r} has rows of {weight.shape[1]} and table {table!r} has dim {known[table]}")
         if table in weights:
             raise ModelError(f"table {table!r} is named twice: give each module a table of its own")
-        _check_optimizer(name, weight, optimizer)
+        _check_optimizer(name, weight, optimizer, sparse=getattr(modules[name], "sparse", False))
         weights[table] = weight
     return weights
 
@@ -254,10 +319,6 @@ def _table_weight(name: str, modules: Mapping[str, nn.Module]) -> nn.Parameter:
     module = modules[name]
     if not isinstance(module, nn.Embedding):
         raise ModelError(f"module {name!r} is a {type(module).__name__}: only nn.Embedding can be tracked in this version")
-    if not module.sparse:
-        raise ModelError(
-            f"module {name!r} has dense gradients, which do not say which rows changed: make it nn.Embedding(..., sparse=True)"
-        )
     if module.max_norm is not None:
         raise ModelError(f"module {name!r} has max_norm, which changes rows outside of optimizer.step(): track it without")
     if module.weight.dtype != torch.float32:
@@ -268,8 +329,13 @@ def _table_weight(name: str, modules: Mapping[str, nn.Module]) -> nn.Parameter:
     return weight
 
 
-def _check_optimizer(name: str, weight: nn.Parameter, optimizer: Optimizer) -> None:
+def _check_optimizer(name: str, weight: nn.Parameter, optimizer: Optimizer, *, sparse: bool) -> None:
     """Refuse an optimizer that does not train the table, or that changes rows without a gradient."""
+    if not sparse and not isinstance(optimizer, LEAVES_ZERO_GRADIENTS):
+        raise ModelError(
+            f"module {name!r} has dense gradients, with which {type(optimizer).__name__} also changes rows that have none: "
+            "make it nn.Embedding(..., sparse=True), or use Adagrad, RMSprop or SGD on it"
+        )
     group = next((group for group in optimizer.param_groups if any(value is weight for value in group["params"])), None)
     if group is None:
         raise ModelError(f"the optimizer does not have the weight of module {name!r}: pass it model.parameters()")

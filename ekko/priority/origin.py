@@ -39,6 +39,10 @@ from p2p.replica import RowColumns
 SHARE_MIN: Final = 1 / 64
 
 _LARGEST: Final = np.float32(3e38)
+_NO_MOVEMENT: Final = np.empty(0, np.float32)
+_LEAST, _SIGNIFICANT, _MOST = (np.float32(one) for one in (classes.LEAST, classes.SIGNIFICANT, classes.MOST))
+# Of rows at which nobody looked: there is a version, whichever.
+_SOME_VERSION: Final = np.uint64(1)
 
 
 class Priorities:
@@ -94,6 +98,8 @@ class ModelPriority:
         self._means: dict[str, RecentMean] = {}
         self._created = KeyMemory()  # seconds of the clock below
         self._drifted = KeyMemory()  # since a row was last significant; only for formulas that are told
+        # The built-in formula asks how far a row moves only where nobody says how much that matters.
+        self._looks = settings.formula != "significance"
         self._begun_ms = 0
         self._rows = 0
         self._significant = 0
@@ -126,27 +132,26 @@ class ModelPriority:
         significant = weighed >= classes.SIGNIFICANT
         self._rows += weighed.size
         self._significant += int(np.count_nonzero(significant))
-        if self._remembers_drift:
+        if self._looks:
             self._drifted.note(section.table, section.keys, np.where(significant, np.float32(0), updates.drift))
         return RowColumns(section.table, section.keys, section.rows, section.stamps, weighed)
-
-    @property
-    def _remembers_drift(self) -> bool:
-        return self._settings.formula != "significance"
 
     def _updates(self, section: RowColumns, said: F32 | None, now: Now) -> Updates:
         """What the formula is told."""
         table, keys = self._model.tables_by_id[section.table], section.keys
-        moved, before = table.movement(keys, section.rows)
-        moved = np.fmin(moved, _LARGEST)  # another client may have sent rows with NaN or infinity
-        kind = "dense" if section.table == DENSE_SPEC.id else "moved"
-        relative = self._relative(kind, moved, now.monotonic_ms)
-        significance = relative if said is None else self._significance(said, relative, now.monotonic_ms)
+        if said is not None and not self._looks and not np.isnan(said).any():
+            relative, before = _NO_MOVEMENT, table.present(keys) * _SOME_VERSION
+            significance = self._relative("said", said, now.monotonic_ms)
+        else:
+            moved, before = table.movement(keys, section.rows)
+            moved = np.fmin(moved, _LARGEST)  # another client may have sent rows with NaN or infinity
+            relative = self._relative("dense" if section.table == DENSE_SPEC.id else "moved", moved, now.monotonic_ms)
+            significance = relative if said is None else self._significance(said, relative, now.monotonic_ms)
         age_s = self._age_s(section, before, now.monotonic_ms)
         settings = self._settings
         freshness = np.float32(settings.fresh_weight) * np.exp2(-age_s / np.float32(settings.fresh_half_life_s))
         drift = relative
-        if self._remembers_drift:
+        if self._looks:
             drift = relative + self._drifted.recall(section.table, keys, 0.0)
         name = self._model.spec.name
         given = (significance, freshness, age_s, relative, drift, before)
@@ -174,11 +179,13 @@ class ModelPriority:
         now_s = (now_ms - self._begun_ms) / 1000
         live = len(section.rows)
         age_s = np.float32(now_s) - self._created.recall(section.table, section.keys, -np.inf)
-        new = np.flatnonzero(before[:live] == 0)
+        new = np.flatnonzero((before[:live] == 0) | np.isnan(age_s[:live]))
         if new.size:
             self._created.note(section.table, section.keys[new], np.full(new.size, now_s, np.float32))
             age_s[new] = 0
-        age_s[live:] = np.inf  # what is deleted is not fresh, whenever it was created
+        if live < age_s.size:  # not fresh, whenever it was created; and when it comes back, it is created anew
+            self._created.note(section.table, section.keys[live:], np.full(age_s.size - live, np.nan, np.float32))
+            age_s[live:] = np.inf
         return age_s
 
     def picture(self, share: float) -> PriorityPicture:
@@ -209,5 +216,5 @@ def class_of(logarithms: F32, threshold: float | None) -> NDArray[np.uint8]:
     if threshold is None:
         return np.full(logarithms.size, classes.NOT_KNOWN, np.uint8)
     relative = np.rint((logarithms - np.float32(threshold)) * classes.PER_DOUBLING)
-    clipped: F32 = np.clip(relative + classes.SIGNIFICANT, classes.LEAST, classes.MOST)
-    return clipped.astype(np.uint8)
+    bounded: F32 = np.minimum(np.maximum(relative + _SIGNIFICANT, _LEAST), _MOST)
+    return bounded.astype(np.uint8)

@@ -292,6 +292,10 @@ class Table:
             with suppress(MemoryFullError):  # all rows are stored; a full memory counts when the next index is needed
                 self._grow_index(inserted)
 
+    def present(self, keys: U64) -> NDArray[np.bool_]:
+        """bool[n]: whether there is a version of each key, if only that it is deleted."""
+        return self._slots_of(keys) >= 0
+
     def movement(self, keys: U64, data: U8) -> tuple[NDArray[np.float32], U64]:
         """How far rows are from what is stored, before they are applied.
 

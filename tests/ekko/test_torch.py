@@ -220,11 +220,43 @@ def test_a_step_without_gradients_of_tables_publishes_nothing() -> None:
 
 def test_a_gradient_that_turns_dense_is_refused() -> None:
     model, publisher = Toy(), recorder()
-    optimizer = adagrad(model)
-    ekko.torch.track(model, optimizer, publisher, TABLES)
+    optimizer = torch.optim.SparseAdam([model.user.weight, model.item.weight])
+    tracker = ekko.torch.track(model, optimizer, publisher, TABLES)
     (model(torch.tensor([1]), torch.tensor([1])) + model.user.weight.sum()).backward()
-    with pytest.raises(ModelError, match="gradient of table 'users' is dense"):
-        optimizer.step()
+    with pytest.raises(ModelError, match=r"gradient of table 'users' is dense.* SparseAdam changes rows that have no gradient"):
+        tracker._after_step()  # SparseAdam itself refuses it, too
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_dense_gradients_say_which_rows_they_touch(kind: Any, sparse: bool) -> None:
+    if sparse and kind is torch.optim.RMSprop:
+        pytest.skip("takes dense gradients only")
+    model, publisher = Toy(sparse=sparse), recorder()
+    model.user.sparse = sparse
+    optimizer = kind(model.parameters(), lr=0.1)
+    ekko.torch.track(model, optimizer, publisher, TABLES)
+    before = model.item.weight.detach().clone()
+    train(model, optimizer, [3, 3, 5], [7, 7, 1])
+    gradient = model.item.weight.grad.to_dense()
+    [step] = publisher.steps
+    assert {table: set(rows) for table, rows in step.rows.items()} == {"users": {3, 5}, "items": {7, 1}}
+    assert step.significance["items"] == pytest.approx({key: gradient[key].abs().sum().item() for key in (1, 7)})
+    changed = (model.item.weight != before).any(dim=1).nonzero().reshape(-1)
+    assert changed.tolist() == [1, 7]
+    train(model, optimizer, [2], [4])
+    assert set(publisher.steps[1].rows["items"]) == {4}
+
+
+def test_significance_may_be_left_to_the_node() -> None:
+    model, publisher = Toy(), recorder()
+    optimizer = adagrad(model)
+    ekko.torch.track(model, optimizer, publisher, TABLES, significance="change")
+    train(model, optimizer, [3], [7])
+    assert set(publisher.steps[0].rows["users"]) == {3}
+    assert publisher.steps[0].significance == {}
+    with pytest.raises(ModelError, match="significance is 'loss': expected 'gradient' or 'change'"):
+        ekko.torch.track(model, optimizer, publisher, TABLES, significance="loss")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -235,7 +267,6 @@ def test_a_gradient_that_turns_dense_is_refused() -> None:
         pytest.param({}, {"item": "item"}, "unknown table 'item': the publisher has 'users', 'items'", id="no-table"),
         pytest.param({}, {"item": "items", "user": "items"}, "'items' is named twice", id="one-table-twice"),
         pytest.param({}, {}, "tables is empty", id="empty"),
-        pytest.param({"sparse": False}, TABLES, "'item' has dense gradients", id="dense"),
         pytest.param({"max_norm": 1.0}, TABLES, "'item' has max_norm", id="max-norm"),
         pytest.param({"dtype": torch.float64}, TABLES, "'item' has dtype torch.float64", id="dtype"),
     ],
@@ -246,6 +277,12 @@ def test_what_cannot_be_tracked_is_refused_by_name(options: dict[str, object], t
     with pytest.raises(ModelError, match=complaint):
         ekko.torch.track(model, optimizer, publisher, tables)
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_dense_gradients_with_an_optimizer_that_moves_other_rows_are_refused() -> None:
+    model = Toy(sparse=False)
+    with pytest.raises(ModelError, match=r"'item' has dense gradients, with which Adam also changes rows that have none"):
+        ekko.torch.track(model, torch.optim.Adam(model.parameters()), recorder(), TABLES)
 
 
 def test_another_width_is_refused() -> None:

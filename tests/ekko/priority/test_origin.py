@@ -155,6 +155,18 @@ def test_a_new_key_is_significant_and_ages() -> None:
     assert origin.publish([ROWS + 1], full(1, 0.002))[0] >= SIGNIFICANT, "it is created again"
 
 
+def test_keys_are_new_also_where_the_publisher_says_what_matters() -> None:
+    origin = begun(PrioritySettings(fresh_weight=8.0, fresh_half_life_s=10))
+    said = np.random.default_rng(4).exponential(1, 1_000)
+    for _ in range(3):
+        origin.publish(np.arange(1_000), full(1_000), said)
+    assert origin.publish([ROWS + 1], full(1), [0.01])[0] >= SIGNIFICANT
+    origin.ms += 60_000
+    assert origin.publish([ROWS + 1], full(1), [0.01])[0] < SIGNIFICANT
+    origin.publish([ROWS + 1], full(0), [0.01])
+    assert origin.publish([ROWS + 1], full(1), [0.01])[0] >= SIGNIFICANT, "it was deleted meanwhile"
+
+
 def test_a_delete_counts_as_the_way_to_zero() -> None:
     origin = begun()
     origin.publish([1], full(1, 1000.0))
