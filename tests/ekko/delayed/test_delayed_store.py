@@ -8,13 +8,12 @@ import pytest
 
 from ekko.delayed import store as delayed_store
 from ekko.delayed.history import BLURS_MAX, History, cut_of, unix_ms_of_cut
-from ekko.delayed.past import DelayedPast
 from ekko.delayed.store import DelayedStore
 from ekko.errors import ModelError, StoreError
 from ekko.generations import Generation
 from ekko.model import DENSE_DIM, DENSE_SPEC, ModelSpec, TableSpec, TensorSpec, table_id
 from ekko.rollback.diff import differences
-from ekko.rollback.past import Past
+from ekko.rollback.past import DelayedPast, Past
 from ekko.rollback.plan import PlanBatch
 from ekko.rollback.scope import Scope
 from ekko.store import Store
