@@ -4,6 +4,7 @@ What the older state and the log say of any moment that is said to be known exac
 """
 
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -17,6 +18,7 @@ from ekko.store import Store
 from p2p import outbox, wire
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
+from tests.p2p.backlog_chaos import little_credit
 
 CALM = NetworkOptions()
 FAULTS = NetworkOptions(1, 30, 40, loss_probability=0.08, repeat_probability=0.1, reorder_probability=0.2)
@@ -149,10 +151,14 @@ def disturb(witnessed: Witnessed, step: int, rng: random.Random, *, lossy: bool)
             witnessed.open()
 
 
-def moments_are_told_exactly(seed: int, folder: Path, *, lossy: bool = False) -> Witnessed:
-    """One run; raises AssertionError where what is told is not what was."""
+def moments_are_told_exactly(seed: int, folder: Path, *, lossy: bool = False, busy: bool = False) -> Witnessed:
+    """One run; raises AssertionError where what is told is not what was. `busy`: links are full, and coalesce."""
     rng = random.Random(seed)
-    with mock.patch.object(wire, "BATCH_BYTES_MAX", 150), mock.patch.object(outbox, "CHUNK_BYTES_MAX", 300):
+    with (
+        little_credit(400) if busy else nullcontext(),
+        mock.patch.object(wire, "BATCH_BYTES_MAX", 150),
+        mock.patch.object(outbox, "CHUNK_BYTES_MAX", 300),
+    ):
         witnessed = form(seed, folder)
         cluster = witnessed.cluster
         cluster.run(4_000)
@@ -184,4 +190,6 @@ def moments_are_told_exactly(seed: int, folder: Path, *, lossy: bool = False) ->
         witnessed.check_older()
         witnessed.check(end_ms)
         assert witnessed.checked > 1, "there was nearly nothing to check"
+        claims = sum(node.machine.counters.backlog_claims for node in cluster.nodes.values() if node.machine is not None)
+        assert claims or not busy, "no link was so full that it coalesced"
     return witnessed

@@ -18,6 +18,11 @@ def test_so_they_are_after_a_loss(seed: int, tmp_path: Path) -> None:
     moments_are_told_exactly(seed, tmp_path, lossy=True)
 
 
+@pytest.mark.parametrize("seed", [0, 2])
+def test_so_they_are_where_links_are_full_and_coalesce(seed: int, tmp_path: Path) -> None:
+    moments_are_told_exactly(seed, tmp_path, busy=True)
+
+
 def expect_caught(tmp_path: Path, *, lossy: bool = False) -> None:
     for seed in range(8):
         try:
