@@ -36,9 +36,10 @@ COLLECT_MS = 10_000
 TOUCHED_MAX = 4_096
 
 
-# What becomes of batches that find no credit: their rows are kept as due (`p2p.backlog`), or they are not sent, and pulled.
-STATE, NONE = "state", "none"
-OUTBOXES = (STATE, NONE)
+# What becomes of batches that find no credit: their rows are kept as due (`p2p.backlog`); they are not sent, and pulled; or
+# they wait in order, without any bound. The last two are for comparison.
+STATE, NONE, FIFO = "state", "none", "fifo"
+OUTBOXES = (STATE, NONE, FIFO)
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,10 @@ class Link:
             return False
         return self.bucket is None or self.bucket.has_tokens()
 
+    def takes_ms(self, payload_bytes: int) -> float:
+        """For how long a message uses up what the budget brings; 0 without one."""
+        return 0.0 if self.bucket is None else payload_bytes / self.bucket.rate
+
     def piece_bytes(self, most: int) -> int:
         """How large a message should be that may be of any size up to `most`."""
         if self.bucket is None:

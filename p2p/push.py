@@ -8,6 +8,7 @@ within a bound (`p2p.waiting`); beyond it the child sees a gap and pulls. Push m
 
 import itertools
 from collections.abc import Sequence
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from p2p.allotment import Allotment
 from p2p.backlog import STATE_SINCE
 from p2p.budget import CLAIM_BYTES
 from p2p.classes import significant_by_step, significant_rows
-from p2p.core import STATE, Core, Keyspace
+from p2p.core import FIFO, STATE, Core, Keyspace
 from p2p.cutting import split_step
 from p2p.errors import FullError, LocalProtocolError, RemoteProtocolError, UnknownTableError
 from p2p.groups import Group, Step, join
@@ -31,11 +32,13 @@ from p2p.replica import RowColumns, WriterIdentity
 from p2p.stamps import check_not_ahead
 from p2p.state_mode import StateMode
 from p2p.trees import TREES_MAX, Trees
-from p2p.waiting import SHORT_BYTES_MAX, WAITING_CREDITS_MAX, WaitingBatch
+from p2p.waiting import SHORT_BYTES_MAX, SHORT_MS_MAX, SHORT_RATED_MS_MAX, WAITING_CREDITS_MAX, WaitingBatch
 
 # An idle writer says "nothing since" this often; it bounds how stale a node must assume itself to be, and how long the loss
 # of the very last batch goes unnoticed.
 IDLE_BEAT_MS = 200
+# A batch that uses up what a budget brings in so long does not pass whole: what matters more would wait behind it.
+PASS_MS_MAX = 200
 # Batches remembered to recognise repeats while views differ: 16 s of 1,000 batches a second.
 SEEN_MAX = 16_384
 
@@ -372,6 +375,8 @@ class Push:
                 continue
             if self.state_mode.active and self.state_mode.takes(link, keyspace):
                 continue  # its rows are due there once they are applied
+            if link.takes_ms(batch.payload_bytes) > PASS_MS_MAX and self.state_mode.enter(link, keyspace, "a batch is large"):
+                continue
             if not link.waiting and link.has_credit():
                 self._send(link, one)
             elif not self._let_wait(link, keyspace, one):
@@ -383,8 +388,10 @@ class Push:
         core, line = self._core, link.waiting
         knows = core.options.outbox == STATE and link.version >= STATE_SINCE
         if not knows:
-            return line.add(one, WAITING_CREDITS_MAX * link.credit_bytes, core.now_ms)
-        if not line.is_overdue(core.now_ms) and line.add(one, SHORT_BYTES_MAX, core.now_ms):
+            credits_max = inf if core.options.outbox == FIFO else WAITING_CREDITS_MAX
+            return line.add(one, credits_max * link.credit_bytes, core.now_ms)
+        short_ms = SHORT_MS_MAX if link.bucket is None else SHORT_RATED_MS_MAX
+        if not line.is_overdue(core.now_ms, short_ms) and line.add(one, SHORT_BYTES_MAX, core.now_ms):
             return True
         return self.state_mode.enter(link, keyspace, "a batch found no credit")
 

@@ -9,6 +9,7 @@ sent; the child sees a gap and pulls.
 
 from collections import deque
 from dataclasses import dataclass, field
+from math import inf
 
 from p2p import messages as m
 
@@ -18,6 +19,8 @@ WAITING_MESSAGES_MAX = 4_096
 # Before state mode it is short: what waits here is sent in order, whatever matters more, and whole, whatever changed since.
 SHORT_BYTES_MAX = 8 << 20
 SHORT_MS_MAX = 150
+# Where a rate is set it is known when there will be credit: nothing is gained by waiting longer.
+SHORT_RATED_MS_MAX = 50
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,15 +42,15 @@ class WaitingLine:
     def __len__(self) -> int:
         return len(self.batches)
 
-    def is_overdue(self, now_ms: int) -> bool:
-        """Whether there has been no credit for all for too long."""
-        return bool(self.batches) and now_ms - self.since_ms >= SHORT_MS_MAX
+    def is_overdue(self, now_ms: int, ms_max: int) -> bool:
+        """Whether there has been no credit for all for so long."""
+        return bool(self.batches) and now_ms - self.since_ms >= ms_max
 
-    def add(self, one: WaitingBatch, bytes_max: int, now_ms: int) -> bool:
-        """Let one more wait; False when there is no room. The last one may overshoot."""
+    def add(self, one: WaitingBatch, bytes_max: float, now_ms: int) -> bool:
+        """Let one more wait; False when there is no room. The last one may overshoot; without a bound there is always room."""
         if not self.batches:
             self.since_ms = now_ms
-        if self.bytes >= bytes_max or len(self.batches) >= WAITING_MESSAGES_MAX:
+        if self.bytes >= bytes_max or (len(self.batches) >= WAITING_MESSAGES_MAX and bytes_max < inf):
             return False
         self.batches.append(one)
         self.bytes += one.batch.payload_bytes

@@ -48,6 +48,7 @@ KEYS = {
     "membership": {"detect_s_100", "detect_s_100_loss_50pct", "false_suspicions", "idle_bytes_per_s"},
     "health": {"false_alarms_auc", "false_alarms_log_loss", "level", "streams", "windows", "delays"},
     "latency": {"p50_ms", "p99_ms", "wan_excess_p99_ms"},
+    "congestion": {"at", "real", "lag_bounded", "significant_p99_ratio_8", "fifo_p99_ratio_8", "bytes_saved_8", "return_ratio"},
     "ablation": {"mean_ms", "p99_ms", "max_ms", "hostile"},
     "scale": {"nodes", "missed", "redundancy_max", "redundancy_loss_1pct_max", "region_bytes_ratio_max", "busiest_to_mean_max"},
     "sync-cost": {"ratio_10m_to_1m", "vs_scan", "metadata_bytes_per_row", "memory_bytes_per_row"},
@@ -80,6 +81,10 @@ def test_quick(name: str) -> None:
         assert figures["slots_reused"] > 10_000
         assert figures["stamps_back"] == 0
         assert figures["rows_read"] > 100_000
+    if name == "congestion":
+        assert figures["replicas_equal"] == 1
+        assert figures["significant_p99_ratio_8"] < figures["fifo_p99_ratio_8"]
+        assert figures["bytes_saved_8"] > 0.5
     if name == "dissemination":
         cells = {(cell["side"], cell["role"]): cell["cpu_ms_per_batch"] for cell in figures["cpu"]}
         assert all(value > 0 for value in cells.values())

@@ -70,6 +70,21 @@ class Delays:
         """Updates that some replica does not show yet."""
         return int((self._shown[: self._count] < self._replicas).sum())
 
+    def rows_behind(self) -> int:
+        """Rows of which some replica does not show the newest version yet."""
+        last = self._newest[self._newest >= 0]
+        return int((self._shown[last] < self._replicas).sum())
+
+    def oldest_ms(self, now_ms: float) -> float:
+        """For how long the oldest update has been there that some replica does not show; 0 without one."""
+        waiting = self._shown[: self._count] < self._replicas
+        return now_ms - float(self._committed_ms[: self._count][waiting.argmax()]) if waiting.any() else 0.0
+
+    def times(self) -> tuple[F64, F64]:
+        """When each update was committed, in that order, and when every replica showed it; infinite: not yet."""
+        shown = self._shown[: self._count] >= self._replicas
+        return self._committed_ms[: self._count].copy(), np.where(shown, self._visible_ms[: self._count], np.inf)
+
     def summary(self, begin_ms: float, end_ms: float, now_ms: float) -> Summary:
         """Of the updates that were committed between `begin_ms` and `end_ms`."""
         committed = self._committed_ms[: self._count]

@@ -1,6 +1,7 @@
 """Budgets between regions: tokens hold the rate, nodes share it fairly, the machine comes back when there are some again."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from p2p import links, wire
 from p2p import messages as m
 from p2p.budget import ALL, BURST_MS, CLAIM_BYTES, MESSAGE_BYTES, RATE_MIN, Bucket, Budgets, demand, fair_share
+from p2p.core import FIFO
 from p2p.errors import RemoteProtocolError
 from p2p.links import Link
+from p2p.machine import Machine
 from p2p.round_trip import RTT_MS_ASSUMED, RTT_MS_MIN, RTT_WINDOW_MS, RoundTrip
 from sim_cluster.checkers import Watch
 from sim_cluster.network import LinkOptions, NetworkOptions
@@ -242,9 +245,9 @@ def test_updates_between_regions_keep_to_the_rate_and_to_a_new_one_at_once() -> 
     assert 8 * 5_000 * 0.6 < crossing.total(middle_s, end_s) < 8 * 5_000 * 1.1 + 10_000
     machine = cluster.nodes["train-0"].machine
     assert machine is not None
-    assert any(link.waiting for link in machine._core.links.values())
+    assert machine._state_mode.rows_max()
     cluster.set_rate("eu", "us", None)
-    assert not any(link.waiting for link in machine._core.links.values()), "what waits leaves when there is no limit any more"
+    assert not machine._state_mode.rows_max(), "what waits leaves when there is no limit any more"
     watch = Watch(cluster)
     assert cluster.run_until(lambda: not watch.missed(), 5_000)
 
@@ -295,6 +298,43 @@ def test_the_bucket_of_the_receiver_gets_back_what_compressing_saved() -> None:
     assert (bucket.used, bucket.level) == (used - 90_000, level + 90_000)
     machine.handle(m.SentSmaller(12345, 90_000), cluster.now())
     assert bucket.used == used - 90_000
+
+
+def test_a_batch_that_would_keep_a_narrow_link_busy_for_long_goes_as_rows() -> None:
+    cluster = cluster_of()
+    cluster.publish("train-0", "item", list(range(300)), 1.0)
+    cluster.run(1_000)
+    cluster.set_rate("eu", "us", 10_000)
+    machine, crossing, begin_s = cluster.nodes["train-0"].machine, Crossing(cluster), cluster.now_ms // 1_000
+    assert machine is not None
+    cluster.publish("train-0", "item", list(range(300)), 2.0)  # 7 KB and more: 0.7 s
+    assert machine.counters.backlogs_begun == 1
+    cluster.run(1_500)
+    watch = Watch(cluster)
+    assert not watch.missed()
+    assert crossing.total(begin_s, begin_s + 1) < 12_000
+    cluster.run(1_500)
+    assert machine.counters.backlogs_ended == 1
+    cluster.publish("train-0", "item", [1], 3.0)
+    assert machine.counters.backlogs_begun == 1, "a small one passes"
+
+
+def test_a_log_keeps_every_batch_in_order_and_nobody_pulls() -> None:
+    cluster = VirtualCluster(3, WAN, capacity_rows=4_096, make_machine=lambda o, *rest: Machine(replace(o, outbox=FIFO), *rest))
+    cluster.add("train-0", "eu", "train")
+    for number in range(2):
+        cluster.add(f"us-{number}", "us", seeds=["train-0"])
+    cluster.run(3_000)
+    cluster.set_rate("eu", "us", 20_000)
+    load(cluster, 4)
+    machine = cluster.nodes["train-0"].machine
+    assert machine is not None
+    assert max(len(link.waiting) for link in machine._core.links.values()) > 10
+    cluster.set_rate("eu", "us", None)
+    watch = Watch(cluster)
+    assert cluster.run_until(lambda: not watch.missed(), 5_000)
+    assert machine.counters.batches_skipped == 0
+    assert machine.counters.pulls_served <= 2, "of those who joined"
 
 
 def test_what_another_region_says_it_wants_means_nothing() -> None:

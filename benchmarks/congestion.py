@@ -1,0 +1,225 @@
+"""`congestion`: links between regions that carry less than is published, with the scheduler, without it, and with a plain log.
+
+The same load (`benchmarks.congested.load`) at 100, 50, 20, 8 and 4 % of the bandwidth that it needs; k = 99. In virtual time
+(`benchmarks.congested.virtual`) and on real nodes behind the kernel's token bucket (`benchmarks.congested.real`). A delay is
+the time from the commit of an update until the slowest replica shows it or a newer version of its row.
+
+    state   the product: rows leave by priority, their newest value is read when they are sent
+    none    what finds no credit is skipped, and the child pulls: the product without its scheduler
+    fifo    what finds no credit waits in a log without end, in order
+
+How to read it: `*_ratio` is the 99th percentile of the delay of significant updates (the top percent) over that of links that
+nothing fills; `lag` is the age of the oldest update that some replica does not show.
+"""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from benchmarks.congested import real, virtual
+from benchmarks.congested.lag import is_bounded
+from benchmarks.congested.load import Load
+from benchmarks.congested.virtual import Plan, Run
+
+TARGETS = {
+    "significant_p99_ratio_8": "<= 2",
+    "real_significant_p99_ratio_8": "<= 2",
+    "lag_bounded": ">= 1",
+    "return_ratio": "<= 2",
+    "replicas_equal": ">= 1",
+}
+SHARES, SHARES_QUICK = (100, 50, 20, 8, 4), (8,)
+SHARES_REAL, SHARES_REAL_QUICK = (100, 20, 8), ()
+OUTBOXES = ("state", "none", "fifo")
+GATED = 8  # percent
+NARROW_S, NARROW_S_QUICK = 40.0, 4.0
+MEASURED_S, MEASURED_S_QUICK = 25.0, 2.0
+LONG_S, LONG_S_QUICK = 600.0, 4.0
+RECOVER_S, RECOVER_S_QUICK = 60.0, 10.0
+REAL_S, REAL_SETTLE_S = 20.0, 5.0
+LOAD = Load(trace_s=LONG_S + RECOVER_S + 60)
+LOAD_QUICK = Load(rows=10_000, dim=32, updates_per_s=600.0, trace_s=40)
+LOAD_REAL = Load(updates_per_s=4_000.0, trace_s=400)
+# Where the plot goes; without this variable, a file beside other temporary ones.
+PLOTS = "EKKO_BENCH_PLOTS"
+
+Report = Callable[[str], None]
+
+
+def run(quick: bool) -> dict[str, object]:
+    """Everything; 8 % for four virtual seconds when quick."""
+    console = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
+
+        def report(state: str) -> None:
+            bar.update(task, description=state)
+
+        figures = _virtual(quick, report)
+        return figures | _long(quick, figures, report) | _real(quick, report)
+
+
+# --- in virtual time
+
+
+def _virtual(quick: bool, report: Report) -> dict[str, object]:
+    load, shares = (LOAD_QUICK, SHARES_QUICK) if quick else (LOAD, SHARES)
+    narrow_s, measured_s = (NARROW_S_QUICK, MEASURED_S_QUICK) if quick else (NARROW_S, MEASURED_S)
+    calm = _run(load, "state", None, Plan("state", None, 2.0, measured_s + 1, measured_s), report)
+    calm_p99_ms = calm.timeline.p99_ms(calm.begin_ms, calm.end_ms, significant=True)
+    demand = calm.crossed_bytes / measured_s
+    at: dict[str, dict[str, object]] = {}
+    runs: list[Run] = [calm]
+    for share in shares:
+        cell = at[str(share)] = {}
+        for outbox in OUTBOXES:
+            recover_s = 0.0 if outbox != "state" else RECOVER_S_QUICK if quick else RECOVER_S
+            rates = demand * share / 100, 2.0, narrow_s, measured_s, demand * virtual.WIDE
+            plan = Plan(outbox, *rates, recover_s)
+            done = _run(load, outbox, share, plan, report)
+            runs.append(done)
+            cell |= _cell(outbox, done, calm_p99_ms, demand * measured_s)
+            if outbox == "state":
+                cell |= _returned(done, demand * virtual.WIDE)
+    gated = at[str(GATED)]
+    returned = [cell["return_ratio"] for cell in at.values() if cell["return_ratio"] is not None]
+    return {
+        "significant_p99_ratio_8": gated["significant_p99_ratio"],
+        "fifo_p99_ratio_8": gated["fifo_p99_ratio"],
+        "none_p99_ratio_8": gated["none_p99_ratio"],
+        "bytes_saved_8": gated["bytes_saved"],
+        "return_ratio": max(returned, default=None),
+        "uncongested_p99_ms": calm_p99_ms,
+        "demand_bytes_per_s": demand,
+        "replicas_equal": int(all(one.equal for one in runs)),
+        "at": at,
+    }
+
+
+def _run(load: Load, outbox: str, share: int | None, plan: Plan, report: Report) -> Run:
+    what = f"virtual, {outbox}, {'uncongested' if share is None else f'{share} %'}"
+    done = virtual.run(load, plan, lambda state: report(f"{what}: {state}"))
+    p99_ms = done.timeline.p99_ms(done.begin_ms, done.end_ms, significant=True)
+    print(f"{what}: significant p99 {p99_ms:,.0f} ms, {done.modes}, {done.seconds:.0f} s", file=sys.stderr, flush=True)
+    return done
+
+
+def _cell(outbox: str, done: Run, calm_p99_ms: float, demand_bytes: float) -> dict[str, object]:
+    """Of one run, under the names of its outbox."""
+    ratio = done.timeline.p99_ms(done.begin_ms, done.end_ms, significant=True) / calm_p99_ms
+    lag_ms = done.timeline.lag_ms(done.narrow_ms, done.end_ms)[1]
+    if outbox != "state":
+        return {f"{outbox}_p99_ratio": ratio, f"{outbox}_lag_s": float(lag_ms.max()) / 1_000}
+    return {
+        "significant_p99_ratio": ratio,
+        "all_p99_ms": done.timeline.p99_ms(done.begin_ms, done.end_ms, significant=False),
+        "lag_s": float(lag_ms.max()) / 1_000,
+        "bytes_saved": 1 - done.crossed_bytes / demand_bytes,
+        "bytes_saved_told": done.saved_told / max(1.0, done.saved_told + done.crossed_bytes),
+    }
+
+
+def _returned(done: Run, wide_bytes_per_s: float) -> dict[str, object]:
+    """How long the return to normal took, over the time in which the backlog passes the wide link and travels to its end."""
+    transfer_ms = 1_000 * done.backlog_bytes / wide_bytes_per_s + max(virtual.DELAYS_MS.values())
+    ratio = None if done.recovered_ms is None else done.recovered_ms / transfer_ms
+    return {"return_ratio": ratio, "return_ms": done.recovered_ms, "backlog_bytes": done.backlog_bytes}
+
+
+# --- over ten virtual minutes
+
+
+def _long(quick: bool, figures: Mapping[str, object], report: Report) -> dict[str, object]:
+    """Lag at 8 % for ten minutes: bounded with the scheduler, growing with a log."""
+    load, long_s = (LOAD_QUICK, LONG_S_QUICK) if quick else (LOAD, LONG_S)
+    demand = figures["demand_bytes_per_s"]
+    assert isinstance(demand, float)
+    lags: dict[str, np.ndarray] = {}
+    for outbox in ("state", "fifo"):
+        plan = Plan(outbox, demand * GATED / 100, 2.0, long_s, long_s - 1)
+        done = _run(load, outbox, GATED, plan, report)
+        lags[outbox] = done.timeline.lag_ms(done.narrow_ms, done.end_ms)[1]
+    halves = {outbox: (lag[: len(lag) // 2].max(), lag[len(lag) // 2 :].max()) for outbox, lag in lags.items()}
+    return {
+        "lag_bounded": int(is_bounded(lags["state"])),
+        "lag_max_s": float(lags["state"].max()) / 1_000,
+        "fifo_lag_max_s": float(lags["fifo"].max()) / 1_000,
+        "fifo_lag_bounded": int(is_bounded(lags["fifo"])),
+        "lag_halves": [{"outbox": one, "first_s": a / 1_000, "second_s": b / 1_000} for one, (a, b) in halves.items()],
+        "plot": _plot(lags),
+    }
+
+
+def _plot(lags: Mapping[str, np.ndarray]) -> str:
+    """Draw it; where to, or why not."""
+    try:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return "not drawn: matplotlib is missing, pip install 'ekko[demo]'"
+    path = Path(os.environ.get(PLOTS, tempfile.gettempdir())) / "ekko-congestion-lag.png"
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for outbox, lag_ms in lags.items():
+        axes.plot(np.arange(len(lag_ms)), lag_ms / 1_000, label={"state": "scheduler", "fifo": "log"}[outbox])
+    axes.set(xlabel=f"seconds at {GATED} % of the bandwidth", ylabel="age of the oldest update on its way, s", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    return str(path)
+
+
+# --- real nodes
+
+
+def _real(quick: bool, report: Report) -> dict[str, object]:
+    shares: Sequence[int] = SHARES_REAL_QUICK if quick else SHARES_REAL
+    if not shares:
+        note = "not at this size: real nodes take minutes"
+        return {"real": {}, "real_significant_p99_ratio_8": None, "note_real_significant_p99_ratio_8": note}
+    cells: dict[str, dict[str, object]] = {str(share): {} for share in shares}
+    equal, late_ms = True, 0.0
+    for outbox in OUTBOXES:
+        with real.bed(LOAD_REAL, outbox) as bed:
+            report(f"real, {outbox}: uncongested")
+            bed.run(4.0, 30.0)
+            calm = bed.run(REAL_S, 30.0)
+            for share in shares:
+                report(f"real, {outbox}: {share} %")
+                bed.limit(calm.published_bytes_per_s * share / 100)
+                bed.run(REAL_SETTLE_S, 0.0)
+                done = bed.run(REAL_S, 3 * REAL_S)
+                late_ms = max(late_ms, done.late_ms)
+                cells[str(share)] |= _real_cell(outbox, done, calm)
+                text = f"real, {outbox}, {share} %: significant p99 {done.significant_p99_ms:,.0f} ms"
+                print(f"{text}, uncongested {calm.significant_p99_ms:,.0f} ms", file=sys.stderr, flush=True)
+                bed.settle()
+            equal = bed.settle() and equal
+    return {
+        "real_significant_p99_ratio_8": cells[str(GATED)]["significant_p99_ratio"],
+        "real_replicas_equal": int(equal),
+        "real_limited_by": real.how_limited(),
+        "real_late_wakeup_p99_ms": late_ms,
+        "real": cells,
+    }
+
+
+def _real_cell(outbox: str, done: real.Measured, calm: real.Measured) -> dict[str, object]:
+    ratio = done.significant_p99_ms / calm.significant_p99_ms
+    if outbox != "state":
+        return {f"{outbox}_p99_ratio": ratio}
+    return {
+        "significant_p99_ratio": ratio,
+        "significant_p99_ms": done.significant_p99_ms,
+        "uncongested_p99_ms": calm.significant_p99_ms,
+        "ordinary_p99_ms": float(np.percentile(done.ordinary_ms, 99)),
+        "bytes_saved": 1 - done.sent_bytes_per_s / calm.sent_bytes_per_s,
+    }
