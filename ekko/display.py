@@ -225,7 +225,9 @@ def _partitions(hold: list[int], partitions: int) -> str:
 
 def _peers(status: dict[str, Any]) -> Table:
     table = _table(
-        "Peers", "node", "rows in", "rows out", "bytes in", "bytes out", "in flight", "skipped", numbers=(1, 2, 3, 4, 5, 6)
+        "Peers",
+        *("node", "rows in", "rows out", "bytes in", "bytes out", "in flight", "skipped", "mode", "due", "oldest", "saved"),
+        numbers=(1, 2, 3, 4, 5, 6, 8, 9, 10),
     )
     for peer in status["peers"]:
         table.add_row(
@@ -236,6 +238,10 @@ def _peers(status: dict[str, Any]) -> Table:
             _size(peer["bytes_out"]),
             _size(peer["bytes_in_flight"]),
             f"{peer['batches_skipped']:,}",
+            "" if peer["mode"] == "pass-through" else f"[yellow]{peer['mode']}[/]",
+            f"{peer['backlog_rows']:,} rows, {_size(peer['backlog_bytes'])}" if peer["backlog_rows"] else "",
+            ", ".join(f"{band} {ms / 1000:,.1f} s" for band, ms in peer["oldest_ms"].items()),
+            _size(peer["bytes_saved"]) if peer["bytes_saved"] else "",
         )
     return table
 

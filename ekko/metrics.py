@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from ekko.health.verdicts import SEVERITY
 from ekko.priority.delays import KINDS, RowDelays
 from ekko.status import NodePicture
+from p2p.backlog import STATE_MODE
 from p2p.messages import BatchApplied
 from p2p.stamps import unix_ms_of
 
@@ -60,6 +61,14 @@ COUNTERS = {
     "ekko_batches_forwarded": ("Batches sent to peers.", "batches_forwarded"),
     "ekko_batches_skipped": ("Batches left to the pull: no credit, no link, or refused by the transport.", "batches_skipped"),
     "ekko_children_handed_over": ("Children of this busy node that were left to other children.", "children_handed_over"),
+    "ekko_backlogs_begun": ("Links that went into state mode, since a batch found no credit.", "backlogs_begun"),
+    "ekko_backlogs_ended": ("Links on which batches pass through again.", "backlogs_ended"),
+    "ekko_backlogs_again": ("Backlogs that were thrown away and selected again.", "backlogs_again"),
+    "ekko_backlogs_refused": ("Backlogs that were given up: the other end pulls.", "backlogs_refused"),
+    "ekko_backlog_claims": ("Claims made behind rows of a backlog.", "backlog_claims"),
+    "ekko_backlog_rows": ("Rows sent in order of priority.", "backlog_rows_sent"),
+    "ekko_backlog_bytes_saved": ("Rows that changed again while they were due, in backlogs that ended.", "backlog_bytes_saved"),
+    "ekko_feeds_spoiled": ("Backlogs towards this node of which something was not taken.", "feeds_spoiled"),
     "ekko_batches_repeated": ("Batches that had come before.", "batches_repeated"),
     "ekko_rows_written": ("Rows whose version advanced on this node.", "rows_written"),
     "ekko_rows_collected": ("Deleted and expired rows that were dropped for good.", "rows_collected"),
@@ -355,7 +364,26 @@ def _peers(picture: NodePicture) -> Iterator[Metric]:
             rows.add_metric([peer.node, peer.region, direction], row_count)
             size.add_metric([peer.node, peer.region, direction], byte_count)
         in_flight.add_metric([peer.node, peer.region], peer.bytes_in_flight)
-    yield from (rows, size, in_flight)
+    yield from (rows, size, in_flight, *_backlogs(picture))
+
+
+def _backlogs(picture: NodePicture) -> Iterator[Metric]:
+    """Of links in state mode."""
+    labels = ["peer", "region"]
+    mode = GaugeMetricFamily("ekko_peer_state_mode", "1 while rows go to it by priority, and not batches.", labels=labels)
+    rows = GaugeMetricFamily("ekko_peer_backlog_rows", "Rows that are due to it.", labels=labels)
+    size = GaugeMetricFamily("ekko_peer_backlog_bytes", "Bytes of these.", labels=labels)
+    saved = CounterMetricFamily("ekko_peer_bytes_saved", "Rows that changed again while they were due.", labels=labels)
+    oldest = GaugeMetricFamily("ekko_peer_oldest_seconds", "How long the oldest row has been due.", labels=[*labels, "band"])
+    for peer in picture.protocol.peers:
+        names = [peer.node, peer.region]
+        mode.add_metric(names, float(peer.mode == STATE_MODE))
+        rows.add_metric(names, peer.backlog_rows)
+        size.add_metric(names, peer.backlog_bytes)
+        saved.add_metric(names, peer.bytes_saved)
+        for band, ms in peer.oldest_ms.items():
+            oldest.add_metric([*names, band], ms / 1000)
+    yield from (mode, rows, size, saved, oldest)
 
 
 def _queues(picture: NodePicture) -> Iterator[Metric]:

@@ -37,6 +37,9 @@ from p2p.replica import U64, RowColumns, Selection
 
 Mask = NDArray[np.bool_]
 
+# What a link does with batches (`LinkMode.mode`).
+PASS_THROUGH, STATE_MODE = "pass-through", "state"
+
 # Since when the other end knows of it.
 STATE_SINCE = 2
 # Payload of one chunk, where no budget says less: what matters more waits behind one of them.
@@ -182,3 +185,35 @@ class Backlog:
                 known[:, column] = np.maximum(known[:, column], settled)  # both of us have all of it (R13)
         below = (replica.loss_floor[:, writers] > known).any(axis=1)
         return bool(below.any() if self.shards is None else (below & self.shards).any())
+
+
+@dataclass(frozen=True, slots=True)
+class LinkMode:
+    """How a link fares, for the operator: over all keyspaces."""
+
+    mode: str = PASS_THROUGH
+    since_ms: int = 0  # for how long it has been in state mode
+    rows: int = 0  # due, and not sent
+    bytes: int = 0
+    oldest_ms: tuple[
+        tuple[str, int], ...
+    ] = ()  # how long the oldest row has waited, by band: taken_back, significant, ordinary
+    bytes_saved: int = 0  # since the link is there: of rows that changed again while they waited
+
+
+def mode_of(backlogs: Sequence[Backlog], bytes_saved: int, now_ms: int) -> LinkMode:
+    """A picture of a link; `bytes_saved`: by backlogs that ended."""
+    if not backlogs:
+        return LinkMode(bytes_saved=bytes_saved)
+    oldest: dict[str, int] = {}
+    for backlog in backlogs:
+        for band, since_ms in backlog.due.since_ms().items():
+            oldest[band] = max(oldest.get(band, 0), now_ms - since_ms)
+    return LinkMode(
+        STATE_MODE,
+        now_ms - min(backlog.since_ms for backlog in backlogs),
+        sum(backlog.due.rows for backlog in backlogs),
+        sum(backlog.due.bytes for backlog in backlogs),
+        tuple(sorted(oldest.items())),
+        bytes_saved + sum(backlog.bytes_saved for backlog in backlogs),
+    )

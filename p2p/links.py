@@ -72,6 +72,7 @@ class Traffic:
     bytes_in: int = 0
     batches_skipped: int = 0  # not sent for want of credit, or refused by the transport
     sessions_broken: int = 0
+    bytes_saved: int = 0  # rows that changed again while they were due, in backlogs that ended
 
 
 @dataclass(slots=True)

@@ -327,6 +327,7 @@ class StateMode:
     def _forget(self, backlog: Backlog) -> None:
         boot, number = backlog.link.boot, backlog.keyspace.replica.keyspace
         self._core.counters.backlog_bytes_saved += backlog.bytes_saved
+        backlog.link.traffic.bytes_saved += backlog.bytes_saved
         backlog.keyspace.backlogs.pop(boot, None)
         self._of[boot].pop(number, None)
         if not self._of[boot]:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from p2p import groups, links, membership, push, reach, retirement, round_answers, wire
+from p2p import backlog, groups, links, membership, push, reach, retirement, round_answers, wire
 from p2p import messages as m
 from p2p.adoption import ENTRIES_MAX
+from p2p.backlog import mode_of
 from p2p.collection import Collection
 from p2p.core import Core, Keyspace
 from p2p.knowledge import OPEN_STEPS_MAX
@@ -37,7 +38,13 @@ class PeerStatus:
     bytes_out: int
     batches_skipped: int
     sessions_broken: int
-    rows_due: int
+    rows_due: int  # in answers to its pulls
+    mode: str  # of the link: "pass-through", or "state" (`p2p.backlog`)
+    mode_ms: int  # for how long it has been in state mode
+    backlog_rows: int  # due, and not sent
+    backlog_bytes: int
+    oldest_ms: dict[str, int]  # by band of classes: how long the oldest row has been due
+    bytes_saved: int  # by sending rows once that changed several times
     protocol_version: int
     holds: tuple[m.Holding, ...]  # of families of several partitions
 
@@ -119,7 +126,7 @@ def of_node(
         core.options.boot,
         core.writers.cluster,
         (introduced or core.first) and all(keyspace.synced for keyspace in keyspaces),
-        tuple(_of_peer(core, pulling, node, holding, now) for node in sorted(core.membership.members)),
+        tuple(_of_peer(core, pushing, pulling, node, holding, now) for node in sorted(core.membership.members)),
         keyspaces,
         _of_queues(core, pushing, pulling, reaching, collecting),
         core.options.protocol_version,
@@ -165,11 +172,13 @@ def _of_keyspace(core: Core, pulling: Pull, collecting: Collection, keyspace: Ke
     )
 
 
-def _of_peer(core: Core, pulling: Pull, node: str, holding: set[str], now: m.Now) -> PeerStatus:
+def _of_peer(core: Core, pushing: Push, pulling: Pull, node: str, holding: set[str], now: m.Now) -> PeerStatus:
     record = core.membership.members[node].record
     link = core.links.get(node)
     traffic = link.traffic if link is not None else links.Traffic()
     outbox = pulling.outboxes.get(node)
+    backlogs = [] if link is None else list(pushing.state_mode.of_link(link).values())
+    mode = mode_of(backlogs, traffic.bytes_saved, now.monotonic_ms)
     return PeerStatus(
         node,
         record.region,
@@ -186,6 +195,12 @@ def _of_peer(core: Core, pulling: Pull, node: str, holding: set[str], now: m.Now
         traffic.batches_skipped,
         traffic.sessions_broken,
         outbox.rows_due if outbox is not None else 0,
+        mode.mode,
+        mode.since_ms,
+        mode.rows,
+        mode.bytes,
+        dict(mode.oldest_ms),
+        mode.bytes_saved,
         record.protocol,
         record.holds,
     )
@@ -206,6 +221,7 @@ def _of_queues(core: Core, pushing: Push, pulling: Pull, reaching: Reach, collec
         QueueStatus("link_messages_in_flight", messages, links.CREDIT_MESSAGES_MAX),
         QueueStatus("link_bytes_waiting", waiting, WAITING_CREDITS_MAX * links.CREDIT_BYTES_MAX),
         QueueStatus("link_messages_waiting", lines, WAITING_MESSAGES_MAX),
+        QueueStatus("backlog_rows", pushing.state_mode.rows_max(), backlog.ROWS_MAX),
         QueueStatus("steps_held", held, wire.GROUP_STEPS_MAX),
         QueueStatus("step_bytes_held", held_bytes, groups.bytes_max()),
         QueueStatus("links", max(len(core.links), len(core.by_boot)), membership.MEMBERS_MAX),

@@ -7,8 +7,8 @@ from p2p import messages as m
 from sim_cluster.node import VirtualNode
 
 # Messages with rows.
-CARRIES_ROWS = (m.Batch, m.PullReply, m.ShardsReply)
-WithRows = m.Batch | m.PullReply | m.ShardsReply
+CARRIES_ROWS = (m.Batch, m.PullReply, m.ShardsReply, m.StateChunk)
+WithRows = m.Batch | m.PullReply | m.ShardsReply | m.StateChunk
 
 
 @dataclass(slots=True)
