@@ -24,7 +24,7 @@ def little_credit(bytes_max: int = 3_000, one_tree: int = trees.ONE_TREE_HOLDERS
     with (
         mock.patch.object(links, "CREDIT_BYTES_MAX", bytes_max),
         mock.patch.object(push, "SHORT_BYTES_MAX", bytes_max // 6),
-        mock.patch.object(state_mode, "CHUNK_BYTES_MAX", bytes_max // 10),
+        mock.patch.object(state_mode, "CHUNK_BYTES_MAX", bytes_max // 5),
         mock.patch.object(state_mode, "CALM_MS", 200),
         mock.patch.object(trees, "ONE_TREE_HOLDERS_MAX", one_tree),
         watched(),
@@ -142,7 +142,7 @@ def in_state_mode(cluster: VirtualCluster) -> list[str]:
     return found
 
 
-def pair(seed: int, rate: float = 2.0) -> VirtualCluster:
+def pair(seed: int, rate: float = 6.0) -> VirtualCluster:
     """A trainer and one node, whose link becomes narrow after they met."""
     cluster = VirtualCluster(seed, NetworkOptions(1, 5))
     cluster.collect_ms = 400
