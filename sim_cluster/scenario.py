@@ -43,13 +43,17 @@ KINDS: Final = {
     "generation": "a model is begun or written at it, an alias switched, as `amount` draws; at the end one drops it",
     "away": "its process is killed and away for so long that the others expel it; it is started again with its memory",
     "restore": "its memory is lost, and it is started again with what a snapshot has that was begun `for_ms` before",
+    "congested": "its region's links to other regions carry `amount` bytes a millisecond, each pair of nodes",
     "upgrade": "it has spoken protocol version 1 until now, is stopped, and started again in the newest one",
 }
 # Drawn behind the others, so that a seed's other faults are what they were before these kinds came.
-LATER_KINDS: Final = ("expel", "upgrade", "generation", "restore", "away")
+LATER_KINDS: Final = ("expel", "upgrade", "generation", "restore", "away", "congested")
 # Members are given up as dead after some 10 s; nobody is expelled before.
 EXPEL_MS_MIN: Final = 10_000
 RESTORE_MS: Final = 15_000
+# Bytes a millisecond of a congested pair of nodes; and for how long at least, so that a backlog builds up and drains.
+CONGESTED: Final = (2, 5, 15)
+CONGESTED_MS_MIN: Final = 4_000
 # Nobody comes back from a longer absence than so in virtual time: elsewhere members are not expelled by themselves.
 AWAY_MS_MAX: Final = 600_000
 NETWORK: Final = "network"  # the kind that stands for loss, delays and the like
@@ -252,6 +256,8 @@ def _draw_event(scenario: Scenario, kind: str, rng: random.Random) -> list[Fault
     if rng.random() < 1 / 6:
         for_ms, times = rng.randint(20, 1_500), rng.randint(3, 10)
         every_ms = for_ms + rng.randint(20, 1_500)
+    if kind == "congested":  # a few steps' worth a second, up to several times what is written
+        amount, for_ms, times = rng.choice(CONGESTED), for_ms + CONGESTED_MS_MIN, 1
     if kind == "expel":
         at_ms, for_ms, times = at_ms // 2, for_ms + EXPEL_MS_MIN, 1
     if kind == "restore":  # long enough that what is in the snapshot is deleted, and forgotten, meanwhile
@@ -424,7 +430,7 @@ def _events(item: Any, nodes: set[str]) -> list[FaultEvent]:
             raise ConfigError(f"[[faults]] node {name!r} does not exist: nodes are {', '.join(sorted(nodes)[:12])}")
     if other and kind != "one-way":
         raise ConfigError(f"[[faults]] {kind} of {node!r} has no other node: remove `other`, or use kind one-way")
-    amount = "amount" if kind in ("kill", HOLD, "expel", "generation") else "amount_ms"
+    amount = "amount" if kind in ("kill", HOLD, "expel", "generation", "congested") else "amount_ms"
     event = FaultEvent(
         int(1000 * section.number("at_s", 0.0, 0, 86_400)),
         kind,

@@ -7,7 +7,7 @@ published then reaches every node by push alone, once, and waits for it end.
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
@@ -29,7 +29,7 @@ from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION
 from sim_cluster import comings
 from sim_cluster.checkers import Watch
 from sim_cluster.meter import Meter
-from sim_cluster.network import NetworkOptions
+from sim_cluster.network import LinkOptions, NetworkOptions, pair_of
 from sim_cluster.node import VirtualNode
 from sim_cluster.scenario import BURST_MAX, FaultEvent, Faults, Scenario, Workload, draw_hold
 from sim_cluster.snapshots import Snapshot
@@ -78,7 +78,8 @@ def run_virtual(scenario: Scenario, seed: int, faults: Faults | None = None) -> 
     run = _Run(scenario, seed, faults if faults is not None else scenario.faults(seed))
     quick = quick_evictions(scenario.workload.room < 1)
     mortal = soon_expired(scenario.workload.ttl_s > 0)
-    with small_messages(run.faults.message_bytes_max), short_queues(run.faults.short_queues), quick, mortal:
+    narrow = little_credit(any(event.kind == "congested" for event in run.faults.events))
+    with small_messages(run.faults.message_bytes_max), short_queues(run.faults.short_queues), quick, mortal, narrow:
         problem = run.problem()
     cluster, meter = run.cluster, run.meter
     delays = sorted(meter.delays_ms)
@@ -127,6 +128,18 @@ def short_queues(wanted: bool) -> Iterator[None]:
         # Those that other modules have under the same name.
         (status, "OPEN_STEPS_MAX", 8),
         *((module, "STREAMS_MAX", 1) for module in (outbox, pull, pull_answers, round_answers, status)),
+    )
+    with _changed(changes if wanted else ()):
+        yield
+
+
+@contextmanager
+def little_credit(wanted: bool) -> Iterator[None]:
+    """Links have credit for some steps, so that what is narrower than what is written shows within a second."""
+    changes: tuple[tuple[ModuleType, str, int], ...] = (
+        (links, "CREDIT_BYTES_MAX", 8_000),
+        (push, "SHORT_BYTES_MAX", 2_000),
+        (state_mode, "CHUNK_BYTES_MAX", 2_000),
     )
     with _changed(changes if wanted else ()):
         yield
@@ -514,6 +527,10 @@ class _Run:
                     return
                 cluster.leave(event.node)
                 undo = lambda: self._start_again(event.node)  # noqa: E731
+            case "congested":
+                narrow = {pair: replace(old, rate_bytes_per_ms=event.amount) for pair, old in self._pairs(node)}
+                cluster.options = replace(cluster.options, links={**cluster.options.links, **narrow})
+                undo = lambda: self._widen(narrow)  # noqa: E731
             case "clock":
                 cluster.shift_clock(event.node, event.amount)
                 undo = lambda: cluster.shift_clock(event.node, -event.amount)  # noqa: E731
@@ -597,6 +614,18 @@ class _Run:
     def _start_again(self, name: str, keep_state: bool = True) -> None:
         if self.cluster.nodes[name].machine is None:  # the end of another fault may have come before
             self.cluster.restart(name, keep_state)
+
+    def _pairs(self, node: VirtualNode) -> list[tuple[str, LinkOptions]]:
+        """Of a node's region and others, with what they are like now."""
+        others = sorted({one.region for one in self.cluster.nodes.values()} - {node.region})
+        pairs = [pair_of(node.region, other) for other in others]
+        return [(pair, self.cluster.options.links.get(pair, LinkOptions())) for pair in pairs]
+
+    def _widen(self, narrow: Mapping[str, LinkOptions]) -> None:
+        """A congestion ends: its links are as wide as before all of them."""
+        usual = self.faults.network.links
+        links = {**self.cluster.options.links, **{pair: usual.get(pair, LinkOptions()) for pair in narrow}}
+        self.cluster.options = replace(self.cluster.options, links=links)
 
     def _links_of(self, event: FaultEvent) -> set[tuple[str, str]]:
         names = [name for name in self.cluster.nodes if name != event.node]

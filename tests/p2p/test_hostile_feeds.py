@@ -1,0 +1,136 @@
+"""What a peer may say of a backlog: it raises only `RemoteProtocolError`, changes nothing, and nobody believes it for long."""
+
+import contextlib
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+
+from p2p import feeds, wire
+from p2p import messages as m
+from p2p.errors import RemoteProtocolError
+from p2p.machine import Machine
+from p2p.replica import RowColumns
+from p2p.stamps import make_stamp, unix_ms_of
+from sim_cluster.checkers import Watch
+from sim_cluster.virtual import VirtualCluster
+from tests.p2p.backlog_chaos import backlog_of, fill, in_state_mode, little_credit, pair, settle
+
+NONE = np.empty(0, np.uint16)
+
+
+def fed(seed: int = 1) -> tuple[VirtualCluster, Machine, m.StateChunk]:
+    """A pair in state mode; the child's machine, and an honest chunk of it with a claim."""
+    cluster = pair(seed)
+    fill(cluster, 100, keys=100)
+    backlog, machine = backlog_of(cluster, "t1", "eu1"), cluster.nodes["eu1"].machine
+    assert backlog is not None
+    assert machine is not None
+    assert cluster.run_until(lambda: bool(backlog.request and feed_of(machine).request == backlog.request), 10_000)
+    (spec,) = [table for table in cluster.model.tables.values() if table.name == "item"]
+    stamp = make_stamp(unix_ms_of(backlog.keyspace.replica.stamp_max), 0, 0) | backlog.pairs.served[0][0]
+    rows = RowColumns(spec.id, np.array([5], np.uint64), np.zeros((1, spec.row_bytes), np.uint8), np.array([stamp], np.uint64))
+    until = np.array([[stamp]], np.uint64)
+    shards, writers = np.array([2], np.uint32), np.array([backlog.pairs.served[0][0]], np.uint16)
+    chunk = m.StateChunk(
+        cluster.model.id, backlog.request, False, (rows,), shards, writers, until, until[0], NONE, np.empty(0, np.uint64)
+    )
+    return cluster, machine, chunk
+
+
+def feed_of(machine: Machine) -> "feeds.Feed":
+    (keyspace,) = machine._core.keyspaces.values()
+    return next(iter(keyspace.feeds.values()))
+
+
+def receive(cluster: VirtualCluster, machine: Machine, message: m.Message, sequence: int | None = None) -> None:
+    """As the next message of the trainer's session."""
+    link = machine._core.links["t1"]
+    if sequence is None:
+        sequence = link._sequence_in + 1
+    envelope = m.Envelope(link.boot, machine._core.options.boot, link.session_in, sequence, 0, 2)
+    machine.handle(m.MessageReceived(envelope, message), cluster.now())
+
+
+def test_chunks_that_do_not_fit_are_refused_and_no_claim_behind_them_counts() -> None:
+    with little_credit(1_500):
+        cluster, machine, chunk = fed()
+        replica = cluster.nodes["eu1"].store.models["ctr"]
+        far = make_stamp(cluster.now().unix_ms + 10_000_000, 0, int(chunk.writers[0]))
+        (rows,) = chunk.columns
+        wrong = [
+            dataclasses.replace(chunk, shards=np.array([8], np.uint32)),
+            dataclasses.replace(chunk, columns=(dataclasses.replace(rows, table=99),)),
+            dataclasses.replace(chunk, columns=(dataclasses.replace(rows, rows=np.zeros((1, 3), np.uint8)),)),
+            dataclasses.replace(chunk, columns=(dataclasses.replace(rows, stamps=np.zeros(1, np.uint64)),)),
+            dataclasses.replace(chunk, until=np.array([[far]], np.uint64)),
+        ]
+        for one in wrong:
+            feed_of(machine).request = chunk.request
+            before = replica.vector.copy(), replica.frontier.copy()
+            with pytest.raises(RemoteProtocolError):
+                receive(cluster, machine, one)
+            receive(cluster, machine, chunk)
+            assert (replica.vector == before[0]).all()
+            assert (replica.frontier == before[1]).all()
+        settle(cluster, Watch(cluster))
+
+
+def test_chunks_of_other_questions_behind_holes_and_repeats_claim_nothing() -> None:
+    with little_credit(1_500):
+        cluster, machine, chunk = fed()
+        replica, link = cluster.nodes["eu1"].store.models["ctr"], machine._core.links["t1"]
+        before = replica.vector.copy(), replica.frontier.copy()
+        receive(cluster, machine, dataclasses.replace(chunk, request=chunk.request + 1))
+        receive(cluster, machine, dataclasses.replace(chunk, request=0))
+        receive(cluster, machine, dataclasses.replace(chunk, keyspace=77))
+        receive(cluster, machine, chunk, sequence=link._sequence_in)
+        receive(cluster, machine, chunk, sequence=link._sequence_in + 2)
+        receive(cluster, machine, chunk, sequence=link._sequence_in + 1)
+        assert (replica.vector == before[0]).all()
+        assert (replica.frontier == before[1]).all()
+        settle(cluster, Watch(cluster))
+
+
+def test_a_notice_of_nobody_in_need_is_forgotten_and_parents_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = pair(1)
+    machine = cluster.nodes["eu1"].machine
+    assert machine is not None
+    told = m.Backlogged(cluster.model.id, 1, True, 1, np.array([3], np.uint16), np.array([1], np.uint8))
+    link = machine._core.links["t1"]
+    envelope = m.Envelope(link.boot, machine._core.options.boot, version=2)
+    machine.handle(m.MessageReceived(envelope, told), cluster.now())
+    assert in_state_mode(cluster) == ["eu1<t1"]
+    monkeypatch.setattr(feeds, "FEEDS_MAX", 0)
+    feed_of(machine)
+    next(iter(machine._core.keyspaces.values())).feeds.clear()
+    with pytest.raises(RemoteProtocolError, match="more than 0 parents"):
+        machine.handle(m.MessageReceived(envelope, told), cluster.now())
+    monkeypatch.undo()
+    machine.handle(m.MessageReceived(envelope, told), cluster.now())
+    cluster._arm(cluster.nodes["eu1"], machine)
+    cluster.run(5_000)
+    assert in_state_mode(cluster) == [], "nobody repeats it"
+
+
+@pytest.mark.parametrize("kind", [m.Backlogged, m.StateChunk])
+def test_any_bytes_of_them_raise_only_one_error(kind: type) -> None:
+    rng = random.Random(kind.__name__)
+    writers = np.array([2, 9], np.uint16)
+    stamps = np.array([[make_stamp(1_700_000_000_000, shard, writer) for writer in (2, 9)] for shard in range(3)], np.uint64)
+    rows = RowColumns(1, np.arange(3, dtype=np.uint64), np.zeros((2, 8), np.uint8), np.arange(1, 4, dtype=np.uint64))
+    shards, nonces = np.array([0, 1, 7], np.uint32), np.array([5, 6], np.uint64)
+    message: m.Message = m.Backlogged(5, 7, True, 4, writers, np.array([1, 8], np.uint8))
+    if kind is m.StateChunk:
+        message = m.StateChunk(5, 7, False, (rows,), shards, writers, stamps, stamps[0], writers, nonces)
+    frames = [bytes(frame) for frame in wire.encode(m.Envelope(1, 2, 1, 1, 0, 2), message)]
+    for _ in range(400):
+        broken = [bytearray(frame) for frame in frames]
+        for _ in range(rng.randint(1, 3)):
+            frame = rng.choice(broken[1:])
+            frame[rng.randrange(len(frame))] = rng.randrange(256)
+        body = [bytes(frame) for frame in broken[1:]]
+        envelope = wire._pack_envelope(m.Envelope(1, 2, 1, 1, 0, 2), wire._NUMBER_OF[kind], wire.checksum(body))
+        with contextlib.suppress(RemoteProtocolError):
+            wire.decode([memoryview(frame) for frame in (envelope, *body)])
