@@ -164,7 +164,7 @@ def what_matters_more_never_ends(seed: int) -> None:
     raise AssertionError(f"seed {seed}: {rows.recorded} rows of the cycle still wait")
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_nothing_is_claimed_that_is_not_there(seed: int) -> None:
     congested_under_faults(seed)
 
