@@ -5,7 +5,6 @@ missing). A process looks rows up in the memory of the serving node that gets th
 row. Without namespaces the nodes' own budget is all that limits a link, and the figures say so.
 """
 
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,6 @@ from benchmarks.congested.load import FIRST_SIGNIFICANT, TABLE, Load, classes_of
 from benchmarks.congested.probe import Expected, Probe
 from benchmarks.limited.cluster import RegionNode
 from benchmarks.limited.regions import Regions, missing
-from ekko.asking import ask_node
 from ekko.rates import BYTES_PER_S_OF_MBPS
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
 
@@ -84,7 +82,9 @@ class Bed:
             self._regions.limit(None if bytes_per_s is None else bytes_per_s / BYTES_PER_S_OF_MBPS)
         body = {"pair": f"{AWAY}/{HOME}", "rate": rate}
         for node in self._cluster.nodes.values():
-            _ask(node, "/rate", body)
+            status, answer = node.post("/rate", body)
+            if status != 200:
+                raise RuntimeError(f"{node.id} refuses the rate: {answer!r}")
 
     def run(self, seconds: float, drain_s: float) -> Measured:
         """Publish for so long, and wait until what was looked for is seen, for `drain_s` at most."""
@@ -158,12 +158,3 @@ def bed(load: Load, outbox: str) -> Iterator[Bed]:
 
 def _launcher(outbox: str) -> list[str]:
     return [sys.executable, "-m", "benchmarks.congested.node", outbox]
-
-
-def _ask(node: NodeProcess, path: str, body: dict[str, object]) -> None:
-    if isinstance(node, RegionNode):
-        status, answer = node.post(path, json.dumps(body).encode())
-        if status != 200:
-            raise RuntimeError(f"{node.id} refuses {path}: {answer.decode(errors='replace')}")
-    else:
-        ask_node(node.http, path, body)
