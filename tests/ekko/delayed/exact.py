@@ -155,7 +155,7 @@ def moments_are_told_exactly(seed: int, folder: Path, *, lossy: bool = False, bu
     """One run; raises AssertionError where what is told is not what was. `busy`: links are full, and coalesce."""
     rng = random.Random(seed)
     with (
-        little_credit(400) if busy else nullcontext(),
+        little_credit(600) if busy else nullcontext(),
         mock.patch.object(wire, "BATCH_BYTES_MAX", 150),
         mock.patch.object(outbox, "CHUNK_BYTES_MAX", 300),
     ):
