@@ -69,9 +69,12 @@ def _check_health(health: HealthSection, role: str, places: Places) -> None:
         ("tolerance", health.tolerance, 0.0, 1.0),
         ("precision", health.precision, 1e-6, 1.0),
         ("baseline_share", health.baseline_share, 0.0, 0.5),
+        ("probe_share", health.probe_share, 0.001, 1.0),
     ):
         if not low <= value <= high:
             refuse(key, f"expected a number from {low:g} to {high:g}, got {value:g}")
+    if not 0 <= health.auto_rollback_every <= HORIZON_S_MAX:
+        refuse("auto_rollback_every", f'expected a time such as "60s", up to a month, got {health.auto_rollback_every:g} s')
     if not health.detectors:
         refuse("detectors", 'expected some of "sequential", "watermarks", "drift": leave [health] out to judge nothing')
     if len(set(health.detectors)) != len(health.detectors):

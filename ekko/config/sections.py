@@ -176,6 +176,8 @@ class HealthSection(Section):
     precision: Number = 0.02
     baseline_share: Number = 0.005
     auto_rollback: Annotated[bool, BeforeValidator(truth)] = False
+    auto_rollback_every: Seconds = 60.0
+    probe_share: Number = 0.01
     drift_method: Literal["adwin", "page_hinkley", "kswin"] = "adwin"
     events_min: WholeNumber = 100
     watermarks: dict[str, BoundSection] = {}
@@ -184,6 +186,11 @@ class HealthSection(Section):
     def window_ms(self) -> int:
         """Milliseconds of a window."""
         return round(self.window * 1000)
+
+    @property
+    def auto_rollback_every_ms(self) -> int:
+        """How soon after a rollback a verdict may begin the next one."""
+        return round(self.auto_rollback_every * 1000)
 
     @property
     def lateness_ms(self) -> int:

@@ -14,11 +14,12 @@ from dataclasses import asdict, replace
 import structlog
 
 from ekko.config import NodeConfig
+from ekko.config.sections import HealthSection
 from ekko.errors import ModelError
 from ekko.health.verdicts import Verdicts
 from ekko.model import DENSE_TABLE
 from ekko.rollback.coordinator import Coordinator, CoordinatorOptions
-from ekko.rollback.facts import Rollback, Rollbacks, Step
+from ekko.rollback.facts import PER_MILLE, Rollback, Rollbacks, Step
 from ekko.rollback.past import Past
 from ekko.rollback.performer import Asked, Reply, Surroundings
 from ekko.rollback.plan import FilePlans
@@ -67,6 +68,7 @@ class NodeRollbacks:
         self._requests = REQUEST_FIRST
         self._wake = asyncio.Event()
         self._replies: deque[Reply] = deque()  # at most one for each request that waits
+        health = config.health or HealthSection()
         around = None
         if past is not None:
             around = Surroundings(
@@ -81,9 +83,10 @@ class NodeRollbacks:
                 self._caught_up,
                 self._estimate_ms,
                 lambda name, fields: log.warning(name, **fields),
+                round(health.probe_share * PER_MILLE),
             )
         self.coordinator = Coordinator(
-            CoordinatorOptions(config.node.id, past is not None, config.health is not None and config.health.auto_rollback),
+            CoordinatorOptions(config.node.id, past is not None, health.auto_rollback, health.auto_rollback_every_ms),
             store,
             lambda: store.facts.of(Rollbacks),
             self._tell,

@@ -39,11 +39,13 @@ class CoordinatorOptions:
         node: its id.
         witness: whether it is one.
         automatic: whether a verdict begins a rollback.
+        automatic_every_ms: how long after a rollback of a model the next one by verdict has to wait.
     """
 
     node: str
     witness: bool
     automatic: bool = False
+    automatic_every_ms: int = AUTOMATIC_EVERY_MS
 
 
 @dataclass(slots=True)
@@ -238,7 +240,7 @@ class Coordinator:
         assert self.around is not None
         if not self.options.automatic:
             return
-        if last is not None and now.unix_ms - last.changed_ms < AUTOMATIC_EVERY_MS:
+        if last is not None and now.unix_ms - last.changed_ms < self.options.automatic_every_ms:
             return
         if self.around.verdict(model.name, 0 if last is None else last.changed_ms) != "corrupted":
             self._seen_ms.pop((model.name, model.incarnation, 0, "verdict"), None)

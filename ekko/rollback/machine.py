@@ -222,14 +222,16 @@ class Machine:
     Args:
         fact: what is to be done, with this witness's name, as all are told of it. It may have been begun in a life before.
         judged: whether anybody judges the model; else its traffic comes back as soon as its rows are.
+        small_share: the little traffic, per mille, by which it is judged before all of it comes back.
     """
 
-    def __init__(self, fact: Rollback, *, judged: bool) -> None:
+    def __init__(self, fact: Rollback, *, judged: bool, small_share: int = SMALL_SHARE) -> None:
         assert fact.witness, "somebody carries it out"
         self.fact = fact
         self.over = False
         self.lost = False  # over, and to be begun again under a higher epoch
         self._judged = judged
+        self._small_share = small_share
         self._effects: list[Effect] = []
         self._covered = False  # everything that the fence left has been here, in this life
         self._plan: Summary | None = None
@@ -426,7 +428,7 @@ class Machine:
             self._enter(Step.LIFTING, now_ms, unix_ms, unreachable=unreachable, share=PER_MILLE)
             self._lift(now_ms)
             return
-        self._enter(Step.PROBING, now_ms, unix_ms, unreachable=unreachable, share=SMALL_SHARE)
+        self._enter(Step.PROBING, now_ms, unix_ms, unreachable=unreachable, share=self._small_share)
         self._ask_verdict(now_ms)
 
     def _ask_verdict(self, now_ms: int) -> None:

@@ -47,6 +47,7 @@ class Surroundings:
         caught_up: whether everything of a family is here that others are known to have.
         estimate_ms: how long so many bytes take to all others.
         note: for the log.
+        small_share: of the traffic, per mille, by which a model is judged before all of it comes back.
     """
 
     store: Store
@@ -60,6 +61,7 @@ class Surroundings:
     caught_up: Callable[[int], bool]
     estimate_ms: Callable[[int], int]
     note: Callable[[str, dict[str, object]], None]
+    small_share: int = r.SMALL_SHARE
 
 
 class Performer:
@@ -72,7 +74,7 @@ class Performer:
 
     def __init__(self, fact: Rollback, node: Surroundings) -> None:
         self._node = node
-        self._machine = r.Machine(fact, judged=bool(node.verdict(fact.model.name, 0)))
+        self._machine = r.Machine(fact, judged=bool(node.verdict(fact.model.name, 0)), small_share=node.small_share)
         self._asked: dict[int, r.Effect] = {}  # what the protocol has not answered yet, by request
         self._planning: Iterator[Summary | None] | None = None
         self._plan: Plan | None = None

@@ -213,6 +213,8 @@ def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.
         ("watermarks = { aug = { min = 0.5 } }", "there is no figure 'aug': there are auc"),
         ("watermarks = { auc = { least = 0.5 } }", "unknown setting"),
         ("auto_rollback = true", "only a witness rolls back"),
+        ('auto_rollback_every = "-1s"', "expected a time"),
+        ("probe_share = 0", "expected a number from 0.001 to 1"),
     ],
 )
 def test_what_health_cannot_be_is_refused(tmp_path: Path, line: str, complaint: str) -> None:
