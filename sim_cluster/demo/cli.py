@@ -1,6 +1,7 @@
 """`ekko demo`: the command. It imports nothing heavy before it is called, since every `ekko` command loads this module."""
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -12,7 +13,14 @@ from ekko.model import CODEC_DEFAULT, CODECS
 QUICK_EVENTS: Final = 10_000
 QUICK_DELAYS: Final = (1_000, 5_000)  # ten thousand events late would be frozen
 RATE_MIN: Final = 500.0
-EXIT_UNEQUAL: Final = 1
+EXIT_UNEQUAL: Final = 1  # replicas differ, or a corrupted model was not taken back
+
+
+class Chapter(StrEnum):
+    """What the demo shows."""
+
+    FRESHNESS = "freshness"
+    ROLLBACK = "rollback"
 
 
 def register(app: typer.Typer) -> None:
@@ -24,8 +32,16 @@ def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for report.json and the pictures.", metavar="DIR")] = Path(
         "ekko-demo"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="Stream only the last 10,000 events.")] = False,
-    rate: Annotated[float, typer.Option("--rate", help="Events per second, at least 500.")] = RATE_MIN,
+    chapter: Annotated[
+        Chapter,
+        typer.Option("--chapter", help="freshness: what fresh rows are worth; rollback: a feed goes bad in mid-stream."),
+    ] = Chapter.FRESHNESS,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Stream only the last 10,000 events; of chapter rollback, only one fault.")
+    ] = False,
+    rate: Annotated[
+        float, typer.Option("--rate", help="Events per second, at least 500; chapter rollback has its own.")
+    ] = RATE_MIN,
     seed: Annotated[int, typer.Option("--seed", help="Of the model and the bootstrap.")] = 0,
     kill: Annotated[bool, typer.Option("--kill", help="Kill -9 a serving node in mid-stream; restart it after 5 s.")] = False,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Use generated events, not MovieLens.")] = False,
@@ -38,9 +54,15 @@ def demo(
 
     MovieLens-100K in time order: 60 % are learnt offline, the rest streams. Every region predicts each event with the rows it
     has at that moment, before the trainer learns it. Compared with that: the same model with older rows.
+
+    With --chapter rollback the trainer's feed goes bad three times: shuffled labels, exploding gradients, a slow drift. The
+    model is judged by its answers and taken back by itself; compared with that: the same without anybody who looks.
     """
     if rate < RATE_MIN:
         raise ConfigError(f"--rate is {rate:g}: expected at least {RATE_MIN:g} events per second")
+    if chapter is Chapter.ROLLBACK:
+        _rollback(out, quick=quick, seed=seed, synthetic=synthetic, as_json=as_json)
+        return
     try:
         from rich.console import Console
 
@@ -48,7 +70,7 @@ def demo(
         from sim_cluster.demo.report import print_result
         from sim_cluster.demo.run import Options, run_demo
     except ImportError as error:
-        raise EkkoError(f"the demo needs more packages ({error}): pip install 'ekko-dissemination[demo]'") from None
+        raise _missing(error) from None
     if codec not in CODECS:
         raise ConfigError(f"--codec is {codec!r}: expected one of {', '.join(CODECS)}")
     options = Options(out=out, rate=rate, seed=seed, kill=kill, synthetic=synthetic, codec=codec)
@@ -64,3 +86,31 @@ def demo(
         console.print(f"Written: {out / 'report.json'}, {out / 'latency.png'}, {out / 'auc.png'}", soft_wrap=True)
     if not result.replicas_equal:
         raise typer.Exit(EXIT_UNEQUAL)
+
+
+def _rollback(out: Path, *, quick: bool, seed: int, synthetic: bool, as_json: bool) -> None:
+    """The chapter in which the model is taken back."""
+    try:
+        from rich.console import Console
+
+        from sim_cluster.demo.display import Display
+        from sim_cluster.demo.rollback.plan import QUICK_STAGES, STAGES
+        from sim_cluster.demo.rollback.report import print_result
+        from sim_cluster.demo.rollback.run import Options, run_rollback
+    except ImportError as error:
+        raise _missing(error) from None
+    options = Options(out, QUICK_STAGES if quick else STAGES, seed=seed, synthetic=synthetic)
+    with Display(Console(stderr=True)) as display:
+        result = run_rollback(options, display)
+    if as_json:
+        typer.echo(json.dumps(result.to_json(), indent=2))
+    else:
+        console = Console(highlight=False)
+        print_result(result, console)
+        console.print(f"Written: {out / 'report.json'}, {out / 'rollback.png'}", soft_wrap=True)
+    if not result.restored:
+        raise typer.Exit(EXIT_UNEQUAL)
+
+
+def _missing(error: ImportError) -> EkkoError:
+    return EkkoError(f"the demo needs more packages ({error}): pip install 'ekko-dissemination[demo]'")

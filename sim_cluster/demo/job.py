@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 JOB_NAME: Final = "job.json"
 
@@ -50,7 +50,7 @@ class Job:
         (folder / JOB_NAME).write_text(json.dumps(asdict(self)))
 
     @classmethod
-    def load(cls, folder: Path) -> "Job":
+    def load(cls, folder: Path) -> Self:
         """Read what `save` wrote."""
         return cls(**json.loads((folder / JOB_NAME).read_text()))
 

@@ -24,7 +24,7 @@ WINDOW_SHARE: Final = 0.15  # of the stream; fewer events make an AUC that jumps
 
 def plot_latency(result: Result, delays_ms: Mapping[str, Sequence[float]], path: Path) -> None:
     """Histograms of publish-to-visible latency, a panel for each region, on one scale."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(len(delays_ms), 1, figsize=(8, 1.2 + 1.55 * len(delays_ms)), sharex=True)
     end = max(latency.p99 for latency in result.latency.values()) + SLACK_MS
     end = max(end, *(latency.one_way_delay + 1.4 * SLACK_MS for latency in result.latency.values()))
@@ -41,14 +41,14 @@ def plot_latency(result: Result, delays_ms: Mapping[str, Sequence[float]], path:
         title += f"   ({latency.samples:,} samples)"
         axis.set_title(title, loc="left", fontsize=10, color=colour, fontweight="bold")
         axis.set_ylabel("% of batches", fontsize=9)
-        _plain(axis)
+        plain(axis)
     last = np.atleast_1d(axes)[-1]
     last.set_xlim(0, edges[-1])
     last.set_xlabel(
         "publish-to-visible latency, ms  (grey: emulated one-way delay; dotted: 25 ms more; dashed: p99)", fontsize=9
     )
     figure.suptitle(f"How long an update takes until a replica serves it: {_data_name(result)}", x=0.01, ha="left", fontsize=11)
-    _write(figure, path)
+    write_picture(figure, path)
 
 
 def plot_auc(result: Result, events: Events, start: int, scores: Mapping[str, Floats], path: Path) -> None:
@@ -61,7 +61,7 @@ def plot_auc(result: Result, events: Events, start: int, scores: Mapping[str, Fl
         scores: `LIVE` (of the worst region), a delay in events as text, or `FROZEN` -> float32[stream].
         path: the picture.
     """
-    plt = _pyplot()
+    plt = pyplot()
     labels = events.labels[start:]
     window = max(200, int(WINDOW_SHARE * len(labels)))
     figure, axis = plt.subplots(figsize=(8, 4.4))
@@ -78,10 +78,10 @@ def plot_auc(result: Result, events: Events, start: int, scores: Mapping[str, Fl
     axis.set_xlabel("events of the stream  (beside each line's end: AUC of the whole stream)", fontsize=9)
     axis.set_ylabel(f"AUC of the last {window:,} events", fontsize=9)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    _plain(axis)
+    plain(axis)
     axis.grid(axis="y", color="#DDDDDD", linewidth=0.7)
     figure.suptitle(f"What fresh rows are worth: {_data_name(result)}", x=0.01, ha="left", fontsize=11)
-    _write(figure, path)
+    write_picture(figure, path)
 
 
 def _label_ends(axis: Any, ends: list[tuple[float, str, str]], x: float) -> None:  # Any: matplotlib's axes
@@ -100,7 +100,8 @@ def _data_name(result: Result) -> str:
     return "SYNTHETIC EVENTS, not real data" if result.note else result.dataset
 
 
-def _pyplot() -> Any:  # Any: the module, loaded only when there is something to draw
+def pyplot() -> Any:  # Any: the module, loaded only when there is something to draw
+    """matplotlib.pyplot, which draws into files alone."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -109,12 +110,14 @@ def _pyplot() -> Any:  # Any: the module, loaded only when there is something to
     return plt
 
 
-def _plain(axis: Any) -> None:  # Any: matplotlib's axes
+def plain(axis: Any) -> None:  # Any: matplotlib's axes
+    """Without the lines above and to the right."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
 
 
-def _write(figure: Any, path: Path) -> None:  # Any: a matplotlib figure
+def write_picture(figure: Any, path: Path) -> None:  # Any: a matplotlib figure
+    """Save it, and forget it."""
     figure.tight_layout()
     figure.savefig(path, dpi=DPI, bbox_inches="tight")
-    _pyplot().close(figure)
+    pyplot().close(figure)

@@ -80,7 +80,7 @@ def run_demo(options: Options, display: Display) -> Result:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"--out {options.out}: {error.strerror}") from None
-    with _orderly_stop(), tempfile.TemporaryDirectory(prefix="ekko-demo-") as scratch:
+    with orderly_stop(), tempfile.TemporaryDirectory(prefix="ekko-demo-") as scratch:
         display.phase("events")
         events = data.load(synthetic=options.synthetic, seed=options.seed)
         if events.note:
@@ -291,7 +291,7 @@ def _outage_report(outage: Outage) -> OutageReport:
 
 
 @contextlib.contextmanager
-def _orderly_stop() -> Iterator[None]:
+def orderly_stop() -> Iterator[None]:
     """Ctrl-C and SIGTERM unwind everything, once: a second one must not cut the cleaning up short."""
 
     def stop(number: int, _: object) -> NoReturn:

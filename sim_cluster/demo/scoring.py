@@ -34,11 +34,15 @@ class Scorer:
         self._model = DLRM(shape_of(events), with_tables=False).eval()
         self._parameters = dict(self._model.named_parameters())
 
-    @torch.no_grad()
     def score(self, first: int, last: int) -> NDArray[np.float32]:
         """float32[last - first]: the probability of a positive label, for the events [first, last)."""
+        return self.score_some(slice(first, last))
+
+    @torch.no_grad()
+    def score_some(self, chosen: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """float32[n]: the same for the events that are chosen, by their numbers or as a slice."""
         for name, parameter in self._parameters.items():
             parameter.copy_(torch.from_numpy(self._source.dense(name)))
-        rows = [torch.from_numpy(self._source.lookup(table, keys[first:last])) for table, keys in self._keys.items()]
-        logits = self._model(self._dense[first:last], embeddings=torch.stack(rows, dim=1))
+        rows = [torch.from_numpy(self._source.lookup(table, keys[chosen])) for table, keys in self._keys.items()]
+        logits = self._model(self._dense[chosen], embeddings=torch.stack(rows, dim=1))
         return np.asarray(torch.sigmoid(logits).numpy())

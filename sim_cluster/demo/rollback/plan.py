@@ -15,9 +15,12 @@ BASELINE_SHARE: Final = 0.3
 BASELINE_DELAY_S: Final = 30.0  # longer than the slowest fault takes from its first bad row until it is taken back
 WITNESS_DELAY_S: Final = 1.0
 WINDOW_S: Final = 2.0
+ROLLBACK_EVERY_S: Final = 10.0
+PROBE_SHARE: Final = 0.3
 LATENESS_S: Final = 1.0  # how long after an answer its label may come
 LABEL_DELAY_S: Final = 0.4  # and when it does
 AUC_MIN: Final = 0.6  # the stream without faults has windows of 0.62
+LEVEL: Final = 0.01  # of a false alarm by the sequential test, within an hour
 TOLERANCE: Final = 0.02
 PRECISION: Final = 0.15
 
@@ -42,6 +45,7 @@ STAGES: Final = (
     Stage("exploding gradients", 4_000, 6_000, 4_000),
     Stage("slow drift", 4_000, 9_000, 5_000),
 )
+QUICK_STAGES: Final = (Stage("exploding gradients", 5_000, 5_000, 4_000),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,231 @@
+"""The order of events in one run of the chapter."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from sim_cluster.demo import data
+from sim_cluster.demo.board import Board, Word
+from sim_cluster.demo.cluster import DemoError, Workers
+from sim_cluster.demo.data import Events
+from sim_cluster.demo.display import Display
+from sim_cluster.demo.evaluation import Floats, auc
+from sim_cluster.demo.job import events_path
+from sim_cluster.demo.rollback.cluster import BASELINE_NODE, MODEL, REGIONS, TRAIN_NODE, WITNESS_NODE, make_cluster
+from sim_cluster.demo.rollback.faults import corrupted
+from sim_cluster.demo.rollback.job import RollbackJob, create_arms, feed_path, open_arms
+from sim_cluster.demo.rollback.plan import BASELINE_DELAY_S, RATE, STAGES, Stage, make_plan
+from sim_cluster.demo.rollback.plots import plot_rollback
+from sim_cluster.demo.rollback.replay import unguarded_scores
+from sim_cluster.demo.rollback.report import CLEAN, WITH, WITHOUT, Measured, Result
+from sim_cluster.demo.rollback.watch import Watch
+from sim_cluster.demo.run import orderly_stop
+from sim_cluster.demo.verify import contents, difference
+from sim_cluster.processes import LocalCluster
+
+LEAD_S: Final = 0.5
+REFRESH_S: Final = 0.1
+SETTLE_S_MAX: Final = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to run.
+
+    Args:
+        out: folder for the report and the picture.
+        stages: the faults, and what is clean around them.
+        rate: events per second.
+        seed: of the model, the faults and synthetic events.
+        synthetic: do not even try to get the real data.
+        baseline_delay_s: how old the baseline's rows are.
+    """
+
+    out: Path
+    stages: tuple[Stage, ...] = STAGES
+    rate: float = RATE
+    seed: int = 0
+    synthetic: bool = False
+    baseline_delay_s: float = BASELINE_DELAY_S
+
+
+def run_rollback(options: Options, display: Display) -> Result:
+    """Run everything, write report and picture, and clean up.
+
+    Raises:
+        EkkoError: something could not be carried through; every process is gone.
+    """
+    began_s = time.monotonic()
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out {options.out}: {error.strerror}") from None
+    with orderly_stop(), tempfile.TemporaryDirectory(prefix="ekko-demo-") as scratch:
+        display.phase("events")
+        events = data.load(synthetic=options.synthetic, seed=options.seed)
+        if events.note:
+            display.warn(f"SYNTHETIC EVENTS, not real data: {events.note}")
+        return _Run(options, display, events, Path(scratch), began_s).run()
+
+
+class _Run:
+    """One run, from the events to the result."""
+
+    def __init__(self, options: Options, display: Display, events: Events, folder: Path, began_s: float) -> None:
+        self._options = options
+        self._display = display
+        self._events = events
+        self._plan = make_plan(len(events), options.stages, options.rate)
+        self._feed = corrupted(events, self._plan.faults, options.seed)
+        self._folder = folder
+        self._began_s = began_s
+        events.save(events_path(folder))
+        self._feed.save(feed_path(folder))
+        self._board = Board.create(folder, len(REGIONS), self._plan.events)
+        create_arms(folder, self._plan.events)
+
+    def run(self) -> Result:
+        with (
+            make_cluster(self._folder / "nodes", self._options.baseline_delay_s) as cluster,
+            Workers(self._folder, self._board) as workers,
+        ):
+            self._start_processes(cluster, workers)
+            watch = self._stream(cluster, workers)
+            self._display.phase("comparing the replicas")
+            replicas = self._compare(cluster)
+        scores = self._scores()
+        measured = self._measured(watch, scores)
+        result = self._result(measured, replicas)
+        plot_rollback(result, measured, self._options.out / "rollback.png")
+        result.write(self._options.out)
+        return result
+
+    def _start_processes(self, cluster: LocalCluster, workers: Workers) -> None:
+        """Nodes up, model trained offline and visible everywhere, the baseline's state old enough, scorers ready."""
+        board, display, plan = self._board, self._display, self._plan
+        display.phase("starting nodes, training offline")
+        RollbackJob(
+            MODEL,
+            cluster[TRAIN_NODE].local,
+            {region: str(cluster.in_region(region)[0].run_dir) for region in REGIONS},
+            plan.start,
+            plan.rate,
+            self._options.seed,
+            "float32",
+            os.getpid(),
+            str(cluster[TRAIN_NODE].run_dir),
+            str(cluster[BASELINE_NODE].run_dir),
+            [[fault.first, fault.last] for fault in plan.faults],
+        ).save(self._folder)
+        workers.start("trainer", "sim_cluster.demo.rollback.trainer")
+        for region in REGIONS:
+            workers.start(f"scorer-{region}", "sim_cluster.demo.rollback.scorer", region)
+        cluster.start(SETTLE_S_MAX)
+        board[Word.CLUSTER_READY] = 1
+        self._wait(lambda: board[Word.VISIBLE] == 1, workers, "the first state on every node")
+        display.phase(f"waiting for a baseline of {self._options.baseline_delay_s:g} s")
+        self._wait(lambda: bool(board.ready.all()), workers, "ready scorers", self._options.baseline_delay_s)
+
+    def _wait(self, condition: Callable[[], bool], workers: Workers, what: str, more_s: float = 0.0) -> None:
+        began_s = time.monotonic()
+        while not condition():
+            workers.check()
+            waited_s = time.monotonic() - began_s
+            if waited_s > SETTLE_S_MAX + more_s:
+                raise DemoError(f"no {what} after {SETTLE_S_MAX + more_s:g} s: is the machine overloaded?")
+            self._display.update(min(1.0, waited_s / more_s) if more_s else self._board[Word.OFFLINE_PERMILLE] / 1000)
+            time.sleep(REFRESH_S / 4)
+
+    def _stream(self, cluster: LocalCluster, workers: Workers) -> Watch:
+        """Start the clock, and watch until the stream is over and no rollback is under way."""
+        board, display, plan = self._board, self._display, self._plan
+        display.phase(f"streaming {plan.events:,} events")
+        start_ns = time.monotonic_ns() + int(LEAD_S * 1e9)
+        watch = Watch(cluster[WITNESS_NODE], start_ns)
+        board[Word.START_NS] = start_ns
+        deadline_s = start_ns / 1e9 + plan.seconds + SETTLE_S_MAX
+        while board[Word.DONE] == 0:
+            workers.check()
+            if time.monotonic() > deadline_s:
+                raise DemoError(f"the stream did not end: {board[Word.LEARNT]:,} of {plan.events:,} events were taken")
+            watch.look()
+            failed = next((course for course in watch.courses.values() if course.failed), None)
+            if failed is not None:
+                raise DemoError(f"a rollback failed: {failed.reason}")
+            display.update(board[Word.LEARNT] / plan.events, self._figures(watch))
+            time.sleep(REFRESH_S)
+        for node in cluster.nodes.values():
+            if not node.running:
+                raise DemoError(f"node {node.id} ended during the stream: {node.log_tail()}")
+        return watch
+
+    def _figures(self, watch: Watch) -> str:
+        """Live figures for the bar."""
+        done = int(self._board.scored.min())
+        words = [f"{self._board[Word.LEARNT]:,} events"]
+        recent = slice(max(0, done - 1_000), done)
+        if done:
+            labels = self._events.labels[self._plan.start :][recent]
+            words.append(f"AUC {auc(labels, self._live()[recent]):.3f}")
+        return "; ".join([*words, watch.state])
+
+    def _live(self) -> Floats:
+        """float32[stream]: what was answered, by whichever region's scorer the request went to."""
+        events = np.arange(self._plan.events)
+        scores: Floats = self._board.scores[events % len(REGIONS), events]
+        return scores
+
+    def _compare(self, cluster: LocalCluster) -> dict[str, str]:
+        """Every serving node, and the witness, against the training node, once all have everything."""
+        names = [node.id for node in cluster.nodes.values() if node.id not in (TRAIN_NODE, BASELINE_NODE)]
+        deadline_s = time.monotonic() + SETTLE_S_MAX / 3
+        while True:
+            ours = contents(cluster[TRAIN_NODE].run_dir, MODEL)
+            replicas = {name: difference(ours, contents(cluster[name].run_dir, MODEL)) for name in names}
+            if not any(replicas.values()) or time.monotonic() > deadline_s:
+                return replicas
+            time.sleep(REFRESH_S)
+
+    def _scores(self) -> dict[str, Floats]:
+        """Live, and of the two runs that nobody manages: on the feed as it was, and as it should have been."""
+        scores = {WITH: self._live()}
+        for run, feed, name in ((WITHOUT, self._feed, "the same without a manager"), (CLEAN, self._events, "a good feed")):
+            self._display.phase(f"replaying {name}")
+            scores[run] = unguarded_scores(self._events, feed, self._plan.start, self._options.seed, self._display.update)
+        return scores
+
+    def _measured(self, watch: Watch, scores: dict[str, Floats]) -> Measured:
+        events = np.arange(self._plan.events)
+        start_ns = watch.start_ns
+        return Measured(
+            self._events,
+            self._plan,
+            scores,
+            np.array(open_arms(self._folder)),
+            (self._board.scored_ns[events % len(REGIONS), events] - start_ns) / 1e9,
+            (np.array(self._board.learnt_ns) - start_ns) / 1e9,
+            watch.states,
+            sorted(watch.courses.values(), key=lambda course: course.decided_s),
+        )
+
+    def _result(self, measured: Measured, replicas: dict[str, str]) -> Result:
+        outcomes, false_alarms = measured.outcomes()
+        labels = self._events.labels[self._plan.start :]
+        return Result(
+            self._events.name,
+            self._events.note,
+            self._options.seed,
+            self._plan,
+            outcomes,
+            {run: auc(labels, scores) for run, scores in measured.scores.items()},
+            false_alarms,
+            replicas,
+            self._board[Word.LAG_MAX_US] / 1000,
+            time.monotonic() - self._began_s,
+        )
