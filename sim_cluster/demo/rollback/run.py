@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import torch
 
 from sim_cluster.demo import data
 from sim_cluster.demo.board import Board, Word
@@ -194,6 +195,7 @@ class _Run:
 
     def _scores(self) -> dict[str, Floats]:
         """Live, and of the two runs that nobody manages: on the feed as it was, and as it should have been."""
+        torch.set_num_threads(1)  # steps are small: two threads spend more time waiting for each other than they save
         scores = {WITH: self._live()}
         for run, feed, name in ((WITHOUT, self._feed, "the same without a manager"), (CLEAN, self._events, "a good feed")):
             self._display.phase(f"replaying {name}")
