@@ -207,6 +207,7 @@ class Core:
     families: dict[int, list[Keyspace]] = field(default_factory=dict)  # the same keyspaces, by partition
     started_ms: int = 0  # monotonic
     now_ms: int = 0  # monotonic, of the event at hand
+    source: int = 0  # the life that sent what is being handled; 0: nobody
     first: bool = False  # no seed but ourselves, and no peer of a former life: nobody to catch up with
     deaf: bool = False  # we hear nobody
     effects: list[m.Effect] = field(default_factory=list)

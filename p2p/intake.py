@@ -59,7 +59,7 @@ def take_rows(core: Core, keyspace: Keyspace, columns: Sequence[RowColumns], now
         note_refused_answer(core, keyspace, error, now)
         return None
     keyspace.strays_possible = True
-    note_rows(core, keyspace, columns)
+    note_rows(core, keyspace, columns, applied)
     core.counters.rows_written += applied.written
     core.counters.rows_stale += applied.stale
     core.counters.rows_ghosts += applied.ghosts

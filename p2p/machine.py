@@ -202,7 +202,7 @@ class Machine:
             LocalProtocolError: from a local request that was wrong and changed nothing.
         """
         self._core.effects = []
-        self._core.now_ms = now.monotonic_ms
+        self._core.now_ms, self._core.source = now.monotonic_ms, 0
         if self._started:
             self._gossip.note_late(now.monotonic_ms - max(self._deadline_ms, self._handled_ms))
         self._handled_ms = now.monotonic_ms
@@ -359,6 +359,7 @@ class Machine:
 
     def _on_peer(self, link: Link, envelope: m.Envelope, message: m.Message, now: m.Now) -> None:
         """One case a kind of message; what takes more than a few lines has a method of its own."""
+        self._core.source = link.boot
         match message:
             case m.Batch():
                 self._on_batch(link, envelope, message, now)
@@ -499,6 +500,7 @@ class Machine:
             self._applied(link, payload)
 
     def _on_batch_ready(self, sender_boot: int, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> None:
+        self._core.source = sender_boot
         link = self._core.by_boot.get(sender_boot)
         keyspace = self._core.keyspaces.get(batch.keyspace)
         if keyspace is not None:  # else it was dropped meanwhile

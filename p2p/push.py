@@ -127,7 +127,7 @@ class Push:
         writer_prev = int(replica.frontier[writer])
         replica.begin_write(stamp, touched)
         applied = replica.apply(columns, stamp)
-        note_rows(core, keyspace, columns)
+        note_rows(core, keyspace, columns, applied)
         step = Step(identity, stamp, writer_prev, touched.astype(np.uint32), prev, columns, shard_of, published_ns)
         claims = join([step]).claims
         keyspace.knowledge.learn_step(stamp, writer_prev, len(touched), claims.shards, prev, claims.part, claims.parts)
@@ -318,7 +318,8 @@ class Push:
         core.clock.observe(batch.stamp)
         claims = batch.claims
         applied = keyspace.replica.apply(batch.columns, batch.stamp) if batch.columns else None
-        note_rows(core, keyspace, batch.columns)
+        if applied is not None:
+            note_rows(core, keyspace, batch.columns, applied)
         whole = keyspace.knowledge.learn_step(
             batch.stamp,
             batch.writer_prev,
