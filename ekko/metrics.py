@@ -18,7 +18,7 @@ from ekko.health.verdicts import SEVERITY
 from ekko.priority.delays import KINDS, RowDelays
 from ekko.status import NodePicture
 from p2p.backlog import STATE_MODE
-from p2p.messages import BatchApplied
+from p2p.messages import BatchApplied, RowsApplied
 from p2p.stamps import unix_ms_of
 
 # Exact delays kept for GET /delays: twenty minutes of 100 batches a second.
@@ -200,6 +200,12 @@ class Metrics(Collector):
                 return
             histogram = self._regions[batch.origin_region] = self._delay.labels(batch.origin_region)
         histogram.observe(delay_ms / 1000)
+
+    def on_rows(self, rows: RowsApplied, monotonic_ns: int, unix_ms: int) -> None:
+        """Record the delays of rows that came from a backlog, by wall clocks."""
+        for section in rows.columns:
+            if section.stamps is not None and len(section.keys):
+                self.row_delays.add_rows(rows.keyspace, section.stamps, section.priority, unix_ms, monotonic_ns // 1_000_000)
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry at each scrape."""

@@ -84,4 +84,4 @@ def forget_rows(optimizer: Optimizer, weight: nn.Parameter, ids: Tensor) -> None
 def _without(sparse: Tensor, ids: Tensor) -> Tensor:
     sparse = sparse.coalesce()
     kept = ~torch.isin(sparse.indices()[0], ids)
-    return torch.sparse_coo_tensor(sparse.indices()[:, kept], sparse.values()[kept], sparse.shape)
+    return torch.sparse_coo_tensor(sparse.indices()[:, kept], sparse.values()[kept], sparse.shape, check_invariants=False)

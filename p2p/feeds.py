@@ -94,6 +94,7 @@ class Feeds:
             self.spoil(link)
             full.call_off(core, link, last=False)
             return False
+        core.emit(m.RowsApplied(chunk.keyspace, chunk.columns))
         if chunk.claims:
             observe(core, chunk.until, chunk.frontier)
             base = np.zeros_like(chunk.until)  # it is of what we told, and of what was claimed since

@@ -864,6 +864,14 @@ class BatchApplied:
     significant: int = 0  # of them, as far as their origin said (`p2p.classes`)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowsApplied:
+    """Rows that came from a backlog were applied here, with stamps of their own; for delay metrics."""
+
+    keyspace: int
+    columns: tuple[RowColumns, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Note:
     """Something for the log: `name` is a stable event name, `fields` its details; `alarm` marks what a person must see."""
@@ -903,6 +911,7 @@ Effect = (
     | FenceWaits
     | Lifted
     | BatchApplied
+    | RowsApplied
     | Note
     | Fatal
     | StartOver

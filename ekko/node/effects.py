@@ -52,6 +52,8 @@ class Effects:
                 effect
             ):
                 pass
+            case m.RowsApplied():
+                self._metrics.on_rows(effect, time.monotonic_ns(), time.time_ns() // 1_000_000)
             case m.BatchApplied():
                 self._metrics.on_applied(effect, time.monotonic_ns(), time.time_ns() // 1_000_000)
             case m.Published(request, stamp) if request == LOAD_REQUEST:

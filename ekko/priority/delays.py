@@ -3,6 +3,7 @@
 The histograms are of logarithms, as those of priorities are (`threshold`): a delay is known to 2 %.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Final
@@ -11,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.priority.threshold import BINS, BINS_PER_DOUBLING, DOUBLINGS, I64, bins_of, log2_of
+from p2p.classes import SIGNIFICANT
+from p2p.replica import U64
+from p2p.stamps import COUNTER_BITS, EPOCH_MS, WRITER_BITS
 
 # What is said of "lately" is of the last window, and of the one before it.
 WINDOW_MS: Final = 300_000
@@ -39,17 +43,31 @@ class RowDelays:
 
     def add(self, keyspace: int, delay_ms: float, rows: int, significant: int, now_ms: int) -> None:
         """Count rows of one step; `now_ms` of a monotonic clock."""
+        place = bins_of(log2_of(np.array([max(delay_ms, 0.0)], np.float32)))
+        for histogram in self._histograms(keyspace, now_ms):
+            histogram[0, place] += rows - significant
+            histogram[1, place] += significant
+
+    def add_rows(self, keyspace: int, stamps: U64, classes: NDArray[np.uint8] | None, unix_ms: int, now_ms: int) -> None:
+        """Count rows by their stamps, uint64[n], and classes."""
+        written_ms = (stamps >> np.uint64(WRITER_BITS + COUNTER_BITS)).astype(np.int64)
+        delays_ms = np.maximum(unix_ms - EPOCH_MS - written_ms, 0).astype(np.float32)
+        significant = np.zeros(stamps.size, np.bool_) if classes is None else classes >= SIGNIFICANT
+        places = bins_of(log2_of(delays_ms))
+        counts = np.stack([np.bincount(places[chosen], minlength=BINS) for chosen in (~significant, significant)])
+        for histogram in self._histograms(keyspace, now_ms):
+            histogram += counts
+
+    def _histograms(self, keyspace: int, now_ms: int) -> Iterator[I64]:
         if now_ms - self._begun_ms >= WINDOW_MS:
             self._before = self._lately if now_ms - self._begun_ms < 2 * WINDOW_MS else {}
             self._lately, self._begun_ms = {}, now_ms
-        place = int(bins_of(log2_of(np.array([max(delay_ms, 0.0)], np.float32)))[0])
         for histograms in (self._all, self._lately):
             if keyspace not in histograms:
                 if len(histograms) >= KEYSPACES_MAX:
                     return
                 histograms[keyspace] = np.zeros((len(KINDS), BINS), np.int64)
-            histograms[keyspace][0, place] += rows - significant
-            histograms[keyspace][1, place] += significant
+            yield histograms[keyspace]
 
     def picture(self, keyspaces: tuple[int, ...]) -> dict[str, DelaysPicture]:
         """Of one model, by kind."""

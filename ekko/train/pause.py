@@ -48,6 +48,11 @@ class Pause:
         except PublishError:
             self.epoch = None  # the node is of a release before, and refuses nobody for this
 
+    @property
+    def has_kept(self) -> bool:
+        """Whether something is kept for `restored`."""
+        return bool(self._kept)
+
     def retry(self, step: PublishStep, answer: Failed, dims: Mapping[int, tuple[str, int]], codec: str) -> PublishStep | None:
         """A step was refused; what to send instead, once that may be, or None: nothing is left of it.
 

@@ -145,6 +145,11 @@ class Publisher:
         """Rows of steps that waited for the end of a rollback, and were not published, since it restored them."""
         return self._pause.rows_left_out
 
+    @property
+    def has_restored(self) -> bool:
+        """Whether a step of this publisher waited for the end of a rollback, so that `restored` has something to tell."""
+        return self._pause.has_kept
+
     def restored(self) -> tuple[Restored, ...]:
         """What rollbacks wrote since this was called last, or this publisher was made: load it into the model in training.
 

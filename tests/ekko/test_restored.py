@@ -85,6 +85,7 @@ def test_a_step_that_waited_leaves_out_what_was_restored(monkeypatch: pytest.Mon
     assert left.significance[0].tolist() == [float(key - 40) for key in range(60, 80)]
     assert left.epoch == 2
     assert waits.rows_left_out == 20
+    assert waits.has_kept
     assert waits.retry(step(range(5)), Failed(RESTORED, "it was rolled back"), NAMES, "float32") is not None, "it knows by now"
     (one,) = waits.restored(NAMES, "float32", {})
     order = np.argsort(one.keys)
@@ -94,6 +95,7 @@ def test_a_step_that_waited_leaves_out_what_was_restored(monkeypatch: pytest.Mon
     assert (one.rows[order][:50] == -1.0).all()
     assert not one.rows[order][50:].any()
     assert waits.restored(NAMES, "float32", {}) == ()
+    assert not waits.has_kept
     with pytest.raises(ModelError, match="model 'ctr': it was rolled back"):
         refused.retry(step(range(5)), Failed(RESTORED, "it was rolled back"), NAMES, "float32")
     assert [len(one.keys) for one in refused.restored(NAMES, "float32", {})] == [60]

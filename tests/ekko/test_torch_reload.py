@@ -16,6 +16,12 @@ from tests.ekko.test_torch import TABLES, Recorder, Toy, train
 GONE, STAYS = [3, 5], [4, 6]
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    torch.sparse.check_sparse_tensor_invariants.disable()  # said aloud: torch warns when optimizers meet sparse rows
+
+
 @dataclass
 class Restored:
     table: str

@@ -7,6 +7,7 @@ from ekko.metrics import DELAY_BUCKETS_S
 from ekko.priority.delays import WINDOW_MS, RowDelays
 from p2p.classes import significant_by_step, significant_rows
 from p2p.replica import RowColumns
+from p2p.stamps import make_stamp
 
 
 def test_both_kinds_are_counted_apart() -> None:
@@ -52,3 +53,14 @@ def test_significant_rows_of_a_step_and_of_a_group() -> None:
         RowColumns(3, keys, rows, stamps, classes),
     ]
     assert significant_by_step(group, np.array([5, 7, 9], np.uint64)) == [0, 2, 2]
+
+
+def test_rows_of_a_backlog_are_as_late_as_their_stamps_say() -> None:
+    delays, unix_ms = RowDelays(), 1_700_000_000_000
+    stamps = np.array([make_stamp(unix_ms - late_ms, 0, 3) for late_ms in (10, 10, 5_000, 5_000)], np.uint64)
+    delays.add_rows(1, stamps, np.array([128, 200, 127, 0], np.uint8), unix_ms, 0)
+    delays.add_rows(1, stamps[2:], None, unix_ms, 0)
+    picture = delays.picture((1,))
+    assert (picture["significant"].rows, picture["ordinary"].rows) == (2, 4)
+    assert picture["significant"].p99_ms == pytest.approx(10, rel=0.02)
+    assert picture["ordinary"].p50_ms == pytest.approx(5_000, rel=0.02)
