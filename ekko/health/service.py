@@ -127,11 +127,6 @@ class Health:
                 self._own = find_metric(section.own_metric)
 
     @property
-    def auto_rollback(self) -> bool:
-        """Whether a corrupted model is to be rolled back without anybody's word."""
-        return self._section is not None and self._section.auto_rollback
-
-    @property
     def verdicts(self) -> Verdicts:
         """What is known of all models."""
         return self._store.facts.of(Verdicts)

@@ -113,7 +113,6 @@ def test_who_has_no_health_takes_no_reports_and_knows_what_others_found() -> Non
     health.tick()
     health.tick()
     assert seen == ["corrupted"]
-    assert not health.auto_rollback
     (picture,) = health.pictures()
     assert picture.to_json()["state"] == "corrupted"
     health.overrule("ctr", "healthy", None, "a drill")
