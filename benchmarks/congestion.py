@@ -42,7 +42,7 @@ NARROW_S, NARROW_S_QUICK = 40.0, 4.0
 MEASURED_S, MEASURED_S_QUICK = 25.0, 2.0
 LONG_S, LONG_S_QUICK = 600.0, 4.0
 RECOVER_S, RECOVER_S_QUICK = 60.0, 10.0
-REAL_S, REAL_SETTLE_S = 20.0, 5.0
+REAL_S, REAL_SETTLE_S = 15.0, 5.0
 LOAD = Load(trace_s=LONG_S + RECOVER_S + 60)
 LOAD_QUICK = Load(rows=10_000, dim=32, updates_per_s=600.0, trace_s=40)
 LOAD_REAL = Load(updates_per_s=4_000.0, trace_s=400)
@@ -196,7 +196,7 @@ def _real(quick: bool, report: Report) -> dict[str, object]:
                 report(f"real, {outbox}: {share} %")
                 bed.limit(calm.published_bytes_per_s * share / 100)
                 bed.run(REAL_SETTLE_S, 0.0)
-                done = bed.run(REAL_S, 3 * REAL_S)
+                done = bed.run(REAL_S, 2 * REAL_S)
                 late_ms = max(late_ms, done.late_ms)
                 cells[str(share)] |= _real_cell(outbox, done, calm)
                 text = f"real, {outbox}, {share} %: significant p99 {done.significant_p99_ms:,.0f} ms"
