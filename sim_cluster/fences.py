@@ -7,15 +7,63 @@ that know of the fence hold the same.
 import numpy as np
 from numpy.typing import NDArray
 
+from ekko.codec import encode
+from ekko.model import ModelSpec
 from p2p import messages as m
 from p2p.fence_messages import CLOSED, LIFTED
 from p2p.ledger import NodeRecord
+from p2p.replica import RowColumns
 from p2p.stamps import WRITERS_MAX, writer_of
 from sim_cluster.checkers import contents
+from sim_cluster.history import Write
 from sim_cluster.node import VirtualNode
 from sim_cluster.virtual import VirtualCluster
 
 U64 = NDArray[np.uint64]
+
+
+# A node that is to be killed in the middle of a fence does so many things at most before.
+STEPS_MAX = 60
+
+
+def begin(cluster: VirtualCluster, node: VirtualNode, amount: int) -> None:
+    """A model is fenced at a node, which may be killed while it brings that about."""
+    model = _model_of(cluster, amount)
+    cluster.ask(node.name, lambda number: m.FenceRequested(number, model.id, note="a swarm"))
+    if amount % 2 and node.fuse is None and node.machine is not None:
+        cluster.kill_within(node.name, 1 + amount % STEPS_MAX)
+
+
+def go_on(cluster: VirtualCluster, amount: int) -> None:
+    """Somebody who knows that the fence is closed writes some rows back."""
+    model = _model_of(cluster, amount)
+    for node in cluster.nodes.values():
+        fence = None if node.machine is None or node.paused else node.machine.fence_of(model.id)
+        if fence is None or fence.stage != CLOSED or node.role != "train":
+            continue
+        table = model.tables["item"]
+        keys = np.arange(amount % 7, dtype=np.uint64)
+        rows = encode(table.codec, np.full((len(keys), table.dim), -float(fence.epoch), np.float32))
+        columns, epoch = (RowColumns(table.id, keys, rows),), fence.epoch
+        request = cluster.ask(node.name, lambda n: m.PublishRequested(n, model.id, columns, through_fence=epoch))  # noqa: B023
+        reply = node.replies.get(request)
+        if isinstance(reply, m.Published):
+            cluster.history += [Write("item", key, reply.stamp, False, -float(epoch), model.name) for key in keys.tolist()]
+        return
+
+
+def end(cluster: VirtualCluster) -> None:
+    """Whoever knows of a fence that stands lifts it."""
+    for node in cluster.nodes.values():
+        for model in cluster.models.values():
+            fence = None if node.machine is None or node.paused else node.machine.fence_of(model.id)
+            if fence is not None and fence.stage != LIFTED:
+                family, epoch = model.id, fence.epoch
+                cluster.ask(node.name, lambda number: m.LiftRequested(number, family, epoch))  # noqa: B023
+
+
+def _model_of(cluster: VirtualCluster, amount: int) -> ModelSpec:
+    return list(cluster.models.values())[amount % len(cluster.models)]
 
 
 def check_fences(cluster: VirtualCluster) -> str:

@@ -44,10 +44,14 @@ KINDS: Final = {
     "away": "its process is killed and away for so long that the others expel it; it is started again with its memory",
     "restore": "its memory is lost, and it is started again with what a snapshot has that was begun `for_ms` before",
     "congested": "its region's links to other regions carry `amount` bytes a millisecond, each pair of nodes",
+    "fence": "a model, which `amount` draws, is fenced at it, restored by whoever may, and lifted at the end by anybody; "
+    "by an odd `amount` it is killed in the middle of something",
     "upgrade": "it has spoken protocol version 1 until now, is stopped, and started again in the newest one",
 }
 # Drawn behind the others, so that a seed's other faults are what they were before these kinds came.
-LATER_KINDS: Final = ("expel", "upgrade", "generation", "restore", "away", "congested")
+LATER_KINDS: Final = ("expel", "upgrade", "generation", "restore", "away", "congested", "fence")
+# Drawn only where a scenario names them: who says goodbye and comes back behind a fence with more than all others starts over.
+ASKED_KINDS: Final = ("fence",)
 # Members are given up as dead after some 10 s; nobody is expelled before.
 EXPEL_MS_MIN: Final = 10_000
 RESTORE_MS: Final = 15_000
@@ -138,7 +142,7 @@ class Scenario:
     network: NetworkOptions = field(default_factory=NetworkOptions)
     events: tuple[FaultEvent, ...] = ()
     swarm: bool = False
-    kinds: tuple[str, ...] = (*KINDS, NETWORK)  # what a swarm draws from
+    kinds: tuple[str, ...] = (*(kind for kind in KINDS if kind not in ASKED_KINDS), NETWORK)  # what a swarm draws from
     collect_ms: int = COLLECT_MS  # how often nodes ask what may be forgotten
     expel_after_ms: int = EXPEL_AFTER_MS
     sync: str = "push"  # by which protocol replicas are kept equal: one of `p2p.sync.PRESETS`
@@ -250,7 +254,7 @@ def _draw_event(scenario: Scenario, kind: str, rng: random.Random) -> list[Fault
         amount = rng.randint(-most, most)
     elif kind == "kill":
         amount = rng.randrange(KILL_STEPS_MAX)
-    elif kind in (HOLD, "expel", "generation"):
+    elif kind in (HOLD, "expel", "generation", "fence"):
         amount = rng.randrange(1 << 16)
     at_ms, for_ms, times, every_ms = rng.randrange(scenario.duration_ms), int(rng.expovariate(1 / 3_000)) + 1, 1, 0
     if rng.random() < 1 / 6:
@@ -334,7 +338,7 @@ def _scenario(document: dict[str, Any], stem: str) -> Scenario:
         network,
         _in_order(events),
         bool(top.take("swarm", False)),
-        _kinds(top.take("kinds", [*KINDS, NETWORK])),
+        _kinds(top.take("kinds", [*(kind for kind in KINDS if kind not in ASKED_KINDS), NETWORK])),
         int(1000 * top.number("collect_s", COLLECT_MS / 1000, 0, 86_400)),
         int(1000 * top.number("expel_after_s", EXPEL_AFTER_MS / 1000, 0, 864_000)),
         sync_named(top.take("sync", "push")),
@@ -430,7 +434,7 @@ def _events(item: Any, nodes: set[str]) -> list[FaultEvent]:
             raise ConfigError(f"[[faults]] node {name!r} does not exist: nodes are {', '.join(sorted(nodes)[:12])}")
     if other and kind != "one-way":
         raise ConfigError(f"[[faults]] {kind} of {node!r} has no other node: remove `other`, or use kind one-way")
-    amount = "amount" if kind in ("kill", HOLD, "expel", "generation", "congested") else "amount_ms"
+    amount = "amount" if kind in ("kill", HOLD, "expel", "generation", "congested", "fence") else "amount_ms"
     event = FaultEvent(
         int(1000 * section.number("at_s", 0.0, 0, 86_400)),
         kind,

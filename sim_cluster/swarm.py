@@ -26,7 +26,7 @@ from p2p.machine import NodeStatus
 from p2p.stamps import writer_of
 from p2p.sync import PRESETS
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION
-from sim_cluster import comings
+from sim_cluster import comings, fences
 from sim_cluster.checkers import Watch
 from sim_cluster.meter import Meter
 from sim_cluster.network import LinkOptions, NetworkOptions, pair_of
@@ -277,7 +277,7 @@ class _Run:
                 return problem
             if cluster.now_ms >= check_ms:
                 check_ms = cluster.now_ms + scenario.check_ms
-                if problem := self._watch.check() or self._versions.check():
+                if problem := self._watch.check() or self._versions.check() or fences.check_fences(cluster):
                     return problem
             if cluster.now_ms >= queues_ms:
                 queues_ms = cluster.now_ms + QUEUES_EVERY_MS
@@ -290,11 +290,14 @@ class _Run:
         self._undo(cluster.now_ms + 1_000_000_000)
         cluster.options = NetworkOptions(links=self._scenario.network.links)
         self._drained_ms = cluster.drained_ms
-        problem = ""
+        problem, fenced = "", "fence" in self._scenario.kinds
 
         def settled() -> bool:
             nonlocal problem
-            problem = self._watch.check_converged() or comings.disagreement(cluster)
+            if fenced:
+                fences.end(cluster)  # who lifted them may have been killed before others heard
+                problem = fences.lifted_everywhere(cluster)
+            problem = (fenced and problem) or self._watch.check_converged() or comings.disagreement(cluster)
             return not problem
 
         cluster.run_until(settled, self._scenario.settle_ms, 500)
@@ -512,6 +515,13 @@ class _Run:
                     return
                 comings.begin(cluster, node, event.amount)
                 undo = lambda: comings.end(cluster, event.amount)  # noqa: E731
+            case "fence":
+                if node.machine is None or node.paused or not comings.understood(cluster):
+                    return
+                fences.begin(cluster, node, event.amount)
+                middle_ms = event.at_ms + event.for_ms // 2
+                self._ends.append((middle_ms, len(self._ends), lambda: fences.go_on(cluster, event.amount)))
+                undo = lambda: self._lift(event)  # noqa: E731
             case "pause":
                 if node.machine is None or node.paused:
                     return
@@ -554,6 +564,12 @@ class _Run:
             cluster.crash(event.node)
             cluster.restart(event.node)
         cluster.cut.difference_update(cut)
+
+    def _lift(self, event: FaultEvent) -> None:
+        """The fence that began at a node ends; so does its absence, if it was killed."""
+        fences.end(self.cluster)
+        if event.amount % 2:
+            self._end_kill(event.node)
 
     def _note_expelled(self) -> None:
         """Who was away too long was expelled."""

@@ -92,9 +92,9 @@ def test_seeds_draw_different_faults() -> None:
     scenario = load_scenario(SWARM)
     drawn = [draw_faults(scenario, seed) for seed in range(40)]
     assert drawn[0] == draw_faults(scenario, 0)
-    assert {event.kind for faults in drawn for event in faults.events} == set(KINDS) - {HOLD, "away"}
+    assert {event.kind for faults in drawn for event in faults.events} == set(KINDS) - {HOLD, "away", "fence"}
     divided = load_scenario(ROOT / "scenarios/partitions.toml")
-    assert {event.kind for seed in range(40) for event in divided.faults(seed).events} == set(KINDS) - {"away"}
+    assert {event.kind for seed in range(40) for event in divided.faults(seed).events} == set(KINDS) - {"away", "fence"}
     deletes = load_scenario(ROOT / "scenarios/deletes.toml")
     assert {event.kind for seed in range(40) for event in deletes.faults(seed).events} == set(deletes.kinds) - {NETWORK}
     assert all((event.other != "") == (event.kind == "one-way") for faults in drawn for event in faults.events)
