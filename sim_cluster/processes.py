@@ -262,6 +262,15 @@ class NodeProcess:
         answer: dict[str, Any] = json.loads(self._fetch("/status"))
         return answer
 
+    def get(self, path: str) -> dict[str, Any]:
+        """GET a path that answers with JSON.
+
+        Raises:
+            NodeProcessError: no answer.
+        """
+        answer: dict[str, Any] = json.loads(self._fetch(path))
+        return answer
+
     def metrics(self) -> str:
         """GET /metrics, Prometheus text."""
         return self._fetch("/metrics").decode()

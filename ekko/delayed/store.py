@@ -656,5 +656,6 @@ def _overlay(rows: RowColumns, keys: U64, stamps: U64, live: NDArray[np.bool_], 
     live[place[newer]] = has_row
     data[place[newer]] = 0
     which = newer[has_row]
-    last = theirs[which] == stamps[place[which]]
-    data[place[which[last]]] = rows.rows[which[last]]
+    if len(which):  # of deletions alone the rows that there are none of have any width
+        last = theirs[which] == stamps[place[which]]
+        data[place[which[last]]] = rows.rows[which[last]]

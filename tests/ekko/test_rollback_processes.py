@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import ekko
 from ekko.cli import app
-from ekko.errors import EkkoError
-from sim_cluster.processes import LocalCluster, ModelTables, NodeSpec
+from ekko.errors import EkkoError, ModelError
+from sim_cluster.processes import LocalCluster, ModelTables, NodeSpec, wait_until
 
 pytestmark = pytest.mark.processes
 MODELS = {"ctr": ModelTables({"item": 4, "user": 2}, capacity_rows=1_000)}
@@ -111,6 +111,48 @@ def test_what_cannot_be_is_refused_in_one_line(cluster: LocalCluster, arguments:
     with pytest.raises(EkkoError, match=said) as refused:
         rollback(cluster, "serve-1", *arguments)
     assert "\n" not in str(refused.value)
+
+
+def test_a_witness_that_is_killed_goes_on(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path, NODES, models=MODELS) as cluster:
+        cluster.start()
+        _kill_in_the_middle(cluster)
+
+
+def _kill_in_the_middle(cluster: LocalCluster) -> None:
+    with ekko.Publisher(cluster["train-1"].local, model="ctr") as publisher:
+        moment = good_and_bad(cluster, publisher, 4.0)
+        cluster["serve-1"].pause()
+        status, _ = cluster["wit-1"].post(
+            "/rollback", {"model": "ctr", "to_ms": _ms(moment), "tables": [], "writer": "", "keys": None}
+        )
+        assert status == 200
+        wait_until(lambda: _refused(publisher), "writers are stopped", 20)
+        cluster["wit-1"].kill()
+        cluster["serve-1"].resume()
+        cluster["wit-1"].start()
+        cluster["wit-1"].wait_ready()
+        wait_until(lambda: _over(cluster), "the rollback is over", 40)
+        assert values(cluster, "serve-1") == [4.0] * 64
+        fill(publisher, 5.0)
+
+
+def _ms(moment: str) -> int:
+    return round(datetime.fromisoformat(moment).timestamp() * 1_000)
+
+
+def _refused(publisher: ekko.Publisher) -> bool:
+    try:
+        publisher.publish("user", KEYS[:1], np.zeros((1, 2), np.float32))
+    except ModelError as error:
+        return "is taken back" in str(error)
+    return False
+
+
+def _over(cluster: LocalCluster) -> bool:
+    history = rollback(cluster, "serve-1", "ctr")["rollbacks"]
+    assert isinstance(history, list)
+    return bool(history[0]["over"])
 
 
 def test_without_a_witness_nobody_knows(tmp_path: Path) -> None:
