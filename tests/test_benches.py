@@ -51,6 +51,7 @@ KEYS = {
     "congestion": {"at", "real", "lag_bounded", "significant_p99_ratio_8", "fifo_p99_ratio_8", "bytes_saved_8", "return_ratio"},
     "ablation": {"mean_ms", "p99_ms", "max_ms", "hostile"},
     "scale": {"nodes", "missed", "redundancy_max", "redundancy_loss_1pct_max", "region_bytes_ratio_max", "busiest_to_mean_max"},
+    "rollback": {"restore_s", "full_reload_s", "speedup", "detect_s"},
     "sync-cost": {"ratio_10m_to_1m", "vs_scan", "metadata_bytes_per_row", "memory_bytes_per_row"},
 }
 

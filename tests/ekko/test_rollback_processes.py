@@ -79,6 +79,8 @@ def test_what_was_wrong_is_gone_everywhere_and_writers_go_on(cluster: LocalClust
             assert values(cluster, node, "user") == [1.0] * 64
             with closing(ekko.Reader("ctr", run_dir=cluster[node].run_dir)) as reader:
                 assert not reader.lookup("item", KEYS[:4] + np.uint64(1_000)).any()
+        restored = publisher.restored()
+        assert sum(len(one.keys) for one in restored) == 132
         fill(publisher, 2.0)
         assert values(cluster, "serve-1") == [2.0] * 64
     history = rollback(cluster, "train-1", "ctr")["rollbacks"]
@@ -113,6 +115,7 @@ def test_what_cannot_be_is_refused_in_one_line(cluster: LocalCluster, arguments:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.long
 def test_a_witness_that_is_killed_goes_on(tmp_path: Path) -> None:
     with LocalCluster(tmp_path, NODES, models=MODELS) as cluster:
         cluster.start()
@@ -134,6 +137,7 @@ def _kill_in_the_middle(cluster: LocalCluster) -> None:
         cluster["wit-1"].wait_ready()
         wait_until(lambda: _over(cluster), "the rollback is over", 40)
         assert values(cluster, "serve-1") == [4.0] * 64
+        publisher.restored()
         fill(publisher, 5.0)
 
 

@@ -30,6 +30,11 @@ NODES = {
 Shells = dict[str, Shell]
 
 
+def long(step: Step) -> object:
+    """On request: the others cover most of it."""
+    return pytest.param(step, marks=pytest.mark.long)
+
+
 def form(seed: int, folder: Path) -> tuple[VirtualCluster, Shells]:
     cluster = VirtualCluster(seed, NetworkOptions(1, 20))
     for name, (region, role) in NODES.items():
@@ -172,7 +177,9 @@ def test_a_corrupted_model_is_taken_back_by_itself_and_probed(tmp_path: Path) ->
     check(cluster, shells)
 
 
-@pytest.mark.parametrize("step", [Step.FENCING, Step.PLANNING, Step.WRITING, Step.WAITING, Step.LIFTING])
+@pytest.mark.parametrize(
+    "step", [Step.WRITING, *(long(step) for step in (Step.FENCING, Step.PLANNING, Step.WAITING, Step.LIFTING))]
+)
 def test_a_witness_that_dies_goes_on_where_it_was(step: Step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diff, "BATCH_ROWS_MAX", 2)
     cluster, shells, cut_ms = good_and_bad(6, tmp_path)
@@ -186,7 +193,7 @@ def test_a_witness_that_dies_goes_on_where_it_was(step: Step, tmp_path: Path, mo
     check(cluster, shells)
 
 
-@pytest.mark.parametrize("step", [Step.FENCING, Step.WRITING, Step.WAITING])
+@pytest.mark.parametrize("step", [Step.WRITING, *(long(step) for step in (Step.FENCING, Step.WAITING))])
 def test_another_witness_takes_over(step: Step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diff, "BATCH_ROWS_MAX", 2)
     cluster, shells, cut_ms = good_and_bad(7, tmp_path)
