@@ -163,28 +163,16 @@ def _seen(model: dict[str, Any]) -> bool:
 
 
 def priorities_table(models: dict[str, Any]) -> Table:
-    """How much of what came was significant, and how late it was lately."""
-    table = _table(
-        "Updates",
-        "model",
-        "rows",
-        "significant",
-        "p50",
-        "p99",
-        "ordinary p50",
-        "p99",
-        "published here",
-        numbers=(1, 2, 3, 4, 5, 6, 7),
-    )
+    """How much of what came was significant, and how late it was lately, beside the rest."""
+    names = ("rows", "significant", "p50", "p99", "others p50", "p99")
+    table = _table("Updates", "model", *names, numbers=tuple(range(1, 7)))
     for name, model in models.items():
         if not _seen(model):
             continue
         significant, ordinary = model["row_delays"]["significant"], model["row_delays"]["ordinary"]
         rows = significant["rows"] + ordinary["rows"]
         delays = [_delay(part[key]) for part in (significant, ordinary) for key in ("p50_ms", "p99_ms")]
-        priority = model["priority"]
-        here = "-" if priority is None else f"{priority['formula']}, k = {priority['k']:g}"
-        table.add_row(name, f"{rows:,}", f"{100 * significant['rows'] / rows:.2f} %", *delays, here)
+        table.add_row(name, f"{rows:,}", f"{100 * significant['rows'] / rows:.2f} %", *delays)
     return table
 
 

@@ -221,11 +221,15 @@ def test_status_for_people() -> None:
 
 def test_the_tables_of_a_status_fit_a_narrow_terminal() -> None:
     console = Console(width=80, file=io.StringIO())
-    print_status(STATUS, console)
+    delays = {"rows": 1_000, "p50_ms": 12.5, "p99_ms": 90_125.0}
+    ctr = STATUS["models"]["ctr"] | {"row_delays": {"significant": delays, "ordinary": delays | {"rows": 99_000}}}
+    failed = {"formula": "mine", "failures": 3, "steps_without": 7, "last_failure": "ValueError: returned shape (3,)"}
+    print_status(STATUS | {"models": STATUS["models"] | {"ctr": ctr | {"priority": failed}}}, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text
     assert all(len(line) <= 80 for line in text.splitlines())
-    assert "1,000,000" in text
+    for part in ("1,000,000", "100,000", "1.00 %", "90,125.0 ms", "formula 'mine' failed 3 times", "weighed 7 tables"):
+        assert part in " ".join(text.split()), part
 
 
 def test_status_of_a_node_that_starts(capsys: Capture) -> None:

@@ -140,6 +140,25 @@ def test_the_contract_is_understood(tmp_path: Path) -> None:
         ("capacity_rows = 1_000", 'hold = "some"', ":14: models.ctr.hold: ", "expected 'all' or a list of partitions"),
         ("capacity_rows = 1_000", "hold = 3", ":14: models.ctr.hold: ", "expected 'all' or a list of partitions"),
         ("capacity_rows = 1_000", 'hold = ["a"]', ":14: models.ctr.hold: ", "such as [0, 2], got ['a']"),
+        (
+            "capacity_rows = 1_000",
+            "priority = { k = 100 }",
+            ":14: models.ctr.priority.k: ",
+            "expected 1 to 99.999 percent, got 100",
+        ),
+        (
+            "capacity_rows = 1_000",
+            "priority = { kk = 9 }",
+            ":14: models.ctr.priority.kk: ",
+            "unknown setting; did you mean 'k'?",
+        ),
+        ("capacity_rows = 1_000", 'priority = { window = "0s" }', ":14: models.ctr.priority.window: ", "from 1 s to 30 days"),
+        (
+            "capacity_rows = 1_000",
+            "priority = { fresh_weight = -1 }",
+            ":14: models.ctr.priority.fresh_weight: ",
+            "expected 0 to",
+        ),
         ("[models.ctr]", '[models."c t r"]', ':11: models."c t r": ', "is not usable"),
         ("delay_ms = 40", "rate_mbps = 0", ':17: links."eu/us".rate_mbps: ', "leave it out for no limit"),
         ("delay_ms = 40", "rate_mbps = 1e9", ':17: links."eu/us".rate_mbps: ', "expected 0.01 to"),
@@ -295,3 +314,15 @@ def test_a_training_node_never_evicts(tmp_path: Path) -> None:
     assert (model.when_full, model.evict) == ("evict", "least_frequently_read")
     with pytest.raises(ConfigError, match="holds what nobody else may hold yet"):
         load_config(write(tmp_path, text.replace('role = "serve"', 'role = "train"')))
+
+
+def test_formulas_are_looked_for_where_they_are_used(tmp_path: Path) -> None:
+    """On training nodes, in the folder of the file; others weigh nothing."""
+    text = GOOD.replace("capacity_rows = 1_000", 'priority = { k = 90, formula = "weigh.wasm" }')
+    config = load_config(write(tmp_path, text))
+    settings = config.models["ctr"].priority.settings
+    assert (settings.k, settings.window_s, settings.formula) == (90, 60, str(tmp_path / "weigh.wasm"))
+    with pytest.raises(ConfigError, match=r":14: models\.ctr\.priority\.formula: .*' cannot be used: .*No such file"):
+        load_config(write(tmp_path, text.replace('role = "serve"', 'role = "train"')))
+    with pytest.raises(ConfigError, match="no priority formula 'signifcance': there are 'loss_impact', 'significance'"):
+        load_config(write(tmp_path, text.replace('role = "serve"', 'role = "train"').replace("weigh.wasm", "signifcance")))
