@@ -66,6 +66,8 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
             )
     if status["peers"]:
         console.print(_peers(status))
+    if any(map(_is_behind, status["peers"])):
+        console.print(_backlogs(status))
     console.print(_queues(status))
     if status["rejected"]:
         rejected = ", ".join(f"{sender}: {count}" for sender, count in status["rejected"].items())
@@ -164,7 +166,7 @@ def _seen(model: dict[str, Any]) -> bool:
 
 def priorities_table(models: dict[str, Any]) -> Table:
     """How much of what came was significant, and how late it was lately, beside the rest."""
-    names = ("rows", "significant", "p50", "p99", "others p50", "p99")
+    names = ("rows", "significant", "p50", "p99", "rest p50", "p99")
     table = _table("Updates", "model", *names, numbers=tuple(range(1, 7)))
     for name, model in models.items():
         if not _seen(model):
@@ -177,7 +179,9 @@ def priorities_table(models: dict[str, Any]) -> Table:
 
 
 def _delay(value_ms: float | None) -> str:
-    return "-" if value_ms is None else f"{value_ms:,.1f} ms"
+    if value_ms is None:
+        return "-"
+    return f"{value_ms:.1f} ms" if value_ms < 1000 else f"{value_ms / 1000:,.1f} s"
 
 
 def aliases_table(aliases: dict[str, Any]) -> Table:
@@ -214,8 +218,8 @@ def _partitions(hold: list[int], partitions: int) -> str:
 def _peers(status: dict[str, Any]) -> Table:
     table = _table(
         "Peers",
-        *("node", "rows in", "rows out", "bytes in", "bytes out", "in flight", "skipped", "mode", "due", "oldest", "saved"),
-        numbers=(1, 2, 3, 4, 5, 6, 8, 9, 10),
+        *("node", "rows in", "rows out", "bytes in", "bytes out", "in flight", "skipped"),
+        numbers=(1, 2, 3, 4, 5, 6),
     )
     for peer in status["peers"]:
         table.add_row(
@@ -226,6 +230,21 @@ def _peers(status: dict[str, Any]) -> Table:
             _size(peer["bytes_out"]),
             _size(peer["bytes_in_flight"]),
             f"{peer['batches_skipped']:,}",
+        )
+    return table
+
+
+def _is_behind(peer: dict[str, Any]) -> bool:
+    """Whether rows are due to it, or were: nodes of a release before know no backlogs."""
+    return peer.get("mode", "pass-through") != "pass-through" or bool(peer.get("bytes_saved"))
+
+
+def _backlogs(status: dict[str, Any]) -> Table:
+    """What is due where the network is busy."""
+    table = _table("Backlogs", "node", "mode", "due", "oldest", "saved", numbers=(4,))
+    for peer in filter(_is_behind, status["peers"]):
+        table.add_row(
+            peer["node"],
             "" if peer["mode"] == "pass-through" else f"[yellow]{peer['mode']}[/]",
             f"{peer['backlog_rows']:,} rows, {_size(peer['backlog_bytes'])}" if peer["backlog_rows"] else "",
             ", ".join(f"{band} {ms / 1000:,.1f} s" for band, ms in peer["oldest_ms"].items()),

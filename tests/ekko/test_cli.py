@@ -224,11 +224,29 @@ def test_the_tables_of_a_status_fit_a_narrow_terminal() -> None:
     delays = {"rows": 1_000, "p50_ms": 12.5, "p99_ms": 90_125.0}
     ctr = STATUS["models"]["ctr"] | {"row_delays": {"significant": delays, "ordinary": delays | {"rows": 99_000}}}
     failed = {"formula": "mine", "failures": 3, "steps_without": 7, "last_failure": "ValueError: returned shape (3,)"}
-    print_status(STATUS | {"models": STATUS["models"] | {"ctr": ctr | {"priority": failed}}}, console)
+    busy = {
+        "mode": "state",
+        "backlog_rows": 12_345,
+        "backlog_bytes": 1 << 20,
+        "oldest_ms": {"ordinary": 9_500},
+        "bytes_saved": 4096,
+    }
+    peers = [STATUS["peers"][0] | busy]
+    print_status(STATUS | {"models": STATUS["models"] | {"ctr": ctr | {"priority": failed}}, "peers": peers}, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in text
     assert all(len(line) <= 80 for line in text.splitlines())
-    for part in ("1,000,000", "100,000", "1.00 %", "90,125.0 ms", "formula 'mine' failed 3 times", "weighed 7 tables"):
+    for part in (
+        "1,000,000",
+        "100,000",
+        "1.00 %",
+        "90.1 s",
+        "12,345 rows",
+        "ordinary 9.5 s",
+        "4.0 KiB",
+        "formula 'mine' failed 3 times",
+        "weighed 7 tables",
+    ):
         assert part in " ".join(text.split()), part
 
 
