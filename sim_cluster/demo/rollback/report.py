@@ -23,7 +23,7 @@ from sim_cluster.demo.data import Events
 from sim_cluster.demo.evaluation import Floats, auc
 from sim_cluster.demo.rollback.faults import Fault
 from sim_cluster.demo.rollback.job import ONLINE
-from sim_cluster.demo.rollback.plan import Plan
+from sim_cluster.demo.rollback.plan import BASELINE_DELAY_S, BASELINE_SHARE, Plan
 from sim_cluster.demo.rollback.watch import Course
 
 WITH: Final = "with"
@@ -186,16 +186,17 @@ def print_result(result: Result, console: Console) -> None:
     plan = result.plan
     console.print(
         f"[bold]{result.dataset}[/]: {plan.start:,} events learnt offline, {plan.events:,} streamed at {plan.rate:g} a second; "
-        f"the feed goes bad {len(plan.faults)} times."
+        f"meanwhile the feed goes bad: {', '.join(fault.kind for fault in plan.faults)}."
     )
     table = Table(title="From the first bad step, seconds", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("fault", "noticed", "decided", "restored", "resumed", "rows", "requests exposed", "without manager"):
-        table.add_column(column, justify="left" if column == "fault" else "right")
+    for column in ("fault", "noticed", "decided", "restored", "resumed", "rows", "exposed", "without"):
+        table.add_column(column, justify="left" if column == "fault" else "right", no_wrap=True)
     for outcome in result.outcomes:
         times = [outcome.took(moment) for moment in ("noticed", "decided", "restored", "resumed")]
         figures = ["[red]never[/]" if took is None else f"{took:.1f}" for took in times]
         table.add_row(outcome.kind, *figures, f"{outcome.rows:,}", f"{outcome.exposed:,}", f"{outcome.exposed_without:,}")
     console.print(table)
+    console.print("Exposed: requests that the online model answered with bad rows; without: had nobody taken them back.")
     table = Table(title="AUC while the feed is bad", title_justify="left", box=SIMPLE_HEAD)
     for column in ("fault", "with manager", "without", "had the feed been good"):
         table.add_column(column, justify="left" if column == "fault" else "right")
@@ -211,6 +212,10 @@ def conclusions(result: Result) -> list[str]:
     """What was shown, in sentences; also what was not."""
     missed = [outcome.kind for outcome in result.outcomes if outcome.restored_s is None]
     lines = [f"[bold red]Not taken back:[/] {', '.join(missed)}."] if missed else []
+    lines.append(
+        f"With the manager, {BASELINE_SHARE:.0%} of the requests are the baseline's, with rows {BASELINE_DELAY_S:g} s old: "
+        "that is why AUC is lower there while all is well; a service gives its baseline less than one in a hundred."
+    )
     lines.append(f"Rollbacks of a model that was well: {result.false_alarms}.")
     wrong = [f"{node}: {text}" for node, text in result.replicas.items() if text]
     if wrong:
