@@ -38,6 +38,7 @@ class Feeds:
     def __init__(self, core: Core, pull: Pull) -> None:
         self._core = core
         self._pull = pull
+        self._fed = 0  # feeds of all keyspaces, at least
 
     def on_notice(self, link: Link, told: m.Backlogged, now: m.Now) -> Feed | None:
         """A parent says that it has queued rows for us, or that it has not any more; returns the former.
@@ -59,6 +60,7 @@ class Feeds:
         if feed is None:
             feed = keyspace.feeds[link.boot] = Feed(link.node, pairs, told.number, until_ms)
             keyspace.replica.set_fed(True)
+            self._fed += 1
         elif feed.number != told.number:
             feed.request, feed.flows, feed.asked_ms = 0, False, -ASK_MS
         feed.pairs, feed.number, feed.until_ms = pairs, told.number, until_ms
@@ -131,15 +133,22 @@ class Feeds:
             self._end(keyspace, boot)
 
     def _end(self, keyspace: Keyspace, boot: int) -> None:
-        if keyspace.feeds.pop(boot, None) is not None and not keyspace.feeds:
+        if keyspace.feeds.pop(boot, None) is None:
+            return
+        self._fed -= 1
+        if not keyspace.feeds:
             keyspace.replica.set_fed(False)
 
     def on_timer(self, now: m.Now) -> None:
         """Who has not told us again for too long is not in state mode any more."""
+        if not self._fed:
+            return
         for keyspace in self._core.keyspaces.values():
             for boot in [boot for boot, feed in keyspace.feeds.items() if feed.until_ms <= now.monotonic_ms]:
                 self._end(keyspace, boot)
 
     def next_ms(self) -> int | None:
         """When the first of them counts no more."""
+        if not self._fed:  # as a rule; asked after every event
+            return None
         return min([feed.until_ms for one in self._core.keyspaces.values() for feed in one.feeds.values()], default=None)

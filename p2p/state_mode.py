@@ -385,6 +385,8 @@ class StateMode:
 
     def next_ms(self) -> int | None:
         """When there is something to do."""
+        if not self._of:  # as a rule; asked after every event
+            return None
         wanted: list[int] = []
         for boot, backlogs in self._of.items():
             link = self._core.by_boot.get(boot)

@@ -78,7 +78,7 @@ def run_virtual(scenario: Scenario, seed: int, faults: Faults | None = None) -> 
     run = _Run(scenario, seed, faults if faults is not None else scenario.faults(seed))
     quick = quick_evictions(scenario.workload.room < 1)
     mortal = soon_expired(scenario.workload.ttl_s > 0)
-    narrow = little_credit(any(event.kind == "congested" for event in run.faults.events))
+    narrow = little_credit(_is_congested(run.faults))
     with small_messages(run.faults.message_bytes_max), short_queues(run.faults.short_queues), quick, mortal, narrow:
         problem = run.problem()
     cluster, meter = run.cluster, run.meter
@@ -143,6 +143,10 @@ def little_credit(wanted: bool) -> Iterator[None]:
     )
     with _changed(changes if wanted else ()):
         yield
+
+
+def _is_congested(faults: Faults) -> bool:
+    return any(event.kind == "congested" for event in faults.events)
 
 
 @contextmanager
@@ -380,7 +384,8 @@ class _Run:
         cluster.run(STEADY_MS)  # what was written while they recovered has come by now
         before = {name: self._counters(name) for name in cluster.nodes}
         # With short queues push loses also on a quiet network: credit that was lost with its messages is missed for 10 s.
-        steady = cluster.sync.push and not self.faults.short_queues
+        # With little credit a few steps are enough for children to be handed over, and what changes hands may come twice.
+        steady = cluster.sync.push and not self.faults.short_queues and not _is_congested(self.faults)
         steady = steady and not self._held_out() and cluster.now_ms >= self._drained_ms
         self.meter.into_region.clear()
         writer, begin_ms = self._writer(), cluster.now_ms
