@@ -36,10 +36,10 @@ def measured(courses: list[Course], states: list[tuple[float, str]]) -> Measured
     return Measured(EVENTS, PLAN, runs, arms, seconds, seconds + 0.05, states, courses)
 
 
-def result_of(one: Measured) -> Result:
+def result_of(one: Measured, lag_ms: float = 12.0) -> Result:
     outcomes, false_alarms = one.outcomes()
     aucs = dict.fromkeys((WITH, WITHOUT, CLEAN), 0.5)
-    return Result("synthetic", "a test", 0, PLAN, outcomes, aucs, false_alarms, {"near-1": ""}, 12.0, 90.0)
+    return Result("synthetic", "a test", 0, PLAN, outcomes, aucs, false_alarms, {"near-1": ""}, lag_ms, 90.0)
 
 
 def test_moments_and_requests_are_those_of_each_fault(tmp_path: Path) -> None:
@@ -65,16 +65,18 @@ def test_moments_and_requests_are_those_of_each_fault(tmp_path: Path) -> None:
     print_result(result, Console(file=page, width=120))
     assert "SYNTHETIC EVENTS, not real data: a test" in page.getvalue()
     assert "Rollbacks of a model that was well: 0." in page.getvalue()
+    assert "too busy" not in page.getvalue()
 
 
 def test_what_nobody_noticed_was_never_restored() -> None:
-    result = result_of(measured([], [(1.0, "healthy")]))
+    result = result_of(measured([], [(1.0, "healthy")]), lag_ms=34_000.0)
     assert not result.restored
     assert all(outcome.noticed_s is outcome.restored_s is None for outcome in result.outcomes)
     assert result.outcomes[0].exposed == 160  # the baseline answered the others
     page = io.StringIO()
     print_result(result, Console(file=page, width=120))
     assert "Not taken back: shuffled labels, slow drift." in page.getvalue()
+    assert "too busy: the trainer fell up to 34.0 s behind" in page.getvalue()
 
 
 def test_a_rollback_before_anything_was_bad_is_a_false_alarm() -> None:

@@ -26,6 +26,8 @@ from sim_cluster.demo.rollback.job import ONLINE
 from sim_cluster.demo.rollback.plan import BASELINE_DELAY_S, BASELINE_SHARE, Plan
 from sim_cluster.demo.rollback.watch import Course
 
+LAG_WARNING_MS: Final = 2_000.0  # a window of quality: less moves no figure here
+
 WITH: Final = "with"
 WITHOUT: Final = "without"
 CLEAN: Final = "clean"
@@ -217,6 +219,12 @@ def conclusions(result: Result) -> list[str]:
         "that is why AUC is lower there while all is well; a service gives its baseline less than one in a hundred."
     )
     lines.append(f"Rollbacks of a model that was well: {result.false_alarms}.")
+    if result.trainer_lag_max_ms > LAG_WARNING_MS:
+        lag_s = result.trainer_lag_max_ms / 1000
+        lines.append(
+            f"[bold yellow]This machine was too busy:[/] the trainer fell up to {lag_s:.1f} s behind the stream: faults "
+            "began later, and lasted longer, than planned."
+        )
     wrong = [f"{node}: {text}" for node, text in result.replicas.items() if text]
     if wrong:
         lines.append(f"[bold red]Replicas differ:[/] {'; '.join(wrong)}")
