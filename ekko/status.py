@@ -84,6 +84,7 @@ class NodePicture:
     aliases: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # name -> what it stands for
     rates: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # pair of regions -> what updates may use of it
     health: tuple[ModelHealth, ...] = ()
+    rollbacks: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # model -> the one that counts
     delayed: Mapping[str, Any] | None = None  # the older state of a baseline or witness
 
     @property
@@ -132,6 +133,7 @@ class NodePicture:
             "delayed": None if self.delayed is None else dict(self.delayed),
             "rates": {pair: dict(rate) for pair, rate in self.rates.items()},
             "health": {one.model.name: one.to_json() for one in self.health},
+            "rollbacks": dict(self.rollbacks),
             "peers": [{key: value for key, value in asdict(peer).items() if key != "holds"} for peer in protocol.peers],
             "queues": [asdict(queue) for queue in self.queues],
             "counters": dict(self.counters),

@@ -43,11 +43,13 @@ def health(
         return
     picture = fetch_status(address)
     known: dict[str, Any] = picture.get("health", {})
+    rollbacks: dict[str, Any] = picture.get("rollbacks", {})
     if model is not None:
         model = picture.get("aliases", {}).get(model, {"model": model})["model"]
         if model not in known:
             raise ModelError(f"the node has no model {model!r}: it has {', '.join(map(repr, known)) or 'none'}")
         known = {model: known[model]}
+    known = {name: {**one, "rollback": rollbacks.get(name)} for name, one in known.items()}
     if as_json:
         typer.echo(json.dumps(known, indent=2))
         return
@@ -74,6 +76,8 @@ def _show(name: str, one: Mapping[str, Any], *, detailed: bool) -> None:
     console.print(table)
     if one["serving_share"] < 1:
         console.print(f"  the online model answers {one['serving_share']:.1%} of the others")
+    if (taken := one["rollback"]) is not None:
+        console.print(f"  {_rollback(taken)}", soft_wrap=True, markup=False)
     if not detailed:
         return
     for detector, text in one["why"].items():
@@ -82,6 +86,17 @@ def _show(name: str, one: Mapping[str, Any], *, detailed: bool) -> None:
         span = f"{_time(entry['from_ms'])} to {_time(entry['until_ms'])}"
         line = f"  {_time(entry['at_ms'])} {entry['state']} ({span}) by {entry['detector']} at {entry['node']}: {entry['why']}"
         console.print(line, soft_wrap=True, markup=False)
+
+
+def _rollback(taken: Mapping[str, Any]) -> str:
+    """The last one, which may go on."""
+    when, who = _time(taken["requested_ms"]), taken["witness"] or "nobody yet"
+    if taken["step"] == "failed":
+        return f"asked at {when} UTC to be taken back, which failed: {taken['reason']}"
+    if not taken["over"]:
+        rows = f"{taken['rows_done']:,} of {taken['rows']:,} rows"
+        return f"being taken back since {when} UTC by {who}, step {taken['step']}: {rows}"
+    return f"taken back at {when} UTC to how it was at {_time(taken['cut_ms'])} UTC by {who}: {taken['rows']:,} rows"
 
 
 def _number(value: float | None) -> str:

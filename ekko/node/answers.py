@@ -116,6 +116,7 @@ class Answers:
             parts.operations.aliases(),
             parts.rates.pictures(protocol.budgets),
             health=parts.health.pictures(),
+            rollbacks=parts.rollbacks.pictures(),
             delayed=None if parts.delaying is None else parts.delaying.to_json(),
         )
 

@@ -16,6 +16,7 @@ import structlog
 from ekko.config import NodeConfig
 from ekko.config.sections import HealthSection
 from ekko.errors import ModelError
+from ekko.generations import Generation
 from ekko.health.verdicts import Verdicts
 from ekko.model import DENSE_TABLE
 from ekko.rollback.coordinator import Coordinator, CoordinatorOptions
@@ -167,6 +168,12 @@ class NodeRollbacks:
         names = {fact.model for fact in known.known.values()} | {self._store.generation(name) for name in self._store.models}
         chosen = sorted(one for one in names if one is not None and model in (None, one.name))
         return {"rollbacks": [picture_of(fact) for one in chosen for fact in known.of(one)]}
+
+    def pictures(self) -> dict[str, dict[str, object]]:
+        """Of each model the rollback that counts, over or not; models that were never taken back have none."""
+        known = self._store.facts.of(Rollbacks)
+        current = [known.current(Generation.of(model.spec)) for model in self._store.models.values()]
+        return {fact.model.name: picture_of(fact) for fact in current if fact is not None}
 
     # --- what the rollbacks ask
 

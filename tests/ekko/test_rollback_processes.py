@@ -86,6 +86,10 @@ def test_what_was_wrong_is_gone_everywhere_and_writers_go_on(cluster: LocalClust
     history = rollback(cluster, "train-1", "ctr")["rollbacks"]
     assert isinstance(history, list)
     assert history[0]["step"] == "done"
+    wait_until(lambda: cluster["serve-1"].status()["rollbacks"]["ctr"]["over"], "all have heard that it is over", 20)
+    assert cluster["serve-1"].status()["rollbacks"]["ctr"] == history[0]
+    shown = CliRunner().invoke(app, ["health", "ctr", "--http", cluster["serve-1"].http]).stdout
+    assert "by wit-1: 132 rows" in shown
 
 
 def test_a_part_of_it_is_taken_back(cluster: LocalCluster) -> None:
