@@ -137,7 +137,8 @@ class ShardVersions:
         Args:
             shards: uint32[k].
             versions: uint64[k], the peer's.
-            writers: uint16[w]; those that we do not name are retired, and both sides have all of them.
+            writers: uint16[w]; those that we do not name are retired, and we have all of them. A peer that names one may not: what
+                its version stands for is not what we have.
             vectors: uint64[k, w], the peer's.
         """
         before, now = self._see()
@@ -145,7 +146,8 @@ class ShardVersions:
         named = np.isin(writers, self._writers)
         theirs[:, np.searchsorted(self._writers, writers[named])] = vectors[:, named]
         merged = now[shards]
-        is_ours, is_theirs = (merged == before[shards]).all(axis=1), (merged == theirs).all(axis=1)
+        is_ours = (merged == before[shards]).all(axis=1)
+        is_theirs = (merged == theirs).all(axis=1) & ~vectors[:, ~named].any(axis=1)
         settled, mint = settle(self._versions[shards], versions, is_ours, is_theirs)
         changed = shards[settled != self._versions[shards]]
         self._versions[shards] = settled

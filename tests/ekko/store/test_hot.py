@@ -327,6 +327,7 @@ def test_damaged_heat_is_begun_anew(model: ModelStore, store: Store, run_dir: Pa
 # --- the cost ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_counting_costs_next_to_nothing(model: ModelStore, run_dir: Path) -> None:
     """The bound here is loose, for a machine that is shared; `scripts/bench lookup` has the figure."""
     keys = zipf(4_096 * 50).reshape(-1, 4_096)
