@@ -137,8 +137,8 @@ class ShardVersions:
         Args:
             shards: uint32[k].
             versions: uint64[k], the peer's.
-            writers: uint16[w]; those that we do not name are retired, and we have all of them. A peer that names one may not: what
-                its version stands for is not what we have.
+            writers: uint16[w]; those that we do not name are retired, and we have all of them. A peer that names one may have
+                less, so that its version does not stand for what we have.
             vectors: uint64[k, w], the peer's.
         """
         before, now = self._see()

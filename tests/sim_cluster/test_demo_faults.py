@@ -74,9 +74,8 @@ def test_a_plan_has_its_stages_one_after_the_other_at_the_end() -> None:
         make_plan(100, (Stage("shuffled labels", 100, 50, 10),))
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind == "exploding gradients" else pytest.mark.long) for kind in KINDS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_learns_from_it_gets_worse(events: Events, kind: Kind) -> None:
     """Before the fault nothing differs, to the bit; at its end the model knows less than it did."""
     start, first = 2_500, 3_000
