@@ -11,7 +11,7 @@ Serving side: `EmbeddingBag(reader, "item")` stands where `torch.nn.EmbeddingBag
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Final, Literal, Protocol, Self, get_args
 
 import numpy as np
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ekko.errors import ModelError
+from ekko.restored import Restored
 from ekko.serve.embedding_bag import EmbeddingBag
-from ekko.torch_reload import DenseReader, Reloaded, load_dense, load_rows
+from ekko.torch_reload import Reloaded, Rows, StateReader, load_dense, load_rows
 
 __all__ = ["EmbeddingBag", "Reloaded", "Tracker", "track"]
 
@@ -63,14 +64,15 @@ def track(
     tables: Mapping[str, str],
     dense_every: int | None = None,
     significance: Significance = "gradient",
-    reader: DenseReader | None = None,
+    reader: StateReader | None = None,
 ) -> "Tracker":
     """Publish, after each `optimizer.step()`, the embedding rows that it changed.
 
     A row's significance is the L1 norm of its gradient, or what the node sees of it. All tables go in one batch under one
     stamp. A step that could not be published raises out of `optimizer.step()`, after the parameters have changed; its rows go
-    with the next one that can. Once the model was rolled back, the next step first loads what was restored into the tables
-    (`Tracker.reload`). With `Publisher(admission=...)`, rows go out from the step on that touches their key for the n-th time.
+    with the next one that can. Not so once the model was rolled back: then the next step loads what was restored into the
+    tables, and is dropped with all that is not published yet (`Tracker.reload`). With `Publisher(admission=...)`, rows go out
+    from the step on that touches their key for the n-th time.
 
     Args:
         model: holds the tables; is trained by `optimizer`.
@@ -81,7 +83,8 @@ def track(
             the key. With `sparse=False` the rows of a step are those whose gradient is not zero.
         dense_every: publish all other parameters too, under their parameter names, with every this many steps; None: never.
         significance: "gradient", or "change": how far a row moves is what counts, as the node sees it.
-        reader: of the same model on this machine, to read restored dense parameters; None: these stay as they are.
+        reader: of the same model on this machine, to read dense parameters after a rollback, and rows that steps changed
+            which it had refused; None: these stay as they are.
 
     Returns:
         The handle; `remove()` it, or use it in a `with` block, to stop.
@@ -104,7 +107,7 @@ class Tracker:
         tables: Mapping[str, str],
         dense_every: int | None = None,
         significance: Significance = "gradient",
-        reader: DenseReader | None = None,
+        reader: StateReader | None = None,
     ) -> None:
         if significance not in get_args(Significance):
             raise ModelError(f"significance is {significance!r}: expected 'gradient' or 'change'")
@@ -161,34 +164,47 @@ class Tracker:
     def reload(self) -> Reloaded:
         """Load what rollbacks restored since this was last called, and forget what the optimizer remembers of it.
 
-        Steps of these rows that are not published yet are dropped. Called by itself where a step is refused since the model
-        was rolled back, or had to wait for that; call it to go on from the restored rows before the next step.
+        What is not published yet is dropped, of rows that were not restored, too: it was worked out from a model that is not
+        there any more. Where there is a reader, such rows and all dense parameters become what the node has. Called by itself
+        where a step is refused since the model was rolled back, or had to wait for that; call it to go on from the restored
+        rows before the next step.
         """
+        restored: tuple[Restored, ...] = getattr(
+            self._publisher, "restored", tuple
+        )()  # a publisher of yours may know no rollbacks
+        if not restored:
+            return Reloaded({})
+        due, self._touched, self._dense_due = self._touched, {}, False
+        tensors = dict.fromkeys(name for one in restored for name in one.tensors if name in self._dense)
         loaded: dict[str, int] = {}
-        dense: dict[str, bool] = {}
-        for restored in getattr(self._publisher, "restored", tuple)():  # a publisher of yours may know no rollbacks
-            for name in restored.tensors:
-                if name in self._dense:
-                    dense[name] = self._reload_dense(name)
-            if restored.table in self._weights:
-                ids = load_rows(self._optimizer, self._weights[restored.table], restored)
-                loaded[restored.table] = loaded.get(restored.table, 0) + len(ids)
-                self._drop(restored.table, ids)
-        read = tuple(name for name, whether in dense.items() if whether)
-        return Reloaded(loaded, read, tuple(name for name, whether in dense.items() if not whether))
+        for one in restored:
+            if one.table in self._weights:
+                ids = load_rows(self._optimizer, self._weights[one.table], one)
+                loaded[one.table] = loaded.get(one.table, 0) + len(ids)
+                if (held := due.get(one.table)) is not None:
+                    due[one.table] = held.without(ids)
+        read = tuple(name for name in tensors if self._reload_dense(name))
+        if self._dense_every is not None:
+            with suppress(ModelError):  # none was published yet
+                read += tuple(name for name in self._dense if name not in tensors and self._reload_dense(name))
+        dropped = {table: len(held.ids) for table, held in due.items() if len(held.ids)}
+        for table in dropped:
+            self._reload_rows(table, due[table].ids)
+        return Reloaded(loaded, read, tuple(name for name in tensors if name not in read), dropped)
+
+    def _reload_rows(self, table: str, ids: Tensor) -> None:
+        """Put what the node has in place of rows that no rollback wrote; those that it does not have stay as they are."""
+        if self._reader is None:
+            return
+        keys = _keys(ids)
+        rows, stamps = self._reader.lookup(table, keys, stamps=True)
+        load_rows(self._optimizer, self._weights[table], Rows(keys[stamps > 0], rows[stamps > 0]))
 
     def _reload_dense(self, name: str) -> bool:
         if self._reader is None:
             return False
         load_dense(self._optimizer, self._dense[name], self._reader.dense(name))
         return True
-
-    def _drop(self, table: str, ids: Tensor) -> None:
-        if (held := self._touched.get(table)) is not None:
-            left = ~torch.isin(held.ids, ids)
-            self._touched[table] = _Touched(held.ids[left], held.significance[left])
-            if not left.any():
-                del self._touched[table]
 
     def remove(self) -> None:
         """Stop tracking. What was published stays published."""
@@ -249,6 +265,11 @@ class _Touched:
     def __init__(self, ids: Tensor, significance: Tensor) -> None:
         self.ids = ids  # int64[n], unique
         self.significance = significance  # float32[n]
+
+    def without(self, ids: Tensor) -> "_Touched":
+        """Those of other rows."""
+        left = ~torch.isin(self.ids, ids)
+        return _Touched(self.ids[left], self.significance[left])
 
     def merged(self, newer: "_Touched") -> "_Touched":
         """Both, each row once; what a row moved by adds up."""

@@ -5,8 +5,8 @@ was gathered on bad samples. Of dense tensors nothing is known but that they cha
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,22 +16,30 @@ from torch.optim import Optimizer
 
 
 class RestoredRows(Protocol):
-    """As `ekko.restored.Restored`."""
+    """As `ekko.restored.Restored`, of which only this is asked."""
 
-    @property
-    def table(self) -> str: ...
     @property
     def keys(self) -> NDArray[np.uint64]: ...
     @property
     def rows(self) -> NDArray[np.float32]: ...
-    @property
-    def tensors(self) -> tuple[str, ...]: ...
 
 
-class DenseReader(Protocol):
-    """What dense tensors are read with; `ekko.Reader` offers it."""
+class StateReader(Protocol):
+    """What the node's state is read with; `ekko.Reader` offers it."""
 
     def dense(self, name: str) -> NDArray[np.float32]: ...
+
+    def lookup(
+        self, table: str, keys: NDArray[np.uint64], *, stamps: Literal[True]
+    ) -> tuple[NDArray[np.float32], NDArray[np.uint64]]: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Rows of a table as a node has them."""
+
+    keys: NDArray[np.uint64]  # [n]
+    rows: NDArray[np.float32]  # [n, dim]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +49,7 @@ class Reloaded:
     rows: Mapping[str, int]  # by table; those of keys that the model has no row for are not among them
     dense: tuple[str, ...] = ()  # parameters that were read
     not_read: tuple[str, ...] = ()  # parameters that were restored, too, and stayed as they are: there was no reader
+    dropped: Mapping[str, int] = field(default_factory=dict)  # by table: other rows of steps that will not be published
 
 
 def load_rows(optimizer: Optimizer, weight: nn.Parameter, restored: RestoredRows) -> Tensor:

@@ -1,8 +1,9 @@
 """What a baseline or a witness does besides: its older state moves on (`ekko.delayed`).
 
-A baseline's follows the current one at a fixed distance, and is what `ekko.Reader(run_dir=...)` finds there; the current one is
-in a folder below. A witness's follows what was judged healthy, and readers of its run_dir find the current state. Neither is
-ever a leader, an inner node of a tree, or asked for rows where others have them (R22).
+A baseline's follows the current one at a fixed distance, but never shows what was found corrupted or was taken back, and is
+what `ekko.Reader(run_dir=...)` finds there; the current one is in a folder below. A witness's follows what was judged
+healthy, and readers of its run_dir find the current state. Neither is ever a leader, an inner node of a tree, or asked for
+rows where others have them (R22).
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from ekko.delayed.store import DelayedStore
 from ekko.errors import ConfigError, ModelError, StoreError
 from ekko.generations import Generation
 from ekko.health.verdicts import Verdicts
+from ekko.rollback.facts import Rollback, Rollbacks, Step
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
 from p2p.status import QueueStatus
@@ -96,7 +98,7 @@ class Delaying:
         self.delayed = delayed
         self._held_until = held_until
         self._node = node
-        self._bound: Bound = self._healthy_until if node.role == "witness" else self._before_now
+        self._bound: Bound = self._healthy_until if node.role == "witness" else self._of_a_baseline
         self._complete = node.role != "baseline"  # the older state was whole once in this life
         self._told: dict[str, float] = {}  # monotonic, by reason
         self.failures = 0
@@ -108,6 +110,21 @@ class Delaying:
 
     def _before_now(self, model: ModelStore) -> int | None:
         return _now_ms() - int(self._node.delay_s * 1000)
+
+    def _of_a_baseline(self, model: ModelStore) -> int | None:
+        """One delay ago; but the moment before a stretch that was corrupted or taken back, until all of that is old enough.
+
+        Else a baseline would show one delay later what nobody is to see, and online would seem well beside it.
+        """
+        facts, generation = self.delayed.current.facts, Generation.of(model.spec)
+        until_ms = now_ms = _now_ms()
+        until_ms -= int(self._node.delay_s * 1000)
+        taken = [(one.cut_ms, one.changed_ms if one.over else now_ms) for one in _taken_back(facts.of(Rollbacks), generation)]
+        bad = [(one.from_ms - 1, one.until_ms) for one in facts.of(Verdicts).intervals(generation) if one.state == "corrupted"]
+        for from_ms, over_ms in sorted([*taken, *bad], key=lambda one: one[1], reverse=True):
+            if from_ms < until_ms < over_ms:
+                until_ms = from_ms
+        return until_ms
 
     def _healthy_until(self, model: ModelStore) -> int | None:
         """A moment of which the state is known, so that the older store never has anything but a state that was healthy."""
@@ -198,3 +215,8 @@ class Delaying:
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+def _taken_back(rollbacks: Rollbacks, model: Generation) -> list[Rollback]:
+    """Those that wrote, or are about to."""
+    return [one for one in rollbacks.of(model) if one.cut_ms and not one.dry and one.step is not Step.FAILED]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ekko.torch
-from ekko.errors import ModelError
+from ekko.errors import ModelError, PublishError
 from ekko.torch import Reloaded
 from ekko.torch_reload import load_rows
 from tests.ekko.test_torch import TABLES, Recorder, Toy, train
@@ -108,12 +108,30 @@ def test_a_step_after_a_rollback_begins_from_the_restored_rows() -> None:
     publisher.pending = (users(),)
     train(model, optimizer, [3, 4], [7, 8])
     assert (model.user.weight[GONE] == 0.25).all()
-    [_, step] = publisher.steps
-    assert set(step.rows["users"]) == {4}, "what was worked out from a row that is not there any more is not published"
-    assert set(step.rows["items"]) == {7, 8}
+    assert len(publisher.steps) == 1, "what was worked out from a model that is not there any more is not published"
     assert tracker.reload() == Reloaded({})
-    train(model, optimizer, [3], [7])
+    train(model, optimizer, [3], [8])
     assert set(publisher.steps[-1].rows["users"]) == {3}
+    assert set(publisher.steps[-1].rows["items"]) == {8}, "nor is it with a later step"
+
+
+def test_a_row_of_a_refused_step_is_as_the_node_has_it_again() -> None:
+    """Row 4 was not restored, for nothing bad was published of it; row 6 the node never had."""
+    model, publisher = Toy(), RolledBack()
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
+    tracker = ekko.torch.track(model, optimizer, publisher, TABLES, reader=Reader())
+    train(model, optimizer, [3, 4], [7, 8])
+    publisher.pending = (users(),)
+    publisher.has_restored = True  # nothing is asked before `reload`
+    publisher.refuses = True
+    with pytest.raises(PublishError):
+        train(model, optimizer, [3, 4, 6], [7, 8, 9])
+    moved = model.user.weight[6].clone()
+    assert tracker.reload() == Reloaded({"users": 2}, dropped={"users": 2, "items": 3})
+    assert (model.user.weight[4] == 0.5).all()
+    assert (optimizer.state[model.user.weight]["sum"][4] == 0).all()
+    assert (model.user.weight[6] == moved).all(), "there is nothing to put in its place"
+    assert (model.item.weight[[7, 8]] == 0.5).all()
 
 
 def test_a_publisher_that_waited_says_so() -> None:
@@ -140,6 +158,13 @@ def test_what_is_refused_for_another_reason_stays_refused() -> None:
 
 
 class Reader:
+    """Of a node that has rows below 9 of users, but 6, and all of items."""
+
+    def lookup(self, table: str, keys: np.ndarray, *, stamps: bool) -> tuple[np.ndarray, np.ndarray]:
+        assert stamps
+        here = (table == "items") | (keys != 6)
+        return np.repeat(np.where(here, 0.5, 0)[:, None], 4, axis=1).astype(np.float32), here.astype(np.uint64)
+
     def dense(self, name: str) -> np.ndarray:
         return np.full((1, 4) if name == "top.weight" else (1,), 0.125, np.float32)
 
