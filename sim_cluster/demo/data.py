@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +74,11 @@ class Events:
     def synthetic(self) -> bool:
         """Whether the events were made up."""
         return bool(self.note)
+
+    def first(self, count: int) -> "Events":
+        """The first `count` of them; views."""
+        ids = {name: column[:count] for name, column in self.ids.items()}
+        return replace(self, ids=ids, dense=self.dense[:count], labels=self.labels[:count])
 
     def save(self, path: Path) -> None:
         """Write everything to one `.npz` file."""

@@ -7,7 +7,7 @@ from sim_cluster.demo import data
 from sim_cluster.demo.data import Events
 from sim_cluster.demo.evaluation import auc
 from sim_cluster.demo.rollback.faults import EXPLOSION, Fault, Kind, corrupted
-from sim_cluster.demo.rollback.plan import STAGES, Stage, make_plan
+from sim_cluster.demo.rollback.plan import LONGER, STAGES, Plan, Stage, events_of, stream_start
 from sim_cluster.demo.rollback.replay import unguarded_scores
 
 KINDS: tuple[Kind, ...] = ("shuffled labels", "exploding gradients", "slow drift")
@@ -64,14 +64,14 @@ def test_faults_that_overlap_or_end_too_late_are_refused(events: Events) -> None
         Fault("slow drift", 5, 5)
 
 
-def test_a_plan_has_its_stages_one_after_the_other_at_the_end() -> None:
-    plan = make_plan(1_000, (Stage("shuffled labels", 100, 50, 10), Stage("slow drift", 20, 30, 40)), rate=10)
-    assert (plan.start, plan.events, plan.seconds) == (750, 250, 25.0)
-    assert plan.faults == (Fault("shuffled labels", 850, 900), Fault("slow drift", 930, 960))
-    assert plan.second_of(850) == 10.0
-    assert make_plan(100_000).events == sum(stage.events for stage in STAGES)
-    with pytest.raises(ValueError, match="the stages need 160 events, and there are 100"):
-        make_plan(100, (Stage("shuffled labels", 100, 50, 10),))
+def test_a_stream_is_the_last_of_the_events_with_room_for_stages_that_take_longer() -> None:
+    stages = (Stage("shuffled labels", 100, 50, 10), Stage("slow drift", 20, 30, 40))
+    assert (events_of(stages), stream_start(1_000, stages)) == (325, 675)
+    assert stream_start(100_000) == 100_000 - int(LONGER * sum(stage.events for stage in STAGES))
+    plan = Plan(675, 325, 10.0, ())
+    assert (plan.seconds, plan.second_of(775)) == (32.5, 10.0)
+    with pytest.raises(ValueError, match="the stages need 208 events, and there are 100"):
+        stream_start(100, (Stage("shuffled labels", 100, 50, 10),))
 
 
 @pytest.mark.long

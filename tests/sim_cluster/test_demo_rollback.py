@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from sim_cluster.demo.rollback.plan import Plan, Stage
 from sim_cluster.demo.rollback.plots import plot_rollback
 from sim_cluster.demo.rollback.report import CLEAN, WITH, WITHOUT, Measured, Result, print_result
 from sim_cluster.demo.rollback.run import Options, run_rollback
+from sim_cluster.demo.rollback.schedule import Director, Schedule
 from sim_cluster.demo.rollback.watch import Course, Watch
 from sim_cluster.processes import NodeProcess, NodeSpec
 
@@ -36,10 +38,10 @@ def measured(courses: list[Course], states: list[tuple[float, str]]) -> Measured
     return Measured(EVENTS, PLAN, runs, arms, seconds, seconds + 0.05, states, courses)
 
 
-def result_of(one: Measured, lag_ms: float = 12.0) -> Result:
+def result_of(one: Measured, stream_s: float = 100.0) -> Result:
     outcomes, false_alarms = one.outcomes()
     aucs = dict.fromkeys((WITH, WITHOUT, CLEAN), 0.5)
-    return Result("synthetic", "a test", 0, PLAN, outcomes, aucs, false_alarms, {"near-1": ""}, lag_ms, 90.0)
+    return Result("synthetic", "a test", 0, PLAN, outcomes, aucs, false_alarms, {"near-1": ""}, 12.0, 190.0, stream_s)
 
 
 def test_moments_and_requests_are_those_of_each_fault(tmp_path: Path) -> None:
@@ -69,14 +71,14 @@ def test_moments_and_requests_are_those_of_each_fault(tmp_path: Path) -> None:
 
 
 def test_what_nobody_noticed_was_never_restored() -> None:
-    result = result_of(measured([], [(1.0, "healthy")]), lag_ms=34_000.0)
+    result = result_of(measured([], [(1.0, "healthy")]), stream_s=200.0)
     assert not result.restored
     assert all(outcome.noticed_s is outcome.restored_s is None for outcome in result.outcomes)
     assert result.outcomes[0].exposed == 160  # the baseline answered the others
     page = io.StringIO()
     print_result(result, Console(file=page, width=120))
     assert "Not taken back: shuffled labels, slow drift." in page.getvalue()
-    assert "too busy: the trainer fell up to 34.0 s behind" in page.getvalue()
+    assert "too busy: it kept up with 5 events a second of the 10" in page.getvalue()
 
 
 def test_a_rollback_before_anything_was_bad_is_a_false_alarm() -> None:
@@ -104,11 +106,64 @@ def test_a_watch_keeps_when_each_step_began(tmp_path: Path) -> None:
     assert watch.state == "model corrupted, rollback: lifting"
 
 
-def test_a_job_knows_when_its_feed_is_repaired(tmp_path: Path) -> None:
-    job = RollbackJob("ctr", "tcp://x", {"near": "/n"}, 5, 10.0, 0, "float32", 1, "/t", "/b", [[10, 20], [30, 40]])
-    job.save(tmp_path)
-    again = RollbackJob.load(tmp_path)
-    assert [again.repaired_at(event) for event in (9, 10, 19, 20, 35)] == [9, 20, 20, 20, 40]
+STAGES = (Stage("shuffled labels", 100, 200, 50), Stage("slow drift", 80, 300, 60))
+
+
+def test_a_job_and_the_schedule_agree_on_where_a_fault_is(tmp_path: Path) -> None:
+    kinds, bad = [stage.kind for stage in STAGES], [stage.bad for stage in STAGES]
+    RollbackJob("ctr", "tcp://x", {"near": "/n"}, 5, 10.0, 0, "float32", 1, "/t", "/b", kinds, bad).save(tmp_path)
+    job, demo = RollbackJob.load(tmp_path), Schedule(tmp_path, len(STAGES))
+    trainer = Schedule(tmp_path)
+    assert (demo.firsts, trainer.allowed, trainer.ended) == ([], 0, False)
+    demo.allow(1)
+    assert trainer.allowed == 1
+    trainer.begin(110)
+    assert (job.fault(0, 110, 1_000),) == demo.faults(STAGES) == (Fault("shuffled labels", 110, 310),)
+    assert (job.fault(0, 110, 300),) == demo.faults(STAGES, 300) == (Fault("shuffled labels", 110, 300),)
+    demo.end()
+    assert trainer.ended
+
+
+def test_a_fault_begins_only_when_the_one_before_is_over_and_the_model_well(tmp_path: Path) -> None:
+    """Ten events a second, of which the first is number 1,000 of all."""
+    schedule = Schedule(tmp_path, len(STAGES))
+    director = Director(schedule, STAGES, 1_000, lambda second: round(second * 10))
+    watch = Watch(NodeProcess(NodeSpec("n", "near"), tmp_path, (1, 2, 3)), time.monotonic_ns())
+
+    def allowed(learnt: int) -> int:
+        director.look(watch, learnt)
+        return schedule.allowed
+
+    assert allowed(100) == 0, "nobody has judged it"
+    watch.note_state("healthy", 1.0)
+    assert [allowed(99), allowed(100)] == [0, 1]
+    schedule.begin(1_101)
+    rollback = watch.courses["1"] = course("1", 25.0, ("fencing", 25.0))
+    assert allowed(2_000) == 1, "a rollback is under way"
+    rollback.steps["done"] = 50.0
+    assert [allowed(629), allowed(630)] == [1, 2], "80 and 50 clean events after the end of the rollback at 500"
+    schedule.begin(1_631)
+    watch.note_state("corrupted", 65.0)
+    watch.courses["2"] = course("2", 65.0, ("done", 70.0))
+    director.look(watch, 630 + 359)
+    assert not schedule.ended, "the feed is bad up to event 931"
+    director.look(watch, 631 + 360)
+    assert schedule.ended
+
+
+def test_who_is_never_decided_does_not_hold_up_the_stream(tmp_path: Path) -> None:
+    schedule = Schedule(tmp_path, 1)
+    watch = Watch(NodeProcess(NodeSpec("n", "near"), tmp_path, (1, 2, 3)), time.monotonic_ns())
+    answered = [499]
+    director = Director(schedule, STAGES[:1], 1_000, lambda _: answered[0])
+    watch.note_state("healthy", 1.0)
+    director.look(watch, 100)
+    schedule.begin(1_100)
+    director.look(watch, 2_000)
+    assert not schedule.ended, "it may still be found"
+    answered[0] = 500
+    director.look(watch, 550)
+    assert schedule.ended
 
 
 @pytest.mark.long
@@ -116,7 +171,7 @@ def test_a_job_knows_when_its_feed_is_repaired(tmp_path: Path) -> None:
 def test_a_feed_that_explodes_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = data.generate(0, "a test", count=30_000)
     monkeypatch.setattr(data, "load", lambda **_: events)
-    stage = Stage("exploding gradients", 5_000, 5_000, 4_000)
+    stage = Stage("exploding gradients", 4_000, 5_000, 3_000)
     with Display(Console(file=io.StringIO())) as display:
         result = run_rollback(Options(tmp_path / "out", (stage,)), display)
     report = json.loads((tmp_path / "out" / "report.json").read_text())

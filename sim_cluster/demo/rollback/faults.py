@@ -57,8 +57,13 @@ def corrupted(events: Events, faults: Sequence[Fault], seed: int) -> Events:
         raise ValueError(f"faults overlap, or end beyond the {len(events)} events: {faults}")
     feed = replace(events, labels=events.labels.copy())
     for place, fault in enumerate(faults):
-        _corrupt(feed, fault, np.random.default_rng([seed, place]))
+        corrupt(feed, fault, seed, place)
     return feed
+
+
+def corrupt(feed: Events, fault: Fault, seed: int, place: int) -> None:
+    """Have the `place`-th fault happen to a feed, whose labels are changed."""
+    _corrupt(feed, fault, np.random.default_rng([seed, place]))
 
 
 def _corrupt(feed: Events, fault: Fault, rng: np.random.Generator) -> None:

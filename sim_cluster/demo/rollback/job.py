@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim_cluster.demo.job import Job
+from sim_cluster.demo.rollback.faults import Fault, Kind
 
 ONLINE = 0
 BASELINE = 1
@@ -20,21 +21,18 @@ class RollbackJob(Job):
     Args:
         train_dir: `run_dir` of the training node, whose rows the trainer goes on with after a rollback.
         baseline_dir: `run_dir` of the baseline node.
-        bad: stretches of the feed, [first, last) each, counted from the first of all events.
+        kinds: of the faults, in order.
+        bad: how many events each of them lasts.
     """
 
     train_dir: str
     baseline_dir: str
-    bad: list[list[int]]
+    kinds: list[Kind]
+    bad: list[int]
 
-    def repaired_at(self, event: int) -> int:
-        """The event from which on the feed is good again, where the feed is bad at `event`; else `event`."""
-        return next((last for first, last in self.bad if first <= event < last), event)
-
-
-def feed_path(folder: Path) -> Path:
-    """The corrupted events, written by the demo."""
-    return folder / "feed.npz"
+    def fault(self, place: int, first: int, events: int) -> Fault:
+        """The `place`-th fault, where it begins with event `first` of `events`, counted from the first of all."""
+        return Fault(self.kinds[place], first, min(first + self.bad[place], events))
 
 
 def create_arms(folder: Path, events: int) -> None:

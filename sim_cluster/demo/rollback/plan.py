@@ -1,4 +1,4 @@
-"""When the feed is bad: the chapter's stream, its three faults, and how its nodes judge the model meanwhile.
+"""The chapter's stream, its three faults, and how its nodes judge the model meanwhile; `schedule` says when a fault begins.
 
 Everything takes minutes that would take hours or days: requests are some hundreds a second where a service has tens of
 thousands, so windows are of seconds, the baseline is half a minute old and gets a large share of the requests. Bounds and
@@ -12,7 +12,7 @@ from sim_cluster.demo.rollback.faults import Fault, Kind
 
 RATE: Final = 300.0  # events per second
 BASELINE_SHARE: Final = 0.3
-BASELINE_DELAY_S: Final = 30.0  # longer than the slowest fault takes from its first bad row until it is taken back
+BASELINE_DELAY_S: Final = 45.0  # longer than the slowest fault takes from its first bad row until it is taken back
 WITNESS_DELAY_S: Final = 1.0
 WINDOW_S: Final = 2.0
 ROLLBACK_EVERY_S: Final = 10.0
@@ -27,7 +27,7 @@ PRECISION: Final = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A fault, and the clean events before and after it, by which one sees that the model is well again."""
+    """A fault, and the clean events before it and after its end, by which one sees that the model is well; at least so many."""
 
     kind: Kind
     before: int
@@ -41,16 +41,18 @@ class Stage:
 
 
 STAGES: Final = (
-    Stage("shuffled labels", 6_000, 10_000, 4_000),
-    Stage("exploding gradients", 4_000, 6_000, 4_000),
-    Stage("slow drift", 4_000, 9_000, 5_000),
+    Stage("shuffled labels", 4_000, 9_000, 2_000),
+    Stage("exploding gradients", 3_000, 5_000, 2_000),
+    Stage("slow drift", 3_000, 9_000, 3_000),
 )
-QUICK_STAGES: Final = (Stage("exploding gradients", 5_000, 5_000, 4_000),)
+QUICK_STAGES: Final = (Stage("exploding gradients", 4_000, 5_000, 3_000),)
+# A stage goes on until its rollback is over, so the stream may get longer than its stages by this factor.
+LONGER: Final = 1.3
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is streamed.
+    """What was streamed.
 
     Args:
         start: index of the stream's first event; all before it are learnt offline.
@@ -70,21 +72,21 @@ class Plan:
         return self.events / self.rate
 
     def second_of(self, event: int) -> float:
-        """When an event comes, counted from the start of the stream; `event` counts from the first of all."""
+        """When an event was due, counted from the start of the stream; `event` counts from the first of all."""
         return (event - self.start) / self.rate
 
 
-def make_plan(events: int, stages: tuple[Stage, ...] = STAGES, rate: float = RATE) -> Plan:
-    """The last of `events` are streamed, stage by stage.
+def events_of(stages: tuple[Stage, ...]) -> int:
+    """The longest that the stream gets."""
+    return int(LONGER * sum(stage.events for stage in stages))
+
+
+def stream_start(events: int, stages: tuple[Stage, ...] = STAGES) -> int:
+    """Index of the stream's first event; the last of `events` are streamed, as many of them as the stages come to need.
 
     Raises:
-        ValueError: they are fewer than the stages need.
+        ValueError: they are fewer than the stages need at most.
     """
-    stream = sum(stage.events for stage in stages)
-    if stream > events:
+    if (stream := events_of(stages)) > events:
         raise ValueError(f"the stages need {stream} events, and there are {events}")
-    faults, at = [], events - stream
-    for stage in stages:
-        faults.append(Fault(stage.kind, at + stage.before, at + stage.before + stage.bad))
-        at += stage.events
-    return Plan(events - stream, stream, rate, tuple(faults))
+    return events - stream

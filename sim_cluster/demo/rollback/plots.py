@@ -26,11 +26,11 @@ def plot_rollback(result: Result, measured: Measured, path: Path) -> None:
     for run in reversed(RUNS):
         ends, values = auc_over_time(labels, measured.scores[run], window, POINTS)
         width = 2.2 if run == WITH else 1.5
-        axis.plot(ends / result.plan.rate, values, color=COLOURS[run], linewidth=width, label=f"{NAMES[run]}")
+        axis.plot(measured.scored_s[ends - 1], values, color=COLOURS[run], linewidth=width, label=f"{NAMES[run]}")
     for outcome in result.outcomes:
         _mark(axis, outcome)
     axis.axhline(0.5, color="#BBBBBB", linewidth=0.8, linestyle=":")
-    axis.set_xlim(0, result.plan.seconds)
+    axis.set_xlim(0, result.stream_s)
     axis.set_xlabel("seconds of the stream", fontsize=9)
     axis.set_ylabel(f"AUC of the last {window:,} requests", fontsize=9)
     plain(axis)

@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from sim_cluster.demo import data
 from sim_cluster.demo.board import Board, Word
@@ -20,11 +21,12 @@ from sim_cluster.demo.evaluation import Floats, auc
 from sim_cluster.demo.job import events_path
 from sim_cluster.demo.rollback.cluster import BASELINE_NODE, MODEL, REGIONS, TRAIN_NODE, WITNESS_NODE, make_cluster
 from sim_cluster.demo.rollback.faults import corrupted
-from sim_cluster.demo.rollback.job import RollbackJob, create_arms, feed_path, open_arms
-from sim_cluster.demo.rollback.plan import BASELINE_DELAY_S, RATE, STAGES, Stage, make_plan
+from sim_cluster.demo.rollback.job import RollbackJob, create_arms, open_arms
+from sim_cluster.demo.rollback.plan import BASELINE_DELAY_S, RATE, STAGES, Plan, Stage, events_of, stream_start
 from sim_cluster.demo.rollback.plots import plot_rollback
 from sim_cluster.demo.rollback.replay import unguarded_scores
 from sim_cluster.demo.rollback.report import CLEAN, WITH, WITHOUT, Measured, Result
+from sim_cluster.demo.rollback.schedule import Director, Schedule
 from sim_cluster.demo.rollback.watch import Watch
 from sim_cluster.demo.run import orderly_stop
 from sim_cluster.demo.verify import contents, difference
@@ -82,14 +84,14 @@ class _Run:
         self._options = options
         self._display = display
         self._events = events
-        self._plan = make_plan(len(events), options.stages, options.rate)
-        self._feed = corrupted(events, self._plan.faults, options.seed)
+        self._start = stream_start(len(events), options.stages)
+        self._events_max = events_of(options.stages)
         self._folder = folder
         self._began_s = began_s
         events.save(events_path(folder))
-        self._feed.save(feed_path(folder))
-        self._board = Board.create(folder, len(REGIONS), self._plan.events)
-        create_arms(folder, self._plan.events)
+        self._board = Board.create(folder, len(REGIONS), self._events_max)
+        create_arms(folder, self._events_max)
+        self._schedule = Schedule(folder, len(options.stages))
 
     def run(self) -> Result:
         with (
@@ -100,8 +102,7 @@ class _Run:
             watch = self._stream(cluster, workers)
             self._display.phase("comparing the replicas")
             replicas = self._compare(cluster)
-        scores = self._scores()
-        measured = self._measured(watch, scores)
+        measured = self._measured(watch)
         result = self._result(measured, replicas)
         plot_rollback(result, measured, self._options.out / "rollback.png")
         result.write(self._options.out)
@@ -109,20 +110,21 @@ class _Run:
 
     def _start_processes(self, cluster: LocalCluster, workers: Workers) -> None:
         """Nodes up, model trained offline and visible everywhere, the baseline's state old enough, scorers ready."""
-        board, display, plan = self._board, self._display, self._plan
+        board, display = self._board, self._display
         display.phase("starting nodes, training offline")
         RollbackJob(
             MODEL,
             cluster[TRAIN_NODE].local,
             {region: str(cluster.in_region(region)[0].run_dir) for region in REGIONS},
-            plan.start,
-            plan.rate,
+            self._start,
+            self._options.rate,
             self._options.seed,
             "float32",
             os.getpid(),
             str(cluster[TRAIN_NODE].run_dir),
             str(cluster[BASELINE_NODE].run_dir),
-            [[fault.first, fault.last] for fault in plan.faults],
+            [stage.kind for stage in self._options.stages],
+            [stage.bad for stage in self._options.stages],
         ).save(self._folder)
         workers.start("trainer", "sim_cluster.demo.rollback.trainer")
         for region in REGIONS:
@@ -144,27 +146,49 @@ class _Run:
             time.sleep(REFRESH_S / 4)
 
     def _stream(self, cluster: LocalCluster, workers: Workers) -> Watch:
-        """Start the clock, and watch until the stream is over and no rollback is under way."""
-        board, display, plan = self._board, self._display, self._plan
-        display.phase(f"streaming {plan.events:,} events")
+        """Start the clock, let faults begin, and watch until the last one is taken back, or the events are all."""
+        board, display = self._board, self._display
+        display.phase(f"streaming up to {self._events_max:,} events")
         start_ns = time.monotonic_ns() + int(LEAD_S * 1e9)
         watch = Watch(cluster[WITNESS_NODE], start_ns)
+        director = Director(self._schedule, self._options.stages, self._start, self._event_at)
         board[Word.START_NS] = start_ns
-        deadline_s = start_ns / 1e9 + plan.seconds + SETTLE_S_MAX
+        moved_s, learnt = time.monotonic(), 0
         while board[Word.DONE] == 0:
             workers.check()
-            if time.monotonic() > deadline_s:
-                raise DemoError(f"the stream did not end: {board[Word.LEARNT]:,} of {plan.events:,} events were taken")
-            watch.look()
-            failed = next((course for course in watch.courses.values() if course.failed), None)
-            if failed is not None:
-                raise DemoError(f"a rollback failed: {failed.reason}")
-            display.update(board[Word.LEARNT] / plan.events, self._figures(watch))
+            if board[Word.LEARNT] > learnt:
+                moved_s, learnt = time.monotonic(), board[Word.LEARNT]
+            if time.monotonic() > moved_s + SETTLE_S_MAX:
+                raise DemoError(f"the stream stands still: {learnt:,} of {self._events_max:,} events were taken")
+            self._look(watch)
+            director.look(watch, learnt)
+            display.update(learnt / self._events_max, self._figures(watch))
+            time.sleep(REFRESH_S)
+        # What is under way needs no more requests, or it waits for a verdict, which will not come: then it stays as it is.
+        deadline_s = time.monotonic() + SETTLE_S_MAX / 6
+        while any(course.over_s is None for course in watch.courses.values()) and time.monotonic() < deadline_s:
+            self._look(watch)
             time.sleep(REFRESH_S)
         for node in cluster.nodes.values():
             if not node.running:
                 raise DemoError(f"node {node.id} ended during the stream: {node.log_tail()}")
         return watch
+
+    def _look(self, watch: Watch) -> None:
+        watch.look()
+        failed = next((course for course in watch.courses.values() if course.failed), None)
+        if failed is not None:
+            raise DemoError(f"a rollback failed: {failed.reason}")
+
+    def _event_at(self, second: float) -> int:
+        """How many events of the stream were answered by then."""
+        scored_ns = self._scored_ns(self._events_max)
+        return int(np.count_nonzero((scored_ns > 0) & (scored_ns <= self._board[Word.START_NS] + second * 1e9)))
+
+    def _scored_ns(self, count: int) -> NDArray[np.int64]:
+        events = np.arange(count)
+        scored_ns: NDArray[np.int64] = self._board.scored_ns[events % len(REGIONS), events]
+        return scored_ns
 
     def _figures(self, watch: Watch) -> str:
         """Live figures for the bar."""
@@ -172,13 +196,13 @@ class _Run:
         words = [f"{self._board[Word.LEARNT]:,} events"]
         recent = slice(max(0, done - 1_000), done)
         if done:
-            labels = self._events.labels[self._plan.start :][recent]
+            labels = self._events.labels[self._start :][recent]
             words.append(f"AUC {auc(labels, self._live()[recent]):.3f}")
         return "; ".join([*words, watch.state])
 
     def _live(self) -> Floats:
         """float32[stream]: what was answered, by whichever region's scorer the request went to."""
-        events = np.arange(self._plan.events)
+        events = np.arange(self._events_max)
         scores: Floats = self._board.scores[events % len(REGIONS), events]
         return scores
 
@@ -193,41 +217,47 @@ class _Run:
                 return replicas
             time.sleep(REFRESH_S)
 
-    def _scores(self) -> dict[str, Floats]:
+    def _scores(self, plan: Plan, events: Events) -> dict[str, Floats]:
         """Live, and of the two runs that nobody manages: on the feed as it was, and as it should have been."""
         torch.set_num_threads(1)  # steps are small: two threads spend more time waiting for each other than they save
-        scores = {WITH: self._live()}
-        for run, feed, name in ((WITHOUT, self._feed, "the same without a manager"), (CLEAN, self._events, "a good feed")):
+        feed = corrupted(events, plan.faults, self._options.seed)
+        scores = {WITH: self._live()[: plan.events]}
+        for run, learnt, name in ((WITHOUT, feed, "the same without a manager"), (CLEAN, events, "a good feed")):
             self._display.phase(f"replaying {name}")
-            scores[run] = unguarded_scores(self._events, feed, self._plan.start, self._options.seed, self._display.update)
+            scores[run] = unguarded_scores(events, learnt, plan.start, self._options.seed, self._display.update)
         return scores
 
-    def _measured(self, watch: Watch, scores: dict[str, Floats]) -> Measured:
-        events = np.arange(self._plan.events)
-        start_ns = watch.start_ns
+    def _measured(self, watch: Watch) -> Measured:
+        learnt, start_ns = self._board[Word.LEARNT], watch.start_ns
+        events = self._events.first(self._start + learnt)
+        faults = self._schedule.faults(self._options.stages, len(events))
+        plan = Plan(self._start, learnt, self._options.rate, faults)
         return Measured(
-            self._events,
-            self._plan,
-            scores,
-            np.array(open_arms(self._folder)),
-            (self._board.scored_ns[events % len(REGIONS), events] - start_ns) / 1e9,
-            (np.array(self._board.learnt_ns) - start_ns) / 1e9,
+            events,
+            plan,
+            self._scores(plan, events),
+            np.array(open_arms(self._folder)[:learnt]),
+            (self._scored_ns(learnt) - start_ns) / 1e9,
+            (np.array(self._board.learnt_ns[:learnt]) - start_ns) / 1e9,
             watch.states,
             sorted(watch.courses.values(), key=lambda course: course.decided_s),
         )
 
     def _result(self, measured: Measured, replicas: dict[str, str]) -> Result:
         outcomes, false_alarms = measured.outcomes()
-        labels = self._events.labels[self._plan.start :]
+        plan = measured.plan
+        labels = measured.events.labels[plan.start :]
         return Result(
             self._events.name,
             self._events.note,
             self._options.seed,
-            self._plan,
+            plan,
             outcomes,
             {run: auc(labels, scores) for run, scores in measured.scores.items()},
             false_alarms,
             replicas,
             self._board[Word.LAG_MAX_US] / 1000,
             time.monotonic() - self._began_s,
+            float(measured.learnt_s[-1]),
+            [stage.kind for stage in self._options.stages[len(plan.faults) :]],
         )

@@ -24,6 +24,7 @@ from sim_cluster.demo.scorer import MODEL_TIMEOUT_S, TICK_NS
 from sim_cluster.demo.scoring import Scorer
 from sim_cluster.demo.worker import run_worker
 
+UNLEARNT_MAX: Final = 300  # events that were answered and not yet learnt: a second
 SLACK: Final = 1e-6  # float32's sigmoid may round to 0 or 1
 
 
@@ -68,10 +69,11 @@ class GuardedScorer:
         regions = len(job.regions)
         done = 0
         tick_ns = start_ns + TICK_NS * self._place // regions
-        while done < total:
+        while done < total and board[Word.DONE] == 0:
             board.sleep_until(tick_ns)
             now_ns = time.monotonic_ns()
-            due = min(total, job.due_count(now_ns - start_ns))
+            # Requests wait where the trainer is behind, so that a busy machine makes the stream slow, and not the model old.
+            due = min(total, job.due_count(now_ns - start_ns), board[Word.LEARNT] + UNLEARNT_MAX)
             if due > done:
                 events = np.arange(done, due)
                 self._answer(online, scorers, events[events % regions == self._place])

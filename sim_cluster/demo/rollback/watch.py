@@ -66,7 +66,7 @@ class Watch:
         except (EkkoError, NodeProcessError):
             return
         if known is not None:
-            self.note_state(known["state"], time.monotonic() - self.start_ns / 1e9)
+            self.note_state(known["state"], self.now_s)
         for told in rollbacks:
             self.note_rollback(told)
 
@@ -84,6 +84,16 @@ class Watch:
         course.rows, course.reason = told["rows"], told["reason"]
         if told["cut_ms"]:
             course.cut_s = self._second(told["cut_ms"])
+
+    @property
+    def now_s(self) -> float:
+        """Seconds since the first event."""
+        return time.monotonic() - self.start_ns / 1e9
+
+    @property
+    def judged(self) -> str:
+        """The model's last state that was seen; empty: none yet."""
+        return self.states[-1][1] if self.states else ""
 
     @property
     def state(self) -> str:
