@@ -70,9 +70,10 @@ def run(quick: bool) -> dict[str, Figure]:
             bench.fill()
             regions.limit(RATE_MBPS)
             rounds = []
-            for _ in range(1 if quick else ROUNDS):
+            for number in range(1 if quick else ROUNDS):
+                if number:  # as it goes on where it is judged; else the log has the rounds before
+                    bench.judge_healthy()
                 rounds.append(bench.take_back(BAD_S_QUICK if quick else BAD_S))
-                bench.judge_healthy()  # as it goes on where it is judged; else the log has the rounds before
             ended, reload_s, caught_up = bench.reload()
     link_s = rows * ROW_BYTES * 8 / (RATE_MBPS * 1e6)  # nothing between two regions is sooner
     restore_s = statistics.median(one["restore_s"] for one in rounds)
