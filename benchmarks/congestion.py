@@ -12,18 +12,23 @@ How to read it: `*_ratio` is the 99th percentile of the delay of significant upd
 nothing fills; `lag` is the age of the oldest update that some replica does not show.
 """
 
+import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks.congested import real, virtual
-from benchmarks.congested.lag import is_bounded
+from benchmarks.congested.lag import F64, is_bounded
 from benchmarks.congested.load import Load
 from benchmarks.congested.virtual import Plan, Run
 
@@ -42,10 +47,12 @@ NARROW_S, NARROW_S_QUICK = 40.0, 4.0
 MEASURED_S, MEASURED_S_QUICK = 25.0, 2.0
 LONG_S, LONG_S_QUICK = 600.0, 4.0
 RECOVER_S, RECOVER_S_QUICK = 60.0, 10.0
-REAL_S, REAL_SETTLE_S = 15.0, 5.0
+REAL_S, REAL_SETTLE_S = 12.0, 5.0
 LOAD = Load(trace_s=LONG_S + RECOVER_S + 60)
 LOAD_QUICK = Load(rows=10_000, dim=32, updates_per_s=600.0, trace_s=40)
 LOAD_REAL = Load(updates_per_s=4_000.0, trace_s=400)
+# Processes: a run may have 1.3 million updates, some hundred bytes each.
+WORKERS_MAX = 4
 # Where the plot goes; without this variable, a file beside other temporary ones.
 PLOTS = "EKKO_BENCH_PLOTS"
 
@@ -62,34 +69,104 @@ def run(quick: bool) -> dict[str, object]:
         def report(state: str) -> None:
             bar.update(task, description=state)
 
-        figures = _virtual(quick, report)
-        return figures | _long(quick, figures, report) | _real(quick, report)
+        return _virtual(quick, report) | _real(quick, report)
 
 
 # --- in virtual time
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One run in virtual time; `share`: percent of the demand, None: no narrow link."""
+
+    load: Load
+    share: int | None
+    plan: Plan
+
+    @property
+    def text(self) -> str:
+        return f"virtual, {self.plan.outbox}, {'uncongested' if self.share is None else f'{self.share} %'}"
+
+
 def _virtual(quick: bool, report: Report) -> dict[str, object]:
+    """All of it; on several cores side by side, since nothing here depends on how fast it runs."""
+    load, measured_s = (LOAD_QUICK, MEASURED_S_QUICK) if quick else (LOAD, MEASURED_S)
+    report("virtual, uncongested")
+    calm = _run(_Job(load, None, Plan("state", None, 2.0, measured_s + 1, measured_s)))
+    demand = calm.crossed_bytes / measured_s
+    long_jobs, jobs = _long_jobs(quick, demand), _jobs(quick, demand)
+    with ExitStack() as stack:
+        spread = _spread(stack, quick)
+        report("virtual")
+        # What takes longest begins first.
+        long_runs = [(job.plan.outbox, spread(_run, job)) for job in long_jobs]
+        served = spread(_served, quick)
+        runs = [(job, spread(_run, job)) for job in jobs]
+        figures = _figures(calm, demand, measured_s, [(job, done.result()) for job, done in runs])
+        lags = {outbox: done.result() for outbox, done in long_runs}
+        figures["replicas_equal"] = int(bool(figures["replicas_equal"]) and all(one.equal for one in lags.values()))
+        return (
+            figures
+            | _long({outbox: one.timeline.lag_ms(one.narrow_ms, one.end_ms)[1] for outbox, one in lags.items()})
+            | served.result()
+        )
+
+
+def _spread(stack: ExitStack, quick: bool) -> Callable[..., Future[Any]]:
+    """What begins a call in another process, of which there are as many as cores; when quick, all is done at once, here."""
+    if quick:
+        return _done
+    context = multiprocessing.get_context("spawn")
+    pool = stack.enter_context(ProcessPoolExecutor(min(os.cpu_count() or 1, WORKERS_MAX), mp_context=context))
+    return pool.submit
+
+
+def _done(call: Callable[..., object], *arguments: object) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(call(*arguments))
+    return future
+
+
+def _jobs(quick: bool, demand: float) -> list[_Job]:
     load, shares = (LOAD_QUICK, SHARES_QUICK) if quick else (LOAD, SHARES)
     narrow_s, measured_s = (NARROW_S_QUICK, MEASURED_S_QUICK) if quick else (NARROW_S, MEASURED_S)
-    calm = _run(load, "state", None, Plan("state", None, 2.0, measured_s + 1, measured_s), report)
+    recover_s = RECOVER_S_QUICK if quick else RECOVER_S
+    return [
+        _Job(
+            load,
+            share,
+            Plan(
+                outbox,
+                demand * share / 100,
+                2.0,
+                narrow_s,
+                measured_s,
+                demand * virtual.WIDE,
+                recover_s if outbox == "state" else 0.0,
+            ),
+        )
+        for share in shares
+        for outbox in OUTBOXES
+    ]
+
+
+def _run(job: _Job) -> Run:
+    done = virtual.run(job.load, job.plan)
+    p99_ms = done.timeline.p99_ms(done.begin_ms, done.end_ms, significant=True)
+    print(f"{job.text}: significant p99 {p99_ms:,.0f} ms, {done.modes}, {done.seconds:.0f} s", file=sys.stderr, flush=True)
+    return done
+
+
+def _figures(calm: Run, demand: float, measured_s: float, runs: Sequence[tuple[_Job, Run]]) -> dict[str, object]:
     calm_p99_ms = calm.timeline.p99_ms(calm.begin_ms, calm.end_ms, significant=True)
-    demand = calm.crossed_bytes / measured_s
     at: dict[str, dict[str, object]] = {}
-    runs: list[Run] = [calm]
-    for share in shares:
-        cell = at[str(share)] = {}
-        for outbox in OUTBOXES:
-            recover_s = 0.0 if outbox != "state" else RECOVER_S_QUICK if quick else RECOVER_S
-            rates = demand * share / 100, 2.0, narrow_s, measured_s, demand * virtual.WIDE
-            plan = Plan(outbox, *rates, recover_s)
-            done = _run(load, outbox, share, plan, report)
-            runs.append(done)
-            cell |= _cell(outbox, done, calm_p99_ms, demand * measured_s)
-            if outbox == "state":
-                cell |= _returned(done, demand * virtual.WIDE)
+    for job, done in runs:
+        cell = at.setdefault(str(job.share), {})
+        cell |= _cell(job.plan.outbox, done, calm_p99_ms, demand * measured_s)
+        if job.plan.outbox == "state":
+            cell |= _returned(done, demand * virtual.WIDE)
     gated = at[str(GATED)]
-    returned = [cell["return_ratio"] for cell in at.values() if cell["return_ratio"] is not None]
+    returned = [ratio for cell in at.values() if isinstance(ratio := cell["return_ratio"], float)]
     return {
         "significant_p99_ratio_8": gated["significant_p99_ratio"],
         "fifo_p99_ratio_8": gated["fifo_p99_ratio"],
@@ -98,17 +175,9 @@ def _virtual(quick: bool, report: Report) -> dict[str, object]:
         "return_ratio": max(returned, default=None),
         "uncongested_p99_ms": calm_p99_ms,
         "demand_bytes_per_s": demand,
-        "replicas_equal": int(all(one.equal for one in runs)),
+        "replicas_equal": int(calm.equal and all(done.equal for _, done in runs)),
         "at": at,
     }
-
-
-def _run(load: Load, outbox: str, share: int | None, plan: Plan, report: Report) -> Run:
-    what = f"virtual, {outbox}, {'uncongested' if share is None else f'{share} %'}"
-    done = virtual.run(load, plan, lambda state: report(f"{what}: {state}"))
-    p99_ms = done.timeline.p99_ms(done.begin_ms, done.end_ms, significant=True)
-    print(f"{what}: significant p99 {p99_ms:,.0f} ms, {done.modes}, {done.seconds:.0f} s", file=sys.stderr, flush=True)
-    return done
 
 
 def _cell(outbox: str, done: Run, calm_p99_ms: float, demand_bytes: float) -> dict[str, object]:
@@ -136,16 +205,14 @@ def _returned(done: Run, wide_bytes_per_s: float) -> dict[str, object]:
 # --- over ten virtual minutes
 
 
-def _long(quick: bool, figures: Mapping[str, object], report: Report) -> dict[str, object]:
-    """Lag at 8 % for ten minutes: bounded with the scheduler, growing with a log."""
+def _long_jobs(quick: bool, demand: float) -> list[_Job]:
     load, long_s = (LOAD_QUICK, LONG_S_QUICK) if quick else (LOAD, LONG_S)
-    demand = figures["demand_bytes_per_s"]
-    assert isinstance(demand, float)
-    lags: dict[str, np.ndarray] = {}
-    for outbox in ("state", "fifo"):
-        plan = Plan(outbox, demand * GATED / 100, 2.0, long_s, long_s - 1)
-        done = _run(load, outbox, GATED, plan, report)
-        lags[outbox] = done.timeline.lag_ms(done.narrow_ms, done.end_ms)[1]
+    plans = [Plan(outbox, demand * GATED / 100, 2.0, long_s, long_s - 1) for outbox in ("state", "fifo")]
+    return [_Job(load, GATED, plan) for plan in plans]
+
+
+def _long(lags: Mapping[str, F64]) -> dict[str, object]:
+    """Lag at 8 % for ten minutes: bounded with the scheduler, growing with a log."""
     halves = {outbox: (lag[: len(lag) // 2].max(), lag[len(lag) // 2 :].max()) for outbox, lag in lags.items()}
     return {
         "lag_bounded": int(is_bounded(lags["state"])),
@@ -157,7 +224,7 @@ def _long(quick: bool, figures: Mapping[str, object], report: Report) -> dict[st
     }
 
 
-def _plot(lags: Mapping[str, np.ndarray]) -> str:
+def _plot(lags: Mapping[str, F64]) -> str:
     """Draw it; where to, or why not."""
     try:
         import matplotlib as mpl
@@ -175,6 +242,22 @@ def _plot(lags: Mapping[str, np.ndarray]) -> str:
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
     return str(path)
+
+
+# --- what predictions are worth
+
+
+def _served(quick: bool) -> dict[str, object]:
+    key = f"auc_at_{GATED}_percent"
+    if quick:
+        return {key: None, f"note_{key}": "not at this size: a model is learnt for it"}
+    try:
+        from benchmarks.congested import served
+    except ImportError as error:
+        return {key: None, f"note_{key}": f"{error}: pip install 'ekko[torch]'"}
+    figures = served.figures(GATED)
+    print(f"predictions at {GATED} %: {figures[key]}", file=sys.stderr, flush=True)
+    return figures
 
 
 # --- real nodes

@@ -61,6 +61,11 @@ CLAIM_MS = 50
 LOOK_MS = 50
 # Batches pass through again when nothing has been due for so long: to enter costs a question and a selection.
 CALM_MS = 500
+# And only where what came meanwhile, whole and each time, is no more than this part of what the budget brings in: else batches
+# that pass would fill the link again at once, and whoever goes in and out pays that question each time.
+CALM_SHARE = 0.8
+# A link that is back in state mode so soon after it left has a load in waves: it stays until it was calm for so long.
+WAVES_MS = 20_000
 
 
 @dataclass(slots=True, eq=False)
@@ -118,8 +123,10 @@ class Backlog:
     stirred: bool = True  # there may be something to claim
     claimed_ms: int = 0
     chunks: int = 0  # sent since the child told its vector
+    waves: bool = False  # it was left a moment before
     calm_ms: int | None = None  # since when nothing has been due
     calm_sequence: int = 0  # what had been sent then
+    calm_bytes: int = 0  # and what it and others had charged to the budget then, with what they had saved
     bytes_saved: int = 0
     served: int = 0  # when it was its turn last
     frontier: U64 = field(default_factory=lambda: np.empty(0, np.uint64))  # that was claimed last

@@ -6,8 +6,9 @@ is to coalescing. Rows are columns here: a place (slot and slot epoch, R18), a c
 
 Order. A queue for each *band* of 16 classes (a factor of four in priority), first in, first out. Of each room that is to be
 filled, what was taken back goes first, whatever else there is; then a fifth of the room is filled with whatever has waited
-longest, so that the recorded cycle ends under any load (R16); the rest by priority, significant before ordinary, where a band
-counts as one more for each `AGE_MS` that its first row has waited longer than another's.
+longest, so that the recorded cycle ends under any load (R16); where that is less than a row, one room in a few has one. The
+rest goes by priority, significant before ordinary, where a band counts as one more for each `AGE_MS` that its first row has
+waited longer than another's.
 
 A row may stand in several queues, when it came to matter more while it waited; it leaves with the first of them, and the others
 find its pigeonhole empty. When those are too many, the queues are made anew.
@@ -133,6 +134,7 @@ class DueRows:
         self._numbers: dict[int, int] = {}  # table -> its place in the list
         self._queues = [_Queue() for _ in range(BANDS)]
         self._cycle = _FIRST
+        self._in_order = 0.0  # bytes of what has waited longest that are to leave next
 
     def add(self, table: int, row_bytes: int, places: I64, classes: U8 | None, now_ms: int) -> int:
         """These rows have changed, or were selected.
@@ -182,11 +184,26 @@ class DueRows:
         taken: list[Taken] = []
         room = self._fill(bytes_max, taken, lambda: [BANDS - 1] if len(self._queues[-1]) else [], 0)
         if room > 0:
-            in_order = max(1, int(IN_ORDER_SHARE * room))
-            room -= in_order - self._fill(in_order, taken, self._waiting, 0)
+            room -= self._take_in_order(room, taken)
         if room > 0:
             self._fill(room, taken, self._preferred, AGE_MS)
         return taken
+
+    def _take_in_order(self, room: int, taken: list[Taken]) -> int:
+        """Its share of the room leaves in order of age (R16), as soon as that is a row; returns the bytes.
+
+        Narrow links send one or two rows at a time: a row in order with each would be half of all, and not a fifth.
+        """
+        self._in_order += IN_ORDER_SHARE * room
+        if self._in_order < self._row_bytes_max():
+            return 0
+        share = int(self._in_order)
+        left = self._fill(share, taken, self._waiting, 0)
+        self._in_order = min(0.0, float(left))  # nothing is saved up by an empty table
+        return share - left
+
+    def _row_bytes_max(self) -> int:
+        return max((held.row_bytes for held in self._tables), default=0)
 
     def clear(self) -> None:
         """Nothing is due any more. What is known of how much rows matter stays: who selects them again knows no classes."""
@@ -244,8 +261,7 @@ class DueRows:
             moments = sorted((self._queues[band].head_ms - band * age_ms, band) for band in bands)
             best = moments[0][1]
             until_ms = moments[1][0] + best * age_ms if len(moments) > 1 else 1 << 62
-            widest = max(held.row_bytes for held in self._tables)
-            room -= self._leave(*self._queues[best].pop(max(1, room // widest), until_ms), taken)
+            room -= self._leave(*self._queues[best].pop(max(1, room // self._row_bytes_max()), until_ms), taken)
         return room
 
     def _leave(self, tables: NDArray[np.uint16], places: I64, taken: list[Taken]) -> int:

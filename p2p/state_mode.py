@@ -7,6 +7,7 @@ import numpy as np
 from p2p import messages as m
 from p2p.backlog import (
     CALM_MS,
+    CALM_SHARE,
     CHUNK_BYTES_MAX,
     CHUNKS_PER_EVENT,
     CLAIM_MS,
@@ -16,6 +17,7 @@ from p2p.backlog import (
     STATE_SINCE,
     TELL_MS,
     TOLD_MS_MAX,
+    WAVES_MS,
     Backlog,
     Known,
 )
@@ -46,6 +48,7 @@ class StateMode:
         self._receivers = receivers
         self._of: dict[int, dict[int, Backlog]] = {}  # by boot of the child, and keyspace
         self._refused: dict[tuple[int, int], int] = {}  # (boot, keyspace): children that were left to pull, and until when
+        self._left: dict[tuple[int, int], int] = {}  # (boot, keyspace): when batches began to pass again
         self._numbers = 0
         self._turns = 0
 
@@ -84,6 +87,7 @@ class StateMode:
         self._numbers += 1
         backlog = Backlog(keyspace, link, pairs, self._numbers, core.now_ms)
         backlog.asked_ms = core.now_ms
+        backlog.waves = core.now_ms - self._left.pop((link.boot, number), core.now_ms - WAVES_MS) < WAVES_MS
         self._of.setdefault(link.boot, {})[number] = backlog
         keyspace.backlogs[link.boot] = backlog
         link.in_state_mode = True
@@ -278,9 +282,14 @@ class StateMode:
         if not backlog.request or backlog.due.rows:
             backlog.calm_ms = None
             return
+        if backlog.calm_ms is not None and now_ms - backlog.calm_ms >= _calm_ms(backlog) and self._is_nearly_full(backlog):
+            backlog.calm_ms = None
         if backlog.calm_ms is None:
             backlog.calm_ms, backlog.calm_sequence = now_ms, link.sequence_out
-        if now_ms - backlog.calm_ms < CALM_MS or link.sequence_acknowledged < backlog.calm_sequence or not link.has_credit():
+            backlog.calm_bytes = self._wanted_bytes(link)
+        if now_ms - backlog.calm_ms < _calm_ms(backlog):
+            return
+        if link.sequence_acknowledged < backlog.calm_sequence or not link.has_credit():
             return
         feeds = backlog.keyspace.feeds.values()
         if any(feed.until_ms > now_ms and feed.pairs.overlap(backlog.pairs) for feed in feeds):
@@ -295,8 +304,24 @@ class StateMode:
             backlog.begin_cycle()
         self._emit(backlog, (), claims=True, ends=True)
         self._forget(backlog)
+        self._left[link.boot, backlog.keyspace.replica.keyspace] = now_ms
         self._core.counters.backlogs_ended += 1
         self._core.note("state_mode_ended", peer=link.node, keyspace=backlog.keyspace.replica.keyspace)
+
+    def _is_nearly_full(self, backlog: Backlog) -> bool:
+        """Whether batches would have used up the budget since the backlog was empty: rows that were not sent as often count."""
+        bucket, calm_ms = backlog.link.bucket, backlog.calm_ms
+        if bucket is None or calm_ms is None:
+            return False
+        passed_ms = self._core.now_ms - calm_ms
+        return self._wanted_bytes(backlog.link) - backlog.calm_bytes > CALM_SHARE * bucket.rate * passed_ms
+
+    def _wanted_bytes(self, link: Link) -> int:
+        """What was charged to the link's budget so far, and what coalescing spared it; 0 without a budget."""
+        if link.bucket is None:
+            return 0
+        saved = sum(one.bytes_saved for one in self.of_link(link).values())
+        return link.bucket.used + saved + link.traffic.bytes_saved
 
     def _again(self, backlog: Backlog, why: str) -> None:
         """Throw it away, and select it again."""
@@ -352,6 +377,7 @@ class StateMode:
         for backlog in list(self._of.get(boot, {}).values()):
             self._forget(backlog)
         self._refused = {place: until for place, until in self._refused.items() if place[0] != boot}
+        self._left = {place: moment for place, moment in self._left.items() if place[0] != boot}
 
     def forget_keyspace(self, keyspace: int) -> None:
         """It was dropped."""
@@ -359,6 +385,7 @@ class StateMode:
             if keyspace in backlogs:
                 self._forget(backlogs[keyspace])
         self._refused = {place: until for place, until in self._refused.items() if place[1] != keyspace}
+        self._left = {place: moment for place, moment in self._left.items() if place[1] != keyspace}
 
     def on_progress(self, keyspace: Keyspace) -> None:
         """Our knowledge may have moved: there may be something to claim."""
@@ -399,6 +426,11 @@ class StateMode:
                     wanted.append(self._core.now_ms)
                 elif credit and backlog.request and backlog.stirred:
                     wanted.append(backlog.claimed_ms + CLAIM_MS)
-                if backlog.calm_ms is not None and self._core.now_ms < backlog.calm_ms + CALM_MS:
-                    wanted.append(backlog.calm_ms + CALM_MS)
+                if backlog.calm_ms is not None and self._core.now_ms < backlog.calm_ms + _calm_ms(backlog):
+                    wanted.append(backlog.calm_ms + _calm_ms(backlog))
         return min(wanted, default=None)
+
+
+def _calm_ms(backlog: Backlog) -> int:
+    """For how long nothing must have been due."""
+    return WAVES_MS if backlog.waves else CALM_MS

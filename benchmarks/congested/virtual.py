@@ -70,7 +70,7 @@ class Run:
     seconds: float = 0.0
 
 
-class _Crossed:
+class Crossed:
     """Bytes that went from the training region into the others."""
 
     def __init__(self, cluster: VirtualCluster) -> None:
@@ -124,7 +124,7 @@ def run(load: Load, plan: Plan, report: Callable[[str], None] = lambda _: None) 
 
     if not cluster.run_until(formed, FORM_MS_MAX, 500):
         raise RuntimeError(f"the cluster did not form within {FORM_MS_MAX / 1000:g} virtual seconds")
-    crossed, publishing = _Crossed(cluster), _Publishing(cluster, load)
+    crossed, publishing = Crossed(cluster), _Publishing(cluster, load)
     publishing.run(int(plan.warm_s * 1_000), report)
     done = _narrow(cluster, publishing, crossed, plan, report)
     if plan.recover_s:
@@ -174,7 +174,7 @@ class _Publishing:
 
 
 def _narrow(
-    cluster: VirtualCluster, publishing: _Publishing, crossed: _Crossed, plan: Plan, report: Callable[[str], None]
+    cluster: VirtualCluster, publishing: _Publishing, crossed: Crossed, plan: Plan, report: Callable[[str], None]
 ) -> Run:
     narrow_ms = cluster.now_ms
     _set_rate(cluster, plan.rate_bytes_per_s)

@@ -53,6 +53,13 @@ def test_what_was_taken_back_goes_before_everything_and_what_is_significant_befo
     assert [place for place in ten if place >= 100] == [100, 101]  # a fifth in order
 
 
+def test_a_fifth_leaves_in_order_also_where_a_room_has_one_row() -> None:
+    rows = DueRows()
+    add(rows, list(range(100)), 1, now_ms=0)
+    add(rows, list(range(100, 200)), SIGNIFICANT, now_ms=1)
+    assert sum(taken(rows, 1)[0] < 100 for _ in range(100)) == 100 * IN_ORDER_SHARE
+
+
 def test_a_row_that_comes_to_matter_more_leaves_earlier() -> None:
     rows = DueRows()
     add(rows, list(range(50)), 10)
