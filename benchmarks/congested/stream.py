@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 import ekko.torch
@@ -49,7 +50,8 @@ class Stream:
 
 
 def learn() -> Stream:
-    """Learn it."""
+    """Learn it; in a process of its own."""
+    torch.set_num_threads(1)  # others run beside it
     events = data.load()
     start = int(START_FRACTION * len(events))
     learner, recorder = Learner(events, SEED), _Recorder(dict.fromkeys(events.rows, DIM))
