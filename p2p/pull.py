@@ -52,7 +52,7 @@ ORIGIN_EVERY = 4
 GAP_TRIES_MAX = 8
 # Lives and keyspaces of which we remember when we last got everything.
 PULLED_MAX = 65_536
-# An answer that stands still this long is given up, and asked of somebody else.
+# An answer that stands still this long is given up, and asked of somebody else. One behind another waits.
 PULL_SILENCE_MS = 3_000
 # A question that brought nothing for so long, then for twice as long, and so on, is asked again, since it may be lost; longer
 # than most round trips. Who has it lets it be. It says how far we are by now, which counts where it waits for its answer.
@@ -215,7 +215,7 @@ class Pull:
             self._abandon(reply.keyspace, "the answer knows a writer under another nonce")
             return 0
         asked.next_chunk += 1
-        asked.deadline_ms = now.monotonic_ms + PULL_SILENCE_MS
+        self._put_off_silence(link, now)
         asked.whole.begin(keyspace, reply.whole)
         new = take_rows(core, keyspace, reply.columns, now)
         if new is None:
@@ -231,6 +231,12 @@ class Pull:
             observe(core, reply.vector, reply.frontier)
             self._complete(keyspace, asked, reply, now)
         return new
+
+    def _put_off_silence(self, link: Link, now: m.Now) -> None:
+        """A chunk came. A peer streams one answer after the other (`p2p.outbox`): its other ones wait for this."""
+        for asked in self._asked.values():
+            if asked.boot == link.boot:
+                asked.deadline_ms = now.monotonic_ms + PULL_SILENCE_MS
 
     def _complete(self, keyspace: Keyspace, asked: _Asked, reply: m.PullReply, now: m.Now) -> None:
         base = np.zeros_like(reply.vector)
