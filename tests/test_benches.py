@@ -60,10 +60,12 @@ def test_the_store_has_its_benchmarks() -> None:
     assert set(KEYS) <= set(common.names())
 
 
+# Half a minute each, of which other tests with processes, or in virtual time, do the same.
+LONG = {"ablation", "latency", "rollback", "flood", "scale"}
+
+
 @pytest.mark.processes
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name in ("ablation", "latency") else ()) for name in common.names()]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in common.names()])
 def test_quick(name: str) -> None:
     result = common.measure(name, quick=True)
     figures, environment = result["figures"], result["environment"]
