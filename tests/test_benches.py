@@ -65,7 +65,9 @@ LONG = {"ablation", "latency", "rollback", "flood", "scale"}
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in common.names()])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in common.names()]
+)
 def test_quick(name: str) -> None:
     result = common.measure(name, quick=True)
     figures, environment = result["figures"], result["environment"]
