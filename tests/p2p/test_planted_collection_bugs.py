@@ -362,6 +362,14 @@ PLANTS: list[tuple[Plant, Scenario]] = [
 ]
 
 
-@pytest.mark.parametrize(("plant", "scenario"), PLANTS, ids=lambda item: item.__name__)
+# Half a minute of seeds; `tests/ekko/snapshots/test_order.py` plants the same where snapshots are written.
+LONG = {a_snapshot_reads_the_floor_first}
+
+
+@pytest.mark.parametrize(
+    ("plant", "scenario"),
+    [pytest.param(*pair, marks=pytest.mark.long if pair[0] in LONG else ()) for pair in PLANTS],
+    ids=lambda item: item.__name__,
+)
 def test_a_planted_bug_is_caught(plant: Plant, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
     expect_caught(plant, scenario, monkeypatch, SEEDS)
