@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ekko.errors import ConfigError, NodeUnreachable, StoreError
 from ekko.store.access import Access
+from ekko.store.leftovers import RUN_DIR_LOCK
 
-LOCK_NAME = "lock"
 ENDPOINT_NAME = "endpoint"
 LEDGER_NAME = "ledger"
 LOOKS_MET_MAX = 5
@@ -26,7 +26,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run_dir / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(run_dir / RUN_DIR_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise ConfigError(f"node.run_dir: {run_dir} cannot be used: {error.strerror}") from None
     try:

@@ -20,11 +20,12 @@ from enum import Enum
 from pathlib import Path
 
 from ekko.errors import StoreError
-from ekko.rundir import LOCK_NAME
 from ekko.store import layout
 from ekko.store.manifest import CONTROL_NAME, kernel_boot_id, prefix_of, read_manifest
 from ekko.store.memory import Mapping
 
+# In a `run_dir`: held by its daemon while it lives (`ekko.rundir.locked`).
+RUN_DIR_LOCK = "lock"
 # A store is being made: its control file may be there without a lock, or its other files without a control file.
 YOUNG_S = 60.0
 LOOK_S = 60.0  # between two looks of a living node
@@ -82,7 +83,7 @@ def _judge(family: str, stores: dict[str, list[Path]], now_s: float) -> Iterator
     """The stores of one run_dir. While its daemon lives all are its own: it may be copying one into another."""
     controls = [files[0].with_name(f"{prefix}-{CONTROL_NAME}") for prefix, files in stores.items()]
     run_dir = next((path for control in controls if (path := _run_dir_of(control, family)) is not None), None)
-    lives = any(_is_locked(control) for control in controls) or (run_dir is not None and _is_locked(run_dir / LOCK_NAME))
+    lives = any(_is_locked(control) for control in controls) or (run_dir is not None and _is_locked(run_dir / RUN_DIR_LOCK))
     named = None if run_dir is None else _prefix_named(run_dir)
     for prefix, files in stores.items():
         sizes = [stat for path in files if (stat := _stat(path)) is not None]
