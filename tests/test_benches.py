@@ -61,7 +61,7 @@ def test_the_store_has_its_benchmarks() -> None:
 
 
 # Half a minute each, of which other tests with processes, or in virtual time, do the same.
-LONG = {"ablation", "latency", "rollback", "flood", "scale"}
+LONG = {"ablation", "dissemination", "flood", "latency", "read-under-write", "rollback", "scale"}
 
 
 @pytest.mark.processes

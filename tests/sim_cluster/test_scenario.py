@@ -248,6 +248,7 @@ def test_a_storm_in_virtual_time() -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.long
 def test_real_processes_weather_a_short_storm() -> None:
     storm = replace(load_scenario(ROOT / "scenarios/storm.toml"), duration_ms=6_000, settle_ms=60_000)
     result = run_real(storm, 4)

@@ -361,8 +361,10 @@ BUGS: dict[str, tuple[ModuleType, str, str, str, list[Callable[[Memory], None]]]
 }
 
 
-# Each of these compiles the largest kernels anew, for ten seconds; one of pooled look-ups and one of patience always run.
+# Each of these compiles the largest kernels anew, for ten seconds; those of single look-ups always run.
 SLOW = {
+    "patient-and-any-key",
+    "pools-what-was-overtaken",
     "trusts-an-old-index",
     "stops-at-the-first-twin",
     "pools-any-key",
