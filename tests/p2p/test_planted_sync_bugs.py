@@ -322,6 +322,8 @@ def test_the_scenarios_pass_as_they_are(scenario: Scenario) -> None:
         scenario(seed)
 
 
+# Of the paper's configurations, which the ablation alone runs; their scenarios are always run.
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("plant", "scenario"),
     [
