@@ -22,7 +22,7 @@ from benchmarks.common import Figure
 from benchmarks.wan.calibration import calibrate
 from benchmarks.wan.replay import Outcome, System, Window, replay
 from benchmarks.wan.testbed import SLOWEST_PATH_MS, Bed, unloaded_wan
-from p2p.sync import PRESETS
+from p2p.paper.sync import PRESETS
 from sim_cluster.costs import CostTable
 from sim_cluster.network import NetworkOptions
 from sim_cluster.traces import HOSTILE_EXPONENT, Trace, TraceOptions, hostile, record, skewed

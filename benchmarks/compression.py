@@ -16,9 +16,9 @@ from ekko.codec import encode
 from ekko.model import CODECS
 from p2p import messages as m
 from p2p import wire
-from p2p.compression import EXPAND_SHARE
+from p2p.link.compression import EXPAND_SHARE
+from p2p.link.wrapping import unwrap, wrap, wrapped_frames
 from p2p.replica import RowColumns
-from p2p.wrapping import unwrap, wrap, wrapped_frames
 from sim_cluster.demo import data
 from sim_cluster.demo.learning import Learner
 

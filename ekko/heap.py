@@ -11,7 +11,8 @@ from typing import Final
 # From malloc.h.
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
-# Free memory at the end of the heap that is kept: what may be on its way to one peer (`p2p.links.CREDIT_BYTES_MAX`), twice.
+# Free memory at the end of the heap that is kept: what may be on its way to one peer (`p2p.link.links.CREDIT_BYTES_MAX`),
+# twice.
 KEPT_BYTES: Final = 64 << 20
 # Blocks from this size on are given back when they are freed; the largest value that glibc takes.
 BLOCK_BYTES_MAX: Final = 32 << 20

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from ekko.health.verdicts import SEVERITY
 from ekko.priority.delays import KINDS, RowDelays
 from ekko.status import NodePicture
-from p2p.backlog import STATE_MODE
+from p2p.busy.backlog import STATE_MODE
 from p2p.messages import BatchApplied, RowsApplied
 from p2p.stamps import unix_ms_of
 

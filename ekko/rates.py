@@ -5,7 +5,7 @@ is a fact which all nodes come to agree on (`ekko.facts`), and it counts before 
 Of two such words on one pair the one of the higher version counts; of two of the same version, said on two sides of a split,
 that of the higher origin, a random number. It survives restarts of nodes, and of all of them but for that of the machines.
 
-What a rate does: `p2p.budget`.
+What a rate does: `p2p.link.budget`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,8 +17,8 @@ import msgpack
 from ekko.errors import ConfigError, ModelError
 from ekko.generations import Generation
 from ekko.model import EXTRAS_SINCE, check_name
-from p2p.budget import RATE_MAX, RATE_MIN
 from p2p.errors import RemoteProtocolError
+from p2p.link.budget import RATE_MAX, RATE_MIN
 from p2p.replica import SchemaEntry
 
 BYTES_PER_S_OF_MBPS: Final = 125_000.0

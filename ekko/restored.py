@@ -1,9 +1,9 @@
 """What a rollback took back, as publishers of one machine hear of it: which rows of which tables are not what they wrote.
 
-A model is fenced (`p2p.fence`) while it is rolled back; its rows of before are written behind the fence, by writers that the
-fence names. So what was restored since an epoch is what carries stamps of these writers, of that time. A publisher remembers
-the epoch of the last rollback that it knows of; its node refuses its steps until it has asked what was restored since, and may
-have loaded it into the model that it trains.
+A model is fenced (`p2p.identity.fence`) while it is rolled back; its rows of before are written behind the fence, by writers
+that the fence names. So what was restored since an epoch is what carries stamps of these writers, of that time. A publisher
+remembers the epoch of the last rollback that it knows of; its node refuses its steps until it has asked what was restored
+since, and may have loaded it into the model that it trains.
 """
 
 from dataclasses import field

@@ -77,7 +77,7 @@ def read_endpoint(run_dir: Path) -> str:
 
 
 class FileLedger:
-    """A small durable record in a file; fulfils `p2p.ledger.Ledger`."""
+    """A small durable record in a file; fulfils `p2p.identity.ledger.Ledger`."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / LEDGER_NAME

@@ -4,14 +4,14 @@ A tombstone guards its key against older versions that may still come from somew
 we would not recognise: when every member that is not expelled, away ones included, has said that it has everything of the
 tombstone's writer up to it, and we have everything up to it of every writer that any of them knows of. Later versions of the
 key are newer; earlier ones our vector covers, so they are known for ghosts (T6). Whoever lacks the tombstone and comes back
-later is below our loss floor, and gets whole shards (`p2p.whole`).
+later is below our loss floor, and gets whole shards (`p2p.pulling.whole`).
 
 *Who has everything* is the frontier: all that a writer wrote up to it, in any shard, is here. It moves without rows, too, as
 idle writers send batches that say "nothing since", and never goes beyond what the vector says of a stamp that was written.
 
 *A new writer* cannot write below what was collected. It caught up from a member, so its clock is above all that this member had
-seen (`p2p.intake.observe`, and `clock_floor` of those that were given ids). Either that member had the tombstone by then; or it
-reported later, and then it named the newcomer's life, whose own report was waited for, and that named its writer.
+seen (`p2p.pulling.intake.observe`, and `clock_floor` of those that were given ids). Either that member had the tombstone by
+then; or it reported later, and then it named the newcomer's life, whose own report was waited for, and that named its writer.
 
 *Telling.* One coordinator for each keyspace, the first living holder by name. It asks the others for reports while it, or
 anybody who says so, keeps tombstones; when all have reported in their current lives, it tells everybody how far everybody is.
@@ -28,7 +28,7 @@ from p2p import messages as m
 from p2p import wire
 from p2p.core import Core, Keyspace
 from p2p.errors import FullError
-from p2p.links import Link
+from p2p.link.links import Link
 from p2p.placement import may_hold
 from p2p.replica import U64
 from p2p.stamps import WRITERS_MAX, check_not_ahead

@@ -9,21 +9,22 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from p2p import budget, wire
 from p2p import messages as m
-from p2p.fence_messages import LIFTED
-from p2p.groups import LINGER_MS, Group
+from p2p import wire
+from p2p.busy.pairs import Feed
+from p2p.identity.fence_messages import LIFTED
+from p2p.identity.ledger import NodeRecord, Peer
+from p2p.identity.writers import WriterBook, WriterConflictError
 from p2p.knowledge import Knowledge
-from p2p.ledger import NodeRecord, Peer
-from p2p.links import Link
-from p2p.membership import SILENCE_MS_MAX, Membership
-from p2p.pairs import Feed
+from p2p.link import budget
+from p2p.link.links import Link
+from p2p.members.membership import SILENCE_MS_MAX, Membership
+from p2p.paper.sync import PUSH, SyncOptions
 from p2p.placement import holdings_of
+from p2p.pushing.groups import LINGER_MS, Group
 from p2p.replica import Host, Replica, RowColumns, SchemaEntry, WriterIdentity
 from p2p.stamps import StampClock, writer_of
-from p2p.sync import PUSH, SyncOptions
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, agree
-from p2p.writers import WriterBook, WriterConflictError
 
 # Conflicts between writers that are told apart; each is a mistake of somebody, so that many more would be told by nobody.
 CONFLICTS_MAX = 1_024
@@ -36,8 +37,8 @@ COLLECT_MS = 10_000
 TOUCHED_MAX = 4_096
 
 
-# What becomes of batches that find no credit: their rows are kept as due (`p2p.backlog`); they are not sent, and pulled; or
-# they wait in order, without any bound. The last two are for comparison.
+# What becomes of batches that find no credit: their rows are kept as due (`p2p.busy.backlog`); they are not sent, and pulled;
+# or they wait in order, without any bound. The last two are for comparison.
 STATE, NONE, FIFO = "state", "none", "fifo"
 OUTBOXES = (STATE, NONE, FIFO)
 
@@ -103,7 +104,7 @@ class Counters:
     fenced_refused: int = 0  # batches dropped, since their writer is not one that restores a fenced family
     steps_refused_fenced: int = 0  # of publishers here, since their family is fenced
     schemas_refused: int = 0  # of peers, since there is no room for what they name
-    steps_refused_full: int = 0  # of publishers here, since our memory has no room (`p2p.full`)
+    steps_refused_full: int = 0  # of publishers here, since our memory has no room (`p2p.pulling.full`)
     batches_refused_full: int = 0  # of peers
     answers_refused_full: int = 0  # to our pulls and rounds
     writers_refused: int = 0  # batches dropped, since the vector has no room for their writer
@@ -116,7 +117,7 @@ class Counters:
     rows_collected: int = 0  # tombstones and expired rows
     rows_dropped: int = 0  # which an answer did not bring, though it brought their shards whole
     pulls_redirected: int = 0  # to others, since we dropped rows that the asker may lack (R11)
-    keys_wanted: int = 0  # that readers asked for, and that we had dropped (`p2p.fetching`)
+    keys_wanted: int = 0  # that readers asked for, and that we had dropped (`p2p.pulling.fetching`)
     rows_fetched: int = 0  # which came back by key
     fetches_served: int = 0  # questions of others for rows by key
     fetches_refused: int = 0  # of these, since we lack rows, do not cover the asker's floor, or have no credit
@@ -133,7 +134,7 @@ class Counters:
 
 @dataclass(slots=True, eq=False)
 class Full:
-    """Our memory had no room for rows of a keyspace, and we lack them (`p2p.full`). Moments are monotonic."""
+    """Our memory had no room for rows of a keyspace, and we lack them (`p2p.pulling.full`). Moments are monotonic."""
 
     since_ms: int
     until_ms: int  # no pull before
@@ -142,7 +143,7 @@ class Full:
 
 
 class Noting(Protocol):
-    """What wants to know of every row that comes (`p2p.backlog`)."""
+    """What wants to know of every row that comes (`p2p.busy.backlog`)."""
 
     def note(self, section: RowColumns, places: NDArray[np.int64], now_ms: int) -> None:
         """These rows came and were applied; `places` says where each is, -1: nowhere."""
@@ -215,8 +216,10 @@ class Core:
     schema_digest: int = 0  # over the whole schema
     budgets: budget.Budgets = field(init=False)
     let_go: Callable[[Keyspace], None] = lambda _: None  # what the parts keep of a keyspace that ended (`p2p.dropping`)
-    drop_held: Callable[[Keyspace], None] = lambda _: None  # steps of ours that wait to be sent together (`p2p.push`)
-    fences: dict[int, m.Fence] = field(default_factory=dict)  # by family: the one that counts, lifted or not (`p2p.fence`)
+    drop_held: Callable[[Keyspace], None] = lambda _: None  # steps of ours that wait to be sent together (`p2p.pushing.push`)
+    fences: dict[int, m.Fence] = field(
+        default_factory=dict
+    )  # by family: the one that counts, lifted or not (`p2p.identity.fence`)
     link_gone: Callable[[Link], None] = lambda _: None  # what they keep for a life of a peer that we forget
     retired_changed: Callable[[], None] = lambda: None  # what rests on who is retired begins anew (R13)
     conflicts: dict[str, None] = field(default_factory=dict)  # between writers, that were told

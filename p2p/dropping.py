@@ -11,12 +11,12 @@ schema has not come yet does: it is counted, it recreates nothing, and nobody is
 
 from p2p.collection import Collection
 from p2p.core import Core, Keyspace
-from p2p.fetching import Fetching
-from p2p.pull import Pull
-from p2p.push import Push
+from p2p.identity.retirement import Retirement
+from p2p.paper.schedule import Schedule
+from p2p.pulling.fetching import Fetching
+from p2p.pulling.pull import Pull
+from p2p.pushing.push import Push
 from p2p.reach import Reach
-from p2p.retirement import Retirement
-from p2p.schedule import Schedule
 
 
 class Dropping:

@@ -25,7 +25,7 @@ class NotYetError(LocalProtocolError):
 
 
 class FencedError(LocalProtocolError):
-    """The family is fenced (`p2p.fence`): its writers are stopped for now. `epoch`: of the fence."""
+    """The family is fenced (`p2p.identity.fence`): its writers are stopped for now. `epoch`: of the fence."""
 
     def __init__(self, reason: str, epoch: int) -> None:
         super().__init__(reason)

@@ -66,13 +66,13 @@ def merge_all(column: U64, shards: U32, base: U64, parts: U16, stamp: int, until
 
 
 class Rhythm(NamedTuple):
-    """How a member's mean interval follows the gaps between its counters (`p2p.suspicion`)."""
+    """How a member's mean interval follows the gaps between its counters (`p2p.members.suspicion`)."""
 
     interval_ms_min: float
     interval_ms_max: float
     samples_max: int  # the mean forgets with so many
     samples_prior: int  # and begins as if there had been so many
-    ahead_max: int  # a counter that is further above the last one is a lie (`p2p.suspicion.AHEAD_MAX`)
+    ahead_max: int  # a counter that is further above the last one is a lie (`p2p.members.suspicion.AHEAD_MAX`)
 
 
 def hear(

@@ -13,33 +13,36 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import assert_never
 
-from p2p import full, incomplete, links, push, status
 from p2p import messages as m
-from p2p.allotment import Allotment
+from p2p import status
+from p2p.busy.feeds import Feeds
 from p2p.collection import Collection
 from p2p.core import Core, Counters, Keyspace, MachineOptions
 from p2p.dropping import Dropping
 from p2p.errors import AheadError, FencedError, FullError, LocalProtocolError, NotYetError, RemoteProtocolError
-from p2p.feeds import Feeds
-from p2p.fence import Fencing
-from p2p.fetching import Fetching
-from p2p.gossip import Gossip
-from p2p.introductions import Introductions
-from p2p.ledger import Ledger, NodeRecord
-from p2p.links import Arrival, Link
-from p2p.membership import Membership
-from p2p.pull import Pull
-from p2p.push import Push
+from p2p.identity.allotment import Allotment
+from p2p.identity.fence import Fencing
+from p2p.identity.ledger import Ledger, NodeRecord
+from p2p.identity.retirement import Retirement
+from p2p.identity.writers import WriterBook
+from p2p.link import links
+from p2p.link.links import Arrival, Link
+from p2p.link.sharing import Sharing
+from p2p.members.gossip import Gossip
+from p2p.members.introductions import Introductions
+from p2p.members.membership import Membership
+from p2p.paper.schedule import Schedule
+from p2p.paper.shard_versions import ShardVersions
+from p2p.pulling import full, incomplete
+from p2p.pulling.fetching import Fetching
+from p2p.pulling.pull import Pull
+from p2p.pushing import push
+from p2p.pushing.push import Push
 from p2p.reach import Reach
 from p2p.replica import Host, SchemaEntry
-from p2p.retirement import Retirement
-from p2p.schedule import Schedule
-from p2p.shard_versions import ShardVersions
-from p2p.sharing import Sharing
 from p2p.stamps import StampClock
 from p2p.status import NodeStatus
 from p2p.versions import describe, first_record_version, lowest_spoken
-from p2p.writers import WriterBook
 
 # A step of a node that has no writer id yet waits for so long; an answer takes a round trip, the next candidate a second.
 IDS_WAIT_MS = 5_000

@@ -10,16 +10,16 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from p2p.backlog_messages import Backlogged as Backlogged
-from p2p.backlog_messages import Rows
-from p2p.backlog_messages import StateChunk as StateChunk
-from p2p.fence_messages import Fence as Fence
-from p2p.fence_messages import Fenced as Fenced
-from p2p.fence_messages import FenceReport as FenceReport
-from p2p.fence_messages import FenceRequested as FenceRequested
-from p2p.fence_messages import FenceWaits as FenceWaits
-from p2p.fence_messages import Lifted as Lifted
-from p2p.fence_messages import LiftRequested as LiftRequested
+from p2p.busy.backlog_messages import Backlogged as Backlogged
+from p2p.busy.backlog_messages import Rows
+from p2p.busy.backlog_messages import StateChunk as StateChunk
+from p2p.identity.fence_messages import Fence as Fence
+from p2p.identity.fence_messages import Fenced as Fenced
+from p2p.identity.fence_messages import FenceReport as FenceReport
+from p2p.identity.fence_messages import FenceRequested as FenceRequested
+from p2p.identity.fence_messages import FenceWaits as FenceWaits
+from p2p.identity.fence_messages import Lifted as Lifted
+from p2p.identity.fence_messages import LiftRequested as LiftRequested
 from p2p.replica import NO_STEPS, U64, KnownSteps, RowColumns, SchemaEntry, TableKeys
 from p2p.transport import Buffer
 from p2p.values import dataclass
@@ -135,7 +135,7 @@ class _Told:
         return self._columns
 
 
-# How a node stands to the rows of a keyspace (`p2p.incomplete`).
+# How a node stands to the rows of a keyspace (`p2p.pulling.incomplete`).
 LACKS = 1  # it dropped live ones, and may not be asked by who lacks them, too
 KEEPS = 2  # it has caught up, and drops none: others may drop what it has
 
@@ -253,7 +253,7 @@ class ShardClaims:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Steps:
-    """Which steps of one writer share a message, when they are several (`p2p.groups`). Since protocol version 2."""
+    """Which steps of one writer share a message, when they are several (`p2p.pushing.groups`). Since protocol version 2."""
 
     stamps: U64  # [s], ascending; the last one is the stamp of the message
     published_ns: U64  # [s], as in `Batch`
@@ -353,7 +353,7 @@ class PullReply(Rows):
 class Adopt:
     """From now on, forward my batches that go down this tree to these nodes, too; it replaces what I said before.
 
-    Since protocol version 2 (`p2p.adoption`).
+    Since protocol version 2 (`p2p.pushing.adoption`).
     """
 
     keyspace: int
@@ -363,15 +363,16 @@ class Adopt:
 
 @dataclass(frozen=True, slots=True)
 class Wants:
-    """So many bytes a second I want to send to these regions (`p2p.budget.ALL`: as many as I can get); said within a region.
+    """So many bytes a second I want to send to these regions (`p2p.link.budget.ALL`: as many as I can get); said within a
+    region.
 
-    Since protocol version 2 (`p2p.sharing`).
+    Since protocol version 2 (`p2p.link.sharing`).
     """
 
     regions: tuple[tuple[str, int], ...]
 
 
-# The four messages of a round by shard versions (`p2p.rounds`), since protocol version 2.
+# The four messages of a round by shard versions (`p2p.paper.rounds`), since protocol version 2.
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,7 +483,7 @@ class BlockGrant:
     founded: bool  # whether the sender knows that the cluster's ids are in blocks
 
 
-# Stages of a writer's retirement (R13), see `p2p.retirement`.
+# Stages of a writer's retirement (R13), see `p2p.identity.retirement`.
 FROZEN, FLOORED, DONE = range(3)
 
 
@@ -540,7 +541,7 @@ class Incomplete:
     request: int  # the pull that this answers; 0: none
 
 
-# How rows that were dropped for want of room come back (`p2p.fetching`), since protocol version 2.
+# How rows that were dropped for want of room come back (`p2p.pulling.fetching`), since protocol version 2.
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from p2p import messages as m
 from p2p.core import Core, Keyspace, reached
 from p2p.errors import LocalProtocolError
-from p2p.links import Link
-from p2p.membership import HOLDER_ROLES
+from p2p.link.links import Link
+from p2p.members.membership import HOLDER_ROLES
 from p2p.placement import may_hold
 from p2p.replica import Place
 

@@ -6,8 +6,8 @@ that arises while effects are carried out (`Continue`, a refused send, a reply t
 its turn, and its effects go to the end of the line.
 
 The transport hands messages over for a bounded time per turn of the loop, so a flood of them delays timers and local
-requests by one turn and never starves them. A source that sends junk or floods is shut out (`p2p.conduct`). Cancelling `run`
-is the only way to stop: it says goodbye, flushes and closes.
+requests by one turn and never starves them. A source that sends junk or floods is shut out (`p2p.link.conduct`). Cancelling
+`run` is the only way to stop: it says goodbye, flushes and closes.
 """
 
 import asyncio
@@ -18,9 +18,11 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from p2p import wire
-from p2p.compression import Mode
-from p2p.conduct import Conduct
 from p2p.errors import BlamelessError, LocalProtocolError, RemoteProtocolError
+from p2p.link.compression import Mode
+from p2p.link.conduct import Conduct
+from p2p.link.outgoing import Outgoing
+from p2p.link.wrapping import unwrap
 from p2p.messages import (
     Ack,
     Batch,
@@ -44,9 +46,7 @@ from p2p.messages import (
     TimerFired,
     Unwanted,
 )
-from p2p.outgoing import Outgoing
 from p2p.transport import Origin, Transport
-from p2p.wrapping import unwrap
 
 # Effects of one event, and of all that it sets off. A full pull reply to each of 1,000 peers is far below; more is a loop.
 EFFECTS_MAX: Final = 1 << 17

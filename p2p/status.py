@@ -2,22 +2,28 @@
 
 from dataclasses import dataclass
 
-from p2p import backlog, groups, links, membership, push, reach, retirement, round_answers, wire
 from p2p import messages as m
-from p2p.adoption import ENTRIES_MAX
-from p2p.backlog import mode_of
+from p2p import reach, wire
+from p2p.busy import backlog
+from p2p.busy.backlog import mode_of
 from p2p.collection import Collection
 from p2p.core import Core, Keyspace
+from p2p.identity import retirement
+from p2p.identity.ledger import FENCES_MAX
 from p2p.knowledge import OPEN_STEPS_MAX
-from p2p.ledger import FENCES_MAX
-from p2p.outbox import STREAMS_MAX
-from p2p.pull import Pull
-from p2p.pull_answers import HELD_MAX
-from p2p.push import Push
+from p2p.link import links
+from p2p.members import membership
+from p2p.paper import round_answers
+from p2p.paper.rounds import LISTS_MAX
+from p2p.pulling.outbox import STREAMS_MAX
+from p2p.pulling.pull import Pull
+from p2p.pulling.pull_answers import HELD_MAX
+from p2p.pushing import groups, push
+from p2p.pushing.adoption import ENTRIES_MAX
+from p2p.pushing.push import Push
+from p2p.pushing.waiting import WAITING_CREDITS_MAX, WAITING_MESSAGES_MAX
 from p2p.reach import Reach
-from p2p.rounds import LISTS_MAX
 from p2p.stamps import unix_ms_of
-from p2p.waiting import WAITING_CREDITS_MAX, WAITING_MESSAGES_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ class PeerStatus:
     batches_skipped: int
     sessions_broken: int
     rows_due: int  # in answers to its pulls
-    mode: str  # of the link: "pass-through", or "state" (`p2p.backlog`)
+    mode: str  # of the link: "pass-through", or "state" (`p2p.busy.backlog`)
     mode_ms: int  # for how long it has been in state mode
     backlog_rows: int  # due, and not sent
     backlog_bytes: int

@@ -28,14 +28,15 @@ from numpy.typing import NDArray
 
 from p2p import classes, loops
 from p2p import messages as m
-from p2p.budget import REGIONS_MAX
 from p2p.errors import LocalProtocolError, RemoteProtocolError
-from p2p.fence_wire import FENCES_TOLD_MAX, pack_fence, pack_report, unpack_fence, unpack_report
+from p2p.identity.fence_wire import FENCES_TOLD_MAX, pack_fence, pack_report, unpack_fence, unpack_report
+from p2p.identity.writers import BLOCKS
+from p2p.link.budget import REGIONS_MAX
+from p2p.members.trees import TREE_ARITY, TREES_MAX
 from p2p.placement import HOLDS_SINCE
 from p2p.replica import NO_STEPS, PARTITIONS_MAX, U64, KnownSteps, RowColumns, SchemaEntry, TableKeys
 from p2p.stamps import WRITERS_MAX, writer_of
 from p2p.transport import FRAMES_MAX, Buffer
-from p2p.trees import TREE_ARITY, TREES_MAX
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, describe
 from p2p.wire_values import STRING_BYTES_MAX
 from p2p.wire_values import flag as _flag
@@ -43,7 +44,6 @@ from p2p.wire_values import items as _items
 from p2p.wire_values import text as _text
 from p2p.wire_values import uint as _uint
 from p2p.wire_values import wide as _wide
-from p2p.writers import BLOCKS
 
 ENVELOPE: Final = struct.Struct("<2sBBQQIB3xQQ4x")  # magic, version, type, boots, session, hops, sequence, checksum
 MAGIC: Final = b"EK"
@@ -79,12 +79,13 @@ HELD_UP_MAX: Final = 16
 # uncopied, which is worth a frame.
 PACK_BYTES_MAX: Final = 16_384
 PACKED_SINCE: Final = 2
-# Steps that share a message (`p2p.groups`); each costs 24 bytes and more. A writer of tiny steps has some 5,000 a second.
+# Steps that share a message (`p2p.pushing.groups`); each costs 24 bytes and more. A writer of tiny steps has some 5,000 a
+# second.
 GROUP_STEPS_MAX: Final = 256
 GROUPS_SINCE: Final = 2
 VERSIONS: Final = range(FIRST_VERSION, PROTOCOL_VERSION + 1)
 
-# Keys that are asked for at once (`p2p.fetching`).
+# Keys that are asked for at once (`p2p.pulling.fetching`).
 WANTED_KEYS_MAX: Final = 1_024
 
 _HEADER_BYTES: Final = struct.Struct("<I")

@@ -57,7 +57,7 @@ class CostTable:
     answer_shard: float  # its use by who answers
     learn_shard: float  # merging the answer's vector
     digest_shard: float  # in each heartbeat about a model
-    # For each shard of the model, in a round by shard versions (`p2p.rounds`).
+    # For each shard of the model, in a round by shard versions (`p2p.paper.rounds`).
     begin_shard: float  # message 1 at who asks, with the choice of whom to ask
     versions_shard: float  # message 1 at who answers
     list_shard: float  # message 2

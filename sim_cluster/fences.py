@@ -1,4 +1,5 @@
-"""What must hold of a fenced model (`p2p.fence`), on whole clusters, at every moment from when somebody says that it is closed.
+"""What must hold of a fenced model (`p2p.identity.fence`), on whole clusters, at every moment from when somebody says that it
+is closed.
 
 Above what is left of the stopped writers there is nothing anywhere but what was restored; and as long as nothing was, all nodes
 that know of the fence hold the same.
@@ -10,8 +11,8 @@ from numpy.typing import NDArray
 from ekko.codec import encode
 from ekko.model import ModelSpec
 from p2p import messages as m
-from p2p.fence_messages import CLOSED, LIFTED
-from p2p.ledger import NodeRecord
+from p2p.identity.fence_messages import CLOSED, LIFTED
+from p2p.identity.ledger import NodeRecord
 from p2p.replica import RowColumns
 from p2p.stamps import WRITERS_MAX, writer_of
 from sim_cluster.checkers import contents

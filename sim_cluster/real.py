@@ -22,7 +22,7 @@ from ekko.errors import ConfigError, EkkoError
 from ekko.store import layout
 from ekko.store.kernels.index import shards_of
 from ekko.train.publisher import Publisher
-from p2p.sync import PRESETS, PUSH
+from p2p.paper.sync import PRESETS, PUSH
 from sim_cluster.demo.verify import Contents, contents, difference
 from sim_cluster.network import NetworkOptions
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeProcessError, NodeSpec, wait_until

@@ -23,7 +23,7 @@ from ekko.rollback.plan import MemoryPlans, read_plan
 from ekko.rollback.scope import WHOLE, Scope
 from ekko.store import Store
 from p2p import messages as m
-from p2p.ledger import NodeRecord
+from p2p.identity.ledger import NodeRecord
 from sim_cluster.node import VirtualNode
 from sim_cluster.virtual import VirtualCluster
 

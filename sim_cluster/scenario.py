@@ -14,8 +14,8 @@ from typing import Any, Final
 from ekko.errors import ConfigError
 from ekko.model import CODEC_DEFAULT, CODECS, TTL_S_MAX
 from p2p.core import COLLECT_MS, EXPEL_AFTER_MS
+from p2p.paper.sync import PRESETS
 from p2p.replica import PARTITIONS_MAX
-from p2p.sync import PRESETS
 from sim_cluster.network import LinkOptions, NetworkOptions, pair_of
 
 NODES_MAX: Final = 4_096
@@ -145,7 +145,7 @@ class Scenario:
     kinds: tuple[str, ...] = (*(kind for kind in KINDS if kind not in ASKED_KINDS), NETWORK)  # what a swarm draws from
     collect_ms: int = COLLECT_MS  # how often nodes ask what may be forgotten
     expel_after_ms: int = EXPEL_AFTER_MS
-    sync: str = "push"  # by which protocol replicas are kept equal: one of `p2p.sync.PRESETS`
+    sync: str = "push"  # by which protocol replicas are kept equal: one of `p2p.paper.sync.PRESETS`
 
     @property
     def trainer(self) -> str:

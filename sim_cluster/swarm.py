@@ -18,13 +18,18 @@ import numpy as np
 from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.store import Store, collecting, eviction, fetching, recent
 from ekko.store.capacity import Capacity
-from p2p import knowledge, links, outbox, pull, pull_answers, push, reach, round_answers, state_mode, status, wire
+from p2p import knowledge, reach, status, wire
 from p2p import messages as m
-from p2p.groups import LINGER_MS
-from p2p.ledger import NodeRecord
+from p2p.busy import state_mode
+from p2p.identity.ledger import NodeRecord
+from p2p.link import links
 from p2p.machine import NodeStatus
+from p2p.paper import round_answers
+from p2p.paper.sync import PRESETS
+from p2p.pulling import outbox, pull, pull_answers
+from p2p.pushing import push
+from p2p.pushing.groups import LINGER_MS
 from p2p.stamps import writer_of
-from p2p.sync import PRESETS
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION
 from sim_cluster import comings, fences
 from sim_cluster.checkers import Watch

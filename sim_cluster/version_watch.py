@@ -7,7 +7,7 @@ what a node relies on when it compares its version with one that it was told a w
 
 from bisect import bisect_left
 
-from p2p.shard_versions import split_version
+from p2p.paper.shard_versions import split_version
 from sim_cluster.node import VirtualNode
 from sim_cluster.virtual import VirtualCluster
 

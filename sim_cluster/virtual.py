@@ -21,11 +21,11 @@ from ekko.store.capacity import Capacity
 from p2p import messages as m
 from p2p.core import COLLECT_MS, EXPEL_AFTER_MS
 from p2p.errors import RemoteProtocolError
-from p2p.ledger import Ledger
+from p2p.identity.ledger import Ledger
 from p2p.machine import Machine, MachineOptions
+from p2p.paper.sync import PUSH, SyncOptions
 from p2p.replica import Host, RowColumns
 from p2p.stamps import AHEAD_MS_MAX, EPOCH_MS
-from p2p.sync import PUSH, SyncOptions
 from p2p.versions import PROTOCOL_VERSION
 from sim_cluster.audit import Audit, fingerprint
 from sim_cluster.history import Write, still_held

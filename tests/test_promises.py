@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import ekko
-from p2p import membership
 from p2p import messages as m
+from p2p.members import membership
 from sim_cluster.checkers import check_converged, contents
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
 from sim_cluster.virtual import VirtualCluster

@@ -3,8 +3,8 @@
     primary_push  the trainer sends every step to every replica, in order, and is acknowledged: the paper's improved Adam, whose
                   broadcasts do not wait for one another. A step counts as visible where it was applied; a second round of
                   messages, which two-phase commit would need, is left out, to its advantage
-    log_tree      the comparison that the paper left out: each tree of `p2p.trees` is a log, which every node keeps and ships to
-                  its children in order
+    log_tree      the comparison that the paper left out: each tree of `p2p.members.trees` is a log, which every node keeps and
+                  ships to its children in order
     checkpoint    the whole model to every region's leader, and from there to the others of the region; begun when the trace
                   has just ended, to its advantage: with one after the other an update would wait for half a broadcast first
 
@@ -19,13 +19,14 @@ from typing import cast
 import numpy as np
 
 from benchmarks.wan.testbed import TRAINER, nodes
-from p2p import links, wire
 from p2p import messages as m
-from p2p.ledger import Ledger
+from p2p import wire
+from p2p.identity.ledger import Ledger
+from p2p.link import links
 from p2p.machine import Machine, MachineOptions
+from p2p.members.trees import TREES_MAX, Holder, Trees
 from p2p.replica import Host, Replica, RowColumns
 from p2p.stamps import WRITERS_MAX, StampClock
-from p2p.trees import TREES_MAX, Holder, Trees
 from sim_cluster.node import address_of
 
 NEVER_MS = 1 << 50

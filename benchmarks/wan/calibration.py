@@ -20,9 +20,9 @@ from p2p import messages as m
 from p2p import wire
 from p2p.knowledge import Knowledge
 from p2p.machine import Machine
+from p2p.paper.sync import PUSH, SHARD_VERSIONS, SyncOptions
 from p2p.replica import RowColumns
 from p2p.stamps import WRITERS_MAX
-from p2p.sync import PUSH, SHARD_VERSIONS, SyncOptions
 from sim_cluster.costs import CostTable
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster

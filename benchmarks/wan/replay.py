@@ -10,8 +10,8 @@ from benchmarks.wan.delays import Delays, Summary
 from benchmarks.wan.testbed import CORES, TABLE, TRAINER, Bed, filled_store, nodes
 from p2p import messages as m
 from p2p.machine import Machine
+from p2p.paper.sync import PUSH, SyncOptions
 from p2p.replica import RowColumns
-from p2p.sync import PUSH, SyncOptions
 from sim_cluster.costs import CostTable, VirtualCpus
 from sim_cluster.network import NetworkOptions
 from sim_cluster.node import VirtualNode

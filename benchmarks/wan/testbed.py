@@ -23,7 +23,8 @@ import numpy as np
 
 from ekko.model import ModelSpec, TableSpec
 from ekko.store import Store, recent
-from p2p import links, outbox
+from p2p.link import links
+from p2p.pulling import outbox
 from p2p.replica import RowColumns, WriterIdentity
 from sim_cluster import network
 from sim_cluster.network import LinkOptions, NetworkOptions, pair_of

@@ -1,4 +1,4 @@
-"""Fencing a model, and lifting the fence, as tools ask for it over HTTP, and a rollback in the daemon (`p2p.fence`)."""
+"""Fencing a model, and lifting the fence, as tools over HTTP and a rollback in the daemon ask for it (`p2p.identity.fence`)."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from ekko.errors import EkkoError, ModelError
 from ekko.model import check_name
 from ekko.store import Store
 from p2p import messages as m
-from p2p.fence_messages import LIFTED
+from p2p.identity.fence_messages import LIFTED
 
 # Below the time-out of a command. A fence that is not closed by then closes later; whoever asks again hears of it.
 ANSWER_S = 4.0

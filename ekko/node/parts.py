@@ -32,8 +32,8 @@ from ekko.security import NodeKeys
 from ekko.store import Store
 from ekko.store.manifest import kernel_boot_id
 from p2p import messages as m
-from p2p.compression import Mode
 from p2p.errors import LocalProtocolError
+from p2p.link.compression import Mode
 from p2p.machine import Machine, MachineOptions
 from p2p.runtime import Runtime, no_delay, read_clock
 from p2p.transport.zmq import ZmqTransport

@@ -2,7 +2,7 @@
 
 from ekko.config import NodeConfig
 from p2p.machine import Machine
-from p2p.membership import MEMBERS_MAX
+from p2p.members.membership import MEMBERS_MAX
 from p2p.runtime import read_clock
 
 # Asked for at every dial; a whole cluster is dialled at once.

@@ -27,7 +27,7 @@ from ekko.store.access import Access
 from ekko.store.images import TableFiller, fill_table
 from ekko.store.model_store import ModelStore
 from ekko.store.store import MEMORY_DIR, TABLE_BYTES_MAX
-from p2p.ledger import NodeRecord
+from p2p.identity.ledger import NodeRecord
 
 U64 = NDArray[np.uint64]
 Mask = NDArray[np.bool_]

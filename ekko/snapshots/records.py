@@ -5,7 +5,7 @@ from pathlib import Path
 from ekko.errors import StoreError
 from ekko.rundir import FileLedger
 from p2p.errors import LocalProtocolError
-from p2p.ledger import NodeRecord
+from p2p.identity.ledger import NodeRecord
 
 
 def load_record(run_dir: Path) -> NodeRecord:

@@ -37,7 +37,7 @@ from ekko.snapshots.records import load_record
 from ekko.store import layout
 from ekko.store.images import FloorImage, KnowledgeImage, ModelImage, StoreImage
 from ekko.store.manifest import ModelEntry
-from p2p.ledger import NodeRecord
+from p2p.identity.ledger import NodeRecord
 
 U64 = NDArray[np.uint64]
 U8 = NDArray[np.uint8]

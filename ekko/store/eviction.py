@@ -5,8 +5,8 @@ dropped, by `when_full`. Either way the stamps of what goes are merged into the 
 incomplete there: such a node answers nobody who is below it, and the keys are to be had from another one.
 
 *What may go.* Live rows that our vector covers and that are not of these very rows; `QUIET_MS` older than the newest stamp
-here; and only what another live node, which drops nothing, said that it has (`p2p.incomplete`): then nothing vanishes that
-nobody else has. Tombstones stay until they are stable (R5), dense tensors for good.
+here; and only what another live node, which drops nothing, said that it has (`p2p.pulling.incomplete`): then nothing vanishes
+that nobody else has. Tombstones stay until they are stable (R5), dense tensors for good.
 
 *How they are chosen.* From a sample of `SAMPLE` slots for each row that must go, the one that was updated longest ago, or is
 read least: the work depends on what comes, not on the size of the table. Slots are drawn by a hash of a counter, so a run

@@ -1,8 +1,8 @@
 """Rows that were dropped for want of room, and that readers ask for: which they are, and how they come back (R11).
 
 Readers count what they are asked for (0034). At each fold the daemon notes the keys that were counted here (`note_asked`), and
-those that are absent in an incomplete shard wait to be asked of a node that has them (`p2p.fetching`). Of keys that nobody has
-we cannot tell: they are asked for again only after `ASKED_AGAIN_S`.
+those that are absent in an incomplete shard wait to be asked of a node that has them (`p2p.pulling.fetching`). Of keys that
+nobody has we cannot tell: they are asked for again only after `ASKED_AGAIN_S`.
 
 What comes back is older than what our vector covers, as a ghost is (T6), and may be older than what was dropped of its shard
 since. It is let in all the same, since its sender covers our loss floor as it was when we asked: no version of these keys that

@@ -24,7 +24,7 @@ from ekko.local import REOPEN, Failed, PublishStep, Stored
 from ekko.metrics import COUNTERS, UPDATE_DELAY
 from ekko.model import table_id
 from ekko.train.connection import Connection
-from p2p.compression import TRIALS_MIN
+from p2p.link.compression import TRIALS_MIN
 from p2p.replica import RowColumns
 from sim_cluster.demo.verify import contents
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, free_ports, wait_until

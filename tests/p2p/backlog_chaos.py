@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from p2p import links, push, state_mode, trees
-from p2p.backlog import Backlog
+from p2p.busy import state_mode
+from p2p.busy.backlog import Backlog
+from p2p.busy.state_mode import StateMode
+from p2p.link import links
+from p2p.members import trees
+from p2p.pushing import push
 from p2p.replica import RowColumns
-from p2p.state_mode import StateMode
 from sim_cluster.checkers import Watch, check_converged
 from sim_cluster.network import LinkOptions, NetworkOptions
 from sim_cluster.virtual import VirtualCluster

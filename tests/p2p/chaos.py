@@ -3,13 +3,16 @@
 from unittest import mock
 
 from ekko.model import ModelSpec, TableSpec
-from p2p import gossip, outbox, push, wire
+from p2p import wire
 from p2p.core import Keyspace
-from p2p.groups import LINGER_MS
+from p2p.members import gossip
+from p2p.members.trees import Trees
 from p2p.messages import Batch, Now
+from p2p.paper.sync import PUSH, SyncOptions
+from p2p.pulling import outbox
+from p2p.pushing import push
+from p2p.pushing.groups import LINGER_MS
 from p2p.stamps import unix_ms_of
-from p2p.sync import PUSH, SyncOptions
-from p2p.trees import Trees
 from sim_cluster.checkers import Watch, check_converged, check_knowledge, contents
 from sim_cluster.meter import Meter
 from sim_cluster.network import NetworkOptions

@@ -7,7 +7,8 @@ import numpy as np
 
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
-from p2p import outbox, wire
+from p2p import wire
+from p2p.pulling import outbox
 from sim_cluster.checkers import Watch, check_converged, check_knowledge
 from sim_cluster.meter import Meter
 from sim_cluster.network import NetworkOptions

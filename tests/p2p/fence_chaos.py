@@ -8,11 +8,12 @@ import numpy as np
 
 from ekko.codec import encode
 from ekko.model import ModelSpec, TableSpec
-from p2p import ledger, push
 from p2p import messages as m
-from p2p.fence_messages import CLOSED
-from p2p.groups import LINGER_MS
-from p2p.ledger import NodeRecord
+from p2p.identity import ledger
+from p2p.identity.fence_messages import CLOSED
+from p2p.identity.ledger import NodeRecord
+from p2p.pushing import push
+from p2p.pushing.groups import LINGER_MS
 from p2p.replica import RowColumns
 from p2p.stamps import writer_of
 from sim_cluster.checkers import Watch

@@ -10,8 +10,8 @@ from ekko.generations import Generation
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
 from p2p.machine import Machine
+from p2p.paper.sync import PUSH, SyncOptions
 from p2p.replica import RowColumns
-from p2p.sync import PUSH, SyncOptions
 from sim_cluster.checkers import contents
 from sim_cluster.node import VirtualNode
 from sim_cluster.virtual import VirtualCluster

@@ -9,8 +9,8 @@ from ekko.model import ModelSpec, TableSpec
 from ekko.store import Store
 from p2p import messages as m
 from p2p import wire
-from p2p.introductions import CONSTANTS
 from p2p.machine import Machine, MachineOptions
+from p2p.members.introductions import CONSTANTS
 from p2p.runtime import Runtime
 from p2p.stamps import EPOCH_MS
 from p2p.transport import Frames, Origin, Receive

@@ -8,7 +8,8 @@ from unittest import mock
 
 from ekko.store import recent
 from p2p import messages as m
-from p2p import push, wire
+from p2p import wire
+from p2p.pushing import push
 from p2p.stamps import writer_of
 from sim_cluster.checkers import Watch
 from sim_cluster.network import NetworkOptions

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from unittest import mock
 
-from p2p import membership
 from p2p import messages as m
-from p2p.links import Link
-from p2p.membership import SILENCE_MS_MAX
-from p2p.pull import Pull
+from p2p.link.links import Link
+from p2p.members import membership
+from p2p.members.membership import SILENCE_MS_MAX
+from p2p.pulling.pull import Pull
 from p2p.stamps import writer_of
 from sim_cluster.checkers import Watch, contents
 from sim_cluster.history import still_held

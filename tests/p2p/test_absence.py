@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from p2p import absence, membership
-from p2p.absence import Absence
+from p2p.identity import absence
+from p2p.identity.absence import Absence
+from p2p.members import membership
 from sim_cluster.checkers import contents
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.plants import Plant

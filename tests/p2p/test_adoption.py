@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from ekko.model import ModelSpec, TableSpec
-from p2p import adoption, links, push
 from p2p import messages as m
 from p2p.errors import RemoteProtocolError
-from p2p.trees import TREE_ARITY
-from p2p.waiting import WAITING_MESSAGES_MAX, WaitingBatch, WaitingLine
+from p2p.link import links
+from p2p.members.trees import TREE_ARITY
+from p2p.pushing import adoption, push
+from p2p.pushing.waiting import WAITING_MESSAGES_MAX, WaitingBatch, WaitingLine
 from sim_cluster.checkers import Watch
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
@@ -64,7 +65,7 @@ def test_children_of_a_busy_origin_feed_each_other() -> None:
 
 def test_without_that_they_wait_for_its_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adoption, "ADOPTED_MAX", 0)
-    monkeypatch.setattr(push, "STATE", "neither")  # nor are rows kept as due (`p2p.backlog`)
+    monkeypatch.setattr(push, "STATE", "neither")  # nor are rows kept as due (`p2p.busy.backlog`)
     assert late_ms(cluster_of_regions()) > 3_000
 
 

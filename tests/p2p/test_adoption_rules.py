@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
-from p2p import adoption, links
 from p2p import messages as m
-from p2p.links import Link
+from p2p.link import links
+from p2p.link.links import Link
 from p2p.machine import Machine
+from p2p.members.trees import TREE_ARITY
+from p2p.pushing import adoption
+from p2p.pushing.waiting import WaitingBatch
 from p2p.replica import RowColumns
-from p2p.trees import TREE_ARITY
-from p2p.waiting import WaitingBatch
 from tests.p2p.test_adoption import CREDIT, REGIONS, cluster_of_regions
 
 CHILDREN = [f"n{number}" for number in range(1, REGIONS)]

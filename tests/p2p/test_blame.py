@@ -8,10 +8,10 @@ import pytest
 
 from ekko.model import table_id
 from p2p import messages as m
-from p2p.conduct import CALLS_MAX, REJECTED_MAX
 from p2p.errors import AheadError, RemoteProtocolError
-from p2p.introductions import ANSWERS_MAX
-from p2p.links import SELECTION_MS, SELECTIONS_MAX
+from p2p.link.conduct import CALLS_MAX, REJECTED_MAX
+from p2p.link.links import SELECTION_MS, SELECTIONS_MAX
+from p2p.members.introductions import ANSWERS_MAX
 from p2p.replica import RowColumns
 from p2p.runtime import STRANGERS_MAX
 from p2p.stamps import make_stamp

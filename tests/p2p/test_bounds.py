@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 
 from ekko.model import ModelSpec, TableSpec, table_id
-from p2p import gossip, knowledge, links, retirement, sizes
+from p2p import knowledge, sizes
 from p2p import messages as m
 from p2p.errors import RemoteProtocolError
-from p2p.links import Link
+from p2p.identity import retirement
+from p2p.link import links
+from p2p.link.links import Link
+from p2p.members import gossip
+from p2p.paper.sync import SHARD_VERSIONS
 from p2p.replica import RowColumns
 from p2p.stamps import EPOCH_MS, make_stamp
-from p2p.sync import SHARD_VERSIONS
 from sim_cluster.checkers import check_converged
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.test_hostile import hello_of, link_of, machine_of

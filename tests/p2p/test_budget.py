@@ -7,14 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p import links, wire
 from p2p import messages as m
-from p2p.budget import ALL, BURST_MS, CLAIM_BYTES, MESSAGE_BYTES, RATE_MIN, Bucket, Budgets, demand, fair_share
+from p2p import wire
 from p2p.core import FIFO
 from p2p.errors import RemoteProtocolError
-from p2p.links import Link
+from p2p.link import links
+from p2p.link.budget import ALL, BURST_MS, CLAIM_BYTES, MESSAGE_BYTES, RATE_MIN, Bucket, Budgets, demand, fair_share
+from p2p.link.links import Link
+from p2p.link.round_trip import RTT_MS_ASSUMED, RTT_MS_MIN, RTT_WINDOW_MS, RoundTrip
 from p2p.machine import Machine
-from p2p.round_trip import RTT_MS_ASSUMED, RTT_MS_MIN, RTT_WINDOW_MS, RoundTrip
 from sim_cluster.checkers import Watch
 from sim_cluster.network import LinkOptions, NetworkOptions
 from sim_cluster.virtual import VirtualCluster

@@ -10,16 +10,16 @@ from ekko.model import ModelSpec, TableSpec
 from ekko.store import Store, collecting
 from ekko.store.model_store import ModelStore
 from p2p import messages as m
-from p2p import outbox, whole
 from p2p.collection import Collection
 from p2p.core import Core
 from p2p.errors import RemoteProtocolError
-from p2p.intake import WholeArrivals
-from p2p.links import Link
-from p2p.outbox import Outbox
+from p2p.link.links import Link
+from p2p.paper.sync import PRESETS, PUSH, SyncOptions
+from p2p.pulling import outbox, whole
+from p2p.pulling.intake import WholeArrivals
+from p2p.pulling.outbox import Outbox
 from p2p.replica import RowColumns
 from p2p.stamps import WRITERS_MAX
-from p2p.sync import PRESETS, PUSH, SyncOptions
 from sim_cluster.checkers import Watch, check_converged, contents
 from sim_cluster.snapshots import Snapshot
 from sim_cluster.virtual import VirtualCluster

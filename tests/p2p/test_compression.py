@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2p import messages as m
-from p2p import outgoing as outgoing_module
 from p2p import wire
-from p2p.compression import BUSY_BYTES, PAUSE_MS_MAX, PAUSE_MS_MIN, RATE_ASSUMED, TRIALS_MIN, LinkRate, Mode, Stream
 from p2p.errors import RemoteProtocolError
-from p2p.links import ACK_BYTES
-from p2p.outgoing import THREAD_BYTES_MIN, Outgoing
+from p2p.link import outgoing as outgoing_module
+from p2p.link.compression import BUSY_BYTES, PAUSE_MS_MAX, PAUSE_MS_MIN, RATE_ASSUMED, TRIALS_MIN, LinkRate, Mode, Stream
+from p2p.link.links import ACK_BYTES
+from p2p.link.outgoing import THREAD_BYTES_MIN, Outgoing
+from p2p.link.wrapping import WRAPPED, WRAPPED_BYTES_MAX, unwrap, wrap, wrapped_frames
 from p2p.replica import RowColumns
 from p2p.transport import Buffer
 from p2p.transport.memory import MemoryNetwork
-from p2p.wrapping import WRAPPED, WRAPPED_BYTES_MAX, unwrap, wrap, wrapped_frames
 from tests.p2p.test_runtime import Node, Script, run, until
 
 ENVELOPE = m.Envelope(1, 2, 3, 4, version=2)

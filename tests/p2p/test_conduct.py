@@ -2,10 +2,10 @@
 
 import asyncio
 
-from p2p import conduct as conduct_module
 from p2p import wire
-from p2p.conduct import CALLS_MAX, FORGIVEN_MS, REJECTED_MAX, SHUT_OUT_MS, SHUT_OUT_MS_MAX, SOURCES_MAX, WINDOW_MS, Conduct
 from p2p.errors import RemoteProtocolError
+from p2p.link import conduct as conduct_module
+from p2p.link.conduct import CALLS_MAX, FORGIVEN_MS, REJECTED_MAX, SHUT_OUT_MS, SHUT_OUT_MS_MAX, SOURCES_MAX, WINDOW_MS, Conduct
 from p2p.messages import Ack, Effect, Event, Hello, Leave, MemberRecord, MessageReceived, Note, Now
 from p2p.transport import Origin
 from p2p.transport.memory import MemoryNetwork

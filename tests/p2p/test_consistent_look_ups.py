@@ -13,7 +13,8 @@ from ekko.serve.consistency import between_batches
 from ekko.store.batches import BatchMarks
 from ekko.store.model_store import ModelStore
 from p2p import messages as m
-from p2p import outbox, wire
+from p2p import wire
+from p2p.pulling import outbox
 from p2p.replica import RowColumns
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import CALM, FAULTS, at_rest, form

@@ -3,7 +3,7 @@
 import pytest
 
 from p2p import messages as m
-from p2p.sync import PRESETS
+from p2p.paper.sync import PRESETS
 from tests.p2p.chaos import form
 from tests.p2p.generations_chaos import (
     OLD,

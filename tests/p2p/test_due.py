@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p import due
+from p2p.busy import due
+from p2p.busy.due import AGE_MS, IN_ORDER_SHARE, ROW_BYTES, DueRows
 from p2p.classes import SIGNIFICANT, TAKEN_BACK
-from p2p.due import AGE_MS, IN_ORDER_SHARE, ROW_BYTES, DueRows
 
 ROW = 16 + ROW_BYTES
 

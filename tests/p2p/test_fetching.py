@@ -14,11 +14,11 @@ from ekko.store.model_store import ModelStore
 from p2p import messages as m
 from p2p import wire
 from p2p.errors import RemoteProtocolError
-from p2p.fetching import SILENCE_MS
 from p2p.machine import Machine
+from p2p.pulling.fetching import SILENCE_MS
+from p2p.pulling.whole import floor_of
 from p2p.replica import RowColumns, TableKeys
 from p2p.stamps import WRITER_MASK, WRITERS_MAX
-from p2p.whole import floor_of
 from sim_cluster.checkers import Watch, contents
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
@@ -146,7 +146,7 @@ def test_an_answer_is_bounded_whatever_is_asked_for(monkeypatch: pytest.MonkeyPa
     cluster = running(25)
     wanted = question(cluster, lacking(cluster)[:40])
     (every,) = answers(cluster, wanted)
-    monkeypatch.setattr("p2p.fetching.ANSWER_BYTES_MAX", every.payload_bytes // 4)
+    monkeypatch.setattr("p2p.pulling.fetching.ANSWER_BYTES_MAX", every.payload_bytes // 4)
     (some,) = answers(cluster, wanted)
     assert 8 <= some.row_count <= 10
 
@@ -271,7 +271,7 @@ def test_what_is_held_is_the_newest_whatever_is_asked_for(seed: int) -> None:
 @pytest.mark.parametrize("bug", ["who knows less answers", "what goes meanwhile is not noted"])
 def test_planted_bugs_are_noticed(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if bug == "who knows less answers":
-        monkeypatch.setattr("p2p.fetching.covers", lambda keyspace, floor: True)
+        monkeypatch.setattr("p2p.pulling.fetching.covers", lambda keyspace, floor: True)
     else:
         monkeypatch.setattr("ekko.store.fetching.Fetching.note_gone", lambda self, table, keys: None)
     assert any("older" in churn(seed) for seed in range(4))

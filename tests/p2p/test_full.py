@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from ekko.store.model_store import ModelStore
-from p2p import full
 from p2p import messages as m
 from p2p.core import Keyspace
 from p2p.errors import FullError
+from p2p.paper.sync import PRESETS, PUSH, SyncOptions
+from p2p.pulling import full
 from p2p.replica import Applied
-from p2p.sync import PRESETS, PUSH, SyncOptions
 from sim_cluster.checkers import Watch, check_converged, check_knowledge, contents
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import at_rest, check_claims

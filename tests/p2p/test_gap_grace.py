@@ -5,9 +5,11 @@ from unittest import mock
 import pytest
 
 from ekko.model import ModelSpec, TableSpec
-from p2p import knowledge, pull, push
-from p2p.links import Link
+from p2p import knowledge
+from p2p.link.links import Link
 from p2p.messages import Batch, Envelope, Now
+from p2p.pulling import pull
+from p2p.pushing import push
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
 

@@ -13,19 +13,20 @@ from hypothesis import strategies as st
 
 from ekko.model import ModelSpec, TableSpec
 from ekko.store import Store
-from p2p import groups, wire
 from p2p import messages as m
+from p2p import wire
 from p2p.classes import NOT_KNOWN
 from p2p.core import Keyspace
-from p2p.cutting import split_step
 from p2p.errors import LocalProtocolError, RemoteProtocolError
-from p2p.groups import LINGER_MS, Group, Step, join
 from p2p.knowledge import Knowledge
-from p2p.membership import Membership
-from p2p.push import Push
+from p2p.members.membership import Membership
+from p2p.members.trees import TREES_MAX
+from p2p.pushing import groups
+from p2p.pushing.cutting import split_step
+from p2p.pushing.groups import LINGER_MS, Group, Step, join
+from p2p.pushing.push import Push
 from p2p.replica import RowColumns, WriterIdentity
 from p2p.stamps import make_stamp
-from p2p.trees import TREES_MAX
 from p2p.versions import PROTOCOL_VERSION
 from sim_cluster.checkers import check_converged, contents
 from sim_cluster.meter import Meter

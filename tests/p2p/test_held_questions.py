@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from p2p import messages as m
-from p2p import round_answers
+from p2p.paper import round_answers
+from p2p.paper.sync import CACHE, INTERVAL_MS, LEADERS, SHARD_VERSIONS, VECTOR, SyncOptions
 from p2p.replica import RowColumns
-from p2p.sync import CACHE, INTERVAL_MS, LEADERS, SHARD_VERSIONS, VECTOR, SyncOptions
 from sim_cluster.checkers import check_converged
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import at_rest

@@ -10,12 +10,15 @@ import pytest
 from ekko.errors import StoreError
 from ekko.model import ModelSpec, TableSpec
 from ekko.store.table import Table
-from p2p import gossip, links, membership, outbox, pull, wire
 from p2p import messages as m
+from p2p import wire
 from p2p.errors import RemoteProtocolError
-from p2p.introductions import CONSTANTS
-from p2p.links import Link
+from p2p.link import links
+from p2p.link.links import Link
 from p2p.machine import Machine
+from p2p.members import gossip, membership
+from p2p.members.introductions import CONSTANTS
+from p2p.pulling import outbox, pull
 from p2p.replica import RowColumns, SchemaEntry
 from p2p.stamps import make_stamp
 from p2p.versions import FIRST_VERSION

@@ -7,8 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from p2p import feeds, wire
 from p2p import messages as m
+from p2p import wire
+from p2p.busy import feeds
 from p2p.errors import RemoteProtocolError
 from p2p.machine import Machine
 from p2p.replica import RowColumns

@@ -7,7 +7,7 @@ import pytest
 
 from p2p import messages as m
 from p2p import wire
-from p2p.conduct import REJECTED_MAX
+from p2p.link.conduct import REJECTED_MAX
 from p2p.replica import RowColumns
 from p2p.stamps import make_stamp
 from tests.p2p.keyed import BOOTS, MODEL, KeyedNode, hello_of, record_of, with_node

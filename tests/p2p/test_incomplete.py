@@ -7,12 +7,12 @@ from ekko.store.capacity import Capacity
 from ekko.store.eviction import Eviction
 from ekko.store.model_store import ModelStore
 from p2p import messages as m
-from p2p.incomplete import note_incomplete
-from p2p.outbox import Completion
-from p2p.pull import Pull
-from p2p.pull_answers import PullAnswers
+from p2p.paper.sync import PRESETS, SyncOptions
+from p2p.pulling.incomplete import note_incomplete
+from p2p.pulling.outbox import Completion
+from p2p.pulling.pull import Pull
+from p2p.pulling.pull_answers import PullAnswers
 from p2p.stamps import WRITER_MASK
-from p2p.sync import PRESETS, SyncOptions
 from sim_cluster.checkers import Watch, contents
 from sim_cluster.virtual import VirtualCluster
 
@@ -92,10 +92,10 @@ def test_who_joins_gets_all_rows_and_none_of_them_from_it(sync: str) -> None:
 
 @pytest.mark.parametrize("sync", ["push", "leaders"])
 def test_an_incomplete_node_that_answers_like_others_is_noticed(sync: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("p2p.pull_answers.may_answer", lambda keyspace, below: True)
-    monkeypatch.setattr("p2p.round_answers.may_answer", lambda keyspace, below: True)
-    monkeypatch.setattr("p2p.incomplete.note_incomplete", lambda core, boot, keyspace: None)
-    monkeypatch.setattr("p2p.pull.note_incomplete", lambda core, boot, keyspace: None)
+    monkeypatch.setattr("p2p.pulling.pull_answers.may_answer", lambda keyspace, below: True)
+    monkeypatch.setattr("p2p.paper.round_answers.may_answer", lambda keyspace, below: True)
+    monkeypatch.setattr("p2p.pulling.incomplete.note_incomplete", lambda core, boot, keyspace: None)
+    monkeypatch.setattr("p2p.pulling.pull.note_incomplete", lambda core, boot, keyspace: None)
     assert any(Watch(joined(running(seed, PRESETS[sync]))).check_converged() for seed in range(8, 14))
 
 
@@ -273,7 +273,7 @@ def test_what_a_peer_says_of_itself_is_kept_within_bounds(monkeypatch: pytest.Mo
     for keyspace in (12_345, cluster.model.id):
         pull.on_incomplete(link, m.Incomplete(keyspace, 7), cluster.now())
     assert list(core.incomplete) == [(link.boot, cluster.model.id)]  # of keyspaces that are not here nothing is kept
-    monkeypatch.setattr("p2p.incomplete.INCOMPLETE_MAX", 3)
+    monkeypatch.setattr("p2p.pulling.incomplete.INCOMPLETE_MAX", 3)
     for boot in range(10):
         note_incomplete(core, boot, 5)
     assert list(core.incomplete) == [(7, 5), (8, 5), (9, 5)]

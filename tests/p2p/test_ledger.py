@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from p2p.ledger import FIRST_PEERS, NodeRecord, Peer
+from p2p.identity.ledger import FIRST_PEERS, NodeRecord, Peer
 from p2p.messages import FLOORED, FROZEN, Retired
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from p2p.links import ACK_MESSAGES, CREDIT_BYTES_MAX, CREDIT_MESSAGES_MAX, Arrival, Link
+from p2p.link.links import ACK_MESSAGES, CREDIT_BYTES_MAX, CREDIT_MESSAGES_MAX, Arrival, Link
 from p2p.messages import Envelope
 
 

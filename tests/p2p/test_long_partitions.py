@@ -2,9 +2,9 @@
 
 import pytest
 
-from p2p import membership
-from p2p.introductions import CALL_MISSING_BEATS, Introductions
-from p2p.membership import HEARTBEAT_MS
+from p2p.members import membership
+from p2p.members.introductions import CALL_MISSING_BEATS, Introductions
+from p2p.members.membership import HEARTBEAT_MS
 from sim_cluster.checkers import contents
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster

@@ -9,12 +9,13 @@ import pytest
 
 from ekko.model import ModelSpec, TableSpec
 from p2p import knowledge as knowledge_module
-from p2p import membership, wire
 from p2p import messages as m
-from p2p import push as push_module
-from p2p.introductions import ALONE_MS
-from p2p.links import ACK_DELAY_MS
+from p2p import wire
+from p2p.link.links import ACK_DELAY_MS
 from p2p.machine import Machine, MachineOptions
+from p2p.members import membership
+from p2p.members.introductions import ALONE_MS
+from p2p.pushing import push as push_module
 from p2p.replica import RowColumns
 from p2p.stamps import EPOCH_MS, make_stamp
 from sim_cluster.checkers import check_converged, check_knowledge, contents

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p import gossip, membership, suspicion
 from p2p import messages as m
 from p2p.machine import Machine
-from p2p.membership import Membership, fingers_of, place_of
-from p2p.suspicion import FLAP_FORGET_MS, FLAP_HOLD_MS, HEARTBEAT_MS, SILENCE_INTERVALS, Suspicion
-from p2p.trees import Holder
+from p2p.members import gossip, membership, suspicion
+from p2p.members.membership import Membership, fingers_of, place_of
+from p2p.members.suspicion import FLAP_FORGET_MS, FLAP_HOLD_MS, HEARTBEAT_MS, SILENCE_INTERVALS, Suspicion
+from p2p.members.trees import Holder
 from p2p.versions import first_record_version
 from sim_cluster.checkers import contents
 from sim_cluster.network import NetworkOptions

@@ -3,8 +3,9 @@
 import pytest
 
 from ekko.model import ModelSpec, TableSpec
-from p2p import links, outbox, pull
 from p2p import messages as m
+from p2p.link import links
+from p2p.pulling import outbox, pull
 from sim_cluster.network import LinkOptions, NetworkOptions
 from sim_cluster.virtual import VirtualCluster
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from p2p.core import MachineOptions
-from p2p.introductions import OTHER_LIFE_MS, Introductions
 from p2p.machine import Machine
+from p2p.members.introductions import OTHER_LIFE_MS, Introductions
 from p2p.messages import Envelope, Hello, MemberRecord, Refusal, Send
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.retirement_chaos import isolate

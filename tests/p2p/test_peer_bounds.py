@@ -10,10 +10,10 @@ import pytest
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
 from p2p import wire
-from p2p.compression import Mode
 from p2p.errors import LocalProtocolError, RemoteProtocolError
-from p2p.links import Link
-from p2p.outgoing import Outgoing
+from p2p.link.compression import Mode
+from p2p.link.links import Link
+from p2p.link.outgoing import Outgoing
 from p2p.replica import RowColumns, SchemaEntry
 from p2p.transport import Frames
 from sim_cluster.node import MemoryLedger

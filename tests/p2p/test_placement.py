@@ -9,13 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ekko.store.questions import Questions
-from p2p import membership, pull, push, reach
 from p2p import messages as m
-from p2p.gossip import Gossip
+from p2p import reach
+from p2p.members import membership
+from p2p.members.gossip import Gossip
+from p2p.members.trees import TREES_MAX, Holder, Trees
 from p2p.placement import divide, holdings_of, holds, may_hold
+from p2p.pulling import pull
+from p2p.pushing import push
 from p2p.replica import Place, RowColumns
 from p2p.stamps import WRITERS_MAX
-from p2p.trees import TREES_MAX, Holder, Trees
 from p2p.versions import first_record_version
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p import divided

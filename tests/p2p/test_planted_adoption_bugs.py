@@ -8,12 +8,14 @@ from unittest import mock
 import pytest
 
 from ekko.model import ModelSpec, TableSpec
-from p2p import adoption, links, outbox, pull_answers, waiting
 from p2p import messages as m
-from p2p.groups import LINGER_MS
-from p2p.links import Link
+from p2p.link import links
+from p2p.link.links import Link
 from p2p.machine import Machine
-from p2p.outbox import Outbox
+from p2p.pulling import outbox, pull_answers
+from p2p.pulling.outbox import Outbox
+from p2p.pushing import adoption, waiting
+from p2p.pushing.groups import LINGER_MS
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import nothing_goes_wrong

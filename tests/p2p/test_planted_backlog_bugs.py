@@ -5,17 +5,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p2p import feeds, intake, machine, push, state_mode
+from p2p import machine
 from p2p import messages as m
-from p2p.backlog import Backlog, Cycle
+from p2p.busy import feeds, state_mode
+from p2p.busy.backlog import Backlog, Cycle
+from p2p.busy.due import DueRows, Taken
+from p2p.busy.feeds import Feeds
+from p2p.busy.state_mode import StateMode
 from p2p.core import Keyspace
-from p2p.due import DueRows, Taken
 from p2p.errors import RemoteProtocolError
-from p2p.feeds import Feeds
-from p2p.links import Arrival, Link
+from p2p.link.links import Arrival, Link
 from p2p.machine import Machine
+from p2p.pulling import intake
+from p2p.pushing import push
 from p2p.replica import RowColumns, Selection
-from p2p.state_mode import StateMode
 from sim_cluster.checkers import Watch
 from sim_cluster.network import LinkOptions, NetworkOptions
 from tests.p2p.backlog_chaos import (

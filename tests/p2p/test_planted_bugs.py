@@ -9,14 +9,17 @@ import pytest
 
 from ekko.codec import decode, encode, rounded
 from ekko.store.model_store import ModelStore
-from p2p import knowledge, outbox, pull, push, trees, wire
+from p2p import knowledge, wire
 from p2p.core import Keyspace
-from p2p.links import Arrival
+from p2p.identity.writers import WriterBook
+from p2p.link.links import Arrival
 from p2p.machine import Machine
+from p2p.members import trees
 from p2p.messages import PullReply
+from p2p.pulling import outbox, pull
+from p2p.pushing import push
 from p2p.replica import KnownSteps, Selection
 from p2p.stamps import StampClock
-from p2p.writers import WriterBook
 from tests.p2p.chaos import (
     a_clock_goes_back,
     a_clock_runs_ahead,

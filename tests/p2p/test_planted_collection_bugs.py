@@ -12,12 +12,13 @@ from ekko.store import Store
 from ekko.store.applying import Applying
 from ekko.store.collecting import WholeShards
 from ekko.store.model_store import ModelStore
-from p2p import collection, intake, outbox, pull_answers
+from p2p import collection
 from p2p import messages as m
 from p2p.collection import Collection
 from p2p.core import Core, Keyspace
-from p2p.links import Link
-from p2p.outbox import Completion, Outbox
+from p2p.link.links import Link
+from p2p.pulling import intake, outbox, pull_answers
+from p2p.pulling.outbox import Completion, Outbox
 from p2p.replica import U64, RowColumns
 from p2p.stamps import WRITERS_MAX
 from sim_cluster.checkers import Watch, check_converged

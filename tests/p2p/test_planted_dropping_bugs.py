@@ -9,11 +9,11 @@ from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.store import schema
 from ekko.store.model_store import ModelStore
 from p2p import messages as m
-from p2p.pull_answers import PullAnswers
+from p2p.paper.rounds import Rounds
+from p2p.paper.sync import PRESETS
+from p2p.pulling.pull_answers import PullAnswers
 from p2p.reach import Reach
 from p2p.replica import SchemaEntry
-from p2p.rounds import Rounds
-from p2p.sync import PRESETS
 from tests.p2p.chaos import form
 from tests.p2p.generations_chaos import (
     OLD,

@@ -6,9 +6,9 @@ import pytest
 
 from p2p import messages as m
 from p2p.core import Core
-from p2p.fence import Fencing
-from p2p.ledger import NodeRecord
-from p2p.push import Push
+from p2p.identity.fence import Fencing
+from p2p.identity.ledger import NodeRecord
+from p2p.pushing.push import Push
 from tests.p2p.fence_chaos import (
     held_steps_do_not_leave,
     nothing_acknowledged_is_lost,

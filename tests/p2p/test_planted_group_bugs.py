@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p2p import groups, push, wire
 from p2p import messages as m
-from p2p.groups import LINGER_MS, Joined, Step
+from p2p import wire
+from p2p.pushing import groups, push
+from p2p.pushing.groups import LINGER_MS, Joined, Step
 from sim_cluster.checkers import Watch
 from sim_cluster.meter import Meter
 from tests.p2p.chaos import CALM, FAULTS, at_rest, check_claims, form

@@ -10,12 +10,14 @@ import pytest
 from ekko.store.kernels import rows
 from ekko.store.own_writer import OwnWriter
 from ekko.store.recent import RecentRows
-from p2p import outbox, push, reach
+from p2p import reach
 from p2p.core import Keyspace
-from p2p.introductions import Introductions
 from p2p.machine import Machine
+from p2p.members.introductions import Introductions
 from p2p.messages import PullReply
-from p2p.pull import Pull
+from p2p.pulling import outbox
+from p2p.pulling.pull import Pull
+from p2p.pushing import push
 from p2p.stamps import WRITERS_MAX, writer_of
 from tests.p2p.chaos import chaos, origin_dies_in_mid_push
 from tests.p2p.kill_chaos import (

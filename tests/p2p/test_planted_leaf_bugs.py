@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import pytest
 
-from p2p import collection, leaves
+from p2p import collection
 from p2p import messages as m
-from p2p.membership import HOLDER_ROLES, LEAF_ROLES, Membership
+from p2p.members import leaves
+from p2p.members.membership import HOLDER_ROLES, LEAF_ROLES, Membership
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import at_rest, check_claims

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 
 from p2p import messages as m
-from p2p import outbox, pull, rounds, schedule, shard_versions
 from p2p.core import Core
-from p2p.leaders import leaders_of
-from p2p.links import Arrival
+from p2p.link.links import Arrival
 from p2p.machine import Machine
-from p2p.pull import Pull
-from p2p.round_answers import RoundAnswers
-from p2p.rounds import Rounds
-from p2p.shard_versions import ShardVersions, settle
-from p2p.sync import LEADERS, SHARD_VERSIONS
+from p2p.paper import rounds, schedule, shard_versions
+from p2p.paper.leaders import leaders_of
+from p2p.paper.round_answers import RoundAnswers
+from p2p.paper.rounds import Rounds
+from p2p.paper.shard_versions import ShardVersions, settle
+from p2p.paper.sync import LEADERS, SHARD_VERSIONS
+from p2p.pulling import outbox, pull
+from p2p.pulling.pull import Pull
 from sim_cluster.checkers import check_converged, check_knowledge, contents
 from sim_cluster.network import NetworkOptions
 from sim_cluster.version_watch import VersionWatch

@@ -10,8 +10,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from ekko.store.model_store import ModelStore
-from p2p.links import Link
-from p2p.push import Push
+from p2p.link.links import Link
+from p2p.pushing.push import Push
 from sim_cluster.checkers import contents
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import CALM, FAULTS, REGIONS, at_rest, form

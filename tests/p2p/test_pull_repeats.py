@@ -7,10 +7,10 @@ import pytest
 
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
-from p2p import pull
 from p2p.core import Keyspace
 from p2p.machine import Machine
-from p2p.pull_answers import HELD_MS_MAX, PullAnswers
+from p2p.pulling import pull
+from p2p.pulling.pull_answers import HELD_MS_MAX, PullAnswers
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
 

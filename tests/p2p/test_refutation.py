@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from p2p import messages as m
-from p2p.introductions import LIFE_AHEAD_MS_MAX, OTHER_LIFE_MS, Introductions
-from p2p.membership import Membership
-from p2p.suspicion import AHEAD_MAX, DIRECT_MS
+from p2p.members.introductions import LIFE_AHEAD_MS_MAX, OTHER_LIFE_MS, Introductions
+from p2p.members.membership import Membership
+from p2p.members.suspicion import AHEAD_MAX, DIRECT_MS
 from sim_cluster.checkers import check_converged
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import at_rest

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
-from p2p import retirement
+from p2p.identity import retirement
+from p2p.identity.ledger import NodeRecord
+from p2p.identity.retirement import Retirement
+from p2p.identity.writers import WriterBook
 from p2p.knowledge import Knowledge
-from p2p.ledger import NodeRecord
-from p2p.membership import Membership
-from p2p.pull import Pull
-from p2p.retirement import Retirement
-from p2p.writers import WriterBook
+from p2p.members.membership import Membership
+from p2p.pulling.pull import Pull
 from sim_cluster.checkers import check_converged
 from sim_cluster.node import MemoryLedger
 from sim_cluster.virtual import VirtualCluster

@@ -7,12 +7,12 @@ import pytest
 
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
-from p2p import rounds
-from p2p.links import Link
+from p2p.link.links import Link
 from p2p.machine import Machine
-from p2p.rounds import Rounds
+from p2p.paper import rounds
+from p2p.paper.rounds import Rounds
+from p2p.paper.sync import INTERVAL_MS, LEADERS, PUSH, SHARD_VERSIONS, SyncOptions
 from p2p.stamps import make_stamp
-from p2p.sync import INTERVAL_MS, LEADERS, PUSH, SHARD_VERSIONS, SyncOptions
 from sim_cluster.checkers import check_converged
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import CALM, REGIONS, at_rest, form

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from p2p import shard_versions
 from p2p.knowledge import Knowledge
-from p2p.leaders import leaders_of
-from p2p.shard_versions import ID_BITS, ShardVersions, covers, make_version, settle, split_version
+from p2p.paper import shard_versions
+from p2p.paper.leaders import leaders_of
+from p2p.paper.shard_versions import ID_BITS, ShardVersions, covers, make_version, settle, split_version
 from p2p.stamps import WRITERS_MAX
 
 SHARDS = 2

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ekko.model import table_id
-from p2p import outbox
+from p2p.pulling import outbox
 from tests.p2p.chaos import at_rest, form
 
 

@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 
 from ekko.store.model_store import ModelStore
-from p2p.push import Push
-from p2p.sync import PRESETS, SyncOptions
+from p2p.paper.sync import PRESETS, SyncOptions
+from p2p.pushing.push import Push
 from sim_cluster.checkers import check_converged
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p import retirement_chaos

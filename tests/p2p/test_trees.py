@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p.trees import ONE_TREE_HOLDERS_MAX, SEATS_SINCE, TREE_ARITY, TREES_MAX, Holder, Trees, line, seat_at, seats
+from p2p.members.trees import ONE_TREE_HOLDERS_MAX, SEATS_SINCE, TREE_ARITY, TREES_MAX, Holder, Trees, line, seat_at, seats
 from p2p.versions import FIRST_VERSION
 from sim_cluster.meter import Meter
 from sim_cluster.network import NetworkOptions

@@ -14,7 +14,7 @@ from ekko.store import Store
 from p2p import messages as m
 from p2p import wire
 from p2p.errors import LocalProtocolError, RemoteProtocolError
-from p2p.membership import Membership
+from p2p.members.membership import Membership
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, agree, first_record_version, lowest_spoken
 from sim_cluster.checkers import Watch, check_converged
 from sim_cluster.network import NetworkOptions

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from p2p import messages as m
 from p2p import wire
 from p2p.errors import RemoteProtocolError
-from p2p.fence_messages import CLOSED, LIFTED, Restorer
+from p2p.identity.fence_messages import CLOSED, LIFTED, Restorer
 from p2p.replica import KnownSteps, RowColumns, SchemaEntry, TableKeys
 from p2p.stamps import make_stamp
 from p2p.versions import PROTOCOL_VERSION

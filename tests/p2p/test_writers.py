@@ -5,11 +5,11 @@ import random
 import msgpack
 import pytest
 
-from p2p.allotment import Allotment
 from p2p.errors import LocalProtocolError
-from p2p.ledger import NodeRecord
+from p2p.identity.allotment import Allotment
+from p2p.identity.ledger import NodeRecord
+from p2p.identity.writers import BLOCK_IDS, BLOCKS, WriterBook, WriterConflictError
 from p2p.messages import BlockGrant, Leaving
-from p2p.writers import BLOCK_IDS, BLOCKS, WriterBook, WriterConflictError
 from sim_cluster.node import MemoryLedger
 from tests.p2p.chaos import at_rest, form
 from tests.p2p.plants import Plant, Scenario, expect_caught

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from unittest import mock
 
-from p2p import allotment
 from p2p import messages as m
 from p2p.core import Core
-from p2p.ledger import NodeRecord
-from p2p.links import Link
-from p2p.membership import SILENCE_MS_MAX
+from p2p.identity import allotment
+from p2p.identity.ledger import NodeRecord
+from p2p.identity.writers import BLOCKS
+from p2p.link.links import Link
+from p2p.members.membership import SILENCE_MS_MAX
 from p2p.stamps import writer_of
-from p2p.writers import BLOCKS
 from sim_cluster.checkers import Watch, contents
 from sim_cluster.network import NetworkOptions
 from sim_cluster.node import MemoryLedger, VirtualNode

@@ -7,9 +7,9 @@ import pytest
 
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
-from p2p.groups import LINGER_MS
+from p2p.paper.sync import CACHE, VECTOR
+from p2p.pushing.groups import LINGER_MS
 from p2p.replica import RowColumns
-from p2p.sync import CACHE, VECTOR
 from sim_cluster.costs import COSTS, CostTable, VirtualCpus
 from sim_cluster.network import LinkOptions, Network, NetworkOptions, pair_of
 from sim_cluster.virtual import VirtualCluster

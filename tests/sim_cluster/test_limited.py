@@ -26,7 +26,7 @@ def test_a_limited_node_holds_the_newest_or_nothing_and_the_others_all() -> None
 
 
 def _who_knows_less_answers(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("p2p.fetching.covers", lambda keyspace, floor: True)
+    patch.setattr("p2p.pulling.fetching.covers", lambda keyspace, floor: True)
 
 
 def _what_goes_meanwhile_is_not_noted(patch: pytest.MonkeyPatch) -> None:
@@ -38,7 +38,7 @@ def _older_versions_come_in(patch: pytest.MonkeyPatch) -> None:
 
 
 def _incomplete_nodes_answer(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("p2p.pull_answers.may_answer", lambda keyspace, below: True)
+    patch.setattr("p2p.pulling.pull_answers.may_answer", lambda keyspace, below: True)
 
 
 @pytest.mark.long  # a minute

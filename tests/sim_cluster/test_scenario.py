@@ -14,8 +14,8 @@ from ekko.cli import app, register_commands
 from ekko.errors import ConfigError
 from p2p import knowledge
 from p2p import messages as m
-from p2p.ledger import NodeRecord
-from p2p.sync import PRESETS
+from p2p.identity.ledger import NodeRecord
+from p2p.paper.sync import PRESETS
 from sim_cluster import swarm
 from sim_cluster.network import NetworkOptions
 from sim_cluster.real import check_feasible, run_real

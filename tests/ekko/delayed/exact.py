@@ -15,7 +15,8 @@ from ekko.delayed.history import cut_of
 from ekko.delayed.store import DelayedStore
 from ekko.model import TableSpec
 from ekko.store import Store
-from p2p import outbox, wire
+from p2p import wire
+from p2p.pulling import outbox
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.backlog_chaos import little_credit

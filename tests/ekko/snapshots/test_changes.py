@@ -17,7 +17,7 @@ from ekko.snapshots.write import SnapshotWriter
 from ekko.store import layout
 from ekko.store.images import ModelImage, StoreImage
 from ekko.store.manifest import header_name
-from p2p.ledger import NodeRecord
+from p2p.identity.ledger import NodeRecord
 from p2p.replica import RowColumns
 from tests.ekko.snapshots.test_snapshots import MODEL, WRITER, Home, contents
 

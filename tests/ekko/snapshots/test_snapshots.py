@@ -21,7 +21,7 @@ from ekko.snapshots.load import Restored, Wanted, open_or_restore
 from ekko.snapshots.write import SnapshotWriter
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
-from p2p.ledger import NodeRecord
+from p2p.identity.ledger import NodeRecord
 from p2p.messages import DONE, Expulsion, Retired
 from p2p.replica import RowColumns, WriterIdentity
 

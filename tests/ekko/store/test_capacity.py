@@ -9,7 +9,7 @@ from ekko.store import Store, layout
 from ekko.store.capacity import Capacity, Evict, header_bytes
 from ekko.store.model_store import ModelStore
 from ekko.store.table import index_log2_for
-from p2p.incomplete import ABOVE_ALL
+from p2p.pulling.incomplete import ABOVE_ALL
 from p2p.replica import RowColumns
 
 DIM = 16

@@ -5,7 +5,7 @@ import pytest
 
 from ekko.store.kernels import counters
 from p2p import loops
-from p2p.suspicion import AHEAD_MAX, RHYTHM
+from p2p.members.suspicion import AHEAD_MAX, RHYTHM
 
 SLOTS = 40
 

@@ -11,9 +11,10 @@ from ekko.errors import ModelError
 from ekko.model import ModelSpec, TableSpec, TensorSpec
 from ekko.store import Store, room
 from ekko.store.store import MEMORY_DIR
-from p2p import membership, wire
 from p2p import messages as m
+from p2p import wire
 from p2p.errors import BlamelessError, SchemaClashError
+from p2p.members import membership
 from p2p.replica import SchemaEntry
 from p2p.sizes import SUMMARY_ITEMS_MAX, fitting, items_of
 from p2p.stamps import WRITERS_MAX, make_stamp

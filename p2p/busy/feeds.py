@@ -1,0 +1,154 @@
+"""Rows that come in order of priority, over a link in state mode towards us: the receiver's side of `p2p.busy.backlog`.
+
+We are told of it, and tell our vector, in a question of the pull; chunks follow, whose rows are applied and claim nothing, and
+now and then a claim. It is taken only as the next message of an unbroken session in which every chunk since our question was
+taken: if one was refused, found no room, or lay behind a hole, the claim would speak of rows that are not here. Then we ask
+anew.
+
+What is queued for us is not pulled (R16); for how long, the notices say, which are repeated. A parent that is gone, or gives
+up, is silent, and pulls heal what is left as ever.
+"""
+
+import numpy as np
+
+from p2p import messages as m
+from p2p.busy.backlog import KEPT_MS
+from p2p.busy.pairs import Feed, pairs_of
+from p2p.core import Core, Keyspace
+from p2p.errors import RemoteProtocolError
+from p2p.link.links import Link
+from p2p.pulling import full
+from p2p.pulling.intake import check_rows, check_writers, observe, take_rows
+from p2p.pulling.pull import Pull
+
+# A keyspace has a parent in each tree, and a few more while views differ.
+FEEDS_MAX = 64
+# A question that brought no chunk is asked again, under its number, with the next notice after so long.
+ASK_MS = 300
+
+
+class Feeds:
+    """All links that are in state mode towards us.
+
+    Args:
+        core: shared state.
+        pull: asks.
+    """
+
+    def __init__(self, core: Core, pull: Pull) -> None:
+        self._core = core
+        self._pull = pull
+        self._fed = 0  # feeds of all keyspaces, at least
+
+    def on_notice(self, link: Link, told: m.Backlogged, now: m.Now) -> Feed | None:
+        """A parent says that it has queued rows for us, or that it has not any more; returns the former.
+
+        Raises:
+            RemoteProtocolError: more parents than anybody has.
+        """
+        keyspace = self._core.keyspaces.get(told.keyspace)
+        if keyspace is None:
+            return None
+        if not told.on:
+            self._end(keyspace, link.boot)
+            return None
+        feed = keyspace.feeds.get(link.boot)
+        if feed is None and len(keyspace.feeds) >= FEEDS_MAX:
+            raise RemoteProtocolError(f"more than {FEEDS_MAX} parents in state mode")
+        pairs = pairs_of(told.trees, list(zip(told.writers.tolist(), told.served.tolist(), strict=True)))
+        until_ms = now.monotonic_ms + KEPT_MS
+        if feed is None:
+            feed = keyspace.feeds[link.boot] = Feed(link.node, pairs, told.number, until_ms)
+            keyspace.replica.set_fed(True)
+            self._fed += 1
+        elif feed.number != told.number:
+            feed.request, feed.flows, feed.asked_ms = 0, False, -ASK_MS
+        feed.pairs, feed.number, feed.until_ms = pairs, told.number, until_ms
+        if not full.pauses(keyspace, now) and not feed.flows and now.monotonic_ms - feed.asked_ms >= ASK_MS:
+            feed.request = self._pull.tell_vector(keyspace, link, feed.request)
+            feed.asked_ms = now.monotonic_ms
+        return feed
+
+    def take(self, link: Link, chunk: m.StateChunk, now: m.Now) -> bool:
+        """Apply a chunk, which is the next message of its session; with a claim, merge that (T1).
+
+        Returns:
+            Whether a claim was merged.
+
+        Raises:
+            RemoteProtocolError: rows that do not fit, or stamps from the future; what follows of this backlog is not taken.
+        """
+        core, keyspace = self._core, self._core.keyspaces.get(chunk.keyspace)
+        feed = None if keyspace is None else keyspace.feeds.get(link.boot)
+        if keyspace is None or feed is None or chunk.request != feed.request:
+            return False
+        try:
+            self._check(keyspace, chunk, now)
+        except RemoteProtocolError:
+            self.spoil(link)
+            raise
+        if not core.same_writers(link.node, keyspace.replica.place.family, chunk.bound.tolist(), chunk.nonces.tolist()):
+            self.spoil(link)
+            return False
+        feed.flows = True
+        feed.until_ms = now.monotonic_ms + KEPT_MS
+        if take_rows(core, keyspace, chunk.columns, now) is None:
+            self.spoil(link)
+            full.call_off(core, link, last=False)
+            return False
+        core.emit(m.RowsApplied(chunk.keyspace, chunk.columns))
+        if chunk.claims:
+            observe(core, chunk.until, chunk.frontier)
+            base = np.zeros_like(chunk.until)  # it is of what we told, and of what was claimed since
+            keyspace.knowledge.learn_reply(chunk.writers, base, chunk.until, chunk.frontier, chunk.shards)
+        if chunk.ends:
+            self._end(keyspace, link.boot)
+        return chunk.claims
+
+    def _check(self, keyspace: Keyspace, chunk: m.StateChunk, now: m.Now) -> None:
+        if len(chunk.shards) and int(chunk.shards[-1]) >= keyspace.knowledge.shards:
+            raise RemoteProtocolError(f"claim for shard {int(chunk.shards[-1])}, the keyspace has {keyspace.knowledge.shards}")
+        check_rows(keyspace, chunk.columns, (chunk.until, chunk.frontier), now)
+        check_writers(keyspace, chunk.writers)
+
+    def spoil(self, link: Link) -> None:
+        """Something of what this parent sends is lost, or was not taken: no claim of it counts until it selects again."""
+        for keyspace in self._core.keyspaces.values():
+            self._spoil(keyspace.feeds.get(link.boot))
+
+    def spoil_all(self) -> None:
+        """What is retired has changed (R13)."""
+        for keyspace in self._core.keyspaces.values():
+            for feed in keyspace.feeds.values():
+                self._spoil(feed)
+
+    def _spoil(self, feed: Feed | None) -> None:
+        if feed is not None and feed.request:
+            feed.request, feed.flows = 0, False
+            self._core.counters.feeds_spoiled += 1
+
+    def forget(self, boot: int) -> None:
+        """A parent's life ended."""
+        for keyspace in self._core.keyspaces.values():
+            self._end(keyspace, boot)
+
+    def _end(self, keyspace: Keyspace, boot: int) -> None:
+        if keyspace.feeds.pop(boot, None) is None:
+            return
+        self._fed -= 1
+        if not keyspace.feeds:
+            keyspace.replica.set_fed(False)
+
+    def on_timer(self, now: m.Now) -> None:
+        """Who has not told us again for too long is not in state mode any more."""
+        if not self._fed:
+            return
+        for keyspace in self._core.keyspaces.values():
+            for boot in [boot for boot, feed in keyspace.feeds.items() if feed.until_ms <= now.monotonic_ms]:
+                self._end(keyspace, boot)
+
+    def next_ms(self) -> int | None:
+        """When the first of them counts no more."""
+        if not self._fed:  # as a rule; asked after every event
+            return None
+        return min([feed.until_ms for one in self._core.keyspaces.values() for feed in one.feeds.values()], default=None)

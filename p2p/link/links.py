@@ -1,0 +1,284 @@
+"""Sessions with one peer: boots, sequence numbers, acknowledgement, credit (R3).
+
+A link is one direction each way between two lives of two nodes. What must be accounted for (batches, pull chunks) travels in
+a *session* with sequence numbers 1, 2, 3 ...; the receiver acknowledges the applied prefix, and what is not yet acknowledged
+counts against the sender's credit. A hole, or a new life of either side, ends the session: everything in flight is forgotten
+and a new session starts from 1. What was lost is repaired by the pull, never resent here.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from p2p.link.budget import MESSAGE_BYTES, Bucket
+from p2p.link.round_trip import RoundTrip
+from p2p.messages import Envelope, NodeId
+from p2p.pushing.waiting import WaitingLine
+from p2p.versions import FIRST_VERSION
+
+# Bytes that may be on their way to one peer. 180 ms of round trip at 1 Gbit/s are 22 MB; what a slow reader can make us hold
+# per link is bounded by it.
+CREDIT_BYTES_MAX = 32 << 20
+CREDIT_MESSAGES_MAX = 4_096
+# Acknowledge after so much, a small part of the credit, so that it never runs dry. An acknowledgement costs both ends a
+# message, some 150 us of processor: one for each MiB was 6 % more for batches of 260 KiB. What is less, after a while: only a
+# link that carries little waits for it, so a quarter of a second does no harm, and saves half of all messages where steps come
+# ten times a second.
+ACK_BYTES = 2 << 20
+ACK_MESSAGES = 64
+ACK_DELAY_MS = 250
+# Towards a region for which a rate is set, credit is what the rate brings in two round trips, so that what is narrower than it
+# shows at once, and not when megabytes wait in sockets. So it is acknowledged sooner, after what the rate brings in so long.
+# A round trip is taken for no less than twice that (`p2p.link.round_trip`), so that credit never runs dry between two of them.
+RATED_ACK_MS = 20
+# What can be cut leaves in pieces of what the rate brings in so long, so that what matters more waits for one at most.
+PIECE_MS = 10
+PIECE_BYTES_MIN = 1_024
+# Nothing acknowledged for so long by a peer that lives: what is in flight was lost, and its last message with it, so that no
+# hole will ever show. Longer than one message takes at 4 Mbit/s.
+ACK_SILENCE_MS = 10_000
+# A pull may cost a scan of all rows. A peer has one of a keyspace on its way at a time, so it asks once a round trip at most,
+# and rarely does; so many at once are selected for it, and then one in so many milliseconds.
+SELECTIONS_MAX = 32
+SELECTION_MS = 20
+# A question of a round by shard versions looks at vectors and not at rows, and rounds follow each other closely: it counts so
+# much, and so much more for as many shards as it is about. What a peer can make us list is 12 MB/s.
+ROUND_MS = 2
+ROUND_SHARDS_PER_MS = 1_024
+# The schema, the register and a hello are large answers to small messages. A correct peer causes each once a beat at most, so
+# each is sent to it once in so long; what is left out comes at its next beat.
+ANSWER_MS = 250
+# What a session may bring beyond what we acknowledged of it: its sender's credit, the message that overshoots it, and all of
+# that twice, since a network may repeat and what was under way when a link broke may come after all.
+OVERRUN_BYTES = 2 * (CREDIT_BYTES_MAX + (16 << 20))
+OVERRUN_MESSAGES = 2 * (CREDIT_MESSAGES_MAX + 1)
+
+
+class Arrival(Enum):
+    """What a sequenced message is to its session."""
+
+    NEXT = auto()
+    REPEAT = auto()
+    BROKEN = auto()
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What passed over a link, for the operator."""
+
+    rows_out: int = 0
+    bytes_out: int = 0
+    rows_in: int = 0
+    bytes_in: int = 0
+    batches_skipped: int = 0  # not sent for want of credit, or refused by the transport
+    sessions_broken: int = 0
+    bytes_saved: int = 0  # rows that changed again while they were due, in backlogs that ended
+
+
+@dataclass(slots=True)
+class Link:
+    """Both directions between us and one life of a peer."""
+
+    node: NodeId
+    boot: int
+    address: str
+    region: str
+    own_boot: int
+    version: int = FIRST_VERSION  # what both of us speak
+    traffic: Traffic = field(default_factory=Traffic)
+    waiting: WaitingLine = field(default_factory=WaitingLine)  # batches, until there is credit
+    bucket: Bucket | None = None  # of the pair of regions; None: no rate is set for it
+    round_trip: RoundTrip = field(default_factory=RoundTrip)  # only where there is a bucket
+    in_state_mode: bool = False  # for some keyspace (`p2p.busy.backlog`)
+    session_out: int = 1
+    _sequence_out: int = 0
+    _in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (sequence, bytes)
+    bytes_in_flight: int = 0
+    _oldest: tuple[int, int] | None = None  # (session, sequence) of the first in flight, when we last looked
+    _oldest_ms: int = 0  # and since when
+    session_in: int = 0
+    _sequence_in: int = 0
+    _broken_in: bool = False
+    _unacknowledged_bytes: int = 0
+    _unacknowledged_messages: int = 0
+    _unclaimed_bytes: int = 0  # that arrived in the peer's session since our last acknowledgement of it
+    _unclaimed_messages: int = 0
+    _answered_ms: dict[str, int] = field(default_factory=dict)  # by kind: when the last large answer of it went
+    _selections: dict[int, int] = field(default_factory=dict)  # by keyspace: until when those made for the peer are paid
+
+    def admits_selection(self, keyspace: int, now_ms: int, cost_ms: int = SELECTION_MS) -> bool:
+        """Whether the peer may have one more selection made, of a keyspace that we hold; counts it if so."""
+        until_ms = max(self._selections.get(keyspace, now_ms), now_ms)
+        if until_ms - now_ms >= SELECTIONS_MAX * SELECTION_MS:
+            return False
+        self._selections[keyspace] = until_ms + cost_ms
+        return True
+
+    def admits_answer(self, kind: str, now_ms: int) -> bool:
+        """Whether the peer may have another large answer of this kind; counts it if so."""
+        if now_ms - self._answered_ms.get(kind, -ANSWER_MS) < ANSWER_MS:
+            return False
+        self._answered_ms[kind] = now_ms
+        return True
+
+    def forget_keyspace(self, keyspace: int) -> None:
+        """It was dropped: what waits for credit of it would be thrown away by the peer, too."""
+        self._selections.pop(keyspace, None)
+        self.waiting.drop(keyspace)
+
+    def charge_shards(self, keyspace: int, shards: int) -> None:
+        """What was admitted turned out to be about so many shards."""
+        self._selections[keyspace] = self._selections.get(keyspace, 0) + shards // ROUND_SHARDS_PER_MS
+
+    def overruns(self, payload_bytes: int) -> bool:
+        """Count a sequenced message that was just placed; whether the peer sends what no credit of ours allows."""
+        self._unclaimed_bytes += payload_bytes
+        self._unclaimed_messages += 1
+        return self._unclaimed_bytes > OVERRUN_BYTES or self._unclaimed_messages > OVERRUN_MESSAGES
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something waits for credit, or the rows of what found none are due."""
+        return bool(self.waiting) or self.in_state_mode
+
+    @property
+    def messages_in_flight(self) -> int:
+        """Messages that are not acknowledged yet."""
+        return len(self._in_flight)
+
+    def envelope(self) -> Envelope:
+        """For a message outside any session."""
+        return Envelope(self.own_boot, self.boot, version=self.version)
+
+    @property
+    def credit_bytes(self) -> int:
+        """How many bytes may be on their way."""
+        if self.bucket is None:
+            return CREDIT_BYTES_MAX
+        return min(CREDIT_BYTES_MAX, int(self.bucket.rate * 2 * self.round_trip.ms))
+
+    def has_credit(self) -> bool:
+        """Whether one more message may go out. The last one may overshoot: messages are bounded."""
+        if self.bucket is None:
+            return self.bytes_in_flight < CREDIT_BYTES_MAX and len(self._in_flight) < CREDIT_MESSAGES_MAX
+        fits = self.bytes_in_flight < self.credit_bytes and len(self._in_flight) < CREDIT_MESSAGES_MAX
+        return fits and self.bucket.has_tokens()
+
+    def has_credit_for_repairs(self) -> bool:
+        """Whether a chunk of an answer may go out; half is left for batches, since each that finds no room is a repair more."""
+        if self.bytes_in_flight >= self.credit_bytes // 2 or len(self._in_flight) >= CREDIT_MESSAGES_MAX // 2:
+            return False
+        return self.bucket is None or self.bucket.has_tokens()
+
+    def takes_ms(self, payload_bytes: int) -> float:
+        """For how long a message uses up what the budget brings; 0 without one."""
+        return 0.0 if self.bucket is None else payload_bytes / self.bucket.rate
+
+    def piece_bytes(self, most: int) -> int:
+        """How large a message should be that may be of any size up to `most`."""
+        if self.bucket is None:
+            return most
+        return min(most, max(PIECE_BYTES_MIN, int(self.bucket.rate * PIECE_MS)))
+
+    def next_envelope(self, payload_bytes: int, hops: int = 0, claim_bytes: int = 0) -> Envelope:
+        """Number the next message of the session and charge its bytes.
+
+        Args:
+            payload_bytes: keys, values and stamps.
+            hops: of a batch.
+            claim_bytes: what it has besides them and a header; charged to the budget of the regions only.
+        """
+        self._sequence_out += 1
+        self._in_flight.append((self._sequence_out, payload_bytes))
+        self.bytes_in_flight += payload_bytes
+        if self.bucket is not None:
+            self.bucket.take(payload_bytes + claim_bytes + MESSAGE_BYTES)
+            self.round_trip.on_sent(self.session_out, self._sequence_out, self.bucket.at_ms)
+        return Envelope(self.own_boot, self.boot, self.session_out, self._sequence_out, hops, self.version)
+
+    def restart_session(self) -> None:
+        """Forget what is in flight and begin the next session."""
+        self.session_out += 1
+        self._sequence_out = 0
+        self._in_flight.clear()
+        self.bytes_in_flight = 0
+        self.traffic.sessions_broken += 1
+
+    def on_ack(self, session: int, sequence: int) -> bool:
+        """Release credit for an applied prefix; True when it released any, of bytes or of messages (beats have no bytes).
+
+        Acks of older sessions mean nothing, nor do those of what was never sent: they may be meant for a link that we forgot,
+        or be told by somebody who would like more than the credit.
+        """
+        if session != self.session_out or sequence > self._sequence_out:
+            return False
+        if self.bucket is not None:
+            self.round_trip.on_ack(session, sequence, self.bucket.at_ms)
+        released, before = 0, len(self._in_flight)
+        while self._in_flight and self._in_flight[0][0] <= sequence:
+            released += self._in_flight.popleft()[1]
+        self.bytes_in_flight -= released
+        return len(self._in_flight) < before
+
+    @property
+    def sequence_out(self) -> int:
+        """Of the last message that was sent in this session."""
+        return self._sequence_out
+
+    @property
+    def sequence_acknowledged(self) -> int:
+        """Of the last one that is acknowledged."""
+        return self._in_flight[0][0] - 1 if self._in_flight else self._sequence_out
+
+    @property
+    def waits_for_ack(self) -> bool:
+        """Whether anything is in flight."""
+        return bool(self._in_flight)
+
+    def is_stuck(self, now_ms: int) -> bool:
+        """Whether the first message in flight has waited for `ACK_SILENCE_MS`; to be asked now and then.
+
+        At the rate of a budget what is in flight may take longer.
+        """
+        oldest = (self.session_out, self._in_flight[0][0]) if self._in_flight else None
+        if oldest != self._oldest:
+            self._oldest, self._oldest_ms = oldest, now_ms
+        silence_ms = ACK_SILENCE_MS + (0 if self.bucket is None else 2 * self.bytes_in_flight / self.bucket.rate)
+        return oldest is not None and now_ms - self._oldest_ms >= silence_ms
+
+    def is_broken(self, session: int) -> bool:
+        """Whether messages of this session come behind a hole, and mean nothing."""
+        return self._broken_in and session == self.session_in
+
+    def on_arrival(self, envelope: Envelope) -> Arrival:
+        """Place a sequenced message; after a hole every message of that session is `BROKEN`."""
+        if envelope.session > self.session_in:
+            self.session_in, self._sequence_in, self._broken_in = envelope.session, 0, False
+            self._unacknowledged_bytes = self._unacknowledged_messages = 0
+            self._unclaimed_bytes = self._unclaimed_messages = 0
+        if envelope.session < self.session_in or (envelope.sequence <= self._sequence_in and not self._broken_in):
+            return Arrival.REPEAT
+        if self._broken_in or envelope.sequence != self._sequence_in + 1:
+            self._broken_in = True
+            return Arrival.BROKEN
+        self._sequence_in = envelope.sequence
+        return Arrival.NEXT
+
+    def note_applied(self, payload_bytes: int) -> bool:
+        """A sequenced message was applied; True when an acknowledgement is due now."""
+        self._unacknowledged_bytes += payload_bytes
+        self._unacknowledged_messages += 1
+        enough = ACK_BYTES if self.bucket is None else min(ACK_BYTES, int(self.bucket.pair_rate * RATED_ACK_MS))
+        return self._unacknowledged_bytes >= enough or self._unacknowledged_messages >= ACK_MESSAGES
+
+    @property
+    def ack_waits(self) -> bool:
+        """Whether something applied is not acknowledged yet."""
+        return self._unacknowledged_messages > 0
+
+    def take_ack(self) -> tuple[int, int]:
+        """The acknowledgement to send: (session, applied prefix)."""
+        self._unacknowledged_bytes = self._unacknowledged_messages = 0
+        if not self._broken_in:  # what came after a hole is acknowledged by nothing, so its sender never gets credit for it
+            self._unclaimed_bytes = self._unclaimed_messages = 0
+        return self.session_in, self._sequence_in

@@ -1,0 +1,1 @@
+"""Fresh batches on their way down the trees."""
