@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ekko.delayed import columns
 from ekko.delayed import store as delayed_store
 from ekko.delayed.history import BLURS_MAX, History, cut_of, unix_ms_of_cut
 from ekko.delayed.store import DelayedStore
@@ -97,7 +98,7 @@ def test_the_older_state_is_what_was(pair: Pair) -> None:
 
 
 def test_a_step_at_a_time_comes_to_the_same(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delayed_store, "BATCH_ROWS", 2)
+    monkeypatch.setattr(columns, "BATCH_ROWS", 2)
     for at_ms in range(100, 1_000, 100):
         pair.write(at_ms, [at_ms, at_ms + 1, 7], float(at_ms))
     calls = 1
@@ -165,7 +166,7 @@ def test_a_kill_between_any_two_steps_costs_nothing(pair: Pair) -> None:
 
 
 def test_a_kill_in_the_middle_of_an_advance_is_finished(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delayed_store, "BATCH_ROWS", 1)
+    monkeypatch.setattr(columns, "BATCH_ROWS", 1)
     for at_ms in range(100, 600, 100):
         pair.write(at_ms, [at_ms], float(at_ms))
     assert not pair.delayed.advance("ctr", START + 400, 2)
