@@ -17,8 +17,8 @@ from ekko.errors import EkkoError, ModelError, PublishError
 from ekko.health.wire import Report, Reported, decode_report, report_body, report_frames
 from ekko.model import CODEC_DEFAULT, CODECS, DENSE_ROWS_MAX, INCARNATION_MAX, TABLES_MAX, TensorSpec, table_id
 from ekko.restored import RestoredAsk, RestoredPage, ask_body, ask_of, page_body, page_of
-from p2p.identity.fence_messages import EPOCH_BITS
 from p2p.messages import Scope
+from p2p.messages.fences import EPOCH_BITS
 from p2p.replica import RowColumns
 from p2p.transport import Buffer
 from p2p.values import dataclass

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from p2p import messages as m
 from p2p import wire
 from p2p.busy.pairs import Feed
-from p2p.identity.fence_messages import LIFTED
 from p2p.identity.ledger import NodeRecord, Peer
 from p2p.identity.writers import WriterBook, WriterConflictError
 from p2p.knowledge import Knowledge
 from p2p.link import budget
 from p2p.link.links import Link
 from p2p.members.membership import SILENCE_MS_MAX, Membership
+from p2p.messages.fences import LIFTED
 from p2p.paper.sync import PUSH, SyncOptions
 from p2p.placement import holdings_of
 from p2p.pushing.groups import LINGER_MS, Group

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from ekko.codec import encode
 from ekko.model import ModelSpec
 from p2p import messages as m
-from p2p.identity.fence_messages import CLOSED, LIFTED
 from p2p.identity.ledger import NodeRecord
+from p2p.messages.fences import CLOSED, LIFTED
 from p2p.replica import RowColumns
 from p2p.stamps import WRITERS_MAX, writer_of
 from sim_cluster.checkers import contents

@@ -10,7 +10,7 @@ from ekko.errors import EkkoError, ModelError
 from ekko.model import check_name
 from ekko.store import Store
 from p2p import messages as m
-from p2p.identity.fence_messages import LIFTED
+from p2p.messages.fences import LIFTED
 
 # Below the time-out of a command. A fence that is not closed by then closes later; whoever asks again hears of it.
 ANSWER_S = 4.0

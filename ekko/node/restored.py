@@ -8,7 +8,7 @@ from ekko.errors import ModelError
 from ekko.restored import PAGE_BYTES_MAX, RestoredAsk, RestoredPage
 from ekko.store.model_store import ModelStore
 from p2p import messages as m
-from p2p.identity.fence_messages import LIFTED
+from p2p.messages.fences import LIFTED
 from p2p.replica import U64
 from p2p.stamps import WRITER_MASK, WRITERS_MAX
 

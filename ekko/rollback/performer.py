@@ -21,7 +21,7 @@ from ekko.store import Store
 from ekko.store.model_store import ModelStore
 from p2p import messages as m
 from p2p.classes import TAKEN_BACK
-from p2p.identity.fence_messages import CLOSED, LIFTED
+from p2p.messages.fences import CLOSED, LIFTED
 from p2p.replica import RowColumns
 
 # What the protocol is asked, and what it answers.

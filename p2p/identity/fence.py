@@ -37,9 +37,9 @@ from p2p import messages as m
 from p2p.core import Core, Keyspace
 from p2p.errors import FencedError, LocalProtocolError
 from p2p.identity.allotment import Allotment
-from p2p.identity.fence_messages import CLOSED, CLOSING, LIFTED, NOTE_CHARS_MAX, RESTORERS_MAX, Restorer
 from p2p.identity.retirement import News, Retirement
 from p2p.link.links import Link
+from p2p.messages.fences import CLOSED, CLOSING, LIFTED, NOTE_CHARS_MAX, RESTORERS_MAX, Restorer
 from p2p.stamps import WRITER_MASK
 
 STAMP_MAX = (1 << 64) - 1

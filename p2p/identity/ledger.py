@@ -13,9 +13,9 @@ import numpy as np
 import xxhash
 
 from p2p.errors import LocalProtocolError
-from p2p.identity.fence_messages import LIFTED, Fence, Restorer, merged
 from p2p.members.membership import MEMBERS_MAX
 from p2p.messages import Expulsion, NodeId, Retired, WriterRecord
+from p2p.messages.fences import LIFTED, Fence, Restorer, merged
 
 # Lives that used our memory one after another. Others know of the last that they saw: it is far fewer lives ago.
 LIVES_MAX = 1_024

@@ -10,8 +10,8 @@ from ekko.codec import encode
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
 from p2p.identity import ledger
-from p2p.identity.fence_messages import CLOSED
 from p2p.identity.ledger import NodeRecord
+from p2p.messages.fences import CLOSED
 from p2p.pushing import push
 from p2p.pushing.groups import LINGER_MS
 from p2p.replica import RowColumns

@@ -28,6 +28,9 @@ from p2p.pushing.push import Push
 from p2p.replica import RowColumns, WriterIdentity
 from p2p.stamps import make_stamp
 from p2p.versions import PROTOCOL_VERSION
+from p2p.wire.frames import body_of
+from p2p.wire.pushing import BATCH
+from p2p.wire.table import NUMBER_OF
 from sim_cluster.checkers import check_converged, contents
 from sim_cluster.meter import Meter
 from sim_cluster.node import VirtualNode
@@ -556,7 +559,7 @@ def field_of(place: int, change: Callable[[int], int]) -> Spoil:
     ],
 )
 def test_groups_that_contradict_themselves_are_refused(spoil: Spoil, complaint: str) -> None:
-    header, columns = wire._pack_batch(group_of(), PROTOCOL_VERSION)
+    header, columns = BATCH.pack(group_of(), PROTOCOL_VERSION)
     decode_batch(header, columns)
     spoil(header, columns)
     with pytest.raises(RemoteProtocolError, match=complaint):
@@ -564,8 +567,8 @@ def test_groups_that_contradict_themselves_are_refused(spoil: Spoil, complaint: 
 
 
 def decode_batch(header: list[Any], columns: list[Any]) -> None:
-    body = wire._body(header, columns, PROTOCOL_VERSION)
-    number = wire._NUMBER_OF[m.Batch]
+    body = body_of(header, columns, PROTOCOL_VERSION)
+    number = NUMBER_OF[m.Batch]
     envelope = wire.ENVELOPE.pack(wire.MAGIC, PROTOCOL_VERSION, number, 1, 2, 3, 0, 4, wire.checksum(body))
     wire.decode([memoryview(bytes(frame)) for frame in (envelope, *body)])
 

@@ -14,6 +14,8 @@ from p2p.errors import RemoteProtocolError
 from p2p.machine import Machine
 from p2p.replica import RowColumns
 from p2p.stamps import make_stamp, unix_ms_of
+from p2p.wire.frames import pack_envelope
+from p2p.wire.table import NUMBER_OF
 from sim_cluster.checkers import Watch
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.backlog_chaos import backlog_of, fill, in_state_mode, little_credit, pair, settle
@@ -132,6 +134,6 @@ def test_any_bytes_of_them_raise_only_one_error(kind: type) -> None:
             frame = rng.choice(broken[1:])
             frame[rng.randrange(len(frame))] = rng.randrange(256)
         body = [bytes(frame) for frame in broken[1:]]
-        envelope = wire._pack_envelope(m.Envelope(1, 2, 1, 1, 0, 2), wire._NUMBER_OF[kind], wire.checksum(body))
+        envelope = pack_envelope(m.Envelope(1, 2, 1, 1, 0, 2), NUMBER_OF[kind], wire.checksum(body))
         with contextlib.suppress(RemoteProtocolError):
             wire.decode([memoryview(frame) for frame in (envelope, *body)])

@@ -16,6 +16,8 @@ from p2p.link.links import Link
 from p2p.link.outgoing import Outgoing
 from p2p.replica import RowColumns, SchemaEntry
 from p2p.transport import Frames
+from p2p.wire.frames import pack_envelope
+from p2p.wire.table import NUMBER_OF
 from sim_cluster.node import MemoryLedger
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.keyed import KeyedTransport
@@ -100,8 +102,8 @@ def framed(header: bytes) -> list[memoryview]:
     """A MemberNews with this header."""
     head = len(header).to_bytes(4, "little") + header
     head += bytes(-len(head) % 8)
-    number = wire._NUMBER_OF[m.MemberNews]
-    envelope = wire._pack_envelope(m.Envelope(1, 2, version=2), number, wire.checksum([head]))
+    number = NUMBER_OF[m.MemberNews]
+    envelope = pack_envelope(m.Envelope(1, 2, version=2), number, wire.checksum([head]))
     return [memoryview(envelope), memoryview(head)]
 
 

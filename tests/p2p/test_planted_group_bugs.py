@@ -11,6 +11,7 @@ from p2p import messages as m
 from p2p import wire
 from p2p.pushing import groups, push
 from p2p.pushing.groups import LINGER_MS, Joined, Step
+from p2p.wire import pushing as wire_pushing
 from sim_cluster.checkers import Watch
 from sim_cluster.meter import Meter
 from tests.p2p.chaos import CALM, FAULTS, at_rest, check_claims, form
@@ -78,13 +79,13 @@ def claims_reach_to_the_end(patch: pytest.MonkeyPatch) -> None:
 
 def claims_reach_one_step_too_far(patch: pytest.MonkeyPatch) -> None:
     """Receivers merge the group's stamp instead of each claim's own."""
-    original = wire._take_group
+    original = wire_pushing._take_group
 
     def take(columns: Any, count: int, claims: m.ShardClaims) -> Any:
         steps, reaching = original(columns, count, claims)
         return steps, replace(reaching, until=np.full(len(claims.shards), steps.stamps[-1], np.uint64))
 
-    patch.setattr(wire, "_take_group", take)
+    patch.setattr(wire_pushing, "_take_group", take)
 
 
 def a_middle_step_is_lost(patch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from p2p import wire
 from p2p.errors import LocalProtocolError, RemoteProtocolError
 from p2p.members.membership import Membership
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION, agree, first_record_version, lowest_spoken
+from p2p.wire import table
 from sim_cluster.checkers import Watch, check_converged
 from sim_cluster.network import NetworkOptions
 from sim_cluster.node import VirtualNode
@@ -52,7 +53,7 @@ def test_what_we_say_to_version_1_are_its_own_bytes(name: str) -> None:
 
 
 def test_every_kind_of_version_1_was_recorded() -> None:
-    assert {kind.message for kind in wire._KINDS if kind.since == 1} == {type(message) for message in v1.MESSAGES.values()}
+    assert {kind.message for kind in table.KINDS if kind.since == 1} == {type(message) for message in v1.MESSAGES.values()}
 
 
 # --- who speaks with whom ---------------------------------------------------------------------------------------------------
@@ -167,8 +168,8 @@ def test_versions_that_agree() -> None:
 
 
 def changed_kind(monkeypatch: pytest.MonkeyPatch, kind: type, **changes: object) -> None:
-    kinds = [replace(one, **changes) if one.message is kind else one for one in wire._KINDS]  # type: ignore[arg-type]
-    monkeypatch.setattr(wire, "_KINDS", tuple(kinds))
+    kinds = [replace(one, **changes) if one.message is kind else one for one in table.KINDS]  # type: ignore[arg-type]
+    monkeypatch.setattr(table, "KINDS", tuple(kinds))
 
 
 def test_a_new_kind_is_not_said_to_an_old_node(monkeypatch: pytest.MonkeyPatch) -> None:

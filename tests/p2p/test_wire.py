@@ -12,10 +12,15 @@ from hypothesis import strategies as st
 from p2p import messages as m
 from p2p import wire
 from p2p.errors import RemoteProtocolError
-from p2p.identity.fence_messages import CLOSED, LIFTED, Restorer
+from p2p.messages.fences import CLOSED, LIFTED, Restorer
 from p2p.replica import KnownSteps, RowColumns, SchemaEntry, TableKeys
 from p2p.stamps import make_stamp
+from p2p.transport import FRAMES_MAX
 from p2p.versions import PROTOCOL_VERSION
+from p2p.wire.columns import Columns
+from p2p.wire.frames import body_of, pack_envelope
+from p2p.wire.members import MEMBER_NEWS
+from p2p.wire.table import KINDS, NUMBER_OF
 
 ENVELOPE = m.Envelope(11, 22, 3, 4, 1, PROTOCOL_VERSION)
 STAMP = make_stamp(1_700_000_000_000, 5, 9)
@@ -280,7 +285,7 @@ def test_unaligned_columns_become_aligned(version: int) -> None:
 )
 def test_a_head_that_contradicts_itself_is_refused(damage: Callable[[bytes], bytes], complaint: str) -> None:
     head = damage(bytes(wire.encode(ENVELOPE, batch())[1]))
-    envelope = wire._pack_envelope(ENVELOPE, wire._NUMBER_OF[m.Batch], wire.checksum([head]))
+    envelope = pack_envelope(ENVELOPE, NUMBER_OF[m.Batch], wire.checksum([head]))
     with pytest.raises(RemoteProtocolError, match=complaint):
         wire.decode([memoryview(envelope), memoryview(head)])
 
@@ -318,7 +323,7 @@ def test_damaged_messages_raise_one_error_type(message: m.Message, seed: int) ->
 
 
 @given(
-    st.integers(1, len(wire._KINDS) + 1),
+    st.integers(1, len(KINDS) + 1),
     st.recursive(
         st.none()
         | st.booleans()
@@ -335,7 +340,7 @@ def test_damaged_messages_raise_one_error_type(message: m.Message, seed: int) ->
 def test_junk_with_a_valid_checksum_raises_one_error_type(
     kind: int, header: object, columns: list[bytes], version: int
 ) -> None:
-    body = wire._body(header, [np.frombuffer(column, np.uint8) for column in columns], version)  # type: ignore[arg-type]
+    body = body_of(header, [np.frombuffer(column, np.uint8) for column in columns], version)  # type: ignore[arg-type]
     envelope = wire.ENVELOPE.pack(wire.MAGIC, version, kind, 1, 2, 0, 0, 0, wire.checksum(body))
     decode_or_refuse([envelope, *body])
 
@@ -426,7 +431,7 @@ def test_rounds_that_contradict_themselves_are_refused(message: m.Message, compl
 
 
 def test_sizes_are_limited() -> None:
-    too_many = [memoryview(b"")] * (wire.FRAMES_MAX + 1)
+    too_many = [memoryview(b"")] * (FRAMES_MAX + 1)
     with pytest.raises(RemoteProtocolError, match="frames"):
         wire.decode(too_many)
     with pytest.raises(RemoteProtocolError, match="bytes, limit"):
@@ -445,10 +450,10 @@ def test_another_protocol_version_is_named() -> None:
     [(3, [1, 1]), (3, [2, 1]), (3, [3]), (3, [-1]), (3, ["1"]), (0, []), (1, [0]), (65, [0]), (64, [0] * 65)],
 )
 def test_what_a_node_cannot_hold_is_refused(partitions: int, held: list[object]) -> None:
-    header, _ = wire._pack_news(m.MemberNews((MEMBER,)), PROTOCOL_VERSION)
+    header, _ = MEMBER_NEWS.pack(m.MemberNews((MEMBER,)), PROTOCOL_VERSION)
     header[0][0][11] = [[5, partitions, held]]
-    body = wire._body(header, [], PROTOCOL_VERSION)
-    frame = wire._pack_envelope(ENVELOPE, wire._NUMBER_OF[m.MemberNews], wire.checksum(body))
+    body = body_of(header, [], PROTOCOL_VERSION)
+    frame = pack_envelope(ENVELOPE, NUMBER_OF[m.MemberNews], wire.checksum(body))
     with pytest.raises(RemoteProtocolError, match=r"partitions|unsigned|list of at most"):
         wire.decode([memoryview(frame), memoryview(body[0])])
 
@@ -457,8 +462,8 @@ def test_what_is_equal_to_a_known_record_and_is_of_another_type_is_refused() -> 
     # Decoded records are kept, by what they were made of, and True equals 1.
     plain = replace(MEMBER, writers=(), holds=(), boot=1, heartbeat=1)
     for place, value in ((1, True), (6, True), (7, 0), (10, 0), (1, 1.0)):
-        header, _ = wire._pack_news(m.MemberNews((plain,)), PROTOCOL_VERSION)
-        wire._news(header, wire._Columns(None, 0, []))
+        header, _ = MEMBER_NEWS.pack(m.MemberNews((plain,)), PROTOCOL_VERSION)
+        MEMBER_NEWS.unpack(header, Columns(None, 0, []))
         header[0][0][place] = value
         with pytest.raises(RemoteProtocolError, match="expected"):
-            wire._news(header, wire._Columns(None, 0, []))
+            MEMBER_NEWS.unpack(header, Columns(None, 0, []))

@@ -1,24 +1,11 @@
-"""Messages of a link in state mode (`p2p.busy.backlog`), since protocol version 2; what all that carry rows share."""
-
-from dataclasses import field
+"""Messages of a link in state mode (`p2p.busy`), since protocol version 2."""
 
 import numpy as np
 from numpy.typing import NDArray
 
+from p2p.messages.rows import Rows
 from p2p.replica import U64, RowColumns
 from p2p.values import dataclass
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """What the messages that carry rows have in common; counted once, and asked for by everybody who handles them."""
-
-    payload_bytes: int = field(init=False, repr=False)  # keys, values and stamps
-    row_count: int = field(init=False, repr=False)
-
-    def _count(self, columns: tuple[RowColumns, ...]) -> None:
-        object.__setattr__(self, "payload_bytes", sum([section.payload_bytes for section in columns]))
-        object.__setattr__(self, "row_count", sum([len(section.keys) for section in columns]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

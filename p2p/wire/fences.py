@@ -1,16 +1,17 @@
-"""Fences on the wire (`p2p.identity.fence`): records inside `Retirements`, and reports. For `p2p.wire`."""
+"""Fences on the wire (`p2p.identity.fence`): records inside `Retirements`, and reports."""
 
-from typing import Any, Final
+from typing import Final
 
+from p2p import messages as m
 from p2p.errors import RemoteProtocolError
-from p2p.identity.fence_messages import EPOCH_BITS, LIFTED, NOTE_CHARS_MAX, RESTORERS_MAX, Fence, FenceReport, Restorer
-from p2p.wire_values import flag, items, text, uint
+from p2p.messages.fences import EPOCH_BITS, LIFTED, NOTE_CHARS_MAX, RESTORERS_MAX, Fence, Restorer
+from p2p.wire.columns import Columns
+from p2p.wire.kind import Header, Kind, Packed
+from p2p.wire.values import flag, items, text, uint
 
 # As many members as a register has.
 BOOTS_MAX: Final = 4_096
 FENCES_TOLD_MAX: Final = 4_096
-
-Header = list[Any]
 
 
 def pack_fence(fence: Fence) -> Header:
@@ -37,12 +38,13 @@ def _restorer(value: Header) -> Restorer:
     return Restorer(uint(writer, 12), uint(nonce), uint(since))
 
 
-def pack_report(report: FenceReport, _version: int) -> tuple[Header, list[Any]]:
-    """A report."""
+def _pack_report(report: m.FenceReport, _version: int) -> Packed:
     return [report.family, report.epoch, report.retired_digest, report.reached, list(report.boots)], []
 
 
-def unpack_report(header: Header, _columns: object) -> FenceReport:
-    """A report."""
+def _unpack_report(header: Header, _columns: Columns) -> m.FenceReport:
     family, epoch, digest, reached, boots = header
-    return FenceReport(uint(family, 32), uint(epoch, EPOCH_BITS), uint(digest), flag(reached), items(boots, BOOTS_MAX, uint))
+    return m.FenceReport(uint(family, 32), uint(epoch, EPOCH_BITS), uint(digest), flag(reached), items(boots, BOOTS_MAX, uint))
+
+
+FENCE_REPORT: Final = Kind(m.FenceReport, _pack_report, _unpack_report, since=2)
