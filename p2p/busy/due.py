@@ -182,11 +182,18 @@ class DueRows:
     def take(self, bytes_max: int) -> list[Taken]:
         """Rows that leave now, until they fill `bytes_max`, one at least; they are due no more until they change again."""
         taken: list[Taken] = []
-        room = self._fill(bytes_max, taken, lambda: [BANDS - 1] if len(self._queues[-1]) else [], 0)
+        room = self._fill(bytes_max, taken, self._taken_back, 0)
         if room > 0:
             room -= self._take_in_order(room, taken)
         if room > 0:
             self._fill(room, taken, self._preferred, AGE_MS)
+        return taken
+
+    def take_significant(self, bytes_max: int) -> list[Taken]:
+        """The same of significant rows, and of what was taken back, alone; none if there are none."""
+        taken: list[Taken] = []
+        room = self._fill(bytes_max, taken, self._taken_back, 0)
+        self._fill(room, taken, self._significant, AGE_MS)
         return taken
 
     def _take_in_order(self, room: int, taken: list[Taken]) -> int:
@@ -252,8 +259,13 @@ class DueRows:
 
     def _preferred(self) -> list[int]:
         """Bands of which one is next: significant ones, if there are any."""
-        bands = self._waiting()
-        return [band for band in bands if band >= SIGNIFICANT // BAND_CLASSES] or bands
+        return self._significant() or self._waiting()
+
+    def _taken_back(self) -> list[int]:
+        return [BANDS - 1] if len(self._queues[-1]) else []
+
+    def _significant(self) -> list[int]:
+        return [band for band in self._waiting() if band >= SIGNIFICANT // BAND_CLASSES]
 
     def _fill(self, room: int, taken: list[Taken], choose: Callable[[], list[int]], age_ms: int) -> int:
         """Take rows of the chosen bands, whose first has waited longest, a band counting for so long; returns the room left."""

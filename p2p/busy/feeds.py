@@ -63,7 +63,7 @@ class Feeds:
             self._fed += 1
         elif feed.number != told.number:
             feed.request, feed.flows, feed.asked_ms = 0, False, -ASK_MS
-        feed.pairs, feed.number, feed.until_ms = pairs, told.number, until_ms
+        feed.pairs, feed.number, feed.until_ms, feed.retired_digest = pairs, told.number, until_ms, told.retired_digest
         if not full.pauses(keyspace, now) and not feed.flows and now.monotonic_ms - feed.asked_ms >= ASK_MS:
             feed.request = self._pull.tell_vector(keyspace, link, feed.request)
             feed.asked_ms = now.monotonic_ms
@@ -80,7 +80,7 @@ class Feeds:
         """
         core, keyspace = self._core, self._core.keyspaces.get(chunk.keyspace)
         feed = None if keyspace is None else keyspace.feeds.get(link.boot)
-        if keyspace is None or feed is None or chunk.request != feed.request:
+        if keyspace is None or feed is None or not self._expects(keyspace, feed, chunk, now):
             return False
         try:
             self._check(keyspace, chunk, now)
@@ -90,7 +90,7 @@ class Feeds:
         if not core.same_writers(link.node, keyspace.replica.place.family, chunk.bound.tolist(), chunk.nonces.tolist()):
             self.spoil(link)
             return False
-        feed.flows = True
+        feed.flows = feed.flows or bool(chunk.request)
         feed.until_ms = now.monotonic_ms + KEPT_MS
         if take_rows(core, keyspace, chunk.columns, now) is None:
             self.spoil(link)
@@ -105,7 +105,19 @@ class Feeds:
             self._end(keyspace, link.boot)
         return chunk.claims
 
+    def _expects(self, keyspace: Keyspace, feed: Feed, chunk: m.StateChunk, now: m.Now) -> bool:
+        """Whether a chunk answers our question, or has rows that go ahead of it, which any time is right for (T3).
+
+        A question carries what we know of retirements (R13), and is forgotten when that changes; rows that go ahead of it are
+        taken while the sender knew the same when it said that they would come.
+        """
+        if chunk.request:
+            return chunk.request == feed.request
+        return feed.retired_digest == self._core.retired_digest and not full.pauses(keyspace, now)
+
     def _check(self, keyspace: Keyspace, chunk: m.StateChunk, now: m.Now) -> None:
+        if not chunk.request and (chunk.claims or chunk.ends):
+            raise RemoteProtocolError("a claim that answers no question: only rows may come ahead of one")
         if len(chunk.shards) and int(chunk.shards[-1]) >= keyspace.knowledge.shards:
             raise RemoteProtocolError(f"claim for shard {int(chunk.shards[-1])}, the keyspace has {keyspace.knowledge.shards}")
         check_rows(keyspace, chunk.columns, (chunk.until, chunk.frontier), now)

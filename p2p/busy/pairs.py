@@ -63,6 +63,7 @@ class Feed:
     pairs: Pairs
     number: int  # of the sender's backlog
     until_ms: int  # monotonic; unless we are told again
+    retired_digest: int = 0  # over all that the sender knows of retirements
     request: int = 0  # the question in which we told our vector last; 0: none that counts
     asked_ms: int = -1_000_000  # when it was asked
     flows: bool = False  # chunks that answer it have come

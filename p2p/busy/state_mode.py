@@ -98,11 +98,15 @@ class StateMode:
             waiting = link.waiting.take().batch
             other = core.keyspaces.get(waiting.keyspace)
             if other is not None and self.enter(link, other, "the link is in state mode for another keyspace"):
-                for section in waiting.columns:
-                    if len(section.keys):
-                        places = other.replica.places_of(section.table, section.keys)
-                        other.backlogs[link.boot].note(section, places, core.now_ms)
+                self.note(link, other, waiting)
         return True
+
+    def note(self, link: Link, keyspace: Keyspace, batch: m.Batch) -> None:
+        """Rows of a batch are due, which is stored here and was not sent: what selects them later knows no classes."""
+        for section in batch.columns:
+            if len(section.keys):
+                places = keyspace.replica.places_of(section.table, section.keys)
+                keyspace.backlogs[link.boot].note(section, places, self._core.now_ms)
 
     def pass_on(self, keyspace: Keyspace, pairs: Pairs) -> None:
         """We get these by priority and not as batches: so do our children, who would get none."""
@@ -155,7 +159,8 @@ class StateMode:
         pairs = backlog.pairs
         backlog.told_ms = self._core.now_ms
         number = backlog.keyspace.replica.keyspace
-        self._core.send(backlog.link, m.Backlogged(number, backlog.number, on, pairs.trees, pairs.writers, pairs.bits))
+        digest = self._core.retired_digest
+        self._core.send(backlog.link, m.Backlogged(number, backlog.number, on, pairs.trees, pairs.writers, pairs.bits, digest))
 
     def on_vector(self, link: Link, request: m.PullRequest) -> None:
         """The child told its vector: what changed since then is due.
@@ -212,8 +217,8 @@ class StateMode:
                 self._look_after(backlog)
 
     def _is_ready(self, backlog: Backlog) -> bool:
-        if not backlog.request:
-            return False
+        if not backlog.request:  # it is asked for its vector: what matters goes ahead, and claims nothing
+            return backlog.due.urgency > 0
         if backlog.due.rows:
             return True
         if not backlog.stirred or self._core.now_ms - backlog.claimed_ms < CLAIM_MS:
@@ -226,10 +231,14 @@ class StateMode:
         if not self._is_parent(backlog):
             self._again(backlog, "the view gives a pair another parent")
             return
+        room = backlog.link.piece_bytes(CHUNK_BYTES_MAX)
+        if not backlog.request:
+            if columns := self._read(backlog, backlog.due.take_significant(room)):
+                self._emit(backlog, columns, claims=False, ends=False)
+            return
         if backlog.cycle is None:
             backlog.begin_cycle()
-        taken = backlog.due.take(backlog.link.piece_bytes(CHUNK_BYTES_MAX)) if backlog.due.rows else []
-        columns = self._read(backlog, taken)
+        columns = self._read(backlog, backlog.due.take(room) if backlog.due.rows else [])
         whole = not backlog.due.recorded and not backlog.torn and not backlog.is_below_floor()
         if columns or whole:
             self._emit(backlog, columns, claims=whole, ends=False)
@@ -422,7 +431,7 @@ class StateMode:
             credit = link.has_credit()
             for backlog in backlogs.values():
                 wanted.append(backlog.told_ms + TELL_MS)
-                if credit and backlog.request and backlog.due.rows:
+                if credit and (backlog.due.rows if backlog.request else backlog.due.urgency > 0):
                     wanted.append(self._core.now_ms)
                 elif credit and backlog.request and backlog.stirred:
                     wanted.append(backlog.claimed_ms + CLAIM_MS)

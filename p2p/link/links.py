@@ -170,9 +170,13 @@ class Link:
             return False
         return self.bucket is None or self.bucket.has_tokens()
 
-    def takes_ms(self, payload_bytes: int) -> float:
-        """For how long a message uses up what the budget brings; 0 without one."""
-        return 0.0 if self.bucket is None else payload_bytes / self.bucket.rate
+    def passes_in_ms(self, payload_bytes: int) -> float:
+        """How long until a batch has passed whole, behind those that wait; 0 without a budget.
+
+        What its bucket lacks may still be on its way: a link that was idle has a full one.
+        """
+        bucket = self.bucket
+        return 0.0 if bucket is None else (bucket.burst - bucket.level + self.waiting.bytes + payload_bytes) / bucket.rate
 
     def piece_bytes(self, most: int) -> int:
         """How large a message should be that may be of any size up to `most`."""

@@ -21,6 +21,7 @@ class Backlogged:
     trees: int  # how many there are
     writers: NDArray[np.uint16]  # [w], ascending
     served: NDArray[np.uint8]  # [w]: a bit for each tree
+    retired_digest: int = 0  # as in `PullRequest`: rows that come before the answer are taken while both agree on it (R13)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +32,7 @@ class StateChunk(Rows):
     """
 
     keyspace: int
-    request: int  # the question with which the receiver told its vector
+    request: int  # the question with which the receiver told its vector; 0: rows that go ahead of it, and claim nothing
     ends: bool  # batches come again from now on
     columns: tuple[RowColumns, ...]  # with stamps and classes
     shards: NDArray[np.uint32]  # [k], ascending; empty without a claim

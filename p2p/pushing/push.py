@@ -38,8 +38,10 @@ from p2p.stamps import check_not_ahead
 # An idle writer says "nothing since" this often; it bounds how stale a node must assume itself to be, and how long the loss
 # of the very last batch goes unnoticed.
 IDLE_BEAT_MS = 200
-# A batch that uses up what a budget brings in so long does not pass whole: what matters more would wait behind it.
-PASS_MS_MAX = 200
+# A batch that would not have passed whole within so long, by the link's budget, does not pass: what matters more would wait
+# behind it. It is what the delay of a significant row may grow by before it goes by priority; less would have steps of a busy
+# but sufficient link leave row by row, and consistent look-ups wait for their claims (R19).
+PASS_MS_MAX = 75
 # Batches remembered to recognise repeats while views differ: 16 s of 1,000 batches a second.
 SEEN_MAX = 16_384
 
@@ -377,7 +379,8 @@ class Push:
                 continue
             if self.state_mode.active and self.state_mode.takes(link, keyspace):
                 continue  # its rows are due there once they are applied
-            if link.takes_ms(batch.payload_bytes) > PASS_MS_MAX and self.state_mode.enter(link, keyspace, "a batch is large"):
+            slow = link.passes_in_ms(batch.payload_bytes) > PASS_MS_MAX
+            if slow and self._enter(link, keyspace, one, "a batch would take too long"):
                 continue
             if not link.waiting and link.has_credit():
                 self._send(link, one)
@@ -395,7 +398,15 @@ class Push:
         short_ms = SHORT_MS_MAX if link.bucket is None else SHORT_RATED_MS_MAX
         if not line.is_overdue(core.now_ms, short_ms) and line.add(one, SHORT_BYTES_MAX, core.now_ms):
             return True
-        return self.state_mode.enter(link, keyspace, "a batch found no credit")
+        return self._enter(link, keyspace, one, "a batch found no credit")
+
+    def _enter(self, link: Link, keyspace: Keyspace, one: WaitingBatch, why: str) -> bool:
+        """Go into state mode instead of sending a batch; one that we only forward is applied after that, and due then."""
+        if not self.state_mode.enter(link, keyspace, why):
+            return False
+        if one.hops == 0:
+            self.state_mode.note(link, keyspace, one.batch)
+        return True
 
     def pump(self, link: Link) -> None:
         """Send what waits for credit, as far as there is some."""

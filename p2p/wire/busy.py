@@ -15,15 +15,17 @@ from p2p.wire.values import flag, uint
 
 
 def _pack_backlogged(told: m.Backlogged, _version: int) -> Packed:
-    return [told.keyspace, told.number, told.on, told.trees, len(told.writers)], [told.writers, told.served]
+    header: Header = [told.keyspace, told.number, told.on, told.trees, len(told.writers), told.retired_digest]
+    return header, [told.writers, told.served]
 
 
 def _unpack_backlogged(header: Header, columns: Columns) -> m.Backlogged:
-    keyspace, number, on, trees, count = header
+    keyspace, number, on, trees, count, retired_digest = header
     ids = take_writers(columns, count)
     if not 1 <= uint(trees, 8) <= TREES_MAX:
         raise RemoteProtocolError(f"{trees} trees, limit {TREES_MAX}")
-    return m.Backlogged(uint(keyspace, 32), uint(number), flag(on), trees, ids, columns.take(UINT8, len(ids)))
+    served = columns.take(UINT8, len(ids))
+    return m.Backlogged(uint(keyspace, 32), uint(number), flag(on), trees, ids, served, uint(retired_digest))
 
 
 BACKLOGGED: Final = Kind(m.Backlogged, _pack_backlogged, _unpack_backlogged, since=2)

@@ -86,7 +86,9 @@ def test_chunks_of_other_questions_behind_holes_and_repeats_claim_nothing() -> N
         replica, link = cluster.nodes["eu1"].store.models["ctr"], machine._core.links["t1"]
         before = replica.vector.copy(), replica.frontier.copy()
         receive(cluster, machine, dataclasses.replace(chunk, request=chunk.request + 1))
-        receive(cluster, machine, dataclasses.replace(chunk, request=0))
+        with pytest.raises(RemoteProtocolError, match="answers no question"):
+            receive(cluster, machine, dataclasses.replace(chunk, request=0))
+        feed_of(machine).request = chunk.request
         receive(cluster, machine, dataclasses.replace(chunk, keyspace=77))
         receive(cluster, machine, chunk, sequence=link._sequence_in)
         receive(cluster, machine, chunk, sequence=link._sequence_in + 2)
@@ -94,6 +96,32 @@ def test_chunks_of_other_questions_behind_holes_and_repeats_claim_nothing() -> N
         assert (replica.vector == before[0]).all()
         assert (replica.frontier == before[1]).all()
         settle(cluster, Watch(cluster))
+
+
+def test_rows_that_go_ahead_of_our_answer_are_taken_and_claim_nothing() -> None:
+    with little_credit(1_500):
+        cluster, machine, chunk = fed()
+        replica, feed = cluster.nodes["eu1"].store.models["ctr"], feed_of(machine)
+        (rows,) = chunk.columns
+        none = np.empty(0, np.uint32), NONE, np.empty((0, 0), np.uint64), np.empty(0, np.uint64)
+        ahead = m.StateChunk(chunk.keyspace, 0, False, chunk.columns, *none, NONE, np.empty(0, np.uint64))
+        before = replica.vector.copy(), replica.frontier.copy()
+
+        def held() -> bytes:
+            return replica.read(rows.table, replica.places_of(rows.table, rows.keys)).rows.tobytes()
+
+        old = held()
+        assert old != rows.rows.tobytes()
+        with pytest.raises(RemoteProtocolError, match="answers no question"):
+            receive(cluster, machine, dataclasses.replace(ahead, ends=True))
+        feed.retired_digest += 1
+        receive(cluster, machine, ahead)
+        assert held() == old, "its sender may have retired somebody, or not, whom we have not"
+        feed.retired_digest -= 1
+        receive(cluster, machine, ahead)
+        assert held() == rows.rows.tobytes()
+        assert (replica.vector == before[0]).all()
+        assert (replica.frontier == before[1]).all()
 
 
 def test_a_notice_of_nobody_in_need_is_forgotten_and_parents_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
