@@ -14,7 +14,7 @@ import numpy as np
 from ekko.delayed.store import DelayedStore
 from ekko.generations import Generation
 from ekko.model import TableSpec
-from ekko.rollback.coordinator import Coordinator, CoordinatorOptions
+from ekko.rollback.coordinator import Coordinator, CoordinatorOptions, witnesses_among
 from ekko.rollback.diff import stamp_until
 from ekko.rollback.facts import Rollback, Rollbacks, Step
 from ekko.rollback.past import DelayedPast
@@ -156,13 +156,13 @@ class Shell:
         machine = self.node.machine
         return machine is not None and machine.status(self.cluster.now_of(self.node)).synced
 
-    def _witnesses(self) -> tuple[str, ...]:
-        machine = self.node.machine
+    def _witnesses(self, model: Generation) -> tuple[str, ...]:
+        machine, held = self.node.machine, self.node.store.models[model.name]
         if machine is None:
             return ()
         peers = machine.status(self.cluster.now_of(self.node)).peers
-        own = {self.name} if self.folder is not None else set[str]()
-        return tuple(sorted({peer.node for peer in peers if peer.role == "witness" and peer.alive} | own))
+        own = self.name if self.folder is not None and held.holds_all else ""
+        return witnesses_among(peers, held.spec.id, own)
 
 
 def attach(cluster: VirtualCluster, shells: Iterable[Shell], first: Callable[[], None] = lambda: None) -> None:

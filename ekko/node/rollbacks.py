@@ -19,7 +19,7 @@ from ekko.errors import ModelError
 from ekko.generations import Generation
 from ekko.health.verdicts import Verdicts
 from ekko.model import DENSE_TABLE
-from ekko.rollback.coordinator import Coordinator, CoordinatorOptions
+from ekko.rollback.coordinator import Coordinator, CoordinatorOptions, witnesses_among
 from ekko.rollback.facts import PER_MILLE, Rollback, Rollbacks, Step
 from ekko.rollback.past import Past
 from ekko.rollback.performer import Asked, Reply, Surroundings
@@ -164,10 +164,10 @@ class NodeRollbacks:
         known = self._store.facts.of(Rollbacks)
         if epoch is not None:
             fact = known.answering(epoch)
-            return {"rollbacks": [] if fact is None else [picture_of(fact)]}
+            return {"rollbacks": [] if fact is None else [picture_of(known.shown(fact))]}
         names = {fact.model for fact in known.known.values()} | {self._store.generation(name) for name in self._store.models}
         chosen = sorted(one for one in names if one is not None and model in (None, one.name))
-        return {"rollbacks": [picture_of(fact) for one in chosen for fact in known.of(one)]}
+        return {"rollbacks": [picture_of(known.shown(fact)) for one in chosen for fact in known.of(one)]}
 
     def pictures(self) -> dict[str, dict[str, object]]:
         """Of each model the rollback that counts, over or not; models that were never taken back have none."""
@@ -205,10 +205,10 @@ class NodeRollbacks:
         status = self._machine.status(read_clock())
         return all(one.synced for one in status.keyspaces if one.keyspace in (family, *numbers))
 
-    def _witnesses(self) -> tuple[str, ...]:
-        found = {peer.node for peer in self._machine.status(read_clock()).peers if peer.role == "witness" and peer.alive}
-        own = {self._config.node.id} if self.coordinator.options.witness else set[str]()
-        return tuple(sorted(found | own))
+    def _witnesses(self, model: Generation) -> tuple[str, ...]:
+        held = self._store.models[model.name]
+        own = self._config.node.id if self.coordinator.options.witness and held.holds_all else ""
+        return witnesses_among(self._machine.status(read_clock()).peers, held.spec.id, own)
 
     def _estimate_ms(self, payload_bytes: int) -> int:
         own = self._config.node.region

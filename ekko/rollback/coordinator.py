@@ -5,13 +5,14 @@ or begins a rollback by itself when the model is judged corrupted; where there a
 should two do it at once, the higher epoch counts. What a witness does not finish another one takes over.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from ekko.errors import EkkoError, ModelError
 from ekko.generations import Generation
-from ekko.rollback.facts import PER_MILLE, Rollback, Rollbacks, Step, check_free, fact_of, shortened
+from ekko.model import ModelSpec
+from ekko.rollback.facts import PER_MILLE, Key, Rollback, Rollbacks, Step, check_free, fact_of, shortened
 from ekko.rollback.moments import HEALTHY
 from ekko.rollback.performer import Performer, Reply, Surroundings
 from ekko.rollback.plan import read_plan
@@ -19,14 +20,21 @@ from ekko.rollback.scope import WHOLE, Scope
 from ekko.store import Store
 from p2p import messages as m
 from p2p.errors import RemoteProtocolError
+from p2p.identity.fence_messages import LIFTED
+from p2p.stamps import AHEAD_MS_MAX
+from p2p.status import PeerStatus
 
 # What the first witness by name does not take on within so long, the second does, and so on.
 TURN_MS = 2_000
 # A witness that is silent for so long is taken over from; longer than a restart of its process takes.
 TAKEOVER_MS = 10_000
-# A request that no witness has taken on is given up by who made it, and not taken on later.
+# A request that no witness has taken on is given up by who made it, and not taken on later. Clocks of nodes differ, so each
+# counts from when it heard of it; what is so old that no clock explains it is not taken on, whenever it is heard of.
 REQUEST_MS_MAX = 20_000
+REQUEST_AGE_MS_MAX = REQUEST_MS_MAX + AHEAD_MS_MAX
 LOOK_MS = 500
+# Who waits for a request, in `_seen_ms`: the node that made it.
+ASKED = "asked"
 # After a rollback by verdict, the next one of the model has to wait: quality is measured over windows.
 AUTOMATIC_EVERY_MS = 60_000
 
@@ -57,7 +65,7 @@ class Coordinator:
         store: the models.
         facts: what is known of rollbacks.
         tell: lets all nodes know a fact.
-        witnesses: the living witnesses, this node among them if it is one, sorted.
+        witnesses: the living witnesses that hold all of a model, this node among them if it is one, sorted.
         ready: whether the node has caught up with the cluster, so that it knows what the others know.
         random: 32 random bits.
         around: what a rollback needs; asked for at witnesses only.
@@ -67,13 +75,14 @@ class Coordinator:
     store: Store
     facts: Callable[[], Rollbacks]
     tell: Callable[[Rollback], None]
-    witnesses: Callable[[], tuple[str, ...]]
+    witnesses: Callable[[Generation], tuple[str, ...]]
     ready: Callable[[], bool]
     random: Callable[[], int]
     around: Surroundings | None = None
     make_performer: type[Performer] = Performer
     performers: dict[tuple[Generation, bool], Performer] = field(default_factory=dict)  # by model, and whether it is dry
-    _seen_ms: dict[tuple[str, int, int, str], int] = field(default_factory=dict)  # since when something waits to be taken on
+    _seen_ms: dict[tuple[Key, str], int] = field(default_factory=dict)  # since when it waits to be taken on, and from whom
+    _corrupted_ms: dict[Generation, int] = field(default_factory=dict)  # since when a model is known to be
     _look_ms: int = 0
     _remembered: dict[Generation, None] = field(default_factory=dict)  # models whose plan was looked for
 
@@ -90,10 +99,10 @@ class Coordinator:
         if unknown := [table for table in scope.tables if table not in held.tables and table != "_dense"]:
             known = ", ".join(map(repr, held.tables)) or "none"
             raise ModelError(f"model {model!r} has no table {unknown[0]!r}: it has {known}")
-        if not self.witnesses():
+        if not self.witnesses(generation):
             raise EkkoError(
-                f"no witness is alive in this cluster, so nobody knows how model {model!r} was: run a node with "
-                'role = "witness"; to go back now, load a snapshot (`ekko load`)'
+                f"no witness is alive in this cluster that holds all of model {model!r}, so nobody knows how it was: run a "
+                f'node with role = "witness"{_holding_all(held)}; to go back now, load a snapshot (`ekko load`)'
             )
         if not dry and not force:
             check_free(self.facts(), generation)
@@ -128,16 +137,22 @@ class Coordinator:
     def _fact(
         self, model: Generation, to_ms: int, scope: Scope, now: m.Now, *, dry: bool = False, automatic: bool = False
     ) -> Rollback:
-        epoch = self.facts().next_epoch(model, self.random())
+        epoch = self._next_epoch(model)
         return Rollback(
             model, epoch, Step.REQUESTED, to_ms, now.unix_ms, self.options.node, automatic, scope, dry, changed_ms=now.unix_ms
         )
+
+    def _next_epoch(self, model: Generation) -> int:
+        """Above all rollbacks and fences of a model that are known here: who fences below the last fence is refused."""
+        fence = None if self.around is None else self.around.fence_of(self.store.models[model.name].spec.id)
+        return self.facts().next_epoch(model, self.random(), 0 if fence is None else fence.epoch)
 
     # --- at every look
 
     def look(self, now: m.Now) -> None:
         """See what there is to be begun, taken over, or let go of. Called when facts change, and in between."""
         self._look_ms = now.monotonic_ms + LOOK_MS
+        self._let_go(now)
         self._give_up(now)
         if not self.options.witness or self.around is None:
             return
@@ -147,17 +162,25 @@ class Coordinator:
             gone = self.performers.pop(key)
             if gone.lost and self.facts().running(gone.fact.model) == gone.fact:
                 self._perform(self._taken(gone.fact, now), now)
+        known = self.facts().known
+        self._seen_ms = {key: since_ms for key, since_ms in self._seen_ms.items() if key[0] in known}
         for name in list(self.store.models):
             generation = self._generation(name)
             self._look_at(generation, now)
             self._look_at_questions(generation, now)
 
+    def _let_go(self, now: m.Now) -> None:
+        """Of rollbacks of models that were dropped: there is nothing left to be taken back."""
+        for key in [key for key in self.performers if not self.store.holds(key[0])]:
+            self.performers.pop(key).supersede(now)
+
     def _give_up(self, now: m.Now) -> None:
         """What was asked for here and nobody takes on is over."""
         for fact in self.facts().known.values():
             mine = fact.asked_by == self.options.node and fact.step is Step.REQUESTED
-            answered = self.facts().answering(fact.epoch)
-            if mine and answered == fact and now.unix_ms - fact.requested_ms > REQUEST_MS_MAX:
+            if not mine or self.facts().answering(fact.epoch) != fact:
+                continue
+            if now.monotonic_ms - self._seen_ms.setdefault((fact.key, ASKED), now.monotonic_ms) > REQUEST_MS_MAX:
                 reason = "no witness has taken it on: look at `ekko status` of the witnesses"
                 self.tell(replace(fact, step=Step.FAILED, version=fact.version + 1, reason=reason, changed_ms=now.unix_ms))
 
@@ -188,36 +211,60 @@ class Coordinator:
             return
         if current is None or current.over:
             self._look_at_verdict(model, current, now)
-        elif current.witness == self.options.node:
-            self._perform(current, now)  # of the life before
-        elif self._is_turn(current, now):
-            self._perform(self._taken(current, now), now)
+        elif current.witness == self.options.node or self._is_turn(current, now):
+            self._go_on(current, now)
+
+    def _go_on(self, fact: Rollback, now: m.Now) -> None:
+        """With what this witness began in the life before, or another one did not bring to its end.
+
+        Once writers go on there is nothing to be written back any more: they have what was restored, and what they write now is
+        good. Whoever died may have lifted the fence before anybody heard of that; the fence itself tells.
+        """
+        assert self.around is not None
+        mine = fact.witness == self.options.node
+        fence = self.around.fence_of(self.store.models[fact.model.name].spec.id)
+        lifted = fence is not None and (fence.epoch, fence.stage) == (fact.epoch, LIFTED)
+        if fact.witness and (lifted or fact.step is Step.LIFTING):
+            reason = fact.reason
+            if fact.step < Step.WAITING:
+                reason = (
+                    f"its fence was lifted, by hand or by witness {fact.witness!r} at the end; as far as is known here "
+                    f"it was {fact.step.name.lower()}: see with --dry-run whether something is left, and take it back again"
+                )
+            self._seen_ms.pop((fact.key, fact.witness), None)
+            self._perform(replace(fact, witness=self.options.node, step=Step.LIFTING, reason=reason), now)
+        elif mine:
+            self._perform(fact, now)
+        else:
+            self._perform(self._taken(fact, now), now)
 
     def _look_at_questions(self, model: Generation, now: m.Now) -> None:
-        """Dry runs: the newest that nobody answered."""
+        """Dry runs: the newest that nobody answered, or whose witness died over it."""
         for fact in self.facts().of(model):
-            if fact.dry and fact.step is Step.REQUESTED and self.facts().answering(fact.epoch) == fact:
-                if (model, True) not in self.performers and self._is_turn(fact, now):
-                    self._perform(self._taken(fact, now), now)
-                return
+            if not fact.dry or fact.over or self.facts().answering(fact.request or fact.epoch) != fact:
+                continue
+            mine = fact.witness == self.options.node  # in the life before
+            if (model, True) not in self.performers and (mine or self._is_turn(fact, now)):
+                self._perform(self._taken(fact, now), now)
+            return
 
     def _is_turn(self, fact: Rollback, now: m.Now) -> bool:
         """Whether this witness is to take it on now: nobody has it, or who has it is gone; and those before us did not."""
-        witnesses = self.witnesses()
-        key = (*fact.key, fact.witness)
+        witnesses, key = self.witnesses(fact.model), (fact.key, fact.witness)
         if fact.witness in witnesses or self.options.node not in witnesses:
             self._seen_ms.pop(key, None)
             return False
-        if fact.step is Step.REQUESTED and now.unix_ms - fact.requested_ms > REQUEST_MS_MAX:
+        if fact.step is Step.REQUESTED and now.unix_ms - fact.requested_ms > REQUEST_AGE_MS_MAX:
             return False
-        since_ms = self._seen_ms.setdefault(key, now.monotonic_ms)
-        wait_ms = TURN_MS * witnesses.index(self.options.node) + (TAKEOVER_MS if fact.witness else 0)
-        return now.monotonic_ms - since_ms >= wait_ms
+        waited_ms = now.monotonic_ms - self._seen_ms.setdefault(key, now.monotonic_ms)
+        if fact.step is Step.REQUESTED and not fact.witness and waited_ms > REQUEST_MS_MAX:
+            return False
+        return waited_ms >= TURN_MS * witnesses.index(self.options.node) + (TAKEOVER_MS if fact.witness else 0)
 
     def _taken(self, fact: Rollback, now: m.Now) -> Rollback:
         """The same under a new epoch, of this witness."""
-        self._seen_ms.pop((*fact.key, fact.witness), None)
-        epoch = self.facts().next_epoch(fact.model, self.random())
+        self._seen_ms.pop((fact.key, fact.witness), None)
+        epoch = self._next_epoch(fact.model)
         step = Step.REQUESTED if fact.dry else Step.FENCING
         return Rollback(
             fact.model,
@@ -243,12 +290,12 @@ class Coordinator:
         if last is not None and now.unix_ms - last.changed_ms < self.options.automatic_every_ms:
             return
         if self.around.verdict(model.name, 0 if last is None else last.changed_ms) != "corrupted":
-            self._seen_ms.pop((model.name, model.incarnation, 0, "verdict"), None)
+            self._corrupted_ms.pop(model, None)
             return
-        witnesses = self.witnesses()
+        witnesses = self.witnesses(model)
         if self.options.node not in witnesses:
             return
-        since_ms = self._seen_ms.setdefault((model.name, model.incarnation, 0, "verdict"), now.monotonic_ms)
+        since_ms = self._corrupted_ms.setdefault(model, now.monotonic_ms)
         if now.monotonic_ms - since_ms >= TURN_MS * witnesses.index(self.options.node):
             fact = self._fact(model, HEALTHY, WHOLE, now, automatic=True)
             self._perform(replace(fact, witness=self.options.node, step=Step.FENCING, share=0), now)
@@ -264,10 +311,12 @@ class Coordinator:
 
     def on_reply(self, reply: Reply, request: int, now: m.Now) -> bool:
         """Whether an answer of the protocol was for a rollback here."""
+        self._let_go(now)
         return any(performer.on_reply(reply, request, now) for performer in list(self.performers.values()))
 
     def on_timer(self, now: m.Now) -> None:
         """Time has passed, `deadline_ms` perhaps."""
+        self._let_go(now)
         for performer in list(self.performers.values()):
             due_ms = performer.deadline_ms
             if due_ms is not None and due_ms <= now.monotonic_ms:
@@ -277,6 +326,7 @@ class Coordinator:
 
     def work(self, now: m.Now) -> bool:
         """A slice of what takes long; whether there is more of it."""
+        self._let_go(now)
         for performer in list(self.performers.values()):
             performer.work(now)
         return any(performer.working for performer in self.performers.values())
@@ -293,5 +343,23 @@ class Coordinator:
 
     def cut_held(self, model: Generation) -> int | None:
         """The moment beyond which this witness must not flush the past of a model while it is rolled back; None: any."""
-        performer = self.performers.get((model, False))
-        return None if performer is None else performer.holds_cut_ms
+        held = [one.holds_cut_ms for key, one in self.performers.items() if key[0] == model]
+        return min((cut_ms for cut_ms in held if cut_ms is not None), default=None)
+
+
+def _holding_all(model: ModelSpec) -> str:
+    return f" that holds all {model.partitions} partitions of it" if model.partitions > 1 else ""
+
+
+def witnesses_among(peers: Iterable[PeerStatus], family: int, own: str) -> tuple[str, ...]:
+    """The living witnesses that hold all of a model, sorted; `own`: this node, if it is one of them, else empty.
+
+    One that holds some partitions only cannot take a model back: the rows of a step over several of them would not fit together
+    (decision 0048).
+    """
+    found = {own} if own else set[str]()
+    for peer in peers:
+        whole = all(len(one.held) == one.partitions for one in peer.holds if one.family == family)
+        if peer.role == "witness" and peer.alive and whole:
+            found.add(peer.node)
+    return tuple(sorted(found))

@@ -25,8 +25,10 @@ from p2p.errors import RemoteProtocolError
 from p2p.replica import SchemaEntry
 
 ROLLBACK: Final = "rollback"
-# Kept of each model, the newest first, and of all models together: about 300 bytes each.
+QUESTION: Final = "rollback_question"  # a dry run
+# Kept of each model, the newest first, of rollbacks and of questions apart: who asks much must not push out what goes on.
 HISTORY_MAX: Final = 8
+# Of all models together: about 300 bytes each.
 ROLLBACKS_MAX: Final = 256
 REASON_BYTES_MAX: Final = 400
 NODES_MAX: Final = 64  # named in one fact; of more there is the number
@@ -52,6 +54,7 @@ class Step(IntEnum):
     FAILED = 9  # nothing is changed, or what was is whole: `reason` says which
 
 
+Key = tuple[str, int, int, bool]  # a model, its incarnation, an epoch, and whether it is a question
 OVER: Final = (Step.DONE, Step.FAILED)
 
 
@@ -94,18 +97,18 @@ class Rollback:
         return self.version, int(self.step), bytes(msgpack.packb(_body(self)))
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> "Key":
         """There is one such fact for each."""
-        return self.model.name, self.model.incarnation, self.epoch
+        return self.model.name, self.model.incarnation, self.epoch, self.dry
 
 
 @dataclass(frozen=True, slots=True)
 class Rollbacks:
     """All such facts of a cluster, as far as a node knows them. Never changed: `merged` makes new ones."""
 
-    known: dict[tuple[str, int, int], Rollback] = field(default_factory=dict)  # by model, its incarnation, and epoch, ascending
+    known: dict[Key, Rollback] = field(default_factory=dict)  # ascending
 
-    KINDS: ClassVar[tuple[str, ...]] = (ROLLBACK,)
+    KINDS: ClassVar[tuple[str, ...]] = (ROLLBACK, QUESTION)
     PASSING: ClassVar[bool] = False
 
     def having(self, *facts: Rollback) -> "Rollbacks":
@@ -156,10 +159,19 @@ class Rollbacks:
         found = [fact for fact in self.known.values() if request in (fact.epoch, fact.request)]
         return max(found, key=lambda fact: fact.epoch, default=None)
 
-    def next_epoch(self, model: Generation, random: int) -> int:
-        """A number above all of this model that are known, and like no other; `random`: 32 random bits."""
-        newest = self.of(model)
-        round_ = (newest[0].epoch >> _RANDOM_BITS) + 1 if newest else 1
+    def shown(self, fact: Rollback) -> Rollback:
+        """The same for people: who carried it out may have died before the end of it, when another one took its place."""
+        current = None if fact.dry or fact.over else self.current(fact.model)
+        if current is None or current.epoch <= fact.epoch:
+            return fact
+        who = f"witness {current.witness!r}" if current.witness else "an operator"
+        reason = f"another rollback of the model has begun in its place (epoch {current.epoch:016x}, {who})"
+        return shortened(replace(fact, step=Step.FAILED, share=PER_MILLE, reason=reason))
+
+    def next_epoch(self, model: Generation, random: int, above: int = 0) -> int:
+        """A number above this one and all of this model that are known, and like no other; `random`: 32 random bits."""
+        newest = max([above, *(fact.epoch for fact in self.of(model))])
+        round_ = (newest >> _RANDOM_BITS) + 1
         return round_ << _RANDOM_BITS | random & ((1 << _RANDOM_BITS) - 1)
 
     def share(self, model: Generation) -> float:
@@ -169,19 +181,20 @@ class Rollbacks:
 
 
 def _newest(facts: Iterable[Rollback]) -> list[Rollback]:
-    by_model: dict[Generation, list[Rollback]] = {}
+    alike: dict[tuple[Generation, bool], list[Rollback]] = {}
     for fact in facts:
-        by_model.setdefault(fact.model, []).append(fact)
+        alike.setdefault((fact.model, fact.dry), []).append(fact)
     kept: list[Rollback] = []
-    for own in by_model.values():
+    for own in alike.values():
         kept += sorted(own, key=lambda one: one.epoch, reverse=True)[:HISTORY_MAX]
-    return sorted(kept, key=lambda one: (one.requested_ms, one.key), reverse=True)[:ROLLBACKS_MAX]
+    return sorted(kept, key=lambda one: (not one.dry, one.requested_ms, one.key), reverse=True)[:ROLLBACKS_MAX]
 
 
 def entry_of(fact: Rollback) -> SchemaEntry:
     """A fact as a schema entry: equal facts are equal bytes."""
     family = model_id(label_of(fact.model.name, fact.model.incarnation))
-    return SchemaEntry(family, f"{ROLLBACK}:{fact.epoch:016x}", bytes(msgpack.packb(_body(fact))), EXTRAS_SINCE)
+    name = f"{QUESTION if fact.dry else ROLLBACK}:{fact.epoch:016x}"
+    return SchemaEntry(family, name, bytes(msgpack.packb(_body(fact))), EXTRAS_SINCE)
 
 
 def fact_of(model: Generation, epoch: int, body: bytes) -> Rollback:

@@ -18,7 +18,7 @@ another word (`Superseded`): the fence of the higher epoch keeps its writes out.
 from dataclasses import dataclass, replace
 from typing import Final, assert_never
 
-from ekko.rollback.facts import PER_MILLE, Rollback, Step
+from ekko.rollback.facts import PER_MILLE, Rollback, Step, shortened
 from ekko.rollback.plan import Summary
 
 # A question without an answer is asked again after so long; the fence tells by itself whom it waits for.
@@ -508,5 +508,5 @@ class Machine:
     def _tell(self, unix_ms: int, now_ms: int, **changes: object) -> None:
         self._told_ms = now_ms
         fact = replace(self.fact, **changes)  # type: ignore[arg-type]
-        self.fact = replace(fact, version=fact.version + 1)
+        self.fact = shortened(replace(fact, version=fact.version + 1))  # else nobody would take it for a fact
         self._effects.append(Tell(self.fact))

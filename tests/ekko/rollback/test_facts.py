@@ -64,7 +64,7 @@ def test_a_question_is_no_rollback_and_history_is_bounded() -> None:
     known = Rollbacks().having(
         *(fact(round_ << 32, Step.DONE) for round_ in range(1, 40)), fact(99 << 32, Step.REQUESTED, dry=True)
     )
-    assert len(known.of(CTR)) == HISTORY_MAX
+    assert len(known.of(CTR)) == HISTORY_MAX + 1
     assert known.running(CTR) is None
     current = known.current(CTR)
     assert current is not None
