@@ -20,7 +20,7 @@ from ekko.rollback.scope import WHOLE, Scope
 from ekko.store import Store
 from p2p import messages as m
 from p2p.errors import RemoteProtocolError
-from p2p.identity.fence_messages import LIFTED
+from p2p.messages.fences import LIFTED
 from p2p.stamps import AHEAD_MS_MAX
 from p2p.status import PeerStatus
 
