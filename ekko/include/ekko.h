@@ -9,6 +9,12 @@
  *     if (error) puts(ekko_message(error));
  *     ekko_close(&reader);
  *
+ * Which requests the baseline answers, the model with delayed state, instead of the online model (docs/reference/health.md):
+ *
+ *     uint64_t id = ekko_request_id("request-1", 9);                  of an id that is text; one that is a number is itself
+ *     uint8_t arm;
+ *     error = ekko_arms(&reader, &id, 1, &arm);                       EKKO_ONLINE or EKKO_BASELINE
+ *
  * A reader follows its node: a larger index, a new manifest, an alias that is switched, a store that was replaced. It is for one thread at a time; give
  * each thread its own, which costs some mappings and one row. Whoever inherits one over fork() may go on using it.
  *
@@ -51,6 +57,8 @@ enum {
     EKKO_UNSTABLE = 10    /* slots or files change hands faster than they can be followed */
 };
 
+enum { EKKO_ONLINE = 0, EKKO_BASELINE = 1 }; /* which arm answers a request */
+
 static inline const char *ekko_message(int error) {
     static const char *const messages[] = {
         "no error", "no node has a store in this run_dir", "the node does not have this model",
@@ -69,12 +77,13 @@ typedef struct {
     uint32_t dim; /* values of a row */
     /* The rest is the header's own. */
     char *run_dir, *model, *table, *prefix; /* prefix: path of the store's files up to their names */
-    ekko_mapping control, rows, index;
+    ekko_mapping control, header, rows, index;
     uint64_t manifest_generation, index_generation, row_bytes, stride, codec;
     uint32_t model_id, table_id;
     unsigned capacity_log2;
     int64_t ttl_ms;  /* rows older than this are absent; 0: rows do not expire */
     uint64_t *copy;  /* one row */
+    uint64_t salt;   /* of the model's requests */
 } ekko_reader;
 
 /* --- words of the store ------------------------------------------------------------------------------------------------- */
@@ -122,6 +131,43 @@ static inline uint32_t ekko_id(const char *name) {
     hash = (hash ^ hash >> 15) * p2;
     hash = (hash ^ hash >> 13) * p3;
     return hash ^ hash >> 16;
+}
+
+static inline uint64_t ekko_rotate64_(uint64_t value, int bits) { return value << bits | value >> (64 - bits); }
+
+/* xxh64 with seed 0: the id of a request whose id is text or bytes, and what is mixed into those of a model. */
+static inline uint64_t ekko_request_id(const void *text, size_t bytes) {
+    const uint64_t p1 = 0x9E3779B185EBCA87ull, p2 = 0xC2B2AE3D27D4EB4Full, p3 = 0x165667B19E3779F9ull;
+    const uint64_t p4 = 0x85EBCA77C2B2AE63ull, p5 = 0x27D4EB2F165667C5ull;
+    const uint8_t *at = (const uint8_t *)text;
+    size_t left = bytes;
+    uint64_t hash = p5, word;
+    uint32_t half;
+    if (left >= 32) {
+        uint64_t lanes[4] = {p1 + p2, p2, 0, 0u - p1};
+        for (; left >= 32; left -= 32)
+            for (int lane = 0; lane < 4; lane++, at += 8) {
+                memcpy(&word, at, 8);
+                lanes[lane] = ekko_rotate64_(lanes[lane] + word * p2, 31) * p1;
+            }
+        hash = ekko_rotate64_(lanes[0], 1) + ekko_rotate64_(lanes[1], 7) + ekko_rotate64_(lanes[2], 12) +
+               ekko_rotate64_(lanes[3], 18);
+        for (int lane = 0; lane < 4; lane++) hash = (hash ^ ekko_rotate64_(lanes[lane] * p2, 31) * p1) * p1 + p4;
+    }
+    hash += bytes;
+    for (; left >= 8; left -= 8, at += 8) {
+        memcpy(&word, at, 8);
+        hash = ekko_rotate64_(hash ^ ekko_rotate64_(word * p2, 31) * p1, 27) * p1 + p4;
+    }
+    if (left >= 4) {
+        memcpy(&half, at, 4);
+        hash = ekko_rotate64_(hash ^ half * p1, 23) * p2 + p3;
+        left -= 4, at += 4;
+    }
+    for (; left; left--, at++) hash = ekko_rotate64_(hash ^ *at * p5, 11) * p1;
+    hash = (hash ^ hash >> 33) * p2;
+    hash = (hash ^ hash >> 29) * p3;
+    return hash ^ hash >> 32;
 }
 
 /* --- the manifest: as much JSON as it takes ----------------------------------------------------------------------------- */
@@ -339,6 +385,7 @@ static inline int ekko_map_index_(ekko_reader *reader) {
 
 static inline void ekko_detach_(ekko_reader *reader) {
     ekko_unmap_(&reader->control);
+    ekko_unmap_(&reader->header);
     ekko_unmap_(&reader->rows);
     ekko_unmap_(&reader->index);
     free(reader->prefix);
@@ -369,6 +416,7 @@ static inline int ekko_understand_(ekko_reader *reader, const char *manifest, ui
     if ((hold = ekko_member_(model, "hold")) && *hold != 'n') return EKKO_PARTIAL;
     if (!(dim = ekko_member_(table, "dim"))) return EKKO_DAMAGED;
     reader->model_id = ekko_id_of_(name, incarnation);
+    reader->salt = ekko_request_id(name, strlen(name));
     reader->table_id = ekko_id_of_(reader->table, ekko_number_(ekko_member_(table, "incarnation")));
     reader->dim = (uint32_t)ekko_number_(dim);
     reader->ttl_ms = (int64_t)ekko_number_(ekko_member_(table, "ttl_s")) * 1000;
@@ -438,6 +486,10 @@ static inline int ekko_attach_(ekko_reader *reader) {
         replaced = again && strcmp(again, reader->prefix);
         free(again);
         if (replaced) continue;
+        if (error) return error;
+        snprintf(name, sizeof name, "%08x-header", (unsigned)reader->model_id);
+        error = ekko_map_(reader->prefix, name, "ekkomodl", 4096, &reader->header);
+        if (error < 0) continue;
         if (error) return error;
         snprintf(name, sizeof name, "%08x-%08x-rows", (unsigned)reader->model_id, (unsigned)reader->table_id);
         error = ekko_map_(reader->prefix, name, "ekkotabl", 4096, &reader->rows);
@@ -568,21 +620,43 @@ static inline int ekko_fetch_(ekko_reader *reader, uint64_t key, uint64_t stamp_
     return -EKKO_UNSTABLE;
 }
 
+/* Attach anew where the node has something new to say. After an error the next call tries again. */
+static inline int ekko_follow_(ekko_reader *reader) {
+    uint32_t dim = reader->dim;
+    int error;
+    if (reader->control.begin && ekko_acquire_(reader->control.begin + 64) == reader->manifest_generation &&
+        !ekko_acquire_(reader->control.begin + 72))
+        return EKKO_OK;
+    if (!reader->run_dir) return EKKO_NO_STORE; /* closed */
+    if ((error = ekko_attach_(reader))) {
+        ekko_detach_(reader);
+        return error;
+    }
+    return dim == reader->dim ? EKKO_OK : EKKO_CHANGED;
+}
+
+/* Which of these requests the online model answers, and which the baseline: uint8[count], EKKO_ONLINE or EKKO_BASELINE, the same
+ * as ekko.Reader.arm says, in every process. An id is the integer itself, or ekko_request_id of a text. Should the table have
+ * another dim than at the call before, it says EKKO_CHANGED, as ekko_lookup would; ask again. */
+static inline int ekko_arms(ekko_reader *reader, const uint64_t *ids, size_t count, uint8_t *arms) {
+    uint64_t from, until;
+    int error = ekko_follow_(reader);
+    if (error) return error;
+    from = ekko_relaxed_(reader->header.begin + 384);
+    until = ekko_relaxed_(reader->header.begin + 392);
+    for (size_t i = 0; i < count; i++) {
+        uint64_t upper = ekko_mix64(ids[i] ^ reader->salt) >> 32;
+        arms[i] = until && (upper < from || upper >= until) ? EKKO_BASELINE : EKKO_ONLINE;
+    }
+    return EKKO_OK;
+}
+
 /* Copy rows out by key: float[count * reader->dim], zeros for keys that are absent or deleted; and, unless NULL, their stamps,
  * 0 for such keys. After an error `out` holds nothing of use. */
 static inline int ekko_lookup(ekko_reader *reader, const uint64_t *keys, size_t count, float *out, uint64_t *stamps) {
     uint64_t stamp_min = 0;
-    int error;
-    if (!reader->control.begin || ekko_acquire_(reader->control.begin + 64) != reader->manifest_generation ||
-        ekko_acquire_(reader->control.begin + 72)) {
-        uint32_t dim = reader->dim;
-        if (!reader->run_dir) return EKKO_NO_STORE; /* closed */
-        if ((error = ekko_attach_(reader))) {
-            ekko_detach_(reader); /* and the next look-up tries again */
-            return error;
-        }
-        if (dim != reader->dim) return EKKO_CHANGED;
-    }
+    int error = ekko_follow_(reader);
+    if (error) return error;
     if (ekko_acquire_(reader->rows.begin + 128) != reader->index_generation && (error = ekko_map_index_(reader)))
         return error < 0 ? EKKO_UNSTABLE : error;
     if (reader->ttl_ms) { /* a stamp begins with 42 bits of milliseconds since 2020 */

@@ -3,6 +3,8 @@
  * c_reader serve RUN_DIR MODEL TABLE            questions on stdin: uint64 count, keys; answers: uint64 error, dim, rows, stamps
  * c_reader hammer RUN_DIR MODEL TABLE COUNT ROWS   looks up random keys below COUNT until ROWS rows were read; every value of a
  *                                                  row must be the same, and no stamp may go back. Prints rows, torn, back.
+ * c_reader arms RUN_DIR MODEL TABLE             questions on stdin: uint64 count, ids; answers: uint64 error, a byte each
+ * c_reader ids - - -                            questions on stdin: uint64 count, bytes; answers: uint64, the id of this text
  */
 #include "ekko.h"
 
@@ -64,15 +66,45 @@ static int hammer(ekko_reader *reader, uint64_t keys_count, uint64_t rows_wanted
     return 0;
 }
 
+static int arms(ekko_reader *reader) {
+    uint64_t count, error;
+    while (fread(&count, 8, 1, stdin) == 1) {
+        uint64_t *ids = malloc(8 * count + 8);
+        uint8_t *found = malloc(count + 1);
+        if (fread(ids, 8, count, stdin) != count) return 3;
+        error = (uint64_t)ekko_arms(reader, ids, count, found);
+        put(&error, 8);
+        if (!error) put(found, count);
+        fflush(stdout);
+        free(found);
+        free(ids);
+    }
+    return 0;
+}
+
+static int ids(void) {
+    uint64_t count, id;
+    while (fread(&count, 8, 1, stdin) == 1) {
+        char *text = malloc(count + 1);
+        if (fread(text, 1, count, stdin) != count) return 3;
+        id = ekko_request_id(text, count);
+        put(&id, 8);
+        free(text);
+    }
+    return fflush(stdout);
+}
+
 int main(int count, char **words) {
     ekko_reader reader;
     int error, status;
     if (count < 5) return 2;
+    if (!strcmp(words[1], "ids")) return ids();
     if ((error = ekko_open(&reader, words[2], words[3], words[4]))) {
         fprintf(stderr, "%s\n", ekko_message(error));
         return 10 + error;
     }
-    status = count == 5 ? serve(&reader) : hammer(&reader, strtoull(words[5], NULL, 10), strtoull(words[6], NULL, 10));
+    if (!strcmp(words[1], "arms")) status = arms(&reader);
+    else status = count == 5 ? serve(&reader) : hammer(&reader, strtoull(words[5], NULL, 10), strtoull(words[6], NULL, 10));
     ekko_close(&reader);
     return status;
 }

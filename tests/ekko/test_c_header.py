@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from numpy.typing import NDArray
 
 import ekko
 from ekko.codec import encode
 from ekko.errors import ModelError
-from ekko.generations import SWITCH_AHEAD_MS
+from ekko.generations import SWITCH_AHEAD_MS, Generation
+from ekko.health.traffic import Traffic, arms_of
 from ekko.model import CODECS, ModelSpec, TableSpec, model_id
 from ekko.serve.reader import Reader
 from ekko.store import Store, layout, view
@@ -65,8 +67,8 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
 class CReader:
     """`c_reader serve` as an object."""
 
-    def __init__(self, program: Path, run_dir: Path, table: str, model: str = "ctr") -> None:
-        command = [str(program), "serve", str(run_dir), model, table]
+    def __init__(self, program: Path, run_dir: Path, table: str, model: str = "ctr", what: str = "serve") -> None:
+        command = [str(program), what, str(run_dir), model, table]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __enter__(self) -> "CReader":
@@ -86,6 +88,15 @@ class CReader:
         count = 0 if error else keys.size
         rows = np.frombuffer(self.process.stdout.read(4 * count * dim), np.float32).reshape(count, dim)
         return error, rows, np.frombuffer(self.process.stdout.read(8 * count), np.uint64)
+
+    def arms(self, ids: NDArray[np.uint64]) -> tuple[int, list[int]]:
+        """Error, and who answers which request."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(struct.pack("<Q", ids.size) + ids.tobytes())
+        self.process.stdin.flush()
+        (error,) = struct.unpack("<Q", self.process.stdout.read(8))
+        return error, list(self.process.stdout.read(0 if error else ids.size))
 
     def same_as(self, reader: Reader, table: str, keys: NDArray[np.uint64]) -> None:
         rows, stamps = reader.lookup(table, keys, stamps=True)
@@ -248,6 +259,48 @@ def test_a_row_that_stays_locked_is_an_error_in_a_bounded_time(program: Path, ru
         assert c_reader.ask(keys_of(1))[0] == 0
 
 
+def test_texts_have_the_ids_that_they_have_in_python(program: Path) -> None:
+    rng = np.random.default_rng(1)
+    texts = [rng.bytes(size) for size in (*range(100), 1_000, 4_099)]  # every way in which a hash of 32 bytes a turn can end
+    asked = b"".join(struct.pack("<Q", len(text)) + text for text in texts)
+    said = subprocess.run([str(program), "ids", "-", "-", "-"], input=asked, capture_output=True, check=True).stdout
+    assert np.frombuffer(said, np.uint64).tolist() == [xxhash.xxh64_intdigest(text) for text in texts]
+
+
+def test_requests_are_divided_as_the_reader_divides_them(program: Path, run_dir: Path) -> None:
+    store = Store.open(run_dir)
+    model = store.add_model(ModelSpec("ctr", 8, {"item": TableSpec("item", 3)}))
+    ids = np.random.default_rng(2).integers(0, 2**64 - 1, 4_000, np.uint64, endpoint=True)
+    ids[:2] = 0, 2**64 - 1
+    with Reader("ctr", run_dir) as reader, CReader(program, run_dir, "item", what="arms") as c_reader:
+        for traffic in (Traffic(), Traffic(0.25), Traffic(0.25, 0.1), Traffic(0.0, 0.0), Traffic(1.0)):
+            model.set_traffic(traffic)
+            assert c_reader.arms(ids) == (0, reader.arm(ids).tolist())
+        model.set_traffic(Traffic(0.25))
+        store.add_model(ModelSpec("cvr", 8, {"item": TableSpec("item", 3)})).set_traffic(Traffic(0.25))
+        with Reader("cvr", run_dir) as other, CReader(program, run_dir, "item", "cvr", "arms") as c_other:
+            assert c_other.arms(ids) == (0, other.arm(ids).tolist())
+            assert c_other.arms(ids) != c_reader.arms(ids), "models divide requests independently"
+        store.destroy()
+        assert c_reader.arms(ids)[0] == 1  # EKKO_NO_STORE
+        # A store that took its place, with wider rows: whoever asks for arms is told, too, before rows are written too far.
+        wider = Store.open(run_dir).add_model(ModelSpec("ctr", 8, {"item": TableSpec("item", 4)}))
+        wider.set_traffic(Traffic(0.5))
+        assert c_reader.arms(ids)[0] == 8  # EKKO_CHANGED
+        assert c_reader.arms(ids) == (0, reader.arm(ids).tolist())
+
+
+def test_an_alias_divides_the_requests_of_the_model_it_stands_for(program: Path, run_dir: Path) -> None:
+    store = Store.open(run_dir)
+    store.add_model(ModelSpec("ctr-1", 8, {"item": TableSpec("item", 3)})).set_traffic(Traffic(0.25))
+    store.set_alias(store.registers.switched("serving", Generation("ctr-1"), None, 1_000, 7))
+    store.settle_aliases(1_000 + SWITCH_AHEAD_MS)
+    ids = np.arange(2_000, dtype=np.uint64)
+    with Reader("serving", run_dir) as reader, CReader(program, run_dir, "item", "serving", "arms") as c_reader:
+        assert c_reader.arms(ids) == (0, reader.arm(ids).tolist())
+        assert reader.arm(ids).tolist() == arms_of("ctr-1", ids, *Traffic(0.25).bounds).tolist()
+
+
 def test_what_cannot_be_read_is_refused(program: Path, run_dir: Path) -> None:
     def refusal(model: str, table: str) -> str:
         command = [str(program), "serve", str(run_dir), model, table]
@@ -320,13 +373,15 @@ def test_the_header_says_what_the_layout_says(program: Path) -> None:
         layout.CONTROL.offset("manifest_generation"),
         layout.CONTROL.offset("retired"),
         layout.CONTROL.offset("aliases_ms"),
+        layout.MODEL.offset("online_from"),
+        layout.MODEL.offset("online_until"),
         layout.TABLE.offset("row_bytes"),
         layout.TABLE.offset("row_stride"),
         layout.TABLE.offset("codec"),
         layout.TABLE.offset("index_generation"),
         layout.INDEX.offset("capacity_log2"),
     )
-    assert numbers == (64, 72, 80, 24, 32, 40, 128, 24)
+    assert numbers == (64, 72, 80, 384, 392, 24, 32, 40, 128, 24)
     assert (layout.ROW.offset("lock"), layout.ROW.offset("flags"), layout.ROW.offset("stamp")) == (0, 4, 8)
     assert (layout.ROW.offset("key"), layout.ROW.offset("data"), layout.FLAG_TOMBSTONE, layout.FLAG_FREE) == (16, 24, 1, 2)
     assert layout.TABLE.offset("rows") == layout.INDEX.offset("entries") == 4096
