@@ -323,7 +323,10 @@ def _health(picture: NodePicture) -> Iterator[Metric]:
     labels = ["model", "arm", "metric"]
     quality = GaugeMetricFamily("ekko_quality", "Of the last windows, of all nodes, by arm.", labels=labels)
     events = CounterMetricFamily("ekko_quality_events", "Events of scorers of this node.", labels=["model", "fate"])
+    text = "Of all nodes' scorers, not judged here since they were not heard of in time."
+    missed = GaugeMetricFamily("ekko_quality_missed_events", text, labels=["model"])
     for one in picture.health:
+        missed.add_metric([one.model.name], one.missed)
         for state in SEVERITY:
             states.add_metric([one.model.name, state], int(one.state == state))
         if one.healthy_until_ms is not None:
@@ -334,7 +337,7 @@ def _health(picture: NodePicture) -> Iterator[Metric]:
                     quality.add_metric([one.model.name, arm, name], value)
         for fate, count in one.events.items():
             events.add_metric([one.model.name, fate], count)
-    yield from (states, until, quality, events)
+    yield from (states, until, quality, events, missed)
 
 
 def _delayed(picture: NodePicture) -> Iterator[Metric]:

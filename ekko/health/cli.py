@@ -76,6 +76,8 @@ def _show(name: str, one: Mapping[str, Any], *, detailed: bool) -> None:
     console.print(table)
     if one["serving_share"] < 1:
         console.print(f"  the online model answers {one['serving_share']:.1%} of the others")
+    if one.get("missed"):
+        console.print(f"  {one['missed']:,} events of other nodes' scorers were not heard of in time, and are not judged here")
     if (taken := one["rollback"]) is not None:
         console.print(f"  {_rollback(taken)}", soft_wrap=True, markup=False)
     if not detailed:

@@ -11,12 +11,14 @@ it is proven. Whatever two of them say of one moment, the worse counts.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Final, Protocol
 
 from ekko.errors import ConfigError
+from ekko.health.moments import Moments
 from ekko.health.samples import Sample
 from ekko.health.sequential import Detection, Difference, Stretch
 from ekko.health.verdicts import State
@@ -27,8 +29,10 @@ ENTRY_POINTS: Final = "ekko.health.detectors"
 UNCERTAIN_TIMES: Final = 50.0
 # A healthy verdict is a claim on which a witness acts; one in a hundred may be early, and a later alarm takes it back.
 HEALTHY_LEVEL: Final = 0.01
-# Clicks of each arm, or events of what is not AUC, before a window says anything; fewer wait for the next.
+# Events of each arm, or of AUC its clicks and its others each, before a window says anything; fewer wait for the next.
 SAMPLE_MIN: Final = 20.0
+# Windows of which only one arm is known, and whose other one may come yet.
+LONE_MAX: Final = 64
 # Beginnings of windows that are remembered, to date a fall: a day of windows of 10 s.
 STARTS_MAX: Final = 8_640
 # Windows in a row beyond a fixed bound; one alone is uncertain.
@@ -44,6 +48,7 @@ class Window:
     from_ms: int
     until_ms: int
     arms: Pair  # online, baseline
+    late: bool = False  # windows after it were observed before: of nodes that had been cut off
 
     @property
     def length_ms(self) -> int:
@@ -62,7 +67,11 @@ class Finding:
 
 
 class Detector(Protocol):
-    """One opinion on one model. Windows come in order of time; empty ones do not come."""
+    """One opinion on one model. Windows come in order of time; empty ones do not come.
+
+    One that has an attribute `takes_late`, which is true, also gets late windows, of times that it has observed already: what
+    nodes tell that had been cut off. What one arm says, those nodes have judged themselves; it is comparisons that lack them.
+    """
 
     name: str
 
@@ -94,12 +103,16 @@ class Sequential:
     """
 
     name = "sequential"
+    takes_late = True  # evidence adds up in any order, and the guarantee is of the order in which it comes
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._scale = Sample().quality(settings.metric)[1]
         self._difference = Difference(self._scale, SAMPLE_MIN)
-        self._starts: dict[int, int] = {}  # window -> where what it was judged with began
+        self._starts: deque[int] = deque(maxlen=STARTS_MAX)  # of what was judged lately: where each began
+        self._taken = 0  # how many were ever judged
+        self._until_ms = 0  # of the newest window
+        self._lone: dict[int, Pair] = {}  # windows of which there was one arm only
         self._waiting_ms: int | None = None  # where what waits for more events began
         self._begin()
 
@@ -115,40 +128,54 @@ class Sequential:
 
     def observe(self, window: Window) -> list[Finding]:
         """See `Detector`."""
-        online, baseline = (arm.quality(self._settings.metric)[0] for arm in window.arms)
-        begin_ms = window.from_ms if self._waiting_ms is None else self._waiting_ms
-        step = self._difference.take(online, baseline)
+        self._until_ms = max(self._until_ms, window.until_ms)
+        both = self._both(window)
+        if both is None:
+            return []
+        begin_ms = window.from_ms if self._waiting_ms is None else min(self._waiting_ms, window.from_ms)
+        step = self._difference.take(*both)
         self._waiting_ms = begin_ms if step is None else None
         if step is None:
             return []
-        self._starts[window.number] = begin_ms
-        if len(self._starts) > STARTS_MAX:
-            del self._starts[min(self._starts)]
-        self._detection.add(window.number, *step)
+        self._starts.append(begin_ms)
+        self._detection.add(self._taken, *step)
+        self._taken += 1
         return self._bad(window) or self._good(window, begin_ms, step)
+
+    def _both(self, window: Window) -> tuple[Moments, Moments] | None:
+        """What both arms say of a window, with what came of it before; None: one of them is not there, and may come."""
+        before = self._lone.pop(window.number, (Sample(), Sample()))
+        arms = before[0] + window.arms[0], before[1] + window.arms[1]
+        online, baseline = (arm.quality(self._settings.metric)[0] for arm in arms)
+        if online.count and baseline.count:
+            return online, baseline
+        self._lone[window.number] = arms
+        if len(self._lone) > LONE_MAX:
+            del self._lone[min(self._lone)]
+        return None
 
     def _bad(self, window: Window) -> list[Finding]:
         evidence, settings = self._detection.log_evidence, self._settings
         if evidence < -math.log(min(1.0, UNCERTAIN_TIMES * settings.level)):
             return []
-        # One window earlier than it shows: what is in that one may have begun at its end.
-        began_ms = self._starts.get(self._detection.began, min(self._starts.values())) - window.length_ms
+        # Of what came since then the earliest, and a window before that: what is in that one may have begun at its end.
+        since = list(self._starts)[-max(1, self._taken - max(0, self._detection.began)) :]
+        began_ms = max(0, min(since) - window.length_ms)
         odds = f"evidence {math.exp(min(evidence, 100.0)):.3g} : 1"
         text = f"{settings.metric} of online is below the baseline's by more than {settings.tolerance:g}, {odds}"
         if evidence < -math.log(settings.level):
             self._doubted()
             return [Finding("uncertain", window.from_ms, window.until_ms, text)]
         self._begin()
-        return [Finding("corrupted", began_ms, window.until_ms, text)]
+        return [Finding("corrupted", began_ms, self._until_ms, text)]
 
     def _good(self, window: Window, begin_ms: int, step: tuple[float, float, float]) -> list[Finding]:
-        if self._stretch_ms is None:
-            self._stretch_ms = begin_ms
+        self._stretch_ms = begin_ms if self._stretch_ms is None else min(self._stretch_ms, begin_ms)
         self._stretch.add(*step)
         mean, radius = self._stretch.mean, self._stretch.radius(HEALTHY_LEVEL)
         if mean - radius <= -self._settings.precision:
             return []
-        proven, self._proven = self._proven, (self._stretch_ms, window.until_ms)
+        proven, self._proven = self._proven, (self._stretch_ms, self._until_ms)
         self._stretch, self._stretch_ms = Stretch(self._scale), None
         if proven is None:
             return []
@@ -222,7 +249,7 @@ class Drift:
     def observe(self, window: Window) -> list[Finding]:
         """See `Detector`."""
         sample, _ = window.arms[0].quality(self._settings.metric)
-        if sample.count < SAMPLE_MIN:
+        if sample.size < SAMPLE_MIN:
             return []
         self._method.update(sample.mean)
         if not self._method.drift_detected:

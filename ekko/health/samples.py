@@ -1,11 +1,11 @@
 """What is left of the events of one arm in one window: sums that other nodes' can be added to, and no event.
 
-Predictions go into 1,024 bins of equal width in log-odds, 0.03 each; AUC is that of the bins, ties counted half. Everything
-else is exact. A sample is 48 bytes on the wire.
+Predictions go into bins (`ekko.health.ranks`), of which the AUC is. Everything else is exact. On the wire a sample is 40 bytes
+and its bins, some hundred bytes of a window of some thousand events.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any, Final
 
@@ -14,19 +14,20 @@ from numpy.typing import NDArray
 
 from ekko.errors import ConfigError, ModelError
 from ekko.health.moments import Moments
+from ekko.health.ranks import WEIGHT_SUM_MAX, Ranks, RankTally
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-BINS: Final = 1_024
-# Beyond these a prediction counts as this one: 16 natural units of log-odds, nine in ten million.
-_ODDS_MAX: Final = 16.0
 # Of log-loss: what a wrong prediction can cost is bounded, as the test needs it to be; -log(1e-4) is 9.2.
 PREDICTION_MIN: Final = 1e-4
 LOSS_MAX: Final = float(-np.log(PREDICTION_MIN))
 ENTRY_POINTS: Final = "ekko.health.metrics"
 
-FIELDS: Final = 12  # of a sample on the wire
+# Importance weights; one event may count as so many, and as so few.
+WEIGHT_MAX: Final = 1_000.0
+WEIGHT_MIN: Final = 1e-6
+FIELDS: Final = 10  # of a sample on the wire, before its bins
 
 # Prediction, label, weight, float32[n] each -> the values of the user's metric, float[n] within [0, 1], more is better.
 OwnMetric = Callable[[F32, F32, F32], NDArray[np.floating]]
@@ -39,19 +40,29 @@ class Sample:
     events: float = 0.0
     predicted: float = 0.0  # sum of the predictions
     clicks: float = 0.0  # sum of the labels
-    auc: Moments = field(default_factory=Moments)  # of the positives: which share of the negatives each is above
+    heaviest: float = 1.0  # largest weight of one event
+    ranks: Ranks = field(default_factory=Ranks)
     loss: Moments = field(default_factory=Moments)  # log-loss of each event
     own: Moments = field(default_factory=Moments)  # the user's own metric of each event
 
     def __add__(self, other: "Sample") -> "Sample":
+        if not self.events or not other.events:
+            return self if self.events else other
         sums = self.events + other.events, self.predicted + other.predicted, self.clicks + other.clicks
-        return Sample(*sums, self.auc + other.auc, self.loss + other.loss, self.own + other.own)
+        ranks, heaviest = self.ranks + other.ranks, max(self.heaviest, other.heaviest)
+        return Sample(*sums, heaviest, ranks, self.loss + other.loss, self.own + other.own)
+
+    @property
+    def auc(self) -> Moments:
+        """Over all pairs of a click and another event."""
+        return self.ranks.auc(self.heaviest)
 
     @property
     def ctr(self) -> Moments:
         """Of the labels."""
         weight = self.loss.count
-        return Moments(weight, self.clicks, max(0.0, self.clicks * (1 - self.clicks / weight)) if weight else 0.0)
+        spread = max(0.0, self.clicks * (1 - self.clicks / weight)) if weight else 0.0
+        return Moments(weight, self.clicks, spread, self.heaviest)
 
     @property
     def calibration(self) -> float | None:
@@ -61,7 +72,8 @@ class Sample:
     def quality(self, metric: str) -> tuple[Moments, float]:
         """The values by which a metric is compared, of which more is better, and their range."""
         if metric == "log_loss":
-            return Moments(self.loss.count, self.loss.count * LOSS_MAX - self.loss.total, self.loss.spread), LOSS_MAX
+            count, heaviest = self.loss.count, self.heaviest
+            return Moments(count, count * LOSS_MAX - self.loss.total, self.loss.spread, heaviest), LOSS_MAX
         return {"auc": self.auc, "ctr": self.ctr, "own": self.own}[metric], 1.0
 
     def figures(self) -> dict[str, float | None]:
@@ -70,56 +82,65 @@ class Sample:
         figures = {name: one.mean if one.count else None for name, one in means.items()}
         return {"events": self.events, **figures, "calibration": self.calibration}
 
-    def to_array(self) -> F32:
-        """float32[12]."""
-        parts = [(one.count, one.total, one.spread) for one in (self.auc, self.loss, self.own)]
-        return np.array([self.events, self.predicted, self.clicks, *(value for part in parts for value in part)], np.float32)
+    def to_bytes(self) -> bytes:
+        """For other nodes; empty of an empty one."""
+        if not self.events:
+            return b""
+        parts = [(one.count, one.total, one.spread) for one in (self.loss, self.own)]
+        sums = [self.events, self.predicted, self.clicks, self.heaviest, *(value for part in parts for value in part)]
+        return np.array(sums, np.float32).tobytes() + self.ranks.to_bytes()
 
     @staticmethod
-    def from_array(array: F32) -> "Sample":
-        """What `to_array` made.
+    def from_bytes(packed: bytes) -> "Sample":
+        """What `to_bytes` made.
 
         Raises:
             ValueError: no sample has such sums.
         """
-        if array.shape != (FIELDS,) or not np.isfinite(array).all() or bool((array < 0).any()):
-            raise ValueError("sums that no events have")
+        if not packed:
+            return Sample()
+        array = np.frombuffer(packed, np.float32, FIELDS)
         values = [float(value) for value in array]
-        moments = [Moments(*values[at : at + 3]) for at in (3, 6, 9)]
-        for one, value_max in zip(moments, (1.0, LOSS_MAX, 1.0), strict=True):
+        events, predicted, clicks, heaviest = values[:4]
+        if not bool(((array >= 0) & (array <= WEIGHT_SUM_MAX)).all()) or not events:
+            raise ValueError("sums that no events have")
+        if not WEIGHT_MIN / 2 <= heaviest <= 2 * WEIGHT_MAX:
+            raise ValueError("a weight that no event may have")
+        loss, own = (Moments(values[at], values[at + 1], values[at + 2], heaviest) for at in (4, 7))
+        for one, value_max in ((loss, LOSS_MAX), (own, 1.0)):
             # What float32 rounds off is less than a thousandth.
-            if one.total > 1.001 * value_max * one.count or (one.spread > 0 and not one.count):
+            if one.total > 1.001 * value_max * one.count or one.spread > 1.001 * value_max**2 * one.count:
                 raise ValueError("a mean that no values have")
-        return Sample(values[0], values[1], values[2], *moments)
+        return Sample(events, predicted, clicks, heaviest, Ranks.from_bytes(packed[4 * FIELDS :]), loss, own)
 
 
 class Tally:
     """Events of one arm in one window, as they come."""
 
     def __init__(self) -> None:
-        self._bins = np.zeros((2, 2, BINS), np.float64)  # [weights or their squares, negative or positive, bin]
+        self._ranks = RankTally()
         self._sums = Sample()
 
     def add(self, prediction: F32, label: F32, weight: F32, own: F64 | None = None) -> None:
         """Count events: float32[n] each; predictions and labels from 0 to 1; `own`: float64[n], of the user's metric."""
-        bins = _bins_of(prediction) + BINS * (label >= 0.5)
-        for power, row in ((1, self._bins[0]), (2, self._bins[1])):
-            row += np.bincount(bins, weight.astype(np.float64) ** power, 2 * BINS).reshape(2, BINS)
+        if not len(prediction):
+            return
+        self._ranks.add(prediction, label, weight)
         p = np.clip(prediction.astype(np.float64), PREDICTION_MIN, 1 - PREDICTION_MIN)
         loss = -(label * np.log(p) + (1 - label) * np.log1p(-p))
         self._sums += Sample(
             float(len(prediction)),
             float((prediction * weight).sum(dtype=np.float64)),
             float((label * weight).sum(dtype=np.float64)),
-            Moments(),
+            float(weight.max()),
+            Ranks(),
             _moments(loss, weight),
             Moments() if own is None else _moments(own, weight),
         )
 
     def sample(self) -> Sample:
         """What there is by now."""
-        sums = self._sums
-        return Sample(sums.events, sums.predicted, sums.clicks, _auc(self._bins), sums.loss, sums.own)
+        return replace(self._sums, ranks=self._ranks.ranks()) if self._sums.events else self._sums
 
 
 def find_metric(name: str) -> OwnMetric:
@@ -159,29 +180,8 @@ def own_values(metric: OwnMetric, prediction: F32, label: F32, weight: F32) -> F
     return values
 
 
-def _bins_of(prediction: F32) -> NDArray[np.int64]:
-    p = np.clip(prediction.astype(np.float64), 1e-9, 1 - 1e-9)
-    odds = np.clip(np.log(p) - np.log1p(-p), -_ODDS_MAX, _ODDS_MAX)
-    bins: NDArray[np.int64] = ((odds + _ODDS_MAX) * (BINS / (2 * _ODDS_MAX))).astype(np.int64)
-    return np.minimum(bins, BINS - 1, dtype=np.int64)
-
-
 def _moments(values: NDArray[Any], weight: F32) -> Moments:
     count = float(weight.sum(dtype=np.float64))
     total = float((values * weight).sum())
-    spread = float((weight.astype(np.float64) ** 2 * (values - total / count) ** 2).sum()) if count else 0.0
-    return Moments(count, total, spread)
-
-
-def _auc(bins: F64) -> Moments:
-    """Of the positives, with the spread that the negatives' accident adds (DeLong 1988)."""
-    (negative, positive), (negative_squares, positive_squares) = bins
-    negatives, positives = float(negative.sum()), float(positive.sum())
-    if not negatives or not positives:
-        return Moments()
-    above = (np.cumsum(negative) - negative / 2) / negatives  # of a positive in this bin: the share of negatives below it
-    below = 1 - (np.cumsum(positive) - positive / 2) / positives  # of a negative: the share of positives above it
-    auc = float((positive * above).sum()) / positives
-    spread = float((positive_squares * (above - auc) ** 2).sum())
-    spread += (positives / negatives) ** 2 * float((negative_squares * (below - auc) ** 2).sum())
-    return Moments(positives, positives * auc, spread)
+    spread = float((weight * (values - total / count) ** 2).sum())
+    return Moments(count, total, spread, float(weight.max()))

@@ -25,8 +25,13 @@ level n / H. (R + (H - t) / H is a supermartingale that begins with 1, and Ville
 quantities that are one value an event (log-loss, click rate, a user's own) this holds for any sample size, not as an
 approximation. AUC is no mean of independent values: a window's AUC is taken by its linear part, the share of negatives below
 each positive and the reverse (DeLong 1988), which is exact as the numbers of positives and negatives in a window grow;
-`tests/ekko/health/test_sequential.py` counts false alarms for both. Weighted events are counted as their weights say, with the
-variance that this gives.
+`tests/ekko/health/test_sequential.py` counts false alarms for both.
+
+**Weights.** Means are of weighted events, and a sample whose heaviest event weighs h counts as n = (sum of its weights) / h
+events: then no event moves T by more than c, as the bound on l asks, and V, with h times the weighted squares, is not below
+what it should be. So one event that weighs as much as all others makes a sample of one, not of a thousand, which waits for
+more. It is exact while what an event is worth does not depend on its weight; `tests/ekko/health/test_unfair_reports.py` counts
+alarms.
 """
 
 from dataclasses import dataclass, field
@@ -141,12 +146,12 @@ class Difference:
         if not online.count or not baseline.count:
             return None
         self._waiting = [self._waiting[0] + online, self._waiting[1] + baseline]
-        if min(one.count for one in self._waiting) < self.sample_min:
+        if min(one.size for one in self._waiting) < self.sample_min:
             return None
         arms, self._waiting = self._waiting, [Moments(), Moments()]
-        size = min(one.count for one in arms)
+        size = min(one.size for one in arms)
         variance = sum(
-            (size / arm.count) ** 2 * arm.squares_about(before.mean if before.count else self.scale / 2)
+            (size / arm.count) ** 2 * arm.heaviest * arm.squares_about(before.mean if before.count else self.scale / 2)
             for arm, before in zip(arms, self._before, strict=True)
         )
         self._before = [before + arm for before, arm in zip(self._before, arms, strict=True)]

@@ -19,7 +19,7 @@ from ekko.generations import Generation
 from ekko.health.detectors import Settings, make_detectors
 from ekko.health.judge import STAGGER_MS, Judge
 from ekko.health.samples import OwnMetric, Sample, find_metric
-from ekko.health.summaries import Summaries
+from ekko.health.summaries import Summaries, Told
 from ekko.health.traffic import ARMS, Traffic
 from ekko.health.verdicts import Interval, Ruling, State, Verdicts
 from ekko.health.windows import Windows
@@ -31,6 +31,8 @@ from p2p.replica import SchemaEntry
 
 # How often a node looks, at most.
 TICK_S: Final = 0.25
+# And judges, at most: every window of every node is looked at.
+JUDGE_S: Final = 1.0
 # Models that scorers report of, or that were judged, with state of their own here.
 MODELS_MAX: Final = 256
 # For people, of one model: the last ones.
@@ -53,7 +55,8 @@ class ModelHealth:
     segments: Mapping[str, Mapping[str, Mapping[str, float | None]]]  # segment -> arm -> figures of this node's last window
     traffic: Traffic
     why: Mapping[str, str]  # detector -> what it last said here
-    events: Mapping[str, int]  # taken, late, ahead
+    events: Mapping[str, int]  # of scorers of this node: taken, late, ahead
+    missed: int  # of all nodes: told of, and not judged here, since it was not heard of in time
 
     def to_json(self) -> dict[str, object]:
         """For `/status` and `ekko health --json`."""
@@ -80,6 +83,7 @@ class ModelHealth:
             "serving_share": round(self.traffic.serving, 9),
             "why": dict(self.why),
             "events": dict(self.events),
+            "missed": self.missed,
         }
 
 
@@ -92,6 +96,7 @@ class Health:
         store: its models, and what is known of them.
         submit: tells peers of changed entries.
         protocol_min: the oldest protocol version that a live member speaks.
+        peers: the other nodes that are there, as far as this one can tell.
         clock: Unix milliseconds.
 
     Raises:
@@ -105,6 +110,7 @@ class Health:
         store: Store,
         submit: Callable[[tuple[SchemaEntry, ...]], None],
         protocol_min: Callable[[], int],
+        peers: Callable[[], tuple[str, ...]] = lambda: (),
         clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._node = node
@@ -112,6 +118,9 @@ class Health:
         self._store = store
         self._submit = submit
         self._protocol_min = protocol_min
+        self._peers = peers
+        self._judged_ms: int | None = None
+        self._met: frozenset[str] = frozenset()  # peers that were there when we last looked
         self._clock = clock
         self._windows: dict[Generation, Windows] = {}
         self._judges: dict[Generation, Judge] = {}
@@ -193,24 +202,33 @@ class Health:
             for closed in windows.close(now_ms):
                 if closed.segments:
                     self._segments[model] = closed.segments
-                summary = Summaries.of(model, self._node, windows.window_ms, closed.window, closed.arms)
-                self._store.facts.note(summary)
+                told = Told(closed.total, closed.arms)
+                self._store.facts.note(Summaries.said(model, self._node, windows.window_ms, closed.window, told))
                 known = self._store.facts.of(Summaries)
                 self._submit(tuple(known.told(model, self._node, windows.window_ms, closed.window)))
+        self._tell_again()
+
+    def _tell_again(self) -> None:
+        """To nodes that come, or come back: what they may not have heard, once. Who knows it does not pass it on."""
+        there = frozenset(self._peers())
+        if there - self._met and (kept := self._store.facts.of(Summaries).told_again(self._node)):
+            self._submit(tuple(kept))
+        self._met = there
 
     def _judge(self, section: HealthSection) -> None:
         now_ms, summaries, before = self._clock(), self._store.facts.of(Summaries), self.verdicts
-        numbers: dict[Generation, list[int]] = {}
-        for model, number in summaries.numbers(section.window_ms):
-            numbers.setdefault(model, []).append(number)
-        for model in [model for model in self._judges if model not in numbers and not self._store.holds(model)]:
+        pause_ms = min(1_000 * JUDGE_S, section.window_ms / 4)
+        if self._judged_ms is not None and 0 <= now_ms - self._judged_ms < pause_ms:
+            return
+        self._judged_ms = now_ms
+        for model in [model for model in self._judges if not self._store.holds(model)]:
             del self._judges[model]
         after = before
-        for model, windows in numbers.items():
+        for model in summaries.models():
             if model not in self._judges and self._store.holds(model) and len(self._judges) < MODELS_MAX:
                 self._judges[model] = self._new_judge(model, section)
             if model in self._judges:
-                after = self._judges[model].judge(summaries, windows, after, now_ms)
+                after = self._judges[model].judge(summaries, after, now_ms)
         if after is not before:
             told = self._store.facts.note(after)
             if told:
@@ -282,6 +300,7 @@ class Health:
             self._store.models[model.name].traffic,
             {} if judge is None else judge.why(),
             dict(zip(("taken", "late", "ahead"), counts, strict=True)),
+            0 if judge is None else round(judge.missed),
         )
 
 

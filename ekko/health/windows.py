@@ -57,6 +57,7 @@ class Closed:
 
     window: int  # it begins at window * window_ms
     arms: Pair
+    total: float  # events of the windows that were closed up to this one
     segments: Mapping[str, Pair]
 
 
@@ -78,6 +79,7 @@ class Windows:
     taken: int = 0
     _open: dict[int, dict[Key, Tally]] = field(default_factory=dict)
     _newest_ms: int = 0  # event so far
+    _closed: float = 0.0  # events of closed windows
     _next: int = 0  # no window below it is open any more
     _segments: dict[str, None] = field(default_factory=dict)  # in the order in which they came
 
@@ -130,7 +132,9 @@ class Windows:
             tallies = self._open.pop(window)
             names = dict.fromkeys(name for _, name in tallies)
             pairs = {name: self._pair(tallies, name) for name in names}
-            closed.append(Closed(window, pairs.pop(""), pairs))
+            arms = pairs.pop("")
+            self._closed += arms[0].events + arms[1].events
+            closed.append(Closed(window, arms, self._closed, pairs))
         self._next = max([self._next, end, *(one.window + 1 for one in closed)])
         return closed
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ekko.errors import ModelError
+from ekko.health.samples import WEIGHT_MAX, WEIGHT_MIN
 from ekko.health.traffic import ARMS
 from ekko.health.windows import Events
 from p2p.values import dataclass
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 # Events of one report; more are several.
 REPORT_EVENTS_MAX: Final = 65_536
 SEGMENT_BYTES_MAX: Final = 100
-# Importance weights; one event may count as so many.
-WEIGHT_MAX: Final = 1_000.0
 _DTYPES: Final[tuple[np.dtype[Any], ...]] = (
     np.dtype(np.int64),
     np.dtype(np.float32),
@@ -132,8 +131,8 @@ def _check(events: Events) -> None:
     for name, column in (("predictions", events.prediction), ("labels", events.label)):
         if not bool(((column >= 0) & (column <= 1)).all()):  # NaN is neither
             raise ValueError(f"{name} are outside 0 to 1: report probabilities, and labels of 0 or 1")
-    if not bool(((events.weight > 0) & (events.weight <= WEIGHT_MAX)).all()):
-        raise ValueError(f"weights are outside 0 to {WEIGHT_MAX:g}: expected importance weights above 0")
+    if not bool(((events.weight >= WEIGHT_MIN) & (events.weight <= WEIGHT_MAX)).all()):
+        raise ValueError(f"weights are outside {WEIGHT_MIN:g} to {WEIGHT_MAX:g}: expected importance weights, 1 as a rule")
     if bool((events.arm >= len(ARMS)).any()):
         raise ValueError("arms are other than 0 (online) and 1 (baseline): see Reader.arm")
     if bool((events.at_ms < 0).any()):

@@ -1,6 +1,7 @@
 """What detectors say of streams whose truth is known: corrupted from when it began, healthy where that is proven."""
 
 import importlib.util
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -67,6 +68,24 @@ def test_samples_that_waited_are_dated_from_where_they_began() -> None:
     corrupted = [one for _, one in told("sequential", small, Settings()) if one.state == "corrupted"]
     assert corrupted
     assert T + 15 * LENGTH_MS <= corrupted[0].from_ms <= T + 31 * LENGTH_MS
+
+
+def test_evidence_that_comes_late_counts_and_is_dated_by_its_windows() -> None:
+    settings, windows = Settings(precision=0.05), stream(range(20, 30), 60)
+    # The baseline's half of windows 15 to 34 is told when window 59 is over: only then can anybody compare.
+    cut = range(15, 35)
+    halves = [replace(one, arms=(one.arms[0], Sample())) if one.number in cut else one for one in windows]
+    rest = [replace(windows[number], arms=(Sample(), windows[number].arms[1]), late=True) for number in cut]
+    (detector,) = make_detectors(["sequential"], settings)
+    before = [finding for one in halves for finding in detector.observe(one)]
+    assert not [one for one in before if one.state == "corrupted"]
+    after = [finding for one in rest for finding in detector.observe(one)]
+    (corrupted, *_) = [one for one in after if one.state == "corrupted"]
+    assert T + 15 * LENGTH_MS <= corrupted.from_ms <= T + 20 * LENGTH_MS, "of what came since, the earliest"
+    assert corrupted.until_ms == T + 60 * LENGTH_MS, "and nobody knows that it ended before what came last"
+    again = [finding for one in stream(range(0), 90, seed=4)[60:] for finding in detector.observe(one)]
+    assert [one for one in again if one.state == "healthy"], "it is found healthy again"
+    assert min(one.from_ms for one in again if one.state == "healthy") >= T + 15 * LENGTH_MS
 
 
 def test_bounds_are_uncertain_at_first_then_corrupted() -> None:

@@ -22,11 +22,12 @@ SECTION = HealthSection(window=1.0, lateness=0.5, level=0.001, horizon=3_600.0, 
 class Judged:
     """The six nodes, each of which judges; two have scorers, one for each arm."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, tells_again: bool = True) -> None:
         self.cluster = form(seed, FAULTS)
         self.cluster.run(3_000)
         self.rng = np.random.default_rng(seed)
         self.flipped = False
+        self.tells_again = tells_again
         self.changes: dict[str, list[State]] = {name: [] for name in self.cluster.nodes}
         self.health = {name: self._health_of(node) for name, node in self.cluster.nodes.items()}
 
@@ -35,7 +36,11 @@ class Judged:
             assert node.machine is not None
             self.cluster.feed(node, node.machine, m.SchemaChanged(entries))
 
-        health = Health(node.name, SECTION, node.store, submit, lambda: 2, lambda: self.cluster.now_of(node).unix_ms)
+        def peers() -> tuple[str, ...]:
+            assert node.machine is not None
+            return node.machine.peers_alive(self.cluster.now_of(node)) if self.tells_again else ()
+
+        health = Health(node.name, SECTION, node.store, submit, lambda: 2, peers, lambda: self.cluster.now_of(node).unix_ms)
         health.on_state = lambda _, state: self.changes[node.name].append(state)
         return health
 
@@ -89,10 +94,33 @@ def test_all_nodes_agree_under_loss_and_after_a_split(seed: int) -> None:
     assert [one.stamp_ms for one in log] == sorted({one.stamp_ms for one in log}), "stamps are monotone"
 
 
+@pytest.mark.parametrize("tells_again", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_what_happened_while_nodes_were_cut_off_is_judged_when_they_are_back(tells_again: bool) -> None:
+    """Labels are flipped during the cut only, when no node sees both arms; without being told again nobody ever knows."""
+    judged = Judged(3, tells_again=tells_again)
+    cluster = judged.cluster
+    judged.run_until("healthy", 60)
+    names, side = list(cluster.nodes), {"eu1", "eu2", "t1"}
+    cluster.cut = {(a, b) for a in names for b in names if (a in side) != (b in side)}
+    judged.run(2)
+    judged.flipped = True
+    judged.run(5)
+    judged.flipped = False
+    judged.run(6)  # the last windows are told again anyway
+    cluster.cut = set()
+    judged.run(6)
+    cluster.run(5_000)
+    found = {tuple(health.verdicts.intervals("ctr")) for health in judged.health.values()}
+    assert len(found) == 1, "all nodes end with the same verdicts"
+    assert any(one.state == "corrupted" for one in next(iter(found))) == tells_again
+    missed = [health.pictures()[0].missed for health in judged.health.values()]
+    assert all(count == 0 if tells_again else count > 0 for count in missed), missed
+
+
 def test_a_rollback_and_the_configuration_divide_requests() -> None:
     cluster: VirtualCluster = form(9)
     node = cluster.nodes["t1"]
-    health = Health("t1", SECTION, node.store, lambda _: None, lambda: 2, lambda: 10_000)
+    health = Health("t1", SECTION, node.store, lambda _: None, lambda: 2, clock=lambda: 10_000)
     health.tick()
     assert node.store.models["ctr"].traffic.baseline == 0.25
     health.serving = lambda model: 0.5 if model == Generation("ctr") else 1.0
@@ -103,7 +131,7 @@ def test_a_rollback_and_the_configuration_divide_requests() -> None:
 def test_who_has_no_health_takes_no_reports_and_knows_what_others_found() -> None:
     cluster: VirtualCluster = form(9)
     node = cluster.nodes["t1"]
-    health = Health("t1", None, node.store, lambda _: None, lambda: 2, lambda: 10_000_000)
+    health = Health("t1", None, node.store, lambda _: None, lambda: 2, clock=lambda: 10_000_000)
     (events,) = events_of([0.5], [1], None, "eu", ONLINE, 10_000_000)
     with pytest.raises(ModelError, match=r"add \[health\] to its configuration"):
         health.report(Report("ctr", events))

@@ -1,6 +1,7 @@
 """Events become windows when they are complete, windows of all nodes meet, and are judged in their order, once."""
 
 import random
+import struct
 from dataclasses import replace
 
 import msgpack
@@ -13,10 +14,9 @@ from ekko.errors import ConfigError, ModelError
 from ekko.generations import Generation
 from ekko.health import summaries as module
 from ekko.health.detectors import Finding, Window
-from ekko.health.judge import SETTLE_MS, Judge
-from ekko.health.moments import Moments
-from ekko.health.samples import FIELDS, Sample, find_metric
-from ekko.health.summaries import TOLD_TIMES, WINDOWS_MAX, Summaries
+from ekko.health.judge import SETTLE_MS, WAIT_MS_MAX, Judge, checked
+from ekko.health.samples import Sample, Tally, find_metric
+from ekko.health.summaries import TOLD_TIMES, WINDOWS_MAX, Summaries, Told
 from ekko.health.traffic import BASELINE, ONLINE
 from ekko.health.verdicts import Verdicts
 from ekko.health.windows import AHEAD_MS_MAX, OTHER, PATIENCE_MS, SEGMENTS_MAX, WINDOWS_OPEN_MAX, Events, Windows
@@ -99,15 +99,16 @@ def test_a_metric_of_the_users_own_is_counted_or_refused_whole() -> None:
 # --- summaries
 
 
-def summary(node: str, window: int, count: float = 10.0, model: Generation = CTR) -> Summaries:
-    sample = Sample(count, 1.0, 1.0, Moments(2, 1, 0.5), Moments(count, 3, 1))
-    return Summaries.of(model, node, 1_000, window, (sample, Sample()))
+def summary(node: str, window: int, count: float = 10.0, model: Generation = CTR, total: float = 0.0) -> Summaries:
+    tally, ones = Tally(), np.ones(int(count), np.float32)
+    tally.add(ones / 4, (np.arange(int(count)) % 2).astype(np.float32), ones)
+    return Summaries.said(model, node, 1_000, window, Told(total or count, (tally.sample(), Sample())))
 
 
 told = st.builds(
     summary,
     st.sampled_from(["a", "b"]),
-    st.integers(0, 40),
+    st.integers(0, 2 * WINDOWS_MAX),
     st.sampled_from([5.0, 10.0]),
     st.sampled_from([CTR, Generation("cvr", 1)]),
 )
@@ -125,7 +126,7 @@ def test_merging_summaries_is_a_join(said: list[Summaries], rng: random.Random) 
         other = other.learned(one.entries())
     assert other == whole
     assert whole.merged(other) is whole
-    assert len(whole.windows) <= 4 * WINDOWS_MAX
+    assert len(whole) <= 4 * WINDOWS_MAX
 
 
 def test_nodes_windows_add_up_and_pass_through_stores_without_becoming_schema() -> None:
@@ -141,9 +142,11 @@ def test_nodes_windows_add_up_and_pass_through_stores_without_becoming_schema() 
     assert other.adopt(entries)
     assert not other.adopt(entries), "no news, so it is not passed on again"
     assert other.schema() == before
-    (online, _), nodes = other.facts.of(Summaries).pair(CTR, 1_000, 4)
-    assert (online.events, online.loss.count, nodes) == (40, 40, ("a", "b"))
-    assert other.facts.of(Summaries).numbers(1_000) == [(CTR, number) for number in range(5)]
+    known = other.facts.of(Summaries).of(CTR, 1_000)
+    assert {node: Told.parse(windows[4]).events for node, windows in known.items()} == {"a": 10, "b": 30}
+    assert [*known["b"]] == [0, 1, 2, 3, 4]
+    assert other.adopt(one.facts.of(Summaries).told_again("a")), "to one that was away all of it is told"
+    assert [*other.facts.of(Summaries).of(CTR, 1_000)["a"]] == [0, 1, 2, 3, 4]
     assert other.facts.of(Summaries).without(lambda _: True) == Summaries()
 
 
@@ -151,13 +154,25 @@ def test_nodes_windows_add_up_and_pass_through_stores_without_becoming_schema() 
 WORDS = msgpack.unpackb(ENTRY.body)
 
 
+def sums_of(value: float) -> bytes:
+    """The entry's window, its click count replaced."""
+    packed: bytes = WORDS[5]
+    at = 12 + 4 * 2  # behind the head, and two sums
+    return packed[:at] + np.float32(value).tobytes() + packed[at + 4 :]
+
+
 @pytest.mark.parametrize(
     "entry",
     [
         replace(ENTRY, body=b"\xc1"),
         replace(ENTRY, body=msgpack.packb([*WORDS[:5], WORDS[5][:-4]])),
-        replace(ENTRY, body=msgpack.packb([*WORDS[:5], np.full(2 * FIELDS, np.nan, np.float32).tobytes()])),
-        replace(ENTRY, body=msgpack.packb([*WORDS[:5], np.full(2 * FIELDS, -1, np.float32).tobytes()])),
+        replace(ENTRY, body=msgpack.packb([*WORDS[:5], WORDS[5] + b"x"])),
+        replace(ENTRY, body=msgpack.packb([*WORDS[:5], WORDS[5][:8] + b"\xff\xff\xff\xff" + WORDS[5][12:]])),
+        *(replace(ENTRY, body=msgpack.packb([*WORDS[:5], sums_of(value)])) for value in (np.nan, np.inf, -1.0, 1e13)),
+        *(
+            replace(ENTRY, body=msgpack.packb([*WORDS[:5], total + WORDS[5][8:]]))
+            for total in (b"\xff" * 8, struct.pack("<d", -1.0))
+        ),
         replace(ENTRY, body=msgpack.packb([*WORDS[:3], 0, *WORDS[4:]])),
         replace(ENTRY, body=msgpack.packb([*WORDS[:3], 1 << 40, *WORDS[4:]])),
         replace(ENTRY, body=msgpack.packb([*WORDS[:4], -1, WORDS[5]])),
@@ -180,7 +195,7 @@ def test_what_is_remembered_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     for window in range(100):
         for node in ("a", "b", "c"):
             known = known.merged(summary(node, window))
-    assert len(known.windows) == 20
+    assert len(known) == 20
     assert known.merged(summary("a", 0)) is known, "what is forgotten is no news"
 
 
@@ -209,7 +224,7 @@ def judge_of(*detectors: Scripted) -> Judge:
 
 
 def look(judge: Judge, known: Summaries, verdicts: Verdicts, now_ms: int) -> Verdicts:
-    return judge.judge(known, [number for _, number in known.numbers(1_000)], verdicts, now_ms)
+    return judge.judge(known, verdicts, now_ms)
 
 
 def test_a_window_is_judged_once_when_all_who_report_have_told() -> None:
@@ -222,8 +237,9 @@ def test_a_window_is_judged_once_when_all_who_report_have_told() -> None:
     look(judge, known, Verdicts(), due_ms + 1_000)
     assert detector.seen == [(first, 30.0)], "node b has not told of the second yet"
     look(judge, known.merged(summary("b", first + 1)), Verdicts(), due_ms + 1_000)
-    look(judge, known.merged(summary("c", first)), Verdicts(), due_ms + 2_000)
     assert detector.seen == [(first, 30.0), (first + 1, 20.0)]
+    look(judge, known.merged(summary("c", first)), Verdicts(), due_ms + 2_000)
+    assert detector.seen == [(first, 30.0), (first + 1, 20.0)], "what is late is only for those who ask for it"
     assert len(judge.history) == 2
 
 
@@ -233,14 +249,68 @@ def test_a_node_that_stopped_is_waited_for_only_so_long() -> None:
     known = summary("gone", first)
     for number in range(first, first + 10):
         known = known.merged(summary("a", number))
-    look(judge, known, Verdicts(), T + 12_000)
+    look(judge, known, Verdicts(), T + 2_000 + 500 + SETTLE_MS)
     assert [number for number, _ in detector.seen] == [first]
-    # The three windows after its last have waited for it for a minute; those after them do not.
-    look(judge, known, Verdicts(), T + 4_000 + 500 + SETTLE_MS + PATIENCE_MS)
-    assert [number for number, _ in detector.seen] == [*range(first, first + 10)]
+    # It is waited for until others are three windows ahead, however short they are; alone with it, for a minute.
+    look(judge, known, Verdicts(), T + 3_000 + 500 + SETTLE_MS)
+    assert [number for number, _ in detector.seen] == [first]
+    look(judge, known, Verdicts(), T + 5_000 + 500 + SETTLE_MS)
+    assert [number for number, _ in detector.seen] == [*range(first, first + 5)]
+    slow, two = judge_of(Scripted({})), summary("gone", first).merged(summary("a", first + 1))
+    look(slow, two, Verdicts(), T + 2_000 + 500 + SETTLE_MS + WAIT_MS_MAX - 1)
+    assert slow._next == first + 1
+    look(slow, two, Verdicts(), T + 2_000 + 500 + SETTLE_MS + WAIT_MS_MAX)
+    assert slow._next == first + 2
     quick = judge_of(Scripted({}))
     look(quick, known.merged(summary("a", first + 500)), Verdicts(), T + 12_000)
     assert all(number < first + 500 for number, _ in quick.detectors[0].seen), "windows of the future are not looked at"  # type: ignore[attr-defined]
+
+
+def test_what_a_node_tells_after_a_cut_is_judged_late_or_counted_as_missed() -> None:
+    patient, strict = Scripted({}), Scripted({})
+    patient.takes_late, strict.name = True, "strict"  # type: ignore[attr-defined]
+    judge, known, first = judge_of(patient, strict), Summaries(), T // 1_000
+    for number in range(first, first + 4):
+        known = known.merged(summary("a", number, 10.0, total=10.0 * (number - first + 1)))
+    look(judge, known, Verdicts(), T + 70_000)
+    assert (len(patient.seen), judge.missed) == (4, 0)
+    # Node b was cut off in the second and third: first its newest comes, and what it had said before shows.
+    known = known.merged(summary("b", first, 20.0, total=20.0))
+    look(judge, known, Verdicts(), T + 70_000)
+    known = known.merged(summary("b", first + 4, 20.0, total=100.0))
+    look(judge, known, Verdicts(), T + 70_000)
+    assert judge.missed == 60
+    known = known.merged(summary("b", first + 1, 20.0, total=40.0)).merged(summary("b", first + 2, 20.0, total=60.0))
+    look(judge, known, Verdicts(), T + 71_000)
+    look(judge, known, Verdicts(), T + 72_000)
+    assert judge.missed == 20, "one window never came"
+    assert patient.seen[4:] == [(first, 20.0), (first + 4, 20.0), (first + 1, 20.0), (first + 2, 20.0)], "each once"
+    assert [number for number, _ in strict.seen] == [first, first + 1, first + 2, first + 3, first + 4]
+    assert len(judge.history) == 5
+    # Restarted: it counts from 0, and what was missed stays missed.
+    look(judge, known.merged(summary("b", first + 5, 20.0, total=20.0)), Verdicts(), T + 73_000)
+    assert judge.missed == 20
+    late = known.merged(summary("b", first - 2 * WINDOWS_MAX, 20.0, total=1.0))
+    look(judge, late, Verdicts(), T + 74_000)
+    assert len(patient.seen) == 9, "what is older than what is remembered is not judged twice"
+
+
+def test_a_detector_that_says_nonsense_loses_its_say_and_nobody_elses() -> None:
+    first = T // 1_000
+    window = Window(first, T, T + 1_000, (Sample(), Sample()))
+    good = Finding("uncertain", T, T + 1_000, "fine")
+    assert checked(good, window) is good
+    nonsense: list[object] = [None, "corrupted", replace(good, state="bad"), replace(good, from_ms=float("nan"))]  # type: ignore[arg-type]
+    nonsense += [replace(good, from_ms=T + 2_000), replace(good, until_ms=T + 10_000_000), replace(good, text=None)]  # type: ignore[arg-type]
+    for said in nonsense:
+        with pytest.raises(ModelError, match="it said"):
+            checked(said, window)
+    wild, calm = Scripted({first: "doomed"}), Scripted({first: "uncertain"})
+    wild.name = "wild"
+    judge = judge_of(wild, calm)
+    verdicts = look(judge, summary("a", first), Verdicts(), T + 60_000)
+    assert "it said" in judge.why()["wild"]
+    assert [one.state for one in verdicts.intervals("ctr")] == ["uncertain"]
 
 
 def test_the_worst_counts_and_only_changes_are_logged() -> None:
