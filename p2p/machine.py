@@ -2,7 +2,8 @@
 
 The daemon, the virtual-time simulator and the tests drive this same class. It composes the parts: `membership` (who is
 there), `introductions` and `gossip` (how it comes to know), `push` (fresh batches down the trees), `pull` (repair), `reach`
-(waits), `writers` (who may write), over `links` (sessions with one peer). This file owns what binds them, and the one timer.
+(waits), `writers` (who may write), over `links` (sessions with one peer), at whose ends are `arrivals` and `departures`. This
+file owns what binds them, and the one timer.
 
 A message of a peer can raise only `RemoteProtocolError`, before anything of it took effect on rows or knowledge.
 """
@@ -15,9 +16,11 @@ from typing import assert_never
 
 from p2p import messages as m
 from p2p import status
+from p2p.arrivals import Arrivals
 from p2p.busy.feeds import Feeds
 from p2p.collection import Collection
 from p2p.core import Core, Counters, Keyspace, MachineOptions
+from p2p.departures import Departures
 from p2p.dropping import Dropping
 from p2p.errors import AheadError, FencedError, FullError, LocalProtocolError, NotYetError, RemoteProtocolError
 from p2p.identity.allotment import Allotment
@@ -31,6 +34,7 @@ from p2p.link.sharing import Sharing
 from p2p.members.gossip import Gossip
 from p2p.members.introductions import Introductions
 from p2p.members.membership import Membership
+from p2p.members.senders import Senders
 from p2p.paper.schedule import Schedule
 from p2p.paper.shard_versions import ShardVersions
 from p2p.pulling import full, incomplete
@@ -97,11 +101,11 @@ class Machine:
             self._fetching,
         )
         self._introductions = Introductions(self._core, self._pull, self._retirement)
+        self._senders = Senders(self._core, self._introductions, self._retirement)
+        self._arrivals = Arrivals(self._core, self._pull, self._feeds)
+        self._departures = Departures(self._core, self._push, self._state_mode, self._pull)
         self._gossip = Gossip(self._core, self._pull, self._introductions, self._retirement)
         self._core.link_gone, self._core.retired_changed = self._on_link_gone, self._on_retired_changed
-        self._owed: dict[int, Link] = {}  # by boot: links on which something applied is not acknowledged yet
-        self._ack_ms: int | None = None  # when those want the timer
-        self._turns: dict[str, int] = {}  # by region: whose turn it is when its bucket is refilled
         self._started = False
         self._steps: deque[tuple[m.PublishRequested, int]] = deque()  # that wait for a writer id, and until when
         self._handled_ms = 0  # monotonic time of the last event
@@ -231,7 +235,7 @@ class Machine:
                 self._on_batch_ready(sender_boot, envelope, batch, now)
             case m.TimerFired():
                 self._push.send_held(now)
-                self._pump_refilled()
+                self._departures.pump_refilled()
                 if now.monotonic_ms >= self._others_ms:
                     self._on_timer(now)
             case m.PublishRequested():
@@ -249,15 +253,15 @@ class Machine:
                 self._answer(event.request, lambda: self._fencing.request(event, now))
             case m.LiftRequested():
                 self._answer(event.request, lambda: self._fencing.lift(event, now))
-            case m.SendFailed(address, envelope):
-                self._on_send_failed(address, envelope)
+            case m.SendFailed(_, envelope):
+                self._departures.on_send_failed(envelope)
             case m.SchemaChanged(entries):
                 self._on_schema_changed(entries, now)
             case m.RateChanged(region, bytes_per_s):
                 self._core.set_rate(region, bytes_per_s, now)
-                self._pump_region(region)
+                self._departures.pump_region(region)
             case m.SentSmaller(boot, bytes_saved):
-                self._on_sent_smaller(boot, bytes_saved)
+                self._departures.on_sent_smaller(boot, bytes_saved)
             case m.Started(address):
                 self._on_started(address, now)
             case m.Leaving():
@@ -318,17 +322,6 @@ class Machine:
         for link in core.neighbours(now):
             core.send(link, m.Leave(core.options.node, last.version))
 
-    def _on_send_failed(self, address: str, envelope: m.Envelope) -> None:
-        if not envelope.session:
-            return
-        link = self._core.by_boot.get(envelope.receiver_boot)
-        if link is not None and envelope.session == link.session_out:
-            # The receiver would see a hole; begin anew. What was in flight is repaired by its pull.
-            link.restart_session()
-            link.traffic.batches_skipped += 1
-            self._core.counters.batches_skipped += 1
-            self._drop_streams(link)
-
     # --- messages
 
     def _on_message(self, envelope: m.Envelope, message: m.Message, proven: m.NodeId | None, now: m.Now) -> None:
@@ -336,7 +329,7 @@ class Machine:
         if isinstance(message, m.Hello):
             self._introductions.on_hello(envelope, message, now)
             return
-        link = self._link_from(envelope, message, proven)
+        link = self._senders.link_of(envelope, message, proven)
         if isinstance(message, m.Refusal):
             self._introductions.on_refusal(envelope, message, proven)
             return
@@ -344,21 +337,10 @@ class Machine:
         if not lowest_spoken(spoken) <= envelope.version <= spoken:
             raise RemoteProtocolError(f"a message in protocol version {envelope.version}, this node speaks {describe(spoken)}")
         if link is None or envelope.receiver_boot != core.options.boot:
-            self._on_stranger(envelope, message, now)
+            self._senders.on_stranger(envelope, message, now)
             return
         self._gossip.note_heard()
         self._on_peer(link, envelope, message, now)
-
-    def _on_stranger(self, envelope: m.Envelope, message: m.Message, now: m.Now) -> None:
-        """Somebody whom we do not know, or who knows a former life of ours."""
-        core = self._core
-        core.counters.strangers += 1
-        if isinstance(message, m.Heartbeat) and envelope.sender_boot in core.record.expelled:
-            self._retirement.tell_stranger(message.member.address, envelope.sender_boot, now)
-        elif isinstance(message, m.Retirements) and envelope.receiver_boot == core.options.boot:
-            self._retirement.on_farewell(message, envelope.sender_boot, now)
-        elif isinstance(message, m.Heartbeat) and message.member.boot == envelope.sender_boot:
-            self._introductions.answer_stranger(message.member, now)
 
     def _on_peer(self, link: Link, envelope: m.Envelope, message: m.Message, now: m.Now) -> None:
         """One case a kind of message; what takes more than a few lines has a method of its own."""
@@ -378,13 +360,10 @@ class Machine:
                     self._state_mode.pass_on(self._core.keyspaces[message.keyspace], feed.pairs)
             case m.PullRequest() | m.VersionsWanted() | m.ShardsWanted() | m.KeysWanted():
                 self._on_question(link, message, now)
-            case m.Ack(session, sequence):
-                if link.on_ack(session, sequence):
-                    self._pump(link)
+            case m.Ack():
+                self._departures.on_ack(link, message)
             case m.SessionBroken(session):
-                if session == link.session_out:
-                    link.restart_session()
-                    self._drop_streams(link)
+                self._departures.on_session_broken(link, session)
             case m.Retirements():
                 self._retirement.on_retirements(message, link, now)
             case m.RetireReport():
@@ -447,12 +426,12 @@ class Machine:
                 self._state_mode.on_vector(link, asked)
             case m.PullRequest():
                 self._pull.answers.on_request(link, asked, now)
-                self._pump(link)
+                self._departures.pump(link)
             case m.VersionsWanted():
                 self._pull.round_answers.on_versions_wanted(link, asked, now)
             case m.ShardsWanted():
                 self._pull.round_answers.on_shards_wanted(link, asked)
-                self._pump(link)
+                self._departures.pump(link)
             case m.KeysWanted():
                 self._fetching.on_wanted(link, asked)
 
@@ -462,45 +441,16 @@ class Machine:
             farewell = replace(member.record, left=True, version=max(version, member.record.version))
             self._introductions.learn((farewell,), now, link.node)
 
-    def _link_from(self, envelope: m.Envelope, message: m.Message, proven: m.NodeId | None) -> Link | None:
-        """The link that a message came over; None where a stranger sent it.
-
-        Everybody's boot is known from gossip, so it proves nothing. With keys the link is that of the key's owner, even where
-        gossip says that the same boot is another node's, too.
-
-        Raises:
-            RemoteProtocolError: the life that the message names as its sender is another node's.
-        """
-        core, boot = self._core, envelope.sender_boot
-        if proven is None:
-            return core.link_of(boot)
-        link = core.links.get(proven)
-        if link is not None and link.boot == boot:
-            return link
-        member = core.membership.members.get(proven)
-        if member is not None and member.record.boot == boot:
-            return core.link(proven) if link is None else None  # one of a former life is dropped when its end is learned
-        node = self._introductions.node_of(boot)
-        if node is None and isinstance(message, m.Heartbeat):
-            node = message.member.node
-        if node is not None and node != proven:
-            core.counters.impostors += 1
-            raise RemoteProtocolError(f"a message in the name of {node!r} from the owner of {proven!r}'s key")
-        return None
-
     def _on_batch(self, link: Link, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> None:
-        arrival = self._arrive(link, envelope, batch.payload_bytes)
+        arrival = self._arrivals.take(link, envelope, batch)
         # After a hole, and as a repeat, a batch is as good as ever: its claims carry their own base.
-        payload = batch.payload_bytes
-        link.traffic.rows_in += batch.row_count
-        link.traffic.bytes_in += payload
         try:
             pending = self._push.receive(link, envelope, batch, now)
         except RemoteProtocolError:
-            self._refused(link, arrival, payload)
+            self._arrivals.refused(link, arrival, batch)
             raise
         if not pending and arrival is Arrival.NEXT:
-            self._applied(link, payload)
+            self._arrivals.applied(link, batch)
 
     def _on_batch_ready(self, sender_boot: int, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> None:
         self._core.source = sender_boot
@@ -516,13 +466,10 @@ class Machine:
             if int(keyspace.knowledge.frontier[batch.writer]) != reached:
                 self._progress(keyspace, now)
         if link is not None and envelope.session == link.session_in:
-            self._applied(link, batch.payload_bytes)
+            self._arrivals.applied(link, batch)
 
     def _on_pull_reply(self, link: Link, envelope: m.Envelope, reply: m.PullReply | m.ShardsReply, now: m.Now) -> None:
-        payload = reply.payload_bytes
-        arrival = self._arrive(link, envelope, payload)
-        link.traffic.rows_in += reply.row_count
-        link.traffic.bytes_in += payload
+        arrival = self._arrivals.take(link, envelope, reply)
         if arrival is Arrival.BROKEN:
             self._pull.abandon_answered(link, reply, "a chunk came behind a hole")
         if arrival is not Arrival.NEXT:
@@ -534,9 +481,9 @@ class Machine:
             else:
                 self._pull.rounds.on_reply(link, reply, now)
         except RemoteProtocolError:
-            self._refused(link, arrival, payload)
+            self._arrivals.refused(link, arrival, reply)
             raise
-        self._applied(link, payload)
+        self._arrivals.applied(link, reply)
         if reply.last:
             self._progress_of(reply.keyspace, now)
             self._retirement.on_pulled(reply.keyspace, now)
@@ -546,67 +493,28 @@ class Machine:
             self._schedule.on_pulled(self._core.keyspaces[reply.keyspace], new, reply.last, now)
 
     def _on_found(self, link: Link, envelope: m.Envelope, found: m.KeysFound, now: m.Now) -> None:
-        arrival = self._arrive(link, envelope, found.payload_bytes)
-        link.traffic.rows_in += found.row_count
-        link.traffic.bytes_in += found.payload_bytes
+        arrival = self._arrivals.take(link, envelope, found)
         if arrival is not Arrival.NEXT:
             return
         try:
             self._fetching.on_found(link, found, now)
         except RemoteProtocolError:
-            self._refused(link, arrival, found.payload_bytes)
+            self._arrivals.refused(link, arrival, found)
             raise
-        self._applied(link, found.payload_bytes)
+        self._arrivals.applied(link, found)
 
     def _on_state_chunk(self, link: Link, envelope: m.Envelope, chunk: m.StateChunk, now: m.Now) -> None:
-        payload = chunk.payload_bytes
-        arrival = self._arrive(link, envelope, payload)
-        link.traffic.rows_in += chunk.row_count
-        link.traffic.bytes_in += payload
+        arrival = self._arrivals.take(link, envelope, chunk)
         if arrival is not Arrival.NEXT:
             return
         try:
             claimed = self._feeds.take(link, chunk, now)
         except RemoteProtocolError:
-            self._refused(link, arrival, payload)
+            self._arrivals.refused(link, arrival, chunk)
             raise
-        link.note_applied(payload)
-        self._core.send(link, m.Ack(*link.take_ack()))  # at once: its sender has nothing but acknowledgements to go by
+        self._arrivals.applied_at_once(link, chunk)
         if claimed:
             self._progress_of(chunk.keyspace, now)
-
-    def _arrive(self, link: Link, envelope: m.Envelope, payload: int) -> Arrival:
-        if envelope.session == 0:
-            raise RemoteProtocolError("a batch or pull chunk outside any session")
-        begins, was_broken = envelope.session > link.session_in, link.is_broken(envelope.session)
-        arrival = link.on_arrival(envelope)
-        if link.overruns(payload):
-            self._core.counters.credit_overruns += 1
-            raise RemoteProtocolError(f"session {envelope.session} brings more than its credit, and goes on unacknowledged")
-        if begins:  # with credit of its own, so that credit bounds no sessions
-            self._core.emit(m.Unwanted())
-        if arrival is Arrival.BROKEN:
-            self._core.counters.sessions_broken += 1
-            if not was_broken:  # what was asked since then is answered in the next session
-                self._pull.abandon_from(link.node, "the session has a hole")
-                self._feeds.spoil(link)
-            self._core.send(link, m.SessionBroken(envelope.session))
-        return arrival
-
-    def _applied(self, link: Link, payload: int) -> None:
-        if link.note_applied(payload):
-            self._core.send(link, m.Ack(*link.take_ack()))
-        else:
-            self._owed[link.boot] = link
-
-    def _refused(self, link: Link, arrival: Arrival, payload: int) -> None:
-        """What was refused is not on its way any more: its credit goes back, or the link would dry up.
-
-        With the timer, since a message that is refused has no effects of its own.
-        """
-        if arrival is Arrival.NEXT:
-            link.note_applied(payload)
-            self._owed[link.boot] = link
 
     # --- the timer
 
@@ -614,7 +522,7 @@ class Machine:
         core = self._core
         if self._started:
             if now.monotonic_ms >= self._gossip.beat_ms:
-                self._free_stuck_links(now)
+                self._departures.free_stuck_links(now)
                 self._push.open_links(now)
                 self._allotment.on_beat(now)
                 self._retirement.on_timer(now)
@@ -636,52 +544,22 @@ class Machine:
         self._sharing.on_timer(now)
         self._feeds.on_timer(now)
         self._state_mode.on_timer()
-        if self._ack_ms is not None and now.monotonic_ms >= self._ack_ms:
-            self._acknowledge()
-        for node in list(self._pull.outboxes):
-            if node in core.links:
-                self._pump(core.links[node])
-
-    def _acknowledge(self) -> None:
-        """Everything that is applied and not acknowledged yet."""
-        owed, self._owed, self._ack_ms = self._owed, {}, None
-        for boot, link in owed.items():
-            if link.ack_waits and self._core.by_boot.get(boot) is link:
-                self._core.send(link, m.Ack(*link.take_ack()))
-
-    def _free_stuck_links(self, now: m.Now) -> None:
-        core = self._core
-        for link in core.links.values():
-            # Most links carry heartbeats alone; whether their peers live need not be asked.
-            if not link.waits_for_ack:
-                continue
-            if not core.membership.alive(link.node, now.monotonic_ms):
-                self._state_mode.drop(link.boot)
-                self._push.drop_waiting(link)  # it may be gone for good; if it comes back, it pulls
-                continue
-            if link.is_stuck(now.monotonic_ms):
-                core.note("session_stuck", peer=link.node, bytes_in_flight=link.bytes_in_flight)
-                link.restart_session()
-                self._drop_streams(link)
+        self._arrivals.on_timer(now)
+        self._departures.pump_streams()
 
     def _plan(self, now_ms: int) -> None:
         """When the timer is wanted next. Each part of it is an absolute moment: events must not push it away."""
         core = self._core
-        if not self._owed:
-            self._ack_ms = None
-        elif self._ack_ms is None:
-            self._ack_ms = now_ms + links.ACK_DELAY_MS
         parts = self._pull.next_ms(now_ms), self._reach.next_ms(), self._schedule.next_ms(), self._sharing.next_ms()
         rounds = self._pull.rounds.next_ms(), self._pull.round_answers.next_ms()
         backlogs = self._state_mode.next_ms(), self._feeds.next_ms()
-        wanted = [moment for moment in (self._ack_ms, *parts, *rounds, *backlogs) if moment is not None]
+        wanted = [moment for moment in (self._arrivals.next_ms(now_ms), *parts, *rounds, *backlogs) if moment is not None]
         wanted.append(self._gossip.next_ms(now_ms))
         written = [keyspace.last_batch_ms for keyspace in core.keyspaces.values() if keyspace.last_batch_ms]  # by our writer
         if written:
             wanted.append(min(written) + push.IDLE_BEAT_MS)
-        for node, box in self._pull.outboxes.items():
-            if box.streams and node in core.links and core.links[node].has_credit_for_repairs():
-                wanted.append(now_ms)
+        if self._departures.streams_wait():
+            wanted.append(now_ms)
         self._others_ms = min(wanted)
         soon = [moment for moment in (self._push.next_ms(), core.budgets.next_ms()) if moment is not None]
         self._deadline_ms = min([self._others_ms, *soon])
@@ -702,39 +580,6 @@ class Machine:
         keyspace = self._core.keyspaces.get(number)
         if keyspace is not None:
             self._progress(keyspace, now)
-
-    def _pump(self, link: Link) -> None:
-        outbox = self._pull.outboxes.get(link.node)
-        if outbox is not None and outbox.is_due(link):
-            outbox.pump(self._core, link)
-        self._push.pump(link)
-        if outbox is not None:
-            outbox.pump(self._core, link)
-            if not outbox.streams:  # only those that stream are looked at again and again
-                del self._pull.outboxes[link.node]
-
-    def _pump_refilled(self) -> None:
-        """Send what found no tokens, where there are some again."""
-        for bucket in self._core.budgets.take_refilled():
-            self._pump_region(bucket.region)
-
-    def _pump_region(self, region: str) -> None:
-        """All links to a region, the one that was first last time at the end now, so that none has all the tokens."""
-        links_there = [link for link in self._core.links.values() if link.region == region]
-        turn = self._turns[region] = (self._turns.get(region, 0) + 1) % max(1, len(links_there))
-        for link in (*links_there[turn:], *links_there[:turn]):
-            self._pump(link)
-
-    def _on_sent_smaller(self, boot: int, bytes_saved: int) -> None:
-        link = self._core.by_boot.get(boot)
-        if link is not None and link.bucket is not None:
-            link.bucket.give_back(bytes_saved)
-
-    def _drop_streams(self, link: Link) -> None:
-        """A stream with a hole is worthless: its asker gives it up too, and asks again."""
-        self._push.drop_waiting(link)
-        self._state_mode.on_session_ended(link)
-        self._pull.answers.drop_streams(link.node)
 
     def _on_link_gone(self, link: Link) -> None:
         self._state_mode.drop(link.boot)

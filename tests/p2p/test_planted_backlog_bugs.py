@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p2p import machine
 from p2p import messages as m
+from p2p.arrivals import Arrivals
 from p2p.busy import feeds, state_mode
 from p2p.busy.backlog import Backlog, Cycle
 from p2p.busy.due import DueRows, Taken
@@ -15,7 +15,6 @@ from p2p.busy.state_mode import StateMode
 from p2p.core import Keyspace
 from p2p.errors import RemoteProtocolError
 from p2p.link.links import Arrival, Link
-from p2p.machine import Machine
 from p2p.pulling import intake
 from p2p.pushing import push
 from p2p.replica import RowColumns, Selection
@@ -233,13 +232,13 @@ def a_backlog_survives_its_session(patch: pytest.MonkeyPatch) -> None:
 
 def claims_behind_a_hole_count(patch: pytest.MonkeyPatch) -> None:
     """R3: a claim is taken though a chunk before it is missing."""
-    arrive = Machine._arrive
+    take = Arrivals.take
 
-    def lenient(self: Machine, link: Link, envelope: m.Envelope, payload: int) -> Arrival:
-        arrival = arrive(self, link, envelope, payload)
+    def lenient(self: Arrivals, link: Link, envelope: m.Envelope, rows: m.Rows) -> Arrival:
+        arrival = take(self, link, envelope, rows)
         return Arrival.NEXT if arrival is Arrival.BROKEN else arrival
 
-    patch.setattr(machine.Machine, "_arrive", lenient)
+    patch.setattr(Arrivals, "take", lenient)
     patch.setattr(Feeds, "spoil", lambda self, link: None)
 
 

@@ -10,10 +10,10 @@ import pytest
 from ekko.codec import decode, encode, rounded
 from ekko.store.model_store import ModelStore
 from p2p import knowledge, wire
+from p2p.arrivals import Arrivals
 from p2p.core import Keyspace
 from p2p.identity.writers import WriterBook
 from p2p.link.links import Arrival
-from p2p.machine import Machine
 from p2p.members import trees
 from p2p.messages import PullReply
 from p2p.pulling import outbox, pull
@@ -113,7 +113,7 @@ def chunks_may_be_missing(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(pull.Pull, "on_reply", on_reply)
     patch.setattr(pull.Pull, "abandon_from", lambda *_args: None)
-    patch.setattr(Machine, "_arrive", lambda *_args: Arrival.NEXT)
+    patch.setattr(Arrivals, "take", lambda *_args: Arrival.NEXT)
 
 
 def lost_memory_keeps_its_writer_id(patch: pytest.MonkeyPatch) -> None:

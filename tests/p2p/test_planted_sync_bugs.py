@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from p2p import messages as m
+from p2p.arrivals import Arrivals
 from p2p.core import Core
 from p2p.link.links import Arrival
-from p2p.machine import Machine
 from p2p.paper import rounds, schedule, shard_versions
 from p2p.paper.leaders import leaders_of
 from p2p.paper.round_answers import RoundAnswers
@@ -214,7 +214,7 @@ def chunks_may_be_missing(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(Rounds, "on_reply", on_reply)
     patch.setattr(pull.Pull, "abandon_from", lambda *_args: None)
-    patch.setattr(Machine, "_arrive", lambda *_args: Arrival.NEXT)
+    patch.setattr(Arrivals, "take", lambda *_args: Arrival.NEXT)
 
 
 def both_take_the_others_version(patch: pytest.MonkeyPatch) -> None:
