@@ -6,6 +6,8 @@ rows. Then bad updates come for a minute, to 0.6 % of the rows, again and again.
 
     restore      from the operator's request, which is the decision, to the moment at which every replica has every row of
                  before: fence, convergence, difference, plan and write-back included. `writers_back_s` is when writers go on.
+                 By the witness's clock: `fence_s`, until it has all that was written; `compare_s`, until the plan is durable;
+                 `write_s`, until all of it is stored there and sent; `visible_s`, until it knows that all have it.
     full reload  both serving nodes begin with empty memory and pull everything, over the same link, with the same codec and
                  compression. From the moment at which their sockets are there to the one at which they have caught up: the
                  start of their processes is not counted. The state crosses the link once; the second one has it from the first.
@@ -22,6 +24,7 @@ import time
 from contextlib import closing, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -48,6 +51,8 @@ WAIT_S_MAX = 600.0
 # At 100 Mbps the state crosses the link in 85 s.
 RELOAD_S_MAX = 240.0
 SERVING = ("serve-1", "serve-2")
+# As the witness tells them (`ekko.rollback.machine.PHASES`).
+PHASES = ("fence", "compare", "write", "visible")
 NODES = [
     NodeSpec("train", "home", "train"),
     NodeSpec("witness", "home", "witness", settings={"delay": "0s", "log_bytes": "4GB"}),
@@ -82,6 +87,7 @@ def run(quick: bool) -> dict[str, Figure]:
         "full_reload_s": reload_s if ended else None,
         "speedup": (reload_s if ended else link_s) / restore_s,
         "restore_s_max": max(one["restore_s"] for one in rounds),
+        **{f"{phase}_s": statistics.median(one[f"{phase}_s"] for one in rounds) for phase in PHASES},
         "writers_back_s": statistics.median(one["writers_back_s"] for one in rounds),
         "rows_restored": rounds[-1]["rows"],
         "bytes_restored": rounds[-1]["bytes"],
@@ -173,6 +179,7 @@ class _Bench:
         return {
             "restore_s": max(restored_s.values()),
             "writers_back_s": back_s,
+            **{f"{phase}_s": history["took_ms"][phase] / 1_000 for phase in PHASES},
             "rows": history["rows"],
             "bytes": history["payload_bytes"],
             "rows_wrong": wrong_rows,
@@ -187,8 +194,8 @@ class _Bench:
     def _node(self, name: str) -> NodeProcess:
         return self._cluster[name]
 
-    def _until_over(self, epoch: str) -> dict[str, float]:
-        found: dict[str, float] = {}
+    def _until_over(self, epoch: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
 
         def over() -> bool:
             found.update(self._node("witness").get(f"/rollback?epoch={epoch}")["rollbacks"][0])

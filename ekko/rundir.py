@@ -1,4 +1,4 @@
-"""What a node keeps in its `run_dir` besides the store: the lock that makes it the only one, and the durable ledger."""
+"""What a node keeps in its `run_dir` besides the store: the lock that makes it the only one, and where it listens."""
 
 import contextlib
 import fcntl
@@ -7,14 +7,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ekko.errors import ConfigError, NodeUnreachable, StoreError
+from ekko.errors import ConfigError, NodeUnreachable
 from ekko.store.access import Access
 from ekko.store.leftovers import RUN_DIR_LOCK
 
 ENDPOINT_NAME = "endpoint"
-LEDGER_NAME = "ledger"
 LOOKS_MET_MAX = 5
-LEDGER_BYTES_MAX = 16 << 20  # 4,096 ids for each of some models are a few hundred KiB
 
 
 @contextlib.contextmanager
@@ -74,48 +72,3 @@ def read_endpoint(run_dir: Path) -> str:
         raise NodeUnreachable(
             f"no node has its endpoint in {run_dir} ({error.strerror}): start `ekko node` with this run_dir"
         ) from None
-
-
-class FileLedger:
-    """A small durable record in a file; fulfils `p2p.identity.ledger.Ledger`."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / LEDGER_NAME
-
-    def load(self) -> bytes | None:
-        """What was saved last, or None.
-
-        Raises:
-            StoreError: the file is there and cannot be read.
-        """
-        try:
-            if self._path.stat().st_size > LEDGER_BYTES_MAX:
-                raise StoreError(
-                    f"{self._path} is larger than {LEDGER_BYTES_MAX} bytes: it is not a ledger; restore it from a copy"
-                )
-            return self._path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StoreError(f"{self._path} cannot be read: {error.strerror}") from None
-
-    def save(self, record: bytes) -> None:
-        """Replace the record; on return it survives a crash of the machine.
-
-        Raises:
-            StoreError: it could not be written; the record of before is still there.
-        """
-        fresh = self._path.with_name(f"{LEDGER_NAME}.new")
-        try:
-            with fresh.open("wb") as file:
-                file.write(record)
-                file.flush()
-                os.fsync(file.fileno())
-            fresh.replace(self._path)
-            folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)  # the new name, too, must survive
-            finally:
-                os.close(folder)
-        except OSError as error:
-            raise StoreError(f"{self._path} cannot be written: {error.strerror}") from None

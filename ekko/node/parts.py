@@ -11,6 +11,7 @@ from ekko.config import NodeConfig
 from ekko.delayed.store import DelayedStore
 from ekko.endpoint import LocalEndpoint
 from ekko.errors import EkkoError, StoreError
+from ekko.file_ledger import FileLedger
 from ekko.health.service import Health
 from ekko.local import Failed
 from ekko.metrics import Metrics
@@ -27,7 +28,6 @@ from ekko.priority.origin import Priorities
 from ekko.priority.shares import Shares
 from ekko.rates import Rates
 from ekko.rollback.past import DelayedPast
-from ekko.rundir import FileLedger
 from ekko.security import NodeKeys
 from ekko.store import Store
 from ekko.store.manifest import kernel_boot_id

@@ -164,10 +164,15 @@ class NodeRollbacks:
         known = self._store.facts.of(Rollbacks)
         if epoch is not None:
             fact = known.answering(epoch)
-            return {"rollbacks": [] if fact is None else [picture_of(known.shown(fact))]}
+            return {"rollbacks": [] if fact is None else [self._picture(fact)]}
         names = {fact.model for fact in known.known.values()} | {self._store.generation(name) for name in self._store.models}
         chosen = sorted(one for one in names if one is not None and model in (None, one.name))
-        return {"rollbacks": [picture_of(known.shown(fact)) for one in chosen for fact in known.of(one)]}
+        return {"rollbacks": [self._picture(fact) for one in chosen for fact in known.of(one)]}
+
+    def _picture(self, fact: Rollback) -> dict[str, object]:
+        """At the witness that carried it out, with how long that took."""
+        took_ms = self.coordinator.took_ms(fact.epoch)
+        return picture_of(self._store.facts.of(Rollbacks).shown(fact)) | ({"took_ms": took_ms} if took_ms else {})
 
     def pictures(self) -> dict[str, dict[str, object]]:
         """Of each model the rollback that counts, over or not; models that were never taken back have none."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from ekko.errors import EkkoError, ModelError
 from ekko.generations import Generation
 from ekko.model import ModelSpec
-from ekko.rollback.facts import PER_MILLE, Key, Rollback, Rollbacks, Step, check_free, fact_of, shortened
+from ekko.rollback.facts import PER_MILLE, ROLLBACKS_MAX, Key, Rollback, Rollbacks, Step, check_free, fact_of, shortened
 from ekko.rollback.moments import HEALTHY
 from ekko.rollback.performer import Performer, Reply, Surroundings
 from ekko.rollback.plan import read_plan
@@ -83,6 +83,7 @@ class Coordinator:
     performers: dict[tuple[Generation, bool], Performer] = field(default_factory=dict)  # by model, and whether it is dry
     _seen_ms: dict[tuple[Key, str], int] = field(default_factory=dict)  # since when it waits to be taken on, and from whom
     _corrupted_ms: dict[Generation, int] = field(default_factory=dict)  # since when a model is known to be
+    _took_ms: dict[int, dict[str, int]] = field(default_factory=dict)  # by epoch, of those that ended here
     _look_ms: int = 0
     _remembered: dict[Generation, None] = field(default_factory=dict)  # models whose plan was looked for
 
@@ -147,6 +148,11 @@ class Coordinator:
         fence = None if self.around is None else self.around.fence_of(self.store.models[model.name].spec.id)
         return self.facts().next_epoch(model, self.random(), 0 if fence is None else fence.epoch)
 
+    def took_ms(self, epoch: int) -> dict[str, int]:
+        """How long the phases of a rollback took that was carried out here, in this life, by name (`machine.PHASES`)."""
+        running = {one.fact.epoch: one.took_ms for one in self.performers.values()}
+        return running.get(epoch) or self._took_ms.get(epoch, {})
+
     # --- at every look
 
     def look(self, now: m.Now) -> None:
@@ -160,6 +166,9 @@ class Coordinator:
             return
         for key in [key for key, performer in self.performers.items() if performer.over]:
             gone = self.performers.pop(key)
+            self._took_ms[gone.fact.epoch] = gone.took_ms
+            while len(self._took_ms) > ROLLBACKS_MAX:
+                del self._took_ms[next(iter(self._took_ms))]
             if gone.lost and self.facts().running(gone.fact.model) == gone.fact:
                 self._perform(self._taken(gone.fact, now), now)
         known = self.facts().known

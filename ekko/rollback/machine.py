@@ -16,6 +16,7 @@ another word (`Superseded`): the fence of the higher epoch keeps its writes out.
 """
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final, assert_never
 
 from ekko.rollback.facts import PER_MILLE, Rollback, Step, shortened
@@ -33,6 +34,14 @@ WRITE_AGAIN_MS: Final = 200
 SMALL_SHARE: Final = 10
 PROBE_MS_MAX: Final = 120_000
 TELL_EVERY_MS: Final = 1_000
+# What a rollback takes is told by phase: each lasts until a step of the next one begins.
+PHASES: Final = (
+    ("fence", (Step.FENCING, Step.CONVERGING)),
+    ("compare", (Step.PLANNING,)),
+    ("write", (Step.WRITING,)),
+    ("visible", (Step.WAITING,)),
+    ("", (Step.PROBING, Step.LIFTING)),
+)
 
 
 # --- events ---------------------------------------------------------------------------------------------------------------
@@ -238,7 +247,8 @@ class Machine:
         self._next = 0  # the batch to be written next
         self._open: dict[int, None] = {}  # batches that are not answered yet
         self._failed: dict[int, None] = {}  # those that have to be written again
-        self._step_ms = 0  # monotonic, when the step began
+        self.begun_ms: dict[Step, int] = {}  # monotonic, when each step began in this life
+        self._step_ms = 0  # the same, of the step at hand
         self._told_ms = 0
         self._failing = ""  # why, while what was fenced is being lifted again
         self._deadline_ms = 0
@@ -252,6 +262,19 @@ class Machine:
     def step(self) -> Step:
         """How far it is."""
         return self.fact.step
+
+    @property
+    def took_ms(self) -> dict[str, int]:
+        """How long each phase took that is over, by the witness's clock: "fence", until all that it left is here; "compare",
+        until the plan is durable; "write", until all of it is stored here and sent; "visible", until every replica has it.
+        """
+        begun = self.begun_ms
+        since = [(name, min((begun[step] for step in steps if step in begun), default=None)) for name, steps in PHASES]
+        return {
+            name: end_ms - begin_ms
+            for (name, begin_ms), (_, end_ms) in pairwise(since)
+            if begin_ms is not None and end_ms is not None
+        }
 
     def handle(self, event: Event, now_ms: int, unix_ms: int) -> list[Effect]:
         """Advance by one event.
@@ -472,7 +495,7 @@ class Machine:
     def _end(self, step: Step, now_ms: int, unix_ms: int) -> None:
         self._enter(step, now_ms, unix_ms, share=PER_MILLE)
         self.over = True
-        self._effects.append(End())
+        self._effects += [Note("rollback_over", tuple((f"{name}_ms", ms) for name, ms in self.took_ms.items())), End()]
 
     # --- time
 
@@ -503,6 +526,7 @@ class Machine:
 
     def _enter(self, step: Step, now_ms: int, unix_ms: int, **changes: object) -> None:
         self._step_ms = now_ms
+        self.begun_ms[step] = now_ms
         self._tell(unix_ms, now_ms, step=step, changed_ms=unix_ms, **changes)
 
     def _tell(self, unix_ms: int, now_ms: int, **changes: object) -> None:

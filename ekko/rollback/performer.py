@@ -85,6 +85,11 @@ class Performer:
         return self._machine.fact
 
     @property
+    def took_ms(self) -> dict[str, int]:
+        """See `machine.Machine.took_ms`."""
+        return self._machine.took_ms
+
+    @property
     def over(self) -> bool:
         """Whether it has ended."""
         return self._machine.over

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ekko.errors import StoreError
-from ekko.rundir import FileLedger
+from ekko.file_ledger import FileLedger
 from p2p.errors import LocalProtocolError
 from p2p.identity.ledger import NodeRecord
 

@@ -11,8 +11,9 @@ from it, and goes through stages:
     CLOSING  who hears of it stops its own writer in that moment (also steps that wait to be sent with others, or for an id),
              takes no batch of the family any more, and has all writers that it knows of retired (`p2p.identity.retirement`)
     CLOSED   one coordinator, the first living holder by name, has a report of every member that knows all that it knows itself,
-             and is done with each of these writers: all hold F of them, which is all that any member held, and nothing above.
-             Only those who restore the family write, each under a fresh id that the fence names
+             and holds F of each of these writers, which is all that any member held, and nothing above; that their entries
+             leave the vectors (`DONE`) need not be waited for. Only those who restore the family write, each under a fresh id
+             that the fence names
     LIFTED   who restored is retired like the others were; publishers go on, under fresh ids
 
 Nothing that a publisher was told to be stored is lost by that while its node lives and is a member: its node reports it, so F
@@ -319,14 +320,23 @@ class Fencing:
         return m.FenceReport(fence.family, fence.epoch, core.retired_digest, self._reached(fence), tuple(sorted(self._lives())))
 
     def _reached(self, fence: m.Fence) -> bool:
-        """Whether we are done with each of the writers of a family, in all of it that is here."""
+        """Whether we hold all that is left of each of the writers of a family, in all of it that is here. Nothing is above:
+        who holds more than a floor starts over when it hears of it.
+        """
         core, family = self._core, fence.family
-        done = all(
-            one.stage == m.DONE
+        keyspaces = core.families.get(family, ())
+        return all(keyspace.synced for keyspace in keyspaces) and all(
+            self._holds(core.keyspaces[one.keyspace], one)
             for one in core.record.retired.values()
-            if one.family == family and one.keyspace in core.keyspaces
+            if one.family == family and one.stage != m.DONE and one.keyspace in core.keyspaces
         )
-        return done and all(keyspace.synced for keyspace in core.families.get(family, ()))
+
+    @staticmethod
+    def _holds(keyspace: Keyspace, retired: m.Retired) -> bool:
+        if retired.stage != m.FLOORED:
+            return False
+        held = keyspace.knowledge.vector[:, retired.writer]
+        return len(retired.floor) == 0 or bool((held >= retired.floor).all())
 
     def _lives(self) -> dict[int, m.NodeId]:
         """Lives of the other members, also of those that are away for however long; not of those that left or were expelled."""

@@ -260,8 +260,10 @@ class Retirement:
             self._follow(retired, now)
         if len(changed) > FOLLOWED_NOTES_MAX:
             core.note("writers_retired", entries=len(changed))
-        self._look(changed, now)
+        # Fences first: that all who hold a writer's floor have said so lets the coordinator close a fence, and what is told of
+        # the writers next changes what such reports have to agree with.
         self.follow_fences(fences, now)
+        self._look(changed, now)
 
     def _trim(self) -> int:
         """Keep what everybody keeps of too much; how many entries were dropped."""
@@ -430,6 +432,7 @@ class Retirement:
         """A pull of this keyspace brought all that it was to bring."""
         if number not in self._open:
             return
+        self.follow_fences((), now)
         self._look([retired for retired in self._core.record.retired.values() if retired.keyspace == number], now)
 
     def _retire_former(self, now: m.Now) -> None:
@@ -542,14 +545,23 @@ class Retirement:
     def held(self, keyspace: Keyspace, writer: int) -> U64:
         """uint64[shards]: the newest that we hold of a writer, by the vector or as a row above it."""
         held = keyspace.knowledge.vector[:, writer].copy()
-        if not keyspace.strays_possible and not keyspace.stray_digest:
+        if not self._has_strays(keyspace):
             return held
         replica = keyspace.replica
-        for selection in replica.scan_since(_only(keyspace, writer, held)):
+        for selection in replica.changed_since(_only(keyspace, writer, held)):
             rows = replica.read(selection.table, selection.slots)
             assert rows.stamps is not None
             np.maximum.at(held, replica.shards_of(rows.keys), rows.stamps)
         return held
+
+    def _has_strays(self, keyspace: Keyspace) -> bool:
+        """Whether rows are held above the vector, as of now. Asked first, once for all writers: of a state of a gigabyte a look
+        at each of its rows, for each writer and stage, was most of what a fence took.
+        """
+        if keyspace.strays_possible:
+            keyspace.stray_digest, keyspace.stray_digest_ms = keyspace.replica.stray_digest(), self._core.now_ms
+            keyspace.strays_possible = keyspace.stray_digest != 0
+        return keyspace.stray_digest != 0
 
 
 def floor_bytes(core: Core) -> int:

@@ -27,6 +27,11 @@ def nobody_is_asked_whether_he_is_done(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Fencing, "_missing", lambda *_: ())
 
 
+def who_has_heard_what_is_left_counts_as_having_it(patch: pytest.MonkeyPatch) -> None:
+    """A member says that it is done when it knows F, and not when it holds it."""
+    patch.setattr(Fencing, "_holds", staticmethod(lambda _, retired: retired.stage != m.FROZEN))
+
+
 def writers_go_on_under_their_ids(patch: pytest.MonkeyPatch) -> None:
     """Who is stopped keeps its writer id, and uses it again."""
     patch.setattr(Core, "stop_writing", lambda *_: None)
@@ -84,6 +89,7 @@ def publishers_are_not_refused(patch: pytest.MonkeyPatch) -> None:
     ("plant", "scenario"),
     [
         (nobody_is_asked_whether_he_is_done, writers_are_stopped_in_mid_stream),
+        (who_has_heard_what_is_left_counts_as_having_it, writers_are_stopped_in_mid_stream),
         (writers_go_on_under_their_ids, writers_are_stopped_in_mid_stream),
         (a_restart_forgets_the_fence, the_whole_cluster_restarts),
         (held_steps_leave_after_all, held_steps_do_not_leave),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from ekko.codec import encode
+from ekko.file_ledger import FileLedger
 from ekko.generations import Alias, Generation
 from ekko.model import ModelSpec, TableSpec, table_id
-from ekko.rundir import FileLedger
 from ekko.snapshots.catalog import Catalog
 from ekko.snapshots.take import Plan, take
 from ekko.snapshots.write import SnapshotWriter

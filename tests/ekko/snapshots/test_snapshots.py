@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 
 from ekko.codec import encode
 from ekko.errors import SnapshotError
+from ekko.file_ledger import FileLedger
 from ekko.model import CODECS, ModelSpec, TableSpec, TensorSpec, table_id
-from ekko.rundir import FileLedger
 from ekko.snapshots.catalog import Catalog, Entry
 from ekko.snapshots.export import export
 from ekko.snapshots.files import plan_load, read_tensors, slices
