@@ -495,7 +495,9 @@ class Machine:
     def _end(self, step: Step, now_ms: int, unix_ms: int) -> None:
         self._enter(step, now_ms, unix_ms, share=PER_MILLE)
         self.over = True
-        self._effects += [Note("rollback_over", tuple((f"{name}_ms", ms) for name, ms in self.took_ms.items())), End()]
+        if took_ms := self.took_ms:
+            self._effects.append(Note("rollback_took", tuple((f"{name}_ms", ms) for name, ms in took_ms.items())))
+        self._effects.append(End())
 
     # --- time
 
