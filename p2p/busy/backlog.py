@@ -3,7 +3,8 @@
 While there is credit, batches pass through whole (`p2p.pushing.push`). Without it, a link goes into *state mode* for a
 keyspace:
 
-    1. the child is told (`Backlogged`), and does not pull what is queued for it; it answers with its vector A
+    1. the child is told (`Backlogged`), and does not pull what is queued for it; it answers with its vector A. Meanwhile what
+       is significant goes ahead, which claims nothing (T3)
     2. due := what changed since A, in all shards of which we send it something; from then on every row that changes here,
        however it came, and also the row of an update that was superseded when it came (R2)
     3. V := our vector, recorded together with what is due. Rows leave by priority, a fifth of the bytes in order
