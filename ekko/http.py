@@ -152,6 +152,13 @@ class Source(Protocol):
     def rollbacks(self, model: str | None, epoch: int | None) -> dict[str, object]:
         """What was taken back and is, of a model or of all; or what became of one request."""
 
+    def rows_at_risk(self, epoch: int) -> dict[str, object]:
+        """Which good rows went with the bad ones when that was taken back.
+
+        Raises:
+            EkkoError: this is not known here.
+        """
+
     def metrics_text(self) -> bytes:
         """The node in Prometheus' text format."""
 
@@ -217,6 +224,8 @@ def make_app(source: Source) -> Starlette:
         if epoch is not None and not re.fullmatch("[0-9a-f]{1,16}", epoch):
             return JSONResponse({"error": f"epoch is {epoch!r}: expected 1 to 16 hexadecimal digits"}, 400)
         try:
+            if epoch is not None and "at_risk" in ask:
+                return JSONResponse(source.rows_at_risk(int(epoch, 16)))
             return JSONResponse(source.rollbacks(ask.get("model"), None if epoch is None else int(epoch, 16)))
         except EkkoError as error:
             return JSONResponse({"error": str(error)}, 404)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from p2p.placement import take
 from p2p.replica import RowColumns
+from p2p.stamps import WRITER_MASK
 
 U64 = NDArray[np.uint64]
 
@@ -37,6 +38,11 @@ def up_to(rows: RowColumns, cut: int, above: int = 0) -> RowColumns:
     stamps = stamps_in(rows)
     kept = (stamps <= np.uint64(cut)) & (stamps > np.uint64(above))
     return rows if kept.all() else take(rows, np.flatnonzero(kept))
+
+
+def not_by(rows: RowColumns, writers: U64) -> RowColumns:
+    """Those that none of these writers wrote."""
+    return take(rows, np.flatnonzero(~np.isin(stamps_in(rows) & np.uint64(WRITER_MASK), writers)))
 
 
 def join(table: int, parts: Sequence[RowColumns]) -> RowColumns:

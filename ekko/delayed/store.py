@@ -26,7 +26,7 @@ from ekko.delayed.history import History, unix_ms_of_cut
 from ekko.delayed.limits import LOG_BYTES_DEFAULT
 from ekko.delayed.log import Log, LogFullError
 from ekko.delayed.model import DelayedModel
-from ekko.delayed.telling import Changed, Versions
+from ekko.delayed.telling import ByOthers, Changed, Versions
 from ekko.errors import ModelError
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
@@ -307,6 +307,16 @@ class DelayedStore:
             raise ModelError(f"model {name!r} has no table with id {table}")
         self.follow_schema()
         return telling.versions_at(model, table, np.ascontiguousarray(keys, np.uint64), cut)
+
+    def by_others(self, name: str, cut_ms: int, table: int, keys: U64, writers: U64) -> ByOthers:
+        """What there would be of keys if some writers, by their ids, had written nothing after a moment.
+
+        Raises:
+            ModelError: there is no such model.
+            StoreError: the older state has passed that moment.
+        """
+        model = self._model(name)
+        return telling.by_others(model, table, np.ascontiguousarray(keys, np.uint64), model.checked(cut_ms), writers)
 
     def at_risk(self, name: str, cut_ms: int, wanted_ms: int) -> list[Changed]:
         """Keys that were written after one moment and not after another: what is lost where the first one has to do for it.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.delayed.columns import U64, overlay, stamps_in
+from ekko.delayed.columns import U64, not_by, overlay, stamps_in
 from ekko.delayed.comparing import absent_in, stamps_of
-from ekko.delayed.history import cut_of
+from ekko.delayed.history import STAMP_MAX, cut_of
 from ekko.delayed.model import DelayedModel
 from p2p.stamps import WRITERS_MAX
 
@@ -32,6 +32,16 @@ class Versions:
     stamps: U64  # [n]; 0: there was none; of a tombstone where it is known
     live: NDArray[np.bool_]  # [n]: it had a row
     rows: NDArray[np.uint8]  # [n, row_bytes], as the codec encodes them; zeros where it had none
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ByOthers:
+    """What there would be of some keys if some writers had written nothing after a cut, as far as that is known."""
+
+    under: Versions  # of the cut, or newer ones of other writers
+    held: U64  # [n]: stamps of the newest versions; 0: nothing is known of one
+    newer: NDArray[np.bool_]  # [n]: `under` is newer than the cut
+    unsure: NDArray[np.bool_]  # [n]: another one may lie between `under` and `held`, which did not come here (`History`)
 
 
 def changes(model: DelayedModel, cut_ms: int) -> Iterator[Changed]:
@@ -63,8 +73,10 @@ def _gone(model: DelayedModel, table: int, cut: int, now_ms: int) -> U64:
     return absent[versions.live & ~expired]
 
 
-def versions_at(model: DelayedModel, table: int, keys: U64, cut: int) -> Versions:
-    """What keys, uint64[n] without repeats, were at a cut."""
+def versions_at(model: DelayedModel, table: int, keys: U64, cut: int, but: U64 | None = None) -> Versions:
+    """What keys, uint64[n] without repeats, were at a cut; with `but`, ids of writers, versions count as well that came later
+    and that none of these wrote.
+    """
     older = model.older.table(table)
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
@@ -77,9 +89,31 @@ def versions_at(model: DelayedModel, table: int, keys: U64, cut: int) -> Version
     live[where], data[where] = True, held[1]
     for rows in model.pending(table, 0, cut):
         overlay(rows, ordered, stamps, live, data)
+    if but is not None:
+        for rows in model.pending(table, cut, STAMP_MAX):
+            overlay(not_by(rows, but), ordered, stamps, live, data)
     back = np.empty_like(order)
     back[order] = np.arange(len(order))
     return Versions(table, keys, stamps[back], live[back], data[back])
+
+
+def by_others(model: DelayedModel, table: int, keys: U64, cut: int, writers: U64) -> ByOthers:
+    """See `DelayedStore.by_others`."""
+    held = stamps_of(model.current.table(table), keys)
+    forgotten = np.flatnonzero(held == 0)  # deletions of which only the log knows by now who made them
+    order = np.argsort(keys[forgotten])
+    sorted_, newest = keys[forgotten][order], np.zeros(len(forgotten), np.uint64)
+    for rows in model.pending(table, cut, STAMP_MAX) if len(forgotten) else ():
+        place = np.minimum(np.searchsorted(sorted_, rows.keys), len(sorted_) - 1)
+        found = sorted_[place] == rows.keys
+        np.maximum.at(newest, place[found], stamps_in(rows)[found])
+    held[forgotten[order]] = newest
+    under = versions_at(model, table, keys, cut, writers)
+    first = np.maximum(under.stamps, np.uint64(cut)) + np.uint64(1)
+    unsure = np.zeros(len(keys), np.bool_)
+    for begin, end in (*model.history.blurs, *model.history.strays):
+        unsure |= np.maximum(first, np.uint64(begin)) < np.minimum(held, np.uint64(end))
+    return ByOthers(under, held, under.stamps > np.uint64(cut), unsure)
 
 
 def at_risk(model: DelayedModel, cut_ms: int, wanted_ms: int) -> list[Changed]:

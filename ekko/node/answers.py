@@ -187,6 +187,10 @@ class Answers:
         """See `ekko.http.Source`."""
         return self._parts().rollbacks.history(model, epoch)
 
+    def rows_at_risk(self, epoch: int) -> dict[str, object]:
+        """See `ekko.http.Source`."""
+        return self._parts().rollbacks.rows_at_risk(epoch)
+
     def _parts(self) -> Parts:
         parts = self._life().parts
         if parts is None:

@@ -15,7 +15,7 @@ import structlog
 
 from ekko.config import NodeConfig
 from ekko.config.sections import HealthSection
-from ekko.errors import ModelError
+from ekko.errors import EkkoError, ModelError
 from ekko.generations import Generation
 from ekko.health.verdicts import Verdicts
 from ekko.model import DENSE_TABLE
@@ -25,6 +25,7 @@ from ekko.rollback.past import Past
 from ekko.rollback.performer import Asked, Reply, Surroundings
 from ekko.rollback.plan import FilePlans
 from ekko.rollback.request import RollbackRequest
+from ekko.rollback.risk import KEPT_MAX, decode_risk, risk_picture
 from ekko.rollback.scope import KEY_END
 from ekko.store import Store
 from p2p import messages as m
@@ -70,12 +71,13 @@ class NodeRollbacks:
         self._wake = asyncio.Event()
         self._replies: deque[Reply] = deque()  # at most one for each request that waits
         health = config.health or HealthSection()
+        self._plans = FilePlans(config.node.run_dir / FOLDER)
         around = None
         if past is not None:
             around = Surroundings(
                 store,
                 past,
-                FilePlans(config.node.run_dir / FOLDER),
+                self._plans,
                 self._ask,
                 self._tell,
                 self._verdict,
@@ -173,6 +175,26 @@ class NodeRollbacks:
         """At the witness that carried it out, with how long that took."""
         took_ms = self.coordinator.took_ms(fact.epoch)
         return picture_of(self._store.facts.of(Rollbacks).shown(fact)) | ({"took_ms": took_ms} if took_ms else {})
+
+    def rows_at_risk(self, epoch: int) -> dict[str, object]:
+        """The good rows that went with the bad ones, by the epoch of a rollback or of the request for it.
+
+        Raises:
+            EkkoError: another node has them, or nobody any more.
+        """
+        fact = self._store.facts.of(Rollbacks).answering(epoch)
+        if fact is None or fact.step is not Step.DONE or fact.dry:
+            raise EkkoError(f"no rollback {epoch:016x} that is done is known here: `ekko rollback` shows those that are")
+        kept = self._plans.kept(fact.model, fact.epoch) if fact.at_risk else b"\x90"
+        if kept is None:
+            where = f"ask at witness {fact.witness!r}, which carried it out"
+            if fact.witness == self._config.node.id:
+                where = f"the records of the last {KEPT_MAX} rollbacks of a model are kept"
+            raise EkkoError(f"the {fact.at_risk:,} rows at risk of rollback {epoch:016x} are not named here: {where}")
+        model = self._store.models.get(fact.model.name)
+        names = {} if model is None else {table.spec.id: table.spec.name for table in model.tables}
+        rows = risk_picture(decode_risk(kept), names)
+        return {"model": fact.model.name, "epoch": f"{fact.epoch:016x}", "at_risk": fact.at_risk, "rows": rows}
 
     def pictures(self) -> dict[str, dict[str, object]]:
         """Of each model the rollback that counts, over or not; models that were never taken back have none."""

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -43,6 +44,10 @@ def rollback(
     finish: Annotated[
         bool, typer.Option("--finish", help="Let writers go on, though the model is not judged healthy yet.")
     ] = False,
+    at_risk: Annotated[
+        str | None,
+        typer.Option("--at-risk", help="Name the good rows that went with the bad ones; at its witness.", metavar="EPOCH"),
+    ] = None,
     config: ConfigOption = None,
     http: HttpOption = None,
     as_json: JsonOption = False,
@@ -56,6 +61,9 @@ def rollback(
     if finish:
         shown = ask_node(address, "/rollback", {"model": _named(model), "finish": True})
         typer.echo(json.dumps(shown) if as_json else f"rollback of {model}: {shown['step']}")
+        return
+    if at_risk is not None:
+        _show_at_risk(address, at_risk, as_json)
         return
     if to is None:
         if table or writer or keys or dry_run or force:
@@ -115,11 +123,12 @@ def _check(done: dict[str, Any]) -> None:
 
 
 def _figures(plan: dict[str, Any]) -> str:
-    return f"{plan['rows']:,} rows ({plan['deletions']:,} of them deletions), {plan['payload_bytes']:,} bytes"
+    others = f", {plan['others']:,} as another writer left them since" if plan["others"] else ""
+    return f"{plan['rows']:,} rows ({plan['deletions']:,} of them deletions{others}), {plan['payload_bytes']:,} bytes"
 
 
 def _forecast(plan: dict[str, Any]) -> str:
-    risk = f"; {plan['at_risk']:,} good rows would be lost" if plan["at_risk"] else ""
+    risk = f"; {plan['at_risk']:,} good rows would be lost, or may be" if plan["at_risk"] else ""
     seconds = plan["estimate_ms"] / 1_000
     return (
         f"{plan['model']} would go back to {show_moment(plan['cut_ms'])}: {_figures(plan)}, about {seconds:.1f} s "
@@ -128,9 +137,23 @@ def _forecast(plan: dict[str, Any]) -> str:
 
 
 def _result(done: dict[str, Any]) -> str:
-    risk = f"; {done['at_risk']:,} good rows were lost: rows-at-risk of witness {done['witness']}" if done["at_risk"] else ""
+    lost = (
+        f"; {done['at_risk']:,} good rows were lost, or may be: `ekko rollback --at-risk {done['epoch']}` at {done['witness']}"
+    )
+    risk = lost if done["at_risk"] else ""
     away = f"; not reached: {', '.join(done['unreachable'])}" if done["unreachable"] else ""
     return f"{done['model']} is as it was at {show_moment(done['cut_ms'])}: {_figures(done)}{risk}{away}"
+
+
+def _show_at_risk(address: str, epoch: str, as_json: bool) -> None:
+    answer = ask_node(address, f"/rollback?epoch={quote(epoch)}&at_risk=1")
+    if as_json:
+        typer.echo(json.dumps(answer))
+        return
+    for row in answer["rows"]:
+        typer.echo(f"{row['table']}  {row['key']}  {row['written'] or 'not known when'}")
+    if (more := answer["at_risk"] - len(answer["rows"])) > 0:
+        typer.echo(f"and {more:,} more that are not named")
 
 
 def _show_history(address: str, model: str | None, as_json: bool) -> None:
@@ -143,6 +166,7 @@ def _show_history(address: str, model: str | None, as_json: bool) -> None:
         when, what = show_moment(one["requested_ms"]), "by verdict" if one["automatic"] else f"asked at {one['asked_by']}"
         to = f"to {show_moment(one['cut_ms'])}" if one["cut_ms"] else "to a healthy state"
         rest = f": {one['reason']}" if one["reason"] else f", {_figures(one)}"
+        rest += f", {one['at_risk']:,} at risk (--at-risk {one['epoch']})" if one["at_risk"] else ""
         typer.echo(f"{when}  {one['model']}  {one['step']}  {to}  {what}  witness {one['witness'] or 'nobody'}{rest}")
     if not told:
         typer.echo("nothing was taken back" + ("" if model is None else f" of model {model}"))

@@ -1,10 +1,12 @@
 """What differs between a model as it is and as it was at a cut, over the union of their keys (R15).
 
-Born since: a deletion. Deleted since: the row. Changed since: the row of then. What is equal by value is left out, whatever its
+Born since: a deletion. Deleted since: the row. Changed since: the row of then; where only one writer's rows are taken back, the
+newest that another one has written since, if there is one. What is equal by value is left out, whatever its
 stamp: so a plan that is made anew after half of another one was carried out has the other half in it, and no more.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,20 +71,28 @@ def differences(
         if table is None or not scope.has_table(table.spec.name) or not piece.keys.size:
             continue  # it was dropped since, which no rollback takes back
         now = versions_now(table, piece.keys)
-        meant = scope.mask(piece.keys, now.stamps)
-        then = past.at(generation, cut_ms, piece.table, piece.keys)
+        if scope.writer:
+            under = past.under(generation, cut_ms, piece.table, piece.keys, scope.writers)
+            meant, then = scope.mask(piece.keys, under.held), under.versions
+            newer, unsure = under.newer, np.flatnonzero(meant & under.unsure)
+            if unsure.size:
+                yield RowsAtRisk(piece.table, piece.keys[unsure], np.zeros(unsure.size, np.uint64))
+        else:
+            meant, then = scope.mask(piece.keys, now.stamps), past.at(generation, cut_ms, piece.table, piece.keys)
+            newer = np.zeros(piece.keys.size, np.bool_)
         live_then = then.live & ~(then.stamps < np.uint64(table.spec.stamp_min(unix_ms)))
         same = (now.live == live_then) & (~now.live | (now.rows == then.rows).all(axis=1))
-        yield from _batches(table, piece.keys, now, live_then, then.rows, np.flatnonzero(meant & ~same))
+        for batch, which in _batches(table, piece.keys, now, live_then, then.rows, np.flatnonzero(meant & ~same)):
+            yield replace(batch, others=int(newer[which].sum()))
         yield None
 
 
 def _batches(
     table: Table, keys: U64, now: Versions, live: NDArray[np.bool_], rows: NDArray[np.uint8], which: NDArray[np.int64]
-) -> Iterator[PlanBatch]:
-    """These keys, cut into batches; of each, live rows come first."""
+) -> Iterator[tuple[PlanBatch, NDArray[np.int64]]]:
+    """These keys, cut into batches, and which of them are in each; of each, live rows come first."""
     which = np.concatenate([which[live[which]], which[~live[which]]])
     at_once = max(1, min(BATCH_ROWS_MAX, BATCH_BYTES_MAX // (table.spec.row_bytes + 8)))
     for begin in range(0, which.size, at_once):
         part = which[begin : begin + at_once]
-        yield PlanBatch(table.spec.id, keys[part], rows[part[live[part]]], now.stamps[part])
+        yield PlanBatch(table.spec.id, keys[part], rows[part[live[part]]], now.stamps[part]), part

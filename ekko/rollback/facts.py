@@ -79,7 +79,8 @@ class Rollback:
     deletions: int = 0
     payload_bytes: int = 0
     estimate_ms: int = 0
-    at_risk: int = 0  # good rows that go with the bad ones
+    at_risk: int = 0  # good rows that go with the bad ones, or may
+    others: int = 0  # of `rows`, as a writer that is not meant left them after the cut
     rows_done: int = 0
     changed_ms: int = 0  # when this step began
     share: int = PER_MILLE  # of the traffic that the live model may answer meanwhile, per mille
@@ -241,6 +242,7 @@ _NUMBERS: Final = (
     "payload_bytes",
     "estimate_ms",
     "at_risk",
+    "others",
     "rows_done",
     "changed_ms",
     "share",

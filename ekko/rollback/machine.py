@@ -388,6 +388,7 @@ class Machine:
             deletions=summary.deletions,
             payload_bytes=summary.payload_bytes,
             at_risk=summary.at_risk,
+            others=summary.others,
             estimate_ms=estimate_ms,
         )
         self.fact = figures

@@ -36,6 +36,16 @@ class Versions:
     rows: NDArray[np.uint8]  # [n, row_bytes]; of what does not live: zeros
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Under:
+    """What lies under the rows that some writers wrote after a mark."""
+
+    versions: Versions  # the newest of others; else those of the mark
+    held: U64  # [n]: stamps of what lies over them: of the newest version, also of a deletion that is forgotten; 0: not known
+    newer: NDArray[np.bool_]  # [n]: it is newer than the mark
+    unsure: NDArray[np.bool_]  # [n]: a newer one of others may have been there, that never came here
+
+
 class Past(Protocol):
     """The past of the models of one witness. Moments are Unix milliseconds."""
 
@@ -50,6 +60,9 @@ class Past(Protocol):
 
     def at(self, model: Generation, cut_ms: int, table: int, keys: U64) -> Versions:
         """How these rows were at a mark."""
+
+    def under(self, model: Generation, cut_ms: int, table: int, keys: U64, writers: tuple[int, ...]) -> Under:
+        """What there would be of these rows if those writers, by their ids, had written nothing after a mark."""
 
     def at_risk(self, model: Generation, cut_ms: int, wanted_ms: int) -> Iterator[tuple[int, U64, U64]]:
         """What was written after one moment and not after another: table, keys, and the stamps of the newest such versions."""
@@ -79,6 +92,11 @@ class DelayedPast:
     def at(self, model: Generation, cut_ms: int, table: int, keys: U64) -> Versions:
         found = self._delayed.at(model.name, cut_ms, table, keys)
         return Versions(found.live, found.stamps, found.rows)
+
+    def under(self, model: Generation, cut_ms: int, table: int, keys: U64, writers: tuple[int, ...]) -> Under:
+        found = self._delayed.by_others(model.name, cut_ms, table, keys, np.array(writers, np.uint64))
+        versions = Versions(found.under.live, found.under.stamps, found.under.rows)
+        return Under(versions, found.held, found.newer, found.unsure)
 
     def at_risk(self, model: Generation, cut_ms: int, wanted_ms: int) -> Iterator[tuple[int, U64, U64]]:
         for changed in self._delayed.at_risk(model.name, cut_ms, wanted_ms):

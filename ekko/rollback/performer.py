@@ -4,7 +4,7 @@ Nothing here waits, and nothing takes long: answers of the protocol come later (
 (`work`). So the daemon's loop and the simulator's virtual time drive the same code.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -17,6 +17,7 @@ from ekko.rollback.facts import Rollback, Step, entry_of
 from ekko.rollback.moments import HEALTHY, show_moment
 from ekko.rollback.past import Past
 from ekko.rollback.plan import Plan, PlanBatch, Plans, RowsAtRisk, Summary, read_plan, write_plan
+from ekko.rollback.risk import KEPT_MAX, encode_risk
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
 from p2p import messages as m
@@ -76,7 +77,7 @@ class Performer:
         self._node = node
         self._machine = r.Machine(fact, judged=bool(node.verdict(fact.model.name, 0)), small_share=node.small_share)
         self._asked: dict[int, r.Effect] = {}  # what the protocol has not answered yet, by request
-        self._planning: Iterator[Summary | None] | None = None
+        self._planning: Generator[Summary | None, None, None] | None = None
         self._plan: Plan | None = None
 
     @property
@@ -257,12 +258,23 @@ class Performer:
 
     def _end(self) -> None:
         if self._plan is not None:
+            if self.fact.step is Step.DONE and self._plan.at_risk:
+                self._keep_risk(self._plan.at_risk)
             self._plan.close()
             self._plan = None
-        self._planning = None
+        if self._planning is not None:
+            self._planning.close()
+            self._planning = None
         self._asked.clear()
         if not self.fact.dry:
             self._node.plans.drop(self.fact.model)
+
+    def _keep_risk(self, rows: list[RowsAtRisk]) -> None:
+        fact = self.fact
+        try:
+            self._node.plans.keep(fact.model, fact.epoch, encode_risk(rows), KEPT_MAX)
+        except OSError as error:
+            self._node.note("rows_at_risk_not_kept", {"model": fact.model.name, "reason": error.strerror})
 
     # --- the plan
 
@@ -375,16 +387,16 @@ class Performer:
         return {"step": Step(self.fact.step).name.lower(), "rows_done": self.fact.rows_done, "rows": self.fact.rows}
 
 
-def _counted(cut_ms: int, pieces: Iterator[PlanBatch | RowsAtRisk | None]) -> Iterator[Summary | None]:
+def _counted(cut_ms: int, pieces: Iterator[PlanBatch | RowsAtRisk | None]) -> Generator[Summary | None, None, None]:
     """The figures of a plan that nobody writes."""
-    batches = rows = deletions = payload_bytes = at_risk = 0
+    batches = rows = deletions = payload_bytes = at_risk = others = 0
     for piece in pieces:
         match piece:
             case PlanBatch():
                 batches, rows = batches + 1, rows + len(piece.keys)
                 deletions += len(piece.keys) - len(piece.rows)
-                payload_bytes += piece.payload_bytes
+                payload_bytes, others = payload_bytes + piece.payload_bytes, others + piece.others
             case RowsAtRisk():
                 at_risk += len(piece.keys)
         yield None
-    yield Summary(cut_ms, batches, rows, deletions, payload_bytes, at_risk)
+    yield Summary(cut_ms, batches, rows, deletions, payload_bytes, at_risk, others)

@@ -9,8 +9,10 @@ all of it.
 """
 
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from glob import escape as glob_escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol
@@ -44,6 +46,7 @@ class PlanBatch:
     keys: U64  # [n]
     rows: NDArray[np.uint8]  # [live, row_bytes], live <= n, as the model's codec encodes them
     expected: U64  # [n]: the stamp that each had when the plan was made; 0: it was absent
+    others: int = 0  # of these, as a writer that is not meant left them after the cut (`Scope.writer`)
 
     @property
     def payload_bytes(self) -> int:
@@ -54,12 +57,12 @@ class PlanBatch:
 @dataclass(frozen=True, slots=True, eq=False)
 class RowsAtRisk:
     """Good rows of one table that go with the bad ones: written after the mark that was found, and not after the moment
-    that was wanted.
+    that was wanted; or that may, since nobody knows whether a writer that is not meant has written them (`Past.under`).
     """
 
     table: int
     keys: U64  # [n]
-    stamps: U64  # [n] of the versions that are lost
+    stamps: U64  # [n] of the versions that are lost; 0: that is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,7 @@ class Summary:
     deletions: int = 0
     payload_bytes: int = 0
     at_risk: int = 0
+    others: int = 0
 
 
 @dataclass(slots=True)
@@ -90,13 +94,14 @@ class Plan:
         """The `index`-th."""
         self.file.seek(self.places[index])
         part = _read_part(self.file)
-        table, live, keys, rows, expected = part[1:]
+        table, live, keys, rows, expected, others = part[1:]
         data = np.frombuffer(rows, np.uint8)
         return PlanBatch(
             table,
             np.frombuffer(keys, np.uint64),
             data.reshape(live, -1) if live else np.empty((0, 0), np.uint8),
             np.frombuffer(expected, np.uint64),
+            others,
         )
 
     def close(self) -> None:
@@ -109,6 +114,9 @@ class Plans(Protocol):
 
     def begin(self, model: Generation) -> BinaryIO:
         """A file for a new plan of a model; nobody finds it before `commit`."""
+
+    def give_up(self, model: Generation, file: BinaryIO) -> None:
+        """Let go of a file, and of what it takes if it was not committed."""
 
     def commit(self, model: Generation, file: BinaryIO) -> None:
         """Let it take the place of the one before, durably.
@@ -123,6 +131,16 @@ class Plans(Protocol):
     def drop(self, model: Generation) -> None:
         """It is carried out, or void."""
 
+    def keep(self, model: Generation, epoch: int, record: bytes, count_max: int) -> None:
+        """What stays of a rollback that is over, of the last `count_max` of a model.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+
+    def kept(self, model: Generation, epoch: int) -> bytes | None:
+        """What was kept of a rollback; None: nothing was, or it has gone since."""
+
 
 def write_plan(
     plans: Plans,
@@ -131,7 +149,7 @@ def write_plan(
     cut_ms: int,
     batches: Iterable[PlanBatch | RowsAtRisk | None],
     fact: bytes = b"",
-) -> Iterator[Summary | None]:
+) -> Generator[Summary | None, None, None]:
     """Write a plan, a piece at each step of the iterator; the last one gives its figures, and the plan is durable then.
 
     Args:
@@ -145,16 +163,17 @@ def write_plan(
     Raises:
         StoreError: it cannot be written.
     """
-    file = plans.begin(model)
     summary = Summary(cut_ms)
+    file: BinaryIO | None = None
     try:
+        file = plans.begin(model)
         file.write(MAGIC)
         _write_part(file, ["head", model.name, model.incarnation, epoch, cut_ms, fact])
         named = 0
         for one in batches:
             match one:
                 case PlanBatch():
-                    body = [len(one.rows), one.keys.tobytes(), one.rows.tobytes(), one.expected.tobytes()]
+                    body = [len(one.rows), one.keys.tobytes(), one.rows.tobytes(), one.expected.tobytes(), one.others]
                     _write_part(file, ["rows", one.table, *body])
                     summary = _counted(summary, one)
                 case RowsAtRisk():
@@ -169,7 +188,8 @@ def write_plan(
     except OSError as error:
         raise StoreError(f"the plan of a rollback cannot be written: {error.strerror}: free some room on the disk") from None
     finally:
-        file.close()
+        if file is not None:
+            plans.give_up(model, file)
     yield summary
 
 
@@ -196,7 +216,7 @@ def _read(file: BinaryIO, model: Generation) -> Plan:
         place = file.tell()
         part = _read_part(file)
         match part:
-            case ["rows", _, _, _, _, _]:
+            case ["rows", _, _, _, _, _, _]:
                 plan.places.append(place)
                 plan.summary = _counted(plan.summary, plan.batch(len(plan.places) - 1))
             case ["risk", table, count, keys, stamps]:
@@ -220,12 +240,12 @@ def _counted(summary: Summary, batch: PlanBatch) -> Summary:
         summary.deletions + len(batch.keys) - len(batch.rows),
         summary.payload_bytes + batch.payload_bytes,
         summary.at_risk,
+        summary.others + batch.others,
     )
 
 
 def _with_risk(summary: Summary, count: int) -> Summary:
-    rows = summary.rows, summary.deletions, summary.payload_bytes
-    return Summary(summary.cut_ms, summary.batches, *rows, summary.at_risk + count)
+    return replace(summary, at_risk=summary.at_risk + count)
 
 
 def _write_part(file: BinaryIO, part: list[object]) -> None:
@@ -265,6 +285,12 @@ class FilePlans:
         finally:
             os.close(folder)
 
+    def give_up(self, model: Generation, file: BinaryIO) -> None:
+        with suppress(OSError):  # what is still to be written finds no room either
+            file.close()
+        with suppress(OSError):
+            self._path(model, ".new").unlink(missing_ok=True)
+
     def open(self, model: Generation) -> BinaryIO | None:
         try:
             return self._path(model).open("rb")
@@ -272,7 +298,22 @@ class FilePlans:
             return None
 
     def drop(self, model: Generation) -> None:
-        self._path(model).unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that takes nothing any more; it is void all the same, by its epoch
+            self._path(model).unlink(missing_ok=True)
+
+    def keep(self, model: Generation, epoch: int, record: bytes, count_max: int) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path, new = self._path(model, f".{epoch:016x}.kept"), self._path(model, ".new")
+        new.write_bytes(record)
+        new.replace(path)
+        for old in sorted(self._folder.glob(f"{glob_escape(path.name.rsplit('.', 2)[0])}.*.kept"))[:-count_max]:
+            old.unlink(missing_ok=True)
+
+    def kept(self, model: Generation, epoch: int) -> bytes | None:
+        try:
+            return self._path(model, f".{epoch:016x}.kept").read_bytes()
+        except OSError:
+            return None
 
     def _path(self, model: Generation, more: str = "") -> Path:
         return self._folder / f"{label_of(model.name, model.incarnation)}{SUFFIX}{more}"
@@ -283,6 +324,7 @@ class MemoryPlans:
 
     def __init__(self) -> None:
         self.committed: dict[Generation, bytes] = {}
+        self._kept: dict[tuple[Generation, int], bytes] = {}
 
     def begin(self, model: Generation) -> BinaryIO:
         return BytesIO()
@@ -292,9 +334,20 @@ class MemoryPlans:
         self.committed[model] = file.getvalue()
         file.close()
 
+    def give_up(self, model: Generation, file: BinaryIO) -> None:
+        file.close()
+
     def open(self, model: Generation) -> BinaryIO | None:
         data = self.committed.get(model)
         return None if data is None else BytesIO(data)
 
     def drop(self, model: Generation) -> None:
         self.committed.pop(model, None)
+
+    def keep(self, model: Generation, epoch: int, record: bytes, count_max: int) -> None:
+        self._kept[model, epoch] = record
+        for old in sorted(key for key in self._kept if key[0] == model)[:-count_max]:
+            del self._kept[old]
+
+    def kept(self, model: Generation, epoch: int) -> bytes | None:
+        return self._kept.get((model, epoch))

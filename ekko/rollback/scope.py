@@ -46,7 +46,8 @@ class Scope:
         if self.key_end < KEY_END:
             meant &= keys < np.uint64(self.key_end)
         if self.writer:
-            meant &= np.isin(stamps & np.uint64(WRITER_MASK), np.array(self.writers, np.uint64))
+            # Of what is absent, and has no stamp, nobody knows who deleted it.
+            meant &= np.isin(stamps & np.uint64(WRITER_MASK), np.array(self.writers, np.uint64)) & (stamps > 0)
         return meant
 
     def __str__(self) -> str:

@@ -4,13 +4,19 @@ from pathlib import Path
 
 import pytest
 
+from ekko.delayed.history import cut_of
+from ekko.errors import EkkoError
+from ekko.model import ModelSpec, TableSpec
 from ekko.rollback import diff
 from ekko.rollback import machine as r
 from ekko.rollback.facts import HISTORY_MAX, Step
 from ekko.rollback.performer import Performer
+from ekko.rollback.risk import decode_risk
 from p2p import messages as m
-from sim_cluster.rollbacks import held
-from tests.sim_cluster.test_rollbacks import check, end, fact_of, good_and_bad, step_of
+from sim_cluster.network import NetworkOptions
+from sim_cluster.rollbacks import Shell, attach, held, oracle, taken_back
+from sim_cluster.virtual import VirtualCluster
+from tests.sim_cluster.test_rollbacks import check, end, fact_of, form, good_and_bad, step_of, write
 
 
 def test_questions_do_not_push_out_what_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +116,65 @@ def test_a_model_that_is_dropped_ends_its_rollback_and_nothing_else(tmp_path: Pa
     for performer in coordinator.performers.values():
         performer.on_timer(cluster.now())
     assert not coordinator.performers
+
+
+def test_rows_at_risk_are_named_by_the_witness_afterwards(tmp_path: Path) -> None:
+    cluster, shells = form(17, tmp_path)
+    write(cluster, 8, 1.0, 4)
+    cluster.run(1_000)
+    mark_ms = cluster.now().unix_ms
+    cluster.run(10)
+    assert cluster.publish("t1", "item", [5, 77], 2.0)  # good, and of a moment that the witnesses cannot tell
+    cluster.run(500)
+    cut_ms = cluster.now().unix_ms
+    for name in ("w1", "w2"):
+        shells[name].delayed._model("ctr").history.blur(cut_of(mark_ms) + 1, cut_of(cut_ms) + 1)  # type: ignore[union-attr]
+    cluster.run(10)
+    assert cluster.publish("t2", "item", [6], 666.0)
+    shells["s2"].request(cut_ms)
+    end(cluster, shells)
+    fact = fact_of(shells)
+    assert (fact.cut_ms, fact.at_risk) == (mark_ms, 2)
+    check(cluster, shells)
+    kept = shells["w1"].plans.kept(fact.model, fact.epoch)
+    assert kept is not None
+    assert [one.keys.tolist() for one in decode_risk(kept)] == [[5, 77]]
+
+
+def test_a_model_in_partitions_goes_to_a_witness_that_holds_all_of_it(tmp_path: Path) -> None:
+    spec = ModelSpec("ctr", 8, {"item": TableSpec("item", 4), "user": TableSpec("user", 2)}, partitions=2)
+    cluster = VirtualCluster(18, NetworkOptions(1, 20), model=spec)
+    roles = {"t1": "train", "s1": "serve", "w1": "witness", "w2": "witness"}
+    holds = {"s1": [1], "w1": [0]}
+    for name, role in roles.items():
+        cluster.add(name, "home", role, [] if name == "t1" else ["t1"], hold={"ctr": holds[name]} if name in holds else None)
+    shells = {name: Shell(cluster, name, tmp_path / name if role == "witness" else None) for name, role in roles.items()}
+    attach(cluster, shells.values())
+    cluster.run(3_000)
+    for key in range(30):
+        cluster.publish("t1", "item", [key, key + 1], 1.0)
+        cluster.run(20)
+    cluster.run(1_000)
+    cut_ms = cluster.now().unix_ms
+    cluster.run(100)
+    for key in range(20):
+        cluster.publish("t1", "item", [2 * key, 100 + key], 666.0)
+    cluster.run(300)
+    shells["s1"].request(cut_ms)
+    end(cluster, shells)
+    assert fact_of(shells).witness == "w2"
+    due = oracle(cluster, "item", taken_back(shells["t1"]))
+    assert due == dict.fromkeys(range(31), 1.0)
+    halves: list[int] = []
+    for name, node in cluster.nodes.items():
+        found = held(node, "ctr", spec.tables["item"])
+        assert found.items() <= due.items(), name
+        assert len(found) == 31 or name in holds
+        halves += found if name in holds else []
+    assert sorted(halves) == list(range(31))
+    # Without it the others are not worth stopping anybody for.
+    cluster.leave("w2")
+    cluster.run(3_000)
+    with pytest.raises(EkkoError, match=r"no witness is alive .* model 'ctr'.* holds all 2 partitions of it; to go"):
+        shells["s1"].request(cut_ms)
+    assert cluster.publish("t1", "item", [1], 3.0)

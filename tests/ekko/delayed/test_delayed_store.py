@@ -361,3 +361,31 @@ def test_rows_that_go_without_a_version_are_a_loss(pair: Pair) -> None:
     assert pair.older.models["ctr"].table_stats()["item"].rows == 1
     pair.write(400, [6], 5.0)
     assert pair.delayed.valid_cut("ctr", START + 350) == START + 350
+
+
+def test_under_one_writers_rows_lie_those_of_others(pair: Pair) -> None:
+    bad = np.array([WRITER], np.uint64)
+
+    def other(at_ms: int, keys: list[int], value: float) -> int:
+        stamp = make_stamp(START + at_ms, 0, WRITER + 1)
+        rows = np.full((len(keys), 2), value, np.float32).view(np.uint8)
+        pair.model.apply([RowColumns(ITEM, np.array(keys, np.uint64), rows)], stamp)
+        return stamp
+
+    pair.write(100, [1, 2, 3], 1.0)
+    good = other(200, [2, 3, 4], 2.0)
+    pair.write(300, [1, 2], -9.0)
+    deleted = pair.write(310, [3], 0.0, delete=True)
+    pair.model.collect(np.full(4096, make_stamp(START + 500, 0, 0), np.uint64), START + 500, 100)
+    keys = np.array([3, 1, 2, 4], np.uint64)
+    found = pair.delayed.by_others("ctr", START + 150, ITEM, keys, bad)
+    assert found.under.live.tolist() == [True] * 4
+    assert found.under.rows.view(np.float32)[:, 0].tolist() == [2.0, 1.0, 2.0, 2.0]
+    assert found.newer.tolist() == [True, False, True, True]
+    assert found.held.tolist()[0] == deleted, "who made a deletion that is forgotten is in the log"
+    pair.model.listener.history.strays.clear()  # type: ignore[union-attr]
+    assert not pair.delayed.by_others("ctr", START + 150, ITEM, keys, bad).unsure.any()
+    # What came with a claim alone may have hidden a version of the other one, above the one that is known.
+    pair.model.listener.history.blur(make_stamp(START + 250, 0, 0), make_stamp(START + 305, 0, 0))  # type: ignore[union-attr]
+    assert pair.delayed.by_others("ctr", START + 150, ITEM, keys, bad).unsure.tolist() == [True, True, True, False]
+    assert good == found.under.stamps[0]

@@ -7,9 +7,10 @@ from numpy.typing import NDArray
 
 from ekko.generations import Generation
 from ekko.rollback.diff import stamp_until
-from ekko.rollback.past import ChangedKeys, Versions
+from ekko.rollback.past import ChangedKeys, Under, Versions
 from ekko.store.model_store import ModelStore
 from p2p.replica import RowColumns
+from p2p.stamps import WRITER_MASK
 
 U64 = NDArray[np.uint64]
 PIECE = 7  # keys
@@ -58,7 +59,9 @@ class Remembered:
                 yield None
 
     def at(self, model: Generation, cut_ms: int, table: int, keys: U64) -> Versions:
-        found = [self.newest(table, key, cut_ms) for key in keys.tolist()]
+        return self._versions(table, [self.newest(table, key, cut_ms) for key in keys.tolist()])
+
+    def _versions(self, table: int, found: list[tuple[int, bytes]]) -> Versions:
         width = self.model.tables_by_id[table].spec.row_bytes
         rows = np.zeros((len(found), width), np.uint8)
         for index, (_, row) in enumerate(found):
@@ -66,6 +69,17 @@ class Remembered:
                 rows[index] = np.frombuffer(row, np.uint8)
         live = np.array([bool(row) for _, row in found])
         return Versions(live, np.array([stamp for stamp, _ in found], np.uint64), rows)
+
+    def under(self, model: Generation, cut_ms: int, table: int, keys: U64, writers: tuple[int, ...]) -> Under:
+        until, held, newest = stamp_until(cut_ms), [], []
+        for key in keys.tolist():
+            versions = self.versions.get((table, key), [])
+            counting = [one for one in versions if one[0] <= until or one[0] & WRITER_MASK not in writers]
+            held.append(max((stamp for stamp, _ in versions), default=0))
+            newest.append(max(counting, default=(0, b"")))
+        stamps = np.array([stamp for stamp, _ in newest], np.uint64)
+        found = self._versions(table, newest)
+        return Under(found, np.array(held, np.uint64), stamps > np.uint64(until), np.zeros(len(keys), np.bool_))
 
     def at_risk(self, model: Generation, cut_ms: int, wanted_ms: int) -> Iterator[tuple[int, U64, U64]]:
         first, last = stamp_until(cut_ms), stamp_until(wanted_ms)

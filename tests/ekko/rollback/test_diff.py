@@ -9,13 +9,13 @@ import pytest
 
 from ekko.model import ModelSpec, TableSpec
 from ekko.rollback import diff
-from ekko.rollback.diff import differences, versions_now
+from ekko.rollback.diff import differences, stamp_until, versions_now
 from ekko.rollback.plan import PlanBatch, RowsAtRisk
 from ekko.rollback.scope import WHOLE, Scope
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
 from p2p.replica import RowColumns
-from p2p.stamps import EPOCH_MS, make_stamp
+from p2p.stamps import EPOCH_MS, WRITER_MASK, make_stamp
 from tests.ekko.rollback.remembered import Remembered
 
 BEGIN_MS = EPOCH_MS + 1_000_000_000
@@ -52,14 +52,16 @@ def take_back(past: Remembered, scope: Scope = WHOLE, wanted_ms: int = CUT_MS, c
     return at_risk
 
 
-def differing(past: Remembered, cut_ms: int = CUT_MS) -> list[tuple[str, int]]:
-    """Keys of which the model does not hold what it held at the cut."""
-    wrong = []
+def differing(past: Remembered, cut_ms: int = CUT_MS, writers: tuple[int, ...] = ()) -> list[tuple[str, int]]:
+    """Keys of which the model does not hold what it held at the cut; or, of some writers, what others wrote since."""
+    wrong, until = [], stamp_until(cut_ms)
     for table in past.model.tables:
         keys = np.arange(KEYS, dtype=np.uint64)
         now = versions_now(table, keys)
         for key in range(KEYS):
-            row = past.newest(table.spec.id, key, cut_ms)[1]
+            versions = past.versions.get((table.spec.id, key), [])
+            due = [one for one in versions if one[0] <= until or (writers and one[0] & WRITER_MASK not in writers)]
+            row = max(due, default=(0, b""))[1]
             if bool(row) != bool(now.live[key]) or (row and row != now.rows[key].tobytes()):
                 wrong.append((table.spec.name, key))
     return wrong
@@ -89,10 +91,10 @@ def _keep_new_keys(patch: pytest.MonkeyPatch) -> None:
     """Only what was there at the cut is looked at, not the union."""
     whole = diff._batches
 
-    def without_births(*given: object) -> Iterator[PlanBatch]:
-        for batch in whole(*given):  # type: ignore[arg-type]
+    def without_births(*given: object) -> Iterator[tuple[PlanBatch, object]]:
+        for batch, which in whole(*given):  # type: ignore[arg-type]
             live = len(batch.rows)
-            yield replace(batch, keys=batch.keys[:live], expected=batch.expected[:live])
+            yield replace(batch, keys=batch.keys[:live], expected=batch.expected[:live]), which
 
     patch.setattr(diff, "_batches", without_births)
 
@@ -139,8 +141,26 @@ def test_a_narrower_scope_takes_back_that_and_leaves_the_rest(scope: Scope, mean
         wrong = differing(past)
         take_back(past, scope)
         due = [(table, key) for table, key in wrong if not meant(table, key, before[table, key] & 0xFFF)]
-        assert differing(past) == due
+        left = differing(past, writers=scope.writers)
+        assert [one for one in left if meant(*one, before[one] & 0xFFF)] == []
+        assert set(due) <= set(differing(past)), "the rest is as it was"
         assert len(due) < len(wrong)
+
+
+def test_what_another_writer_left_comes_back_and_is_counted() -> None:
+    past = Remembered(model())
+    past.write("item", [1, 2, 3, 4], 1.0, make_stamp(BEGIN_MS, 0, 1))
+    past.write("item", [2, 3], 2.0, make_stamp(CUT_MS + 100, 0, 1))  # good
+    past.write("item", [3, 4], None, make_stamp(CUT_MS + 150, 0, 1))  # good, too
+    past.write("item", [1, 2, 3], -9.0, make_stamp(CUT_MS + 200, 0, 2))
+    past.write("item", [4], -9.0, make_stamp(CUT_MS + 120, 0, 2))  # overwritten already
+    past.marks = [CUT_MS]
+    pieces = list(differences(past.model, past, CUT_MS, CUT_MS, Scope(writer="bad", writers=(2,)), NOW_MS))
+    assert sum(one.others for one in pieces if isinstance(one, PlanBatch)) == 2
+    take_back(past, Scope(writer="bad", writers=(2,)))
+    now = versions_now(past.model.tables[0], np.arange(1, 5, dtype=np.uint64))
+    assert now.live.tolist() == [True, True, False, False]
+    assert now.rows[:2].view(np.float32)[:, 0].tolist() == [1.0, 2.0]
 
 
 def test_good_rows_after_the_mark_are_reported() -> None:

@@ -2,12 +2,17 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 
+from ekko.errors import StoreError
 from ekko.generations import Generation
+from ekko.rollback.moments import show_moment
 from ekko.rollback.plan import FilePlans, MemoryPlans, PlanBatch, Plans, RowsAtRisk, Summary, read_plan, write_plan
+from ekko.rollback.risk import KEPT_MAX, decode_risk, encode_risk, risk_picture
+from p2p.stamps import EPOCH_MS, make_stamp
 
 CTR = Generation("ctr", 2)
 
@@ -88,3 +93,43 @@ def test_every_damaged_byte_is_noticed() -> None:
 def test_a_plan_of_another_model_is_none(plans: Plans) -> None:
     write(plans)
     assert read_plan(plans, Generation("ctr", 1)) is None
+
+
+class FullDisk(FilePlans):
+    """Nothing more goes onto it."""
+
+    def begin(self, model: Generation) -> BinaryIO:
+        super().begin(model).close()
+        return open("/dev/full", "w+b")  # noqa: PTH123 - as a disk is
+
+
+def test_a_full_disk_is_said_so_and_nothing_stays_on_it(tmp_path: Path) -> None:
+    plans = FullDisk(tmp_path / "rollback")
+    write(FilePlans(tmp_path / "rollback"), epoch=4)
+    many = [batch(1, 30_000, 0)] * 3
+    with pytest.raises(StoreError, match="cannot be written: No space left on device: free some room"):
+        list(write_plan(plans, CTR, 5, 1_000, iter(many)))
+    with pytest.raises(StoreError, match="free some room"):  # found out only when it is synced
+        list(write_plan(plans, CTR, 5, 1_000, iter([])))
+    assert [path.name for path in (tmp_path / "rollback").iterdir()] == ["ctr#2.plan"]
+    with pytest.raises(StoreError, match=r"cannot be written: \w+"):
+        list(write_plan(FilePlans(tmp_path / "rollback" / "ctr#2.plan"), CTR, 5, 1_000, iter([])))
+
+
+def test_of_the_last_rollbacks_the_rows_at_risk_are_kept(plans: Plans) -> None:
+    rows = RowsAtRisk(9, np.array([7, 2**64 - 1], np.uint64), np.array([make_stamp(EPOCH_MS + 5, 0, 1), 0], np.uint64))
+    other = Generation("ctr", 3)
+    plans.keep(other, 1, b"", KEPT_MAX)
+    for epoch in range(1, KEPT_MAX + 3):
+        plans.keep(CTR, epoch, encode_risk([rows]), KEPT_MAX)
+    assert [epoch for epoch in range(20) if plans.kept(CTR, epoch) is not None] == list(range(3, KEPT_MAX + 3))
+    assert plans.kept(other, 1) == b""
+    kept = plans.kept(CTR, 5)
+    assert kept is not None
+    assert risk_picture(decode_risk(kept), {9: "item"}) == [
+        {"table": "item", "key": "7", "written": show_moment(EPOCH_MS + 5)},
+        {"table": "item", "key": str(2**64 - 1), "written": None},
+    ]
+    assert decode_risk(kept[:-1]) == []
+    plans.drop(CTR)
+    assert plans.kept(CTR, 5) == kept
