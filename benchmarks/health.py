@@ -16,7 +16,7 @@ from benchmarks.common import Figure
 from ekko.config.sections import HealthSection
 from ekko.health.detectors import Sequential, Window
 from ekko.health.judge import SETTLE_MS
-from ekko.health.samples import LOSS_MAX, Sample, Tally
+from ekko.health.samples import LOSS_MAX, Sample, sample_of
 from ekko.health.sequential import Detection, Difference
 from ekko.health.service import settings_of
 
@@ -124,9 +124,7 @@ def _sample(rng: np.random.Generator, events: int, drop: float) -> Sample:
     # Bayes: the log-odds of a click given the score, by what the model believes, which is the good distance.
     believed = DISTANCES[0.0]
     odds = math.log(CLICKS / (1 - CLICKS)) + believed * score - believed**2 / 2
-    tally = Tally()
-    tally.add(_sigmoid(odds), label, np.ones(events, np.float32))
-    return tally.sample()
+    return sample_of(_sigmoid(odds), label)
 
 
 def _sigmoid(odds: NDArray[np.float64]) -> NDArray[np.float32]:

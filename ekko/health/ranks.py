@@ -16,6 +16,7 @@ from ekko.health.moments import Moments
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
 
 BINS: Final = 512
 # Beyond these a prediction counts as this one: 16 natural units of log-odds, nine in ten million.
@@ -29,7 +30,11 @@ WEIGHT_SUM_MAX: Final = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """Weights of events by label and prediction; `counts`: float64[2, BINS] as bytes, other events first; empty: of none."""
+    """Weights of events by label and prediction. 8 KiB.
+
+    Args:
+        counts: float64[2, BINS] as bytes, other events first and then clicks; empty: of no events.
+    """
 
     counts: bytes = b""
 
@@ -85,22 +90,13 @@ class Ranks:
         return Ranks(rows.tobytes())
 
 
-class RankTally:
-    """Events as they come. 8 KiB."""
-
-    def __init__(self) -> None:
-        self._counts = np.zeros(2 * BINS)
-
-    def add(self, prediction: F32, label: F32, weight: F32) -> None:
-        """Count float32[n] each; a label of 0.5 or more is a click."""
-        p = np.clip(prediction.astype(np.float64), 1e-9, 1 - 1e-9)
-        odds = np.clip(np.log(p) - np.log1p(-p), -_ODDS_MAX, _ODDS_MAX)
-        bins = np.minimum(((odds + _ODDS_MAX) * (BINS / (2 * _ODDS_MAX))).astype(np.int64), BINS - 1)
-        self._counts += np.bincount(bins + BINS * (label >= 0.5), weight, 2 * BINS)
-
-    def ranks(self) -> Ranks:
-        """What there is by now."""
-        return Ranks(self._counts.tobytes())
+def ranks_of(prediction: F32, label: F32, weight: F32, group: I64, groups: int) -> list[Ranks]:
+    """Of each group of events; columns [n], `group` from 0 to `groups` - 1. A label of 0.5 or more is a click."""
+    p = np.clip(prediction.astype(np.float64), 1e-9, 1 - 1e-9)
+    odds = np.clip(np.log(p) - np.log1p(-p), -_ODDS_MAX, _ODDS_MAX)
+    bins = np.minimum(((odds + _ODDS_MAX) * (BINS / (2 * _ODDS_MAX))).astype(np.int64), BINS - 1)
+    counts = np.bincount(bins + BINS * ((label >= 0.5) + 2 * group), weight, 2 * BINS * groups)
+    return [Ranks(row.tobytes()) for row in counts.reshape(groups, 2 * BINS)]
 
 
 def _packed(row: F64) -> bytes:

@@ -1,7 +1,8 @@
 """The scorer's half of quality events: a bounded queue, and a thread that hands it to the local node.
 
 A scorer must never wait for the monitor. `put` costs a copy into a queue; when the queue is full, or the node does not answer,
-events are dropped and counted. A metric of a window is a mean, and a mean does not mind.
+events are dropped and counted. A metric of a window is a mean, and a mean does not mind. What waits of one model and segment
+goes as one report, so that a scorer that reports each request by itself asks the node no more often than it answers.
 """
 
 import os
@@ -12,15 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from ekko.errors import EkkoError, ModelError
 from ekko.health.windows import Events
-from ekko.health.wire import Report, Reported
+from ekko.health.wire import REPORT_EVENTS_MAX, Report, Reported
 from ekko.local import Failed
 from ekko.rundir import read_endpoint
 from ekko.train.connection import Connections
 
 # Events that wait to be handed over: 6 MB, and some seconds of a busy scorer.
 EVENTS_QUEUED_MAX: Final = 1 << 18
+# Calls of `put` that wait; a part takes a kilobyte, however few its events.
+PARTS_QUEUED_MAX: Final = 1 << 14
 # A node that answers later than this is as good as none.
 ANSWER_S_MAX: Final = 5.0
 # After a failure, and while there is nothing to do.
@@ -59,7 +64,8 @@ class Reporter:
         if os.getpid() != self._pid:
             self._begin()  # a child has neither the thread nor what it was about to send
         with self._changed:
-            if self._closed or self._queued + len(events) > EVENTS_QUEUED_MAX:
+            full = self._queued + len(events) > EVENTS_QUEUED_MAX or len(self._queue) >= PARTS_QUEUED_MAX
+            if self._closed or full:
                 self.counts.dropped += len(events)
                 return False
             self._queue.append((model, events))
@@ -94,7 +100,8 @@ class Reporter:
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 if self._closed:
                     break
-                model, events = self._queue[0]
+                model, parts = self._next()
+            events = _together(parts)
             try:
                 if connections is None:
                     connections = Connections(read_endpoint(self._run_dir))
@@ -106,12 +113,24 @@ class Reporter:
                 connections = None  # the node may have moved
                 time.sleep(PAUSE_S)
             with self._changed:
-                if self._queue and self._queue[0][1] is events:
-                    self._queue.popleft()
-                    self._queued -= len(events)
+                self._queued = max(0, self._queued - len(events))
                 self._changed.notify_all()
         if connections is not None:
             connections.close()
+
+    def _next(self) -> tuple[str, list[Events]]:
+        """Take the oldest part from the queue, and what is behind it of its model and segment, up to a whole report."""
+        model, first = self._queue.popleft()
+        parts, count, rest = [first], len(first), deque[tuple[str, Events]]()
+        while self._queue:
+            other, events = self._queue.popleft()
+            if (other, events.segment) == (model, first.segment) and count + len(events) <= REPORT_EVENTS_MAX:
+                parts.append(events)
+                count += len(events)
+            else:
+                rest.append((other, events))
+        self._queue = rest
+        return model, parts
 
     def _note(self, events: Events, answer: object) -> None:
         counts = self.counts
@@ -124,3 +143,17 @@ class Reporter:
                 counts.problem = reason
             case _:
                 raise ModelError(f"the node answered a report with {answer!r}: use one release of ekko for both")
+
+
+def _together(parts: list[Events]) -> Events:
+    """Of one segment."""
+    if len(parts) == 1:
+        return parts[0]
+    return Events(
+        np.concatenate([one.at_ms for one in parts]),
+        np.concatenate([one.prediction for one in parts]),
+        np.concatenate([one.label for one in parts]),
+        np.concatenate([one.weight for one in parts]),
+        np.concatenate([one.arm for one in parts]),
+        parts[0].segment,
+    )

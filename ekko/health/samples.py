@@ -5,16 +5,16 @@ and its bins, some hundred bytes of a window of some thousand events.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import ConfigError, ModelError
 from ekko.health.moments import Moments
-from ekko.health.ranks import WEIGHT_SUM_MAX, Ranks, RankTally
+from ekko.health.ranks import I64, WEIGHT_SUM_MAX, Ranks, ranks_of
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -114,33 +114,39 @@ class Sample:
         return Sample(events, predicted, clicks, heaviest, Ranks.from_bytes(packed[4 * FIELDS :]), loss, own)
 
 
-class Tally:
-    """Events of one arm in one window, as they come."""
+def sample_of(prediction: F32, label: F32, weight: F32 | None = None, own: F64 | None = None) -> Sample:
+    """Of events, as `samples_of`; all weigh 1 where nothing is said."""
+    return samples_of(prediction, label, np.ones(len(prediction), np.float32) if weight is None else weight, own)[0]
 
-    def __init__(self) -> None:
-        self._ranks = RankTally()
-        self._sums = Sample()
 
-    def add(self, prediction: F32, label: F32, weight: F32, own: F64 | None = None) -> None:
-        """Count events: float32[n] each; predictions and labels from 0 to 1; `own`: float64[n], of the user's metric."""
-        if not len(prediction):
-            return
-        self._ranks.add(prediction, label, weight)
-        p = np.clip(prediction.astype(np.float64), PREDICTION_MIN, 1 - PREDICTION_MIN)
-        loss = -(label * np.log(p) + (1 - label) * np.log1p(-p))
-        self._sums += Sample(
-            float(len(prediction)),
-            float((prediction * weight).sum(dtype=np.float64)),
-            float((label * weight).sum(dtype=np.float64)),
-            float(weight.max()),
-            Ranks(),
-            _moments(loss, weight),
-            Moments() if own is None else _moments(own, weight),
-        )
+def samples_of(
+    prediction: F32, label: F32, weight: F32, own: F64 | None, group: I64 | None = None, groups: int = 1
+) -> list[Sample]:
+    """Of each group of events.
 
-    def sample(self) -> Sample:
-        """What there is by now."""
-        return replace(self._sums, ranks=self._ranks.ranks()) if self._sums.events else self._sums
+    Args:
+        prediction: float32[n], from 0 to 1.
+        label: the same.
+        weight: float32[n].
+        own: float64[n], of the user's metric.
+        group: int64[n], from 0 to `groups` - 1; none of them is empty. None: all are in one.
+        groups: how many there are.
+    """
+    group = np.zeros(len(prediction), np.int64) if group is None else group
+    p: F64 = np.clip(prediction.astype(np.float64), PREDICTION_MIN, 1 - PREDICTION_MIN)
+    clicked = label.astype(np.float64)
+    loss: F64 = -(clicked * np.log(p) + (1 - clicked) * np.log1p(-p))
+    heaviest = np.zeros(groups, np.float32)
+    np.maximum.at(heaviest, group, weight)
+    events = np.bincount(group, minlength=groups)
+    predicted, clicks = (np.bincount(group, one * weight.astype(np.float64), groups) for one in (prediction, label))
+    ranks = ranks_of(prediction, label, weight, group, groups)
+    losses = _moments(loss, weight, heaviest, group)
+    owns = [Moments()] * groups if own is None else _moments(own, weight, heaviest, group)
+    return [
+        Sample(float(events[n]), float(predicted[n]), float(clicks[n]), float(heaviest[n]), ranks[n], losses[n], owns[n])
+        for n in range(groups)
+    ]
 
 
 def find_metric(name: str) -> OwnMetric:
@@ -180,8 +186,9 @@ def own_values(metric: OwnMetric, prediction: F32, label: F32, weight: F32) -> F
     return values
 
 
-def _moments(values: NDArray[Any], weight: F32) -> Moments:
-    count = float(weight.sum(dtype=np.float64))
-    total = float((values * weight).sum())
-    spread = float((weight * (values - total / count) ** 2).sum())
-    return Moments(count, total, spread, float(weight.max()))
+def _moments(values: F64, weight: F32, heaviest: F32, group: I64) -> list[Moments]:
+    """Of each group; none is empty."""
+    weights = weight.astype(np.float64)
+    count, total = (np.bincount(group, one, len(heaviest)) for one in (weights, values * weights))
+    spread = np.bincount(group, weights * (values - (total / count)[group]) ** 2, len(heaviest))
+    return [Moments(*map(float, one)) for one in zip(count, total, spread, heaviest, strict=True)]

@@ -22,7 +22,7 @@ from ekko.health.samples import OwnMetric, Sample, find_metric
 from ekko.health.summaries import Summaries, Told
 from ekko.health.traffic import ARMS, Traffic
 from ekko.health.verdicts import Interval, Ruling, State, Verdicts
-from ekko.health.windows import Windows
+from ekko.health.windows import SAMPLES_OPEN_MAX, Windows
 from ekko.health.wire import Report, Reported
 from ekko.model import EXTRAS_SINCE, check_name
 from ekko.rollback.facts import Rollbacks
@@ -158,7 +158,7 @@ class Health:
             windows = Windows(self._section.window_ms, self._section.lateness_ms, self._own)
             self._windows[model] = windows
         before = windows.taken, windows.late, windows.ahead
-        windows.add(report.events, self._clock())
+        windows.add(report.events, self._clock(), SAMPLES_OPEN_MAX - sum(one.samples for one in self._windows.values()))
         return Reported(windows.taken - before[0], windows.late - before[1], windows.ahead - before[2])
 
     def _generation(self, name: str) -> Generation:
@@ -196,8 +196,9 @@ class Health:
     def _tell(self) -> None:
         """Sum closed windows up, for all nodes."""
         now_ms = self._clock()
-        for model in [model for model in self._windows if not self._store.holds(model)]:
-            del self._windows[model]
+        for models in (self._windows, self._segments):
+            for model in [model for model in models if not self._store.holds(model)]:
+                del models[model]
         for model, windows in self._windows.items():
             for closed in windows.close(now_ms):
                 if closed.segments:
@@ -241,7 +242,9 @@ class Health:
 
     def _log_changes(self) -> None:
         now_ms, verdicts = self._clock(), self.verdicts
-        for model in verdicts.models():
+        models = verdicts.models()
+        self._states = {model: state for model, state in self._states.items() if model in models}
+        for model in models:
             state = verdicts.state(model, now_ms)
             if self._states.get(model) == state:
                 continue

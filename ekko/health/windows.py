@@ -13,7 +13,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.health.samples import OwnMetric, Sample, Tally, own_values
+from ekko.errors import ModelError
+from ekko.health.samples import OwnMetric, Sample, own_values, samples_of
 from ekko.health.traffic import ARMS
 
 # How long a stall of the labels is waited for.
@@ -22,6 +23,8 @@ PATIENCE_MS: Final = 60_000
 AHEAD_MS_MAX: Final = 5_000
 # Open at once. With windows of 10 s and a lateness of an hour, the most that is sensible, there are 366.
 WINDOWS_OPEN_MAX: Final = 512
+# Samples of open windows that one node has, of all models: 268 MB. Those of an hour by 10 s of one model with all segments fit.
+SAMPLES_OPEN_MAX: Final = 32_768
 # Segments of one model; further ones count as `OTHER`, so that an id in the place of a segment costs no memory.
 SEGMENTS_MAX: Final = 32
 OTHER: Final = "other"
@@ -77,45 +80,58 @@ class Windows:
     late: int = 0  # events of closed windows
     ahead: int = 0  # of the future
     taken: int = 0
-    _open: dict[int, dict[Key, Tally]] = field(default_factory=dict)
+    samples: int = 0  # of open windows
+    _open: dict[int, dict[Key, Sample]] = field(default_factory=dict)
     _newest_ms: int = 0  # event so far
     _closed: float = 0.0  # events of closed windows
     _next: int = 0  # no window below it is open any more
-    _segments: dict[str, None] = field(default_factory=dict)  # in the order in which they came
+    _segments: dict[str, int] = field(default_factory=dict)  # the newest window that has each
 
     @property
     def open(self) -> int:
         """How many windows are open."""
         return len(self._open)
 
-    def add(self, events: Events, now_ms: int) -> None:
-        """Take events, Unix milliseconds now.
+    def add(self, events: Events, now_ms: int, room: int = SAMPLES_OPEN_MAX) -> None:
+        """Take events, Unix milliseconds now; `room`: for how many samples more there is memory.
 
         Raises:
-            ModelError: the user's metric fails; nothing is taken.
+            ModelError: the user's metric fails, or there is no room; nothing is taken.
         """
         good = events.at_ms <= now_ms + AHEAD_MS_MAX
         windows = events.at_ms // self.window_ms
         in_time = windows >= max(self._next, (now_ms - self.lateness_ms) // self.window_ms + 1 - WINDOWS_OPEN_MAX)
-        self.ahead += int((~good).sum())
-        self.late += int((good & ~in_time).sum())
+        ahead, late = int((~good).sum()), int((good & ~in_time).sum())
         good &= in_time
-        if not good.any():
-            return
-        events, windows = events.chosen(good), windows[good]
+        if good.any():
+            self._take(events.chosen(good), windows[good], now_ms, room)
+        self.ahead += ahead
+        self.late += late
+
+    def _take(self, events: Events, windows: NDArray[np.int64], now_ms: int, room: int) -> None:
+        found, group = np.unique(windows * len(ARMS) + events.arm, return_inverse=True)
+        places = [divmod(place, len(ARMS)) for place in found.tolist()]  # window, arm
+        new = sum((arm, "") not in self._open.get(window, {}) for window, arm in places)
+        if new > room:
+            raise ModelError(
+                f"there is no room for {new} open windows more: have labels come sooner, or make health.window longer or "
+                "health.lateness shorter"
+            )
         own = None if self.own is None else own_values(self.own, events.prediction, events.label, events.weight)
+        columns = events.prediction, events.label, events.weight
+        segment, opened = self._known(events.segment, places[-1][0]), 0
+        for (window, arm), sample in zip(places, samples_of(*columns, own, group, len(places)), strict=True):
+            samples = self._open.setdefault(window, {})
+            for name in ("", segment) if segment else ("",):
+                before = samples.get((arm, name))
+                if before is None:
+                    if name and opened >= room:
+                        continue  # what segments are like is not judged
+                    self.samples, opened = self.samples + 1, opened + 1
+                samples[arm, name] = sample if before is None else before + sample
         self.taken += len(events)
-        self._newest_ms = max(self._newest_ms, int(events.at_ms.max()))
-        segment = self._known(events.segment)
-        for window in np.unique(windows).tolist():
-            tallies = self._open.setdefault(window, {})
-            for arm in range(len(ARMS)):
-                which = (windows == window) & (events.arm == arm)
-                if which.any():
-                    for name in ("", segment) if segment else ("",):
-                        tally = tallies.setdefault((arm, name), Tally())
-                        values = None if own is None else own[which]
-                        tally.add(events.prediction[which], events.label[which], events.weight[which], values)
+        # An event of the future, by another clock, must not close the windows of the present for all others.
+        self._newest_ms = max(self._newest_ms, min(now_ms, int(events.at_ms.max())))
 
     def watermark_ms(self, now_ms: int) -> int:
         """Nothing is expected of before this moment."""
@@ -129,9 +145,10 @@ class Windows:
         over = sorted(self._open)[: max(0, len(self._open) - WINDOWS_OPEN_MAX)]
         closed = []
         for window in sorted({*ready, *over}):
-            tallies = self._open.pop(window)
-            names = dict.fromkeys(name for _, name in tallies)
-            pairs = {name: self._pair(tallies, name) for name in names}
+            samples = self._open.pop(window)
+            self.samples -= len(samples)
+            names = dict.fromkeys(name for _, name in samples)
+            pairs = {name: self._pair(samples, name) for name in names}
             arms = pairs.pop("")
             self._closed += arms[0].events + arms[1].events
             closed.append(Closed(window, arms, self._closed, pairs))
@@ -139,16 +156,17 @@ class Windows:
         return closed
 
     @staticmethod
-    def _pair(tallies: Mapping[Key, Tally], segment: str) -> Pair:
-        online, baseline = (
-            tallies[arm, segment].sample() if (arm, segment) in tallies else Sample() for arm in range(len(ARMS))
-        )
+    def _pair(samples: Mapping[Key, Sample], segment: str) -> Pair:
+        online, baseline = (samples.get((arm, segment), Sample()) for arm in range(len(ARMS)))
         return online, baseline
 
-    def _known(self, segment: str) -> str:
-        if not segment or segment in self._segments:
+    def _known(self, segment: str, window: int) -> str:
+        if not segment:
             return segment
-        if len(self._segments) >= SEGMENTS_MAX:
-            return OTHER
-        self._segments[segment] = None
+        if segment not in self._segments and len(self._segments) >= SEGMENTS_MAX:
+            # Of those that no open window has, others may take the place.
+            self._segments = {name: newest for name, newest in self._segments.items() if newest >= self._next}
+            if len(self._segments) >= SEGMENTS_MAX:
+                return OTHER
+        self._segments[segment] = max(window, self._segments.get(segment, 0))
         return segment

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from ekko.errors import ModelError
 from ekko.health.samples import WEIGHT_MAX, WEIGHT_MIN
 from ekko.health.traffic import ARMS
-from ekko.health.windows import Events
+from ekko.health.windows import OTHER, SEGMENTS_MAX, Events
 from p2p.values import dataclass
 
 if TYPE_CHECKING:
@@ -91,7 +91,10 @@ def events_of(
     Raises:
         ModelError: naming what does not fit; nothing is yielded before all is checked.
     """
-    predictions = np.asarray(prediction, np.float32).reshape(-1)
+    try:
+        predictions = np.asarray(prediction, np.float32).reshape(-1)
+    except (TypeError, ValueError):
+        raise ModelError("predictions are no numbers: expected probabilities, one for each event") from None
     count = len(predictions)
     whole = Events(
         _column("at", at_ms, np.int64, count),
@@ -105,11 +108,33 @@ def events_of(
     except ValueError as error:
         raise ModelError(str(error)) from None
     if segment is None or isinstance(segment, str):
-        return _parts(whole, {segment or "": np.arange(count)})
+        return _parts(whole, {_name(segment or ""): np.arange(count)})
     names = np.asarray(segment, np.str_).reshape(-1)
     if len(names) != count:
         raise ModelError(f"segment does not fit {count} predictions: expected one name, or one for each")
-    return _parts(whole, {name: np.flatnonzero(names == name) for name in np.unique(names).tolist()})
+    return _parts(whole, _places(names))
+
+
+def _places(names: "NDArray[np.str_]") -> dict[str, NDArray[np.int64]]:
+    """Where the events of each segment are; of more than a node keeps, the most frequent ones and all others as one."""
+    unique, inverse, counts = np.unique(names, return_inverse=True, return_counts=True)
+    if len(unique) > SEGMENTS_MAX:
+        kept = np.sort(np.argsort(-counts, kind="stable")[:SEGMENTS_MAX])
+        numbers = np.full(len(unique), SEGMENTS_MAX)
+        numbers[kept] = np.arange(SEGMENTS_MAX)
+        unique, inverse = np.append(unique[kept], OTHER), numbers[inverse]
+    order = np.argsort(inverse, kind="stable")
+    ends = np.searchsorted(inverse[order], np.arange(1, len(unique)))
+    places: dict[str, NDArray[np.int64]] = {}
+    for name, which in zip(unique.tolist(), np.split(order, ends), strict=True):
+        short = _name(name)
+        places[short] = np.concatenate([places[short], which]) if short in places else which
+    return places
+
+
+def _name(segment: str) -> str:
+    """As many bytes of it as travel."""
+    return segment.encode(errors="replace")[:SEGMENT_BYTES_MAX].decode(errors="ignore")
 
 
 def _parts(whole: Events, segments: Mapping[str, NDArray[np.int64]]) -> Iterator[Events]:
@@ -117,12 +142,17 @@ def _parts(whole: Events, segments: Mapping[str, NDArray[np.int64]]) -> Iterator
         for first in range(0, len(which), REPORT_EVENTS_MAX):
             part = which[first : first + REPORT_EVENTS_MAX]
             values = whole.at_ms[part], whole.prediction[part], whole.label[part], whole.weight[part], whole.arm[part]
-            yield Events(*values, name.encode()[:SEGMENT_BYTES_MAX].decode(errors="ignore"))
+            yield Events(*values, name)
 
 
 def _column(name: str, values: ArrayLike, dtype: type, count: int) -> NDArray[Any]:
     try:
-        return np.ascontiguousarray(np.broadcast_to(np.asarray(values, dtype).reshape(-1), (count,)))
+        given = np.asarray(values).reshape(-1)
+        with np.errstate(invalid="ignore"):  # what is no number becomes one that `_check` refuses
+            column: NDArray[Any] = given.astype(dtype)
+        if dtype is np.uint8 and not bool((column == given).all()):  # 256 would be taken for 0
+            raise ModelError("arms are other than 0 (online) and 1 (baseline): see Reader.arm")
+        return np.ascontiguousarray(np.broadcast_to(column, (count,)))
     except (ValueError, TypeError, OverflowError):
         raise ModelError(f"{name} does not fit {count} predictions: expected one value, or one for each") from None
 

@@ -8,7 +8,7 @@ import pytest
 
 from ekko.errors import ConfigError
 from ekko.health.detectors import BEYOND_WINDOWS, Finding, Sequential, Settings, Watermarks, Window, make_detectors
-from ekko.health.samples import Sample, Tally
+from ekko.health.samples import Sample, sample_of
 
 T = 1_700_000_000_000
 LENGTH_MS = 10_000
@@ -18,9 +18,7 @@ def sample(rng: np.random.Generator, events: int, good: bool) -> Sample:
     label = (rng.random(events) < 0.3).astype(np.float32)
     told = label if good else 1 - label
     prediction = (1 / (1 + np.exp(1.0 - rng.normal(told * 1.5)))).astype(np.float32)
-    tally = Tally()
-    tally.add(prediction, label, np.ones(events, np.float32))
-    return tally.sample()
+    return sample_of(prediction, label)
 
 
 def window(number: int, online: Sample, baseline: Sample) -> Window:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ekko.health.moments import Moments
-from ekko.health.samples import FIELDS, LOSS_MAX, Sample, Tally, own_values
+from ekko.health.samples import FIELDS, LOSS_MAX, Sample, own_values, sample_of
 from ekko.health.sequential import GRID, Detection, Difference, Stretch
 from sim_cluster.demo.evaluation import auc as exact_auc
 
@@ -35,13 +35,10 @@ def test_a_sample_is_that_of_its_events_and_survives_the_wire() -> None:
     rng = np.random.default_rng(1)
     label = (rng.random(4_000) < 0.2).astype(np.float32)
     prediction = (1 / (1 + np.exp(-rng.normal(label * 1.2 - 1.5)))).astype(np.float32)
-    one, other, tally = Tally(), Tally(), Tally()
-    ones = np.ones(4_000, np.float32)
-    for part, half in ((one, slice(0, 1_000)), (other, slice(1_000, 4_000))):
-        part.add(prediction[half], label[half], ones[half])
-        own = own_values(lambda p, y, _: 1 - np.abs(p - y), prediction[half], label[half], ones[half])
-        tally.add(prediction[half], label[half], ones[half], own)
-    sample, added = tally.sample(), one.sample() + other.sample()
+    own = own_values(lambda p, y, _: 1 - np.abs(p - y), prediction, label, np.ones(4_000, np.float32))
+    sample = sample_of(prediction, label, None, own)
+    one, other = (sample_of(prediction[half], label[half]) for half in (slice(0, 1_000), slice(1_000, 4_000)))
+    added = one + other
     assert sample.auc.mean == pytest.approx(exact_auc(label.astype(float), prediction.astype(float)), abs=4e-4)
     p = prediction.astype(np.float64)
     assert sample.loss.mean == pytest.approx(float(-(label * np.log(p) + (1 - label) * np.log1p(-p)).mean()), rel=1e-6)
@@ -63,11 +60,8 @@ def test_a_sample_is_that_of_its_events_and_survives_the_wire() -> None:
 def test_a_weight_counts_as_so_many_events() -> None:
     prediction, label = np.array([0.2, 0.7, 0.9, 0.4], np.float32), np.array([0, 1, 0, 1], np.float32)
     weight = np.array([1, 3, 2, 1], np.float32)
-    weighted, repeated = Tally(), Tally()
-    weighted.add(prediction, label, weight)
     times = weight.astype(int)
-    repeated.add(np.repeat(prediction, times), np.repeat(label, times), np.ones(7, np.float32))
-    one, other = weighted.sample(), repeated.sample()
+    one, other = sample_of(prediction, label, weight), sample_of(np.repeat(prediction, times), np.repeat(label, times))
     assert (one.auc.mean, one.loss.mean, one.ctr.mean) == pytest.approx((other.auc.mean, other.loss.mean, other.ctr.mean))
     assert one.events == 4
 
@@ -76,9 +70,7 @@ def test_odd_weights_survive_the_wire_and_sums_that_no_events_have_are_refused()
     rng = np.random.default_rng(2)
     label, prediction = (rng.random(500) < 0.3).astype(np.float32), rng.random(500).astype(np.float32)
     for weight in (rng.lognormal(0, 3, 500).clip(1e-6, 1e3), np.full(500, 1e-6), np.full(500, 1e3)):
-        tally = Tally()
-        tally.add(prediction, label, weight.astype(np.float32))
-        sample = tally.sample()
+        sample = sample_of(prediction, label, weight.astype(np.float32))
         back = Sample.from_bytes(sample.to_bytes())
         assert back.auc.mean == pytest.approx(sample.auc.mean, abs=1e-3)
         assert back.auc.size == pytest.approx(sample.auc.size, rel=1e-2)
@@ -101,9 +93,7 @@ def tally_of(rng: np.random.Generator, events: int, drop: float, rate: float = 0
     # Two normals at distance d have an AUC of Phi(d / sqrt 2).
     distance = {0.0: 1.0, 0.05: 0.787}[drop]
     prediction = (1 / (1 + np.exp(2.0 - rng.normal(label * distance)))).astype(np.float32)
-    tally = Tally()
-    tally.add(prediction, label, np.ones(events, np.float32))
-    return tally.sample()
+    return sample_of(prediction, label)
 
 
 def first_alarm(rng: np.random.Generator, metric: str, windows: int, level: float, drop_from: int, horizon: int = 0) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ekko.health.detectors import Finding, Sequential, Settings, Window
-from ekko.health.samples import Sample, Tally
+from ekko.health.samples import Sample, sample_of
 
 SETTINGS = Settings(level=0.01, horizon_windows=200, tolerance=0.005, precision=0.05)
 
@@ -16,9 +16,7 @@ def sample(rng: np.random.Generator, events: int, rate: float = 0.2, weights: st
     weight = np.ones(events)
     if weights == "wild":  # a few count as much as all others
         weight = np.where(rng.random(events) < 0.01, 500.0, 1.0)
-    tally = Tally()
-    tally.add((1 / (1 + np.exp(-odds))).astype(np.float32), label, weight.astype(np.float32))
-    return tally.sample()
+    return sample_of((1 / (1 + np.exp(-odds))).astype(np.float32), label, weight.astype(np.float32))
 
 
 def findings(arms: list[tuple[Sample, Sample]], settings: Settings = SETTINGS) -> list[Finding]:
@@ -56,12 +54,10 @@ def test_nodes_whose_users_differ_are_compared_as_one() -> None:
     arms = []
     for _ in range(60):
         online = sample(rng, 500, 0.05) + sample(rng, 500, 0.3)
-        baseline = Tally()
-        for rate in (0.05, 0.3):
-            label = (rng.random(150) < rate).astype(np.float32)
-            odds = rng.normal(label) - 0.5 + np.log(rate / (1 - rate))
-            baseline.add((1 / (1 + np.exp(-odds))).astype(np.float32), label, np.ones(150, np.float32))
-        arms.append((online, baseline.sample()))
+        rates = np.repeat([0.05, 0.3], 150)
+        label = (rng.random(300) < rates).astype(np.float32)
+        odds = rng.normal(label) - 0.5 + np.log(rates / (1 - rates))
+        arms.append((online, sample_of((1 / (1 + np.exp(-odds))).astype(np.float32), label)))
     assert alarms(arms) == 0
     online, baseline_all = (sum((pair[arm] for pair in arms), Sample()) for arm in range(2))
     assert online.figures()["auc"] == pytest.approx(baseline_all.figures()["auc"], abs=0.03)

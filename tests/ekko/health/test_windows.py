@@ -2,6 +2,7 @@
 
 import random
 import struct
+import time
 from dataclasses import replace
 
 import msgpack
@@ -15,7 +16,7 @@ from ekko.generations import Generation
 from ekko.health import summaries as module
 from ekko.health.detectors import Finding, Window
 from ekko.health.judge import SETTLE_MS, WAIT_MS_MAX, Judge, checked
-from ekko.health.samples import Sample, Tally, find_metric
+from ekko.health.samples import Sample, find_metric, sample_of
 from ekko.health.summaries import TOLD_TIMES, WINDOWS_MAX, Summaries, Told
 from ekko.health.traffic import BASELINE, ONLINE
 from ekko.health.verdicts import Verdicts
@@ -55,6 +56,37 @@ def test_a_window_closes_when_the_newest_event_says_so_and_late_ones_are_counted
     assert windows.watermark_ms(T + 1_700) == T + 1_100, "what is of the future does not push the watermark"
 
 
+def test_a_clock_that_is_ahead_closes_nobody_elses_window() -> None:
+    windows = Windows(1_000, 500)
+    windows.add(events(T + AHEAD_MS_MAX), T)
+    assert windows.close(T) == []
+    windows.add(events(T + 100), T + 200)
+    assert (windows.taken, windows.late) == (2, 0)
+
+
+def test_a_report_of_a_whole_hour_is_the_same_as_many_small_ones_and_quick() -> None:
+    rng = np.random.default_rng(0)
+    count = 30_000
+    columns = [rng.random(count).astype(np.float32) for _ in range(2)]
+    weight, arm = rng.choice(np.array([1, 5], np.float32), count), rng.integers(0, 2, count).astype(np.uint8)
+    whole = Events(rng.integers(T - 3_600_000, T, count), *columns, weight, arm, "eu")
+    one, other = (Windows(10_000, 3_600_000, lambda p, y, w: p) for _ in range(2))
+    begin = time.process_time()
+    one.add(whole, T)
+    assert time.process_time() - begin < 0.5, "the node's loop waits for it"
+    for part in np.array_split(np.arange(count), 7):
+        other.add(whole.chosen(np.isin(np.arange(count), part)), T)
+    assert one.samples == other.samples == 2 * 2 * 360
+    for left, right in zip(one.close(T + 10**7), other.close(T + 10**7), strict=True):
+        assert left.window == right.window
+        for sample, same in zip((*left.arms, *left.segments["eu"]), (*right.arms, *right.segments["eu"]), strict=True):
+            assert (sample.events, sample.heaviest) == (same.events, same.heaviest)
+            for name in ("auc", "log_loss", "ctr", "own"):
+                (a, _), (b, _) = sample.quality(name), same.quality(name)
+                assert (a.count, a.total, a.spread) == pytest.approx((b.count, b.total, b.spread), rel=1e-9)
+    assert (one.samples, one.open) == (0, 0)
+
+
 def test_a_stall_of_the_labels_is_waited_for_and_quiet_is_not() -> None:
     windows = Windows(1_000, 500)
     windows.add(events(T), T)
@@ -81,6 +113,15 @@ def test_open_windows_and_segments_have_bounds() -> None:
     assert len(closed.segments) == SEGMENTS_MAX + 1
     assert closed.segments[OTHER][0].events == 5
     assert closed.arms[0].events == SEGMENTS_MAX + 5
+    many.add(events(T + 1_500, segment="real"), T + 1_500)
+    (closed,) = many.close(T + 10_000_000)
+    assert set(closed.segments) == {"real"}, "names that nobody uses any more make room"
+    tight = Windows(1_000, 3_600_000)
+    tight.add(events(T, T + 1_000, segment="eu"), T + 1_000, room=3)
+    assert tight.samples == 3, "what is judged goes before what segments are like"
+    with pytest.raises(ModelError, match="no room for 2 open windows more"):
+        tight.add(events(T + 1_000, T + 2_000, T + 3_000), T + 3_000, room=1)
+    assert (tight.taken, tight.samples, tight.open) == (2, 3, 2)
 
 
 def test_a_metric_of_the_users_own_is_counted_or_refused_whole() -> None:
@@ -100,9 +141,8 @@ def test_a_metric_of_the_users_own_is_counted_or_refused_whole() -> None:
 
 
 def summary(node: str, window: int, count: float = 10.0, model: Generation = CTR, total: float = 0.0) -> Summaries:
-    tally, ones = Tally(), np.ones(int(count), np.float32)
-    tally.add(ones / 4, (np.arange(int(count)) % 2).astype(np.float32), ones)
-    return Summaries.said(model, node, 1_000, window, Told(total or count, (tally.sample(), Sample())))
+    sample = sample_of(np.full(int(count), 0.25, np.float32), (np.arange(int(count)) % 2).astype(np.float32))
+    return Summaries.said(model, node, 1_000, window, Told(total or count, (sample, Sample())))
 
 
 told = st.builds(
