@@ -31,7 +31,7 @@ from p2p.identity.writers import WriterBook
 from p2p.link import links
 from p2p.link.links import Arrival, Link
 from p2p.link.sharing import Sharing
-from p2p.members.gossip import Gossip
+from p2p.members.gossip import CLOCK_ERROR_MS_MAX, Gossip
 from p2p.members.introductions import Introductions
 from p2p.members.membership import Membership
 from p2p.members.senders import Senders
@@ -159,6 +159,11 @@ class Machine:
     def peers_alive(self, now: m.Now) -> tuple[m.NodeId, ...]:
         """The other nodes that are there, as far as this one can tell, sorted."""
         return self._core.membership.live_nodes(now.monotonic_ms)
+
+    def clock_agrees(self, now: m.Now) -> bool:
+        """Whether our clock is near the median of what others told us lately; so it is when nobody told us (R14)."""
+        error_ms, _ = self._core.membership.suspicion.clock_error_ms(now.unix_ms, now.monotonic_ms)
+        return abs(error_ms) < CLOCK_ERROR_MS_MAX
 
     def silence_max(self, now: m.Now) -> float:
         """The longest silence of a live peer, as a fraction of that at which it is suspected; 0 without one."""

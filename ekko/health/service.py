@@ -97,6 +97,7 @@ class Health:
         submit: tells peers of changed entries.
         protocol_min: the oldest protocol version that a live member speaks.
         peers: the other nodes that are there, as far as this one can tell.
+        clock_agrees: whether this node's clock is near those of the others.
         clock: Unix milliseconds.
 
     Raises:
@@ -111,6 +112,7 @@ class Health:
         submit: Callable[[tuple[SchemaEntry, ...]], None],
         protocol_min: Callable[[], int],
         peers: Callable[[], tuple[str, ...]] = lambda: (),
+        clock_agrees: Callable[[], bool] = lambda: True,
         clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._node = node
@@ -119,6 +121,8 @@ class Health:
         self._submit = submit
         self._protocol_min = protocol_min
         self._peers = peers
+        self._clock_agrees = clock_agrees
+        self._astray = False  # as last logged
         self._judged_ms: int | None = None
         self._met: frozenset[str] = frozenset()  # peers that were there when we last looked
         self._clock = clock
@@ -188,17 +192,26 @@ class Health:
             traffic = Traffic(baseline, min(1.0, max(0.0, self.serving(Generation(model, store.spec.incarnation)))))
             if store.traffic.bounds != traffic.bounds:
                 store.set_traffic(traffic)
-        if self._section is not None and self._protocol_min() >= EXTRAS_SINCE:
+        if self._section is not None and self._protocol_min() >= EXTRAS_SINCE and self._has_time():
             self._tell()
             self._judge(self._section)
         self._log_changes()
 
+    def _has_time(self) -> bool:
+        """Whether windows of this node are those of the others: what it finds by a wrong clock is of another time."""
+        astray = not self._clock_agrees()
+        if astray != self._astray:
+            self._astray = astray
+            note = log.warning if astray else log.info
+            note("health_clock", agrees=not astray, remedy="set the clock (NTP): until then this node does not judge")
+        return not astray
+
     def _tell(self) -> None:
         """Sum closed windows up, for all nodes."""
         now_ms = self._clock()
-        for models in (self._windows, self._segments):
-            for model in [model for model in models if not self._store.holds(model)]:
-                del models[model]
+        for known in (self._windows, self._segments, self._judges):
+            for model in [model for model in known if not self._store.holds(model)]:
+                known.pop(model)
         for model, windows in self._windows.items():
             for closed in windows.close(now_ms):
                 if closed.segments:
@@ -222,8 +235,6 @@ class Health:
         if self._judged_ms is not None and 0 <= now_ms - self._judged_ms < pause_ms:
             return
         self._judged_ms = now_ms
-        for model in [model for model in self._judges if not self._store.holds(model)]:
-            del self._judges[model]
         after = before
         for model in summaries.models():
             if model not in self._judges and self._store.holds(model) and len(self._judges) < MODELS_MAX:
@@ -252,7 +263,7 @@ class Health:
             last = next(iter(reversed(verdicts.log(model))), None)
             fields = {} if last is None else {"detector": last.detector, "by": last.node, "why": last.text}
             note = log.warning if state == "corrupted" else log.info
-            note("model_state", model=model.name, state=state, healthy_until_ms=verdicts.healthy_until(model), **fields)
+            note("model_state", model=model.name, state=state, healthy_until_ms=verdicts.healthy_until(model, now_ms), **fields)
             self.on_state(model, state)
 
     # --- operators
@@ -294,8 +305,8 @@ class Health:
         return ModelHealth(
             model,
             verdicts.state(model, now_ms),
-            verdicts.judged_until(model),
-            verdicts.healthy_until(model),
+            verdicts.judged_until(model, now_ms),
+            verdicts.healthy_until(model, now_ms),
             tuple(verdicts.intervals(model)[-INTERVALS_SHOWN:]),
             tuple(verdicts.log(model)),
             {arm: sample.figures() for arm, sample in zip(ARMS, pair, strict=True)},

@@ -114,17 +114,18 @@ class Verdicts:
         last = self._last(model, at_ms + 1, lambda severity: severity > 0)
         return "uncertain" if last is None else last[1]
 
-    def healthy_until(self, model: str | Generation) -> int | None:
+    def healthy_until(self, model: str | Generation, now_ms: int = _TIME_MAX - 1) -> int | None:
         """Unix ms: the largest time not later than the last healthy verdict that is in no corrupted interval.
 
-        None: it was never judged healthy, or not in the time that is kept: then there is nothing to rely on.
+        None: it was never judged healthy, or not in the time that is kept: then there is nothing to rely on. What a node
+        whose clock is ahead said of moments after `now_ms` does not count: a witness would take all that comes until then.
         """
-        last = self._last(model, _TIME_MAX, lambda severity: severity == SEVERITY["healthy"])
+        last = self._last(model, now_ms + 1, lambda severity: severity == SEVERITY["healthy"])
         return None if last is None else last[0]
 
-    def judged_until(self, model: str | Generation) -> int | None:
-        """Unix ms up to which anything was said; None: never."""
-        last = self._last(model, _TIME_MAX, lambda severity: severity > 0)
+    def judged_until(self, model: str | Generation, now_ms: int = _TIME_MAX - 1) -> int | None:
+        """Unix ms up to which anything was said, of moments up to now; None: never."""
+        last = self._last(model, now_ms + 1, lambda severity: severity > 0)
         return None if last is None else last[0]
 
     def intervals(self, model: str | Generation) -> list[Interval]:

@@ -128,7 +128,7 @@ class Delaying:
 
     def _healthy_until(self, model: ModelStore) -> int | None:
         """A moment of which the state is known, so that the older store never has anything but a state that was healthy."""
-        healthy_ms = self.delayed.current.facts.of(Verdicts).healthy_until(Generation.of(model.spec))
+        healthy_ms = self.delayed.current.facts.of(Verdicts).healthy_until(Generation.of(model.spec), _now_ms())
         before_ms = self._before_now(model)
         held_ms = self._held_until(Generation.of(model.spec))
         if healthy_ms is None or before_ms is None:

@@ -147,6 +147,7 @@ def make_parts(
         lambda entries: submit_operation(m.SchemaChanged(entries)),
         machine.protocol_min_known,
         lambda: machine.peers_alive(read_clock()),
+        lambda: machine.clock_agrees(read_clock()),
     )
     publishing.on_report = health.report
     endpoint = LocalEndpoint(node.local, publishing)

@@ -81,7 +81,7 @@ class NodeRollbacks:
                 self._ask,
                 self._tell,
                 self._verdict,
-                lambda model: store.facts.of(Verdicts).healthy_until(model),
+                lambda model: store.facts.of(Verdicts).healthy_until(model, read_clock().unix_ms),
                 machine.fence_of,
                 self._caught_up,
                 self._estimate_ms,
@@ -222,7 +222,7 @@ class NodeRollbacks:
 
     def _verdict(self, model: str, since_ms: int) -> str:
         verdicts, now_ms = self._store.facts.of(Verdicts), read_clock().unix_ms
-        judged_ms = verdicts.judged_until(model)
+        judged_ms = verdicts.judged_until(model, now_ms)
         if judged_ms is None or judged_ms < now_ms - JUDGED_LATELY_MS:
             return ""
         return verdicts.state(model, now_ms) if judged_ms > since_ms else "uncertain"

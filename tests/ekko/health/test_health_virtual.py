@@ -7,6 +7,7 @@ from ekko.config.sections import HealthSection
 from ekko.errors import ModelError
 from ekko.generations import Generation
 from ekko.health.service import Health
+from ekko.health.summaries import Summaries
 from ekko.health.traffic import BASELINE, ONLINE
 from ekko.health.verdicts import State
 from ekko.health.wire import Report, events_of
@@ -147,3 +148,26 @@ def test_who_has_no_health_takes_no_reports_and_knows_what_others_found() -> Non
     assert health.verdicts.state("ctr", 9_500_000) == "healthy"
     with pytest.raises(ModelError, match="unknown model 'nothing'"):
         health.overrule("nothing", "healthy", None, "")
+
+
+def test_a_node_whose_clock_is_ahead_neither_judges_nor_promises_a_healthy_future() -> None:
+    node, now_ms = form(9).nodes["t1"], 10_000_000
+    agrees = [True]
+    health = Health("t1", SECTION, node.store, lambda _: None, lambda: 2, clock_agrees=lambda: agrees[0], clock=lambda: now_ms)
+    node.store.facts.note(health.verdicts.note("ctr", "healthy", now_ms - 9_000, now_ms - 5_000))
+    node.store.facts.note(health.verdicts.note("ctr", "healthy", now_ms + 3_600_000, now_ms + 3_700_000))
+    (picture,) = health.pictures()
+    assert (picture.healthy_until_ms, picture.judged_until_ms) == (now_ms - 5_000, now_ms - 5_000)
+    (events,) = events_of([0.5] * 9, [1] * 9, None, "eu", ONLINE, now_ms - 60_000)
+    for expected in (False, True):
+        agrees[0] = expected
+        health.report(Report("ctr", events))
+        health.tick()
+        assert bool(node.store.facts.of(Summaries).models()) == expected, "it tells of no windows by its own time"
+    assert health._judges
+    health.report(Report("ctr", events))
+    node.store.drop_model("ctr", now_ms)
+    health.tick()
+    assert not (health._judges or health._windows or health._segments), "of what is dropped nothing is kept"
+    health._log_changes()
+    assert not health._states

@@ -136,7 +136,8 @@ def test_reports_by_http_and_what_is_refused(cluster: LocalCluster) -> None:
     assert post(body) == (200, {"taken": 1, "late": 0, "ahead": 1})
     assert post(body | {"label": [1, 7]})[0] == 409
     assert "does not fit 2 predictions" in post(body | {"label": [1, 0, 1]})[1]["error"]
-    assert "makes no sense" in post(body | {"prediction": [[1], "x"]})[1]["error"]
+    assert "predictions are no numbers" in post(body | {"prediction": [[1], "x"]})[1]["error"]
+    assert post(body | {"segment": "\ud800"})[0] == 200, "a name that is no UTF-8 is spelled otherwise, and nothing breaks"
     assert "unknown model 'nothing'" in post(body | {"model": "nothing"})[1]["error"]
     assert post({"model": "ctr"})[0] == 400
     with ekko.Reader("ctr", run_dir=node.run_dir) as reader:
