@@ -209,9 +209,9 @@ class Health:
     def _tell(self) -> None:
         """Sum closed windows up, for all nodes."""
         now_ms = self._clock()
-        for known in (self._windows, self._segments, self._judges):
-            for model in [model for model in known if not self._store.holds(model)]:
-                known.pop(model)
+        for about in (self._windows, self._segments, self._judges):
+            for model in [model for model in about if not self._store.holds(model)]:
+                about.pop(model)
         for model, windows in self._windows.items():
             for closed in windows.close(now_ms):
                 if closed.segments:
