@@ -14,7 +14,6 @@ from ekko.asking import ask_node, fetch_status
 from ekko.errors import ConfigError, EkkoError, NodeFailed
 from ekko.health.cli import health
 from ekko.options import ConfigOption, HttpOption, JsonOption, http_of
-from ekko.rates import parse_pair, parse_word
 from ekko.rollback.cli import rollback
 from ekko.snapshots.cli import snapshots
 from ekko.version import __version__
@@ -65,13 +64,16 @@ def node(
 
     Variables EKKO_NODE__ID, EKKO_NODE__HTTP, EKKO_MODELS__<name>__SHARDS ... override the file.
     """
-    import asyncio
+    from ekko.startup import brisk_imports
 
-    import uvloop
+    with brisk_imports():
+        import asyncio
 
-    from ekko.config import load_config
-    from ekko.daemon import Node
-    from ekko.logs import configure_logs
+        import uvloop
+
+        from ekko.config import load_config
+        from ekko.daemon import Node
+        from ekko.logs import configure_logs
 
     settings = load_config(config)
     if check:
@@ -373,6 +375,8 @@ def rate(
 
     It counts before links."A/B".rate_mbps of the nodes' files, also after they start again, until `configured`.
     """
+    from ekko.rates import parse_pair, parse_word
+
     address = http_of(config, http)
     if pair is not None and mbps is not None:
         answer = ask_node(address, "/rate", {"pair": parse_pair(pair), "rate": str(parse_word(mbps))})

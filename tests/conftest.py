@@ -1,6 +1,7 @@
 """Hypothesis profiles, ports for workers side by side, and the check that no test leaves a process behind."""
 
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -38,17 +39,36 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("runs with HYPOTHESIS_PROFILE=long")
 
 
+def pytest_collection_finish() -> None:
+    """Libraries and three thousand tests stay: the collector need not look at them again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def child_processes() -> dict[int, str]:
     """Pid -> command line of every living child of this process, the interpreter's own helper excepted."""
     tracker = getattr(getattr(resource_tracker, "_resource_tracker", None), "_pid", None)
     children: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != tracker:
+    for pid in _children_of_threads():
+        if pid != tracker:
             with contextlib.suppress(OSError):  # it ended while we looked
+                entry = Path("/proc") / str(pid)
                 state, parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:2]
                 if int(parent) == os.getpid() and state != "Z":
-                    children[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
+                    children[pid] = (entry / "cmdline").read_text().replace("\0", " ").strip()
     return children
+
+
+def _children_of_threads() -> list[int]:
+    """Pids of children, as the kernel lists them; where it is built without that, of all processes."""
+    pids: list[int] = []
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            pids += map(int, (task / "children").read_text().split())
+        except FileNotFoundError:
+            if task.exists():
+                return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return pids
 
 
 @pytest.fixture(autouse=True)

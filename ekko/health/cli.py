@@ -9,7 +9,6 @@ import typer
 
 from ekko.asking import ask_node, fetch_status
 from ekko.errors import ConfigError, ModelError
-from ekko.health.verdicts import SEVERITY
 from ekko.options import ConfigOption, HttpOption, JsonOption, http_of
 
 COLOURS = {"healthy": "green", "uncertain": "yellow", "corrupted": "red"}
@@ -35,6 +34,8 @@ def health(
     """
     address = http_of(config, http)
     if state is not None:
+        from ekko.health.verdicts import SEVERITY
+
         if model is None or state not in SEVERITY:
             raise ConfigError(f"--set {state}: expected a model before it, and one of {', '.join(SEVERITY)}")
         answer = ask_node(address, "/health", {"model": model, "state": state, "from_ms": _moment(since), "why": why})

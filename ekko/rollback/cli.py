@@ -12,7 +12,6 @@ from ekko.asking import ask_node
 from ekko.errors import ConfigError, EkkoError
 from ekko.options import ConfigOption, HttpOption, JsonOption, http_of
 from ekko.rollback.moments import parse_moment, show_moment
-from ekko.rollback.scope import parse_keys
 
 POLL_S = 0.2
 STEPS = {
@@ -70,6 +69,8 @@ def rollback(
             raise ConfigError('give --to TIME, such as --to healthy or --to "5m ago"')
         _show_history(address, model, as_json)
         return
+    from ekko.rollback.scope import parse_keys
+
     to_ms = parse_moment(to, time.time_ns() // 1_000_000)
     request: dict[str, object] = {
         "model": _named(model),

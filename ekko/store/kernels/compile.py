@@ -24,6 +24,8 @@ from typing import Any, TypeAlias, TypeVar, cast
 import numba
 import xxhash
 
+from ekko.store.kernels.loading import keep
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 # An integer inside a kernel. Numba gives it its machine type; to mypy it may be Python's or NumPy's.
@@ -59,11 +61,17 @@ def _compile(function: Callable[..., Any], signatures: list[str] | None, *, forc
     before = _numba.config.CACHE_DIR
     _numba.config.CACHE_DIR = directory or before
     try:  # Numba looks at the setting now, and never again for this function
-        options = {"cache": directory is not None, "nogil": True, "error_model": "numpy", "forceinline": forceinline}
+        options = {"nogil": True, "error_model": "numpy", "forceinline": forceinline}
         if not signatures:
-            return _numba.njit(**options)(function)
+            return _numba.njit(cache=directory is not None, **options)(function)
+        compiled = _numba.njit(**options)(function)
+        if directory is not None:
+            keep(compiled, function)
         with _alone_in(directory):
-            return _numba.njit(signatures, **options)(function)
+            for signature in signatures:
+                compiled.compile(signature)
+        compiled.disable_compile()
+        return compiled
     finally:
         _numba.config.CACHE_DIR = before
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numba
 import pytest
@@ -66,3 +67,27 @@ def test_one_process_compiles_at_a_time(tmp_path: Path) -> None:
         finally:
             other.kill()
             other.wait()
+
+
+def test_bitcode_out_of_the_cache_is_parsed_when_it_is_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_cache_directory", lambda: str(tmp_path))
+
+    def add_three(number: int) -> int:
+        return number + 3
+
+    def twice(number: int) -> int:
+        return 2 * inner(number)  # whatever `inner` is when this is compiled
+
+    inner: Any = compiling.kernel("int64(int64)")(add_three)
+    assert inner(4) == 7
+    inner = compiling.kernel("int64(int64)")(add_three)
+    (library,) = (one.library for one in inner.overloads.values())
+    assert inner.stats.cache_hits
+    assert "unreachable" in str(library._shared_module), "Numba parsed the whole of it"
+    assert "unreachable" not in str(library._get_module_for_linking())
+
+    inner = compiling.kernel("int64(int64)")(add_three)
+    assert compiling.kernel("int64(int64)")(twice)(4) == 14  # compiled with what came out of the cache
+    again: Any = compiling.kernel("int64(int64)")(twice)
+    assert again.stats.cache_hits
+    assert again(5) == 16
