@@ -40,7 +40,7 @@ from p2p.errors import FencedError, LocalProtocolError
 from p2p.identity.allotment import Allotment
 from p2p.identity.retirement import News, Retirement
 from p2p.link.links import Link
-from p2p.messages.fences import CLOSED, CLOSING, LIFTED, NOTE_CHARS_MAX, RESTORERS_MAX, Restorer
+from p2p.messages.fences import CLOSED, CLOSING, EPOCH_BITS, LIFTED, NOTE_CHARS_MAX, RESTORERS_MAX, Restorer
 from p2p.stamps import WRITER_MASK
 
 STAMP_MAX = (1 << 64) - 1
@@ -112,10 +112,16 @@ class Fencing:
             raise LocalProtocolError(
                 f"epoch {epoch} is over: the fence of epoch {known.epoch} {state}; use a larger one, or 0 for the next"
             )
+        if epoch >> EPOCH_BITS:
+            raise LocalProtocolError(
+                f"no fence of keyspace {family} can be told after epoch {epoch - 1}: load the model as a new generation"
+            )
         if known is None or epoch > known.epoch:
             self._retirement.check_room(family, len(self._writers_of(family)))
         self._requests.append(_Request(asked, epoch, now.monotonic_ms))
-        fence = m.Fence(family, epoch, note=asked.note[:NOTE_CHARS_MAX])
+        # What cannot be written down (half of a pair, as JSON may have it) would be found out when it is.
+        note = asked.note[:NOTE_CHARS_MAX].encode("utf-8", "replace").decode()
+        fence = m.Fence(family, epoch, note=note)
         core.note("fence_requested", alarm=True, keyspace=family, epoch=epoch, reason=fence.note)
         self._retirement.learn(m.Retirements((), (), (fence,)), None, now)
         self._answer(now)  # it may be closed already
@@ -228,6 +234,8 @@ class Fencing:
     def _follow(self, news: Sequence[News], now: m.Now) -> None:
         """Facts were learned, which are durable by now; or only who is retired."""
         core = self._core
+        closing = {fence.key for fence in core.fences.values() if fence.stage == CLOSING}
+        self._reports = {key: reports for key, reports in self._reports.items() if key in closing}
         for before, fence in news:
             if core.fences.get(fence.family) is not fence:
                 continue

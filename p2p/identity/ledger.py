@@ -4,7 +4,7 @@ Granted writer ids and blocks of them, so that none is granted twice; the cluste
 whom it knew, so that a first node that comes back alone calls the others instead of believing that there are none.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -206,8 +206,11 @@ class NodeRecord:
         """The fence of a family that counts: of the largest epoch."""
         return max((one for one in self.fences.values() if one.family == family), key=lambda one: one.epoch, default=None)
 
-    def merge_fences(self, told: Iterable[Fence]) -> list[tuple[Fence | None, Fence]]:
-        """Learn of fences; returns those that are news and kept, each with what was known of it before."""
+    def merge_fences(self, told: Iterable[Fence], families: Callable[[], set[int]]) -> list[tuple[Fence | None, Fence]]:
+        """Learn of fences; returns those that are news and kept, each with what was known of it before.
+
+        `families`: those that exist, for when there are too many.
+        """
         before: dict[tuple[int, int], Fence | None] = {}
         for one in told:
             known = self.fences.get(one.key)
@@ -216,12 +219,14 @@ class NodeRecord:
                 before.setdefault(one.key, known)
                 self.fences[one.key] = more
             if len(self.fences) > 2 * FENCES_MAX:
-                self._trim_fences()
-        self._trim_fences()
+                self._trim_fences(families)
+        self._trim_fences(families)
         return [(known, self.fences[key]) for key, known in before.items() if key in self.fences]
 
-    def _trim_fences(self) -> None:
-        """Keep what everybody keeps of too many (see below): the last ones of a family, and of all first those that stand."""
+    def _trim_fences(self, families: Callable[[], set[int]]) -> None:
+        """Keep what everybody keeps of too many (see below): the last ones of a family, and of all first those of families that
+        exist, then those that stand. Else who tells of many that do not exist could have one forgotten that holds writers back.
+        """
         if len(self.fences) <= FENCES_OF_FAMILY_MAX:
             return
         epochs: dict[int, list[int]] = {}
@@ -231,9 +236,14 @@ class NodeRecord:
             for epoch in sorted(known)[:-FENCES_OF_FAMILY_MAX]:
                 del self.fences[family, epoch]
         if len(self.fences) > FENCES_MAX:
+            exist = families()
             order = sorted(
                 self.fences.values(),
-                key=lambda one: (one.stage == LIFTED, xxhash.xxh3_64_intdigest(f"kept {one.key}".encode())),
+                key=lambda one: (
+                    one.family not in exist,
+                    one.stage == LIFTED,
+                    xxhash.xxh3_64_intdigest(f"kept {one.key}".encode()),
+                ),
             )
             self.fences = {one.key: one for one in order[:FENCES_MAX]}
 

@@ -54,7 +54,7 @@ RETIRED_MAX = 65_536
 # in the ledger, too, which has 16 MiB. 8 MiB are those of 16,384 writers of models of 64 shards.
 FLOOR_BYTES_MAX = 8 << 20
 STRANGE_FLOOR_BYTES_MAX = 2 << 20
-# Sets that differ are told in full, cut into messages of about so much and at most so many entries.
+# Sets that differ are told in full, cut into messages of about so much and about so many entries of at most ten items each.
 TOLD_BYTES_MAX = 1 << 20
 TOLD_ENTRIES_MAX = 4_096
 # So many stages that begin at once are told one by one in the log.
@@ -216,8 +216,9 @@ class Retirement:
             absent = record.absent.get(expulsion.node)
             if absent is not None and absent.boot == expulsion.boot:
                 del record.absent[expulsion.node]
-        fences = record.merge_fences(told.fences)
+        fences = record.merge_fences(told.fences, self._families)
         core.fences.update((fence.family, fence) for _, fence in fences if record.fence(fence.family) is fence)
+        self._forget_fences()
         named = (*told.retired, *self.stopped_by(fences))
         own = (
             m.Retired(keyspace.replica.keyspace, retired.family, retired.writer, retired.nonce, FROZEN)
@@ -264,6 +265,16 @@ class Retirement:
         # the writers next changes what such reports have to agree with.
         self.follow_fences(fences, now)
         self._look(changed, now)
+
+    def _families(self) -> set[int]:
+        """Of which the schema tells; nodes that agree on the schema agree on this, whatever each of them holds."""
+        return {entry.keyspace for entry in self._core.host.schema()}
+
+    def _forget_fences(self) -> None:
+        """What the record does not keep counts no more."""
+        core, kept = self._core, {family for family, _ in self._core.record.fences}
+        for family in [family for family in core.fences if family not in kept]:
+            del core.fences[family]
 
     def _trim(self) -> int:
         """Keep what everybody keeps of too much; how many entries were dropped."""
@@ -602,16 +613,28 @@ class _Room:
 
 
 def _parts(told: m.Retirements) -> Iterator[m.Retirements]:
-    """So much cut into messages, expulsions and fences first; at least one."""
-    lives, fences, entries = told.expulsions, told.fences, list[m.Retired]()
-    room = TOLD_BYTES_MAX
-    for one in told.retired:
-        if room <= 0 or len(entries) >= TOLD_ENTRIES_MAX:
-            yield m.Retirements(lives, tuple(entries), fences)
-            lives, fences, entries, room = (), (), [], TOLD_BYTES_MAX
-        entries.append(one)
-        room -= 64 + one.floor.nbytes
-    yield m.Retirements(lives, tuple(entries), fences)
+    """So much cut into messages, expulsions and fences first; at least one.
+
+    All three are cut: a header has room for `HEADER_ITEMS_MAX` items, and whoever sends more is not listened to any more.
+    """
+    lives, fences, entries = list[m.Expulsion](), list[m.Fence](), list[m.Retired]()
+    room, count = TOLD_BYTES_MAX, 0
+    for one in chain(told.expulsions, told.fences, told.retired):
+        if room <= 0 or count >= TOLD_ENTRIES_MAX:
+            yield m.Retirements(tuple(lives), tuple(entries), tuple(fences))
+            lives, fences, entries, room, count = [], [], [], TOLD_BYTES_MAX, 0
+        count += 1
+        room -= 64
+        match one:
+            case m.Expulsion():
+                lives.append(one)
+            case m.Fence():
+                fences.append(one)
+                count += len(one.restorers)
+            case m.Retired():
+                entries.append(one)
+                room -= one.floor.nbytes
+    yield m.Retirements(tuple(lives), tuple(entries), tuple(fences))
 
 
 def _above(one: U64, other: U64) -> bool:
