@@ -32,8 +32,8 @@ MARK_MS: Final = 100
 
 
 def cut_of(unix_ms: int) -> int:
-    """The cut of a moment: all that was written in or before this millisecond."""
-    return make_stamp(max(unix_ms + 1, EPOCH_MS + 1), 0, 0) - 1
+    """The cut of a moment: all that was written in or before this millisecond; of one that no stamp reaches, everything."""
+    return min(make_stamp(max(unix_ms + 1, EPOCH_MS + 1), 0, 0) - 1, STAMP_MAX)
 
 
 def unix_ms_of_cut(cut: int) -> int:

@@ -219,4 +219,5 @@ def _now_ms() -> int:
 
 def _taken_back(rollbacks: Rollbacks, model: Generation) -> list[Rollback]:
     """Those that wrote, or are about to."""
-    return [one for one in rollbacks.of(model) if one.cut_ms and not one.dry and one.step is not Step.FAILED]
+    known = map(rollbacks.shown, rollbacks.of(model))
+    return [one for one in known if one.cut_ms and not one.dry and one.step is not Step.FAILED]

@@ -13,7 +13,7 @@ from ekko.errors import EkkoError, ModelError
 from ekko.generations import Generation
 from ekko.model import ModelSpec
 from ekko.rollback.facts import PER_MILLE, ROLLBACKS_MAX, Key, Rollback, Rollbacks, Step, check_free, fact_of, shortened
-from ekko.rollback.moments import HEALTHY
+from ekko.rollback.moments import HEALTHY, show_moment
 from ekko.rollback.performer import Performer, Reply, Surroundings
 from ekko.rollback.plan import read_plan
 from ekko.rollback.scope import WHOLE, Scope
@@ -35,6 +35,7 @@ REQUEST_AGE_MS_MAX = REQUEST_MS_MAX + AHEAD_MS_MAX
 LOOK_MS = 500
 # Who waits for a request, in `_seen_ms`: the node that made it.
 ASKED = "asked"
+LEFT = "left"  # and that one is left to the witness that died over it
 # After a rollback by verdict, the next one of the model has to wait: quality is measured over windows.
 AUTOMATIC_EVERY_MS = 60_000
 
@@ -100,6 +101,10 @@ class Coordinator:
         if unknown := [table for table in scope.tables if table not in held.tables and table != "_dense"]:
             known = ", ".join(map(repr, held.tables)) or "none"
             raise ModelError(f"model {model!r} has no table {unknown[0]!r}: it has {known}")
+        if to_ms > now.unix_ms + AHEAD_MS_MAX:
+            raise ModelError(
+                f"{show_moment(to_ms)} lies ahead of now: give a moment in Unix milliseconds, or 0 for the last healthy one"
+            )
         if not self.witnesses(generation):
             raise EkkoError(
                 f"no witness is alive in this cluster that holds all of model {model!r}, so nobody knows how it was: run a "
@@ -245,7 +250,28 @@ class Coordinator:
         elif mine:
             self._perform(fact, now)
         else:
-            self._perform(self._taken(fact, now), now)
+            taken = self._taken(fact, now)
+            if not self._is_left(fact, taken, now):
+                self._perform(taken, now)
+
+    def _is_left(self, fact: Rollback, taken: Rollback, now: m.Now) -> bool:
+        """Whether a rollback is left to the witness that died: it may have written half of it, and this one cannot go on.
+
+        The fence stands until that one is back with its plan, or an operator decides: never half done (R15).
+        """
+        assert self.around is not None
+        if not fact.witness or fact.step < Step.WRITING or not (why := Performer(taken, self.around).hopeless()):
+            return False
+        if (fact.key, LEFT) not in self._seen_ms:
+            self._seen_ms[fact.key, LEFT] = now.monotonic_ms
+            fields: dict[str, object] = {
+                "model": fact.model.name,
+                "epoch": f"{fact.epoch:016x}",
+                "witness": fact.witness,
+                "reason": why,
+            }
+            self.around.note("rollback_left_to_its_witness", fields)
+        return True
 
     def _look_at_questions(self, model: Generation, now: m.Now) -> None:
         """Dry runs: the newest that nobody answered, or whose witness died over it."""
@@ -274,12 +300,14 @@ class Coordinator:
         """The same under a new epoch, of this witness."""
         self._seen_ms.pop((fact.key, fact.witness), None)
         epoch = self._next_epoch(fact.model)
+        # Of "healthy" what it was found to be, once rows may have been written back: what was judged since was judged of these.
+        to_ms = fact.to_ms or (fact.cut_ms if fact.step >= Step.WRITING else HEALTHY)
         step = Step.REQUESTED if fact.dry else Step.FENCING
         return Rollback(
             fact.model,
             epoch,
             step,
-            fact.to_ms,
+            to_ms,
             fact.requested_ms,
             fact.asked_by,
             fact.automatic,
@@ -287,6 +315,7 @@ class Coordinator:
             fact.dry,
             request=fact.request or fact.epoch,
             witness=self.options.node,
+            at_risk=fact.at_risk,
             changed_ms=now.unix_ms,
             share=PER_MILLE if fact.dry else 0,
         )

@@ -387,7 +387,7 @@ class Machine:
             rows=summary.rows,
             deletions=summary.deletions,
             payload_bytes=summary.payload_bytes,
-            at_risk=summary.at_risk,
+            at_risk=max(summary.at_risk, self.fact.at_risk),  # of who died over it, where it looked for the same moment
             others=summary.others,
             estimate_ms=estimate_ms,
         )

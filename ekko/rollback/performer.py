@@ -16,7 +16,7 @@ from ekko.rollback.diff import differences, versions_now
 from ekko.rollback.facts import Rollback, Step, entry_of
 from ekko.rollback.moments import HEALTHY, show_moment
 from ekko.rollback.past import Past
-from ekko.rollback.plan import Plan, PlanBatch, Plans, RowsAtRisk, Summary, read_plan, write_plan
+from ekko.rollback.plan import READ_ERRORS, Plan, PlanBatch, Plans, RowsAtRisk, Summary, read_plan, write_plan
 from ekko.rollback.risk import KEPT_MAX, encode_risk
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
@@ -79,6 +79,7 @@ class Performer:
         self._asked: dict[int, r.Effect] = {}  # what the protocol has not answered yet, by request
         self._planning: Generator[Summary | None, None, None] | None = None
         self._plan: Plan | None = None
+        self._cut_found_ms = 0  # of the plan, from the moment on at which it is begun
 
     @property
     def fact(self) -> Rollback:
@@ -119,7 +120,7 @@ class Performer:
     def holds_cut_ms(self) -> int | None:
         """The moment beyond which the past must not be flushed while this goes on; None: no such moment is known yet."""
         fact = self.fact
-        return None if self.over else (fact.cut_ms or fact.to_ms or None)
+        return None if self.over else (self._cut_found_ms or fact.cut_ms or fact.to_ms or None)
 
     def begin(self, now: m.Now) -> None:
         """Start, or go on with what a life before left."""
@@ -130,7 +131,22 @@ class Performer:
             plan = None
             self._node.plans.drop(fact.model)
         self._plan = plan
+        if plan is None and not fact.dry and fact.step is Step.FENCING and not self._is_fenced() and (why := self.hopeless()):
+            self._feed(r.Impossible(why), now)  # before anybody is stopped
+            return
         self._feed(r.Begun(None if plan is None else plan.summary), now)
+
+    def hopeless(self) -> str:
+        """Why there is no moment to go back to here; empty: there is one, as far as is known before the fence."""
+        try:
+            self._cut_ms(self._wanted_ms())
+        except EkkoError as error:
+            return str(error)
+        return ""
+
+    def _is_fenced(self) -> bool:
+        fence = self._node.fence_of(self._family)
+        return fence is not None and fence.stage != LIFTED
 
     def supersede(self, now: m.Now) -> None:
         """A higher epoch is there."""
@@ -298,7 +314,7 @@ class Performer:
         fact, node = self.fact, self._node
         try:
             wanted_ms = self._wanted_ms()
-            cut_ms = self._cut_ms(wanted_ms)
+            cut_ms = self._cut_found_ms = self._cut_ms(wanted_ms)
         except EkkoError as error:
             return r.Impossible(str(error))
         pieces = differences(self._model, node.past, cut_ms, wanted_ms, fact.scope, now.unix_ms)
@@ -358,7 +374,10 @@ class Performer:
 
     def _write(self, effect: r.Write, number: int) -> r.Event | None:
         assert self._plan is not None, "durable before the first write (R15)"
-        batch = self._left(self._plan.batch(number))
+        try:
+            batch = self._left(self._plan.batch(number))
+        except READ_ERRORS as error:
+            return r.NotWritten(number, f"the plan cannot be read any more: {error}: look at the disk of this witness")
         if batch is None:
             return r.Written(number)  # in the life before
         classes = np.full(batch.keys.size, TAKEN_BACK, np.uint8)

@@ -36,6 +36,8 @@ BATCH_BYTES_MAX: Final = 1 << 20
 AT_RISK_NAMED_MAX: Final = 65_536
 PART_BYTES_MAX: Final = 1 << 28
 SUFFIX: Final = ".plan"
+# What reading may raise: the disk's errors, and those of a part that is not as it was written.
+READ_ERRORS: Final = (OSError, ValueError, TypeError, KeyError, EOFError, msgpack.UnpackException)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,13 +197,13 @@ def write_plan(
 
 def read_plan(plans: Plans, model: Generation) -> Plan | None:
     """The plan of a model, checked from end to end; None: there is none, or it is damaged, which is as good as none."""
-    file = plans.open(model)
-    if file is None:
-        return None
+    file: BinaryIO | None = None
     try:
-        return _read(file, model)
-    except (OSError, ValueError, TypeError, KeyError, EOFError, msgpack.UnpackException):
-        file.close()
+        file = plans.open(model)
+        return None if file is None else _read(file, model)
+    except READ_ERRORS:
+        if file is not None:
+            file.close()
         return None
 
 

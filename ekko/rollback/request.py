@@ -27,7 +27,12 @@ def rollback_request(body: dict[str, Any]) -> RollbackRequest | None:
     match body:
         case {"model": str(model), "to_ms": int(to_ms), "tables": list(tables), "writer": str(writer), "keys": keys}:
             flags = [body.get(name, False) for name in ("dry_run", "force")]
-            if to_ms < 0 or not all(isinstance(one, bool) for one in flags) or not all(isinstance(one, str) for one in tables):
+            if (
+                type(to_ms) is not int
+                or to_ms < 0
+                or not all(isinstance(one, bool) for one in flags)
+                or not all(isinstance(one, str) for one in tables)
+            ):
                 return None
             match keys:
                 case None:

@@ -46,6 +46,8 @@ def test_what_was_taken_back_is_never_shown() -> None:
     assert bound_s(Verdicts(), rollback(20, Step.DONE, 10)) == 30
     assert bound_s(Verdicts(), rollback(40, Step.FAILED, 20)) == 30
     assert bound_s(Verdicts(), replace(rollback(40, Step.DONE, 20), dry=True)) == 30
+    died = rollback(60, Step.WRITING, 58), rollback(60, Step.DONE, 31, epoch=2)
+    assert bound_s(Verdicts(), *died) == 30, "another one took over from the first, of which nothing more will be heard"
     twice = rollback(45, Step.DONE, 35), rollback(40, Step.DONE, 20, epoch=2)
     assert bound_s(Verdicts(), *twice) == 45, "the second went back to a moment within the first"
 

@@ -1,16 +1,20 @@
 """What could leave a rollback half done, or take back what is good: operators in each other's way, deaths at bad moments."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ekko.delayed.history import cut_of
-from ekko.errors import EkkoError
+from ekko.errors import EkkoError, ModelError
 from ekko.model import ModelSpec, TableSpec
-from ekko.rollback import diff
+from ekko.rollback import diff, performer
 from ekko.rollback import machine as r
+from ekko.rollback.coordinator import TAKEOVER_MS
 from ekko.rollback.facts import HISTORY_MAX, Step
+from ekko.rollback.moments import HEALTHY
 from ekko.rollback.performer import Performer
+from ekko.rollback.plan import Plan, PlanBatch, read_plan
 from ekko.rollback.risk import decode_risk
 from p2p import messages as m
 from sim_cluster.network import NetworkOptions
@@ -41,7 +45,10 @@ class NotHeard(Performer):
         return super()._carry_out(effect, now)
 
 
-@pytest.mark.parametrize("back", [True, False], ids=["it comes back without its memory", "another one takes over"])
+BACK = pytest.param(True, id="it comes back without its memory", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("back", [BACK, pytest.param(False, id="another one takes over")])
 def test_what_was_written_after_the_end_is_not_taken_back(back: bool, tmp_path: Path) -> None:
     cluster, shells, cut_ms = good_and_bad(12, tmp_path)
     shells["w1"].coordinator.make_performer = NotHeard  # type: ignore[union-attr]
@@ -82,6 +89,7 @@ class NeverDone(Performer):
         self._planning = None
 
 
+@pytest.mark.long
 def test_a_question_whose_witness_dies_is_answered_by_another(tmp_path: Path) -> None:
     cluster, shells, cut_ms = good_and_bad(14, tmp_path)
     shells["w1"].coordinator.make_performer = NeverDone  # type: ignore[union-attr]
@@ -113,8 +121,8 @@ def test_a_model_that_is_dropped_ends_its_rollback_and_nothing_else(tmp_path: Pa
     coordinator = shells["w1"].coordinator
     assert coordinator is not None
     coordinator.look(cluster.now())
-    for performer in coordinator.performers.values():
-        performer.on_timer(cluster.now())
+    for one in coordinator.performers.values():
+        one.on_timer(cluster.now())
     assert not coordinator.performers
 
 
@@ -178,3 +186,75 @@ def test_a_model_in_partitions_goes_to_a_witness_that_holds_all_of_it(tmp_path: 
     with pytest.raises(EkkoError, match=r"no witness is alive .* model 'ctr'.* holds all 2 partitions of it; to go"):
         shells["s1"].request(cut_ms)
     assert cluster.publish("t1", "item", [1], 3.0)
+
+
+@pytest.mark.long
+def test_half_a_rollback_is_left_to_its_witness_where_no_other_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diff, "BATCH_ROWS_MAX", 2)
+    cluster, shells, cut_ms = good_and_bad(19, tmp_path)
+    shells["w1"].request(cut_ms)
+    assert cluster.run_until(lambda: step_of(shells, "w2") >= Step.WRITING, step_ms=1)
+    cluster.crash("w1")
+    shells["w2"].delayed.advance("ctr", cluster.now().unix_ms)  # type: ignore[union-attr]
+    cluster.run(TAKEOVER_MS + 10_000)
+    assert step_of(shells, "w2") is Step.WRITING
+    assert [name for name, _ in shells["w2"].notes].count("rollback_left_to_its_witness") == 1
+    assert not cluster.publish("t1", "item", [1], 7.0), "writers do not go on from half of it"
+    cluster.restart("w1")
+    end(cluster, shells)
+    assert fact_of(shells).witness == "w1"
+    check(cluster, shells)
+
+
+def test_what_cannot_be_stops_nobody(tmp_path: Path) -> None:
+    cluster, shells, cut_ms = good_and_bad(20, tmp_path)
+    for name in ("w1", "w2"):
+        shells[name].advance(cut_ms)
+    shells["s1"].request(cut_ms - 2_000)
+    end(cluster, shells, Step.FAILED)
+    assert "is before what witness 'w1' keeps" in fact_of(shells).reason
+    assert cluster.nodes["t1"].machine.fence_of(cluster.model.id) is None  # type: ignore[union-attr]
+    assert cluster.publish("t1", "item", [1], 5.0)
+    with pytest.raises(ModelError, match="lies ahead of now: give a moment in Unix milliseconds"):
+        shells["s1"].request(1_000 * cut_ms)  # microseconds
+
+
+@pytest.mark.long
+def test_the_past_does_not_move_over_a_moment_while_it_is_worked_out(tmp_path: Path) -> None:
+    cluster, shells, cut_ms = good_and_bad(21, tmp_path)
+    shells["w1"].healthy_until = lambda model: cut_ms
+    cluster.crash("w1")
+    cluster.restart("w1")
+    cluster.run(1_000)
+    shells["w1"].coordinator.make_performer = NeverDone  # type: ignore[union-attr]
+    cluster.crash("w2")
+    shells["w1"].request(HEALTHY)
+    assert cluster.run_until(lambda: step_of(shells) is Step.PLANNING)
+    shells["w1"].advance(cut_ms + 50)
+    assert shells["w1"].delayed.oldest_cut("ctr") == cut_ms  # type: ignore[union-attr]
+
+
+@pytest.mark.long
+def test_a_plan_that_cannot_be_read_for_a_while_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, failures = Plan.batch, [OSError(5, "Input/output error"), ValueError("a part is damaged")]
+
+    def badly(plan: Plan, index: int) -> PlanBatch:
+        if failures:
+            raise failures.pop()
+        return read(plan, index)
+
+    def found(*given: Any) -> Plan | None:
+        plan = read_plan(*given)
+        monkeypatch.setattr(Plan, "batch", badly)  # from now on
+        return plan
+
+    cluster, shells, cut_ms = good_and_bad(22, tmp_path)
+    shells["w1"].request(cut_ms)
+    assert cluster.run_until(lambda: step_of(shells) >= Step.FENCING, step_ms=1)
+    monkeypatch.setattr(performer, "read_plan", found)
+    end(cluster, shells)
+    assert not failures
+    assert sum(name == "rollback_write_refused" for name, _ in shells["w1"].notes) == 2
+    check(cluster, shells)

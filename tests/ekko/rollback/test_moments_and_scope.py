@@ -5,6 +5,7 @@ import pytest
 
 from ekko.errors import ConfigError
 from ekko.rollback.moments import HEALTHY, parse_moment, show_moment
+from ekko.rollback.request import rollback_request
 from ekko.rollback.scope import KEY_END, Scope, parse_keys
 from p2p.stamps import make_stamp
 
@@ -55,3 +56,10 @@ def test_a_scope_means_keys_and_whoever_wrote_the_row_last() -> None:
     assert Scope(key_first=5, key_end=10).mask(keys, stamps).tolist() == [False, True, True, False]
     assert Scope(writer="train", writers=(3,), key_first=2).mask(keys, stamps).tolist() == [False, False, True, True]
     assert str(Scope(("item",), "train", (3,), 5, 10)) == "table item, writer train, keys 5:10"
+
+
+@pytest.mark.parametrize("to_ms", [True, -1, "0", 1.0])
+def test_a_moment_over_http_is_a_number_of_milliseconds(to_ms: object) -> None:
+    body = {"model": "ctr", "to_ms": 5, "tables": [], "writer": "", "keys": None}
+    assert rollback_request(body) is not None
+    assert rollback_request({**body, "to_ms": to_ms}) is None
