@@ -1,7 +1,10 @@
 """Formulas of users: what they get wrong costs them their say, and nobody else anything."""
 
 import re
+import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -9,8 +12,9 @@ import numpy as np
 import pytest
 
 from ekko.errors import ConfigError
-from ekko.priority import functions
+from ekko.priority import functions, guard
 from ekko.priority.guard import Guarded
+from ekko.priority.stopping import stopped_after
 from ekko.priority.updates import Updates, significance
 from p2p.stamps import make_stamp
 
@@ -168,6 +172,71 @@ def test_one_that_recovers_is_asked_as_before() -> None:
     good[0] = True
     guarded(rows)  # rests for one step
     assert (guarded(rows) == rows.moved).all()
+
+
+class Clock:
+    """Seconds, as a formula makes them pass."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+def test_a_slow_one_has_a_twentieth_of_the_nodes_time(asleep: bool) -> None:
+    wall, processor, asked, takes = Clock(), Clock(), [], [0.3]
+
+    def slow(rows: Updates) -> np.ndarray:
+        asked.append(wall.now)
+        wall.now += takes[0]
+        processor.now += 0 if asleep else takes[0]
+        return rows.moved
+
+    guarded, rows = Guarded("mine", slow, significance, wall, processor), updates(10)
+    assert (guarded(rows) == rows.moved).all(), "it was waited for"
+    spent, begin = 0.0, wall.now
+    while wall.now < begin + 100:
+        before, wall.now = wall.now, wall.now + 0.001
+        guarded(rows)
+        spent += max(0.0, wall.now - before - 0.001)
+    assert spent <= 0.05 * 100 + takes[0]
+    assert len(asked) == guarded.failures >= 15
+    assert guarded.steps_without > 90_000
+    assert guarded.last_failure == "too slow: 300 ms for 10 rows, allowed are 20 ms"
+    takes[0], wall.now = 0.001, wall.now + 10
+    failures = guarded.failures
+    assert all((guarded(rows) == rows.moved).all() for _ in range(5)), "once it is quick, it is asked each time"
+    assert guarded.failures == failures
+    many = updates(40_000)
+    takes[0] = 0.3
+    assert all((guarded(many) == many.moved).all() for _ in range(2)), "of many rows it may take longer"
+
+
+@pytest.mark.timeout(60, method="thread")  # else the timer is pytest's own
+def test_one_that_never_comes_back_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(rows: Updates) -> np.ndarray:
+        while True:
+            with suppress(Exception):
+                list(range(100))
+
+    guarded, rows = Guarded("mine", endless, significance), updates(10)
+    monkeypatch.setattr(guard, "STOPPED_AFTER_S", 0.1)
+    begin = time.monotonic()
+    assert (guarded(rows) == significance(rows)).all()
+    assert time.monotonic() - begin < 10
+    assert (guarded.failures, guarded.steps_without) == (1, 1)
+    assert "interrupted after 0.1 s" in guarded.last_failure
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    # Who uses the signal for something else keeps it; and other threads have no timer.
+    mine = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        with stopped_after(0.001):
+            assert signal.getsignal(signal.SIGALRM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGALRM, mine)
 
 
 # --- WebAssembly ------------------------------------------------------------------------------------------------------------
