@@ -175,8 +175,11 @@ def own_values(metric: OwnMetric, prediction: F32, label: F32, weight: F32) -> F
     Raises:
         ModelError: it fails, or does not return a number from 0 to 1 for each.
     """
+    columns = [one.view() for one in (prediction, label, weight)]
+    for column in columns:
+        column.flags.writeable = False  # what it changed would be what is counted
     try:
-        values = np.asarray(metric(prediction, label, weight), np.float64)
+        values = np.array(metric(*columns), np.float64)
     except Exception as error:  # noqa: BLE001 - a user's function can fail in any way
         raise ModelError(f"health.own_metric failed: {error!r}") from None
     if values.shape != prediction.shape or not bool(((values >= 0) & (values <= 1)).all()):

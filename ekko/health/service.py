@@ -35,6 +35,8 @@ TICK_S: Final = 0.25
 JUDGE_S: Final = 1.0
 # Models that scorers report of, or that were judged, with state of their own here.
 MODELS_MAX: Final = 256
+# What becomes of events.
+FATES: Final = ("taken", "late", "ahead", "refused")
 # For people, of one model: the last ones.
 INTERVALS_SHOWN: Final = 20
 
@@ -55,7 +57,7 @@ class ModelHealth:
     segments: Mapping[str, Mapping[str, Mapping[str, float | None]]]  # segment -> arm -> figures of this node's last window
     traffic: Traffic
     why: Mapping[str, str]  # detector -> what it last said here
-    events: Mapping[str, int]  # of scorers of this node: taken, late, ahead
+    events: Mapping[str, int]  # of scorers of this node, by `FATES`
     missed: int  # of all nodes: told of, and not judged here, since it was not heard of in time
 
     def to_json(self) -> dict[str, object]:
@@ -272,9 +274,11 @@ class Health:
         """An operator's word on a model, from a moment up to now, on all nodes.
 
         Raises:
-            ModelError: there is no such model, or no such state.
+            ModelError: there is no such model, or no such state, or the moment is to come.
         """
         generation, now_ms = self._generation(model), self._clock()
+        if from_ms is not None and not 0 <= from_ms <= now_ms:
+            raise ModelError(f"a word on model {model!r} from {from_ms} on: expected Unix milliseconds up to now, {now_ms}")
         verdicts = self.verdicts
         begin_ms = from_ms
         if begin_ms is None:  # the whole of what is in doubt
@@ -301,7 +305,7 @@ class Health:
             name: {arm: sample.figures() for arm, sample in zip(ARMS, one, strict=True)}
             for name, one in self._segments.get(model, {}).items()
         }
-        counts = (windows.taken, windows.late, windows.ahead) if windows is not None else (0, 0, 0)
+        counts = (windows.taken, windows.late, windows.ahead, windows.refused) if windows is not None else (0,) * len(FATES)
         return ModelHealth(
             model,
             verdicts.state(model, now_ms),
@@ -313,7 +317,7 @@ class Health:
             segments,
             self._store.models[model.name].traffic,
             {} if judge is None else judge.why(),
-            dict(zip(("taken", "late", "ahead"), counts, strict=True)),
+            dict(zip(FATES, counts, strict=True)),
             0 if judge is None else round(judge.missed),
         )
 

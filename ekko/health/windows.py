@@ -80,6 +80,7 @@ class Windows:
     late: int = 0  # events of closed windows
     ahead: int = 0  # of the future
     taken: int = 0
+    refused: int = 0  # the user's metric failed, or there was no room
     samples: int = 0  # of open windows
     _open: dict[int, dict[Key, Sample]] = field(default_factory=dict)
     _newest_ms: int = 0  # event so far
@@ -104,7 +105,11 @@ class Windows:
         ahead, late = int((~good).sum()), int((good & ~in_time).sum())
         good &= in_time
         if good.any():
-            self._take(events.chosen(good), windows[good], now_ms, room)
+            try:
+                self._take(events.chosen(good), windows[good], now_ms, room)
+            except ModelError:
+                self.refused += len(events)
+                raise
         self.ahead += ahead
         self.late += late
 

@@ -131,3 +131,25 @@ def test_a_baseline_that_is_worse_is_no_alarm() -> None:
     swapped = [window(n, sample(rng, 1_000, True), sample(rng, 200, False)) for n in range(30)]
     assert not [one for _, one in told("sequential", swapped, Settings()) if one.state != "healthy"]
     assert isinstance(make_detectors(["sequential"], Settings())[0], Sequential)
+
+
+@pytest.mark.parametrize("drop", [0.12, 0.25])
+def test_nothing_of_a_fall_that_lasts_is_ever_healthy_however_coarse_the_precision(drop: float) -> None:
+    """The demo's settings: stretches of some four windows, and a fall in the middle of one, below the precision or above it.
+
+    A stretch of which half is bad can be within the precision on average; it is not said before the next one is, too.
+    """
+    settings = Settings("auc", 0.01, 1_800, 0.02, 0.15)
+    for seed in range(6):
+        rng, begin = np.random.default_rng(seed), 20 + seed
+        distance = {0.0: 1.0, 0.12: 0.5, 0.25: 0.0}  # of clicks and others; an AUC of 0.76, 0.64, 0.5
+
+        def arm(events: int, fallen: bool, rng: np.random.Generator = rng) -> Sample:
+            label = (rng.random(events) < 0.25).astype(np.float32)
+            odds = rng.normal(label * distance[drop if fallen else 0.0]) - 1.5  # noqa: B023
+            return sample_of((1 / (1 + np.exp(-odds))).astype(np.float32), label)
+
+        windows = [window(n, arm(420, n >= begin), arm(180, False)) for n in range(55)]
+        healthy = [one for _, one in told("sequential", windows, settings) if one.state == "healthy"]
+        assert healthy, "before it fell"
+        assert max(one.until_ms for one in healthy) <= T + begin * LENGTH_MS

@@ -1,5 +1,7 @@
 """Judging in the virtual cluster: events at two nodes, verdicts on all, whatever the network loses and whoever is cut off."""
 
+import random
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from ekko.generations import Generation
 from ekko.health.service import Health
 from ekko.health.summaries import Summaries
 from ekko.health.traffic import BASELINE, ONLINE
-from ekko.health.verdicts import State
+from ekko.health.verdicts import State, Verdicts
 from ekko.health.wire import Report, events_of
 from p2p import messages as m
 from p2p.replica import SchemaEntry
@@ -146,6 +148,9 @@ def test_who_has_no_health_takes_no_reports_and_knows_what_others_found() -> Non
     assert picture.to_json()["state"] == "corrupted"
     health.overrule("ctr", "healthy", None, "a drill")
     assert health.verdicts.state("ctr", 9_500_000) == "healthy"
+    for moment in (10_000_001, -1, 1 << 80):
+        with pytest.raises(ModelError, match="expected Unix milliseconds up to now"):
+            health.overrule("ctr", "corrupted", moment, "")
     with pytest.raises(ModelError, match="unknown model 'nothing'"):
         health.overrule("nothing", "healthy", None, "")
 
@@ -171,3 +176,39 @@ def test_a_node_whose_clock_is_ahead_neither_judges_nor_promises_a_healthy_futur
     assert [*health._judges, *health._windows, *health._segments] == [], "of what is dropped nothing is kept"
     health._log_changes()
     assert not health._states
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(2, 12))])
+def test_detectors_that_disagree_on_one_moment_end_in_one_state_everywhere(seed: int) -> None:
+    """Every node says something else of the same seconds, again and again, while messages are lost, repeated and cut off."""
+    cluster = form(seed, FAULTS)
+    cluster.run(2_000)
+    rng, names = random.Random(seed), list(cluster.nodes)
+    states: list[State] = ["healthy", "uncertain", "corrupted"]
+    worst = dict.fromkeys(range(100, 160), 0)
+    for number in range(40):
+        if number in (10, 25):
+            half = set(rng.sample(names, 3))
+            cluster.cut = {(a, b) for a in names for b in names if (a in half) != (b in half)}
+        if number in (20, 35):
+            cluster.cut = set()
+        node = cluster.nodes[rng.choice(names)]
+        state, first = rng.choice(states), rng.randrange(100, 158)
+        facts = node.store.facts
+        said = facts.of(Verdicts).note(
+            "ctr", state, first * 1_000, (first + 2) * 1_000, now_ms=number, node=node.name, detector="d", text=f"{number}"
+        )
+        for second in (first, first + 1):
+            worst[second] = max(worst[second], states.index(state) + 1)
+        told = facts.note(said)
+        assert node.machine is not None
+        cluster.feed(node, node.machine, m.SchemaChanged(told))
+        if rng.random() < 0.3:  # as somebody says it again who has heard it
+            cluster.feed(node, node.machine, m.SchemaChanged(tuple(facts.of(Verdicts).entries())))
+        cluster.run(150)
+    cluster.run(8_000)
+    found = [node.store.facts.of(Verdicts) for node in cluster.nodes.values()]
+    assert all(one == found[0] for one in found)
+    for second, severity in worst.items():
+        at = [one for one in found[0].intervals("ctr") if one.from_ms <= second * 1_000 < one.until_ms]
+        assert [one.state for one in at] == ([states[severity - 1]] if severity else [])

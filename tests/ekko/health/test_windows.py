@@ -128,11 +128,17 @@ def test_a_metric_of_the_users_own_is_counted_or_refused_whole() -> None:
     windows = Windows(1_000, 0, lambda p, y, w: (p >= 0.5) * y)
     windows.add(events(T, T + 1, T + 1_000), T + 1_000)
     assert windows.close(T + 1_000)[0].arms[0].own.mean == 0.5
-    for broken in (lambda p, y, w: p * 3, lambda p, y, w: p[:-1], lambda p, y, w: 1 / 0):
+
+    def meddling(p: np.ndarray, y: np.ndarray, w: np.ndarray) -> np.ndarray:
+        w[:] = 1_000
+        return p
+
+    nothings = [lambda p, y, w: p * np.nan, lambda p, y, w: None, lambda p, y, w: "high", meddling]
+    for broken in (lambda p, y, w: p * 3, lambda p, y, w: p[:-1], lambda p, y, w: 1 / 0, *nothings):
         failing = Windows(1_000, 0, broken)
         with pytest.raises(ModelError, match="own_metric"):
             failing.add(events(T, T + 1), T)
-        assert (failing.taken, failing.open) == (0, 0)
+        assert (failing.taken, failing.open, failing.refused) == (0, 0, 2)
     with pytest.raises(ConfigError, match="no installed package offers metric 'watch_time'"):
         find_metric("watch_time")
 
