@@ -18,6 +18,7 @@ from p2p.replica import U64, RowColumns
 
 NOT_KNOWN: Final = 0
 LEAST: Final = 1
+FOREMOST_ORDINARY: Final = 127
 SIGNIFICANT: Final = 128
 MOST: Final = 254
 TAKEN_BACK: Final = 255

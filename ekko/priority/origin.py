@@ -9,7 +9,8 @@ asked for as often as the average. So of such a model 1 - k of the rows are sign
 often those that would be at half the threshold. An origin does not see what others write, so no percentile over all models is
 to be had anywhere: this one means the same at every origin.
 
-Dense tensors have a mean of their own: their rows are of another length, and would all look significant.
+Dense tensors are not weighed row by row: a tensor of which some rows are sent first, since they moved farther, is nothing that
+was ever learnt. All their rows are the foremost of the ordinary ones (decision 0044).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -124,6 +125,9 @@ class ModelPriority:
         )
 
     def _classified(self, section: RowColumns, said: F32 | None, now: Now, share: float) -> RowColumns:
+        if section.table == DENSE_SPEC.id:
+            together = np.full(len(section.keys), classes.FOREMOST_ORDINARY, np.uint8)
+            return RowColumns(section.table, section.keys, section.rows, section.stamps, together)
         updates = self._updates(section, said, now)
         logarithms = log2_of(self._formula(updates))
         self._percentile.add(logarithms, now.monotonic_ms)
@@ -145,7 +149,7 @@ class ModelPriority:
         else:
             moved, before = table.movement(keys, section.rows)
             moved = np.fmin(moved, _LARGEST)  # another client may have sent rows with NaN or infinity
-            relative = self._relative("dense" if section.table == DENSE_SPEC.id else "moved", moved, now.monotonic_ms)
+            relative = self._relative("moved", moved, now.monotonic_ms)
             significance = relative if said is None else self._significance(said, relative, now.monotonic_ms)
         age_s = self._age_s(section, before, now.monotonic_ms)
         settings = self._settings
