@@ -181,11 +181,11 @@ class Keyspace:
 
     def fed_with(self, writer: int, now_ms: int) -> bool:
         """Whether a parent has queued for us what we lack of this writer, or some of it, so that it is not to be pulled."""
-        return any(feed.until_ms > now_ms and writer in feed.pairs.writers for feed in self.feeds.values())
+        return any(feed.holds_back(now_ms) and writer in feed.pairs.writers for feed in self.feeds.values())
 
     def is_fed(self, now_ms: int) -> bool:
-        """Whether a link towards us is in state mode (R19)."""
-        return any(feed.until_ms > now_ms for feed in self.feeds.values())
+        """Whether rows come over a link in state mode towards us, so that none are to be pulled (R16)."""
+        return any(feed.holds_back(now_ms) for feed in self.feeds.values())
 
 
 @dataclass(slots=True, eq=False)

@@ -58,13 +58,15 @@ class Feeds:
         pairs = pairs_of(told.trees, list(zip(told.writers.tolist(), told.served.tolist(), strict=True)))
         until_ms = now.monotonic_ms + KEPT_MS
         if feed is None:
-            feed = keyspace.feeds[link.boot] = Feed(link.node, pairs, told.number, until_ms)
+            feed = keyspace.feeds[link.boot] = Feed(link.node, pairs, told.number, until_ms, now.monotonic_ms)
             keyspace.replica.set_fed(True)
             self._fed += 1
         elif feed.number != told.number:
             feed.request, feed.flows, feed.asked_ms = 0, False, -ASK_MS
         feed.pairs, feed.number, feed.until_ms, feed.retired_digest = pairs, told.number, until_ms, told.retired_digest
-        if not full.pauses(keyspace, now) and not feed.flows and now.monotonic_ms - feed.asked_ms >= ASK_MS:
+        wanted = not full.pauses(keyspace, now) and not feed.flows and now.monotonic_ms - feed.asked_ms >= ASK_MS
+        # Our vector may be megabytes: who makes us tell it pays as for a selection, or small notices would cost us large ones.
+        if wanted and link.admits_selection(told.keyspace, now.monotonic_ms):
             feed.request = self._pull.tell_vector(keyspace, link, feed.request)
             feed.asked_ms = now.monotonic_ms
         return feed
@@ -87,16 +89,22 @@ class Feeds:
         except RemoteProtocolError:
             self.spoil(link)
             raise
-        if not core.same_writers(link.node, keyspace.replica.place.family, chunk.bound.tolist(), chunk.nonces.tolist()):
+        # Of pairs of which the notice did not tell, which may be late, nothing is known here of who sends them (R1).
+        if not feed.pairs.cover(chunk.shards, chunk.writers, chunk.until) or not core.same_writers(
+            link.node, keyspace.replica.place.family, chunk.bound.tolist(), chunk.nonces.tolist()
+        ):
             self.spoil(link)
             return False
         feed.flows = feed.flows or bool(chunk.request)
         feed.until_ms = now.monotonic_ms + KEPT_MS
-        if take_rows(core, keyspace, chunk.columns, now) is None:
+        written = take_rows(core, keyspace, chunk.columns, now)
+        if written is None:
             self.spoil(link)
             full.call_off(core, link, last=False)
             return False
         core.emit(m.RowsApplied(chunk.keyspace, chunk.columns))
+        if written or (chunk.until > keyspace.knowledge.vector[np.ix_(chunk.shards, chunk.writers)]).any():
+            feed.moved_ms = now.monotonic_ms
         if chunk.claims:
             observe(core, chunk.until, chunk.frontier)
             base = np.zeros_like(chunk.until)  # it is of what we told, and of what was claimed since

@@ -10,6 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+# Whose rows are not pulled since they are queued (R16) has to bring some, or knowledge, at least once in so long: longer than a
+# narrow link that carries many keyspaces takes to come round to one. Else who says for ever that it has rows for us, or is
+# stuck, would keep us from those of everybody.
+STALLED_MS = 30_000
+
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
@@ -39,6 +44,13 @@ class Pairs:
         grid: NDArray[np.bool_] = (of_shard[:, None] & self.bits[None, :]) != 0
         return grid
 
+    def cover(self, shards: NDArray[np.uint32], writers: NDArray[np.uint16], until: NDArray[np.uint64]) -> bool:
+        """Whether a claim, uint64[k, w] of these shards and writers, 0 where nothing is claimed, is of these pairs alone."""
+        bits = dict(self.served)
+        of_writer = np.array([bits.get(writer, 0) for writer in writers.tolist()], np.uint8)
+        of_shard = np.uint8(1) << (shards % self.trees).astype(np.uint8)
+        return not ((until != 0) & ((of_shard[:, None] & of_writer[None, :]) == 0)).any()
+
     def overlap(self, other: "Pairs") -> bool:
         """Whether some pair is of both."""
         theirs = dict(other.served)
@@ -63,7 +75,12 @@ class Feed:
     pairs: Pairs
     number: int  # of the sender's backlog
     until_ms: int  # monotonic; unless we are told again
+    moved_ms: int  # when it brought something that was new here, or began
     retired_digest: int = 0  # over all that the sender knows of retirements
     request: int = 0  # the question in which we told our vector last; 0: none that counts
     asked_ms: int = -1_000_000  # when it was asked
     flows: bool = False  # chunks that answer it have come
+
+    def holds_back(self, now_ms: int) -> bool:
+        """Whether what it has queued is not to be pulled: it is told of, and some of it comes."""
+        return self.until_ms > now_ms and now_ms - self.moved_ms < STALLED_MS

@@ -3,6 +3,7 @@
 from typing import Final
 
 from p2p import messages as m
+from p2p.errors import RemoteProtocolError
 from p2p.link.budget import REGIONS_MAX
 from p2p.wire.columns import Columns
 from p2p.wire.kind import Header, Kind, Packed
@@ -44,7 +45,10 @@ def _unpack_wants(header: Header, _columns: Columns) -> m.Wants:
         region, bytes_per_s = item
         return text(region), uint(bytes_per_s)
 
-    return m.Wants(items(regions, REGIONS_MAX, one))
+    wants = m.Wants(items(regions, REGIONS_MAX, one))
+    if len(dict(wants.regions)) < len(wants.regions):
+        raise RemoteProtocolError("two wishes for one region")  # each costs the receiver a look at what all others want
+    return wants
 
 
 WANTS: Final = Kind(m.Wants, _pack_wants, _unpack_wants, since=2)

@@ -10,13 +10,16 @@ import pytest
 from p2p import messages as m
 from p2p import wire
 from p2p.busy import feeds
+from p2p.busy.pairs import STALLED_MS, Pairs
 from p2p.errors import RemoteProtocolError
+from p2p.link import links
 from p2p.machine import Machine
 from p2p.replica import RowColumns
 from p2p.stamps import make_stamp, unix_ms_of
 from p2p.wire.frames import pack_envelope
 from p2p.wire.table import NUMBER_OF
-from sim_cluster.checkers import Watch
+from sim_cluster.checkers import Watch, check_converged
+from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.backlog_chaos import backlog_of, fill, in_state_mode, little_credit, pair, settle
 
@@ -165,3 +168,58 @@ def test_any_bytes_of_them_raise_only_one_error(kind: type) -> None:
         envelope = pack_envelope(m.Envelope(1, 2, 1, 1, 0, 2), NUMBER_OF[kind], wire.checksum(body))
         with contextlib.suppress(RemoteProtocolError):
             wire.decode([memoryview(frame) for frame in (envelope, *body)])
+
+
+def test_who_says_for_ever_that_rows_are_queued_and_brings_none_is_pulled_round() -> None:
+    cluster = pair(2)
+    cluster.options = NetworkOptions(1, 5)
+    cluster.add("us1", "us", seeds=["t1"])
+    cluster.run(6_000)
+    node = cluster.nodes["eu1"]
+    machine = node.machine
+    assert machine is not None
+    link, writer = machine._core.links["us1"], next(iter(machine._core.keyspaces.values())).knowledge.writers[:1]
+    told = m.Backlogged(cluster.model.id, 1, True, 1, writer, np.array([1], np.uint8))
+    envelope = m.Envelope(link.boot, machine._core.options.boot, version=2)
+    cluster.feed(node, machine, m.MessageReceived(envelope, told))
+    cluster.cut = {("t1", "eu1")}
+    assert cluster.publish("t1", "item", [1, 2, 3], 7.0)
+    cluster.run(100)
+    cluster.cut = set()
+    waited_ms = 0
+    while check_converged(cluster):
+        cluster.feed(node, machine, m.MessageReceived(envelope, told))
+        cluster.run(400)
+        waited_ms += 400
+        assert waited_ms < STALLED_MS + 10_000, "rows that nobody sends are waited for"
+    assert waited_ms > STALLED_MS - 2_000, "what a parent says is believed for a while (R16)"
+
+
+def test_notices_make_us_tell_our_vector_only_so_often() -> None:
+    cluster = pair(3)
+    machine = cluster.nodes["eu1"].machine
+    assert machine is not None
+    link, writers, bits = machine._core.links["t1"], np.array([3], np.uint16), np.array([1], np.uint8)
+    envelope = m.Envelope(link.boot, machine._core.options.boot, version=2)
+    told = 0
+    for number in range(300):
+        for on in (True, number % 2 == 0):
+            notice = m.Backlogged(cluster.model.id, number, on, 1, writers, bits)
+            effects = machine.handle(m.MessageReceived(envelope, notice), cluster.now())
+            told += sum(isinstance(one, m.Send) and isinstance(one.message, m.PullRequest) for one in effects)
+    assert 0 < told <= links.SELECTIONS_MAX
+
+
+@pytest.mark.parametrize("which", ["another writer", "another tree"])
+def test_a_claim_for_pairs_that_were_not_told_is_not_taken(which: str) -> None:
+    with little_credit(1_500):
+        cluster, machine, chunk = fed()
+        replica, feed = cluster.nodes["eu1"].store.models["ctr"], feed_of(machine)
+        ((writer, _),) = feed.pairs.served
+        feed.pairs = Pairs(1, ((writer + 1, 1),)) if which == "another writer" else Pairs(4, ((writer, 0b1011),))
+        before = replica.vector.copy(), replica.frontier.copy()
+        receive(cluster, machine, chunk)
+        assert (replica.vector == before[0]).all()
+        assert (replica.frontier == before[1]).all()
+        assert not feed.request, "it is asked anew"
+        settle(cluster, Watch(cluster))

@@ -214,6 +214,7 @@ def test_what_version_1_does_not_have_is_left_out(message: m.Message) -> None:
         m.StableReport(5, True, WRITERS[::-1].copy(), vector()[0, ::-1].copy(), BOOTS),
         m.StableReport(5, True, WRITERS, vector()[0, ::-1].copy(), BOOTS),
         m.Stable(5, WRITERS, vector()[0], ("eu-1",) * 17),
+        m.Wants((("us", 1), ("us", 2))),
     ],
     ids=lambda message: type(message).__name__,
 )
