@@ -130,6 +130,7 @@ class Log:
         self._identity = identity
         self._segments: dict[int, _Segment] = {}  # by number; the last one is written
         self._pending: dict[int, _Records] = {}  # by model
+        self._idle: set[int] = set()  # files that are about to be removed, and are not named any more
         self._bytes = 0
 
     @classmethod
@@ -291,8 +292,9 @@ class Log:
 
     def _described(self, model: int | None = None) -> dict[str, Any]:
         # The file that begins with this is not among them: who reads it has found it.
-        named = {"identity": self._identity, "segments": list(self._segments), "whole": model is None}
-        return {**named, "models": self.describe(model)}
+        named = [number for number in self._segments if number not in self._idle]
+        about = {"identity": self._identity, "segments": named, "whole": model is None}
+        return {**about, "models": self.describe(model)}
 
     def _write(self, header: Header, parts: list[Part]) -> tuple[int, int]:
         """Append a record; returns in which file, and where."""
@@ -430,12 +432,16 @@ class Log:
             LogFullError: that cannot be written down.
         """
         used = {int(number) for pending in self._pending.values() for number in np.unique(pending.array["segment"])}
-        idle = [self._segments.pop(number) for number in list(self._segments)[:-1] if number not in used]
-        if idle:
-            # First: files that are named and not there would be taken for a loss. One more than is named does no harm.
-            self.note_state()
-        for segment in idle:
-            self._unlink(segment)
+        self._idle = {number for number in list(self._segments)[:-1] if number not in used}
+        try:
+            if self._idle:
+                # First: files that are named and not there would be taken for a loss. One more than is named does no harm.
+                # Should there be no room for it, these files are the first that are given up.
+                self.note_state()
+            for number in sorted(self._idle & self._segments.keys()):
+                self._unlink(self._segments.pop(number))
+        finally:
+            self._idle = set()
 
     def _unlink(self, segment: _Segment) -> None:
         self._bytes -= segment.size

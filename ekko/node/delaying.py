@@ -90,13 +90,20 @@ class Delaying:
         node: its section.
         delayed: both states.
         held_until: beyond this moment the older state of a model must not come now, Unix milliseconds; None: no such moment.
+        clock_agrees: whether this node's clock is about right (R14). The older state never goes back, so one that a clock that
+            was set an hour ahead had brought to the current state would stay there for an hour.
     """
 
     def __init__(
-        self, node: NodeSection, delayed: DelayedStore, held_until: Callable[[Generation], int | None] = lambda _: None
+        self,
+        node: NodeSection,
+        delayed: DelayedStore,
+        held_until: Callable[[Generation], int | None] = lambda _: None,
+        clock_agrees: Callable[[], bool] = lambda: True,
     ) -> None:
         self.delayed = delayed
         self._held_until = held_until
+        self._clock_agrees = clock_agrees
         self._node = node
         self._bound: Bound = self._healthy_until if node.role == "witness" else self._of_a_baseline
         self._complete = node.role != "baseline"  # the older state was whole once in this life
@@ -151,15 +158,22 @@ class Delaying:
         pause_s = TICK_S if self._node.role == "witness" else min(TICK_S, self._node.delay_s / 10)
         while True:
             await asyncio.sleep(pause_s)
-            for name in list(self.delayed.current.models):
-                try:
-                    await self._advance(name)
-                except ModelError:
-                    continue  # it was dropped meanwhile
-                except StoreError as error:
-                    self._tell(name, str(error))
-            if self.served is self.delayed.older:
-                self.delayed.older.settle_aliases(_now_ms() - int(self._node.delay_s * 1000))
+            await self.move_on()
+
+    async def move_on(self) -> None:
+        """Bring the older states of all models to where they are to be by now."""
+        if not self._clock_agrees():
+            self._tell("", "this node's clock is not that of the others: the older state waits until it is right")
+            return
+        for name in list(self.delayed.current.models):
+            try:
+                await self._advance(name)
+            except ModelError:
+                continue  # it was dropped meanwhile
+            except StoreError as error:
+                self._tell(name, str(error))
+        if self.served is self.delayed.older:
+            self.delayed.older.settle_aliases(_now_ms() - int(self._node.delay_s * 1000))
 
     async def _advance(self, name: str) -> None:
         delayed = self.delayed

@@ -162,7 +162,11 @@ def make_parts(
         compression=Mode(node.compression),
         crosses=where.crosses,
     )
-    delaying = None if delayed is None else Delaying(node, delayed, rollbacks.coordinator.cut_held)
+    delaying = (
+        None
+        if delayed is None
+        else Delaying(node, delayed, rollbacks.coordinator.cut_held, lambda: machine.clock_agrees(read_clock()))
+    )
     served = rates, effects, health, shares, delaying, rollbacks
     return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, fences, *served)
 

@@ -1,16 +1,23 @@
 """Up to which moment a baseline's older state moves: never into what was found corrupted, or was taken back."""
 
+import asyncio
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from ekko.delayed.store import DelayedStore
 from ekko.generations import Generation
 from ekko.health.verdicts import Verdicts
-from ekko.model import ModelSpec
+from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.node import delaying
 from ekko.rollback.facts import Rollback, Rollbacks, Step
+from ekko.store import Store
+from p2p.replica import RowColumns
+from p2p.stamps import make_stamp
 
 NOW_MS = 1_800_000_100_000
 CTR = Generation("ctr")
@@ -59,3 +66,19 @@ def test_what_was_found_corrupted_is_not_shown_either() -> None:
     assert bound_s(corrupted, delay_s=50.0) == 50
     assert bound_s(corrupted, delay_s=3.0) == 3
     assert bound_s(verdicts) == 30
+
+
+def test_a_clock_that_is_wrong_brings_nothing_forward(tmp_path: Path) -> None:
+    current, agrees = Store.anonymous(), [False]
+    model = current.add_model(ModelSpec("ctr", 8, {"item": TableSpec("item", 2)}))
+    delayed = DelayedStore.open(current, Store.anonymous(), tmp_path, 1 << 20)
+    rows = np.ones((1, 2), np.float32).view(np.uint8)
+    model.apply([RowColumns(table_id("item"), np.array([1], np.uint64), rows)], make_stamp(NOW_MS - 50_000, 0, 1))
+    node = SimpleNamespace(role="baseline", delay_s=30.0)
+    one = delaying.Delaying(node, delayed, clock_agrees=lambda: agrees[0])  # type: ignore[arg-type]
+    for agreed, moved in ((False, False), (True, True)):
+        agrees[0] = agreed
+        asyncio.run(one.move_on())
+        assert (delayed.oldest_cut("ctr") > 0) == moved
+    assert one.failures == 1
+    delayed.log.close()

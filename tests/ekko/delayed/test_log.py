@@ -168,3 +168,30 @@ def test_a_full_disk_costs_the_oldest_part_then_the_newest(tmp_path: Path, monke
     monkeypatch.undo()
     log.append(MODEL, [rows(700, 4)], 70)
     assert keys_of(log)[-1] == [700, 701, 702, 703]
+
+
+def test_on_a_full_disk_files_that_nobody_needs_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log.open(tmp_path, BYTES, "one")
+    log._segment_bytes = 500
+    lost: list[list[int]] = []
+    log.lose = lambda models, why: lost.append(models)
+    for number in range(20):
+        log.append(MODEL, [rows(number * 10, 4)], number + 1)
+    log.pending(MODEL)["least"][:10] = DEAD
+    log.release(MODEL)
+    many, put = len(list(tmp_path.iterdir())), Log._put
+
+    def full(log: Log, *given: object) -> int:
+        if len(list(tmp_path.iterdir())) >= many:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return put(log, *given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Log, "_put", full)
+    log.sweep()
+    assert not lost
+    assert len(keys_of(log)) == 10
+    assert log.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+    log.close()
+    found = Log.open(tmp_path, BYTES, "one")
+    assert found.complete
+    assert len(keys_of(found)) == 10
