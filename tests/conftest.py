@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from itertools import chain, groupby
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -37,6 +38,25 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests that take long run on request: what they are about has a quicker test, too."""
     if PROFILE != "long" and item.get_closest_marker("long"):
         pytest.skip("runs with HYPOTHESIS_PROFILE=long")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers side by side get files that start processes, which wait a lot, evenly among those that only compute."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    files = [list(tests) for _, tests in groupby(items, key=lambda item: item.path)]
+    waiting = [tests for tests in files if any(item.get_closest_marker("processes") for item in tests)]
+    computing = [tests for tests in files if tests not in waiting]
+    places = [(number + 0.5) / len(waiting) for number in range(len(waiting))]  # by share of the tests that compute
+    count, mixed = sum(map(len, computing)), list[pytest.Item]()
+    done = 0
+    for tests in computing:
+        while waiting and places[0] * count <= done:
+            mixed += waiting.pop(0)
+            places.pop(0)
+        mixed += tests
+        done += len(tests)
+    items[:] = [*mixed, *chain(*waiting)]
 
 
 def pytest_collection_finish() -> None:

@@ -1,18 +1,25 @@
 """`ekko demo`: the command. It imports nothing heavy before it is called, since every `ekko` command loads this module."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from ekko.errors import ConfigError, EkkoError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 QUICK_EVENTS: Final = 10_000
 QUICK_DELAYS: Final = (1_000, 5_000)  # ten thousand events late would be frozen
 RATE_MIN: Final = 500.0
 CODEC_NAMES: Final = ("float32", "float16", "bfloat16", "int8")  # `ekko.model.CODECS`, which imports NumPy
+EXIT_INTERRUPTED: Final = 130
 EXIT_UNEQUAL: Final = 1  # replicas differ, or a corrupted model was not taken back
 
 
@@ -76,16 +83,10 @@ def demo(
     options = Options(out=out, rate=rate, seed=seed, kill=kill, synthetic=synthetic, codec=codec)
     if quick:
         options = Options(out, QUICK_EVENTS, QUICK_DELAYS, rate, seed, kill, synthetic, codec)
-    with Display(Console(stderr=True)) as display:
+    with _stopped_in_a_line(), Display(Console(stderr=True)) as display:
         result = run_demo(options, display)
-    if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=2))
-    else:
-        console = Console(highlight=False)
-        print_result(result, console)
-        console.print(f"Written: {out / 'report.json'}, {out / 'latency.png'}, {out / 'auc.png'}", soft_wrap=True)
-    if not result.replicas_equal:
-        raise typer.Exit(EXIT_UNEQUAL)
+    shown = None if as_json else partial(print_result, result)
+    _show(result.to_json(), shown, out, "latency.png", "auc.png", fine=result.replicas_equal)
 
 
 def _rollback(out: Path, *, quick: bool, seed: int, synthetic: bool, as_json: bool) -> None:
@@ -100,16 +101,34 @@ def _rollback(out: Path, *, quick: bool, seed: int, synthetic: bool, as_json: bo
     except ImportError as error:
         raise _missing(error) from None
     options = Options(out, QUICK_STAGES if quick else STAGES, seed=seed, synthetic=synthetic)
-    with Display(Console(stderr=True)) as display:
+    with _stopped_in_a_line(), Display(Console(stderr=True)) as display:
         result = run_rollback(options, display)
-    if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=2))
+    shown = None if as_json else partial(print_result, result)
+    _show(result.to_json(), shown, out, "rollback.png", fine=result.restored)
+
+
+def _show(report: dict[str, Any], shown: Callable[["Console"], None] | None, out: Path, *pictures: str, fine: bool) -> None:
+    """Say how a chapter ended: as tables, or, without `shown`, as JSON; and by the exit code."""
+    from rich.console import Console
+
+    if shown is None:
+        typer.echo(json.dumps(report, indent=2))
     else:
         console = Console(highlight=False)
-        print_result(result, console)
-        console.print(f"Written: {out / 'report.json'}, {out / 'rollback.png'}", soft_wrap=True)
-    if not result.restored:
+        shown(console)
+        console.print(f"Written: {', '.join(str(out / name) for name in ('report.json', *pictures))}", soft_wrap=True)
+    if not fine:
         raise typer.Exit(EXIT_UNEQUAL)
+
+
+@contextmanager
+def _stopped_in_a_line() -> Iterator[None]:
+    """Ctrl-C: by then the chapter has cleaned up after itself."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("Interrupted: all processes have ended, and their memory is given back.", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 def _missing(error: ImportError) -> EkkoError:

@@ -1,20 +1,16 @@
 """The order of events in one run of the demo."""
 
-import contextlib
 import os
-import signal
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Final
 
 import numpy as np
 
 from ekko.model import CODEC_DEFAULT
-from sim_cluster.demo import data, plots
+from sim_cluster.demo import plots
 from sim_cluster.demo.board import Board, Word
 from sim_cluster.demo.cluster import (
     KILLED_NODE,
@@ -33,6 +29,7 @@ from sim_cluster.demo.evaluation import Floats, auc, gain, log_loss, resampled_a
 from sim_cluster.demo.history import FROZEN as FROZEN_DELAY
 from sim_cluster.demo.history import History, replay_scores
 from sim_cluster.demo.job import Job, events_path, history_path, parameters_path
+from sim_cluster.demo.opening import opened
 from sim_cluster.demo.report import FROZEN, LIVE, Latency, OutageReport, Quality, Result
 from sim_cluster.demo.verify import contents, difference, difference_to_parameters
 from sim_cluster.processes import LocalCluster
@@ -76,17 +73,9 @@ def run_demo(options: Options, display: Display) -> Result:
         EkkoError: something could not be carried through; every process is gone.
     """
     began_s = time.monotonic()
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"--out {options.out}: {error.strerror}") from None
-    with orderly_stop(), tempfile.TemporaryDirectory(prefix="ekko-demo-") as scratch:
-        display.phase("events")
-        events = data.load(synthetic=options.synthetic, seed=options.seed)
-        if events.note:
-            display.warn(f"SYNTHETIC EVENTS, not real data: {events.note}")
+    with opened(options.out, display, synthetic=options.synthetic, seed=options.seed) as (events, scratch):
         start = len(events) - min(options.stream or len(events), len(events) - int(OFFLINE_SHARE * len(events)))
-        return _Run(options, display, events, start, Path(scratch), began_s).run()
+        return _Run(options, display, events, start, scratch, began_s).run()
 
 
 class _Run:
@@ -288,24 +277,3 @@ def _outage_report(outage: Outage) -> OutageReport:
         catch_up_s=outage.caught_up_s - outage.restarted_s,
         others_p99_ms={region: float(np.percentile(values, 99)) for region, values in outage.others.items() if values},
     )
-
-
-@contextlib.contextmanager
-def orderly_stop() -> Iterator[None]:
-    """Ctrl-C and SIGTERM unwind everything, once: a second one must not cut the cleaning up short."""
-
-    def stop(number: int, _: object) -> NoReturn:
-        for one in before:
-            signal.signal(one, signal.SIG_IGN)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(128 + number)
-
-    before: dict[int, Any] = {}  # Any: what signal.signal takes and returns
-    for one in (signal.SIGINT, signal.SIGTERM):
-        before[one] = signal.signal(one, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

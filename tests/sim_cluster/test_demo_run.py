@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from ekko.cli import EXIT_INTERRUPTED
 from ekko.store.manifest import prefix_of
 from sim_cluster.demo import data
 from sim_cluster.demo.board import Board
@@ -20,7 +22,6 @@ from sim_cluster.demo.report import print_result
 from sim_cluster.demo.run import Options, run_demo
 from sim_cluster.processes import MEMORY_DIR, wait_until
 
-COMMAND = "import typer; from sim_cluster.demo.cli import register; app = typer.Typer(); register(app); app()"
 STREAM = 1_500
 
 
@@ -57,21 +58,44 @@ def test_a_small_run_from_training_to_report(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.long
+@pytest.mark.timeout(400)
 @pytest.mark.processes
-def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("chapter", "before"), [("freshness", "starting nodes, training offline"), ("rollback", "waiting for a baseline of")]
+)
+def test_an_interrupt_in_mid_stream_leaves_nothing_behind(chapter: str, before: str, tmp_path: Path) -> None:
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMMAND, "--synthetic", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "ekko.cli", "demo", "--chapter", chapter, "--synthetic", "--out", str(tmp_path / "out")]
+    said = tmp_path / "said"
+    with said.open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        wait_until(lambda: len(list(tmp_path.glob("*/nodes/*/run/manifest.json"))) == 7, "seven stores", 60)
-        prefixes = [prefix_of(node / "run") for node in tmp_path.glob("*/nodes/*")]
+        wait_until(lambda: re.search(f"{before}.*: done", said.read_text()), "the stream to begin", 300)
+        nodes = list(tmp_path.glob("*/nodes/*"))
+        assert len(nodes) >= 5
+        prefixes = [prefix_of(node / "run") for node in nodes]
+        assert all(any(MEMORY_DIR.glob(f"{prefix}-*")) for prefix in prefixes)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) != 0
+        assert process.wait(30) == EXIT_INTERRUPTED
+    except TimeoutError:
+        process.send_signal(signal.SIGINT)  # else its nodes' memory stays
+        process.wait(30)
+        raise
     finally:
         process.kill()
         process.wait()
+    assert said.read_text().splitlines()[-1] == "Interrupted: all processes have ended, and their memory is given back."
+    assert "Traceback" not in said.read_text()
     assert [path.name for prefix in prefixes for path in MEMORY_DIR.glob(f"{prefix}-*")] == []
     assert list(tmp_path.glob("ekko-demo-*")) == []
+    assert [entry for entry in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in text_of(entry)] == []
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""  # it ended while we looked
 
 
 def test_a_worker_that_fails_is_named_with_the_end_of_its_log(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The order of events in one run of the chapter."""
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sim_cluster.demo import data
 from sim_cluster.demo.board import Board, Word
 from sim_cluster.demo.cluster import DemoError, Workers
 from sim_cluster.demo.data import Events
 from sim_cluster.demo.display import Display
 from sim_cluster.demo.evaluation import Floats, auc
 from sim_cluster.demo.job import events_path
+from sim_cluster.demo.opening import opened
 from sim_cluster.demo.rollback.cluster import BASELINE_NODE, MODEL, REGIONS, TRAIN_NODE, WITNESS_NODE, make_cluster
 from sim_cluster.demo.rollback.faults import corrupted
 from sim_cluster.demo.rollback.job import RollbackJob, create_arms, open_arms
@@ -28,7 +27,6 @@ from sim_cluster.demo.rollback.replay import unguarded_scores
 from sim_cluster.demo.rollback.report import CLEAN, WITH, WITHOUT, Measured, Result
 from sim_cluster.demo.rollback.schedule import Director, Schedule
 from sim_cluster.demo.rollback.watch import Watch
-from sim_cluster.demo.run import orderly_stop
 from sim_cluster.demo.verify import contents, difference
 from sim_cluster.processes import LocalCluster
 
@@ -65,16 +63,8 @@ def run_rollback(options: Options, display: Display) -> Result:
         EkkoError: something could not be carried through; every process is gone.
     """
     began_s = time.monotonic()
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoError(f"--out {options.out}: {error.strerror}") from None
-    with orderly_stop(), tempfile.TemporaryDirectory(prefix="ekko-demo-") as scratch:
-        display.phase("events")
-        events = data.load(synthetic=options.synthetic, seed=options.seed)
-        if events.note:
-            display.warn(f"SYNTHETIC EVENTS, not real data: {events.note}")
-        return _Run(options, display, events, Path(scratch), began_s).run()
+    with opened(options.out, display, synthetic=options.synthetic, seed=options.seed) as (events, scratch):
+        return _Run(options, display, events, scratch, began_s).run()
 
 
 class _Run:
