@@ -312,8 +312,8 @@ def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
             return Ping()
         case ["report", str(model), count, segment]:
             return decode_report(model, count, segment, frames[1:])
-        case ["restored", str(model), since, None | list() as after] if len(frames) == 1:
-            return ask_of(model, since, after)
+        case ["restored", str(model), since, None | list() as after, None | [_, bytes()] as rows] if len(frames) == 1:
+            return ask_of(model, since, after, rows)
     raise MalformedError("malformed request: not of this protocol")
 
 

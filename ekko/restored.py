@@ -17,6 +17,8 @@ from p2p.values import dataclass
 
 # Of one page of an answer; a client takes 4 MiB.
 PAGE_BYTES_MAX: Final = 2 << 20
+# Keys that one question may name.
+KEYS_MAX: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,11 +34,12 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class RestoredAsk:
-    """Which rows of a model did rollbacks write after epoch `since`? None: only say how things are."""
+    """Which rows of a model did rollbacks write after epoch `since`? None: only say how things are, or how `rows` are now."""
 
     model: str
     since: int | None = None
     after: tuple[int, int] | None = None  # table id and key of the last row of the page before
+    rows: tuple[int, bytes] | None = None  # table id and keys, uint64[n]; the answer has the first of them, as many as fit
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,10 +60,11 @@ class RestoredPage:
 
 def ask_body(ask: RestoredAsk) -> list[object]:
     """A question in a header."""
-    return ["restored", ask.model, ask.since, None if ask.after is None else list(ask.after)]
+    after, rows = ask.after, ask.rows
+    return ["restored", ask.model, ask.since, None if after is None else list(after), None if rows is None else list(rows)]
 
 
-def ask_of(model: str, since: Any, after: Any) -> RestoredAsk:
+def ask_of(model: str, since: Any, after: Any, rows: Any) -> RestoredAsk:
     """A question from a header.
 
     Raises:
@@ -69,7 +73,16 @@ def ask_of(model: str, since: Any, after: Any) -> RestoredAsk:
     numbers = [number for number in (since, *(after or ())) if number is not None]
     if any(type(number) is not int or not 0 <= number < 1 << 64 for number in numbers):
         raise ValueError("a restored that is out of range")
-    return RestoredAsk(model, since, None if after is None else (int(after[0]), int(after[1])))
+    asked = None if rows is None else (_uint32(rows[0]), bytes(rows[1]))
+    if asked is not None and (len(asked[1]) % 8 or not 0 < len(asked[1]) <= 8 * KEYS_MAX):
+        raise ValueError(f"a question for rows by {len(asked[1])} bytes of keys")
+    return RestoredAsk(model, since, None if after is None else (int(after[0]), int(after[1])), asked)
+
+
+def _uint32(number: Any) -> int:
+    if type(number) is not int or not 0 <= number < 1 << 32:
+        raise ValueError("a table that is out of range")
+    return number
 
 
 def page_body(page: RestoredPage) -> list[object]:

@@ -22,7 +22,7 @@ import structlog
 
 from ekko.delayed import advancing, telling
 from ekko.delayed.columns import U64
-from ekko.delayed.history import History, unix_ms_of_cut
+from ekko.delayed.history import History, cut_of, unix_ms_of_cut
 from ekko.delayed.limits import LOG_BYTES_DEFAULT
 from ekko.delayed.log import Log, LogFullError
 from ekko.delayed.model import DelayedModel
@@ -30,6 +30,7 @@ from ekko.delayed.telling import ByOthers, Changed, Versions
 from ekko.errors import ModelError
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
+from ekko.store.recent import WINDOW_MAX
 from p2p.replica import RowColumns
 
 # A disk that refused is tried again after so long.
@@ -133,6 +134,8 @@ class DelayedStore:
             if twin is None or not _same_schema(model, twin):
                 twin = older.add_model(replace(model.spec), 0, model.hold)
             known = self._models.get(model.spec.id)
+            for table in model.tables:  # what changed since a moment is asked where nobody pulls
+                table.recent.keep(WINDOW_MAX)
             if known is None or known.older is not twin:
                 self._models[model.spec.id] = DelayedModel(self, self.log, model, twin, self._history_of(model))
         ids = {model.spec.id for model in current.models.values()}
@@ -282,10 +285,23 @@ class DelayedStore:
             ModelError: there is no such model.
             StoreError: the older state has passed that moment.
         """
-        return list(self.changes(name, cut_ms))
+        found = [one for one in self.changes(name, cut_ms) if len(one.keys)]
+        tables = dict.fromkeys(one.table for one in found)
+        return [
+            Changed(
+                table,
+                np.concatenate([one.keys for one in found if one.table == table]),
+                np.concatenate([one.stamps for one in found if one.table == table]),
+            )
+            for table in tables
+        ]
+
+    def reads_log_at(self, name: str, cut_ms: int) -> bool:
+        """Whether what keys were at a moment is to be found in the log, in part, and not in the older state alone."""
+        return bool((self.log.pending(self._model(name).id)["least"] <= np.uint64(cut_of(cut_ms))).any())
 
     def changes(self, name: str, cut_ms: int) -> Iterator[Changed]:
-        """`changed_since`, table by table."""
+        """`changed_since` in pieces, table by table; some have no keys."""
         return telling.changes(self._model(name), cut_ms)
 
     def at(self, name: str, cut_ms: int, table: int, keys: U64) -> Versions:

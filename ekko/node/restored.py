@@ -51,6 +51,8 @@ class RestoredRows:
         """
         epoch, fence = self.epoch(model), self.fence(model)
         empty = RestoredPage(epoch, 0 if fence is None else fence.epoch)
+        if ask.rows is not None:
+            return self._rows(model, empty, ask.rows[0], np.unique(np.frombuffer(ask.rows[1], np.uint64)))
         if ask.since is None or ask.since >= epoch:
             return empty
         which = (model.spec.id, ask.since, epoch)
@@ -64,6 +66,11 @@ class RestoredRows:
             if following is None:
                 return empty
             table, keys = following, found[following]
+        return self._rows(model, empty, table, keys)
+
+    @staticmethod
+    def _rows(model: ModelStore, empty: RestoredPage, table: int, keys: U64) -> RestoredPage:
+        """How the first of these keys, ascending, are now, as many as a page has room for."""
         try:
             held = model.tables_by_id[table]
         except KeyError:
@@ -71,7 +78,7 @@ class RestoredRows:
         count = max(1, PAGE_BYTES_MAX // (8 + held.row_bytes))
         live = model.read_keys(table, keys[:count])
         gone = np.setdiff1d(keys[:count], live.keys)
-        return RestoredPage(epoch, empty.fenced, table, np.concatenate([live.keys, gone]), live.rows)
+        return RestoredPage(empty.epoch, empty.fenced, table, np.concatenate([live.keys, gone]), live.rows)
 
     def _find(self, model: ModelStore, since: int) -> dict[int, U64]:
         """Table -> uint64[n], ascending: keys whose newest version a restorer wrote after that epoch."""

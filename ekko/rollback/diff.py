@@ -5,8 +5,9 @@ newest that another one has written since, if there is one. What is equal by val
 stamp: so a plan that is made anew after half of another one was carried out has the other half in it, and no more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +45,13 @@ def versions_now(table: Table, keys: U64) -> Versions:
 
 
 def differences(
-    model: ModelStore, past: Past, cut_ms: int, wanted_ms: int, scope: Scope, unix_ms: int
+    model: ModelStore,
+    past: Past,
+    cut_ms: int,
+    wanted_ms: int,
+    scope: Scope,
+    unix_ms: int,
+    known: Mapping[int, Sequence[U64]] = MappingProxyType({}),
 ) -> Iterator[PlanBatch | RowsAtRisk | None]:
     """What has to be written for the model to be as it was at the cut, and the good rows that this takes away.
 
@@ -55,6 +62,7 @@ def differences(
         wanted_ms: the moment that is wanted, not before the mark: what was written in between is at risk.
         scope: what of it is meant.
         unix_ms: now: what has expired by now is not brought back.
+        known: keys by table, as of when each table's turn comes, that are left out: their rows of then are in the plan already.
     """
     generation = Generation.of(model.spec)
     tables = {table.spec.id: table for table in model.tables}
@@ -70,21 +78,28 @@ def differences(
         table = tables.get(piece.table)
         if table is None or not scope.has_table(table.spec.name) or not piece.keys.size:
             continue  # it was dropped since, which no rollback takes back
-        now = versions_now(table, piece.keys)
+        keys = _without(piece.keys, known.get(piece.table, ()))
+        if not keys.size:
+            continue
+        now = versions_now(table, keys)
         if scope.writer:
-            under = past.under(generation, cut_ms, piece.table, piece.keys, scope.writers)
-            meant, then = scope.mask(piece.keys, under.held), under.versions
+            under = past.under(generation, cut_ms, piece.table, keys, scope.writers)
+            meant, then = scope.mask(keys, under.held), under.versions
             newer, unsure = under.newer, np.flatnonzero(meant & under.unsure)
             if unsure.size:
-                yield RowsAtRisk(piece.table, piece.keys[unsure], np.zeros(unsure.size, np.uint64))
+                yield RowsAtRisk(piece.table, keys[unsure], np.zeros(unsure.size, np.uint64))
         else:
-            meant, then = scope.mask(piece.keys, now.stamps), past.at(generation, cut_ms, piece.table, piece.keys)
-            newer = np.zeros(piece.keys.size, np.bool_)
+            meant, then = scope.mask(keys, now.stamps), past.at(generation, cut_ms, piece.table, keys)
+            newer = np.zeros(keys.size, np.bool_)
         live_then = then.live & ~(then.stamps < np.uint64(table.spec.stamp_min(unix_ms)))
         same = (now.live == live_then) & (~now.live | (now.rows == then.rows).all(axis=1))
-        for batch, which in _batches(table, piece.keys, now, live_then, then.rows, np.flatnonzero(meant & ~same)):
+        for batch, which in _batches(table, keys, now, live_then, then.rows, np.flatnonzero(meant & ~same)):
             yield replace(batch, others=int(newer[which].sum()))
         yield None
+
+
+def _without(keys: U64, known: Sequence[U64]) -> U64:
+    return keys[~np.isin(keys, np.concatenate(known))] if known and keys.size else keys
 
 
 def _batches(

@@ -4,6 +4,7 @@ The witness's delayed store and log (`ekko.delayed`) answer; tests have a simple
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Final, Protocol
 
 import numpy as np
@@ -15,8 +16,11 @@ from p2p.values import dataclass
 
 U64 = NDArray[np.uint64]
 
-# Keys that are compared with one step; their rows, twice, are what a step takes in memory.
+# Keys that are compared with one step; their rows, twice, are what a step takes in memory. Where what they were has to be found
+# in the log, all of it is read for each step, and few steps are better; else a step is some milliseconds, since the witness has
+# its part in the fence meanwhile.
 PIECE_KEYS: Final = 1 << 16
+PIECE_KEYS_SHORT: Final = 1 << 12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,10 +88,19 @@ class DelayedPast:
         return self._delayed.valid_cut(model.name, until_ms)
 
     def changed_since(self, model: Generation, cut_ms: int) -> Iterator[ChangedKeys | None]:
-        for changed in self._delayed.changed_since(model.name, cut_ms):
+        keys_max = PIECE_KEYS if self._delayed.reads_log_at(model.name, cut_ms) else PIECE_KEYS_SHORT
+        kept: list[U64] = []
+        table = -1
+        for changed in chain(self._delayed.changes(model.name, cut_ms), (None,)):
+            if changed is not None and changed.table == table and sum(map(len, kept)) < keys_max:
+                kept.append(changed.keys)
+                yield None
+                continue
+            keys = np.concatenate(kept) if kept else np.empty(0, np.uint64)
+            for begin in range(0, len(keys), keys_max):
+                yield ChangedKeys(table, keys[begin : begin + keys_max])
+            kept, table = ([], -1) if changed is None else ([changed.keys], changed.table)
             yield None
-            for begin in range(0, len(changed.keys), PIECE_KEYS):
-                yield ChangedKeys(changed.table, changed.keys[begin : begin + PIECE_KEYS])
 
     def at(self, model: Generation, cut_ms: int, table: int, keys: U64) -> Versions:
         found = self._delayed.at(model.name, cut_ms, table, keys)

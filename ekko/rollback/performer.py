@@ -5,6 +5,7 @@ Nothing here waits, and nothing takes long: answers of the protocol come later (
 """
 
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -13,10 +14,11 @@ import numpy as np
 from ekko.errors import EkkoError, StoreError
 from ekko.rollback import machine as r
 from ekko.rollback.diff import differences, versions_now
+from ekko.rollback.draft import Draft, Known, Pieces
 from ekko.rollback.facts import Rollback, Step, entry_of
 from ekko.rollback.moments import HEALTHY, show_moment
 from ekko.rollback.past import Past
-from ekko.rollback.plan import READ_ERRORS, Plan, PlanBatch, Plans, RowsAtRisk, Summary, read_plan, write_plan
+from ekko.rollback.plan import READ_ERRORS, Plan, PlanBatch, Plans, PlanWriter, RowsAtRisk, Summary, read_plan, write_plan
 from ekko.rollback.risk import KEPT_MAX, encode_risk
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
@@ -78,8 +80,10 @@ class Performer:
         self._machine = r.Machine(fact, judged=bool(node.verdict(fact.model.name, 0)), small_share=node.small_share)
         self._asked: dict[int, r.Effect] = {}  # what the protocol has not answered yet, by request
         self._planning: Generator[Summary | None, None, None] | None = None
+        self._writing: PlanWriter | None = None  # where that plan goes
+        self._draft: Draft | None = None  # of a plan, while the fence closes
         self._plan: Plan | None = None
-        self._cut_found_ms = 0  # of the plan, from the moment on at which it is begun
+        self._cut_found_ms = 0  # of the plan or its draft, from the moment on at which it is begun
 
     @property
     def fact(self) -> Rollback:
@@ -114,7 +118,7 @@ class Performer:
     @property
     def working(self) -> bool:
         """Whether `work` has anything to do."""
-        return self._planning is not None
+        return self._planning is not None or (self._draft is not None and self._draft.working)
 
     @property
     def holds_cut_ms(self) -> int | None:
@@ -202,6 +206,7 @@ class Performer:
     def work(self, now: m.Now) -> None:
         """Go on with the plan, a slice of bounded size."""
         if self._planning is None:
+            self._go_on_with_draft()
             return
         try:
             summary = next(self._planning)
@@ -218,6 +223,18 @@ class Performer:
                 self._feed(r.Impossible("the plan that was just written cannot be read: look at the disk of this witness"), now)
                 return
         self._feed(r.Planned(summary, self._node.estimate_ms(summary.payload_bytes)), now)
+
+    def _go_on_with_draft(self) -> None:
+        if self._draft is not None and self._draft.working:
+            try:
+                self._draft.work()
+            except (EkkoError, OSError):  # if it still is so when the plan is made, that says why
+                self._drop_draft()
+
+    def _drop_draft(self) -> None:
+        if self._draft is not None:
+            self._draft.close()
+            self._draft = None
 
     # --- effects
 
@@ -238,6 +255,7 @@ class Performer:
             case r.Fence():
                 note = f"it is taken back to {self._wanted()}"
                 self._ask(effect, lambda number: m.FenceRequested(number, self._family, fact.epoch, note, r.PATIENCE_MS))
+                self._begin_draft(now)
             case r.LookCovered():
                 fence = node.fence_of(self._family)
                 closed = fence is not None and (fence.epoch, fence.stage) == (fact.epoch, CLOSED)
@@ -281,6 +299,10 @@ class Performer:
         if self._planning is not None:
             self._planning.close()
             self._planning = None
+        if self._writing is not None:
+            self._writing.close()
+            self._writing = None
+        self._drop_draft()
         self._asked.clear()
         if not self.fact.dry:
             self._node.plans.drop(self.fact.model)
@@ -311,18 +333,40 @@ class Performer:
     def _make_plan(self, now: m.Now) -> r.Event | None:
         if self._planning is not None:
             return None
-        fact, node = self.fact, self._node
+        fact, draft = self.fact, self._draft
         try:
             wanted_ms = self._wanted_ms()
             cut_ms = self._cut_found_ms = self._cut_ms(wanted_ms)
+            if fact.dry:
+                self._planning = _counted(cut_ms, self._differences(cut_ms, wanted_ms, now)({}))
+            elif draft is not None and draft.of == (cut_ms, wanted_ms):
+                self._writing = draft.writer
+                self._planning = write_plan(draft.writer, draft.finish())
+            else:  # another mark is known by now, or there is no draft
+                self._drop_draft()
+                self._writing = self._writer(cut_ms)
+                self._planning = write_plan(self._writing, self._differences(cut_ms, wanted_ms, now)({}))
         except EkkoError as error:
             return r.Impossible(str(error))
-        pieces = differences(self._model, node.past, cut_ms, wanted_ms, fact.scope, now.unix_ms)
-        if fact.dry:
-            self._planning = _counted(cut_ms, pieces)
-        else:
-            self._planning = write_plan(node.plans, fact.model, fact.epoch, cut_ms, pieces, entry_of(fact).body)
+        self._draft = None
         return None
+
+    def _begin_draft(self, now: m.Now) -> None:
+        """Work out what differs by now. Not of one writer's rows: who has written a row last may still change."""
+        if self._draft is not None or self._plan is not None or self.fact.scope.writer:
+            return
+        with suppress(EkkoError):  # if it still is so when the plan is made, that says why
+            wanted_ms = self._wanted_ms()
+            cut_ms = self._cut_found_ms = self._cut_ms(wanted_ms)
+            self._draft = Draft(self._writer(cut_ms), cut_ms, wanted_ms, self._differences(cut_ms, wanted_ms, now))
+
+    def _writer(self, cut_ms: int) -> PlanWriter:
+        fact = self.fact
+        return PlanWriter(self._node.plans, fact.model, fact.epoch, cut_ms, entry_of(fact).body)
+
+    def _differences(self, cut_ms: int, wanted_ms: int, now: m.Now) -> Callable[[Known], Pieces]:
+        model, past, scope = self._model, self._node.past, self.fact.scope
+        return lambda known: differences(model, past, cut_ms, wanted_ms, scope, now.unix_ms, known)
 
     def _wanted_ms(self) -> int:
         """The moment to which the model is to go back.

@@ -9,8 +9,9 @@ all of it.
 """
 
 import os
-from collections.abc import Generator, Iterable
-from contextlib import suppress
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from glob import escape as glob_escape
 from io import BytesIO
@@ -29,9 +30,10 @@ from ekko.model import label_of
 U64 = NDArray[np.uint64]
 
 MAGIC: Final = b"ekkoRB01"
-# One step of the write-back: small beside a link's credit, so that other models' rows go between, large beside its headers.
+# One step of the write-back: large beside its headers, and small beside what a link carries in the time that the whole takes,
+# since a node forwards and applies it when all of it has come: 20 ms at 100 Mbps.
 BATCH_ROWS_MAX: Final = 4_096
-BATCH_BYTES_MAX: Final = 1 << 20
+BATCH_BYTES_MAX: Final = 1 << 18
 # Of the rows at risk so many are named; beyond, they are counted.
 AT_RISK_NAMED_MAX: Final = 65_536
 PART_BYTES_MAX: Final = 1 << 28
@@ -120,6 +122,9 @@ class Plans(Protocol):
     def give_up(self, model: Generation, file: BinaryIO) -> None:
         """Let go of a file, and of what it takes if it was not committed."""
 
+    def settle(self, file: BinaryIO) -> None:
+        """Begin to make durable what is in a file so far, without waiting for it."""
+
     def commit(self, model: Generation, file: BinaryIO) -> None:
         """Let it take the place of the one before, durably.
 
@@ -144,54 +149,99 @@ class Plans(Protocol):
         """What was kept of a rollback; None: nothing was, or it has gone since."""
 
 
-def write_plan(
-    plans: Plans,
-    model: Generation,
-    epoch: int,
-    cut_ms: int,
-    batches: Iterable[PlanBatch | RowsAtRisk | None],
-    fact: bytes = b"",
-) -> Generator[Summary | None, None, None]:
-    """Write a plan, a piece at each step of the iterator; the last one gives its figures, and the plan is durable then.
+class PlanWriter:
+    """A plan on its way to the disk, piece by piece; nobody finds it before `commit`.
 
     Args:
         plans: where to.
         model: of which it is.
         epoch: of the rollback.
         cut_ms: the moment that it goes back to.
-        batches: what is in it; None: nothing yet, let others have their turn.
         fact: see `Plan`.
+
+    Raises:
+        StoreError: as all of its methods do: it cannot be written.
+    """
+
+    def __init__(self, plans: Plans, model: Generation, epoch: int, cut_ms: int, fact: bytes = b"") -> None:
+        self.summary = Summary(cut_ms)
+        self.keys: dict[int, list[U64]] = {}  # by table, of all batches so far
+        self._plans = plans
+        self._model = model
+        self._named = 0  # rows at risk
+        self._open = True
+        with _told():
+            self._file = plans.begin(model)
+            try:
+                self._file.write(MAGIC)
+                _write_part(self._file, ["head", model.name, model.incarnation, epoch, cut_ms, fact])
+            except OSError:
+                self.close()
+                raise
+
+    def add(self, one: PlanBatch | RowsAtRisk) -> None:
+        """Write a piece."""
+        with _told():
+            match one:
+                case PlanBatch():
+                    body = [len(one.rows), one.keys.tobytes(), one.rows.tobytes(), one.expected.tobytes(), one.others]
+                    _write_part(self._file, ["rows", one.table, *body])
+                    self.summary = _counted(self.summary, one)
+                    self.keys.setdefault(one.table, []).append(one.keys)
+                case RowsAtRisk():
+                    kept = one.keys[: AT_RISK_NAMED_MAX - self._named]
+                    self._named += len(kept)
+                    stamps = one.stamps[: len(kept)]
+                    _write_part(self._file, ["risk", one.table, len(one.keys), kept.tobytes(), stamps.tobytes()])
+                    self.summary = _with_risk(self.summary, len(one.keys))
+
+    def settle(self) -> None:
+        """Let the disk begin with what is there, so that less is left to it at the end."""
+        with _told():
+            self._plans.settle(self._file)
+
+    def commit(self) -> Summary:
+        """It is whole: have it durable."""
+        summary = self.summary
+        with _told():
+            _write_part(self._file, ["end", summary.batches, summary.rows, summary.at_risk])
+            self._plans.commit(self._model, self._file)
+        self.close()
+        return summary
+
+    def close(self) -> None:
+        """Let go of it, and of what it takes if it was not committed."""
+        if self._open:
+            self._open = False
+            self._plans.give_up(self._model, self._file)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"the plan of a rollback cannot be written: {error.strerror}: free some room on the disk") from None
+
+
+def write_plan(writer: PlanWriter, batches: Iterable[PlanBatch | RowsAtRisk | None]) -> Generator[Summary | None, None, None]:
+    """Write a plan, a piece at each step of the iterator; the last one gives its figures, and the plan is durable then.
+
+    Args:
+        writer: of it; pieces may have been written before.
+        batches: what is in it; None: nothing yet, let others have their turn.
 
     Raises:
         StoreError: it cannot be written.
     """
-    summary = Summary(cut_ms)
-    file: BinaryIO | None = None
     try:
-        file = plans.begin(model)
-        file.write(MAGIC)
-        _write_part(file, ["head", model.name, model.incarnation, epoch, cut_ms, fact])
-        named = 0
         for one in batches:
-            match one:
-                case PlanBatch():
-                    body = [len(one.rows), one.keys.tobytes(), one.rows.tobytes(), one.expected.tobytes(), one.others]
-                    _write_part(file, ["rows", one.table, *body])
-                    summary = _counted(summary, one)
-                case RowsAtRisk():
-                    kept = one.keys[: AT_RISK_NAMED_MAX - named]
-                    named += len(kept)
-                    stamps = one.stamps[: len(kept)]
-                    _write_part(file, ["risk", one.table, len(one.keys), kept.tobytes(), stamps.tobytes()])
-                    summary = _with_risk(summary, len(one.keys))
+            if one is not None:
+                writer.add(one)
             yield None
-        _write_part(file, ["end", summary.batches, summary.rows, summary.at_risk])
-        plans.commit(model, file)
-    except OSError as error:
-        raise StoreError(f"the plan of a rollback cannot be written: {error.strerror}: free some room on the disk") from None
+        summary = writer.commit()
     finally:
-        if file is not None:
-            plans.give_up(model, file)
+        writer.close()
     yield summary
 
 
@@ -276,6 +326,19 @@ class FilePlans:
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._path(model, ".new").open("w+b")
 
+    def settle(self, file: BinaryIO) -> None:
+        file.flush()
+        descriptor = os.dup(file.fileno())
+
+        def sync() -> None:
+            try:
+                with suppress(OSError):  # `commit` hears of it again
+                    os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+
+        threading.Thread(target=sync, name="plan", daemon=True).start()
+
     def commit(self, model: Generation, file: BinaryIO) -> None:
         file.flush()
         os.fsync(file.fileno())
@@ -330,6 +393,9 @@ class MemoryPlans:
 
     def begin(self, model: Generation) -> BinaryIO:
         return BytesIO()
+
+    def settle(self, file: BinaryIO) -> None:
+        pass
 
     def commit(self, model: Generation, file: BinaryIO) -> None:
         assert isinstance(file, BytesIO)

@@ -86,6 +86,7 @@ class RecentRows:
         self._entries = (self._ring.ctypes.data, len(self._ring) - 1)
         self._state = np.zeros(4, np.int64)
         self._window = WINDOW_START
+        self._window_min = WINDOW_MIN
         self._hits = self._misses = 0
         self._answers = self._deepest = 0  # since the window was chosen
 
@@ -171,7 +172,12 @@ class RecentRows:
                 self._choose_window(ADAPT_HEADROOM * self._deepest)
         return out[:count].copy()
 
+    def keep(self, entries: int) -> None:
+        """Keep so many from now on at least, whoever asks."""
+        self._window_min = min(entries, WINDOW_MAX)
+        self._window = max(self._window, self._window_min)
+
     def _choose_window(self, entries: int) -> None:
-        self._window = min(max(entries, WINDOW_MIN), WINDOW_MAX)
+        self._window = min(max(entries, self._window_min), WINDOW_MAX)
         self.prune(self._window)
         self._answers = self._deepest = 0

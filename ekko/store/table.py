@@ -519,6 +519,10 @@ class Table:
         recent = self.recent.select(base, self.mapping.address, self.stride, measured=measured)
         return self.scan(base, shards) if recent is None else recent
 
+    def cached_since(self, base: U64) -> I64 | None:
+        """`changed_since` where the update cache tells it, not measured; None: only a scan does."""
+        return self.recent.select(base, self.mapping.address, self.stride, measured=False)
+
     def scan(self, base: U64, shards: int, begin: int = 0, end: int | None = None) -> I64:
         """`changed_since` by looking at every row, or at those of the slots from `begin` to `end`."""
         end = self.rows_used if end is None else min(end, self.rows_used)

@@ -1,8 +1,9 @@
 """A publisher whose model is rolled back: its steps are refused, or wait; then it learns what was taken back.
 
 A step that was worked out before a rollback and arrives after it would write the bad rows again. So the node refuses steps of
-publishers that have not asked yet what was restored (`ekko.restored`). One that waits asks by itself: of its step it leaves out
-the rows that were restored meanwhile, publishes the others, and keeps what was restored for `Publisher.restored`.
+publishers that have not asked yet what was restored (`ekko.restored`). One that waits asks by itself, and drops its step as a
+whole: also rows that were not restored were worked out from ones that were, since gradients go through all that they meet. What
+it dropped `Publisher.restored` names beside what was restored, as these rows are served: who loads that trains what is served.
 """
 
 import threading
@@ -15,10 +16,9 @@ import numpy as np
 from ekko.codec import decode
 from ekko.errors import EkkoError, ModelError, PublishError
 from ekko.local import FAILURES, FENCED, RESTORED, Answer, Failed, PublishStep
-from ekko.model import DENSE_DIM, DENSE_TABLE, TENSOR_KEY_BITS, TensorSpec, table_id
-from ekko.restored import Restored, RestoredAsk, RestoredPage
-from p2p.placement import take
-from p2p.replica import U64, RowColumns
+from ekko.model import DENSE_DIM, DENSE_TABLE, TensorSpec
+from ekko.restored import KEYS_MAX, Restored, RestoredAsk, RestoredPage
+from p2p.replica import U64
 
 # How often a publisher that waits looks whether it may go on, at first and at last.
 LOOK_S: Final = 0.02
@@ -42,6 +42,7 @@ class Pause:
         self._wait_s = wait_s
         self._lock = threading.Lock()
         self._kept: list[Restored] = []  # to be handed out
+        self._dropped: dict[int, U64] = {}  # by table id: keys of steps that were dropped, ascending
         self.rows_left_out = 0
         try:
             self.epoch: int | None = self._page(RestoredAsk(model)).epoch
@@ -51,10 +52,10 @@ class Pause:
     @property
     def has_kept(self) -> bool:
         """Whether something is kept for `restored`."""
-        return bool(self._kept)
+        return bool(self._kept or self._dropped)
 
     def retry(self, step: PublishStep, answer: Failed, dims: Mapping[int, tuple[str, int]], codec: str) -> PublishStep | None:
-        """A step was refused; what to send instead, once that may be, or None: nothing is left of it.
+        """A step was refused; what to send instead, once that may be, or None: it is dropped, since rows were restored.
 
         Args:
             step: as it was refused.
@@ -70,21 +71,15 @@ class Pause:
         if answer.kind == FENCED:
             self._await_end(answer.reason)
         with self._lock:
-            some = self._fetch(dims, codec)
-            self._kept += some
-        gone = {one.table: one for one in some}
-        sections = [_left(section, gone.get(dims[section.table][0])) for section in step.columns]
-        kept = [number for number, (section, _) in enumerate(sections) if len(section.keys)]
-        self.rows_left_out += sum(len(section.keys) for section in step.columns) - sum(len(one.keys) for one, _ in sections)
-        if not kept:
-            return None
-        weights = tuple(
-            None if (weight := step.significance[number]) is None else weight[sections[number][1]] for number in kept
-        )
-        columns = tuple(sections[number][0] for number in kept)
-        return PublishStep(
-            step.model, columns, step.tensors, step.published_ns, step.codec, step.incarnation, weights, self.epoch
-        )
+            self._kept += self._fetch(dims, codec)
+            # Another thread's step may have learned of the rollback before: it is the step's own epoch that counts.
+            if step.epoch is not None and self.epoch is not None and step.epoch >= self.epoch:
+                return step  # nothing was written behind that fence
+            for section in step.columns:
+                before = self._dropped.get(section.table, np.empty(0, np.uint64))
+                self._dropped[section.table] = np.union1d(before, section.keys)
+        self.rows_left_out += sum(len(section.keys) for section in step.columns)
+        return None
 
     def restored(
         self, dims: Mapping[int, tuple[str, int]], codec: str, tensors: Mapping[str, TensorSpec]
@@ -93,8 +88,21 @@ class Pause:
         with self._lock:
             if self.epoch is None:
                 return ()
-            kept, self._kept = [*self._kept, *self._fetch(dims, codec)], []
+            kept = [*self._kept, *self._fetch(dims, codec)]
+            for table, keys in self._dropped.items():
+                named = [one.keys for one in kept if table in dims and one.table == dims[table][0]]
+                kept += self._served(table, np.setdiff1d(keys, np.concatenate(named)) if named else keys, dims, codec)
+            self._kept, self._dropped = [], {}
         return tuple(_named(one, tensors) for one in kept)
+
+    def _served(self, table: int, keys: U64, dims: Mapping[int, tuple[str, int]], codec: str) -> list[Restored]:
+        """How rows of a table are at the node now; nothing of a table that was dropped."""
+        pages: list[RestoredPage] = []
+        while len(keys) and table in dims:
+            page = self._page(RestoredAsk(self._model, rows=(table, keys[:KEYS_MAX].tobytes())))
+            pages.append(page)
+            keys = keys[len(page.keys) :]  # the first of them, ascending
+        return [_rows_of(pages, *dims[table], codec)] if pages else []
 
     def _await_end(self, reason: str) -> None:
         assert self._wait_s is not None
@@ -137,17 +145,6 @@ def _rows_of(pages: list[RestoredPage], table: str, dim: int, codec: str) -> Res
         if len(page.rows):
             rows[begin : begin + len(page.rows)] = decode("float32" if table == DENSE_TABLE else codec, page.rows, dim)
     return Restored(table, keys, rows, deleted)
-
-
-def _left(section: RowColumns, gone: Restored | None) -> tuple[RowColumns, np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """A section without the rows that were restored, and which those are that are left."""
-    taken: U64 = np.empty(0, np.uint64) if gone is None else gone.keys
-    if section.table == table_id(DENSE_TABLE):  # a tensor is taken back as a whole
-        mask = np.isin(section.keys >> np.uint64(TENSOR_KEY_BITS), taken >> np.uint64(TENSOR_KEY_BITS))
-    else:
-        mask = np.isin(section.keys, taken)
-    indices = np.flatnonzero(~mask)
-    return take(section, indices), indices
 
 
 def _named(one: Restored, tensors: Mapping[str, TensorSpec]) -> Restored:

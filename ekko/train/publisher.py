@@ -72,7 +72,8 @@ class Publisher:
             named: from the first. Rows before that are checked and left out (`rows_held_back`); deletes always go.
         timeout: seconds after which a node that does not answer counts as unreachable.
         while_fenced: what becomes of a step while the model is rolled back: "raise" refuses it; "wait" has it wait until that
-            is over, leaves out the rows that were restored, publishes the others, and tells which they are (`restored`).
+            is over. If rows were restored all of it is dropped, since it was worked out from the model of before; `restored`
+            names its rows, too. If none were it is published.
         fenced_timeout: seconds that a step waits so at most.
 
     Raises:
@@ -142,7 +143,7 @@ class Publisher:
 
     @property
     def rows_left_out(self) -> int:
-        """Rows of steps that waited for the end of a rollback, and were not published, since it restored them."""
+        """Rows of steps that waited for the end of a rollback and were dropped, since it restored rows."""
         return self._pause.rows_left_out
 
     @property
@@ -154,7 +155,9 @@ class Publisher:
         """What rollbacks wrote since this was called last, or this publisher was made: load it into the model in training.
 
         After a rollback a publisher with `while_fenced="raise"` is refused until it has called this: what it would publish was
-        worked out from rows that are not there any more. Rows that somebody else has written since are not among these.
+        worked out from rows that are not there any more. After a step that waited ("wait") call it, too: what it gives has the
+        rows of that step as they are served, so that who loads it trains what is served. Restored rows that somebody else has
+        written since are not among these.
 
         Raises:
             NodeUnreachable: no answer in time.

@@ -103,7 +103,7 @@ class Push:
         core.emit(m.Published(request.request, stamp))
         for (keyspace, _), step in zip(parts, steps, strict=True):
             if not request.quiet:
-                self._send_or_hold(keyspace, step, now)
+                self._send_or_hold(keyspace, step, now, hold=not request.through_fence)
         written = sum([written for _, written in stored])
         options = core.options
         number, significant = parts[0][0].replica.keyspace, min(written, significant_rows(request.columns))
@@ -138,15 +138,17 @@ class Push:
         core.counters.rows_written += applied.written
         return step, applied.written
 
-    def _send_or_hold(self, keyspace: Keyspace, step: Step, now: m.Now) -> None:
-        """A step that is stored leaves now, or soon, with others (`p2p.pushing.groups`)."""
+    def _send_or_hold(self, keyspace: Keyspace, step: Step, now: m.Now, *, hold: bool) -> None:
+        """A step that is stored leaves now, or soon, with others (`p2p.pushing.groups`); what is restored is cut for the
+        links already, and waits for nothing.
+        """
         core, group = self._core, keyspace.group
         if not group.admits(step):
             self._send_group(keyspace, now)
         group.add(step)
         # Whoever speaks version 1 understands single steps only.
         alone = core.membership.protocol_min(now.monotonic_ms) < wire.GROUPS_SINCE
-        if alone or group.bytes >= groups.bytes_max() or self._is_due(keyspace, now):
+        if not hold or alone or group.bytes >= groups.bytes_max() or self._is_due(keyspace, now):
             self._send_group(keyspace, now)
         elif len(group.steps) == 1:
             self._lingering[keyspace.replica.keyspace] = keyspace

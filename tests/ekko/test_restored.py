@@ -1,6 +1,7 @@
 """What publishers hear of a rollback: refused or paused, what was taken back, and that a step of before does not undo it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from ekko.local import (
 from ekko.model import DENSE_DIM, DENSE_TABLE, TensorSpec, table_id
 from ekko.node import restored as node_restored
 from ekko.node.restored import RestoredRows
-from ekko.restored import RestoredAsk, RestoredPage
+from ekko.restored import KEYS_MAX, RestoredAsk, RestoredPage
 from ekko.train.pause import Pause
 from p2p import messages as m
 from p2p.replica import RowColumns
@@ -75,25 +76,31 @@ def step(keys: range) -> PublishStep:
     return PublishStep("ctr", (RowColumns(ITEM, np.array(keys, np.uint64), rows),), significance=(weights,))
 
 
-def test_a_step_that_waited_leaves_out_what_was_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_waited_is_dropped_and_named_with_what_was_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_restored, "PAGE_BYTES_MAX", 200)  # of many pages
     cluster, waits, refused = rolled_back()
-    left = waits.retry(step(range(40, 80)), Failed(RESTORED, "it was rolled back"), NAMES, "float32")
-    assert left is not None
-    assert left.columns[0].keys.tolist() == list(range(60, 80))
-    assert left.significance[0] is not None
-    assert left.significance[0].tolist() == [float(key - 40) for key in range(60, 80)]
-    assert left.epoch == 2
-    assert waits.rows_left_out == 20
+    stale = replace(step(range(40, 120)), epoch=0)
+    assert waits.retry(stale, Failed(RESTORED, "it was rolled back"), NAMES, "float32") is None
+    assert waits.rows_left_out == 80
     assert waits.has_kept
-    assert waits.retry(step(range(5)), Failed(RESTORED, "it was rolled back"), NAMES, "float32") is not None, "it knows by now"
-    (one,) = waits.restored(NAMES, "float32", {})
-    order = np.argsort(one.keys)
-    assert one.table == "item"
-    assert one.keys[order].tolist() == list(range(60))
-    assert one.deleted[order].tolist() == [False] * 50 + [True] * 10
-    assert (one.rows[order][:50] == -1.0).all()
-    assert not one.rows[order][50:].any()
+    assert waits.epoch == 2
+    # One that was made since then knows of it; another thread's of before does not.
+    fresh = replace(step(range(5)), epoch=2)
+    assert waits.retry(fresh, Failed(RESTORED, "it was rolled back"), NAMES, "float32") is fresh
+    assert waits.retry(stale, Failed(RESTORED, "it was rolled back"), NAMES, "float32") is None
+
+    taken, served = waits.restored(NAMES, "float32", {})
+    order = np.argsort(taken.keys)
+    assert taken.table == served.table == "item"
+    assert taken.keys[order].tolist() == list(range(60))
+    assert taken.deleted[order].tolist() == [False] * 50 + [True] * 10
+    assert (taken.rows[order][:50] == -1.0).all()
+    assert not taken.rows[order][50:].any()
+    # The rows of the step that were not restored, as they are served: 100 and above never were.
+    order = np.argsort(served.keys)
+    assert served.keys[order].tolist() == list(range(60, 120))
+    assert served.deleted[order].tolist() == [False] * 40 + [True] * 20
+    assert (served.rows[order][:40] == 6.0).all()
     assert waits.restored(NAMES, "float32", {}) == ()
     assert not waits.has_kept
     with pytest.raises(ModelError, match="model 'ctr': it was rolled back"):
@@ -114,8 +121,8 @@ def test_what_was_written_since_is_not_restored() -> None:
 def test_a_pause_ends_with_the_fence_or_its_time() -> None:
     pages = [RestoredPage(0, 3), RestoredPage(0, 3), RestoredPage(0, 0), RestoredPage(0, 0)]
     pause = Pause("ctr", lambda _: pages.pop(0), 5.0)
-    again = pause.retry(step(range(5)), Failed(FENCED, "it is being rolled back"), NAMES, "float32")
-    assert again is not None
+    again = pause.retry(replace(step(range(5)), epoch=0), Failed(FENCED, "it is being rolled back"), NAMES, "float32")
+    assert again is not None, "nothing was restored"
     assert again.columns[0].keys.tolist() == list(range(5))
     assert not pages
     pause = Pause("ctr", lambda _: RestoredPage(0, 3), 0.05)
@@ -123,20 +130,25 @@ def test_a_pause_ends_with_the_fence_or_its_time() -> None:
         pause.retry(step(range(5)), Failed(FENCED, "it is being rolled back"), NAMES, "float32")
 
 
-def test_a_tensor_is_taken_back_whole() -> None:
+def test_dropped_tensors_are_named() -> None:
     top, other = TensorSpec("top", (600,), "float32"), TensorSpec("other", (600,), "float32")
-    taken = RestoredPage(1, 0, table_id(DENSE_TABLE), top.keys[:1], np.zeros((1, DENSE_DIM * 4), np.uint8))
-    answers = [RestoredPage(0, 0), taken, RestoredPage(1, 0)]
+    dense = table_id(DENSE_TABLE)
+    keys = np.sort(np.concatenate([top.keys, other.keys]))
+    left = keys[keys != top.keys[0]]
+    none = np.zeros((1, DENSE_DIM * 4), np.uint8)
+    answers = [
+        RestoredPage(0, 0),
+        RestoredPage(1, 0, dense, top.keys[:1], none),
+        RestoredPage(1, 0),
+        RestoredPage(1, 0),
+        RestoredPage(1, 0, dense, left, np.repeat(none, len(left), axis=0)),
+    ]
     pause = Pause("ctr", lambda _: answers.pop(0), 5.0)
-    keys = np.concatenate([top.keys, other.keys])
     rows = np.zeros((len(keys), DENSE_DIM * 4), np.uint8)
-    both = PublishStep("ctr", (RowColumns(table_id(DENSE_TABLE), keys, rows),), (top, other))
-    left = pause.retry(both, Failed(RESTORED, "it was"), NAMES, "float32")
-    assert left is not None
-    assert left.columns[0].keys.tolist() == other.keys.tolist()
-    answers.append(RestoredPage(1, 0))
-    (one,) = pause.restored(NAMES, "float32", {"top": top, "other": other})
-    assert (one.table, one.tensors) == (DENSE_TABLE, ("top",))
+    both = PublishStep("ctr", (RowColumns(dense, keys, rows),), (top, other), epoch=0)
+    assert pause.retry(both, Failed(RESTORED, "it was"), NAMES, "float32") is None
+    named = pause.restored(NAMES, "float32", {"top": top, "other": other})
+    assert {name for one in named for name in one.tensors} == {"top", "other"}
 
 
 def test_a_step_says_which_rollback_it_knows_of() -> None:
@@ -147,3 +159,11 @@ def test_a_step_says_which_rollback_it_knows_of() -> None:
     for junk in (-1, "5", 1 << 63):
         with pytest.raises(MalformedError):
             decode_request([bytes(part) for part in encode_request(7, PublishStep("ctr", (), epoch=junk))])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "rows", [(1 << 32, bytes(8)), (-1, bytes(8)), (1, b""), (1, bytes(7)), (1, bytes(8 * KEYS_MAX + 8)), (1, "x")]
+)
+def test_a_question_for_rows_is_checked(rows: tuple[int, bytes]) -> None:
+    with pytest.raises(MalformedError):
+        decode_request([bytes(part) for part in encode_request(7, RestoredAsk("ctr", rows=rows))])

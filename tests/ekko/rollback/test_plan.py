@@ -10,7 +10,7 @@ import pytest
 from ekko.errors import StoreError
 from ekko.generations import Generation
 from ekko.rollback.moments import show_moment
-from ekko.rollback.plan import FilePlans, MemoryPlans, PlanBatch, Plans, RowsAtRisk, Summary, read_plan, write_plan
+from ekko.rollback.plan import FilePlans, MemoryPlans, PlanBatch, Plans, PlanWriter, RowsAtRisk, Summary, read_plan, write_plan
 from ekko.rollback.risk import KEPT_MAX, decode_risk, encode_risk, risk_picture
 from p2p.stamps import EPOCH_MS, make_stamp
 
@@ -31,7 +31,7 @@ def plans(request: pytest.FixtureRequest, tmp_path: Path) -> Plans:
 
 
 def write(plans: Plans, epoch: int = 5) -> Summary:
-    *_, summary = write_plan(plans, CTR, epoch, 1_000, iter(PIECES))
+    *_, summary = write_plan(PlanWriter(plans, CTR, epoch, 1_000), iter(PIECES))
     assert summary is not None
     return summary
 
@@ -57,7 +57,7 @@ def test_a_plan_is_read_as_it_was_written(plans: Plans) -> None:
 
 
 def test_half_a_plan_is_none(plans: Plans) -> None:
-    steps: Iterator[object] = write_plan(plans, CTR, 5, 1_000, iter(PIECES))
+    steps: Iterator[object] = write_plan(PlanWriter(plans, CTR, 5, 1_000), iter(PIECES))
     for _ in range(len(PIECES)):
         next(steps)
         assert read_plan(plans, CTR) is None
@@ -69,7 +69,7 @@ def test_half_a_plan_is_none(plans: Plans) -> None:
 
 def test_an_attempt_leaves_the_plan_of_before(plans: Plans) -> None:
     write(plans, epoch=5)
-    steps = write_plan(plans, CTR, 6, 1_000, iter(PIECES))
+    steps = write_plan(PlanWriter(plans, CTR, 6, 1_000), iter(PIECES))
     next(steps)
     steps.close()  # type: ignore[attr-defined]
     plan = read_plan(plans, CTR)
@@ -108,12 +108,12 @@ def test_a_full_disk_is_said_so_and_nothing_stays_on_it(tmp_path: Path) -> None:
     write(FilePlans(tmp_path / "rollback"), epoch=4)
     many = [batch(1, 30_000, 0)] * 3
     with pytest.raises(StoreError, match="cannot be written: No space left on device: free some room"):
-        list(write_plan(plans, CTR, 5, 1_000, iter(many)))
+        list(write_plan(PlanWriter(plans, CTR, 5, 1_000), iter(many)))
     with pytest.raises(StoreError, match="free some room"):  # found out only when it is synced
-        list(write_plan(plans, CTR, 5, 1_000, iter([])))
+        list(write_plan(PlanWriter(plans, CTR, 5, 1_000), iter([])))
     assert [path.name for path in (tmp_path / "rollback").iterdir()] == ["ctr#2.plan"]
     with pytest.raises(StoreError, match=r"cannot be written: \w+"):
-        list(write_plan(FilePlans(tmp_path / "rollback" / "ctr#2.plan"), CTR, 5, 1_000, iter([])))
+        list(write_plan(PlanWriter(FilePlans(tmp_path / "rollback" / "ctr#2.plan"), CTR, 5, 1_000), iter([])))
 
 
 def test_of_the_last_rollbacks_the_rows_at_risk_are_kept(plans: Plans) -> None:
