@@ -241,7 +241,16 @@ class Fencing:
                 continue
             core.clock.observe(max(fence.stamp, fence.until))
             if before is None or before.stage != fence.stage:
-                core.note("fence", keyspace=fence.family, epoch=fence.epoch, stage=fence.stage, reason=fence.note)
+                teller = core.by_boot.get(core.source)  # whom an operator asks who fences what nobody here wanted fenced
+                told_by = "" if teller is None else teller.node
+                core.note(
+                    "fence",
+                    keyspace=fence.family,
+                    epoch=fence.epoch,
+                    stage=fence.stage,
+                    reason=fence.note,
+                    told_by=told_by,
+                )
             own = self._own_writer(fence.family)
             if before is None and fence.stage != CLOSING:
                 self._unchecked[fence.key] = own
@@ -250,9 +259,7 @@ class Fencing:
                 core.stop_writing(fence.family)
             if fence.stage != LIFTED:
                 self._drop_queued(fence)
-        for fence in list(core.fences.values()):
-            if fence.stage == CLOSING:
-                self._progress(fence, now)
+        self._progress(now)
         self._answer(now)
 
     def _drop_queued(self, fence: m.Fence) -> None:
@@ -294,28 +301,28 @@ class Fencing:
     def on_timer(self, now: m.Now) -> None:
         """Called at every heartbeat."""
         self._told.clear()
-        for fence in list(self._core.fences.values()):
-            if fence.stage == CLOSING:
-                self._progress(fence, now)
+        self._progress(now)
         self._answer(now)
         for request in self._requests:
             self._name_missing(request, now)
 
-    def _progress(self, fence: m.Fence, now: m.Now) -> None:
-        """Report to who coordinates; or close it, when that is us."""
+    def _progress(self, now: m.Now) -> None:
+        """Report to who coordinates; or close what can be closed, when that is us."""
         core = self._core
-        if core.fences.get(fence.family) is not fence:
-            return  # it has gone on meanwhile
+        closing = [fence for fence in core.fences.values() if fence.stage == CLOSING]
+        if not closing:
+            return
         coordinator = self._coordinator(now)
         if coordinator is None:
-            self._close(fence, now)
+            self._close(closing, now)
             return
         link = core.link(coordinator)
-        report = self._own_report(fence)
-        said = (coordinator, report.retired_digest, report.reached, report.boots)
-        if link is not None and self._told.get(fence.key) != said:
-            self._told[fence.key] = said
-            core.send(link, report)
+        for fence in closing if link is not None else ():
+            report = self._own_report(fence)
+            said = (coordinator, report.retired_digest, report.reached, report.boots)
+            if link is not None and self._told.get(fence.key) != said:
+                self._told[fence.key] = said
+                core.send(link, report)
 
     def _coordinator(self, now: m.Now) -> m.NodeId | None:
         """The first living holder by name; None when it is us."""
@@ -332,7 +339,9 @@ class Fencing:
         who holds more than a floor starts over when it hears of it.
         """
         core, family = self._core, fence.family
-        keyspaces = core.families.get(family, ())
+        keyspaces = core.families.get(family)
+        if keyspaces is None:
+            return True
         return all(keyspace.synced for keyspace in keyspaces) and all(
             self._holds(core.keyspaces[one.keyspace], one)
             for one in core.record.retired.values()
@@ -360,18 +369,20 @@ class Fencing:
         if fence is None or fence.epoch != report.epoch or fence.stage != CLOSING:
             return  # the digests will tell one of us
         self._reports.setdefault(fence.key, {})[link.boot] = report
-        self._close(fence, now)
+        self._close((fence,), now)
 
-    def _close(self, fence: m.Fence, now: m.Now) -> None:
-        """As coordinator: everybody knows what we know, and is done with all writers."""
+    def _close(self, fences: Sequence[m.Fence], now: m.Now) -> None:
+        """As coordinator: everybody knows what we know, and is done with all writers. Those that are ready go together: what is
+        told of one is written down, and changes what the reports on the others have to agree with.
+        """
         core = self._core
-        if self._coordinator(now) is not None or not self._reached(fence) or self._retirement.misses(now):
+        if self._coordinator(now) is not None or self._retirement.misses(now):
             return
-        if self._missing(fence):
-            return
-        closed = replace(fence, stage=CLOSED, stamp=core.clock.last | WRITER_MASK)
-        self._reports.pop(fence.key, None)
-        self._retirement.learn(m.Retirements((), (), (closed,)), None, now)
+        ready = [fence for fence in fences if self._reached(fence) and not self._missing(fence)]
+        if ready:
+            stamp = core.clock.last | WRITER_MASK
+            closed = tuple(replace(fence, stage=CLOSED, stamp=stamp) for fence in ready)
+            self._retirement.learn(m.Retirements((), (), closed), None, now)
 
     def _missing(self, fence: m.Fence) -> tuple[str, ...]:
         """As coordinator: whose report we wait for."""

@@ -1,5 +1,7 @@
 """What a peer may tell of fences and retirements: bounded, passed on in messages that others take, and no end of all fences."""
 
+from unittest import mock
+
 import pytest
 import xxhash
 
@@ -10,6 +12,7 @@ from p2p.identity.ledger import FENCES_MAX
 from p2p.identity.retirement import EXPELLED_MAX, TOLD_ENTRIES_MAX
 from p2p.messages.fences import CLOSED, EPOCH_BITS, LIFTED, RESTORERS_MAX, Restorer
 from sim_cluster.virtual import VirtualCluster
+from tests.p2p.backlog_chaos import pair
 from tests.p2p.fence_chaos import answer, ask, fence
 from tests.p2p.retirement_chaos import two_trainers
 from tests.p2p.test_hostile import machine_of
@@ -113,3 +116,16 @@ def test_reports_of_a_fence_that_is_over_are_forgotten() -> None:
     until = machine_of(cluster, first)._core.clock.last | 4095
     tell(cluster, first, "t1", m.Retirements((), (), (m.Fence(family, 7, LIFTED, 0, until),)))
     assert not fencing._reports
+
+
+def test_many_fences_that_are_ready_at_once_are_closed_together() -> None:
+    cluster = pair(1)
+    machine = machine_of(cluster, "t1")
+    fences = tuple(m.Fence(family, 1) for family in range(1 << 20, (1 << 20) + 400))
+    tell(cluster, "t1", "eu1", m.Retirements((), (), fences))
+    record = machine._core.record
+    with mock.patch.object(type(record), "save", autospec=True, side_effect=type(record).save) as save:
+        cluster.leave("eu1")
+        cluster.run(2_000)
+    assert {fence.stage for fence in machine._core.fences.values()} == {CLOSED}
+    assert save.call_count < 10, "the disk is waited for once, not for each"
