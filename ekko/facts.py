@@ -7,7 +7,7 @@ the store has them all (`ekko.store.facts`).
 """
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 from ekko.generations import Generation
 from p2p.replica import SchemaEntry
@@ -38,6 +38,14 @@ class FactSet(Protocol):
         """All of them, bounded; equal facts are equal bytes."""
 
 
+@runtime_checkable
+class Differing(Protocol):
+    """A set that knows its difference from an earlier one without making all entries: of those that change often."""
+
+    def beyond(self, before: Self) -> list[SchemaEntry]:
+        """Entries that the earlier one has not, or has otherwise; in the order of `entries`."""
+
+
 def kind_of(entry: SchemaEntry) -> str:
     """The first word of an entry's name."""
     return entry.name.partition(":")[0]
@@ -47,5 +55,7 @@ def changed_entries(before: FactSet, after: FactSet) -> tuple[SchemaEntry, ...]:
     """What a peer that has the first needs to be told, to have the second."""
     if before is after:
         return ()
+    if isinstance(after, Differing) and type(before) is type(after):
+        return tuple(after.beyond(before))
     known = {(entry.keyspace, entry.name): entry.body for entry in before.entries()}
     return tuple(entry for entry in after.entries() if known.get((entry.keyspace, entry.name)) != entry.body)

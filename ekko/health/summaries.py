@@ -143,6 +143,16 @@ class Summaries:
             kept = _newest(kept)
         return self if kept == self.by_source else Summaries(kept)
 
+    def beyond(self, before: "Summaries") -> list[SchemaEntry]:
+        """See `ekko.facts.Differing`."""
+        return [
+            _entry_of(source, number, packed)
+            for source, windows in self.by_source.items()
+            if windows is not before.by_source.get(source)
+            for number, packed in windows.items()
+            if before.by_source.get(source, {}).get(number) != packed
+        ]
+
     def without(self, over: Callable[[Generation], bool]) -> "Summaries":
         """See `ekko.facts.FactSet`."""
         gone = {model for model in self.models() if over(model)}

@@ -243,20 +243,26 @@ class Verdicts:
         return self._with(other.blocks.items(), other.rulings.values())
 
     def _with(self, blocks: Iterable[tuple[tuple[Generation, int], bytes]], rulings: Iterable[Ruling]) -> "Verdicts":
-        painted, kept = dict(self.blocks), dict(self.rulings)
+        painted: dict[tuple[Generation, int], bytes] = {}  # what is worse than before
         for key, cells in blocks:
-            painted[key] = _worse(painted.get(key), cells)
+            before = painted.get(key, self.blocks.get(key))
+            if (worse := _worse(before, cells)) != before:
+                painted[key] = worse
+        kept: dict[RulingKey, Ruling] = {}  # what is newer
         for ruling in rulings:
-            known = kept.get(ruling.key)
-            kept[ruling.key] = ruling if known is None or ruling.rank > known.rank else known
-        # Everybody keeps the same of the same, in whatever order it came.
-        newest_blocks = _newest(painted, lambda key: key[0], lambda key: (key[1], key[0]), BLOCKS_MAX, BLOCKS_TOTAL_MAX)
-        newest = _newest(kept, lambda key: key[0], lambda key: kept[key].rank, RULINGS_MAX, RULINGS_TOTAL_MAX)
-        merged = Verdicts(
-            {key: painted[key] for key in sorted(newest_blocks)},
-            {key: kept[key] for key in sorted(newest)},
-        )
+            known = kept.get(ruling.key, self.rulings.get(ruling.key))
+            if known is None or ruling.rank > known.rank:
+                kept[ruling.key] = ruling
+        if not painted and not kept:
+            return self
+        merged = Verdicts(_bounded_blocks(self.blocks, painted), _bounded_rulings(self.rulings, kept))
         return self if merged == self else merged
+
+    def beyond(self, before: "Verdicts") -> list[SchemaEntry]:
+        """See `ekko.facts.Differing`."""
+        blocks = [(key, cells) for key, cells in self.blocks.items() if before.blocks.get(key) != cells]
+        rulings = [ruling for key, ruling in self.rulings.items() if before.rulings.get(key) != ruling]
+        return [_block_entry(*one) for one in blocks] + [_ruling_entry(ruling) for ruling in rulings]
 
     def without(self, over: Callable[[Generation], bool]) -> "Verdicts":
         """These, but those on models that are over."""
@@ -315,6 +321,26 @@ def _worse(one: bytes | None, other: bytes) -> bytes:
     if one is None or one == other:
         return other
     return np.maximum(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)).tobytes()
+
+
+def _bounded_blocks(
+    blocks: dict[tuple[Generation, int], bytes], changed: dict[tuple[Generation, int], bytes]
+) -> dict[tuple[Generation, int], bytes]:
+    """All of them, in order, as many as are kept: everybody keeps the same of the same, in whatever order it came."""
+    painted = {**blocks, **changed}
+    if len(painted) == len(blocks):
+        return painted  # a model that is judged paints the same block for minutes
+    newest = _newest(painted, lambda key: key[0], lambda key: (key[1], key[0]), BLOCKS_MAX, BLOCKS_TOTAL_MAX)
+    return {key: painted[key] for key in sorted(newest)}
+
+
+def _bounded_rulings(rulings: dict["RulingKey", Ruling], changed: dict["RulingKey", Ruling]) -> dict["RulingKey", Ruling]:
+    """The same of rulings, of which a newer one under a key has another rank."""
+    if not changed:
+        return rulings
+    kept = {**rulings, **changed}
+    newest = _newest(kept, lambda key: key[0], lambda key: kept[key].rank, RULINGS_MAX, RULINGS_TOTAL_MAX)
+    return {key: kept[key] for key in sorted(newest)}
 
 
 def _newest(keys: Iterable[K], group: Callable[[K], G], rank: Callable[[K], Any], each_max: int, total_max: int) -> list[K]:

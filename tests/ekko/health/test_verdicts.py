@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ekko.errors import ModelError
+from ekko.facts import changed_entries
 from ekko.generations import Dropped, Generation, entry_of
 from ekko.health import verdicts as module
 from ekko.health.verdicts import BLOCK_MS, BLOCKS_MAX, CELL_MS, OPERATOR, RULINGS_MAX, Interval, State, Verdicts
@@ -52,6 +53,11 @@ def test_merging_is_a_join(said: list[Verdicts], rng: random.Random) -> None:
         halves[place % 2] = halves[place % 2].learned(one.entries())
     assert halves[0].merged(halves[1]) == halves[1].merged(halves[0]) == whole
     assert whole.merged(halves[0]) is whole
+    # Who has a half is told the rest, and nothing that it knows.
+    told = changed_entries(halves[0], whole)
+    known = set(map(repr, halves[0].entries()))
+    assert list(told) == [entry for entry in whole.entries() if repr(entry) not in known]
+    assert halves[0].learned(told) == whole
     assert whole.learned(whole.entries()) is whole
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ekko.errors import ConfigError, ModelError
+from ekko.facts import changed_entries
 from ekko.generations import Generation
 from ekko.health import summaries as module
 from ekko.health.detectors import Finding, Window
@@ -172,6 +173,11 @@ def test_merging_summaries_is_a_join(said: list[Summaries], rng: random.Random) 
         other = other.learned(one.entries())
     assert other == whole
     assert whole.merged(other) is whole
+    half = Summaries()
+    for one in said[::2]:
+        half = half.merged(one)
+    told_of_it = changed_entries(half, whole)
+    assert list(told_of_it) == [entry for entry in whole.entries() if entry not in half.entries()]
     assert len(whole) <= 4 * WINDOWS_MAX
 
 
