@@ -5,7 +5,7 @@ or begins a rollback by itself when the model is judged corrupted; where there a
 should two do it at once, the higher epoch counts. What a witness does not finish another one takes over.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -294,7 +294,15 @@ class Coordinator:
         waited_ms = now.monotonic_ms - self._seen_ms.setdefault(key, now.monotonic_ms)
         if fact.step is Step.REQUESTED and not fact.witness and waited_ms > REQUEST_MS_MAX:
             return False
-        return waited_ms >= TURN_MS * witnesses.index(self.options.node) + (TAKEOVER_MS if fact.witness else 0)
+        return waited_ms >= self._turn_ms(fact, witnesses) + (TAKEOVER_MS if fact.witness else 0)
+
+    def _turn_ms(self, fact: Rollback, witnesses: Sequence[str]) -> int:
+        """How long this witness leaves it to those before it by name; who knows of no moment to go back to comes last."""
+        assert self.around is not None
+        place = witnesses.index(self.options.node)
+        if len(witnesses) > 1 and Performer(replace(fact, witness=self.options.node), self.around).hopeless():
+            place += len(witnesses)
+        return TURN_MS * place
 
     def _taken(self, fact: Rollback, now: m.Now) -> Rollback:
         """The same under a new epoch, of this witness."""
@@ -333,9 +341,9 @@ class Coordinator:
         witnesses = self.witnesses(model)
         if self.options.node not in witnesses:
             return
+        fact = self._fact(model, HEALTHY, WHOLE, now, automatic=True)
         since_ms = self._corrupted_ms.setdefault(model, now.monotonic_ms)
-        if now.monotonic_ms - since_ms >= TURN_MS * witnesses.index(self.options.node):
-            fact = self._fact(model, HEALTHY, WHOLE, now, automatic=True)
+        if now.monotonic_ms - since_ms >= self._turn_ms(fact, witnesses):
             self._perform(replace(fact, witness=self.options.node, step=Step.FENCING, share=0), now)
 
     def _perform(self, fact: Rollback, now: m.Now) -> None:

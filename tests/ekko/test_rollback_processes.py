@@ -74,6 +74,7 @@ def test_what_was_wrong_is_gone_everywhere_and_writers_go_on(cluster: LocalClust
         assert values(cluster, "serve-1")[-1] == -1_000.0
         done = rollback(cluster, "serve-1", "ctr", "--to", moment, "--yes")
         assert (done["step"], done["rows"], done["witness"]) == ("done", 132, "wit-1")
+        assert rollback(cluster, "serve-1", "--at-risk", str(done["epoch"]))["rows"] == []
         for node in ("train-1", "serve-1", "wit-1"):
             assert values(cluster, node) == [1.0] * 64
             assert values(cluster, node, "user") == [1.0] * 64
@@ -110,6 +111,8 @@ def test_a_part_of_it_is_taken_back(cluster: LocalCluster) -> None:
         (["ctr", "--to", "healthy", "--dry-run"], "was never judged healthy: say a time"),
         (["ctr", "--to", "2030-01-01"], "lies ahead of now"),
         (["ctr", "--table", "item"], "give --to TIME"),
+        (["--at-risk", "ff"], "no rollback 00000000000000ff that is done is known here"),
+        (["--at-risk", "x"], "epoch is 'x': expected 1 to 16 hexadecimal digits"),
         (["ctr", "--finish"], "no rollback of model 'ctr' waits for a verdict"),
     ],
 )

@@ -258,3 +258,12 @@ def test_a_plan_that_cannot_be_read_for_a_while_is_read_again(tmp_path: Path, mo
     assert not failures
     assert sum(name == "rollback_write_refused" for name, _ in shells["w1"].notes) == 2
     check(cluster, shells)
+
+
+def test_a_witness_that_does_not_know_the_moment_leaves_it_to_one_that_does(tmp_path: Path) -> None:
+    cluster, shells, cut_ms = good_and_bad(23, tmp_path)
+    shells["w1"].advance(cluster.now().unix_ms)
+    shells["s1"].request(cut_ms)
+    end(cluster, shells)
+    assert fact_of(shells).witness == "w2"
+    check(cluster, shells)
