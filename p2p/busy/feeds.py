@@ -15,7 +15,7 @@ from p2p import messages as m
 from p2p.busy.backlog import KEPT_MS
 from p2p.busy.pairs import Feed, pairs_of
 from p2p.core import Core, Keyspace
-from p2p.errors import RemoteProtocolError
+from p2p.errors import BlamelessError, RemoteProtocolError
 from p2p.link.links import Link
 from p2p.pulling import full
 from p2p.pulling.intake import check_rows, check_writers, observe, take_rows
@@ -44,7 +44,7 @@ class Feeds:
         """A parent says that it has queued rows for us, or that it has not any more; returns the former.
 
         Raises:
-            RemoteProtocolError: more parents than anybody has.
+            BlamelessError: more parents than anybody has.
         """
         keyspace = self._core.keyspaces.get(told.keyspace)
         if keyspace is None:
@@ -54,7 +54,7 @@ class Feeds:
             return None
         feed = keyspace.feeds.get(link.boot)
         if feed is None and len(keyspace.feeds) >= FEEDS_MAX:
-            raise RemoteProtocolError(f"more than {FEEDS_MAX} parents in state mode")
+            raise BlamelessError(f"more than {FEEDS_MAX} parents in state mode")  # who came first may be who lies
         pairs = pairs_of(told.trees, list(zip(told.writers.tolist(), told.served.tolist(), strict=True)))
         until_ms = now.monotonic_ms + KEPT_MS
         if feed is None:
