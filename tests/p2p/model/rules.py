@@ -1,0 +1,25 @@
+"""The parts of the argument of decision 0042, each of which can be switched off."""
+
+RULES = {
+    "due_is_what_the_child_lacks": "R2: what changed since the vector that the child told is due, not only what changes now.",
+    "pulled_rows_are_due": "R2: a row is due however it came.",
+    "chunk_rows_are_due": "R2: also by a chunk of our own parent.",
+    "rows_of_all_writers_are_due": "R2: whoever wrote it, also whom the child hears of from another parent.",
+    "vector_is_recorded_with_due": "T2: what is claimed is the vector of when due was recorded.",
+    "all_recorded_rows_leave_first": "T2: the claim comes when all of them have left.",
+    "rows_are_due_again": "R3: a row that changes after it left is due again.",
+    "claims_stop_at_a_hole": "R3: a claim behind a lost chunk is not taken, in this session or any other.",
+    "sessions_that_end_select_again": "R3: what was sent in a session that ended is selected again.",
+    "lives_are_told_apart": "R3: what belongs to a former life of either end means nothing.",
+    "refused_chunks_spoil": "R3: after a chunk that was not applied no claim is taken before the child told its vector anew.",
+    "batches_without_room_spoil": "R17: nor after a batch that was sent on, and then found no room.",
+    "who_has_no_room_waits": "And that is told when what was sent on has arrived: what a child sent us is not due to it.",
+    "claims_answer_the_last_question": "Chunks name the question whose answer they are; of others nothing is taken.",
+    "shards_of_the_pairs_only": "R1: only shards in which something is sent are due, and claimed.",
+    "other_pairs_select_again": "R1: where the pairs change, everything is selected anew.",
+    "claims_need_the_floor_covered": "T2, R5: a claim is made only where what the child knows covers our loss floor.",
+    "what_is_dropped_raises_the_floor": "R5, R11: whatever is evicted, refused or collected is in the floor.",
+    "both_agree_who_is_retired": "R13: vectors leave out who is retired, so they are compared only by who agrees on that.",
+    "told_is_not_assumed": "R13: of a retired writer whose entry the child tells, it has what it tells.",
+    "a_frontier_waits_for_the_rest": "A parent's frontier holds once the vector covers the parent's in all trees.",
+}
