@@ -140,6 +140,7 @@ class Full:
     until_ms: int  # no pull before
     pause_ms: int  # after the next answer that finds no room
     told_ms: int | None = None  # when a person was told
+    batch_ms: int = -1_000_000  # when a batch found no room, which was sent on before
 
 
 class Noting(Protocol):

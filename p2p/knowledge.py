@@ -97,6 +97,8 @@ class Knowledge:
         self._retired: dict[int, U64] = {}  # writers whose retirement is done, whose id nobody uses, and where each ends (R13)
         # Per writer, the shards in which some open step waits for a lower claim: only a merge there can unblock anything.
         self._awaited: dict[int, NDArray[np.bool_]] = {}
+        # Writer -> frontiers that hold once the vector covers another one: stamp, shards, that vector. The oldest and newest.
+        self._later: dict[int, list[tuple[int, NDArray[np.uint32], U64]]] = {}
         # Writers of whom replies claimed something lately -> up to where all of it was here before.
         self._coalesced: dict[int, int] = {}
 
@@ -133,6 +135,7 @@ class Knowledge:
     def retire(self, writer: int, floor: U64) -> None:
         """The entry of a writer leaves the vector wherever it equals `floor`, until its id is used again."""
         self._retired[writer] = floor
+        self._later.pop(writer, None)
         self._writers.add(writer)  # until all of it is here it is told, above all by who has nothing of it
         self.give_up(writer)
 
@@ -263,6 +266,8 @@ class Knowledge:
         merged = shards if fit else shards[fits]
         if self._open and (progress or (writer in self._awaited and self._awaited[writer][merged].any())):
             self._absorb(writer)
+        if self._later:
+            self._reach(writer)
         return int(self.frontier[writer]) >= stamp
 
     def learn_reply(
@@ -289,6 +294,7 @@ class Knowledge:
             if fits.all() and frontier[column] > self.frontier[writer]:
                 self.frontier[writer] = frontier[column]
             self._absorb(writer)
+            self._reach(writer)
 
     def take_coalesced(self) -> dict[int, int]:
         """Since the last call: writers of whom claims of replies were merged, and up to where all of it was here before.
@@ -310,6 +316,40 @@ class Knowledge:
                 continue
             self.frontier[writer] = max(self.frontier[writer], stamp)
             self._writers.add(writer)
+            self._absorb(writer)
+
+    def learn_frontier_later(self, writer: int, stamp: int, shards: NDArray[np.uint32], least: U64) -> None:
+        """All of a writer up to `stamp` is here once our vector covers somebody's of when this was its frontier.
+
+        What comes of several parents comes at different times, so it may have to wait; of what waits the oldest is kept, since
+        it holds first, and the newest.
+
+        Args:
+            writer: whose.
+            stamp: the frontier; 0 says nothing.
+            shards: uint32[r]: where our vector may not cover it yet.
+            least: uint64[r]: what it has to reach there.
+        """
+        if stamp <= int(self.frontier[writer]):
+            return
+        self._later[writer] = [*self._later.get(writer, ())[:1], (stamp, shards, least)]
+        self._reach(writer)
+
+    def _reach(self, writer: int) -> None:
+        """Frontiers that waited, and wait no more."""
+        waiting = self._later.get(writer)
+        if waiting is None:
+            return
+        column, before = self.vector[:, writer], int(self.frontier[writer])
+        reached = max((stamp for stamp, shards, least in waiting if (column[shards] >= least).all()), default=before)
+        reached = max(reached, before)
+        waiting = [one for one in waiting if one[0] > reached]
+        if waiting:
+            self._later[writer] = waiting
+        else:
+            del self._later[writer]
+        if reached > before:
+            self.frontier[writer] = reached
             self._absorb(writer)
 
     def give_up(self, writer: int) -> None:

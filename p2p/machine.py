@@ -463,11 +463,15 @@ class Machine:
         keyspace = self._core.keyspaces.get(batch.keyspace)
         if keyspace is not None:  # else it was dropped meanwhile
             reached = int(keyspace.knowledge.frontier[batch.writer])
-            if full.reserve_batch(self._core, keyspace, batch, now):  # else it is lacking, and will be pulled
+            taken = full.reserve_batch(self._core, keyspace, batch, now)  # else it is lacking, and will be pulled
+            if taken:
                 try:
                     self._push.apply(batch, link.node if link is not None else "")
                 except FullError as error:  # in a model that evicts it is not known before; what is written claims nothing
                     full.note_refused_batch(self._core, keyspace, error, now)
+                    taken = False
+            if not taken:
+                self._feeds.spoil_keyspace(keyspace)
             if int(keyspace.knowledge.frontier[batch.writer]) != reached:
                 self._progress(keyspace, now)
         if link is not None and envelope.session == link.session_in:

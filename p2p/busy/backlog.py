@@ -59,6 +59,11 @@ TOLD_MS_MAX = 10_000
 REFUSED_MS = 5_000
 # A claim without rows moves the frontier of a child for which nothing is due; so often, as an idle writer's beat does.
 CLAIM_MS = 50
+# Where others send some trees, a claim brings our vector there now and then, so that the frontier moves, too (`Cycle.rest`).
+# Not more often than this; of what the link carries it takes this share at most, but after so long it comes in any case.
+REST_MS = 250
+REST_SHARE = 0.05
+REST_MS_MAX = 5_000
 # Writers and adopted children change without a change of view; who is whose parent is looked at so often at least.
 LOOK_MS = 50
 # Batches pass through again when nothing has been due for so long: to enter costs a question and a selection.
@@ -100,8 +105,20 @@ class Cycle:
     """What is claimed when all that was recorded has left."""
 
     writers: NDArray[np.uint16]
-    until: U64  # [shards, w]; 0 outside of the pairs
-    frontier: U64  # [w]; 0 where we do not send all of a writer
+    vector: U64  # [shards, w]: ours
+    grid: Mask  # [shards, w]: the pairs
+    frontier: U64  # [w]: ours, when that was our vector
+
+    @property
+    def until(self) -> U64:
+        """uint64[shards, w]: what is claimed; 0 outside of the pairs."""
+        return np.where(self.grid, self.vector, np.uint64(0))
+
+    def rest(self) -> tuple[NDArray[np.uint32], U64]:
+        """What others send: uint32[r] shards, and uint64[r, w], our vector there; 0 in the pairs."""
+        outside = np.where(self.grid, np.uint64(0), self.vector)
+        shards = np.flatnonzero(outside.any(axis=1))
+        return shards.astype(np.uint32), np.ascontiguousarray(outside[shards])
 
 
 @dataclass(slots=True, eq=False)
@@ -132,6 +149,9 @@ class Backlog:
     bytes_saved: int = 0
     served: int = 0  # when it was its turn last
     frontier: U64 = field(default_factory=lambda: np.empty(0, np.uint64))  # that was claimed last
+    rest_ms: int = 0  # when the rest of the vector was told last
+    rest_bytes: int = 0  # of it
+    sent_bytes: int = 0  # since then
     view: object = None  # of which the pairs are
     looked_ms: int = 0
 
@@ -162,18 +182,27 @@ class Backlog:
     def begin_cycle(self) -> None:
         """V and what is due are recorded together: all that V covers and the child may lack is among it."""
         knowledge, writers = self.keyspace.knowledge, self.pairs.writers
-        until = np.where(self.grid, knowledge.vector[:, writers], np.uint64(0))
-        whole = self.pairs.bits == self.pairs.all_trees
-        self.cycle = Cycle(writers, until, np.where(whole, knowledge.frontier[writers], np.uint64(0)))
+        self.cycle = Cycle(writers, knowledge.vector[:, writers], self.grid, knowledge.frontier[writers])
         self.due.record()
 
-    def has_moved(self) -> bool:
+    @property
+    def whole(self) -> Mask:
+        """bool[w]: of whom we send all trees."""
+        return np.asarray(self.pairs.bits == self.pairs.all_trees, np.bool_)
+
+    def tells_rest(self, now_ms: int) -> bool:
+        """Whether it is time to tell the rest of the vector."""
+        passed_ms = now_ms - self.rest_ms
+        if passed_ms < REST_MS or self.whole.all():
+            return False
+        return not self.due.rows or passed_ms >= REST_MS_MAX or self.rest_bytes <= REST_SHARE * self.sent_bytes
+
+    def has_moved(self, now_ms: int) -> bool:
         """Whether we know more of the pairs than was claimed."""
         knowledge, writers = self.keyspace.knowledge, self.pairs.writers
         if self.known is None or len(self.frontier) != len(writers):
             return True
-        whole = self.pairs.bits == self.pairs.all_trees
-        if (whole & (knowledge.frontier[writers] > self.frontier)).any():
+        if ((self.whole | self.tells_rest(now_ms)) & (knowledge.frontier[writers] > self.frontier)).any():
             return True
         return bool((self.grid & (knowledge.vector[:, writers] > self.known.of(writers))).any())
 
@@ -188,10 +217,11 @@ class Backlog:
         replica, writers = self.keyspace.replica, self.keyspace.replica.floor_writers
         if not len(writers) or self.known is None:
             return False
-        known = self.known.of(writers)
+        known, told = self.known.of(writers), set(self.known.writers.tolist())
         for column, writer in enumerate(writers.tolist()):
-            if (settled := self.keyspace.knowledge.settled.get(writer)) is not None:
-                known[:, column] = np.maximum(known[:, column], settled)  # both of us have all of it (R13)
+            settled = self.keyspace.knowledge.settled.get(writer)
+            if settled is not None and writer not in told:  # who tells it lacks some of it; else both of us have all (R13)
+                known[:, column] = settled
         below = (replica.loss_floor[:, writers] > known).any(axis=1)
         return bool(below.any() if self.shards is None else (below & self.shards).any())
 

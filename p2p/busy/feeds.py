@@ -23,6 +23,9 @@ from p2p.pulling.pull import Pull
 
 # A keyspace has a parent in each tree, and a few more while views differ.
 FEEDS_MAX = 64
+# Who has sent a batch on and has no room for it tells its vector after so long, so that the batch has arrived before: what came
+# from us is not due to us (`p2p.busy.noting`). Longer than a batch waits for credit.
+SENT_ON_MS = 1_000
 # A question that brought no chunk is asked again, under its number, with the next notice after so long.
 ASK_MS = 300
 
@@ -64,12 +67,17 @@ class Feeds:
         elif feed.number != told.number:
             feed.request, feed.flows, feed.asked_ms = 0, False, -ASK_MS
         feed.pairs, feed.number, feed.until_ms, feed.retired_digest = pairs, told.number, until_ms, told.retired_digest
-        wanted = not full.pauses(keyspace, now) and not feed.flows and now.monotonic_ms - feed.asked_ms >= ASK_MS
+        wanted = not self._waits_for_room(keyspace, now) and not feed.flows and now.monotonic_ms - feed.asked_ms >= ASK_MS
         # Our vector may be megabytes: who makes us tell it pays as for a selection, or small notices would cost us large ones.
         if wanted and link.admits_selection(told.keyspace, now.monotonic_ms):
             feed.request = self._pull.tell_vector(keyspace, link, feed.request)
             feed.asked_ms = now.monotonic_ms
         return feed
+
+    @staticmethod
+    def _waits_for_room(keyspace: Keyspace, now: m.Now) -> bool:
+        sent_on = keyspace.full is not None and now.monotonic_ms - keyspace.full.batch_ms < SENT_ON_MS
+        return sent_on or full.pauses(keyspace, now)
 
     def take(self, link: Link, chunk: m.StateChunk, now: m.Now) -> bool:
         """Apply a chunk, which is the next message of its session; with a claim, merge that (T1).
@@ -108,7 +116,10 @@ class Feeds:
         if chunk.claims:
             observe(core, chunk.until, chunk.frontier)
             base = np.zeros_like(chunk.until)  # it is of what we told, and of what was claimed since
-            keyspace.knowledge.learn_reply(chunk.writers, base, chunk.until, chunk.frontier, chunk.shards)
+            knowledge = keyspace.knowledge
+            knowledge.learn_reply(chunk.writers, base, chunk.until, np.zeros_like(chunk.frontier), chunk.shards)
+            for column, writer in enumerate(chunk.writers.tolist()):
+                knowledge.learn_frontier_later(writer, int(chunk.frontier[column]), chunk.rest_shards, chunk.rest[:, column])
         if chunk.ends:
             self._end(keyspace, link.boot)
         return chunk.claims
@@ -126,15 +137,21 @@ class Feeds:
     def _check(self, keyspace: Keyspace, chunk: m.StateChunk, now: m.Now) -> None:
         if not chunk.request and (chunk.claims or chunk.ends):
             raise RemoteProtocolError("a claim that answers no question: only rows may come ahead of one")
-        if len(chunk.shards) and int(chunk.shards[-1]) >= keyspace.knowledge.shards:
-            raise RemoteProtocolError(f"claim for shard {int(chunk.shards[-1])}, the keyspace has {keyspace.knowledge.shards}")
-        check_rows(keyspace, chunk.columns, (chunk.until, chunk.frontier), now)
+        for shards in (chunk.shards, chunk.rest_shards):
+            if len(shards) and int(shards[-1]) >= keyspace.knowledge.shards:
+                raise RemoteProtocolError(f"claim for shard {int(shards[-1])}, the keyspace has {keyspace.knowledge.shards}")
+        check_rows(keyspace, chunk.columns, (chunk.until, chunk.frontier, chunk.rest), now)
         check_writers(keyspace, chunk.writers)
 
     def spoil(self, link: Link) -> None:
         """Something of what this parent sends is lost, or was not taken: no claim of it counts until it selects again."""
         for keyspace in self._core.keyspaces.values():
             self._spoil(keyspace.feeds.get(link.boot))
+
+    def spoil_keyspace(self, keyspace: Keyspace) -> None:
+        """A batch that we have sent on found no room here: who has it from us takes it that we have it."""
+        for feed in keyspace.feeds.values():
+            self._spoil(feed)
 
     def spoil_all(self) -> None:
         """What is retired has changed (R13)."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from p2p import messages as m
 from p2p.busy.backlog import (
@@ -19,15 +20,17 @@ from p2p.busy.backlog import (
     TOLD_MS_MAX,
     WAVES_MS,
     Backlog,
+    Cycle,
     Known,
 )
 from p2p.busy.due import Taken
 from p2p.busy.pairs import Pairs, pairs_of
 from p2p.core import STATE, Core, Keyspace
+from p2p.knowledge import VECTOR_BYTES_MAX
 from p2p.link.links import Link
 from p2p.pulling.intake import bindings_of
 from p2p.pulling.pull_answers import PullAnswers
-from p2p.replica import RowColumns
+from p2p.replica import U64, RowColumns
 
 # To whom a batch of an origin goes from us, in a tree: `Push` knows.
 Receivers = Callable[[Keyspace, m.NodeId, int], Sequence[m.NodeId]]
@@ -223,7 +226,7 @@ class StateMode:
             return True
         if not backlog.stirred or self._core.now_ms - backlog.claimed_ms < CLAIM_MS:
             return False
-        backlog.stirred = backlog.has_moved()
+        backlog.stirred = backlog.has_moved(self._core.now_ms)
         return backlog.stirred
 
     def _send(self, backlog: Backlog) -> None:
@@ -263,25 +266,40 @@ class StateMode:
         bound, nonces = bindings_of(core, keyspace) if not backlog.chunks else none
         shards, writers = np.empty(0, np.uint32), np.empty(0, np.uint16)
         until, frontier = np.empty((0, 0), np.uint64), np.empty(0, np.uint64)
+        rest_shards, rest = shards, until
         if claims:
             cycle, known = backlog.cycle, backlog.known
             assert cycle is not None
             assert known is not None
-            moved = np.flatnonzero((cycle.until > known.of(cycle.writers)).any(axis=1))
+            claimed = cycle.until
+            moved = np.flatnonzero((claimed > known.of(cycle.writers)).any(axis=1))
             shards, writers = moved.astype(np.uint32), cycle.writers
-            until, frontier = np.ascontiguousarray(cycle.until[moved]), cycle.frontier
-            known.raise_to(cycle.writers, cycle.until)
-            backlog.frontier = cycle.frontier
+            until = np.ascontiguousarray(claimed[moved])
+            known.raise_to(cycle.writers, claimed)
+            frontier, rest_shards, rest = self._frontier(backlog, cycle, until.nbytes, ends)
+            backlog.frontier = frontier if len(backlog.frontier) != len(frontier) else np.maximum(backlog.frontier, frontier)
             backlog.cycle, backlog.claimed_ms, backlog.stirred = None, core.now_ms, False
             core.counters.backlog_claims += 1
-        chunk = m.StateChunk(
-            keyspace.replica.keyspace, backlog.request, ends, columns, shards, writers, until, frontier, bound, nonces
-        )
-        core.emit(m.Send(link.address, link.next_envelope(chunk.payload_bytes, claim_bytes=until.nbytes), chunk))
+        claim = shards, writers, until, frontier, rest_shards, rest
+        chunk = m.StateChunk(keyspace.replica.keyspace, backlog.request, ends, columns, *claim, bound, nonces)
+        claim_bytes = until.nbytes + rest.nbytes
+        backlog.sent_bytes += chunk.payload_bytes + claim_bytes
+        core.emit(m.Send(link.address, link.next_envelope(chunk.payload_bytes, claim_bytes=claim_bytes), chunk))
         backlog.chunks += 1
         link.traffic.rows_out += chunk.row_count
         link.traffic.bytes_out += chunk.payload_bytes
         core.counters.backlog_rows_sent += chunk.row_count
+
+    def _frontier(self, backlog: Backlog, cycle: Cycle, claim_bytes: int, ends: bool) -> tuple[U64, NDArray[np.uint32], U64]:
+        """The frontiers that go with a claim, and the rest of the vector that they take: of all trees, or of those we send."""
+        now_ms, whole = self._core.now_ms, backlog.whole
+        if not whole.all() and (ends or backlog.tells_rest(now_ms)):
+            shards, rest = cycle.rest()
+            if claim_bytes + rest.nbytes <= VECTOR_BYTES_MAX:
+                backlog.rest_ms, backlog.rest_bytes, backlog.sent_bytes = now_ms, rest.nbytes, 0
+                return cycle.frontier, shards, rest
+        none = np.empty(0, np.uint32), np.empty((0, len(whole)), np.uint64)
+        return np.where(whole, cycle.frontier, np.uint64(0)), *none
 
     # --- leaving
 

@@ -38,7 +38,9 @@ class StateChunk(Rows):
     shards: NDArray[np.uint32]  # [k], ascending; empty without a claim
     writers: NDArray[np.uint16]  # [w], ascending; empty without a claim
     until: U64  # [k, w]; 0 where nothing is claimed
-    frontier: U64  # [w]; 0 where the sender does not send all of a writer
+    frontier: U64  # [w]: up to where all of a writer is here, once the vector covers `rest`, too; 0: it is not told
+    rest_shards: NDArray[np.uint32]  # [r], ascending: shards in which others send
+    rest: U64  # [r, w]: the sender's vector there when that was its frontier; 0 where it claims
     bound: NDArray[np.uint16]  # [b] in the first chunk: writers whose nonces are known
     nonces: U64  # [b]
 

@@ -31,7 +31,7 @@ def reserve_batch(core: Core, keyspace: Keyspace, batch: m.Batch, now: m.Now) ->
 def note_refused_batch(core: Core, keyspace: Keyspace, error: FullError, now: m.Now) -> None:
     """A batch found no room."""
     core.counters.batches_refused_full += 1
-    _note_full(core, keyspace, error, now)
+    _note_full(core, keyspace, error, now).batch_ms = now.monotonic_ms
 
 
 def note_refused_answer(core: Core, keyspace: Keyspace, error: FullError, now: m.Now) -> None:

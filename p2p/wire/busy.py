@@ -33,17 +33,19 @@ BACKLOGGED: Final = Kind(m.Backlogged, _pack_backlogged, _unpack_backlogged, sin
 
 def _pack_state_chunk(chunk: m.StateChunk, version: int) -> Packed:
     sections, arrays = pack_sections(chunk.columns, version)
-    sizes = [len(chunk.shards), len(chunk.writers), len(chunk.bound)]
+    sizes = [len(chunk.shards), len(chunk.writers), len(chunk.rest_shards), len(chunk.bound)]
     claims: list[NDArray[Any]] = [chunk.shards, chunk.writers, np.ascontiguousarray(chunk.until), chunk.frontier]
+    claims += [chunk.rest_shards, np.ascontiguousarray(chunk.rest)]
     return [chunk.keyspace, chunk.request, chunk.ends, *sizes, sections], [*claims, *arrays, chunk.bound, chunk.nonces]
 
 
 def _unpack_state_chunk(header: Header, columns: Columns) -> m.StateChunk:
-    keyspace, request, ends, count, writers, bound, sections = header
+    keyspace, request, ends, count, writers, rest, bound, sections = header
     shards, ids = take_shards(columns, count), take_writers(columns, writers)
     until, frontier = take_stamps(columns, len(shards), ids), take_stamps(columns, 1, ids)[0]
+    rest_shards = take_shards(columns, rest)
+    claims = shards, ids, until, frontier, rest_shards, take_stamps(columns, len(rest_shards), ids)
     rows = unpack_sections(sections, columns, with_stamps=True)
-    claims = shards, ids, until, frontier
     return m.StateChunk(uint(keyspace, 32), uint(request), flag(ends), rows, *claims, *take_bindings(columns, bound))
 
 

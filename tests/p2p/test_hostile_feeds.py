@@ -40,7 +40,18 @@ def fed(seed: int = 1) -> tuple[VirtualCluster, Machine, m.StateChunk]:
     until = np.array([[stamp]], np.uint64)
     shards, writers = np.array([2], np.uint32), np.array([backlog.pairs.served[0][0]], np.uint16)
     chunk = m.StateChunk(
-        cluster.model.id, backlog.request, False, (rows,), shards, writers, until, until[0], NONE, np.empty(0, np.uint64)
+        cluster.model.id,
+        backlog.request,
+        False,
+        (rows,),
+        shards,
+        writers,
+        until,
+        until[0],
+        shards[:0],
+        until[:0],
+        NONE,
+        np.empty(0, np.uint64),
     )
     return cluster, machine, chunk
 
@@ -106,7 +117,8 @@ def test_rows_that_go_ahead_of_our_answer_are_taken_and_claim_nothing() -> None:
         cluster, machine, chunk = fed()
         replica, feed = cluster.nodes["eu1"].store.models["ctr"], feed_of(machine)
         (rows,) = chunk.columns
-        none = np.empty(0, np.uint32), NONE, np.empty((0, 0), np.uint64), np.empty(0, np.uint64)
+        no_shards, no_stamps = np.empty(0, np.uint32), np.empty((0, 0), np.uint64)
+        none = no_shards, NONE, no_stamps, np.empty(0, np.uint64), no_shards, no_stamps
         ahead = m.StateChunk(chunk.keyspace, 0, False, chunk.columns, *none, NONE, np.empty(0, np.uint64))
         before = replica.vector.copy(), replica.frontier.copy()
 
@@ -157,7 +169,9 @@ def test_any_bytes_of_them_raise_only_one_error(kind: type) -> None:
     shards, nonces = np.array([0, 1, 7], np.uint32), np.array([5, 6], np.uint64)
     message: m.Message = m.Backlogged(5, 7, True, 4, writers, np.array([1, 8], np.uint8))
     if kind is m.StateChunk:
-        message = m.StateChunk(5, 7, False, (rows,), shards, writers, stamps, stamps[0], writers, nonces)
+        message = m.StateChunk(
+            5, 7, False, (rows,), shards, writers, stamps, stamps[0], shards[1:], stamps[1:], writers, nonces
+        )
     frames = [bytes(frame) for frame in wire.encode(m.Envelope(1, 2, 1, 1, 0, 2), message)]
     for _ in range(400):
         broken = [bytearray(frame) for frame in frames]

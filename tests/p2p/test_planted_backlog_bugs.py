@@ -320,8 +320,8 @@ def the_vector_is_read_when_it_is_claimed(patch: pytest.MonkeyPatch) -> None:
     def late(self: StateMode, one: Backlog, columns: tuple[RowColumns, ...], *, claims: bool, ends: bool) -> None:
         if claims and one.cycle is not None:
             writers = one.cycle.writers
-            until = np.where(one.grid, one.keyspace.knowledge.vector[:, writers], np.uint64(0))
-            one.cycle = Cycle(writers, until, one.keyspace.knowledge.frontier[writers])
+            knowledge = one.keyspace.knowledge
+            one.cycle = Cycle(writers, knowledge.vector[:, writers], one.grid, knowledge.frontier[writers])
         emit(self, one, columns, claims=claims, ends=ends)
 
     patch.setattr(StateMode, "_emit", late)

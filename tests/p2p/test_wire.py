@@ -25,6 +25,7 @@ from p2p.wire.table import KINDS, NUMBER_OF
 ENVELOPE = m.Envelope(11, 22, 3, 4, 1, PROTOCOL_VERSION)
 STAMP = make_stamp(1_700_000_000_000, 5, 9)
 WRITERS = np.array([2, 9], np.uint16)
+NO_SHARDS, NO_STAMPS = np.empty(0, np.uint32), np.empty((0, 0), np.uint64)
 MEMBER = m.MemberRecord(
     "eu-1",
     77,
@@ -123,8 +124,10 @@ MESSAGES: list[m.Message] = [
     m.KeysWanted(5, 7, FLOOR, (TableKeys(11, BOOTS), TableKeys(12, BOOTS[:1])), 98),
     m.KeysFound(5, 7, sections(True), WRITERS, BOOTS),
     m.Backlogged(5, 7, True, 4, WRITERS, np.arange(1, 1 + len(WRITERS), dtype=np.uint8)),
-    m.StateChunk(5, 7, False, sections(True), FLOOR.shards, WRITERS, vector(), vector()[0], WRITERS, BOOTS),
-    m.StateChunk(5, 7, True, (), FLOOR.shards[:0], WRITERS[:0], vector()[:0, :0], BOOTS[:0], WRITERS[:0], BOOTS[:0]),
+    m.StateChunk(
+        5, 7, False, sections(True), FLOOR.shards, WRITERS, vector(), vector()[0], FLOOR.shards[:2], vector(2), WRITERS, BOOTS
+    ),
+    m.StateChunk(5, 7, True, (), NO_SHARDS, WRITERS[:0], NO_STAMPS, BOOTS[:0], NO_SHARDS, NO_STAMPS, WRITERS[:0], BOOTS[:0]),
 ]
 # With what version 2 added.
 LATER: list[m.Message] = [
