@@ -321,12 +321,15 @@ class FilePlans:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._settling: threading.Thread | None = None
 
     def begin(self, model: Generation) -> BinaryIO:
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._path(model, ".new").open("w+b")
 
     def settle(self, file: BinaryIO) -> None:
+        if self._settling is not None and self._settling.is_alive():
+            return  # one at a time; the next one has the rest
         file.flush()
         descriptor = os.dup(file.fileno())
 
@@ -337,7 +340,8 @@ class FilePlans:
             finally:
                 os.close(descriptor)
 
-        threading.Thread(target=sync, name="plan", daemon=True).start()
+        self._settling = threading.Thread(target=sync, name="plan", daemon=True)
+        self._settling.start()
 
     def commit(self, model: Generation, file: BinaryIO) -> None:
         file.flush()
