@@ -132,7 +132,7 @@ class _Run:
         while not condition():
             workers.check()
             if time.monotonic() > deadline_s:
-                raise DemoError(f"no {what} after {SETTLE_S_MAX:g} s: is the machine overloaded?")
+                raise DemoError(f"{what}: not there after {SETTLE_S_MAX:g} s: is the machine overloaded?")
             if permille is not None:
                 self._display.update(self._board[permille] / 1000)
             time.sleep(REFRESH_S / 4)

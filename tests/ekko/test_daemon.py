@@ -9,7 +9,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,32 @@ def test_a_step_reaches_the_readers_of_both_nodes(pair: LocalCluster) -> None:
         publisher.wait(stamp, "all")
         with closing(ekko.Reader("ctr", run_dir=pair["serve-1"].run_dir)) as reader:
             assert reader.lookup("item", np.array([1], np.uint64)).tolist() == [[0.0] * 4]
+
+
+def test_rows_live_as_long_as_their_table_says_on_both_nodes(pair: LocalCluster) -> None:
+    tables, keys = {"item": {"dim": 2, "ttl": "2s"}, "lasting": 2}, np.arange(50, dtype=np.uint64)
+    with ekko.Publisher(pair["train-1"].local, model="mortal", tables=tables) as publisher, ExitStack() as readers:
+
+        def published() -> None:
+            with publisher.step() as step:
+                step.publish("item", keys, rows(1.0, 50, 2))
+                step.publish("lasting", keys, rows(1.0, 50, 2))
+            publisher.wait(step.stamp, "all")
+
+        published()
+        seeing = [readers.enter_context(closing(ekko.Reader("mortal", run_dir=node.run_dir))) for node in pair.nodes.values()]
+
+        def seen(table: str) -> list[float]:
+            return [float(reader.lookup(table, keys).mean()) for reader in seeing]
+
+        def seen_alive() -> bool:
+            published()
+            return seen("item") == [1.0, 1.0]
+
+        wait_until(seen_alive, "readers to be quicker than rows expire", 30)
+        wait_until(lambda: seen("item") == [0.0, 0.0], "the rows to expire", 30)
+        assert seen("lasting") == [1.0, 1.0]
+        wait_until(seen_alive, "the rows to come back with an update", 30)
 
 
 @pytest.mark.parametrize("codec", ["float16", "bfloat16", "int8"])

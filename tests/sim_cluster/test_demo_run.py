@@ -70,7 +70,8 @@ def test_an_interrupt_in_mid_stream_leaves_nothing_behind(chapter: str, before: 
     with said.open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
-        wait_until(lambda: re.search(f"{before}.*: done", said.read_text()), "the stream to begin", 300)
+        wait_until(lambda: process.poll() or re.search(f"{before}.*: done", said.read_text()), "the stream to begin", 300)
+        assert process.poll() is None, said.read_text()
         nodes = list(tmp_path.glob("*/nodes/*"))
         assert len(nodes) >= 5
         prefixes = [prefix_of(node / "run") for node in nodes]

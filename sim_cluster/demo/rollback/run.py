@@ -131,7 +131,7 @@ class _Run:
             workers.check()
             waited_s = time.monotonic() - began_s
             if waited_s > SETTLE_S_MAX + more_s:
-                raise DemoError(f"no {what} after {SETTLE_S_MAX + more_s:g} s: is the machine overloaded?")
+                raise DemoError(f"{what}: not there after {SETTLE_S_MAX + more_s:g} s: is the machine overloaded?")
             self._display.update(min(1.0, waited_s / more_s) if more_s else self._board[Word.OFFLINE_PERMILLE] / 1000)
             time.sleep(REFRESH_S / 4)
 
