@@ -33,6 +33,8 @@ from p2p.replica import SchemaEntry
 TICK_S: Final = 0.25
 # And judges, at most: every window of every node is looked at.
 JUDGE_S: Final = 1.0
+# A member that comes and goes, comes and goes, is told everything again so often at most.
+TELL_AGAIN_MS: Final = 3_000
 # Models that scorers report of, or that were judged, with state of their own here.
 MODELS_MAX: Final = 256
 # What becomes of events.
@@ -113,6 +115,7 @@ class Health:
         store: Store,
         submit: Callable[[tuple[SchemaEntry, ...]], None],
         protocol_min: Callable[[], int],
+        *,
         peers: Callable[[], tuple[str, ...]] = lambda: (),
         clock_agrees: Callable[[], bool] = lambda: True,
         clock: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
@@ -126,6 +129,7 @@ class Health:
         self._clock_agrees = clock_agrees
         self._astray = False  # as last logged
         self._judged_ms: int | None = None
+        self._told_again_ms = 0
         self._met: frozenset[str] = frozenset()  # peers that were there when we last looked
         self._clock = clock
         self._windows: dict[Generation, Windows] = {}
@@ -226,10 +230,13 @@ class Health:
 
     def _tell_again(self) -> None:
         """To nodes that come, or come back: what they may not have heard, once. Who knows it does not pass it on."""
-        there = frozenset(self._peers())
-        if there - self._met and (kept := self._store.facts.of(Summaries).told_again(self._node)):
-            self._submit(tuple(kept))
-        self._met = there
+        there, now_ms = frozenset(self._peers()), self._clock()
+        if there <= self._met:
+            self._met = there
+        elif not 0 <= now_ms - self._told_again_ms < TELL_AGAIN_MS:
+            self._met, self._told_again_ms = there, now_ms
+            if kept := self._store.facts.of(Summaries).told_again(self._node):
+                self._submit(tuple(kept))
 
     def _judge(self, section: HealthSection) -> None:
         now_ms, summaries, before = self._clock(), self._store.facts.of(Summaries), self.verdicts

@@ -28,6 +28,8 @@ WINDOWS_MAX: Final = 64
 SUMMARIES_MAX: Final = 8_192
 # How often a window is told: with those after it. One that is lost so often is not missed by anybody's life.
 TOLD_TIMES: Final = 3
+# Of one node, when somebody comes back: ten minutes of sixteen models; a megabyte at most.
+TOLD_AGAIN_MAX: Final = 1_024
 WINDOW_MS_MAX: Final = 86_400_000
 _WINDOW_MAX: Final = 1 << 47
 _KIND: Final = "quality"
@@ -107,13 +109,14 @@ class Summaries:
         return [_entry_of((model, node), number, packed) for number, packed in windows.items() if number in newest]
 
     def told_again(self, node: str) -> list[SchemaEntry]:
-        """All that a node has said and that is kept, for those who may not have heard it."""
-        return [
-            _entry_of(source, number, packed)
+        """What a node has said and is kept, newest first, as much as goes in a message, for who may not have heard it."""
+        mine = [
+            (_begins(number), source, number, packed)
             for source, windows in self.by_source.items()
             for number, packed in windows.items()
             if source[1] == node
         ]
+        return [_entry_of(*one[1:]) for one in sorted(mine, reverse=True)[:TOLD_AGAIN_MAX]]
 
     @staticmethod
     def said(model: Generation, node: str, window_ms: int, window: int, told: Told) -> "Summaries":

@@ -146,8 +146,8 @@ def make_parts(
         store,
         lambda entries: submit_operation(m.SchemaChanged(entries)),
         machine.protocol_min_known,
-        lambda: machine.peers_alive(read_clock()),
-        lambda: machine.clock_agrees(read_clock()),
+        peers=lambda: machine.peers_alive(read_clock()),
+        clock_agrees=lambda: machine.clock_agrees(read_clock()),
     )
     publishing.on_report = health.report
     endpoint = LocalEndpoint(node.local, publishing)

@@ -43,7 +43,9 @@ class Judged:
             assert node.machine is not None
             return node.machine.peers_alive(self.cluster.now_of(node)) if self.tells_again else ()
 
-        health = Health(node.name, SECTION, node.store, submit, lambda: 2, peers, lambda: self.cluster.now_of(node).unix_ms)
+        health = Health(
+            node.name, SECTION, node.store, submit, lambda: 2, peers=peers, clock=lambda: self.cluster.now_of(node).unix_ms
+        )
         health.on_state = lambda _, state: self.changes[node.name].append(state)
         return health
 
@@ -212,3 +214,26 @@ def test_detectors_that_disagree_on_one_moment_end_in_one_state_everywhere(seed:
     for second, severity in worst.items():
         at = [one for one in found[0].intervals("ctr") if one.from_ms <= second * 1_000 < one.until_ms]
         assert [one.state for one in at] == ([states[severity - 1]] if severity else [])
+
+
+def test_who_comes_and_goes_is_told_again_only_so_often() -> None:
+    node, now_ms, there, told = form(9).nodes["t1"], [10_000_000], [("a",)], []
+    submit = told.append
+    health = Health("t1", SECTION, node.store, submit, lambda: 2, peers=lambda: there[0], clock=lambda: now_ms[0])
+    (events,) = events_of([0.5] * 9, [1] * 9, None, None, ONLINE, now_ms[0] - 70_000)
+    health.report(Report("ctr", events))
+    health.tick()
+    told.clear()
+    for _ in range(120):  # 30 s, in which b flaps four times a second
+        now_ms[0] += 250
+        there[0] = ("a", "b") if there[0] == ("a",) else ("a",)
+        health.tick()
+    assert 5 <= len(told) <= 10
+    there[0] = ("a", "b")
+    now_ms[0] += 3_000
+    health.tick()
+    told.clear()
+    for _ in range(40):
+        now_ms[0] += 250
+        health.tick()
+    assert told == [], "nobody new"

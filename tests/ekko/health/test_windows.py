@@ -181,7 +181,7 @@ def test_merging_summaries_is_a_join(said: list[Summaries], rng: random.Random) 
     assert len(whole) <= 4 * WINDOWS_MAX
 
 
-def test_nodes_windows_add_up_and_pass_through_stores_without_becoming_schema() -> None:
+def test_nodes_windows_add_up_and_pass_through_stores_without_becoming_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = Store.anonymous(), Store.anonymous()
     for store in (one, other):
         store.add_model(ModelSpec("ctr", 4, {"item": TableSpec("item", 2)}))
@@ -199,6 +199,9 @@ def test_nodes_windows_add_up_and_pass_through_stores_without_becoming_schema() 
     assert [*known["b"]] == [0, 1, 2, 3, 4]
     assert other.adopt(one.facts.of(Summaries).told_again("a")), "to one that was away all of it is told"
     assert [*other.facts.of(Summaries).of(CTR, 1_000)["a"]] == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(module, "TOLD_AGAIN_MAX", 2)
+    newest = [entry.name for entry in one.facts.of(Summaries).told_again("a")]
+    assert newest == ["quality:a:1000:4", "quality:a:1000:3"]
     assert other.facts.of(Summaries).without(lambda _: True) == Summaries()
 
 
