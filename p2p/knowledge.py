@@ -332,7 +332,8 @@ class Knowledge:
         """
         if stamp <= int(self.frontier[writer]):
             return
-        self._later[writer] = [*self._later.get(writer, ())[:1], (stamp, shards, least)]
+        # Copies: these are looks into a message, of which each would keep up to 16 MiB for as long as it waits.
+        self._later[writer] = [*self._later.get(writer, ())[:1], (stamp, shards.copy(), least.copy())]
         self._reach(writer)
 
     def _reach(self, writer: int) -> None:

@@ -276,3 +276,13 @@ def test_who_has_nothing_of_a_retired_writer_differs_from_who_has_all() -> None:
     assert has_all.digest() != has_nothing.digest()
     has_nothing.vector[:, 5] = floor
     assert has_all.digest() == has_nothing.digest()
+
+
+def test_a_frontier_that_waits_keeps_no_message_alive() -> None:
+    knowledge, message = fresh(), np.full(1 << 20, np.iinfo(np.uint64).max, np.uint64)
+    shards = np.arange(SHARDS, dtype=np.uint32)
+    for stamp in (4_097, 8_193, 12_289):
+        knowledge.learn_frontier_later(1, stamp, shards, message[:SHARDS])
+    kept = knowledge._later[1]
+    assert [stamp for stamp, *_ in kept] == [4_097, 12_289], "the oldest and the newest"
+    assert not any(np.shares_memory(least, message) or np.shares_memory(own, shards) for _, own, least in kept)
