@@ -87,6 +87,7 @@ class NeverDone(Performer):
 
     def work(self, now: m.Now) -> None:
         self._planning = None
+        self._drop_draft()
 
 
 @pytest.mark.long
