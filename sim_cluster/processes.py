@@ -23,7 +23,7 @@ from typing import Any, Final, Self
 
 from ekko.errors import EkkoError
 from ekko.model import CODEC_DEFAULT
-from ekko.store.manifest import prefix_of
+from ekko.store.manifest import MANIFEST_NAME, prefix_of
 
 # Below the range from which the kernel takes ports for outgoing connections: none of those can take a port we chose.
 PORT_FIRST: Final = 10_240
@@ -287,7 +287,9 @@ class NodeProcess:
 
     def remove_memory(self, memory_dir: Path = MEMORY_DIR) -> None:
         """Remove what the node left in shared memory. It must not run."""
-        for path in memory_dir.glob(f"{prefix_of(self.run_dir)}-*"):
+        # A baseline or witness has a second store, in a folder of the first one's.
+        stores = {self.run_dir, *(manifest.parent for manifest in self.run_dir.glob(f"*/{MANIFEST_NAME}"))}
+        for path in (path for store in stores for path in memory_dir.glob(f"{prefix_of(store)}-*")):
             path.unlink(missing_ok=True)
 
     def _fetch(self, path: str) -> bytes:

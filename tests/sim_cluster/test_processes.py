@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 
 from ekko.config import load_config
+from ekko.model import ModelSpec, TableSpec
+from ekko.node.delaying import CURRENT_DIR
+from ekko.store import Store
 from ekko.store.manifest import prefix_of
 from sim_cluster.processes import (
     MEMORY_DIR,
     LocalCluster,
     ModelTables,
+    NodeProcess,
     NodeProcessError,
     NodeSpec,
     free_ports,
@@ -117,3 +121,15 @@ input()
         parent.communicate()
         for path in MEMORY_DIR.glob(f"{prefix_of(tmp_path / 'n-1' / 'run')}-*"):
             path.unlink()
+
+
+def test_both_stores_of_a_baseline_are_removed(tmp_path: Path) -> None:
+    node = NodeProcess(NodeSpec("base-1", "eu", "baseline"), tmp_path / "base-1", free_ports(3))
+    run_dirs = [node.run_dir, node.run_dir / CURRENT_DIR]
+    for run_dir in run_dirs:
+        store = Store.open(run_dir)
+        store.add_model(ModelSpec("ctr", 8, {"item": TableSpec("item", 4)}))
+        store.close()
+        assert list(MEMORY_DIR.glob(f"{prefix_of(run_dir)}-*"))
+    node.remove_memory()
+    assert [path for run_dir in run_dirs for path in MEMORY_DIR.glob(f"{prefix_of(run_dir)}-*")] == []
