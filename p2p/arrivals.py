@@ -54,9 +54,9 @@ class Arrivals:
         link.traffic.bytes_in += rows.payload_bytes
         return arrival
 
-    def applied(self, link: Link, rows: m.Rows) -> None:
+    def applied(self, link: Link, envelope: m.Envelope, rows: m.Rows) -> None:
         """The next message of its session was applied."""
-        if link.note_applied(rows.payload_bytes):
+        if link.note_applied(rows.payload_bytes, asked=envelope.asks):
             self._core.send(link, m.Ack(*link.take_ack()))
         else:
             self._owed[link.boot] = link

@@ -17,6 +17,7 @@ from p2p.identity.writers import WriterBook, WriterConflictError
 from p2p.knowledge import Knowledge
 from p2p.link import budget
 from p2p.link.links import Link
+from p2p.link.window import Moment
 from p2p.members.membership import SILENCE_MS_MAX, Membership
 from p2p.messages.fences import LIFTED
 from p2p.paper.sync import PUSH, SyncOptions
@@ -208,7 +209,7 @@ class Core:
     touched: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by stamp: the partitions of a step of ours
     families: dict[int, list[Keyspace]] = field(default_factory=dict)  # the same keyspaces, by partition
     started_ms: int = 0  # monotonic
-    now_ms: int = 0  # monotonic, of the event at hand
+    moment: Moment = field(default_factory=Moment)
     source: int = 0  # the life that sent what is being handled; 0: nobody
     first: bool = False  # no seed but ourselves, and no peer of a former life: nobody to catch up with
     deaf: bool = False  # we hear nobody
@@ -228,6 +229,11 @@ class Core:
 
     def __post_init__(self) -> None:
         self.budgets = budget.initial(self.options.region, dict(self.options.rates))
+
+    @property
+    def now_ms(self) -> int:
+        """Monotonic, of the event at hand."""
+        return self.moment.ms
 
     def set_rate(self, region: str, bytes_per_s: float | None, now: m.Now) -> None:
         """Updates to another region may use so much from now on; None: no limit."""
@@ -260,7 +266,7 @@ class Core:
     def open_link(self, record: m.MemberRecord) -> Link:
         """A new link to this life of a member."""
         version = self.version_with(record)
-        link = Link(record.node, record.boot, record.address, record.region, self.options.boot, version)
+        link = Link(record.node, record.boot, record.address, record.region, self.options.boot, version, moment=self.moment)
         link.session_out = self.sessions + 1
         link.bucket = self.budgets.buckets.get(record.region)
         self.links[record.node] = self.by_boot[record.boot] = link

@@ -214,7 +214,7 @@ class Machine:
             LocalProtocolError: from a local request that was wrong and changed nothing.
         """
         self._core.effects = []
-        self._core.now_ms, self._core.source = now.monotonic_ms, 0
+        self._core.moment.ms, self._core.source = now.monotonic_ms, 0
         if self._started:
             self._gossip.note_late(now.monotonic_ms - max(self._deadline_ms, self._handled_ms))
         self._handled_ms = now.monotonic_ms
@@ -455,7 +455,7 @@ class Machine:
             self._arrivals.refused(link, arrival, batch)
             raise
         if not pending and arrival is Arrival.NEXT:
-            self._arrivals.applied(link, batch)
+            self._arrivals.applied(link, envelope, batch)
 
     def _on_batch_ready(self, sender_boot: int, envelope: m.Envelope, batch: m.Batch, now: m.Now) -> None:
         self._core.source = sender_boot
@@ -475,7 +475,7 @@ class Machine:
             if int(keyspace.knowledge.frontier[batch.writer]) != reached:
                 self._progress(keyspace, now)
         if link is not None and envelope.session == link.session_in:
-            self._arrivals.applied(link, batch)
+            self._arrivals.applied(link, envelope, batch)
 
     def _on_pull_reply(self, link: Link, envelope: m.Envelope, reply: m.PullReply | m.ShardsReply, now: m.Now) -> None:
         arrival = self._arrivals.take(link, envelope, reply)
@@ -492,7 +492,7 @@ class Machine:
         except RemoteProtocolError:
             self._arrivals.refused(link, arrival, reply)
             raise
-        self._arrivals.applied(link, reply)
+        self._arrivals.applied(link, envelope, reply)
         if reply.last:
             self._progress_of(reply.keyspace, now)
             self._retirement.on_pulled(reply.keyspace, now)
@@ -510,7 +510,7 @@ class Machine:
         except RemoteProtocolError:
             self._arrivals.refused(link, arrival, found)
             raise
-        self._arrivals.applied(link, found)
+        self._arrivals.applied(link, envelope, found)
 
     def _on_state_chunk(self, link: Link, envelope: m.Envelope, chunk: m.StateChunk, now: m.Now) -> None:
         arrival = self._arrivals.take(link, envelope, chunk)

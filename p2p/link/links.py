@@ -12,12 +12,13 @@ from enum import Enum, auto
 
 from p2p.link.budget import MESSAGE_BYTES, Bucket
 from p2p.link.round_trip import RoundTrip
+from p2p.link.window import PIECE_BYTES_MIN, Moment, Window
 from p2p.messages import Envelope, NodeId
 from p2p.pushing.waiting import WaitingLine
 from p2p.versions import FIRST_VERSION
 
-# Bytes that may be on their way to one peer. 180 ms of round trip at 1 Gbit/s are 22 MB; what a slow reader can make us hold
-# per link is bounded by it.
+# The most bytes that may be on their way to one peer; on a path that takes less it is less (`p2p.link.window`). 180 ms of round
+# trip at 1 Gbit/s are 22 MB; what a slow reader can make us hold per link is bounded by it.
 CREDIT_BYTES_MAX = 32 << 20
 CREDIT_MESSAGES_MAX = 4_096
 # Acknowledge after so much, a small part of the credit, so that it never runs dry. An acknowledgement costs both ends a
@@ -27,13 +28,14 @@ CREDIT_MESSAGES_MAX = 4_096
 ACK_BYTES = 2 << 20
 ACK_MESSAGES = 64
 ACK_DELAY_MS = 250
+# Since when a message may ask for its acknowledgement at once (`Envelope.asks`); before, credit is what it always was.
+ASKS_SINCE = 2
 # Towards a region for which a rate is set, credit is what the rate brings in two round trips, so that what is narrower than it
 # shows at once, and not when megabytes wait in sockets. So it is acknowledged sooner, after what the rate brings in so long.
 # A round trip is taken for no less than twice that (`p2p.link.round_trip`), so that credit never runs dry between two of them.
 RATED_ACK_MS = 20
 # What can be cut leaves in pieces of what the rate brings in so long, so that what matters more waits for one at most.
 PIECE_MS = 10
-PIECE_BYTES_MIN = 1_024
 # Nothing acknowledged for so long by a peer that lives: what is in flight was lost, and its last message with it, so that no
 # hole will ever show. Longer than one message takes at 4 Mbit/s.
 ACK_SILENCE_MS = 10_000
@@ -89,10 +91,12 @@ class Link:
     waiting: WaitingLine = field(default_factory=WaitingLine)  # batches, until there is credit
     bucket: Bucket | None = None  # of the pair of regions; None: no rate is set for it
     round_trip: RoundTrip = field(default_factory=RoundTrip)  # only where there is a bucket
+    window: Window = field(default_factory=Window)  # only where there is none
+    moment: Moment = field(default_factory=Moment)
     in_state_mode: bool = False  # for some keyspace (`p2p.busy.backlog`)
     session_out: int = 1
     _sequence_out: int = 0
-    _in_flight: deque[tuple[int, int]] = field(default_factory=deque)  # (sequence, bytes)
+    _in_flight: deque[tuple[int, int, int]] = field(default_factory=deque)  # (sequence, bytes, when it left)
     bytes_in_flight: int = 0
     _oldest: tuple[int, int] | None = None  # (session, sequence) of the first in flight, when we last looked
     _oldest_ms: int = 0  # and since when
@@ -151,38 +155,81 @@ class Link:
         return Envelope(self.own_boot, self.boot, version=self.version)
 
     @property
+    def is_measured(self) -> bool:
+        """Whether credit follows what the path takes: no rate is set, and the peer acknowledges when it is asked to."""
+        return self.bucket is None and self.version >= ASKS_SINCE
+
+    @property
     def credit_bytes(self) -> int:
         """How many bytes may be on their way."""
-        if self.bucket is None:
-            return CREDIT_BYTES_MAX
-        return min(CREDIT_BYTES_MAX, int(self.bucket.rate * 2 * self.round_trip.ms))
+        if self.bucket is not None:
+            return min(CREDIT_BYTES_MAX, int(self.bucket.rate * 2 * self.round_trip.ms))
+        return self.window.credit(CREDIT_BYTES_MAX, trusting=not self.in_state_mode) if self.is_measured else CREDIT_BYTES_MAX
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes a millisecond that are set for it, or that it was found to take; None: neither, so there is no need to spare."""
+        if self.bucket is not None:
+            return self.bucket.rate
+        return self.window.rate if self.is_measured else None
+
+    @property
+    def returns_ms(self) -> int:
+        """How long it takes at least until credit that is used up comes back, where no rate is set."""
+        return self.window.round_trip_ms or 0
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the first message in flight should have been acknowledged, had the path taken what is on its way."""
+        if not self._in_flight or not self.is_measured:
+            return False
+        return self.moment.ms - self._in_flight[0][2] > self.window.target_ms + ACK_DELAY_MS
+
+    @property
+    def no_credit_why(self) -> str:
+        """For the operator: why nothing may go out; empty where something may."""
+        if len(self._in_flight) >= CREDIT_MESSAGES_MAX:
+            return "messages in flight"
+        if self.bytes_in_flight >= self.credit_bytes:
+            return "bytes in flight"
+        if self.is_late:
+            return "acknowledgement late"
+        return "rate" if self.bucket is not None and self.bucket.level <= 0 else ""
 
     def has_credit(self) -> bool:
         """Whether one more message may go out. The last one may overshoot: messages are bounded."""
-        if self.bucket is None:
-            return self.bytes_in_flight < CREDIT_BYTES_MAX and len(self._in_flight) < CREDIT_MESSAGES_MAX
         fits = self.bytes_in_flight < self.credit_bytes and len(self._in_flight) < CREDIT_MESSAGES_MAX
-        return fits and self.bucket.has_tokens()
+        return fits and not self.is_late and (self.bucket is None or self.bucket.has_tokens())
+
+    def admits_batch(self, payload_bytes: int) -> bool:
+        """Whether a batch may go out: with credit, or if it only says that its writer is idle, which makes no path slower."""
+        if self.has_credit():
+            return True
+        return not payload_bytes and self.is_measured and len(self._in_flight) < CREDIT_MESSAGES_MAX
 
     def has_credit_for_repairs(self) -> bool:
         """Whether a chunk of an answer may go out; half is left for batches, since each that finds no room is a repair more."""
-        if self.bytes_in_flight >= self.credit_bytes // 2 or len(self._in_flight) >= CREDIT_MESSAGES_MAX // 2:
+        most = self.window.credit_for_repairs(CREDIT_BYTES_MAX) if self.is_measured else self.credit_bytes // 2
+        if self.bytes_in_flight >= most or len(self._in_flight) >= CREDIT_MESSAGES_MAX // 2 or self.is_late:
             return False
         return self.bucket is None or self.bucket.has_tokens()
 
     def passes_in_ms(self, payload_bytes: int) -> float:
-        """How long until a batch has passed whole, behind those that wait; 0 without a budget.
+        """How long until a batch has passed whole, behind those that wait; 0 where it is not known how much passes.
 
         What its bucket lacks may still be on its way: a link that was idle has a full one.
         """
-        bucket = self.bucket
-        return 0.0 if bucket is None else (bucket.burst - bucket.level + self.waiting.bytes + payload_bytes) / bucket.rate
+        rate, bucket = self.rate, self.bucket
+        if rate is None:
+            return 0.0
+        ahead = 0.0 if bucket is None else bucket.burst - bucket.level
+        return (ahead + self.waiting.bytes + payload_bytes) / rate
 
     def piece_bytes(self, most: int) -> int:
         """How large a message should be that may be of any size up to `most`."""
-        if self.bucket is None:
-            return most
-        return min(most, max(PIECE_BYTES_MIN, int(self.bucket.rate * PIECE_MS)))
+        if self.bucket is not None:
+            return min(most, max(PIECE_BYTES_MIN, int(self.bucket.rate * PIECE_MS)))
+        return self.window.piece_bytes(most) if self.is_measured else most
 
     def next_envelope(self, payload_bytes: int, hops: int = 0, claim_bytes: int = 0) -> Envelope:
         """Number the next message of the session and charge its bytes.
@@ -193,12 +240,15 @@ class Link:
             claim_bytes: what it has besides them and a header; charged to the budget of the regions only.
         """
         self._sequence_out += 1
-        self._in_flight.append((self._sequence_out, payload_bytes))
+        self._in_flight.append((self._sequence_out, payload_bytes, self.moment.ms))
         self.bytes_in_flight += payload_bytes
+        session, sequence, asks = self.session_out, self._sequence_out, False
         if self.bucket is not None:
             self.bucket.take(payload_bytes + claim_bytes + MESSAGE_BYTES)
-            self.round_trip.on_sent(self.session_out, self._sequence_out, self.bucket.at_ms)
-        return Envelope(self.own_boot, self.boot, self.session_out, self._sequence_out, hops, self.version)
+            self.round_trip.on_sent(session, sequence, self.bucket.at_ms)
+        elif self.is_measured:
+            asks = self.window.on_sent(session, sequence, payload_bytes, self.bytes_in_flight, self.moment.ms)
+        return Envelope(self.own_boot, self.boot, session, sequence, hops, self.version, asks)
 
     def restart_session(self) -> None:
         """Forget what is in flight and begin the next session."""
@@ -218,6 +268,8 @@ class Link:
             return False
         if self.bucket is not None:
             self.round_trip.on_ack(session, sequence, self.bucket.at_ms)
+        elif self.is_measured:
+            self.window.on_ack(session, sequence, self.moment.ms, CREDIT_BYTES_MAX)
         released, before = 0, len(self._in_flight)
         while self._in_flight and self._in_flight[0][0] <= sequence:
             released += self._in_flight.popleft()[1]
@@ -242,12 +294,12 @@ class Link:
     def is_stuck(self, now_ms: int) -> bool:
         """Whether the first message in flight has waited for `ACK_SILENCE_MS`; to be asked now and then.
 
-        At the rate of a budget what is in flight may take longer.
+        At the rate of a budget, or of a narrow path, what is in flight may take longer.
         """
         oldest = (self.session_out, self._in_flight[0][0]) if self._in_flight else None
         if oldest != self._oldest:
             self._oldest, self._oldest_ms = oldest, now_ms
-        silence_ms = ACK_SILENCE_MS + (0 if self.bucket is None else 2 * self.bytes_in_flight / self.bucket.rate)
+        silence_ms = ACK_SILENCE_MS + (0 if self.rate is None else 2 * self.bytes_in_flight / self.rate)
         return oldest is not None and now_ms - self._oldest_ms >= silence_ms
 
     def is_broken(self, session: int) -> bool:
@@ -268,12 +320,12 @@ class Link:
         self._sequence_in = envelope.sequence
         return Arrival.NEXT
 
-    def note_applied(self, payload_bytes: int) -> bool:
-        """A sequenced message was applied; True when an acknowledgement is due now."""
+    def note_applied(self, payload_bytes: int, *, asked: bool = False) -> bool:
+        """A sequenced message was applied; True when an acknowledgement is due now, also because it asked for one."""
         self._unacknowledged_bytes += payload_bytes
         self._unacknowledged_messages += 1
         enough = ACK_BYTES if self.bucket is None else min(ACK_BYTES, int(self.bucket.pair_rate * RATED_ACK_MS))
-        return self._unacknowledged_bytes >= enough or self._unacknowledged_messages >= ACK_MESSAGES
+        return asked or self._unacknowledged_bytes >= enough or self._unacknowledged_messages >= ACK_MESSAGES
 
     @property
     def ack_waits(self) -> bool:

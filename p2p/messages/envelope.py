@@ -24,3 +24,4 @@ class Envelope:
     sequence: int = 0  # 1, 2, ... within the session
     hops: int = 0
     version: int = FIRST_VERSION  # in which the message is encoded: what the link speaks, and the first for a handshake
+    asks: bool = False  # to be acknowledged once it is applied, and not when there is more (`p2p.link.window`)

@@ -384,7 +384,7 @@ class Push:
             slow = link.passes_in_ms(batch.payload_bytes) > PASS_MS_MAX
             if slow and self._enter(link, keyspace, one, "a batch would take too long"):
                 continue
-            if not link.waiting and link.has_credit():
+            if not link.waiting and link.admits_batch(batch.payload_bytes):
                 self._send(link, one)
             elif not self._let_wait(link, keyspace, one):
                 core.counters.batches_skipped += 1
@@ -397,7 +397,7 @@ class Push:
         if not knows:
             credits_max = inf if core.options.outbox == FIFO else WAITING_CREDITS_MAX
             return line.add(one, credits_max * link.credit_bytes, core.now_ms)
-        short_ms = SHORT_MS_MAX if link.bucket is None else SHORT_RATED_MS_MAX
+        short_ms = SHORT_MS_MAX + link.returns_ms if link.bucket is None else SHORT_RATED_MS_MAX
         if not line.is_overdue(core.now_ms, short_ms) and line.add(one, SHORT_BYTES_MAX, core.now_ms):
             return True
         return self._enter(link, keyspace, one, "a batch found no credit")

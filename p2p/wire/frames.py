@@ -18,7 +18,9 @@ from p2p.wire.kind import Header
 from p2p.wire.limits import HEADER_BYTES_MAX, PACK_BYTES_MAX, PLAIN_HEADER_BYTES_MAX, SCHEMA_ENTRIES_MAX
 from p2p.wire.values import STRING_BYTES_MAX
 
-ENVELOPE: Final = struct.Struct("<2sBBQQIB3xQQ4x")  # magic, version, type, boots, session, hops, sequence, checksum
+ENVELOPE: Final = struct.Struct("<2sBBQQIBB2xQQ4x")  # magic, version, type, boots, session, hops, flags, sequence, checksum
+# The flags of an envelope. Version 1 has none: it writes zero there, and does not look. What is not known is not looked at.
+_ASKS: Final = 1
 MAGIC: Final = b"EK"
 PACKED_SINCE: Final = 2
 VERSIONS: Final = range(FIRST_VERSION, PROTOCOL_VERSION + 1)
@@ -104,6 +106,7 @@ def pack_envelope(envelope: m.Envelope, kind: int, check: int) -> bytes:
         envelope.receiver_boot,
         envelope.session,
         envelope.hops,
+        _ASKS if envelope.asks else 0,
         envelope.sequence,
         check,
     )
@@ -113,11 +116,11 @@ def unpack_envelope(frame: memoryview) -> tuple[m.Envelope, int, int]:
     """Envelope, number of the kind of message, checksum."""
     if frame.nbytes != ENVELOPE.size:
         raise RemoteProtocolError(f"envelope of {frame.nbytes} bytes, expected {ENVELOPE.size}")
-    magic, version, kind, sender, receiver, session, hops, sequence, check = ENVELOPE.unpack(frame)
+    magic, version, kind, sender, receiver, session, hops, flags, sequence, check = ENVELOPE.unpack(frame)
     if magic != MAGIC:
         raise RemoteProtocolError("not an ekko message")
     if not FIRST_VERSION <= version <= PROTOCOL_VERSION:
         raise RemoteProtocolError(
             f"a message in protocol version {version}, this node speaks {describe(PROTOCOL_VERSION)}: upgrade the older node"
         )
-    return m.Envelope(sender, receiver, session, sequence, hops, version), kind, check
+    return m.Envelope(sender, receiver, session, sequence, hops, version, bool(flags & _ASKS)), kind, check

@@ -345,7 +345,7 @@ def test_junk_with_a_valid_checksum_raises_one_error_type(
     kind: int, header: object, columns: list[bytes], version: int
 ) -> None:
     body = body_of(header, [np.frombuffer(column, np.uint8) for column in columns], version)  # type: ignore[arg-type]
-    envelope = wire.ENVELOPE.pack(wire.MAGIC, version, kind, 1, 2, 0, 0, 0, wire.checksum(body))
+    envelope = wire.ENVELOPE.pack(wire.MAGIC, version, kind, 1, 2, 0, 0, 0, 0, wire.checksum(body))
     decode_or_refuse([envelope, *body])
 
 
