@@ -12,7 +12,7 @@ from enum import Enum, auto
 
 from p2p.link.budget import MESSAGE_BYTES, Bucket
 from p2p.link.round_trip import RoundTrip
-from p2p.link.window import PIECE_BYTES_MIN, Moment, Window
+from p2p.link.window import PIECE_BYTES_MIN, QUEUE_MS, STATE_QUEUE_MS, Moment, Window
 from p2p.messages import Envelope, NodeId
 from p2p.pushing.waiting import WaitingLine
 from p2p.versions import FIRST_VERSION
@@ -93,7 +93,7 @@ class Link:
     round_trip: RoundTrip = field(default_factory=RoundTrip)  # only where there is a bucket
     window: Window = field(default_factory=Window)  # only where there is none
     moment: Moment = field(default_factory=Moment)
-    in_state_mode: bool = False  # for some keyspace (`p2p.busy.backlog`)
+    _in_state_mode: bool = False
     session_out: int = 1
     _sequence_out: int = 0
     _in_flight: deque[tuple[int, int, int]] = field(default_factory=deque)  # (sequence, bytes, when it left)
@@ -146,6 +146,16 @@ class Link:
         return bool(self.waiting) or self.in_state_mode
 
     @property
+    def in_state_mode(self) -> bool:
+        """Whether it is, for some keyspace (`p2p.busy.backlog`)."""
+        return self._in_state_mode
+
+    @in_state_mode.setter
+    def in_state_mode(self, entered: bool) -> None:
+        self._in_state_mode = entered
+        self.window.queue_ms = STATE_QUEUE_MS if entered else QUEUE_MS
+
+    @property
     def messages_in_flight(self) -> int:
         """Messages that are not acknowledged yet."""
         return len(self._in_flight)
@@ -168,7 +178,7 @@ class Link:
 
     @property
     def rate(self) -> float | None:
-        """Bytes a millisecond that are set for it, or that it was found to take; None: neither, so there is no need to spare."""
+        """Bytes a millisecond that are set for it, or that it was found to take; None: neither."""
         if self.bucket is not None:
             return self.bucket.rate
         return self.window.rate if self.is_measured else None
@@ -180,10 +190,14 @@ class Link:
 
     @property
     def is_late(self) -> bool:
-        """Whether the first message in flight should have been acknowledged, had the path taken what is on its way."""
+        """Whether a message in flight should have been acknowledged, had the path taken what is on its way."""
         if not self._in_flight or not self.is_measured:
             return False
-        return self.moment.ms - self._in_flight[0][2] > self.window.target_ms + ACK_DELAY_MS
+        target_ms, now_ms = self.window.target_ms, self.moment.ms
+        return (
+            self.window.waits_ms(self.session_out, now_ms) > target_ms
+            or now_ms - self._in_flight[0][2] > target_ms + ACK_DELAY_MS
+        )
 
     @property
     def no_credit_why(self) -> str:
@@ -198,8 +212,12 @@ class Link:
 
     def has_credit(self) -> bool:
         """Whether one more message may go out. The last one may overshoot: messages are bounded."""
-        fits = self.bytes_in_flight < self.credit_bytes and len(self._in_flight) < CREDIT_MESSAGES_MAX
-        return fits and not self.is_late and (self.bucket is None or self.bucket.has_tokens())
+        return self._has_credit(self.credit_bytes, CREDIT_BYTES_MAX, CREDIT_MESSAGES_MAX)
+
+    def has_credit_for_repairs(self) -> bool:
+        """Whether a chunk of an answer may go out; half is left for batches, since each that finds no room is a repair more."""
+        most = self.window.credit_for_repairs(CREDIT_BYTES_MAX) if self.is_measured else self.credit_bytes // 2
+        return self._has_credit(most, CREDIT_BYTES_MAX // 2, CREDIT_MESSAGES_MAX // 2)
 
     def admits_batch(self, payload_bytes: int) -> bool:
         """Whether a batch may go out: with credit, or if it only says that its writer is idle, which makes no path slower."""
@@ -207,12 +225,17 @@ class Link:
             return True
         return not payload_bytes and self.is_measured and len(self._in_flight) < CREDIT_MESSAGES_MAX
 
-    def has_credit_for_repairs(self) -> bool:
-        """Whether a chunk of an answer may go out; half is left for batches, since each that finds no room is a repair more."""
-        most = self.window.credit_for_repairs(CREDIT_BYTES_MAX) if self.is_measured else self.credit_bytes // 2
-        if self.bytes_in_flight >= most or len(self._in_flight) >= CREDIT_MESSAGES_MAX // 2 or self.is_late:
+    def _has_credit(self, bytes_max: int, bytes_lost_max: int, messages_max: int) -> bool:
+        if len(self._in_flight) >= messages_max:
             return False
+        if self.bytes_in_flight >= bytes_max or self.is_late:
+            # What is in flight may be lost, which only another message shows (R3): there is room for one now and then.
+            return self.is_measured and self._is_silent() and self.bytes_in_flight < bytes_lost_max
         return self.bucket is None or self.bucket.has_tokens()
+
+    def _is_silent(self) -> bool:
+        """Whether nothing has been sent for longer than an acknowledgement takes."""
+        return bool(self._in_flight) and self.moment.ms - self._in_flight[-1][2] > self.window.target_ms + ACK_DELAY_MS
 
     def passes_in_ms(self, payload_bytes: int) -> float:
         """How long until a batch has passed whole, behind those that wait; 0 where it is not known how much passes.

@@ -8,15 +8,16 @@ in them delays heartbeats, until we are taken for dead, and the rows that matter
     target       the round trip and `QUEUE_MS`. As much may be on its way as the path takes in so long: it never runs dry, also
                  when the other end stands still for a moment, and nobody waits much longer than `QUEUE_MS` behind us
 
-One message at a time is *timed*. If B bytes were on their way when it left, itself included, and its acknowledgement took t, the
-path took B / t a millisecond, so the window should be B * target / t. Where the window is used up that is the window times
-target / t, and where t is as short as the target nothing changes. So several links over one path keep `QUEUE_MS` in its queues
-together, and not each: all of them see the same t. From one round trip to the next the window doubles at most, but it shrinks at
-once, since who was late keeps everybody waiting. Where little of it was used, a late acknowledgement may have other reasons
-(a process that stood still): then it is halved at most.
+One message at a time is *timed*. If B bytes were on their way when it left, itself included, and its acknowledgement took t,
+the path took B / t a millisecond, so the window should be B * target / t; where that is what is on its way already, t is the
+target. So several links over one path keep `QUEUE_MS` in its queues together, and not each: all of them see the same t. An
+acknowledgement within the target only makes the window larger, twice as large at most. A late one makes it fit at once, since
+who is late keeps everybody waiting; but where little of the window was used there may be other reasons (a process that stood
+still), and it is halved at most.
 
-Acknowledgements usually wait for more (`links.ACK_BYTES`). A message *asks* for its own at once, one in every eighth of the
-window (`Envelope.asks`): that costs a path that is wide almost nothing, and a path that is narrow is told of often enough.
+Acknowledgements usually wait for more (`links.ACK_BYTES`). A message *asks* for its own at once (`Envelope.asks`), one in every
+eighth of the window, and where that takes longer one in `ASK_MS`, about as often as an acknowledgement would come anyway. So a
+path that is wide is not told of much more often, and one that has become narrow is noticed within the target.
 
 Paths change. While messages as quick as the quickest come now and then, the round trip holds. When for `STRETCH_MS` none did,
 either the path became longer or we never let its queues run empty: for one round trip a quarter of the window is used, and the
@@ -40,15 +41,20 @@ from p2p.link.round_trip import RTT_MS_ASSUMED, RTT_MS_MAX
 
 # What may stand in the queues of a path: less, and a receiver whose event loop is busy for a moment makes the path run dry.
 QUEUE_MS: Final = 250
+# The same where rows go by priority: what matters most waits behind it, and its receiver acknowledges each of few messages.
+STATE_QUEUE_MS: Final = 100
 # What answers begin with: at 320 kbit/s half of it, which they use, takes as long as what may stand in the queues.
 WINDOW_BYTES_START: Final = 32 << 10
 # What batches begin with: a second of 32 Mbit/s.
 BATCH_BYTES_START: Final = 4 << 20
 # A few pieces of an answer; less, and each of them would be acknowledged alone.
-WINDOW_BYTES_MIN: Final = 8 << 10
+WINDOW_BYTES_MIN: Final = 4 << 10
 PIECE_BYTES_MIN: Final = 1 << 10
 # A message in so many parts of the window asks for its acknowledgement; and so large are the pieces of what can be cut.
 PARTS: Final = 8
+ASK_MS: Final = 250
+# Messages that leave within so long leave together: what credit came back for at once.
+BURST_MS: Final = 20
 # The window is in use where a quarter of it is: answers may have half, and are cut into pieces.
 USED_SHARE: Final = 4
 # So much slower than the quickest is as quick.
@@ -73,6 +79,7 @@ class _Timed:
     sent_ms: int
     in_flight: int  # bytes, itself included
     probes: bool
+    burst_ms: int  # when the first of those left that leave together
 
 
 @dataclass(slots=True)
@@ -82,15 +89,17 @@ class Window:
     bytes: int = WINDOW_BYTES_START  # as measured
     is_narrow: bool = False  # acknowledgements came late, and nothing since has shown that much fits
     round_trip_ms: int | None = None  # the shortest
+    queue_ms: int = QUEUE_MS  # what may stand in the queues of the path
     is_probing: bool = False  # a quarter is used, to see whether the round trip is still so short
     _timed: _Timed | None = None
     _unasked: int = 0  # bytes since a message asked last
+    _asked_ms: int = -ASK_MS  # and when that was
     _stretch_ms: int = 0  # since when we wait for one that is as quick as the quickest
 
     @property
     def target_ms(self) -> int:
         """How long what is on its way may take."""
-        return min(RTT_MS_ASSUMED if self.round_trip_ms is None else self.round_trip_ms, RTT_MS_MAX) + QUEUE_MS
+        return min(RTT_MS_ASSUMED if self.round_trip_ms is None else self.round_trip_ms, RTT_MS_MAX) + self.queue_ms
 
     @property
     def rate(self) -> float | None:
@@ -110,15 +119,19 @@ class Window:
         """How large a message should be that may be of any size up to `most`."""
         return min(most, max(PIECE_BYTES_MIN, self.bytes // PARTS))
 
+    def waits_ms(self, session: int, now_ms: int) -> int:
+        """For how long a message has waited for the acknowledgement that it asked for."""
+        return now_ms - self._timed.sent_ms if self._timed is not None and self._timed.session == session else 0
+
     def on_sent(self, session: int, sequence: int, payload_bytes: int, in_flight: int, now_ms: int) -> bool:
         """A message leaves, and is one of `in_flight` bytes that are on their way; whether it asks for its acknowledgement."""
         self._unasked += payload_bytes
         waits = self._timed is not None and self._timed.session == session
-        asks = self._unasked >= self.bytes // PARTS or (not waits and (self.round_trip_ms is None or self.is_probing))
+        soon = not waits and (self.is_probing or now_ms - self._asked_ms >= ASK_MS)
+        asks = soon or self._unasked >= self.bytes // PARTS
         if asks:
-            self._unasked = 0
-            if not waits:
-                self._timed = _Timed(session, sequence, now_ms, in_flight, self.is_probing)
+            self._unasked, self._asked_ms = 0, now_ms
+            self._time(session, sequence, in_flight, now_ms)
         return asks
 
     def on_ack(self, session: int, sequence: int, now_ms: int, most: int) -> None:
@@ -130,6 +143,14 @@ class Window:
         taken_ms = max(1, now_ms - timed.sent_ms)
         self._note_round_trip(timed, taken_ms, now_ms)
         self._fit(timed.in_flight, taken_ms, most)
+
+    def _time(self, session: int, sequence: int, in_flight: int, now_ms: int) -> None:
+        """Await an acknowledgement, of the last of those that leave together: behind the first there is nothing to be seen."""
+        timed = self._timed
+        if timed is None or timed.session != session:
+            self._timed = _Timed(session, sequence, now_ms, in_flight, self.is_probing, now_ms)
+        elif now_ms - timed.burst_ms <= BURST_MS and not timed.probes:
+            self._timed = _Timed(session, sequence, now_ms, in_flight, False, timed.burst_ms)
 
     def _used_now(self, size: int) -> int:
         return size // 4 if self.is_probing else size

@@ -22,6 +22,7 @@ from p2p.classes import significant_by_step, significant_rows
 from p2p.core import FIFO, STATE, Core, Keyspace
 from p2p.errors import FullError, LocalProtocolError, RemoteProtocolError, UnknownTableError
 from p2p.identity.allotment import Allotment
+from p2p.link import links
 from p2p.link.budget import CLAIM_BYTES
 from p2p.link.links import Link
 from p2p.members.trees import TREES_MAX, Trees
@@ -396,7 +397,8 @@ class Push:
         knows = core.options.outbox == STATE and link.version >= STATE_SINCE
         if not knows:
             credits_max = inf if core.options.outbox == FIFO else WAITING_CREDITS_MAX
-            return line.add(one, credits_max * link.credit_bytes, core.now_ms)
+            credit = links.CREDIT_BYTES_MAX if link.bucket is None else link.credit_bytes
+            return line.add(one, credits_max * credit, core.now_ms)
         short_ms = SHORT_MS_MAX + link.returns_ms if link.bucket is None else SHORT_RATED_MS_MAX
         if not line.is_overdue(core.now_ms, short_ms) and line.add(one, SHORT_BYTES_MAX, core.now_ms):
             return True

@@ -1,5 +1,7 @@
 """A busy origin hands children over to each other; what waits for credit waits in order."""
 
+from math import inf
+
 import numpy as np
 import pytest
 
@@ -66,6 +68,7 @@ def test_children_of_a_busy_origin_feed_each_other() -> None:
 def test_without_that_they_wait_for_its_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adoption, "ADOPTED_MAX", 0)
     monkeypatch.setattr(push, "STATE", "neither")  # nor are rows kept as due (`p2p.busy.backlog`)
+    monkeypatch.setattr(push, "WAITING_CREDITS_MAX", inf)  # nor is anything skipped, and pulled later as it is by then
     assert late_ms(cluster_of_regions()) > 3_000
 
 

@@ -1,0 +1,282 @@
+"""Credit that follows what a path takes: the window by itself, joins over a narrow path, congestion noticed without a rate."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ekko.model import ModelSpec, TableSpec
+from p2p.busy.backlog import STATE_MODE
+from p2p.link import links, window
+from p2p.link.links import ACK_DELAY_MS, CREDIT_BYTES_MAX, Link
+from p2p.link.round_trip import RTT_MS_MAX
+from p2p.link.window import BATCH_BYTES_START, QUEUE_MS, STRETCH_MS, WINDOW_BYTES_MIN, WINDOW_BYTES_START, Window
+from p2p.members.suspicion import Suspicion
+from sim_cluster.checkers import Watch, check_converged
+from sim_cluster.network import LinkOptions, NetworkOptions
+from sim_cluster.virtual import VirtualCluster
+
+MOST = CREDIT_BYTES_MAX
+
+
+class Path:
+    """A link that always has something to send, over a path with a delay and a rate; acknowledged where it asks, or late."""
+
+    def __init__(self, rate: float, round_trip_ms: int = 40) -> None:
+        self.rate, self.round_trip_ms = rate, round_trip_ms
+        self.link = Link("b", 2, "b:1", "us", own_boot=1, version=2)
+        self.delivered = self.queue_max_ms = 0
+        self._free_ms = 0.0
+        self._acks: list[tuple[float, int]] = []
+
+    def run(self, duration_ms: int, piece: int = 0) -> None:
+        """Send whenever there is credit, for so long."""
+        link = self.link
+        for _ in range(duration_ms):
+            link.moment.ms += 1
+            while self._acks and self._acks[0][0] <= link.moment.ms:
+                link.on_ack(link.session_out, self._acks.pop(0)[1])
+            while link.has_credit():
+                size = piece or link.piece_bytes(1 << 18)
+                envelope = link.next_envelope(size)
+                self._free_ms = max(self._free_ms, float(link.moment.ms)) + size / self.rate
+                self.queue_max_ms = max(self.queue_max_ms, int(self._free_ms) - link.moment.ms)
+                self.delivered += size
+                wait_ms = self.round_trip_ms + (0 if envelope.asks else ACK_DELAY_MS)
+                at_ms = max(self._free_ms + wait_ms, self._acks[-1][0] if self._acks and not envelope.asks else 0.0)
+                self._acks = [one for one in self._acks if one[0] <= at_ms]
+                self._acks.append((at_ms, envelope.sequence))
+
+
+@pytest.mark.parametrize(("rate", "round_trip_ms"), [(40.0, 40), (12_500.0, 20), (12_500.0, 180), (1_000.0, 600)])
+def test_a_path_is_used_and_its_queue_stays_short(rate: float, round_trip_ms: int) -> None:
+    path = Path(rate, round_trip_ms)
+    path.link.in_state_mode = True  # nothing is trusted
+    path.run(15_000)
+    path.delivered, path.queue_max_ms = 0, 0
+    path.run(10_000)
+    assert path.delivered > 0.85 * rate * 10_000
+    assert path.queue_max_ms < 2 * QUEUE_MS
+
+
+def test_a_wide_path_gets_all_the_credit_within_some_round_trips() -> None:
+    path = Path(500_000.0, 20)
+    path.run(500, piece=1 << 18)
+    assert path.link.window.bytes == MOST
+    assert path.link.rate is None
+
+
+def test_a_path_that_becomes_narrow_is_noticed_and_one_that_becomes_wide_again_is_used() -> None:
+    path = Path(20_000.0)
+    path.run(5_000)
+    wide = path.link.window.bytes
+    path.rate = 1_000.0
+    path.run(12_000)
+    assert path.link.window.bytes < wide / 10
+    assert path.link.rate is not None
+    path.rate = 20_000.0
+    path.run(5_000)
+    assert path.link.window.bytes > wide / 2
+
+
+def test_a_longer_path_is_believed_after_a_while() -> None:
+    path = Path(12_500.0, 20)
+    path.run(15_000)
+    path.round_trip_ms = 400
+    path.run(3 * STRETCH_MS)
+    path.delivered = 0
+    path.run(5_000)
+    assert path.link.window.round_trip_ms is not None
+    assert path.link.window.round_trip_ms >= 400
+    assert path.delivered > 0.85 * 12_500 * 5_000
+
+
+def test_our_own_queue_is_not_taken_for_a_long_path() -> None:
+    path = Path(1_000.0, 20)
+    path.run(12 * STRETCH_MS)
+    assert path.link.window.round_trip_ms is not None
+    assert path.link.window.round_trip_ms < 150
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 20_000_000), st.integers(0, 30_000), st.booleans()), max_size=80),
+    st.sampled_from([3_000, 40_000, MOST]),
+)
+def test_whatever_is_told_the_window_is_between_its_bounds_and_comes_back(
+    moves: list[tuple[int, int, bool]], most: int
+) -> None:
+    """Acknowledgements of any age, of what was sent and of what was not, in any session."""
+    one, now_ms, sequence = Window(), 0, 0
+    for size, passed_ms, truthful in moves:
+        sequence += 1
+        one.on_sent(1, sequence, size, size, now_ms)
+        now_ms += passed_ms
+        one.on_ack(1 if truthful else 2, sequence, now_ms, most)
+        assert min(WINDOW_BYTES_MIN, most) <= one.bytes <= max(most, WINDOW_BYTES_START)
+        assert 0 < one.credit_for_repairs(most) <= one.credit(most, trusting=True) <= most
+        assert one.piece_bytes(1 << 20) > 0
+        assert QUEUE_MS <= one.target_ms <= RTT_MS_MAX + QUEUE_MS
+    for _ in range(40):  # the path is wide and short
+        sequence += 1
+        one.on_sent(1, sequence, one.bytes, one.bytes, now_ms)
+        now_ms += 10
+        one.on_ack(1, sequence, now_ms, most)
+        now_ms += window.ASK_MS
+    assert one.bytes == most
+    assert not one.is_narrow
+
+
+def test_a_peer_that_stood_still_costs_little_where_little_was_on_its_way() -> None:
+    path = Path(500_000.0, 20)
+    path.run(500, piece=1 << 18)
+    one = path.link.window
+    path.run(2_000)
+    for sequence in (1, 2):
+        one._timed = None
+        one.on_sent(9, sequence, 1_000, 1_000, 100_000 * sequence)
+        one.on_ack(9, sequence, 100_000 * sequence + 5_000, MOST)
+    assert one.bytes >= MOST // 4
+    assert path.link.rate is None
+
+
+# --- the link
+
+
+def measured() -> Link:
+    return Link("b", 2, "b:1", "us", own_boot=1, version=2)
+
+
+def test_who_is_late_has_no_credit_but_for_a_message_that_would_show_a_loss() -> None:
+    link = measured()
+    link.next_envelope(1_000)
+    link.moment.ms += link.window.target_ms
+    assert link.has_credit()
+    link.next_envelope(1_000)
+    link.moment.ms += 1
+    assert link.is_late
+    assert not link.has_credit()
+    assert not link.has_credit_for_repairs()
+    assert link.no_credit_why == "acknowledgement late"
+    assert link.admits_batch(0), "a beat has no bytes"
+    assert not link.admits_batch(1)
+    link.moment.ms += link.window.target_ms + ACK_DELAY_MS + 1
+    assert link.has_credit()
+    link.next_envelope(1_000)
+    assert not link.has_credit(), "one"
+    assert link.on_ack(1, 3)
+    assert link.has_credit()
+    assert link.no_credit_why == ""
+
+
+def test_a_peer_of_version_1_and_a_link_with_a_rate_have_the_credit_that_they_had() -> None:
+    link = replace(measured(), version=1)
+    assert not link.next_envelope(1 << 20).asks
+    link.moment.ms += 60_000
+    assert link.has_credit()
+    assert link.credit_bytes == CREDIT_BYTES_MAX
+    assert measured().credit_bytes == BATCH_BYTES_START
+
+
+def test_who_acknowledges_what_was_never_sent_gains_nothing() -> None:
+    link = measured()
+    for _ in range(40):
+        link.next_envelope(1 << 20)
+    assert not link.has_credit()
+    before = link.window.bytes
+    assert not link.on_ack(1, 41)
+    assert not link.on_ack(2, 1)
+    assert not link.has_credit()
+    assert link.window.bytes == before
+
+
+def test_what_asks_is_acknowledged_at_once_and_nothing_else_is() -> None:
+    receiver = measured()
+    assert not receiver.note_applied(10)
+    assert receiver.note_applied(10, asked=True)
+
+
+# --- in a cluster
+
+ROWS, DIM = 6_000, 16
+STATE = ROWS * (16 + 4 * DIM)
+RATE = 40.0  # bytes a millisecond: 320 kbit/s, shared by all from eu to us
+
+
+def join(*names: str, seed: int = 1) -> tuple[float, int, int]:
+    """These join a trainer at once over a narrow path. How long it took, relative to the bytes of them all, pulls that were
+    given up, and how often somebody was suspected.
+    """
+    cluster = VirtualCluster(seed, NetworkOptions(1, 2), ModelSpec("ctr", 16, {"item": TableSpec("item", DIM)}))
+    cluster.add("eu1", "eu", "train")
+    cluster.run(2_000)
+    assert cluster.publish("eu1", "item", range(ROWS), 1.0)
+    cluster.run(1_000)
+    suspected, assess = 0, Suspicion.assess
+
+    def counted(self: Suspicion, now_ms: int) -> None:
+        nonlocal suspected
+        before = self.suspect.copy()
+        assess(self, now_ms)
+        suspected += int((self.suspect & ~before).sum())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Suspicion, "assess", counted)
+        for name in names:
+            cluster.add(name, "us", "serve", ["eu1"])
+        cluster.options = NetworkOptions(1, 2, links={"eu/us": LinkOptions(20, shared_bytes_per_ms=RATE)})
+        begin_ms, least_ms = cluster.now_ms, len(names) * STATE / RATE
+        cluster.run_until(lambda: check_converged(cluster) == "", int(4 * least_ms), 500)
+        machines = [cluster.nodes[name].machine for name in names]
+        abandoned = sum(one.counters.pulls_abandoned for one in machines if one is not None)
+        return (cluster.now_ms - begin_ms) / least_ms, abandoned, suspected
+
+
+def two_joiners() -> None:
+    """Two joins end in the time that their bytes take, and nobody is taken for dead meanwhile."""
+    ratio, abandoned, suspected = join("us1", "us2")
+    assert (abandoned, suspected) == (0, 0)
+    assert ratio < 1.6
+
+
+def test_two_that_join_at_once_over_a_narrow_path_take_what_their_state_takes() -> None:
+    two_joiners()
+
+
+def congested() -> None:
+    """A path takes a third of what is written: that is noticed within a second, and rows that matter come soon."""
+    cluster = VirtualCluster(1, NetworkOptions(1, 2), ModelSpec("ctr", 8, {"item": TableSpec("item", DIM)}))
+    cluster.add("eu1", "eu", "train")
+    cluster.add("us1", "us", "serve", ["eu1"])
+    cluster.run(3_000)
+    watch, machine, replica = Watch(cluster), cluster.nodes["eu1"].machine, cluster.nodes["us1"].store.models["ctr"]
+    assert machine is not None
+    cluster.publish("eu1", "item", [0], 0.0)
+    cluster.run(500)
+    cluster.options = NetworkOptions(1, 2, links={"eu/us": LinkOptions(20, shared_bytes_per_ms=100.0)})
+    noticed_ms, delays = 0, []
+    begin_ms = cluster.now_ms
+    for step in range(240):
+        cluster.publish("eu1", "item", range(step % 50 * 200, step % 50 * 200 + 190), float(step))
+        urgent = step % 10 == 9
+        stamp = cluster.publish("eu1", "item", [20_000 + step], float(step), priority=200) if urgent else 0
+        for _ in range(50):
+            cluster.run(1)
+            if urgent and any(int(s) == stamp for s in _stamp_of(replica, 20_000 + step)):
+                delays.append(cluster.now_ms - begin_ms - step * 50)
+                urgent = False
+        if urgent:
+            pending = step
+            while not any(int(s) == stamp for s in _stamp_of(replica, 20_000 + pending)) and len(delays) < 100:
+                cluster.run(5)
+                assert cluster.now_ms - begin_ms < 60_000, "it does not come"
+        peer = next(one for one in machine.status(cluster.now()).peers if one.node == "us1")
+        if not noticed_ms and peer.mode == STATE_MODE:
+            noticed_ms = cluster.now_ms - begin_ms
+    assert 0 < noticed_ms < 1_500
+    assert not watch.check()
+    assert len(delays) > 10
+
+
+def _stamp_of(replica: object, key: int) -> list[int]:
+    return []
