@@ -66,6 +66,8 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
             )
     if status["peers"]:
         console.print(_peers(status))
+    if any(map(_is_narrow, status["peers"])):
+        console.print(_narrow(status))
     if any(map(_is_behind, status["peers"])):
         console.print(_backlogs(status))
     console.print(_queues(status))
@@ -230,6 +232,27 @@ def _peers(status: dict[str, Any]) -> Table:
             _size(peer["bytes_out"]),
             _size(peer["bytes_in_flight"]),
             f"{peer['batches_skipped']:,}",
+        )
+    return table
+
+
+def _is_narrow(peer: dict[str, Any]) -> bool:
+    """Whether less passes to it than is wanted: nodes of a release before do not say."""
+    return bool(peer.get("no_credit")) or peer.get("path_bytes_per_s") is not None
+
+
+def _narrow(status: dict[str, Any]) -> Table:
+    """Links on which something waits, or whose path was found to be narrow though no rate is set."""
+    table = _table("Narrow links", "node", "in flight", "at most", "path", "round trip", "waits for", numbers=(1, 2, 3, 4))
+    for peer in filter(_is_narrow, status["peers"]):
+        path, round_trip_ms = peer["path_bytes_per_s"], peer["round_trip_ms"]
+        table.add_row(
+            peer["node"],
+            _size(peer["bytes_in_flight"]),
+            _size(peer["credit_bytes"]),
+            "" if path is None else f"{path * 8 / 1e6:,.1f} Mbit/s",
+            "" if round_trip_ms is None else f"{round_trip_ms:,} ms",
+            f"[yellow]{peer['no_credit']}[/]" if peer["no_credit"] else "",
         )
     return table
 

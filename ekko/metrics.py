@@ -373,7 +373,23 @@ def _peers(picture: NodePicture) -> Iterator[Metric]:
             rows.add_metric([peer.node, peer.region, direction], row_count)
             size.add_metric([peer.node, peer.region, direction], byte_count)
         in_flight.add_metric([peer.node, peer.region], peer.bytes_in_flight)
-    yield from (rows, size, in_flight, *_backlogs(picture))
+    yield from (rows, size, in_flight, *_credit(picture), *_backlogs(picture))
+
+
+def _credit(picture: NodePicture) -> Iterator[Metric]:
+    """What may be sent to each peer, and why nothing may."""
+    labels = ["peer", "region"]
+    credit = GaugeMetricFamily("ekko_peer_credit_bytes", "What may be sent and not yet acknowledged.", labels=labels)
+    lacks = GaugeMetricFamily("ekko_peer_without_credit", "1 while nothing may be sent to it.", labels=[*labels, "why"])
+    path = GaugeMetricFamily("ekko_peer_path_bytes_per_second", "What a path that is narrow was found to take.", labels=labels)
+    for peer in picture.protocol.peers:
+        names = [peer.node, peer.region]
+        credit.add_metric(names, peer.credit_bytes)
+        if peer.no_credit:
+            lacks.add_metric([*names, peer.no_credit], 1.0)
+        if peer.path_bytes_per_s is not None:
+            path.add_metric(names, peer.path_bytes_per_s)
+    yield from (credit, lacks, path)
 
 
 def _backlogs(picture: NodePicture) -> Iterator[Metric]:

@@ -38,6 +38,10 @@ class PeerStatus:
     in_trees: bool  # batches go through it; not while it hears nobody, or after it came and went too often
     linked: bool
     bytes_in_flight: int
+    credit_bytes: int  # that may be; where no rate is set, what the path takes within a moment (`p2p.link.window`)
+    no_credit: str  # why nothing may be sent now; empty where something may
+    round_trip_ms: int | None  # the shortest of late; None: not known, or a rate is set
+    path_bytes_per_s: float | None  # what the path was found to take, where it is narrow
     rows_in: int
     rows_out: int
     bytes_in: int
@@ -194,6 +198,10 @@ def _of_peer(core: Core, pushing: Push, pulling: Pull, node: str, holding: set[s
         node in holding,
         link is not None,
         link.bytes_in_flight if link is not None else 0,
+        link.credit_bytes if link is not None else 0,
+        link.no_credit_why if link is not None else "",
+        link.window.round_trip_ms if link is not None and link.is_measured else None,
+        1_000 * link.window.rate if link is not None and link.is_measured and link.window.rate is not None else None,
         traffic.rows_in,
         traffic.rows_out,
         traffic.bytes_in,

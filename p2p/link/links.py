@@ -177,6 +177,11 @@ class Link:
         return self.window.credit(CREDIT_BYTES_MAX, trusting=not self.in_state_mode) if self.is_measured else CREDIT_BYTES_MAX
 
     @property
+    def full_bytes(self) -> int:
+        """So many bytes in flight mean a busy card: all that may ever be, or what a path that was found narrow takes."""
+        return self.credit_bytes if self.is_measured and self.window.is_narrow else CREDIT_BYTES_MAX
+
+    @property
     def rate(self) -> float | None:
         """Bytes a millisecond that are set for it, or that it was found to take; None: neither."""
         if self.bucket is not None:

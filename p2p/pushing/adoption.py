@@ -98,7 +98,7 @@ class Adoption:
         given = self._given.get(place)
         if given:
             children = self._take_back(place, given, children, now.monotonic_ms)
-        elif self._in_flight(children) + size * len(children) <= links.CREDIT_BYTES_MAX // 2:
+        elif self._in_flight(children) + size * len(children) <= self._card_bytes(children) // 2:
             return children  # as a rule; then nobody has too much
         given = self._given.setdefault(place, {})
         for fullest in self._full(given, children, size):
@@ -194,7 +194,7 @@ class Adoption:
         """Whether one more copy fits; not while anything waits, which would be overtaken by the news that a child came back."""
         open_links = self._core.links
         waits = any(open_links[node].is_busy for node in children if node in open_links)
-        return not waits and self._in_flight(children) <= links.CREDIT_BYTES_MAX // 2
+        return not waits and self._in_flight(children) <= self._card_bytes(children) // 2
 
     def _boot_of(self, node: m.NodeId) -> int | None:
         link = self._core.links.get(node)
@@ -205,9 +205,15 @@ class Adoption:
         adopters = {one.to for one in given.values()}
         candidates = [link for node in children if node not in adopters and (link := self._core.links.get(node)) is not None]
         candidates.sort(key=lambda link: -link.bytes_in_flight)
-        full = [link for link in candidates if link.bytes_in_flight > links.CREDIT_BYTES_MAX // 2]
-        surplus = 1 - links.CREDIT_BYTES_MAX / max(1, self._in_flight(children) + size * len(children))
+        card_bytes = self._card_bytes(children)
+        full = [link for link in candidates if link.bytes_in_flight > card_bytes // 2]
+        surplus = 1 - card_bytes / max(1, self._in_flight(children) + size * len(children))
         return candidates[: max(len(full), math.ceil(surplus * len(candidates)))]
+
+    def _card_bytes(self, children: Sequence[m.NodeId]) -> int:
+        """What these may have in flight together: one link's credit. Where all are narrow it is our card that is, or may be."""
+        open_links = self._core.links
+        return max((open_links[node].full_bytes for node in children if node in open_links), default=links.CREDIT_BYTES_MAX)
 
     def _in_flight(self, children: Sequence[m.NodeId]) -> int:
         """Bytes that these have not acknowledged."""

@@ -1,19 +1,32 @@
 """Credit that follows what a path takes: the window by itself, joins over a narrow path, congestion noticed without a rate."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from ekko.model import ModelSpec, TableSpec
+from ekko.model import ModelSpec, TableSpec, table_id
+from p2p import messages as m
 from p2p.busy.backlog import STATE_MODE
-from p2p.link import links, window
+from p2p.link import window
 from p2p.link.links import ACK_DELAY_MS, CREDIT_BYTES_MAX, Link
 from p2p.link.round_trip import RTT_MS_MAX
-from p2p.link.window import BATCH_BYTES_START, QUEUE_MS, STRETCH_MS, WINDOW_BYTES_MIN, WINDOW_BYTES_START, Window
+from p2p.link.window import (
+    BATCH_BYTES_START,
+    QUEUE_MS,
+    STATE_QUEUE_MS,
+    STRETCH_MS,
+    WINDOW_BYTES_MIN,
+    WINDOW_BYTES_START,
+    Window,
+)
 from p2p.members.suspicion import Suspicion
-from sim_cluster.checkers import Watch, check_converged
+from p2p.replica import RowColumns
+from sim_cluster.checkers import check_converged
 from sim_cluster.network import LinkOptions, NetworkOptions
 from sim_cluster.virtual import VirtualCluster
 
@@ -57,7 +70,7 @@ def test_a_path_is_used_and_its_queue_stays_short(rate: float, round_trip_ms: in
     path.delivered, path.queue_max_ms = 0, 0
     path.run(10_000)
     assert path.delivered > 0.85 * rate * 10_000
-    assert path.queue_max_ms < 2 * QUEUE_MS
+    assert path.queue_max_ms < 2 * QUEUE_MS + round_trip_ms // 2
 
 
 def test_a_wide_path_gets_all_the_credit_within_some_round_trips() -> None:
@@ -90,13 +103,6 @@ def test_a_longer_path_is_believed_after_a_while() -> None:
     assert path.link.window.round_trip_ms is not None
     assert path.link.window.round_trip_ms >= 400
     assert path.delivered > 0.85 * 12_500 * 5_000
-
-
-def test_our_own_queue_is_not_taken_for_a_long_path() -> None:
-    path = Path(1_000.0, 20)
-    path.run(12 * STRETCH_MS)
-    assert path.link.window.round_trip_ms is not None
-    assert path.link.window.round_trip_ms < 150
 
 
 @given(
@@ -198,7 +204,8 @@ def test_what_asks_is_acknowledged_at_once_and_nothing_else_is() -> None:
 
 # --- in a cluster
 
-ROWS, DIM = 6_000, 16
+ROWS, DIM = 2_500, 16
+ITEM = table_id("item")
 STATE = ROWS * (16 + 4 * DIM)
 RATE = 40.0  # bytes a millisecond: 320 kbit/s, shared by all from eu to us
 
@@ -236,7 +243,7 @@ def two_joiners() -> None:
     """Two joins end in the time that their bytes take, and nobody is taken for dead meanwhile."""
     ratio, abandoned, suspected = join("us1", "us2")
     assert (abandoned, suspected) == (0, 0)
-    assert ratio < 1.6
+    assert ratio < 2.0
 
 
 def test_two_that_join_at_once_over_a_narrow_path_take_what_their_state_takes() -> None:
@@ -244,39 +251,144 @@ def test_two_that_join_at_once_over_a_narrow_path_take_what_their_state_takes() 
 
 
 def congested() -> None:
-    """A path takes a third of what is written: that is noticed within a second, and rows that matter come soon."""
+    """A path takes a fifth of what is written, and no rate says so: that is noticed, and rows that matter come soon."""
     cluster = VirtualCluster(1, NetworkOptions(1, 2), ModelSpec("ctr", 8, {"item": TableSpec("item", DIM)}))
     cluster.add("eu1", "eu", "train")
     cluster.add("us1", "us", "serve", ["eu1"])
     cluster.run(3_000)
-    watch, machine, replica = Watch(cluster), cluster.nodes["eu1"].machine, cluster.nodes["us1"].store.models["ctr"]
+    machine, arrived = cluster.nodes["eu1"].machine, cluster.nodes["us1"].store.models["ctr"].table(ITEM)
     assert machine is not None
     cluster.publish("eu1", "item", [0], 0.0)
     cluster.run(500)
-    cluster.options = NetworkOptions(1, 2, links={"eu/us": LinkOptions(20, shared_bytes_per_ms=100.0)})
-    noticed_ms, delays = 0, []
-    begin_ms = cluster.now_ms
-    for step in range(240):
-        cluster.publish("eu1", "item", range(step % 50 * 200, step % 50 * 200 + 190), float(step))
-        urgent = step % 10 == 9
-        stamp = cluster.publish("eu1", "item", [20_000 + step], float(step), priority=200) if urgent else 0
-        for _ in range(50):
-            cluster.run(1)
-            if urgent and any(int(s) == stamp for s in _stamp_of(replica, 20_000 + step)):
-                delays.append(cluster.now_ms - begin_ms - step * 50)
-                urgent = False
-        if urgent:
-            pending = step
-            while not any(int(s) == stamp for s in _stamp_of(replica, 20_000 + pending)) and len(delays) < 100:
-                cluster.run(5)
-                assert cluster.now_ms - begin_ms < 60_000, "it does not come"
+    cluster.options = NetworkOptions(1, 2, links={"eu/us": LinkOptions(20, shared_bytes_per_ms=RATE)})
+    noticed_ms, begin_ms = 0, cluster.now_ms
+    waiting: dict[int, int] = {}
+    delays: list[int] = []
+    for step in range(120):
+        keys = np.arange(step % 40 * 100, step % 40 * 100 + 100, dtype=np.uint64)
+        _publish(cluster, keys, 10)
+        if step % 5 == 4:
+            waiting[100_000 + step] = cluster.now_ms
+            _publish(cluster, np.array([100_000 + step], np.uint64), 200)
+        for _ in range(5):
+            cluster.run(10)
+            here = [key for key in waiting if arrived.resolve(np.array([key], np.uint64))[0] >= 0]
+            delays.extend(cluster.now_ms - waiting.pop(key) for key in here)
         peer = next(one for one in machine.status(cluster.now()).peers if one.node == "us1")
         if not noticed_ms and peer.mode == STATE_MODE:
             noticed_ms = cluster.now_ms - begin_ms
-    assert 0 < noticed_ms < 1_500
-    assert not watch.check()
-    assert len(delays) > 10
+    assert 0 < noticed_ms < 1_000
+    assert len(waiting) < 3
+    assert max(delays[10:]) < 2 * 40 + 2 * STATE_QUEUE_MS + QUEUE_MS, "they wait behind what is on its way"
+    assert peer.path_bytes_per_s is not None
+    assert 0.5 * RATE < peer.path_bytes_per_s / 1_000 < 2 * RATE
 
 
-def _stamp_of(replica: object, key: int) -> list[int]:
-    return []
+def _publish(cluster: VirtualCluster, keys: NDArray[np.uint64], priority: int) -> None:
+    rows, classes = np.zeros((len(keys), 4 * DIM), np.uint8), np.full(len(keys), priority, np.uint8)
+    columns = RowColumns(ITEM, keys, rows, priority=classes)
+    cluster.request("eu1", lambda number: m.PublishRequested(number, cluster.model.id, (columns,)))
+
+
+def test_congestion_is_noticed_where_no_rate_is_set() -> None:
+    congested()
+
+
+# --- planted bugs
+
+
+def _never_shrinks(patch: pytest.MonkeyPatch) -> None:
+    """The window only grows."""
+    fit = Window._fit
+
+    def grows(self: Window, in_flight: int, taken_ms: int, most: int) -> None:
+        before = self.bytes
+        fit(self, in_flight, taken_ms, most)
+        self.bytes, self.is_narrow = max(before, self.bytes), False
+
+    patch.setattr(Window, "_fit", grows)
+    patch.setattr(window, "WINDOW_BYTES_START", BATCH_BYTES_START)
+
+
+def _acknowledgements_do_not_count(patch: pytest.MonkeyPatch) -> None:
+    """What is acknowledged tells nothing of the path."""
+    patch.setattr(Window, "on_ack", lambda *_: None)
+    patch.setattr(Link, "is_late", False)
+
+
+def _nothing_is_late(patch: pytest.MonkeyPatch) -> None:
+    """That nothing is acknowledged is not noticed."""
+    patch.setattr(Link, "is_late", False)
+
+
+def _nothing_asks(patch: pytest.MonkeyPatch) -> None:
+    """Acknowledgements come when there is more to acknowledge."""
+    on_sent = Window.on_sent
+
+    def sent(self: Window, *told: int) -> bool:
+        on_sent(self, *told)
+        return False
+
+    patch.setattr(Window, "on_sent", sent)
+
+
+def _everything_is_trusted(patch: pytest.MonkeyPatch) -> None:
+    """Answers begin with all the credit there is, in pieces as large as there are."""
+    patch.setattr(Window, "credit_for_repairs", lambda _, most: most // 2)
+    patch.setattr(Window, "piece_bytes", lambda _, most: most)
+    patch.setattr(Link, "is_late", False)
+
+
+def stuck_path() -> None:
+    """A peer that acknowledges nothing holds what a moment brings, and not all that may ever be on its way."""
+    link = measured()
+    for _ in range(1_000):
+        link.moment.ms += 1
+        if link.has_credit():
+            link.next_envelope(2_000)
+    assert link.bytes_in_flight < 1_000_000
+
+
+def own_queue() -> None:
+    """A path is used for two minutes: its round trip is not taken for what our own queue makes of it."""
+    path = Path(1_000.0, 20)
+    path.run(6 * STRETCH_MS)
+    assert path.link.window.round_trip_ms is not None
+    assert path.link.window.round_trip_ms < 150
+
+
+def narrow_path() -> None:
+    """A path that is found narrow is used, and its queue stays short."""
+    path = Path(40.0)
+    path.link.in_state_mode = True
+    path.run(15_000)
+    path.queue_max_ms = path.delivered = 0
+    path.run(10_000)
+    assert path.queue_max_ms < 2 * QUEUE_MS
+    assert path.delivered > 0.85 * 40 * 10_000
+
+
+def _probes_use_all(patch: pytest.MonkeyPatch) -> None:
+    """The round trip is measured anew while the queue is as long as ever."""
+    patch.setattr(Window, "_used_now", lambda _, size: size)
+
+
+@pytest.mark.parametrize(
+    ("plant", "scenario"),
+    [
+        (_never_shrinks, narrow_path),
+        (_acknowledgements_do_not_count, narrow_path),
+        (_nothing_asks, narrow_path),
+        (_nothing_is_late, stuck_path),
+        (_probes_use_all, own_queue),
+        pytest.param(_everything_is_trusted, two_joiners, marks=pytest.mark.long),
+    ],
+)
+def test_planted_bugs_are_noticed(
+    plant: Callable[[pytest.MonkeyPatch], None], scenario: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if scenario is not two_joiners:
+        scenario()
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        scenario()
