@@ -230,6 +230,10 @@ def test_the_tables_of_a_status_fit_a_narrow_terminal() -> None:
         "backlog_bytes": 1 << 20,
         "oldest_ms": {"ordinary": 9_500},
         "bytes_saved": 4096,
+        "credit_bytes": 3 << 20,
+        "no_credit": "acknowledgement late",
+        "round_trip_ms": 181,
+        "path_bytes_per_s": 1_250_000.0,
     }
     peers = [STATUS["peers"][0] | busy]
     print_status(STATUS | {"models": STATUS["models"] | {"ctr": ctr | {"priority": failed}}, "peers": peers}, console)
@@ -244,6 +248,9 @@ def test_the_tables_of_a_status_fit_a_narrow_terminal() -> None:
         "12,345 rows",
         "ordinary 9.5 s",
         "4.0 KiB",
+        "10.0 Mbit/s",
+        "3.0 MiB",
+        "acknowledgement late",
         "formula 'mine' failed 3 times",
         "weighed 7 tables",
     ):
