@@ -47,6 +47,11 @@ def overloaded(seed: int) -> None:
             assert not problem, f"seed {seed}, step {step}: {problem}"
         assert backlog_of(cluster, "t1", "eu1") is not None, f"seed {seed}: the link is not in state mode"
         assert len(frontiers) > 5, f"seed {seed}: nothing is claimed while the link is in state mode"
+        trainer = cluster.nodes["t1"].machine
+        assert trainer is not None
+        assert trainer.counters.backlogs_ended <= 1, (
+            f"seed {seed}: state mode is left while there is more than the link carries"
+        )
         settle(cluster, watch)
         assert node.machine.counters.pulls_started == pulls, f"seed {seed}: what was queued was pulled, too"
 
