@@ -167,6 +167,7 @@ def test_a_node_holds_what_it_writes(tmp_path: Path) -> None:
                 reader.lookup("item", first)
 
 
+@pytest.mark.long
 def test_a_partition_that_nobody_else_holds_is_served(tmp_path: Path) -> None:
     """A node must not wait for ever for somebody to catch up with."""
     nodes = [NodeSpec("train-1", "eu", "train", {"ctr": [0]}), NodeSpec("eu-1", "eu", "serve", {"ctr": [1]})]

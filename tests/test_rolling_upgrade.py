@@ -41,6 +41,7 @@ def version_1(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_real_nodes_are_upgraded_one_after_another(version_1: Path, tmp_path: Path) -> None:
     with LocalCluster(tmp_path, NODES) as cluster:
         for node in cluster.nodes.values():

@@ -150,6 +150,7 @@ def test_an_alias_that_some_node_could_not_follow_is_refused(pair: LocalCluster)
     assert answer("alias", "ctr", "--remove", at=trainer)["model"] is None
 
 
+@pytest.mark.long
 def test_a_table_is_dropped_everywhere_and_may_be_begun_again(pair: LocalCluster) -> None:
     trainer, server = pair["train-1"], pair["serve-1"]
     train(pair, OLD)
@@ -173,6 +174,7 @@ def test_a_table_is_dropped_everywhere_and_may_be_begun_again(pair: LocalCluster
         wait_until(lambda: reader.lookup("user", [1, 9])[:, 0].tolist() == [0.0, 6.0], "and its rows, and no others", 30)
 
 
+@pytest.mark.long
 def test_who_was_away_drops_it_on_return_and_the_name_may_be_used_again(pair: LocalCluster) -> None:
     trainer, server = pair["train-1"], pair["serve-1"]
     train(pair, OLD)

@@ -92,6 +92,7 @@ def test_a_node_begins_with_its_newest_sound_snapshot(single: NodeProcess, folde
     assert single.status()["node"]["resumed"] is True, "intact memory is attached to, not restored"
 
 
+@pytest.mark.long
 def test_a_region_is_seeded_without_the_trainer(tmp_path: Path, single: NodeProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(single, KEYS, 1.0)
     done = cli("snapshot", "--http", single.http, "--full", "--json")

@@ -33,6 +33,7 @@ def allow(node: NodeProcess, size: int) -> None:
     node.config_path.write_text(text.replace('[models."ctr"]', f'[models."ctr"]\ncapacity_bytes = {size}'))
 
 
+@pytest.mark.long
 def test_rows_that_readers_ask_for_come_back_and_all_do_with_more_memory(tmp_path: Path) -> None:
     nodes = [NodeSpec("train-1", "us", "train"), NodeSpec("serve-1", "eu")]
     with LocalCluster(tmp_path, nodes, models={"ctr": ModelTables({"item": DIM}, capacity_rows=CAPACITY_ROWS)}) as cluster:

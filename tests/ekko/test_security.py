@@ -276,6 +276,7 @@ def test_nodes_with_keys_replace_them_and_cut_one_off_while_they_run(tmp_path: P
 
 
 @pytest.mark.processes
+@pytest.mark.long
 def test_random_bytes_cost_little() -> None:
     figures = flood.measure(24, calm_s=1.0)
     assert figures["rss_growth_mb"] <= 64

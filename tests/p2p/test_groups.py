@@ -569,7 +569,7 @@ def test_groups_that_contradict_themselves_are_refused(spoil: Spoil, complaint: 
 def decode_batch(header: list[Any], columns: list[Any]) -> None:
     body = body_of(header, columns, PROTOCOL_VERSION)
     number = NUMBER_OF[m.Batch]
-    envelope = wire.ENVELOPE.pack(wire.MAGIC, PROTOCOL_VERSION, number, 1, 2, 3, 0, 4, wire.checksum(body))
+    envelope = wire.ENVELOPE.pack(wire.MAGIC, PROTOCOL_VERSION, number, 1, 2, 3, 0, 0, 4, wire.checksum(body))
     wire.decode([memoryview(bytes(frame)) for frame in (envelope, *body)])
 
 

@@ -74,6 +74,7 @@ def command(*arguments: str, at: NodeProcess) -> subprocess.CompletedProcess[str
     return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.long
 def test_all_nodes_agree_on_a_corrupted_model_and_on_its_recovery(cluster: LocalCluster) -> None:
     nodes = list(cluster.nodes.values())
     online, baseline = Scorer(cluster["serve-1"], ONLINE, 1), Scorer(cluster["train-1"], BASELINE, 2)
