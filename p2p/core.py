@@ -170,6 +170,7 @@ class Keyspace:
     gap_upstream: bool = False  # it is above all of our region
     gap_origin: str = ""  # and whose batch it was
     gap_tries: int = 0  # pulls that did not close it
+    gap_silent: str = ""  # who left the last question unanswered
     gap_trees: int = 0  # a bit for each tree on which something came since then that waits
     gap_trees_all: int = 1  # and those of all trees
     full: Full | None = None

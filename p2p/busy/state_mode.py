@@ -362,9 +362,10 @@ class StateMode:
             return
         self._numbers += 1
         backlog.number = self._numbers
+        if backlog.request:  # else it has been asked all the while: who never answers is left to pull, whatever else happens
+            backlog.asked_ms = core.now_ms
         backlog.reset()
         backlog.take_pairs(pairs)
-        backlog.asked_ms = core.now_ms
         self._tell(backlog)
 
     def _give_up(self, backlog: Backlog, why: str) -> None:

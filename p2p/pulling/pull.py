@@ -433,6 +433,8 @@ class Pull:
     def check_gaps(self, now: m.Now) -> None:
         """Pull where a claim has waited too long; give up pulls that stand still. Called on the timer."""
         for number in [k for k, asked in self._asked.items() if now.monotonic_ms >= asked.deadline_ms]:
+            if (keyspace := self._core.keyspaces.get(number)) is not None:
+                keyspace.gap_silent = self._asked[number].node
             self._abandon(number, "no answer")
         self._repeat(now)
         for keyspace in self._core.keyspaces.values():
@@ -473,9 +475,12 @@ class Pull:
             knowledge.give_up(keyspace.gap_writer)
             return
         # The batch's sender: it is near. If it has the same gap it asks above our region, and we wait for what it gets
-        # (`PullAnswers`). So what the origin sends once is not asked of it by every node; but now and then it is, in case.
+        # (`PullAnswers`). So what the origin sends once is not asked of it by every node; but now and then it is, in case, and
+        # where the sender left the last question unanswered: it may not hear us, though we hear it.
         turn = keyspace.gap_tries % ORIGIN_EVERY == ORIGIN_EVERY - 1
-        first, second = keyspace.gap_origin if turn else keyspace.gap_peer, keyspace.gap_origin
+        asks_origin = keyspace.gap_silent == keyspace.gap_peer or (turn and keyspace.gap_silent != keyspace.gap_origin)
+        first, second = keyspace.gap_origin if asks_origin else keyspace.gap_peer, keyspace.gap_origin
+        keyspace.gap_silent = ""
         link = self._core.link(first) or self._core.link(second)
         keyspace.gap_since_ms = now.monotonic_ms
         keyspace.gap_tries += 1

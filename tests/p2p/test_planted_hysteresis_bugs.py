@@ -14,7 +14,7 @@ from ekko.codec import encode
 from ekko.model import ModelSpec, TableSpec
 from p2p import messages as m
 from p2p.busy import state_mode
-from p2p.busy.backlog import CALM_MS, Backlog
+from p2p.busy.backlog import CALM_MS, TOLD_MS_MAX, Backlog
 from p2p.busy.pairs import Pairs
 from p2p.busy.state_mode import StateMode
 from p2p.classes import SIGNIFICANT
@@ -116,16 +116,20 @@ def a_link_that_suffices_passes_batches(_seed: int) -> None:
 
 
 def without_a_rate_a_short_line_waits_a_moment(_seed: int) -> None:
-    """Acknowledgements take 400 ms: a batch that finds no credit waits, and after 150 ms of that rows are due."""
+    """Acknowledgements take 400 ms: a batch that finds no credit waits for so long, and 150 ms more; then rows are due."""
     with little_credit(4_000), mock.patch.object(push, "SHORT_BYTES_MAX", waiting.SHORT_BYTES_MAX):
         cluster = joined(delay_ms=200)
         cluster.set_rate("eu", "home", None)
         cluster.run(500)
-        for _ in range(3):
+        for _ in range(2):  # these are all that may be on its way
             write(cluster, 12)
             cluster.run(20)
-        assert state_of(cluster) is None, "it has not waited long"
-        cluster.run(waiting.SHORT_MS_MAX)
+        until_ms = cluster.now_ms + 400 + waiting.SHORT_MS_MAX
+        while cluster.now_ms < until_ms - 20:  # many more than the credit that comes back
+            write(cluster, 12)
+            assert state_of(cluster) is None, "it has not waited long"
+            cluster.run(20)
+        cluster.run(40)
         write(cluster, 12)
         assert state_of(cluster) is not None
 
@@ -152,6 +156,24 @@ def what_matters_goes_ahead(_seed: int) -> None:
     assert shows(2_000), "of a step that came while the child was asked"
     assert not shows(1_100), "the scenario proves nothing"
     assert cluster.run_until(lambda: shows(1_100), 2_000, 5)
+
+
+def who_does_not_tell_its_vector_is_left_to_pull(_seed: int) -> None:
+    """A child hears us, and we hear of it only from others: so it is after ten seconds, though a session ended meanwhile."""
+    cluster = joined(serving=2)
+    trainer = cluster.nodes["t1"].machine
+    assert trainer is not None
+    write(cluster, 1)
+    (child,) = [link.node for link in trainer._core.links.values() if link.waits_for_ack]
+    cluster.cut.add((child, "t1"))
+    cluster.run(TOLD_MS_MAX // 2)
+    write(cluster, 100)
+    backlog = state_of(cluster)
+    assert backlog is not None, "the scenario proves nothing"
+    session = backlog.link.session_out
+    assert cluster.run_until(lambda: state_of(cluster) is None, TOLD_MS_MAX + 500), "it is waited for"
+    assert backlog.link.session_out > session, "the scenario proves nothing"
+    assert trainer.counters.backlogs_refused == 1
 
 
 # --- leaving
@@ -238,6 +260,7 @@ SCENARIOS: list[Scenario] = [
     a_link_that_suffices_passes_batches,
     without_a_rate_a_short_line_waits_a_moment,
     what_matters_goes_ahead,
+    who_does_not_tell_its_vector_is_left_to_pull,
     it_is_left_when_it_was_calm,
     it_is_not_left_before_all_is_acknowledged,
     load_in_waves,
@@ -281,6 +304,11 @@ def a_line_is_overdue_at_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(push, "SHORT_MS_MAX", 0)
 
 
+def the_way_back_is_not_waited_for(patch: pytest.MonkeyPatch) -> None:
+    """A link is taken for full before the first acknowledgement could have come."""
+    patch.setattr(Link, "returns_ms", 0)
+
+
 def nothing_leaves_while_the_child_is_asked(patch: pytest.MonkeyPatch) -> None:
     """What matters waits for the child's vector."""
     ready = StateMode._is_ready
@@ -290,6 +318,17 @@ def nothing_leaves_while_the_child_is_asked(patch: pytest.MonkeyPatch) -> None:
 def a_batch_that_does_not_pass_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Rows of the batch that found no room are selected later, as if they were ordinary."""
     patch.setattr(StateMode, "note", lambda self, link, keyspace, batch: None)
+
+
+def each_session_that_ends_begins_the_wait_anew(patch: pytest.MonkeyPatch) -> None:
+    """A child that does not answer is waited for as long as something else happens."""
+    again = StateMode._again
+
+    def hopeful(self: StateMode, backlog: Backlog, why: str) -> None:
+        again(self, backlog, why)
+        backlog.asked_ms = self._core.now_ms
+
+    patch.setattr(StateMode, "_again", hopeful)
 
 
 def it_is_left_at_once(patch: pytest.MonkeyPatch) -> None:
@@ -357,8 +396,10 @@ PLANTS: list[tuple[Plant, Scenario]] = [
     (every_batch_enters, a_link_that_suffices_passes_batches),
     (a_line_is_never_overdue, without_a_rate_a_short_line_waits_a_moment),
     (a_line_is_overdue_at_once, without_a_rate_a_short_line_waits_a_moment),
+    (the_way_back_is_not_waited_for, without_a_rate_a_short_line_waits_a_moment),
     (nothing_leaves_while_the_child_is_asked, what_matters_goes_ahead),
     (a_batch_that_does_not_pass_is_forgotten, what_matters_goes_ahead),
+    (each_session_that_ends_begins_the_wait_anew, who_does_not_tell_its_vector_is_left_to_pull),
     (it_is_left_at_once, it_is_left_when_it_was_calm),
     (it_is_never_left, it_is_left_when_it_was_calm),
     (acknowledgements_are_not_waited_for, it_is_not_left_before_all_is_acknowledged),
