@@ -110,6 +110,8 @@ class Departures:
                 core.note("session_stuck", peer=link.node, bytes_in_flight=link.bytes_in_flight)
                 link.restart_session()
                 self._drop_streams(link)
+            elif link.waiting:  # there may be room for one that would show a loss
+                self._push.pump(link)
 
     def _drop_streams(self, link: Link) -> None:
         """A stream with a hole is worthless: its asker gives it up too, and asks again."""

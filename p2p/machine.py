@@ -474,7 +474,8 @@ class Machine:
                 self._feeds.spoil_keyspace(keyspace)
             if int(keyspace.knowledge.frontier[batch.writer]) != reached:
                 self._progress(keyspace, now)
-        if link is not None and envelope.session == link.session_in:
+        # Behind a hole there is nothing to acknowledge; a prefix told again so late would look like a path that became slow.
+        if link is not None and envelope.session == link.session_in and not link.is_broken(envelope.session):
             self._arrivals.applied(link, envelope, batch)
 
     def _on_pull_reply(self, link: Link, envelope: m.Envelope, reply: m.PullReply | m.ShardsReply, now: m.Now) -> None:

@@ -96,8 +96,10 @@ class Link:
     _in_state_mode: bool = False
     session_out: int = 1
     _sequence_out: int = 0
-    _in_flight: deque[tuple[int, int, int]] = field(default_factory=deque)  # (sequence, bytes, when it left)
+    # (sequence, bytes, when it left, whether it asks for its acknowledgement)
+    _in_flight: deque[tuple[int, int, int, bool]] = field(default_factory=deque)
     bytes_in_flight: int = 0
+    _was_late: bool = False  # the last acknowledgement, for the newest of what it was of
     _oldest: tuple[int, int] | None = None  # (session, sequence) of the first in flight, when we last looked
     _oldest_ms: int = 0  # and since when
     session_in: int = 0
@@ -205,6 +207,13 @@ class Link:
         )
 
     @property
+    def is_full(self) -> bool:
+        """Whether the path is known to take less than is asked of it; where no acknowledgement comes, all may be lost."""
+        if not self.is_measured or self.window.is_narrow or self._was_late:
+            return True
+        return self.bytes_in_flight >= self.credit_bytes or len(self._in_flight) >= CREDIT_MESSAGES_MAX
+
+    @property
     def no_credit_why(self) -> str:
         """For the operator: why nothing may go out; empty where something may."""
         if len(self._in_flight) >= CREDIT_MESSAGES_MAX:
@@ -235,12 +244,9 @@ class Link:
             return False
         if self.bytes_in_flight >= bytes_max or self.is_late:
             # What is in flight may be lost, which only another message shows (R3): there is room for one now and then.
-            return self.is_measured and self._is_silent() and self.bytes_in_flight < bytes_lost_max
+            silent = bool(self._in_flight) and self.window.is_silent(self.moment.ms)
+            return self.is_measured and silent and self.bytes_in_flight < bytes_lost_max
         return self.bucket is None or self.bucket.has_tokens()
-
-    def _is_silent(self) -> bool:
-        """Whether nothing has been sent for longer than an acknowledgement takes."""
-        return bool(self._in_flight) and self.moment.ms - self._in_flight[-1][2] > self.window.target_ms + ACK_DELAY_MS
 
     def passes_in_ms(self, payload_bytes: int) -> float:
         """How long until a batch has passed whole, behind those that wait; 0 where it is not known how much passes.
@@ -268,7 +274,6 @@ class Link:
             claim_bytes: what it has besides them and a header; charged to the budget of the regions only.
         """
         self._sequence_out += 1
-        self._in_flight.append((self._sequence_out, payload_bytes, self.moment.ms))
         self.bytes_in_flight += payload_bytes
         session, sequence, asks = self.session_out, self._sequence_out, False
         if self.bucket is not None:
@@ -276,6 +281,7 @@ class Link:
             self.round_trip.on_sent(session, sequence, self.bucket.at_ms)
         elif self.is_measured:
             asks = self.window.on_sent(session, sequence, payload_bytes, self.bytes_in_flight, self.moment.ms)
+        self._in_flight.append((sequence, payload_bytes, self.moment.ms, asks))
         return Envelope(self.own_boot, self.boot, session, sequence, hops, self.version, asks)
 
     def restart_session(self) -> None:
@@ -294,15 +300,18 @@ class Link:
         """
         if session != self.session_out or sequence > self._sequence_out:
             return False
+        newest = None
+        while self._in_flight and self._in_flight[0][0] <= sequence:
+            newest = self._in_flight.popleft()
+            self.bytes_in_flight -= newest[1]
         if self.bucket is not None:
             self.round_trip.on_ack(session, sequence, self.bucket.at_ms)
-        elif self.is_measured:
-            self.window.on_ack(session, sequence, self.moment.ms, CREDIT_BYTES_MAX)
-        released, before = 0, len(self._in_flight)
-        while self._in_flight and self._in_flight[0][0] <= sequence:
-            released += self._in_flight.popleft()[1]
-        self.bytes_in_flight -= released
-        return len(self._in_flight) < before
+        elif self.is_measured and newest is not None:
+            # Whatever was lost before, it took no less: it came at once, or after the delay.
+            taken_ms = self.moment.ms - newest[2] - (0 if newest[3] else ACK_DELAY_MS)
+            self._was_late = taken_ms > self.window.target_ms
+            self.window.on_ack(session, sequence, self.moment.ms, CREDIT_BYTES_MAX, late=self._was_late)
+        return newest is not None
 
     @property
     def sequence_out(self) -> int:

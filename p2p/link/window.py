@@ -15,6 +15,10 @@ acknowledgement within the target only makes the window larger, twice as large a
 who is late keeps everybody waiting; but where little of the window was used there may be other reasons (a process that stood
 still), and it is halved at most.
 
+Losses are no congestion. An acknowledgement may be lost, which a later one makes good: where that is not late for the newest of
+what it acknowledges, it tells nothing of how long the timed message took. Who has waited for half of the target asks again with
+the next message.
+
 Acknowledgements usually wait for more (`links.ACK_BYTES`). A message *asks* for its own at once (`Envelope.asks`), one in every
 eighth of the window, and where that takes longer one in `ASK_MS`, about as often as an acknowledgement would come anyway. So a
 path that is wide is not told of much more often, and one that has become narrow is noticed within the target.
@@ -119,6 +123,10 @@ class Window:
         """How large a message should be that may be of any size up to `most`."""
         return min(most, max(PIECE_BYTES_MIN, self.bytes // PARTS))
 
+    def is_silent(self, now_ms: int) -> bool:
+        """Whether nothing has asked for its acknowledgement for longer than one takes."""
+        return now_ms - self._asked_ms > self.target_ms
+
     def waits_ms(self, session: int, now_ms: int) -> int:
         """For how long a message has waited for the acknowledgement that it asked for."""
         return now_ms - self._timed.sent_ms if self._timed is not None and self._timed.session == session else 0
@@ -126,21 +134,29 @@ class Window:
     def on_sent(self, session: int, sequence: int, payload_bytes: int, in_flight: int, now_ms: int) -> bool:
         """A message leaves, and is one of `in_flight` bytes that are on their way; whether it asks for its acknowledgement."""
         self._unasked += payload_bytes
-        waits = self._timed is not None and self._timed.session == session
-        soon = not waits and (self.is_probing or now_ms - self._asked_ms >= ASK_MS)
+        timed = self._timed
+        if timed is None or timed.session != session:
+            soon = self.is_probing or now_ms - self._asked_ms >= ASK_MS
+        else:  # its acknowledgement, which is no more than a message, may be lost
+            soon = min(now_ms - timed.sent_ms, now_ms - self._asked_ms) > self.target_ms // 2
         asks = soon or self._unasked >= self.bytes // PARTS
         if asks:
             self._unasked, self._asked_ms = 0, now_ms
             self._time(session, sequence, in_flight, now_ms)
         return asks
 
-    def on_ack(self, session: int, sequence: int, now_ms: int, most: int) -> None:
-        """Everything of the session up to `sequence` was acknowledged; the window is never more than `most`."""
+    def on_ack(self, session: int, sequence: int, now_ms: int, most: int, *, late: bool = True) -> None:
+        """Everything of the session up to `sequence` was acknowledged; the window is never more than `most`.
+
+        `late`: so it is also for the newest of that.
+        """
         timed = self._timed
         if timed is None or timed.session != session or sequence < timed.sequence:
             return
         self._timed = None
         taken_ms = max(1, now_ms - timed.sent_ms)
+        if taken_ms > self.target_ms and not late:
+            return  # its own was lost, and this one is of what left later
         self._note_round_trip(timed, taken_ms, now_ms)
         self._fit(timed.in_flight, taken_ms, most)
 

@@ -385,6 +385,8 @@ class Push:
             slow = link.passes_in_ms(batch.payload_bytes) > PASS_MS_MAX
             if slow and self._enter(link, keyspace, one, "a batch would take too long"):
                 continue
+            if link.waiting and link.is_late:
+                self.pump(link)  # there may be room for one that would show a loss
             if not link.waiting and link.admits_batch(batch.payload_bytes):
                 self._send(link, one)
             elif not self._let_wait(link, keyspace, one):
@@ -400,7 +402,9 @@ class Push:
             credit = links.CREDIT_BYTES_MAX if link.bucket is None else link.credit_bytes
             return line.add(one, credits_max * credit, core.now_ms)
         short_ms = SHORT_MS_MAX + link.returns_ms if link.bucket is None else SHORT_RATED_MS_MAX
-        if not line.is_overdue(core.now_ms, short_ms) and line.add(one, SHORT_BYTES_MAX, core.now_ms):
+        # Where nothing says that the path is full, what is in flight may be lost: a line that waits on is sent or dropped then.
+        overdue = link.is_full and line.is_overdue(core.now_ms, short_ms)
+        if not overdue and line.add(one, SHORT_BYTES_MAX, core.now_ms):
             return True
         return self._enter(link, keyspace, one, "a batch found no credit")
 

@@ -74,7 +74,7 @@ def fed_by_several(seed: int) -> None:
         assert cluster.publish("t1", "item", [0], -1.0)
         cluster.run(1_000)
         watch, trainer = Watch(cluster), cluster.nodes["t1"]
-        cluster.options = NetworkOptions(1, 5, links={"eu/home": LinkOptions(10, 8.0)})
+        cluster.options = NetworkOptions(1, 5, links={"eu/home": LinkOptions(10, 5.0)})
         written: list[tuple[int, int]] = []
         late_ms, split = 0, False
         for step in range(125):

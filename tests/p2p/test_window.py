@@ -312,7 +312,7 @@ def _never_shrinks(patch: pytest.MonkeyPatch) -> None:
 
 def _acknowledgements_do_not_count(patch: pytest.MonkeyPatch) -> None:
     """What is acknowledged tells nothing of the path."""
-    patch.setattr(Window, "on_ack", lambda *_: None)
+    patch.setattr(Window, "on_ack", lambda *_, **__: None)
     patch.setattr(Link, "is_late", False)
 
 

@@ -5,7 +5,7 @@ What the older state and the log say of any moment that is said to be known exac
 
 import random
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
@@ -17,12 +17,14 @@ from ekko.model import TableSpec
 from ekko.store import Store
 from p2p import wire
 from p2p.pulling import outbox
-from sim_cluster.network import NetworkOptions
+from sim_cluster.network import LinkOptions, NetworkOptions
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.backlog_chaos import little_credit
 
 CALM = NetworkOptions()
 FAULTS = NetworkOptions(1, 30, 40, loss_probability=0.08, repeat_probability=0.1, reorder_probability=0.2)
+# So narrow that it takes less than is written.
+NARROW = replace(FAULTS, links={"eu/home": LinkOptions(rate_bytes_per_ms=4.0)})
 MODEL = "ctr"
 LOG_BYTES = 1 << 20
 Rows = dict[int, float]  # key -> value, of what is there
@@ -165,7 +167,7 @@ def moments_are_told_exactly(seed: int, folder: Path, *, lossy: bool = False, bu
         cluster.run(4_000)
         for trainer in ("t1", "t2"):
             assert cluster.run_until(lambda name=trainer: cluster.publish(name, "item", [1], 1.0) != 0), "nobody can write"
-        cluster.options = FAULTS
+        cluster.options = NARROW if busy else FAULTS
         for step in range(70):
             for trainer in ("t1", "t2"):
                 if cluster.nodes[trainer].machine is not None:
