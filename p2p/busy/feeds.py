@@ -3,7 +3,7 @@
 We are told of it, and tell our vector, in a question of the pull; chunks follow, whose rows are applied and claim nothing, and
 now and then a claim. It is taken only as the next message of an unbroken session in which every chunk since our question was
 taken: if one was refused, found no room, or lay behind a hole, the claim would speak of rows that are not here. Then we ask
-anew.
+anew. Where there is no room, that is after a pause; until then what comes is taken for keys that are here, which needs none.
 
 What is queued for us is not pulled (R16); for how long, the notices say, which are repeated. A parent that is gone, or gives
 up, is silent, and pulls heal what is left as ever.
@@ -65,12 +65,12 @@ class Feeds:
             keyspace.replica.set_fed(True)
             self._fed += 1
         elif feed.number != told.number:
-            feed.request, feed.flows, feed.asked_ms = 0, False, -ASK_MS
+            feed.request, feed.roomless, feed.flows, feed.asked_ms = 0, 0, False, -ASK_MS
         feed.pairs, feed.number, feed.until_ms, feed.retired_digest = pairs, told.number, until_ms, told.retired_digest
         wanted = not self._waits_for_room(keyspace, now) and not feed.flows and now.monotonic_ms - feed.asked_ms >= ASK_MS
         # Our vector may be megabytes: who makes us tell it pays as for a selection, or small notices would cost us large ones.
         if wanted and link.admits_selection(told.keyspace, now.monotonic_ms):
-            feed.request = self._pull.tell_vector(keyspace, link, feed.request)
+            feed.request, feed.roomless = self._pull.tell_vector(keyspace, link, feed.request), 0
             feed.asked_ms = now.monotonic_ms
         return feed
 
@@ -103,17 +103,21 @@ class Feeds:
         ):
             self.spoil(link)
             return False
-        feed.flows = feed.flows or bool(chunk.request)
         feed.until_ms = now.monotonic_ms + KEPT_MS
-        written = take_rows(core, keyspace, chunk.columns, now)
+        answers = chunk.request != 0 and chunk.request == feed.request
+        feed.flows = feed.flows or answers
+        columns = chunk.columns if answers or not chunk.request else full.held(keyspace, chunk.columns)
+        written = take_rows(core, keyspace, columns, now)
         if written is None:
             self.spoil(link)
-            full.call_off(core, link, last=False)
-            return False
-        core.emit(m.RowsApplied(chunk.keyspace, chunk.columns))
+            answers, feed.roomless = False, chunk.request
+            columns = full.held(keyspace, columns)
+            written = take_rows(core, keyspace, columns, now)
+        core.emit(m.RowsApplied(chunk.keyspace, columns))
         if written or (chunk.until > keyspace.knowledge.vector[np.ix_(chunk.shards, chunk.writers)]).any():
             feed.moved_ms = now.monotonic_ms
-        if chunk.claims:
+        claims = chunk.claims and answers
+        if claims:
             observe(core, chunk.until, chunk.frontier)
             base = np.zeros_like(chunk.until)  # it is of what we told, and of what was claimed since
             knowledge = keyspace.knowledge
@@ -122,16 +126,17 @@ class Feeds:
                 knowledge.learn_frontier_later(writer, int(chunk.frontier[column]), chunk.rest_shards, chunk.rest[:, column])
         if chunk.ends:
             self._end(keyspace, link.boot)
-        return chunk.claims
+        return claims
 
     def _expects(self, keyspace: Keyspace, feed: Feed, chunk: m.StateChunk, now: m.Now) -> bool:
         """Whether a chunk answers our question, or has rows that go ahead of it, which any time is right for (T3).
 
         A question carries what we know of retirements (R13), and is forgotten when that changes; rows that go ahead of it are
-        taken while the sender knew the same when it said that they would come.
+        taken while the sender knew the same when it said that they would come. So is what goes on coming for a question after
+        something found no room.
         """
         if chunk.request:
-            return chunk.request == feed.request
+            return chunk.request in (feed.request, feed.roomless)
         return feed.retired_digest == self._core.retired_digest and not full.pauses(keyspace, now)
 
     def _check(self, keyspace: Keyspace, chunk: m.StateChunk, now: m.Now) -> None:
@@ -160,7 +165,10 @@ class Feeds:
                 self._spoil(feed)
 
     def _spoil(self, feed: Feed | None) -> None:
-        if feed is not None and feed.request:
+        if feed is None:
+            return
+        feed.roomless = 0
+        if feed.request:
             feed.request, feed.flows = 0, False
             self._core.counters.feeds_spoiled += 1
 

@@ -78,7 +78,8 @@ class Feed:
     moved_ms: int  # when it brought something that was new here, or began
     retired_digest: int = 0  # over all that the sender knows of retirements
     request: int = 0  # the question in which we told our vector last; 0: none that counts
-    asked_ms: int = -1_000_000  # when it was asked
+    roomless: int = 0  # a question that does not count any more, since something that answered it found no room
+    asked_ms: int = -1_000_000  # when our vector was told
     flows: bool = False  # chunks that answer it have come
 
     def holds_back(self, now_ms: int) -> bool:

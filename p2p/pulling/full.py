@@ -5,10 +5,16 @@ it had never come, and pulls it. While pulls find no room either, they pause, fo
 that are there goes on, as do look-ups, forwarding and everything else.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from p2p import messages as m
 from p2p.core import Core, Full, Keyspace
 from p2p.errors import FullError
 from p2p.link.links import Link
+from p2p.placement import take
+from p2p.replica import RowColumns
 
 # After a refusal the first pull waits for so long, then for twice as long, and so on: an answer that finds no room costs its
 # answerer a selection, and the network what was on its way.
@@ -46,6 +52,16 @@ def call_off(core: Core, link: Link, *, last: bool) -> None:
     """Spare the network the rest of an answer that finds no room: who is told of a broken session drops what it streams."""
     if not last:
         core.send(link, m.SessionBroken(link.session_in))
+
+
+def held(keyspace: Keyspace, columns: Sequence[RowColumns]) -> tuple[RowColumns, ...]:
+    """The rows of keys that are here: they need no room."""
+    left = []
+    for column in columns:
+        here = np.flatnonzero(keyspace.replica.places_of(column.table, column.keys) >= 0)
+        if here.size:
+            left.append(column if here.size == len(column.keys) else take(column, here))
+    return tuple(left)
 
 
 def pauses(keyspace: Keyspace, now: m.Now) -> bool:

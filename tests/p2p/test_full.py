@@ -13,7 +13,9 @@ from p2p.paper.sync import PRESETS, PUSH, SyncOptions
 from p2p.pulling import full
 from p2p.replica import Applied
 from sim_cluster.checkers import Watch, check_converged, check_knowledge, contents
+from sim_cluster.network import LinkOptions, NetworkOptions
 from sim_cluster.virtual import VirtualCluster
+from tests.p2p.backlog_chaos import little_credit
 from tests.p2p.chaos import at_rest, check_claims
 from tests.p2p.presets import quick_first
 from tests.small_memory import SmallMemory
@@ -100,6 +102,34 @@ def test_updates_of_what_is_held_go_on_while_new_rows_are_refused() -> None:
     rows, _ = cluster.nodes["us1"].store.models["ctr"].lookup("item", np_keys(HELD))
     assert rows[:, 0].tolist() == [3.0] * len(HELD)
     check_claims(cluster)
+
+
+def held_while_busy() -> str:
+    """New rows find no room, over links in state mode; says which of those that are there are old after seven seconds."""
+    with little_credit():
+        cluster, memory = start("us1")
+        memory.fill()
+        cluster.options = NetworkOptions(1, 2, links={"t1/us": LinkOptions(shared_bytes_per_ms=40)})
+        for number in range(60):
+            assert cluster.publish("t1", "item", range(2_000 + 100 * number, 2_100 + 100 * number), 2.0)
+            cluster.run(20)
+        keyspace = next(iter(cluster.nodes["us1"].machine._core.keyspaces.values()))  # type: ignore[union-attr]
+        assert keyspace.feeds, "no link towards it is in state mode"
+        assert keyspace.full is not None, "it is not full"
+        assert cluster.publish("t1", "item", HELD, 3.0)
+        cluster.run(7_000)
+        check_claims(cluster)
+        rows, _ = cluster.nodes["us1"].store.models["ctr"].lookup("item", np_keys(HELD))
+        return ", ".join(str(key) for key, value in zip(HELD, rows[:, 0].tolist(), strict=True) if value != 3.0)
+
+
+def test_so_they_do_where_rows_come_by_priority() -> None:
+    assert held_while_busy() == ""
+
+
+def test_a_full_node_that_takes_no_rows_by_priority_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full, "held", lambda keyspace, columns: ())
+    assert held_while_busy() != ""
 
 
 def np_keys(keys: range) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
