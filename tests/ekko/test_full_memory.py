@@ -81,7 +81,8 @@ def test_full_nodes_live_say_so_and_recover_by_themselves(tmp_path: Path) -> Non
             wait_until(lambda: reader.lookup("item", held)[:, 0].tolist() == [3.0] * 1_000, "held rows are updated", 20)
             status = serve.status()
             assert status["models"]["ctr"]["rows"] < stored
-            assert status["counters"]["batches_refused_full"] > 0
+            refused = [status["counters"][f"{what}_refused_full"] for what in ("batches", "answers")]
+            assert sum(refused) > 0  # whichever way rows come: on a busy machine the link may be in state mode
             assert serve.log_path.read_text().count("memory_full") <= 3
 
             for memory in (large, small):
