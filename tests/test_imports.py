@@ -17,7 +17,7 @@ from ekko.model import CODECS
 from sim_cluster.demo.cli import CODEC_NAMES
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("p2p", "ekko", "sim_cluster")
+PACKAGES = ("p2p", "gpu", "ekko", "sim_cluster")
 
 
 @dataclass(frozen=True)
