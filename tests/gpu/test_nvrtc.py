@@ -18,12 +18,13 @@ extern "C" __global__ void shift(const float* x, float* y, long long n) {
   if (i < n) y[i] = s[(i + ONE) & 63];
 }
 """
-# An array that is indexed by a value lives in memory: a stack frame.
+# An array that is written at places known only when it runs lives in memory: a stack frame.
 FRAME = """
 extern "C" __global__ void frame(float* y) {
   float a[64];
-  for (int i = 0; i < 64; i++) a[i] = y[i];
-  y[0] = a[(int)y[16] & 63] + a[(int)y[17] & 63];
+  for (int i = 0; i < 64; i++) a[i] = 0;
+  for (int i = 0; i < 64; i++) a[(int)y[i] & 63] += y[i];
+  y[0] = a[(int)y[64] & 63];
 }
 """
 # 1,024 threads of a block leave 64 registers a thread: 96 sums in use at a time do not fit.
