@@ -1,22 +1,29 @@
-"""What goes wrong with a device. Each says in one line what it is and what to do."""
+"""Errors of devices. Each message is one line: what was wrong, what was expected, what to do."""
 
 
 class DeviceError(Exception):
-    """The device, or what talks to it, cannot do what was asked for."""
+    """Base of every error of a device; raised itself when a device is missing or failed while it ran."""
 
 
 class DeviceMemoryError(DeviceError):
-    """The device has too little memory; nothing was taken."""
+    """The device has no room. `needed` and `free` are bytes; nothing was allocated."""
 
-    def __init__(self, needed: int, free: int) -> None:
-        super().__init__(f"{needed:,} bytes of device memory are needed and {free:,} are free")
+    def __init__(self, needed: int, free: int, what: str = "an array") -> None:
+        super().__init__(f"{what} needs {needed:,} bytes of device memory, {free:,} are free: give the cache fewer rows")
         self.needed = needed
         self.free = free
 
 
 class CompileError(DeviceError):
-    """A kernel does not compile, or there is no compiler; the compiler's log follows the first line."""
+    """A kernel could not be compiled: no compiler, or its complaint."""
 
 
 class ArgumentError(DeviceError, ValueError):
-    """Wrong device, dtype, shape or memory order of an array; nothing was launched."""
+    """An array or a number that a kernel cannot take: wrong device, dtype, shape, or not contiguous. Nothing was launched."""
+
+
+class KernelError(DeviceError):
+    """A kernel did what no kernel may: out of bounds, a race, a collective with lanes missing, or it never ended.
+
+    Only the host twin can tell. The message has the seed that replays the run.
+    """
