@@ -161,6 +161,25 @@ class Memory:
     counters: Any
 
 
+@dataclass(frozen=True, slots=True)
+class PooledJob:
+    """One table's part in a pooled look-up; all arrays on the device.
+
+    `keys` uint64[n]; `offsets` int64[bags + 1], from 0 to n and never falling; `weights` float32[n] or None; `out`
+    float32[bags, dim]; `missed` int64[n], `missed_count` uint64[1]: indices of keys that were not found, and how many they are.
+    """
+
+    memory: Memory
+    policy: int
+    tick: int
+    keys: Any
+    offsets: Any
+    weights: Any
+    out: Any
+    missed: Any
+    missed_count: Any
+
+
 def row_bytes(codec: str, dim: int) -> int:
     """Bytes of one encoded row."""
     match codec:
