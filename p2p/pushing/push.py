@@ -22,6 +22,7 @@ from p2p.classes import significant_by_step, significant_rows
 from p2p.core import FIFO, STATE, Core, Keyspace
 from p2p.errors import FullError, LocalProtocolError, RemoteProtocolError, UnknownTableError
 from p2p.identity.allotment import Allotment
+from p2p.knowledge import Knowledge
 from p2p.link import links
 from p2p.link.budget import CLAIM_BYTES
 from p2p.link.links import Link
@@ -322,25 +323,14 @@ class Push:
         core = self._core
         keyspace = core.keyspaces[batch.keyspace]
         core.clock.observe(batch.stamp)
-        claims = batch.claims
         applied = keyspace.replica.apply(batch.columns, batch.stamp) if batch.columns else None
         if applied is not None:
             note_rows(core, keyspace, batch.columns, applied)
-        whole = keyspace.knowledge.learn_step(
-            batch.stamp,
-            batch.writer_prev,
-            batch.shards_touched,
-            claims.shards,
-            claims.prev,
-            claims.part,
-            claims.parts,
-            claims.until,
-            None if batch.steps is None else batch.steps.stamps,
-        )
+        whole = learn_batch(keyspace.knowledge, batch)
         if not whole:
             keyspace.strays_possible = True
             keyspace.gap_origin = batch.origin
-            waits = not keyspace.gap_peer or keyspace.knowledge.claims_wait(batch.writer, claims.shards)
+            waits = not keyspace.gap_peer or keyspace.knowledge.claims_wait(batch.writer, batch.claims.shards)
             if waits and not keyspace.gap_upstream:
                 # The tree it came down has a hole above us, or its sender has one. A sender outside of the region is above all
                 # of it; where each asked another within, they might wait for each other.
@@ -499,6 +489,26 @@ def check_batch(keyspace: Keyspace, batch: m.Batch, now: m.Now) -> None:
     if batch.origin == "" or batch.shards_touched > replica.shards:
         raise RemoteProtocolError("a batch of nobody, or of too many shards")
     replica.check(batch.columns, shards)
+
+
+def learn_batch(knowledge: Knowledge, batch: m.Batch) -> bool:
+    """Take the claims of a batch, whose rows are all applied.
+
+    Returns:
+        Whether all of its steps, and everything before them, is known now (`Knowledge.learn_step`).
+    """
+    claims, steps = batch.claims, batch.steps
+    return knowledge.learn_step(
+        batch.stamp,
+        batch.writer_prev,
+        batch.shards_touched,
+        claims.shards,
+        claims.prev,
+        claims.part,
+        claims.parts,
+        claims.until,
+        None if steps is None else steps.stamps,
+    )
 
 
 def _touched(shards: int, shard_of: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:

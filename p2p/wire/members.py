@@ -1,5 +1,6 @@
 """Members, schema and heartbeats on the wire (`p2p.members`)."""
 
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Final
@@ -55,22 +56,13 @@ def _unpack_member(value: Header) -> m.MemberRecord:
     if told < PROTOCOL_VERSION:
         value = extend(value, _MEMBER_ADDED, told)
     node, boot, boot_ms, region, role, address, heartbeat, left, writers, version, deaf, holds = value
-    if type(writers) is list and type(holds) is list and not writers and not holds:
-        return _unpack_plain_member(node, boot, boot_ms, region, role, address, heartbeat, left, version, deaf, told)
-    return m.MemberRecord(
-        text(node),
-        uint(boot),
-        uint(boot_ms, TIME_BITS),
-        text(region),
-        text(role),
-        text(address),
-        uint(heartbeat, 32),
-        flag(left),
-        items(writers, WRITER_RECORDS_MAX, _unpack_writer_record),
-        uint(version, 32),
-        flag(deaf),
-        items(holds, HOLDINGS_MAX, _unpack_holding),
-        told,
+    plain = _unpack_plain_member(node, boot, boot_ms, region, role, address, heartbeat, left, version, deaf, told)
+    if writers == [] and holds == []:
+        return plain
+    return replace(
+        plain,
+        writers=items(writers, WRITER_RECORDS_MAX, _unpack_writer_record),
+        holds=items(holds, HOLDINGS_MAX, _unpack_holding),
     )
 
 
@@ -89,7 +81,7 @@ def _unpack_plain_member(
     deaf: object,
     told: int,
 ) -> m.MemberRecord:
-    """A record that names no writers and no holdings."""
+    """What a record says besides its writers and holdings; most have neither."""
     return m.MemberRecord(
         text(node),
         uint(boot),

@@ -24,7 +24,7 @@ from p2p.members.trees import TREES_MAX
 from p2p.pushing import groups
 from p2p.pushing.cutting import split_step
 from p2p.pushing.groups import LINGER_MS, Group, Step, join
-from p2p.pushing.push import Push
+from p2p.pushing.push import Push, learn_batch
 from p2p.replica import RowColumns, WriterIdentity
 from p2p.stamps import make_stamp
 from p2p.versions import PROTOCOL_VERSION
@@ -68,20 +68,9 @@ class Node:
 
     def take(self, batch: m.Batch) -> None:
         """A batch's rows, then its claims, as `Push.apply` takes them."""
-        claims = batch.claims
-        self.replica.check(batch.columns, claims.shards)
+        self.replica.check(batch.columns, batch.claims.shards)
         self.replica.apply(batch.columns, batch.stamp)
-        self.knowledge.learn_step(
-            batch.stamp,
-            batch.writer_prev,
-            batch.shards_touched,
-            claims.shards,
-            claims.prev,
-            claims.part,
-            claims.parts,
-            claims.until,
-            None if batch.steps is None else batch.steps.stamps,
-        )
+        learn_batch(self.knowledge, batch)
 
     def pull(self, other: "Node") -> None:
         """All that the other one holds, and its vector."""
