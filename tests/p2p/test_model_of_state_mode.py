@@ -6,6 +6,7 @@ from tests.p2p.model.counterexamples import COUNTEREXAMPLES
 from tests.p2p.model.rules import RULES
 from tests.p2p.model.search import Search, replay
 from tests.p2p.model.state_mode import Model
+from tests.p2p.model.walks import read_walk, show_walk
 
 NONE = frozenset[str]()
 
@@ -13,7 +14,7 @@ NONE = frozenset[str]()
 def test_walks_with_all_rules_make_no_false_claim() -> None:
     search = Search(1, NONE)
     found = search.run(60.0, walks_max=300)
-    assert found is None, f"{replay(found, NONE)}: {found}"
+    assert found is None, f"{replay(found, NONE)}: {show_walk(found)}"
     assert search.claims > 200, "the walks prove nothing: hardly any claim was taken"
 
 
@@ -36,14 +37,18 @@ def test_the_search_finds_what_an_obvious_mistake_does() -> None:
 
 def test_a_quiet_link_claims_what_was_written() -> None:
     model = Model()
-    for action in [("congest", 0, 1), ("deliver", 0, False, False), ("deliver", 0, False, False), ("write", 0, 0)]:
+    for action in read_walk("congest 0 1, deliver 0, deliver 0, write 0 0, send 0 1 0, send 0 1 0, deliver 0, deliver 0"):
         assert model.act(action)
-    for _ in range(2):
-        assert model.act(("send", 0, 1, 0))
-    for _ in range(2):
-        assert model.act(("deliver", 0, False, False))
     assert model.nodes[1].vector == {(0, 0): 1}
     assert model.nodes[1].rows[0].stamp == 1
+
+
+def test_walks_are_read_as_they_are_shown() -> None:
+    assert read_walk("crash 2 keep, deliver 1 full") == [("crash", 2, True), ("deliver", 1, False, True)]
+    for walk in COUNTEREXAMPLES.values():
+        assert read_walk(show_walk(walk)) == walk
+    with pytest.raises(ValueError, match="keep"):
+        read_walk("write 0 1 keep")
 
 
 @pytest.mark.long  # five minutes: a million actions
@@ -51,7 +56,7 @@ def test_a_quiet_link_claims_what_was_written() -> None:
 def test_many_walks_with_all_rules_make_no_false_claim(seed: int) -> None:
     search = Search(1_000 + seed, NONE)
     found = search.run(3_600.0, walks_max=8_000)
-    assert found is None, f"{replay(found, NONE)}: {found}"
+    assert found is None, f"{replay(found, NONE)}: {show_walk(found)}"
 
 
 @pytest.mark.long  # each is found again from nothing; some only by hand, since they take so many particular steps

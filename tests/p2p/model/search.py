@@ -11,14 +11,11 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from tests.p2p.model.parts import KEYS, NODES, ORIGINS, FalseClaimError
 from tests.p2p.model.rules import RULES
 from tests.p2p.model.state_mode import Model
-
-Action = tuple[Any, ...]
-Walk = list[Action]
+from tests.p2p.model.walks import Action, Walk, show_walk
 
 STEPS = (20, 120)
 KINDS = {
@@ -172,9 +169,8 @@ def main() -> None:
         finds = [found for _ in range(options.tries) if (found := search.run(options.seconds / options.tries))]
         told = f"{search.walks} walks, {search.actions} actions, {search.claims} claims taken"
         best = min(finds, key=len, default=Walk())
-        lines = [f"off: {', '.join(off) or 'nothing'}; {told}: {replay(best, off) or 'no false claim'}"]
-        lines += [f"    {action}," for action in best]
-        sys.stdout.write("\n".join(lines) + "\n")
+        sys.stdout.write(f"off: {', '.join(off) or 'nothing'}; {told}: {replay(best, off) or 'no false claim'}\n")
+        sys.stdout.write(f"    {show_walk(best)}\n" if best else "")
         sys.stdout.flush()
 
 
