@@ -174,3 +174,11 @@ def fill(cluster: VirtualCluster, steps: int, keys: int = KEYS, every_ms: int = 
     for step in range(steps):
         cluster.publish("t1", "item", [(step * 7 + number) % keys for number in range(8)], float(step))
         cluster.run(every_ms)
+
+
+def fill_checked(cluster: VirtualCluster, watch: Watch, steps: int, keys: int) -> None:
+    """The same, two at a time, and nothing is claimed that is not there."""
+    for step in range(steps):
+        fill(cluster, 2, keys)
+        problem = watch.check()
+        assert not problem, f"seed {cluster.seed}, step {step}: {problem}"

@@ -24,6 +24,7 @@ from tests.p2p.backlog_chaos import (
     backlog_of,
     congested_under_faults,
     fill,
+    fill_checked,
     little_credit,
     pair,
     settle,
@@ -72,10 +73,7 @@ def lossy(seed: int) -> None:
         cluster = pair(seed)
         watch = Watch(cluster)
         cluster.options = NetworkOptions(1, 5, links={"eu/home": LinkOptions(10, 3.0, loss_probability=0.1)})
-        for step in range(80):
-            fill(cluster, 2, keys=160)
-            problem = watch.check()
-            assert not problem, f"seed {seed}, step {step}: {problem}"
+        fill_checked(cluster, watch, 80, keys=160)
         settle(cluster, watch)
 
 
@@ -93,10 +91,7 @@ def sockets_are_full(seed: int) -> None:
             return None if chunk and asked % 7 == 5 else arrivals(*args)
 
         patch.setattr(network, "arrivals", some)
-        for step in range(100):
-            fill(cluster, 2, keys=120)
-            problem = watch.check()
-            assert not problem, f"seed {seed}, step {step}: {problem}"
+        fill_checked(cluster, watch, 100, keys=120)
         assert asked > 20, f"seed {seed}: the scenario proves nothing"
         patch.undo()
         settle(cluster, watch)
@@ -116,10 +111,7 @@ def chunks_are_refused(seed: int) -> None:
         cluster = pair(seed)
         patch.setattr(feeds, "check_rows", check)
         watch = Watch(cluster)
-        for step in range(160):
-            fill(cluster, 2, keys=60)
-            problem = watch.check()
-            assert not problem, f"seed {seed}, step {step}: {problem}"
+        fill_checked(cluster, watch, 160, keys=60)
         assert refused > 5, f"seed {seed}: the scenario proves nothing"
         patch.undo()
         settle(cluster, watch)
