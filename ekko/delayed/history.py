@@ -129,10 +129,6 @@ class History:
 
     # --- what is asked
 
-    def is_exact(self, cut: int) -> bool:
-        """Whether the state at a cut is known exactly."""
-        return self.valid_cut(cut) == cut
-
     def valid_cut(self, wanted: int) -> int | None:
         """The newest cut up to `wanted` of which the state is known exactly; None: there is none any more, or yet."""
         cut = min(wanted, self.complete)

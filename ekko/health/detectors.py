@@ -37,7 +37,6 @@ LONE_MAX: Final = 64
 STARTS_MAX: Final = 8_640
 # Windows in a row beyond a fixed bound; one alone is uncertain.
 BEYOND_WINDOWS: Final = 3
-DRIFT_METHODS: Final = ("adwin", "page_hinkley", "kswin")
 
 
 @dataclass(frozen=True, slots=True)

@@ -280,12 +280,10 @@ class Performer:
         """Ask the protocol; what was asked before of the same kind is answered by this one's answer."""
         for number in [number for number, asked in self._asked.items() if asked == effect]:
             del self._asked[number]
-        answered: list[int] = []
 
         def note(number: int) -> Asked:
             # Before it is asked: the answer may come at once.
             self._asked[number] = effect
-            answered.append(number)
             return make(number)
 
         self._node.ask(note)
@@ -444,10 +442,6 @@ class Performer:
             return None
         kept = ~same
         return PlanBatch(batch.table, batch.keys[kept], batch.rows[kept[:live]], batch.expected[kept])
-
-    def progress(self) -> dict[str, object]:
-        """For people."""
-        return {"step": Step(self.fact.step).name.lower(), "rows_done": self.fact.rows_done, "rows": self.fact.rows}
 
 
 def _counted(cut_ms: int, pieces: Iterator[PlanBatch | RowsAtRisk | None]) -> Generator[Summary | None, None, None]:

@@ -71,10 +71,6 @@ class Plan:
         """How long the stream takes."""
         return self.events / self.rate
 
-    def second_of(self, event: int) -> float:
-        """When an event was due, counted from the start of the stream; `event` counts from the first of all."""
-        return (event - self.start) / self.rate
-
 
 def events_of(stages: tuple[Stage, ...]) -> int:
     """The longest that the stream gets."""

@@ -315,9 +315,9 @@ def test_blurs_are_bounded_and_only_grow_together() -> None:
     assert len(history.blurs) == BLURS_MAX
     assert history.blurs == sorted(history.blurs)
     for begin in range(0, 1_000, 4):
-        assert not history.is_exact(begin + 1)
-        assert not history.is_exact(begin + 2)
-    assert history.is_exact(1_001)
+        assert history.valid_cut(begin + 1) != begin + 1
+        assert history.valid_cut(begin + 2) != begin + 2
+    assert history.valid_cut(1_001) == 1_001
     assert History.from_json(history.to_json()).blurs == history.blurs
 
 
