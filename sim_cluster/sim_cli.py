@@ -88,7 +88,8 @@ def _seeds(text: str, seed: int) -> Sequence[int]:
 
 
 def _run_virtual(plan: "Scenario", path: Path, seed: int, options: str) -> "Outcome":
-    from sim_cluster.swarm import minimise, run_virtual
+    from sim_cluster.minimise import minimise
+    from sim_cluster.swarm import run_virtual
 
     outcome = run_virtual(plan, seed)
     p99 = "-" if outcome.delay_p99_ms is None else f"{outcome.delay_p99_ms} ms"

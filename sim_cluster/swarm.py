@@ -1,4 +1,4 @@
-"""One scenario in virtual time, with every invariant checked; and what to do about a seed that fails.
+"""One scenario in virtual time, with every invariant checked.
 
 A run: the cluster forms, then load and faults run for the scenario's duration while a `Watch` looks again and again, then all
 faults end, and within the settling time every node must hold the same. At last the cluster must be as good as new: what is
@@ -7,37 +7,29 @@ published then reaches every node by push alone, once, and waits for it end.
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from types import ModuleType
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
 from ekko.model import ModelSpec, TableSpec, table_id
-from ekko.store import Store, collecting, eviction, fetching, recent
+from ekko.store import Store
 from ekko.store.capacity import Capacity
-from p2p import knowledge, reach, status, wire
 from p2p import messages as m
-from p2p.busy import state_mode
 from p2p.identity.ledger import NodeRecord
-from p2p.link import links
 from p2p.machine import NodeStatus
-from p2p.paper import round_answers
 from p2p.paper.sync import PRESETS
-from p2p.pulling import outbox, pull, pull_answers
-from p2p.pushing import push
 from p2p.pushing.groups import LINGER_MS
 from p2p.stamps import writer_of
 from p2p.versions import FIRST_VERSION, PROTOCOL_VERSION
 from sim_cluster import comings, fences
+from sim_cluster.bounds import little_credit, quick_evictions, short_queues, small_messages, soon_expired
 from sim_cluster.checkers import Watch
+from sim_cluster.disturbing import Disturbances
 from sim_cluster.meter import Meter
-from sim_cluster.network import LinkOptions, NetworkOptions, pair_of
+from sim_cluster.network import NetworkOptions
 from sim_cluster.node import VirtualNode
-from sim_cluster.scenario import BURST_MAX, FaultEvent, Faults, Scenario, Workload, draw_hold
-from sim_cluster.snapshots import Snapshot
+from sim_cluster.scenario import BURST_MAX, Faults, Scenario, Workload
 from sim_cluster.version_watch import VersionWatch
 from sim_cluster.virtual import VirtualCluster
 
@@ -50,15 +42,10 @@ PATIENT_EVERY: Final = 10
 STEADY_MS: Final = 2_000
 STEADY_STEPS: Final = 6
 STEADY_EVERY_MS: Final = 400
-EXPIRED_MS: Final = 1_000
-SNAPSHOT_MS: Final = 700
-SMALL_RING: Final = 16  # changes; tables of a swarm have some hundred rows
 READ_KEYS: Final = 20
 WAIT_PROBABILITY: Final = 0.1
 WAIT_MS_MAX: Final = 5_000
 QUEUES_EVERY_MS: Final = 1_000
-MINIMISE_RUNS_MAX: Final = 60
-_PLAIN: Final = NetworkOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,75 +89,8 @@ def run_virtual(scenario: Scenario, seed: int, faults: Faults | None = None) -> 
     )
 
 
-@contextmanager
-def small_messages(bytes_max: int) -> Iterator[None]:
-    """Batches and chunks are cut at so many bytes meanwhile, so that parts and chunks are many, and update caches begin small,
-    so that they forget; 0: as in production.
-    """
-    changes: tuple[tuple[ModuleType, str, int], ...] = (
-        (wire, "BATCH_BYTES_MAX", bytes_max),
-        (outbox, "CHUNK_BYTES_MAX", bytes_max),
-        (state_mode, "CHUNK_BYTES_MAX", bytes_max),
-        (recent, "RING_START", SMALL_RING),
-        (recent, "WINDOW_MIN", 2 * SMALL_RING),
-        (recent, "WINDOW_START", 4 * SMALL_RING),
-    )
-    with _changed(changes if bytes_max else ()):
-        yield
-
-
-@contextmanager
-def short_queues(wanted: bool) -> Iterator[None]:
-    """Bounds of the protocol are so low meanwhile that they are met all the time: what does not fit must be repaired."""
-    changes: tuple[tuple[ModuleType, str, int], ...] = (
-        (knowledge, "OPEN_STEPS_MAX", 8),
-        (links, "CREDIT_MESSAGES_MAX", 16),
-        (links, "CREDIT_BYTES_MAX", 8_000),
-        (push, "SHORT_BYTES_MAX", 2_000),
-        (push, "SEEN_MAX", 32),
-        (reach, "WAITS_MAX", 2),
-        (reach, "QUESTIONS_MAX", 2),
-        # Those that other modules have under the same name.
-        (status, "OPEN_STEPS_MAX", 8),
-        *((module, "STREAMS_MAX", 1) for module in (outbox, pull, pull_answers, round_answers, status)),
-    )
-    with _changed(changes if wanted else ()):
-        yield
-
-
-@contextmanager
-def little_credit(wanted: bool) -> Iterator[None]:
-    """Links have credit for some steps, so that what is narrower than what is written shows within a second."""
-    changes: tuple[tuple[ModuleType, str, int], ...] = (
-        (links, "CREDIT_BYTES_MAX", 8_000),
-        (push, "SHORT_BYTES_MAX", 2_000),
-        (state_mode, "CHUNK_BYTES_MAX", 2_000),
-    )
-    with _changed(changes if wanted else ()):
-        yield
-
-
 def _is_congested(faults: Faults) -> bool:
     return any(event.kind == "congested" for event in faults.events)
-
-
-@contextmanager
-def soon_expired(wanted: bool) -> Iterator[None]:
-    """Rows that expired by the clock of a node go for good soon after, and not only when the clocks of all would agree."""
-    with _changed(((collecting, "AHEAD_MS_MAX", EXPIRED_MS),) if wanted else ()):
-        yield
-
-
-@contextmanager
-def _changed(changes: Iterable[tuple[ModuleType, str, int]]) -> Iterator[None]:
-    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
-    try:
-        for module, name, value in changes:
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, name, old in before:
-            setattr(module, name, old)
 
 
 def models_of(scenario: Scenario) -> list[ModelSpec]:
@@ -187,13 +107,6 @@ def room_for(model: ModelSpec, load: Workload) -> Capacity:
     held = Store.anonymous().add_model(model)
     strides = sum(table.stride for table in held.tables)
     return Capacity(held.memory_bytes + int(load.room * load.keys) * strides, "least_recently_updated")
-
-
-@contextmanager
-def quick_evictions(wanted: bool) -> Iterator[None]:
-    """Rows are old enough to be evicted, and keys may be asked for again, after a moment."""
-    with _changed(((eviction, "QUIET_MS", 500), (fetching, "ASKED_AGAIN_S", 1)) if wanted else ()):
-        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +133,7 @@ class _Run:
         self.cluster = VirtualCluster(
             seed, NetworkOptions(links=scenario.network.links), models[0], models[1:], PRESETS[scenario.sync]
         )
+        self._disturbances = Disturbances(self.cluster, faults.network.links, self._limited)
         self.cluster.collect_ms, self.cluster.expel_after_ms = scenario.collect_ms, scenario.expel_after_ms
         self.meter = self.cluster.meter = Meter()
         self._watch = Watch(self.cluster)
@@ -230,7 +144,6 @@ class _Run:
         self._drained_ms = 0  # when what was sent before the faults ended will have come
         self._expulsions: dict[str, int] = {}  # by node: how many it has decided
         self._waits: dict[tuple[str, int, int], _Wait] = {}  # by node, its life and the request
-        self._ends: list[tuple[int, int, Callable[[], None]]] = []  # what undoes a fault, and when
 
     def problem(self) -> str:
         """Run to the end, or to the first violation."""
@@ -275,9 +188,9 @@ class _Run:
         step_ms = max(1, int(1000 / scenario.workload.batches_per_s))
         check_ms = queues_ms = start_ms
         while cluster.now_ms < start_ms + scenario.duration_ms:
-            self._undo(cluster.now_ms)
+            self._disturbances.end(cluster.now_ms)
             while events and events[0].at_ms <= cluster.now_ms:
-                self._begin(events.pop(0))
+                self._disturbances.begin(events.pop(0))
             self._publish()
             self._read()
             cluster.run(step_ms)
@@ -296,7 +209,7 @@ class _Run:
 
     def _settle(self) -> str:
         cluster = self.cluster
-        self._undo(cluster.now_ms + 1_000_000_000)
+        self._disturbances.end(cluster.now_ms + 1_000_000_000)
         cluster.options = NetworkOptions(links=self._scenario.network.links)
         self._drained_ms = cluster.drained_ms
         problem, fenced = "", "fence" in self._scenario.kinds
@@ -486,101 +399,6 @@ class _Run:
                     return f"a wait of {name} for {wait.stamp} ended, and {peer} has not got it"
         return ""
 
-    # --- faults
-
-    def _begin(self, event: FaultEvent) -> None:
-        cluster, node = self.cluster, self.cluster.nodes[event.node]
-        undo: Callable[[], None]
-        match event.kind:
-            case "restore":
-                # Of nodes that drop rows for want of room virtual snapshots do not know in which shards.
-                if node.machine is None or node.paused or node.fuse is not None or event.node in self._limited:
-                    return
-                self._snapshot(event)
-                return
-            case "crash" | "lose" | "away":
-                if node.machine is None:
-                    return  # it is down already
-                cluster.crash(event.node)
-                undo = lambda: self._start_again(event.node, keep_state=event.kind != "lose")  # noqa: E731
-            case "hold":
-                if node.machine is None or node.role == "train":  # who writes everything holds everything
-                    return
-                cluster.crash(event.node)
-                undo = lambda: self._hold_otherwise(event.node, event.amount)  # noqa: E731
-            case "upgrade":
-                node.protocol_version = PROTOCOL_VERSION
-                if node.machine is None:
-                    return  # its next life speaks it
-                cluster.leave(event.node)
-                undo = lambda: self._start_again(event.node)  # noqa: E731
-            case "expel":
-                if node.machine is None or node.paused:
-                    return
-                cut = self._links_of(event) - cluster.cut
-                cluster.cut |= cut
-                undo = lambda: self._expel(event, cut)  # noqa: E731
-            case "generation":
-                if node.machine is None or node.paused or not comings.understood(cluster):
-                    return
-                comings.begin(cluster, node, event.amount)
-                undo = lambda: comings.end(cluster, event.amount)  # noqa: E731
-            case "fence":
-                if node.machine is None or node.paused or not comings.understood(cluster):
-                    return
-                fences.begin(cluster, node, event.amount)
-                middle_ms = event.at_ms + event.for_ms // 2
-                self._ends.append((middle_ms, len(self._ends), lambda: fences.go_on(cluster, event.amount)))
-                undo = lambda: self._lift(event)  # noqa: E731
-            case "pause":
-                if node.machine is None or node.paused:
-                    return
-                cluster.pause(event.node)
-                undo = lambda: cluster.resume(event.node)  # noqa: E731
-            case "kill":
-                if node.machine is None or node.fuse is not None:
-                    return
-                cluster.kill_within(event.node, event.amount)
-                undo = lambda: self._end_kill(event.node)  # noqa: E731
-            case "leave":
-                if node.machine is None or node.paused:
-                    return
-                cluster.leave(event.node)
-                undo = lambda: self._start_again(event.node)  # noqa: E731
-            case "congested":
-                narrow = {pair: replace(old, rate_bytes_per_ms=event.amount) for pair, old in self._pairs(node)}
-                cluster.options = replace(cluster.options, links={**cluster.options.links, **narrow})
-                undo = lambda: self._widen(narrow)  # noqa: E731
-            case "clock":
-                cluster.shift_clock(event.node, event.amount)
-                undo = lambda: cluster.shift_clock(event.node, -event.amount)  # noqa: E731
-            case _:
-                cut = self._links_of(event) - cluster.cut
-                cluster.cut |= cut
-                undo = lambda: cluster.cut.difference_update(cut)  # noqa: E731
-        self._ends.append((event.at_ms + event.for_ms, len(self._ends), undo))
-
-    def _expel(self, event: FaultEvent, cut: set[tuple[str, str]]) -> None:
-        """An operator expels who was cut off, as the command lets him; then that node is back."""
-        cluster, node = self.cluster, self.cluster.nodes[event.node]
-        others = [one for one in cluster.nodes.values() if one is not node]
-        asked = next((one for one in others if one.machine is not None and not one.paused), None)
-        # Who runs version 1 would not be let in again afterwards: operators upgrade first (decision 0020).
-        if asked is not None and all(one.protocol_version > FIRST_VERSION for one in cluster.nodes.values()):
-            reply = cluster.request(asked.name, lambda number: m.ExpelRequested(number, event.node))
-            if isinstance(reply, m.Expelled):
-                cluster.note_expelled(event.node)
-        if event.amount % 2 and node.machine is not None:
-            cluster.crash(event.node)
-            cluster.restart(event.node)
-        cluster.cut.difference_update(cut)
-
-    def _lift(self, event: FaultEvent) -> None:
-        """The fence that began at a node ends; so does its absence, if it was killed."""
-        fences.end(self.cluster)
-        if event.amount % 2:
-            self._end_kill(event.node)
-
     def _note_expelled(self) -> None:
         """Who was away too long was expelled."""
         cluster = self.cluster
@@ -589,89 +407,6 @@ class _Run:
             for note in told[self._expulsions.get(node.name, 0) :]:
                 cluster.note_expelled(str(dict(note.fields)["node"]))
             self._expulsions[node.name] = len(told)
-
-    def _snapshot(self, event: FaultEvent) -> None:
-        """A snapshot is begun; a moment later it goes on, and in the end it is all that the node has."""
-        cluster, node = self.cluster, self.cluster.nodes[event.node]
-        store, snapshot, losses = node.store, Snapshot(node.store, cluster.models), node.losses
-        snapshot.take_vectors()
-        snapshot.take_rows(0, 2)
-        taken = False
-
-        def go_on() -> None:
-            nonlocal taken
-            if node.store is store and node.machine is not None:
-                snapshot.take_rows(1, 2)
-                snapshot.take_floors()
-                taken = True
-
-        def restore() -> None:
-            # None of a life that a start-over ended is restored, nor one with more of a retired writer than was left of it
-            # (decision 0033).
-            retired = NodeRecord.load(node.ledger).retired.values()
-            if node.machine is None or not taken or node.losses != losses or snapshot.has_more_than_left(retired):
-                return
-            cluster.crash(node.name)
-            node.store = Store.anonymous()
-            snapshot.restore(node.store)
-            node.losses += 1
-            cluster.forget_lost()
-            cluster.boot(node)
-
-        self._ends.append((event.at_ms + min(event.for_ms // 2, SNAPSHOT_MS), len(self._ends), go_on))
-        self._ends.append((event.at_ms + event.for_ms, len(self._ends), restore))
-
-    def _hold_otherwise(self, name: str, amount: int) -> None:
-        node, rng = self.cluster.nodes[name], random.Random(f"{name} holds {amount}")
-        if node.machine is None:
-            models = self.cluster.models.values()
-            node.hold = {spec.name: tuple(sorted(draw_hold(spec.partitions, rng))) for spec in models}
-            self.cluster.restart(name)
-
-    def _end_kill(self, name: str) -> None:
-        """Start again who was killed; who did too little to be killed in the middle of it is killed now."""
-        node = self.cluster.nodes[name]
-        if node.machine is not None and node.fuse is None:
-            return  # it was killed otherwise meanwhile, and runs again
-        if node.machine is not None:
-            self.cluster.crash(name)
-        self._start_again(name)
-
-    def _start_again(self, name: str, keep_state: bool = True) -> None:
-        if self.cluster.nodes[name].machine is None:  # the end of another fault may have come before
-            self.cluster.restart(name, keep_state)
-
-    def _pairs(self, node: VirtualNode) -> list[tuple[str, LinkOptions]]:
-        """Of a node's region and others, with what they are like now."""
-        others = sorted({one.region for one in self.cluster.nodes.values()} - {node.region})
-        pairs = [pair_of(node.region, other) for other in others]
-        return [(pair, self.cluster.options.links.get(pair, LinkOptions())) for pair in pairs]
-
-    def _widen(self, narrow: Mapping[str, LinkOptions]) -> None:
-        """A congestion ends: its links are as wide as before all of them."""
-        usual = self.faults.network.links
-        links = {**self.cluster.options.links, **{pair: usual.get(pair, LinkOptions()) for pair in narrow}}
-        self.cluster.options = replace(self.cluster.options, links=links)
-
-    def _links_of(self, event: FaultEvent) -> set[tuple[str, str]]:
-        names = [name for name in self.cluster.nodes if name != event.node]
-        into = {(other, event.node) for other in names} if event.kind in ("isolate", "deaf", "expel") else set()
-        out = {(event.node, other) for other in names} if event.kind in ("isolate", "mute", "expel") else set()
-        if event.kind == "one-way":
-            out = {(event.node, event.other)}
-        if event.kind == "split":
-            region = self.cluster.nodes[event.node].region
-            inside = [node.name for node in self.cluster.nodes.values() if node.region == region]
-            outside = [node.name for node in self.cluster.nodes.values() if node.region != region]
-            into, out = {(a, b) for a in outside for b in inside}, {(b, a) for a in outside for b in inside}
-        return into | out
-
-    def _undo(self, now_ms: int) -> None:
-        # Two may end at the same moment with the same number, since numbers are those of the list when they began.
-        due = sorted((end for end in self._ends if end[0] <= now_ms), key=lambda end: end[:2])
-        self._ends = [end for end in self._ends if end[0] > now_ms]
-        for _, _, undo in due:
-            undo()
 
 
 def _status(cluster: VirtualCluster, node: VirtualNode) -> NodeStatus:
@@ -684,41 +419,3 @@ def _reached(node: VirtualNode, wait: _Wait) -> bool:
     model = node.store.models[wait.model]
     held = [partition for partition in wait.partitions if partition in model.hold]
     return bool((model.frontiers[held, writer_of(wait.stamp)] >= wait.stamp).all())
-
-
-# --- a seed that fails --------------------------------------------------------------------------------------------------------
-
-
-def minimise(scenario: Scenario, seed: int, faults: Faults, runs_max: int = MINIMISE_RUNS_MAX) -> tuple[Faults, int]:
-    """Fewer faults under which the seed still fails: events are removed by halves, then quarters and so on (delta debugging),
-    then each fault of the network is switched off.
-
-    Returns:
-        The faults that are left, and how many runs it took.
-    """
-    runs = 0
-
-    def fails(candidate: Faults) -> bool:
-        nonlocal runs
-        runs += 1
-        return bool(run_virtual(scenario, seed, candidate).problem)
-
-    size = max(1, len(faults.events) // 2)
-    while faults.events and runs < runs_max:
-        removed = False
-        begin = 0
-        while begin < len(faults.events) and runs < runs_max:
-            rest = faults.events[:begin] + faults.events[begin + size :]
-            if fails(replace(faults, events=rest)):
-                faults, removed = replace(faults, events=rest), True
-            else:
-                begin += size
-        if size == 1 and not removed:
-            break
-        size = max(1, size // 2)
-    for name in [one.name for one in fields(NetworkOptions) if one.name != "links"]:
-        plain = getattr(_PLAIN, name)
-        if runs < runs_max and getattr(faults.network, name) != plain:
-            candidate = replace(faults, network=replace(faults.network, **{name: plain}))
-            faults = candidate if fails(candidate) else faults
-    return faults, runs

@@ -17,10 +17,11 @@ from p2p import messages as m
 from p2p.identity.ledger import NodeRecord
 from p2p.paper.sync import PRESETS
 from sim_cluster import swarm
+from sim_cluster.minimise import minimise
 from sim_cluster.network import NetworkOptions
 from sim_cluster.real import check_feasible, run_real
 from sim_cluster.scenario import HOLD, KINDS, LATER_KINDS, NETWORK, FaultEvent, Faults, draw_faults, load_scenario
-from sim_cluster.swarm import minimise, run_virtual
+from sim_cluster.swarm import run_virtual
 from tests.p2p.presets import quick_first
 
 ROOT = Path(__file__).parent.parent.parent
