@@ -4,11 +4,15 @@ Arrays are the device's own (`cupy.ndarray`, or `numpy.ndarray` over memory that
 Nothing here synchronises unless its line says so.
 """
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from importlib import import_module
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
+
+from gpu.errors import DeviceError
 
 Array = Any  # a device's own array; it has .shape, .dtype, .nbytes, slices, and .reshape
 Shape = int | tuple[int, ...]
@@ -116,3 +120,19 @@ class Device(Protocol):
 
     def to_dlpack(self, array: Array) -> Any:
         """An object with `__dlpack__` over the same memory."""
+
+
+def open_device(name: str) -> Device:
+    """A device by its name.
+
+    Args:
+        name: "cuda:0" and so on, or "host-twin".
+
+    Raises:
+        DeviceError: there is no such device, or what it needs is not installed; the message says what to install.
+    """
+    if name == "host-twin":
+        return cast("Device", import_module("gpu.twin.twin").HostTwin())
+    if match := re.fullmatch(r"cuda:(\d+)", name):
+        return cast("Device", import_module("gpu.cuda").CudaDevice(int(match[1])))
+    raise DeviceError(f"no device is called {name!r}: cuda:0, cuda:1, ... and host-twin are")

@@ -73,6 +73,17 @@ class Library:
         self.call("nvrtcGetSupportedArchs", found)
         return list(found)
 
+    def best_for(self, capability: int) -> int:
+        """The newest architecture whose binaries a device of this compute capability (90 for 9.0) runs.
+
+        Raises:
+            CompileError: there is none.
+        """
+        fitting = [arch for arch in self.architectures() if arch <= capability and arch // 10 == capability // 10]
+        if not fitting:
+            raise CompileError("NVRTC {}.{} compiles nothing for sm_{}".format(*self.version, capability))
+        return max(fitting)
+
     def data(self, program: ctypes.c_void_p, what: str) -> bytes:
         """`ProgramLog` or `CUBIN` of a program."""
         size = ctypes.c_size_t()

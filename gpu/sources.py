@@ -17,6 +17,7 @@ from tempfile import mkdtemp
 from typing import Final
 
 from gpu.errors import CompileError
+from gpu.layout import define_lines
 
 FOLDER: Final = Path(__file__).parent / "kernels"
 
@@ -60,8 +61,11 @@ def load(name: str, defines: Mapping[str, int | str] | None = None, folder: Path
     path = folder / f"{name}.cu"
     if not path.is_file():
         raise CompileError(f"no kernel source {path.name} in {folder}")
-    headers = tuple((one.name, one.read_text()) for one in sorted(folder.glob("*.cuh")))
-    return Source(name, path.read_text(), headers, tuple(sorted((key, str(value)) for key, value in (defines or {}).items())))
+    headers = [(one.name, one.read_text()) for one in sorted(folder.glob("*.cuh"))]
+    headers.append(("layout.cuh", f"#pragma once\n{define_lines()}"))
+    return Source(
+        name, path.read_text(), tuple(headers), tuple(sorted((key, str(value)) for key, value in (defines or {}).items()))
+    )
 
 
 def cache_folder() -> Path:

@@ -6,6 +6,7 @@ import pytest
 
 from gpu import nvrtc
 from gpu.errors import CompileError
+from gpu.layout import define_lines
 from gpu.sources import Source, cache_folder, load, names
 
 SHIFT = """
@@ -117,6 +118,8 @@ def test_an_unknown_source_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.cu").write_text("//")
     (tmp_path / "b.cuh").write_text("//")
     assert names(tmp_path) == ["a"]
-    assert load("a", {"N": 3}, tmp_path) == Source("a", "//", (("b.cuh", "//"),), (("N", "3"),))
+    source = load("a", {"N": 3}, tmp_path)
+    assert (source.name, source.text, source.options) == ("a", "//", ("-DN=3",))
+    assert dict(source.headers) == {"b.cuh": "//", "layout.cuh": f"#pragma once\n{define_lines()}"}
     with pytest.raises(CompileError, match=r"no kernel source c\.cu"):
         load("c", folder=tmp_path)
