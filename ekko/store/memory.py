@@ -14,6 +14,7 @@ import os
 import stat
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -133,8 +134,7 @@ class Mapping:
 
     def words(self, offset: int, *shape: int) -> NDArray[np.uint64]:
         """Live uint64 array over the memory; it keeps the mapping alive."""
-        count = int(np.prod(shape))
-        return np.frombuffer(self._memory, np.uint64, count, offset).reshape(shape)
+        return np.frombuffer(self._memory, np.uint64, prod(shape), offset).reshape(shape)
 
     def bytes(self, begin: int, count: int) -> memoryview:
         """Live bytes of the memory, to be read to or written from."""

@@ -74,19 +74,18 @@ class Index:
     capacity_log2: int
     mapping: Mapping
     address: int = field(init=False)
+    rows_max: int = field(init=False)  # how many rows it takes
+    _removed: U64 = field(init=False, repr=False)  # a live view: making one costs more than reading it
 
     def __post_init__(self) -> None:
         self.address = self.mapping.address
-
-    @property
-    def rows_max(self) -> int:
-        """How many rows it takes."""
-        return int(INDEX_LOAD_MAX * (1 << self.capacity_log2))
+        self.rows_max = int(INDEX_LOAD_MAX * (1 << self.capacity_log2))
+        self._removed = self.mapping.words(layout.INDEX.offset("removed"))
 
     @property
     def removed(self) -> int:
         """Entries that are taken by no key."""
-        return int(self.mapping.words(layout.INDEX.offset("removed")))
+        return int(self._removed)
 
 
 def open_index(mapping: Mapping, generation: int) -> Index:
@@ -152,6 +151,7 @@ class Table:
         self._next: Index | None = None
         self._next_ensured = 0
         self._next_rows = 0
+        self._full_at = -1  # slots in use when there was no memory for more
         self._free = np.empty(0, np.int64)  # slots; those that the header counts are at the beginning
 
     def create(self, bytes_max: int, capacity_rows: int) -> None:
@@ -378,7 +378,8 @@ class Table:
         Raises:
             MemoryFullError: there is none. The rows are as they were; room that was made stays, for later rows.
         """
-        if self._has_room(keys.size):  # even if all of them are new: as a rule
+        most = keys.size if new_max is None else min(keys.size, new_max)
+        if self._has_room(most) or (new_max is None and self._has_pages_for(most)):  # even if all are new: as a rule
             return
         new = int(np.count_nonzero(self._slots_of(keys) < 0))
         new = new if new_max is None else min(new, new_max)
@@ -400,6 +401,20 @@ class Table:
     def _has_room(self, new: int) -> bool:
         """Whether so many more keys fit into the pages and the index that there are."""
         return self.rows_used + new - self.free <= self._rows_max and self._taken + new <= self.index.rows_max
+
+    def _has_pages_for(self, new: int) -> bool:
+        """Have pages for so few keys whether or not they are new, once, where the index takes them: looking keys up to see
+        that none is would cost each step of a table that does not grow any more what these pages cost once.
+        """
+        missing, used = new - self.free, self.rows_used
+        if missing * self.stride > EXTENT_BYTES_MAX or self._taken + new > self.index.rows_max or used == self._full_at:
+            return False
+        try:
+            self._ensure_rows(missing)
+        except MemoryFullError:  # not asked again before the table has grown
+            self._full_at = used
+            return False
+        return self._has_room(new)
 
     def _no_slots(self) -> MemoryFullError:
         return MemoryFullError(f"table {self.spec.name!r} has {SLOTS_MAX} rows, and there is no room for more in one table")
