@@ -27,6 +27,7 @@ from p2p.replica import RowColumns
 from p2p.stamps import WRITERS_MAX, writer_of
 
 U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
 
 UNSETTLED_AHEAD = 1  # rows of steps that are not here as a whole
 UNSETTLED_FED = 2  # a link towards this node is in state mode: rows come by priority
@@ -39,15 +40,16 @@ class BatchMarks:
 
     Args:
         header: the model's header file.
-        covered: uint64[WRITERS_MAX], when called: up to where everything of each writer is here.
+        covered: of writers, int64[n]: uint64[n], up to where everything of each is here.
     """
 
-    def __init__(self, header: Mapping, covered: Callable[[], U64]) -> None:
+    def __init__(self, header: Mapping, covered: Callable[[I64], U64]) -> None:
         self._header = header  # keeps the addresses valid
         self._epoch = header.address + _EPOCH
         self._unsettled = header.address + _UNSETTLED
         self._covered = covered
         self._newest = np.zeros(WRITERS_MAX, np.uint64)  # of the rows that came of each writer
+        self._heard: I64 = np.empty(0, np.int64)  # of whom some came, ascending: mostly few of all there may be
         self._ahead: set[int] = set()  # writers of whom there is more than is covered
         self._fed: set[int] = set()  # partitions whose rows come by priority
         self._removing = 0  # blocks of `removing` that lie in each other
@@ -64,12 +66,17 @@ class BatchMarks:
 
     def begin(self, columns: list[RowColumns], stamp: int) -> None:
         """A batch is about to be applied: readers are told, and that it is not settled if it is not."""
+        new = False
         if any(column.stamps is None for column in columns):
             writer = writer_of(stamp)
-            self._newest[writer] = max(int(self._newest[writer]), stamp)
+            before = int(self._newest[writer])
+            self._newest[writer] = max(before, stamp)
+            new = not before
         for column in columns:
             if column.stamps is not None:
-                batches.note_newest(np.require(column.stamps, np.uint64, ["C", "A"]), self._newest)
+                new |= batches.note_newest(np.require(column.stamps, np.uint64, ["C", "A"]), self._newest)
+        if new:
+            self._heard = np.flatnonzero(self._newest)
         self._ahead = self._find_ahead()
         batches.begin(self._epoch, self._unsettled, UNSETTLED_AHEAD if self._ahead else 0)
 
@@ -103,6 +110,7 @@ class BatchMarks:
     def expect(self, claimed: U64) -> None:
         """What is here comes to be as of uint64[WRITERS_MAX], though some of that was rows that went, not rows that came."""
         self._newest = np.maximum(self._newest, claimed)
+        self._heard = np.flatnonzero(self._newest)
         self._ahead = self._find_ahead()
         if self._ahead:
             self._publish()
@@ -116,10 +124,11 @@ class BatchMarks:
 
     def attach(self, newest: U64) -> None:
         """Take over what another process left, with `newest` uint64[WRITERS_MAX] of the rows that are here."""
-        self._newest = newest
+        self._newest, self._heard = newest, np.flatnonzero(newest)
         self._ahead = self._find_ahead()
         self._publish()
         batches.end(self._epoch)
 
     def _find_ahead(self) -> set[int]:
-        return set(np.flatnonzero(self._newest > self._covered()).tolist())
+        heard = self._heard
+        return set(heard[self._newest[heard] > self._covered(heard)].tolist())

@@ -480,11 +480,11 @@ class ModelStore:
     def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:
         self._own.begin(stamp, shards)
 
-    def _covered(self) -> U64:
-        """uint64[WRITERS_MAX]: everything of each writer is here up to this stamp, in every partition that is held."""
+    def _covered(self, writers: I64) -> U64:
+        """uint64[n]: everything of these writers is here up to this stamp, in every partition that is held."""
         if self.spec.partitions == 1:
-            return self.frontier
-        covered: U64 = self._frontiers[list(self._hold)].min(axis=0)
+            return self.frontier[writers]
+        covered: U64 = self._frontiers[np.ix_(np.array(self._hold, np.int64), writers)].min(axis=0)
         return covered
 
     def _mark_attached(self) -> None:

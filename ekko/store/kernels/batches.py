@@ -41,9 +41,12 @@ def unchanged(address: Int, value: Int) -> bool:
     return bool(load_i64(address) == value)
 
 
-@kernel("void(Array(uint64, 1, 'C', readonly=True), uint64[::1])")
-def note_newest(stamps: U64, newest: U64) -> None:
-    """Raise newest[writer] to the largest of its stamps."""
+@kernel("boolean(Array(uint64, 1, 'C', readonly=True), uint64[::1])")
+def note_newest(stamps: U64, newest: U64) -> bool:
+    """Raise newest[writer] to the largest of its stamps; True if one of the writers had none."""
+    new = False
     for i in range(stamps.size):
         writer = np.int64(stamps[i] & _WRITER_MASK)
+        new |= newest[writer] == 0
         newest[writer] = max(newest[writer], stamps[i])
+    return new
