@@ -31,8 +31,8 @@ SIGNIFICANT_MIN: Final = 2.0
 COUNTED_TOGETHER: Final = 512
 COUNTED_AFTER_MS: Final = 100
 
-_SMALLEST: Final = np.float32(2.0**-DOUBLINGS)
-_LARGEST: Final = np.float32(2.0**DOUBLINGS)
+SMALLEST: Final = np.float32(2.0**-DOUBLINGS)
+LARGEST: Final = np.float32(2.0**DOUBLINGS)
 
 
 class Percentile:
@@ -94,7 +94,7 @@ class Percentile:
 
 def log2_of(values: F32) -> F32:
     """float32[n]: binary logarithms of numbers from 0; those of 0 and of the smallest are one, those of the largest another."""
-    return np.log2(np.minimum(np.maximum(values, _SMALLEST), _LARGEST))  # np.clip takes three times as long for a few rows
+    return np.log2(np.minimum(np.maximum(values, SMALLEST), LARGEST))  # np.clip takes three times as long for a few rows
 
 
 def bins_of(logarithms: F32) -> I64:

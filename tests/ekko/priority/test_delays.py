@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from ekko.metrics import DELAY_BUCKETS_S
-from ekko.priority.delays import WINDOW_MS, RowDelays
+from ekko.priority.delays import WINDOW_MS, RowDelays, _bin_of
+from ekko.priority.threshold import BINS, BINS_PER_DOUBLING, DOUBLINGS, bins_of, log2_of
 from p2p.classes import significant_by_step, significant_rows
 from p2p.replica import RowColumns
 from p2p.stamps import make_stamp
@@ -64,3 +65,14 @@ def test_rows_of_a_backlog_are_as_late_as_their_stamps_say() -> None:
     assert (picture["significant"].rows, picture["ordinary"].rows) == (2, 4)
     assert picture["significant"].p99_ms == pytest.approx(10, rel=0.02)
     assert picture["ordinary"].p50_ms == pytest.approx(5_000, rel=0.02)
+
+
+def test_one_delay_is_in_the_bin_in_which_arrays_of_them_would_be() -> None:
+    rng = np.random.default_rng(3)
+    edges = np.exp2(np.arange(BINS + 1) / BINS_PER_DOUBLING - DOUBLINGS).astype(np.float32)
+    near = [edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges, np.float32(np.inf))]
+    drawn = np.exp2(rng.uniform(-DOUBLINGS - 2, DOUBLINGS + 2, 20_000))
+    delays_ms = np.concatenate([*near, drawn, [0.0, 1e300, 0.001, 1.0, 60_000.0]])
+    with np.errstate(over="ignore"):
+        wanted = bins_of(log2_of(delays_ms.astype(np.float32)))
+        assert [_bin_of(one) for one in delays_ms.tolist()] == wanted.tolist()
