@@ -96,6 +96,7 @@ class CudaDevice:
         self._kernels: dict[tuple[object, ...], CudaKernel] = {}
         self._held: dict[int, deque[tuple[CudaEvent, tuple[Array, ...]]]] = {}  # by stream, in its order
         self._lock = threading.Lock()  # of what is held
+        self._named = _Named()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -152,7 +153,7 @@ class CudaDevice:
             with self._here():
                 array.data.copy_to_host_async(ctypes.c_void_p(out.ctypes.data), out.nbytes, self._at(stream).handle)
                 self._hold((array, out), stream)
-                if self._runtime.pointerGetAttributes(out.ctypes.data).type != self._runtime.memoryTypeHost:
+                if not self._pinned(out):
                     self._at(stream).synchronize()
         return out
 
@@ -200,24 +201,40 @@ class CudaDevice:
         if grid < 1 or block < 1 or block % 32 or block > kernel.threads_max:
             raise ArgumentError(f"{kernel.name}: {grid} blocks of {block} threads; 1 or more of 32 to {kernel.threads_max}")
         values = tuple(self._by_value(kernel, index, argument) for index, argument in enumerate(args))
+        used, self._named.arrays = tuple(self._named.arrays), []
         with self._here(), self._at(stream).handle:
             kernel.function((grid,), (block,), values)
-            self._hold(tuple(args), stream)
+            self._hold(used, stream)
 
     def _by_value(self, kernel: Kernel, index: int, argument: Array | np.generic) -> npt.NDArray[Any]:
         """The bytes of a parameter: CuPy passes an array of NumPy with one element by value."""
-        if isinstance(argument, self._cupy.ndarray):
-            return np.array(self.address(argument), np.uint64)
         if isinstance(argument, np.generic):
             return np.asarray(argument)
-        raise ArgumentError(f"{kernel.name}: argument {index} is no array of {self.name} and no number with a type")
+        if not isinstance(argument, np.ndarray | self._cupy.ndarray):
+            raise ArgumentError(f"{kernel.name}: argument {index} is no array of {self.name} and no number with a type")
+        return np.array(self.address(argument), np.uint64)
 
     def address(self, array: Array) -> int:
-        if not isinstance(array, self._cupy.ndarray) or array.device.id != self._index:
-            raise ArgumentError(f"an array of {self.name} is needed, not of {getattr(array, 'device', 'the host')}")
+        """As the protocol says; also of pinned memory. The thread's next launch is taken to use the array."""
+        self._named.arrays.append(array)
+        return self._address(array)
+
+    def _address(self, array: Array) -> int:
+        if isinstance(array, self._cupy.ndarray):
+            known = array.device.id == self._index
+        else:
+            known = isinstance(array, np.ndarray) and (not array.size or self._pinned(array))
+        if not known:
+            raise ArgumentError(f"{type(array).__name__}: an array of {self.name} is needed, or its pinned memory")
         if not array.flags.c_contiguous:
             raise ArgumentError(f"an array of {array.shape} is not C-contiguous")
-        return int(array.data.ptr) if array.size else 0
+        if not array.size:
+            return 0
+        return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
+
+    def _pinned(self, array: npt.NDArray[Any]) -> bool:
+        with self._here():
+            return bool(self._runtime.pointerGetAttributes(array.ctypes.data).type == self._runtime.memoryTypeHost)
 
     def _hold(self, things: tuple[Array | np.generic, ...], stream: Stream | None) -> None:
         """Keep what the work that `stream` has by now uses, until it is done."""
@@ -239,7 +256,7 @@ class CudaDevice:
             return int(self._runtime.memGetInfo()[0] + self._cupy.get_default_memory_pool().free_bytes())
 
     def export(self, array: Array) -> dict[str, Any]:
-        address = self.address(array)
+        address = self._address(array)
         with self._here():
             base = _allocation(address) if address else 0
             return {
@@ -271,6 +288,13 @@ class CudaDevice:
 
     def to_dlpack(self, array: Array) -> Any:
         return array
+
+
+class _Named(threading.local):
+    """Arrays whose address a thread asked for since its last launch; structures of addresses keep nothing alive."""
+
+    def __init__(self) -> None:
+        self.arrays: list[Array] = []
 
 
 class _Opened:

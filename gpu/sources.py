@@ -7,6 +7,7 @@ what a compiler makes of it, so that a cached binary is never one of another sou
 
 import atexit
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,6 +21,7 @@ from gpu.errors import CompileError
 from gpu.layout import define_lines
 
 FOLDER: Final = Path(__file__).parent / "kernels"
+_KERNEL: Final = re.compile(r"^KERNEL\((\d+),\s*(\w+)", re.M)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,11 @@ class Source:
     text: str
     headers: tuple[tuple[str, str], ...]  # name as in #include, text
     defines: tuple[tuple[str, str], ...]  # sorted
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """Name of each kernel in it -> threads of a block that it is compiled for, at most."""
+        return {name: int(threads) for threads, name in _KERNEL.findall(self.text)}
 
     @property
     def options(self) -> tuple[str, ...]:
