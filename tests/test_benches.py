@@ -51,6 +51,7 @@ KEYS = {
     "congestion": {"at", "real", "lag_bounded", "significant_p99_ratio_8", "fifo_p99_ratio_8", "bytes_saved_8", "return_ratio"},
     "ablation": {"mean_ms", "p99_ms", "max_ms", "hostile"},
     "scale": {"nodes", "missed", "redundancy_max", "redundancy_loss_1pct_max", "region_bytes_ratio_max", "busiest_to_mean_max"},
+    "cache-policy": {"buckets_cost_max", "whole_hidden", "assign_cost_max", "traces", "policies", "updates", "ticks", "decays"},
     "rollback": {"restore_s", "full_reload_s", "speedup", "detect_s"},
     "sync-cost": {"ratio_10m_to_1m", "vs_scan", "metadata_bytes_per_row", "memory_bytes_per_row"},
 }
@@ -86,6 +87,9 @@ def test_quick(name: str) -> None:
         assert figures["slots_reused"] > 10_000
         assert figures["stamps_back"] == 0
         assert figures["rows_read"] > 100_000
+    if name == "cache-policy":
+        assert figures["assign_cost_max"] == 0
+        assert all(0 <= cell["whole"] <= cell["hit"] < 1 for cell in figures["traces"])
     if name == "congestion":
         assert figures["replicas_equal"] == 1
         assert figures["significant_p99_ratio_8"] < figures["fifo_p99_ratio_8"]
