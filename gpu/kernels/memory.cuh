@@ -29,7 +29,7 @@ struct alignas(16) Chunk {
 #define DEVICE __device__ __forceinline__
 
 // KERNEL(threads a block at most, name, parameters...) { body }; parameters are Global<T>, numbers, structures of these.
-#define KERNEL(threads_max, name, ...) extern "C" __global__ void __launch_bounds__(threads_max) name(__VA_ARGS__)
+#define KERNEL(threads_max, name, ...) extern "C" __global__ void __launch_bounds__(threads_max, 2) name(__VA_ARGS__)
 
 DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
 DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
