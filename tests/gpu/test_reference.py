@@ -212,3 +212,21 @@ def test_threshold_takes_exactly_so_many_whatever_the_scores() -> None:
             after = headers["score"][headers["stamp"] != 0]
             assert len(after) == left == memory.counters[layout.SIZE]
             assert np.sort(before)[count:].tolist() == np.sort(after).tolist()
+
+
+def test_rows_that_are_used_while_the_threshold_is_searched_stay() -> None:
+    rng = np.random.default_rng(8)
+    for _ in range(30):
+        memory = reference.new_memory(Shape(10, 1, "float32"))
+        headers = reference.headers_of(memory)
+        headers["key"], headers["stamp"], headers["score"] = rng.integers(0, 2**63, 320), 1, rng.integers(0, 2**12, 320)
+        memory.counters[layout.SIZE] = 320
+
+        def used_meanwhile(*bits: int, memory: Memory = memory) -> np.ndarray:
+            scores = reference.headers_of(memory)["score"]
+            scores[rng.random(320) < 0.1] += np.uint64(2**6)
+            return histogram(memory, *bits)
+
+        limit = threshold(100, used_meanwhile)
+        reference.sweep(memory, score=limit.score, hashed=limit.hashed)
+        assert 0 < np.count_nonzero(headers["stamp"] == 0) <= 100
