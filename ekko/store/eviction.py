@@ -4,9 +4,10 @@ Updates of rows that are held always land. For keys that are absent here there m
 dropped, by `when_full`. Either way the stamps of what goes are merged into the loss floor first, and the floor is marked
 incomplete there: such a node answers nobody who is below it, and the keys are to be had from another one.
 
-*What may go.* Live rows that our vector covers and that are not of these very rows; `QUIET_MS` older than the newest stamp
-here; and only what another live node, which drops nothing, said that it has (`p2p.pulling.incomplete`): then nothing vanishes
-that nobody else has. Tombstones stay until they are stable (R5), dense tensors for good.
+*What may go.* Live rows that our vector covers and that are not of these very rows, in whichever section of a message; those
+`QUIET_MS` older than the newest stamp here; and only what another live node, which drops nothing, said that it has
+(`p2p.pulling.incomplete`): then nothing vanishes that nobody else has. Tombstones stay until they are stable (R5), dense
+tensors for good.
 
 *How they are chosen.* From a sample of `SAMPLE` slots for each row that must go, the one that was updated longest ago, or is
 read least: the work depends on what comes, not on the size of the table. Slots are drawn by a hash of a counter, so a run
@@ -84,20 +85,25 @@ class Eviction:
         if not incomplete and capacity.bytes_with(model, model.tables_by_id, counts) <= allowed.bytes:
             return list(columns)
         granted: dict[int, int] = {}  # new keys, by table: sections of one batch share the room
+        present: dict[int, I64] = {}  # slots of those that are here, by table: of no section they make room for another
         dense = model.tables_by_id.get(DENSE_SPEC.id)
         for column in columns:
             if column.table == DENSE_SPEC.id:
                 granted[column.table] = granted.get(column.table, 0) + capacity.absent_keys(dense, column)
+            else:
+                slots = model.table(column.table).resolve(np.require(column.keys, np.uint64, ["C", "A"]))
+                known = present.get(column.table, slots[:0])
+                present[column.table] = np.concatenate([known, slots[slots >= 0]])
         return [
-            column if column.table == DENSE_SPEC.id else self._admit(column, stamp, incomplete, granted) for column in columns
+            column if column.table == DENSE_SPEC.id else self._admit(column, stamp, incomplete, granted, present[column.table])
+            for column in columns
         ]
 
-    def _admit(self, column: RowColumns, stamp: int, incomplete: bool, granted: dict[int, int]) -> RowColumns:
+    def _admit(self, column: RowColumns, stamp: int, incomplete: bool, granted: dict[int, int], present: I64) -> RowColumns:
         model = self._model
         table = model.table(column.table)
         keys = np.require(column.keys, np.uint64, ["C", "A"])
-        slots = table.resolve(keys)
-        absent = slots < 0
+        absent = table.resolve(keys) < 0
         if not absent.any():
             return column
         stamps = np.full(keys.size, stamp, np.uint64) if column.stamps is None else column.stamps
@@ -109,7 +115,7 @@ class Eviction:
         room = capacity.room_for(model, model.tables_by_id, column.table, granted)
         if wanted > room and model.evicts and self.backed:
             newest = max(model.newest_row, int(stamps.max()))
-            room += self._evict(table, wanted - room, slots[~absent], newest)
+            room += self._evict(table, wanted - room, present, newest)
         if wanted > room:
             # The newest stay.
             coming = np.flatnonzero(absent & ~dropped)

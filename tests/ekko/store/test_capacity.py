@@ -239,6 +239,19 @@ def test_rows_of_the_very_batch_stay_in_slots_that_had_another_key() -> None:
     assert held(model, kept).all()
 
 
+@pytest.mark.parametrize("late_first", [True, False])
+def test_rows_of_one_section_make_no_room_for_another(late_first: bool) -> None:
+    """Messages in order of priority have several sections of a table: an older version would come in where the row has gone."""
+    model, keys = full("least_recently_updated"), np.arange(0, 2_000, 2)
+    before = model.lookup("item", keys.astype(np.uint64))[1]
+    late, fresh = rows(keys), rows(np.arange(5_000, 5_600))
+    late = RowColumns(late.table, late.keys, late.rows, before - np.uint64(WRITER))  # of another writer, whom no vector covers
+    fresh = RowColumns(fresh.table, fresh.keys, fresh.rows, stamps_of(NOW + np.arange(600)))
+    model.apply([late, fresh] if late_first else [fresh, late], 0)
+    assert model.lookup("item", keys.astype(np.uint64))[1].tolist() == before.tolist()
+    assert held(model, np.arange(5_000, 5_600)).all()
+
+
 def test_those_that_are_read_least_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     model = full("least_frequently_read")
     monkeypatch.setattr(model, "hotness", lambda _table, keys: (keys < 300).astype(np.float64))  # the oldest are the hot ones
