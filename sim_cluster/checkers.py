@@ -116,7 +116,7 @@ class Watch:
         self._columns: dict[tuple[str, str], _Columns] = {}
         self._history: list[Write] = []
         self._read = 0  # writes of the history that were taken up
-        self._held: dict[tuple[str, str, str], tuple[int, _Held]] = {}  # (node, model, table) -> (its losses, rows)
+        self._held: dict[tuple[str, str, str], tuple[int, _Held]] = {}  # (node, model, table) -> (its beginnings, rows)
         self._marks: dict[str, tuple[int, ...]] = {}  # what a node had done when it was last read
         self._asker = 0  # whose vector the next look at an update cache asks with
 
@@ -239,8 +239,8 @@ class Watch:
         for model, name in self._tables:
             before = self._held.get((node.name, model, name))
             held = self._read_node(node, model, name)
-            self._held[node.name, model, name] = (node.losses, held)
-            if before is not None and before[0] == node.losses:
+            self._held[node.name, model, name] = (node.beginnings, held)
+            if before is not None and before[0] == node.beginnings:
                 old = before[1].high
                 held.high[: len(old)] = np.maximum(held.high[: len(old)], old)
                 now = held.stamps[: len(old)]
@@ -304,7 +304,7 @@ class Watch:
         """What a node holds; read anew when the history has named more keys since."""
         place = (node.name, model, name)
         if place not in self._held or len(self._held[place][1].stamps) != len(self._tables[model, name].keys):
-            self._held[place] = (node.losses, self._read_node(node, model, name))
+            self._held[place] = (node.beginnings, self._read_node(node, model, name))
         return self._held[place][1]
 
     def _read_node(self, node: VirtualNode, model: str, name: str) -> _Held:

@@ -59,6 +59,12 @@ class VirtualNode:
     fuse: Fuse | None = None  # of a process that is to be killed in the middle of something
     lives: int = 0  # how many processes it has had
     losses: int = 0  # how often it lost its memory
+    begun_anew: int = 0  # how often it stopped to claim shards of which it had dropped rows (`ModelStore.begin_anew`)
+
+    @property
+    def beginnings(self) -> int:
+        """It changes where the node may have less than before."""
+        return self.losses + self.begun_anew
 
     def die(self) -> None:
         """The process ends, and with it all that waited for it."""

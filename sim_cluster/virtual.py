@@ -213,7 +213,7 @@ class VirtualCluster:
             node.store.add_model(model, capacity_rows=self._capacity_rows, hold=node.hold.get(model.name))
             if node.capacity is not None:
                 node.store.limit(model.name, node.capacity)
-            node.store.models[model.name].begin_anew()
+            node.begun_anew += bool(node.store.models[model.name].begin_anew())
         options = MachineOptions(
             node.name,
             self._rng.getrandbits(64) | 1,
