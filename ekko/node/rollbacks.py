@@ -19,6 +19,7 @@ from ekko.errors import EkkoError, ModelError
 from ekko.generations import Generation
 from ekko.health.verdicts import Verdicts
 from ekko.model import DENSE_TABLE
+from ekko.rates import Rates
 from ekko.rollback.coordinator import Coordinator, CoordinatorOptions, witnesses_among
 from ekko.rollback.facts import PER_MILLE, Rollback, Rollbacks, Step
 from ekko.rollback.past import Past
@@ -238,9 +239,8 @@ class NodeRollbacks:
         return witnesses_among(self._machine.status(read_clock()).peers, held.spec.id, own)
 
     def _estimate_ms(self, payload_bytes: int) -> int:
-        own = self._config.node.region
-        rates = [link.rate_mbps for pair, link in self._config.links.items() if own in pair.split("/") and link.rate_mbps]
-        bytes_per_ms = min(rates) * 125 if rates else RATE_GUESS_BYTES_PER_MS
+        rates = self._store.facts.of(Rates).of_region(self._config.node.region, self._config.rates())
+        bytes_per_ms = min(rates.values()) / 1_000 if rates else RATE_GUESS_BYTES_PER_MS
         return AGREEING_MS + round(payload_bytes / bytes_per_ms)
 
     # --- facts
