@@ -91,7 +91,7 @@ class Window:
     """One link's. Bytes of payload, milliseconds."""
 
     bytes: int = WINDOW_BYTES_START  # as measured
-    is_narrow: bool = False  # acknowledgements came late, and nothing since has shown that much fits
+    is_narrow: bool = False  # acknowledgements came late while it was in use, and nothing since has shown that much fits
     round_trip_ms: int | None = None  # the shortest
     queue_ms: int = QUEUE_MS  # what may stand in the queues of the path
     is_probing: bool = False  # a quarter is used, to see whether the round trip is still so short
@@ -173,19 +173,19 @@ class Window:
 
     def _fit(self, in_flight: int, taken_ms: int, most: int) -> None:
         """The window becomes what the path would take within the target."""
-        late = taken_ms > self.target_ms
+        late, in_use = taken_ms > self.target_ms, in_flight * USED_SHARE >= self.bytes
         used = min(max(self.bytes, in_flight), 2 * in_flight)  # twice, since answers have half
         fit = min(used * self.target_ms // taken_ms, 2 * max(self.bytes, in_flight))
         if not late:
             self.bytes = max(self.bytes, fit)
-        elif in_flight * USED_SHARE >= self.bytes:
+        elif in_use:
             self.bytes = min(self.bytes, fit)
         else:
             self.bytes = max(fit, self.bytes // 2)
         self.bytes = max(min(WINDOW_BYTES_MIN, most), min(self.bytes, most))
         if self.bytes >= min(BATCH_BYTES_START, most):
             self.is_narrow = False
-        elif late:
+        elif late and in_use:
             self.is_narrow = True
 
     def _note_round_trip(self, timed: _Timed, taken_ms: int, now_ms: int) -> None:

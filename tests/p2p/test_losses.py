@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from p2p.link.links import ACK_DELAY_MS, Link
-from p2p.link.window import Window
+from p2p.link.window import WINDOW_BYTES_START, Window
 from p2p.pushing import push
 from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
@@ -14,11 +14,12 @@ from tests.p2p.chaos import REGIONS, at_rest, form
 ROUND_TRIP_MS = 20
 
 
-def acknowledgements_are_lost(every_ms: int = 300) -> None:
-    """Every third one does not come, of small steps over a wide path."""
+def acknowledgements_are_lost(every_ms: int = 300, step_bytes: int = 300) -> None:
+    """Every third one does not come, of steps over a wide path."""
     link = Link("b", 2, "b:1", "us", own_boot=1, version=2)
     acks: list[tuple[int, int]] = []
     asked = applied = without_ms = 0
+    least_bytes = link.window.bytes
     delayed_ms: int | None = None  # when what did not ask is acknowledged
     for now_ms in range(1, 20_000):
         link.moment.ms = now_ms
@@ -28,9 +29,10 @@ def acknowledgements_are_lost(every_ms: int = 300) -> None:
         while acks and acks[0][0] <= now_ms:
             link.on_ack(link.session_out, acks.pop(0)[1])
         without_ms += not link.has_credit()
+        least_bytes = min(least_bytes, link.window.bytes)
         if now_ms % every_ms or not link.has_credit():
             continue
-        envelope = link.next_envelope(300)
+        envelope = link.next_envelope(step_bytes)
         applied = envelope.sequence
         if not envelope.asks:
             delayed_ms = delayed_ms or now_ms + ROUND_TRIP_MS + ACK_DELAY_MS
@@ -38,8 +40,9 @@ def acknowledgements_are_lost(every_ms: int = 300) -> None:
         asked, delayed_ms = asked + 1, None
         if asked % 3:
             acks.append((now_ms + ROUND_TRIP_MS, applied))
-    assert asked > 30, every_ms
+    assert asked > 30
     assert link.rate is None, "the path was taken for narrow"
+    assert least_bytes >= WINDOW_BYTES_START, "the window became smaller"
     assert without_ms < 1_000, f"{without_ms} ms of 20 s without credit"
 
 
@@ -64,9 +67,10 @@ def _begun(cluster: VirtualCluster) -> int:
     return sum(node.machine.counters.backlogs_begun for node in cluster.nodes.values() if node.machine is not None)
 
 
+@pytest.mark.parametrize("step_bytes", [300, 12_000])
 @pytest.mark.parametrize("every_ms", [10, 100, 300])
-def test_lost_acknowledgements_make_no_path_narrow(every_ms: int) -> None:
-    acknowledgements_are_lost(every_ms)
+def test_lost_acknowledgements_make_no_path_narrow(every_ms: int, step_bytes: int) -> None:
+    acknowledgements_are_lost(every_ms, step_bytes)
 
 
 def test_lost_steps_put_no_link_into_state_mode() -> None:

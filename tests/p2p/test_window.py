@@ -13,7 +13,7 @@ from ekko.model import ModelSpec, TableSpec, table_id
 from p2p import messages as m
 from p2p.busy.backlog import STATE_MODE
 from p2p.link import window
-from p2p.link.links import ACK_DELAY_MS, CREDIT_BYTES_MAX, Link
+from p2p.link.links import ACK_DELAY_MS, ACK_SILENCE_MS, CREDIT_BYTES_MAX, CREDIT_MESSAGES_MAX, Link
 from p2p.link.round_trip import RTT_MS_MAX
 from p2p.link.window import (
     BATCH_BYTES_START,
@@ -142,8 +142,37 @@ def test_a_peer_that_stood_still_costs_little_where_little_was_on_its_way() -> N
         one._timed = None
         one.on_sent(9, sequence, 1_000, 1_000, 100_000 * sequence)
         one.on_ack(9, sequence, 100_000 * sequence + 5_000, MOST)
-    assert one.bytes >= MOST // 4
+    assert one.bytes == MOST // 4, "each of them halves it, and no more"
     assert path.link.rate is None
+
+
+def test_a_path_that_little_is_asked_of_is_not_narrow_since_a_peer_stood_still() -> None:
+    """Else bursts of a quiet link would go by priority ever after: they are too small to show what it takes."""
+    link, asked = measured(), 0
+    for step in range(1, 60):
+        asked += link.next_envelope(1_000).asks
+        link.moment.ms += 2_000 if asked % 8 == 7 else 20
+        assert link.on_ack(1, step)
+        assert link.rate is None, f"step {step}"
+        link.moment.ms += 100
+    assert asked > 14
+    assert link.window.bytes < WINDOW_BYTES_START, "it was late"
+
+
+def test_a_narrow_path_shows_itself_by_small_messages_too() -> None:
+    path = Path(10.0)
+    path.link.in_state_mode = True
+    path.run(20_000, piece=500)
+    assert path.link.rate is not None
+    assert path.link.rate < 20
+
+
+def test_a_probe_is_what_its_own_acknowledgement_took_also_where_more_leaves_with_it() -> None:
+    one = Window(round_trip_ms=20, is_probing=True)
+    assert one.on_sent(1, 1, 1_000, 1_000, 0)
+    assert one.on_sent(1, 2, one.bytes, one.bytes, window.BURST_MS)
+    one.on_ack(1, 2, 300, MOST)
+    assert (one.round_trip_ms, one.is_probing) == (300, False)
 
 
 # --- the link
@@ -173,6 +202,64 @@ def test_who_is_late_has_no_credit_but_for_a_message_that_would_show_a_loss() ->
     assert link.on_ack(1, 3)
     assert link.has_credit()
     assert link.no_credit_why == ""
+
+
+def test_what_was_acknowledged_in_part_is_late_when_the_rest_does_not_come() -> None:
+    link = measured()
+    assert link.next_envelope(1_000).asks
+    assert not link.next_envelope(1_000).asks
+    assert link.on_ack(1, 1)
+    link.moment.ms += link.window.target_ms + ACK_DELAY_MS
+    assert not link.is_late
+    link.moment.ms += 1
+    assert link.is_late
+
+
+def test_what_may_show_a_loss_is_no_more_than_may_ever_be_on_its_way() -> None:
+    for on_its_way, credit in ((CREDIT_BYTES_MAX - 1, True), (CREDIT_BYTES_MAX, False)):
+        link = measured()
+        link.next_envelope(on_its_way)
+        link.moment.ms += 60_000
+        assert link.has_credit() is credit
+
+
+def test_a_path_is_full_where_that_was_seen() -> None:
+    """It says whether what waits for credit goes into state mode."""
+    link = measured()
+    assert not link.is_full, "nothing is known of it"
+    link.next_envelope(1_000)
+    link.moment.ms += 60_000
+    assert not link.is_full, "nobody has said anything: all may be lost"
+    assert link.on_ack(1, 1)
+    assert link.is_full, "an acknowledgement came late"
+    assert link.rate is None
+    link.next_envelope(1_000)
+    assert link.on_ack(1, 2)
+    assert not link.is_full, "the last one did not"
+    link.next_envelope(link.credit_bytes - 1)
+    assert not link.is_full
+    link.next_envelope(1)
+    assert link.is_full, "all its credit is on its way"
+    beats = measured()
+    for _ in range(CREDIT_MESSAGES_MAX):
+        assert not beats.is_full
+        beats.next_envelope(0)
+    assert beats.is_full, "as many messages as may be"
+    narrow = measured()
+    narrow.window.is_narrow = True
+    assert narrow.is_full
+    assert replace(measured(), version=1).is_full, "its acknowledgements tell nothing, and credit is all there is"
+
+
+def test_a_narrow_path_is_stuck_only_after_what_is_on_its_way_should_have_come() -> None:
+    link = measured()
+    link.window.is_narrow, link.window.bytes = True, WINDOW_BYTES_MIN
+    link.next_envelope(40_000)
+    assert link.rate is not None
+    wait_ms = ACK_SILENCE_MS + int(2 * 40_000 / link.rate)
+    assert not link.is_stuck(0)
+    assert not link.is_stuck(wait_ms)
+    assert link.is_stuck(wait_ms + 1)
 
 
 def test_a_peer_of_version_1_and_a_link_with_a_rate_have_the_credit_that_they_had() -> None:
