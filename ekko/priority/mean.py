@@ -5,6 +5,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ekko.store.kernels.weighing import sum_of
+
 F32 = NDArray[np.float32]
 
 # A value counts as at most so many times the mean before it: one exploding gradient must not make all others look like nothing.
@@ -34,10 +36,9 @@ class RecentMean:
         if not values.size:
             return
         before = self.value
-        if before:
-            values = np.minimum(values, np.float32(min(OUTLIER * before, 3e38)))
+        largest = np.float32(min(OUTLIER * before, 3e38) if before else np.inf)
         fading = 0.5 ** (max(0, now_ms - self._seen_ms) / self._half_life_ms)
-        self._sum = self._sum * fading + float(values.sum(dtype=np.float64))
+        self._sum = self._sum * fading + sum_of(values, largest)
         self._count = self._count * fading + values.size
         self._seen_ms = now_ms
 

@@ -10,14 +10,15 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ekko.store.kernels import weighing
+
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
 
 # Places: 1 MiB. What is noted of so many keys at once is remembered of two in three.
 PLACES_LOG2: Final = 17
 
-_SHIFT, _FIRST, _SECOND = np.uint64(33), np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
-_MASK: Final = np.uint64((1 << PLACES_LOG2) - 1)
+_SEED: Final = 0x9E3779B9
 
 
 class KeyMemory:
@@ -39,24 +40,10 @@ class KeyMemory:
         if not self._marks.size:
             self._marks = np.zeros(1 << PLACES_LOG2, np.uint32)
             self._values = np.zeros(1 << PLACES_LOG2, np.float32)
-        places, marks = _places_of(table, keys)
-        self._marks[places] = marks
-        self._values[places] = values
+        weighing.note(np.uint64(table << 32 | _SEED), keys, values, self._marks, self._values)
 
     def recall(self, table: int, keys: U64, default: float) -> F32:
         """float32[n]: what was noted of each key."""
-        if not self._marks.size:
-            return np.full(keys.size, default, np.float32)
-        places, marks = _places_of(table, keys)
-        return np.where(self._marks[places] == marks, self._values[places], np.float32(default))
-
-
-def _places_of(table: int, keys: U64) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-    """Place and mark of each key; no mark is 0. The Murmur3 finaliser, as for shards."""
-    hashed = keys ^ np.uint64(table << 32 | 0x9E3779B9)
-    hashed ^= hashed >> _SHIFT
-    hashed *= _FIRST
-    hashed ^= hashed >> _SHIFT
-    hashed *= _SECOND
-    hashed ^= hashed >> _SHIFT
-    return (hashed & _MASK).astype(np.int64), (hashed >> np.uint64(32)).astype(np.uint32) | np.uint32(1)
+        out = np.empty(keys.size, np.float32)
+        weighing.recall(np.uint64(table << 32 | _SEED), keys, default, self._marks, self._values, out)
+        return out

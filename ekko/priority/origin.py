@@ -28,8 +28,9 @@ from ekko.priority.mean import RecentMean
 from ekko.priority.memory import KeyMemory
 from ekko.priority.picture import PriorityPicture
 from ekko.priority.settings import DEFAULTS, PrioritySettings
-from ekko.priority.threshold import Percentile, log2_of
+from ekko.priority.threshold import I64, LARGEST, SMALLEST, Percentile, log2_of
 from ekko.priority.updates import F32, U64, Updates
+from ekko.store.kernels import weighing
 from ekko.store.model_store import ModelStore
 from p2p import classes
 from p2p.messages import Now
@@ -40,8 +41,6 @@ from p2p.replica import RowColumns
 SHARE_MIN: Final = 1 / 64
 
 _LARGEST: Final = np.float32(3e38)
-_NO_MOVEMENT: Final = np.empty(0, np.float32)
-_LEAST, _SIGNIFICANT, _MOST = (np.float32(one) for one in (classes.LEAST, classes.SIGNIFICANT, classes.MOST))
 # Of rows at which nobody looked: there is a version, whichever.
 _SOME_VERSION: Final = np.uint64(1)
 
@@ -128,29 +127,52 @@ class ModelPriority:
         if section.table == DENSE_SPEC.id:
             together = np.full(len(section.keys), classes.FOREMOST_ORDINARY, np.uint8)
             return RowColumns(section.table, section.keys, section.rows, section.stamps, together)
-        updates = self._updates(section, said, now)
-        logarithms = log2_of(self._formula(updates))
+        drift: F32 | None = None
+        if self._looks or (said is not None and np.isnan(said).any()):
+            updates = self._updates(section, said, now)
+            logarithms, drift = log2_of(self._formula(updates)), updates.drift if self._looks else None
+        else:
+            logarithms = self._logarithms(section, said, now)
         self._percentile.add(logarithms, now.monotonic_ms)
         threshold = self._percentile.threshold
-        weighed = class_of(logarithms, None if threshold is None else threshold - log2(max(share, SHARE_MIN)))
-        significant = weighed >= classes.SIGNIFICANT
+        weighed, significant = class_of(logarithms, None if threshold is None else threshold - log2(max(share, SHARE_MIN)))
         self._rows += weighed.size
-        self._significant += int(np.count_nonzero(significant))
-        if self._looks:
-            self._drifted.note(section.table, section.keys, np.where(significant, np.float32(0), updates.drift))
+        self._significant += significant
+        if drift is not None:
+            self._drifted.note(section.table, section.keys, np.where(weighed >= classes.SIGNIFICANT, np.float32(0), drift))
         return RowColumns(section.table, section.keys, section.rows, section.stamps, weighed)
+
+    def _logarithms(self, section: RowColumns, said: F32 | None, now: Now) -> F32:
+        """`log2_of` of what the built-in formula makes of `_updates`, to the bit, where it need not be told all of it.
+
+        `said`: of all rows, or of none.
+        """
+        table, keys, live = self._model.tables_by_id[section.table], section.keys, len(section.rows)
+        if said is None:
+            values, before = table.movement(keys, section.rows)
+            np.fmin(values, _LARGEST, out=values)
+        else:
+            values, before = np.require(said, np.float32, ["C", "A"]), table.present(keys) * _SOME_VERSION
+        mean = self._mean("moved" if said is None else "said")
+        mean.add(values, now.monotonic_ms)
+        settings, now_s = self._settings, self._now_s(now.monotonic_ms)
+        weights, new = np.empty(keys.size, np.float32), np.empty(keys.size, np.int64)
+        power = self._created.recall(section.table, keys, -np.inf)
+        half_life_s = settings.fresh_half_life_s
+        new_rows, fresh = weighing.weigh(values, mean.value, before, live, now_s, half_life_s, weights, power, new)
+        self._note_created(section, new[:new_rows], now_s)
+        freshness = np.exp2(power, out=power) if fresh else power[:0]  # of old rows it is 0
+        weighing.add_up(freshness, settings.fresh_weight, SMALLEST, LARGEST, weights)
+        logarithms: F32 = np.log2(weights, out=weights)
+        return logarithms
 
     def _updates(self, section: RowColumns, said: F32 | None, now: Now) -> Updates:
         """What the formula is told."""
         table, keys = self._model.tables_by_id[section.table], section.keys
-        if said is not None and not self._looks and not np.isnan(said).any():
-            relative, before = _NO_MOVEMENT, table.present(keys) * _SOME_VERSION
-            significance = self._relative("said", said, now.monotonic_ms)
-        else:
-            moved, before = table.movement(keys, section.rows)
-            moved = np.fmin(moved, _LARGEST)  # another client may have sent rows with NaN or infinity
-            relative = self._relative("moved", moved, now.monotonic_ms)
-            significance = relative if said is None else self._significance(said, relative, now.monotonic_ms)
+        moved, before = table.movement(keys, section.rows)
+        moved = np.fmin(moved, _LARGEST)  # another client may have sent rows with NaN or infinity
+        relative = self._relative("moved", moved, now.monotonic_ms)
+        significance = relative if said is None else self._significance(said, relative, now.monotonic_ms)
         age_s = self._age_s(section, before, now.monotonic_ms)
         settings = self._settings
         freshness = np.float32(settings.fresh_weight) * np.exp2(-age_s / np.float32(settings.fresh_half_life_s))
@@ -161,10 +183,14 @@ class ModelPriority:
         given = (significance, freshness, age_s, relative, drift, before)
         return Updates(name, table.spec.name, keys, *given, now.unix_ms)
 
-    def _relative(self, kind: str, values: F32, now_ms: int) -> F32:
+    def _mean(self, kind: str) -> RecentMean:
         mean = self._means.get(kind)
         if mean is None:
             mean = self._means[kind] = RecentMean(self._settings.window_s)
+        return mean
+
+    def _relative(self, kind: str, values: F32, now_ms: int) -> F32:
+        mean = self._mean(kind)
         mean.add(values, now_ms)
         return mean.relative(values)
 
@@ -178,19 +204,26 @@ class ModelPriority:
         return out
 
     def _age_s(self, section: RowColumns, before: U64, now_ms: int) -> F32:
-        """Seconds since each key was created here; infinite where that is not remembered."""
-        self._begun_ms = self._begun_ms or now_ms
-        now_s = (now_ms - self._begun_ms) / 1000
-        live = len(section.rows)
+        """Seconds since each key was created here; infinite where that is not remembered, or it is deleted."""
+        now_s, live = self._now_s(now_ms), len(section.rows)
         age_s = np.float32(now_s) - self._created.recall(section.table, section.keys, -np.inf)
         new = np.flatnonzero((before[:live] == 0) | np.isnan(age_s[:live]))
-        if new.size:
-            self._created.note(section.table, section.keys[new], np.full(new.size, now_s, np.float32))
-            age_s[new] = 0
-        if live < age_s.size:  # not fresh, whenever it was created; and when it comes back, it is created anew
-            self._created.note(section.table, section.keys[live:], np.full(age_s.size - live, np.nan, np.float32))
-            age_s[live:] = np.inf
+        self._note_created(section, new, now_s)
+        age_s[new], age_s[live:] = 0, np.inf
         return age_s
+
+    def _now_s(self, now_ms: int) -> float:
+        """Of the clock of `_created`."""
+        self._begun_ms = self._begun_ms or now_ms
+        return (now_ms - self._begun_ms) / 1000
+
+    def _note_created(self, section: RowColumns, new: I64, now_s: float) -> None:
+        """The rows at `new` are created; those that are deleted are not fresh, and when they come back, are created anew."""
+        keys, live = section.keys, len(section.rows)
+        if new.size:
+            self._created.note(section.table, keys[new], np.full(new.size, now_s, np.float32))
+        if live < keys.size:
+            self._created.note(section.table, keys[live:], np.full(keys.size - live, np.nan, np.float32))
 
     def picture(self, share: float) -> PriorityPicture:
         """See `PriorityPicture`."""
@@ -215,10 +248,12 @@ def check_significance(table: str, significance: F32) -> None:
         )
 
 
-def class_of(logarithms: F32, threshold: float | None) -> NDArray[np.uint8]:
-    """uint8[n]: how far above the threshold, a logarithm as they are; where there is none yet, not known."""
+def class_of(logarithms: F32, threshold: float | None) -> tuple[NDArray[np.uint8], int]:
+    """uint8[n]: how far above the threshold, a logarithm as they are; where there is none yet, not known. And how many rows are
+    significant.
+    """
     if threshold is None:
-        return np.full(logarithms.size, classes.NOT_KNOWN, np.uint8)
-    relative = np.rint((logarithms - np.float32(threshold)) * classes.PER_DOUBLING)
-    bounded: F32 = np.minimum(np.maximum(relative + _SIGNIFICANT, _LEAST), _MOST)
-    return bounded.astype(np.uint8)
+        return np.full(logarithms.size, classes.NOT_KNOWN, np.uint8), 0
+    out = np.empty(logarithms.size, np.uint8)
+    bounds = classes.SIGNIFICANT, classes.LEAST, classes.MOST
+    return out, int(weighing.classes_of(logarithms, threshold, classes.PER_DOUBLING, *bounds, out))

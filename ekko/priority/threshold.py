@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ekko.store.kernels import weighing
 from p2p.classes import PER_DOUBLING
 
 F32 = NDArray[np.float32]
@@ -33,6 +34,7 @@ COUNTED_AFTER_MS: Final = 100
 
 SMALLEST: Final = np.float32(2.0**-DOUBLINGS)
 LARGEST: Final = np.float32(2.0**DOUBLINGS)
+_ABOVE, _BINS_PER_DOUBLING = np.float32(DOUBLINGS), np.float32(BINS_PER_DOUBLING)
 
 
 class Percentile:
@@ -73,9 +75,7 @@ class Percentile:
     def _count(self, now_ms: int) -> None:
         self._forget(now_ms)
         values = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
-        counts = np.bincount(bins_of(values), minlength=BINS)
-        self._parts[self._part] += counts
-        self._total += counts
+        weighing.count_bins(values, _ABOVE, _BINS_PER_DOUBLING, self._parts[self._part], self._total)
         self._waiting, self._waiting_rows, self._counted_ms = [], 0, now_ms
         found = threshold_of(self._total, self._above)
         self.threshold = self.threshold if found is None else found
@@ -111,7 +111,6 @@ def threshold_of(histogram: I64, above: float) -> float | None:
     total = int(histogram.sum())
     if total * above < SIGNIFICANT_MIN:
         return None
-    tails = np.cumsum(histogram[::-1])[::-1]  # rows in this bin and above
-    first = int(np.argmax(tails <= total * above)) if tails[-1] <= total * above else BINS
+    first = int(weighing.first_with_at_most(histogram, total * above))
     # A class is rounded: what is half a class below p_k is significant, too. So p_k is half a class above the bin's lower edge.
     return first / BINS_PER_DOUBLING - DOUBLINGS + 1 / (2 * PER_DOUBLING)

@@ -24,4 +24,4 @@ __all__ = ["Store", "warm"]
 def warm() -> None:
     """Have every kernel ready. They are compiled, or loaded from the cache, when their modules are imported."""
     from ekko.store import view  # noqa: F401
-    from ekko.store.kernels import checks  # noqa: F401
+    from ekko.store.kernels import checks, weighing  # noqa: F401
