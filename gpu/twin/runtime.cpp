@@ -48,6 +48,7 @@ class Scheduler {
             Lane* next = choose();
             if (next == nullptr) break;
             run_from(thread_, next, false);
+            current = nullptr;
         }
     }
 
@@ -162,7 +163,7 @@ class Scheduler {
 #endif
         set_unready(lane, DONE);
         block.alive--;
-        // Who has ended is waited for by nobody.
+        // Who waits for this lane waits in vain: complete() says so.
         const u32 warp = lane.here.thread / WARP * WARP;
         for (u32 i = warp; i < warp + WARP && i < block.lanes.size(); i++)
             if (block.lanes[i]->state == WAITING && block.lanes[i]->kind != BLOCK) complete(*block.lanes[i]);
@@ -297,7 +298,7 @@ class Scheduler {
                      other.here.thread, name_of(other.kind), other.mask);
         }
     }
-    // If all lanes of this one's mask that have not ended have come: give each its result, and let them go on.
+    // If all lanes of this one's mask have come: give each its result, and let them go on.
     void complete(Lane& lane) {
         Block& block = *lane.block;
         const u32 warp = warp_of(lane);
@@ -307,7 +308,10 @@ class Scheduler {
         for (u32 i = 0; i < WARP; i++) {
             if ((mask >> i & 1) == 0) continue;
             Lane& other = *block.lanes[warp + i];
-            if (other.state == DONE) continue;
+            // PTX excuses lanes that ended. A mask that names them is a mistake of this project's kernels all the same.
+            if (other.state == DONE)
+                fail("%s of thread %u with mask 0x%08x, which has the bit of thread %u, which has ended", name_of(lane.kind),
+                     lane.here.thread, mask, other.here.thread);
             if (other.state != WAITING || other.kind != lane.kind || other.mask != mask) return;
             lanes[i] = &other;
             came |= 1u << i;
@@ -334,7 +338,7 @@ class Scheduler {
                 default: break;
             }
         }
-        u32 slots[WARP];
+        u32 slots[WARP] = {};
         u32 count = 0;
         for (u32 bits = came; bits != 0; bits &= bits - 1) {
             Lane& one = *lanes[lowest_bit(bits)];
