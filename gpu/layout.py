@@ -21,7 +21,7 @@ A score is 32 bits of rank above 32 bits of tick. The larger stays:
 
     policy     rank                        tick            a use (look-up)
     lru        0                           of the last use tick := now
-    lfu        uses since it came, halved  of the insert   rank += 1
+    lfu        uses since it came, halved  of the insert   rank += 1, below USES_MAX
                at every decay
     priority   as the caller gave it       of the last use tick := now
 
@@ -71,6 +71,9 @@ POLICIES: Final = {"lru": 0, "lfu": 1, "priority": 2}
 RANK_SHIFT: Final = 32
 RANK_ONE: Final = 1 << RANK_SHIFT
 TICK_MASK: Final = RANK_ONE - 1
+# Uses are counted up to here, since a rank that overflows would make the hottest row the first to leave: within a minute where
+# a device looks up a table of ten rows. Look-ups that run at once may each add one beyond it, and 31 bits are left for them.
+USES_MAX: Final = 1 << 31
 
 # --- pooling
 MODES: Final = {"sum": 0, "mean": 1}
@@ -97,7 +100,17 @@ EVICTED: Final = 11  # by a sweep
 READ_ATTEMPTS_MAX: Final = 4  # then a key counts as missed. A row is written in under a microsecond; four in a row are rare
 
 _DEFINED: Final = (
-    *("BUCKET_SLOTS", "SECTOR_BYTES", "CHUNK_BYTES", "READ_ATTEMPTS_MAX", "SCALE_BYTES", "RANK_SHIFT", "RANK_ONE", "TICK_MASK"),
+    *(
+        "BUCKET_SLOTS",
+        "SECTOR_BYTES",
+        "CHUNK_BYTES",
+        "READ_ATTEMPTS_MAX",
+        "SCALE_BYTES",
+        "RANK_SHIFT",
+        "RANK_ONE",
+        "TICK_MASK",
+        "USES_MAX",
+    ),
     *("HEADER_BYTES", "HEADER_KEY", "HEADER_STAMP", "HEADER_SCORE", "HEADER_LOCK", "HEADER_SPARE"),
     *("ABSENT", "ASSIGNED", "KEPT", "INSERTED", "REPLACED", "REFUSED", "ERASED"),
     *("COUNTERS", "SIZE", "LOOKED_UP", "MISSED", "CROSSED", "OUTCOME_FIRST", "EVICTED"),

@@ -13,7 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu import layout
-from gpu.layout import BUCKET_SLOTS, HEADER, MODES, POLICIES, RANK_ONE, RANK_SHIFT, TICK_MASK, Memory, PooledJob, Shape
+from gpu.layout import (
+    BUCKET_SLOTS,
+    HEADER,
+    MODES,
+    POLICIES,
+    RANK_SHIFT,
+    TICK_MASK,
+    USES_MAX,
+    Memory,
+    PooledJob,
+    Shape,
+)
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -279,7 +290,10 @@ def _clear(memory: Memory, slots: I64) -> None:
 def _touch(memory: Memory, slots: I64, policy: int, tick: int) -> None:
     scores = headers_of(memory)["score"]
     if policy == POLICIES["lfu"]:
-        np.add.at(scores, slots, np.uint64(RANK_ONE))
+        distinct, uses = np.unique(slots, return_counts=True)
+        ranks = scores[distinct] >> np.uint64(RANK_SHIFT)
+        room = np.maximum(ranks, np.uint64(USES_MAX)) - ranks
+        scores[distinct] += np.minimum(uses.astype(np.uint64), room) << np.uint64(RANK_SHIFT)
         return
     older = slots[(scores[slots] & np.uint64(TICK_MASK)) < np.uint64(tick)]
     scores[older] = (scores[older] & ~np.uint64(TICK_MASK)) | np.uint64(tick)

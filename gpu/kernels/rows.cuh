@@ -83,11 +83,11 @@ constexpr u32 NO_USE = 0xffffffff;
 DEVICE void touch(const Table& table, i64 slot, u32 use, u32 now) {
     if (use == NO_USE) return;
     const i64 at = table.score_at(slot);
+    const u64 before = table.headers.relaxed(at);
     if (use == EKKO_POLICY_LFU) {
-        table.headers.add(at, EKKO_RANK_ONE);
+        if (before >> EKKO_RANK_SHIFT < EKKO_USES_MAX) table.headers.add(at, EKKO_RANK_ONE);
         return;
     }
-    const u64 before = table.headers.relaxed(at);
     const u64 after = (before & ~static_cast<u64>(EKKO_TICK_MASK)) | now;
     if (after > before) table.headers.cas(at, before, after);  // who was faster used it, too
 }
