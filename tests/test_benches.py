@@ -45,6 +45,7 @@ KEYS = {
         "vs_nats",
         "cpu",
     },
+    "gpu": {"engine", "registers", "spills", "lookup_vs_torch", "apply_vs_index_copy", "hbm_fraction"},
     "membership": {"detect_s_100", "detect_s_100_loss_50pct", "false_suspicions", "idle_bytes_per_s"},
     "health": {"false_alarms_auc", "false_alarms_log_loss", "level", "streams", "windows", "delays"},
     "latency": {"p50_ms", "p99_ms", "wan_excess_p99_ms"},
