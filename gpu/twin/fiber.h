@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if !defined(__x86_64__) && !defined(EKKO_TWIN_UCONTEXT)
@@ -69,6 +70,10 @@ struct Fiber {
         stack = memory + GUARD_BYTES;
         bottom = stack;
         bytes = STACK_BYTES;
+#if defined(__SANITIZE_ADDRESS__)
+        // The lane that had this stack did not return from all of its functions.
+        __asan_unpoison_memory_region(stack, STACK_BYTES);
+#endif
 #if defined(EKKO_TWIN_UCONTEXT)
         getcontext(&context);
         context.uc_stack.ss_sp = stack;

@@ -8,6 +8,10 @@
 
 namespace twin {
 
+#ifdef EKKO_TWIN_MODEL
+static thread_local WeakMemory kept_memory;
+#endif
+
 class Scheduler {
   public:
     Scheduler(const Allocations& allocations, const Launch* launches, u32 count, const Options& options, Stacks& stacks)
@@ -57,7 +61,7 @@ class Scheduler {
     char* report = nullptr;
     u32 report_bytes = 0;
 #ifdef EKKO_TWIN_MODEL
-    WeakMemory memory;
+    WeakMemory& memory = kept_memory;  // what it has grown to, it keeps for the next run
 #endif
 
     // An access of the current lane: others may run first.
@@ -107,6 +111,7 @@ class Scheduler {
             lane.block->in_barrier++;
         } else {
             check_mask(lane);
+            lane.block->waiting[lane.here.thread / WARP] |= bit_of(lane);
         }
         set_unready(lane, WAITING);
         if (kind == BLOCK) open_barrier(*lane.block);
@@ -163,10 +168,12 @@ class Scheduler {
 #endif
         set_unready(lane, DONE);
         block.alive--;
+        block.ended[lane.here.thread / WARP] |= bit_of(lane);
         // Who waits for this lane waits in vain: complete() says so.
-        const u32 warp = lane.here.thread / WARP * WARP;
-        for (u32 i = warp; i < warp + WARP && i < block.lanes.size(); i++)
-            if (block.lanes[i]->state == WAITING && block.lanes[i]->kind != BLOCK) complete(*block.lanes[i]);
+        for (u32 bits = block.waiting[lane.here.thread / WARP]; bits != 0; bits &= bits - 1) {
+            Lane& other = *block.lanes[warp_of(lane) + lowest_bit(bits)];
+            if ((other.mask & bit_of(lane)) != 0) complete(other);
+        }
         if (block.alive != 0) open_barrier(block);
         // A block's memory and slots are reused from the thread's own stack, not from the one that ends here.
         if (block.alive == 0 || ready_.empty()) switch_fibers(lane.fiber, thread_, true);
@@ -250,6 +257,8 @@ class Scheduler {
         block->index = static_cast<u32>((running.first + static_cast<u64>(running.started++) * running.stride) % launch.grid);
         block->alive = launch.block;
         block->in_barrier = 0;
+        block->waiting.assign(launch.block / WARP, 0);
+        block->ended.assign(launch.block / WARP, 0);
         for (u32 thread = 0; thread < launch.block; thread++) {
             Lane& lane = lanes_[free_.back()];
             free_.pop_back();
@@ -287,35 +296,32 @@ class Scheduler {
     void check_mask(const Lane& lane) {
         if ((lane.mask & bit_of(lane)) == 0) fail("%s with mask 0x%08x, which has not the calling lane's bit", name_of(lane.kind), lane.mask);
         const Block& block = *lane.block;
-        const u32 warp = warp_of(lane);
-        for (u32 i = 0; i < WARP; i++) {
-            if ((lane.mask >> i & 1) == 0) continue;
-            if (warp + i >= block.lanes.size()) fail("%s with mask 0x%08x: the warp has no lane %u", name_of(lane.kind), lane.mask, i);
-            const Lane& other = *block.lanes[warp + i];
-            if (&other == &lane || other.state != WAITING || other.kind == BLOCK || (other.mask & bit_of(lane)) == 0) continue;
-            if (other.kind != lane.kind || other.mask != lane.mask)
-                fail("%s with mask 0x%08x, while thread %u waits for it in %s with mask 0x%08x", name_of(lane.kind), lane.mask,
-                     other.here.thread, name_of(other.kind), other.mask);
+        for (u32 bits = block.waiting[lane.here.thread / WARP] & lane.mask; bits != 0; bits &= bits - 1) {
+            const Lane& other = *block.lanes[warp_of(lane) + lowest_bit(bits)];
+            if ((other.mask & bit_of(lane)) == 0) continue;  // it does something else first
+            if (other.kind == lane.kind && other.mask == lane.mask) return;  // and was checked itself
+            fail("%s with mask 0x%08x, while thread %u waits for it in %s with mask 0x%08x", name_of(lane.kind), lane.mask,
+                 other.here.thread, name_of(other.kind), other.mask);
         }
     }
     // If all lanes of this one's mask have come: give each its result, and let them go on.
     void complete(Lane& lane) {
         Block& block = *lane.block;
-        const u32 warp = warp_of(lane);
+        const u32 warp = lane.here.thread / WARP;
         const u32 mask = lane.mask;
+        // PTX excuses lanes that ended. A mask that names them is a mistake of this project's kernels all the same.
+        if ((block.ended[warp] & mask) != 0)
+            fail("%s of thread %u with mask 0x%08x, which has the bit of thread %u, which has ended", name_of(lane.kind), lane.here.thread,
+                 mask, warp * WARP + lowest_bit(block.ended[warp] & mask));
+        if ((block.waiting[warp] & mask) != mask) return;
         Lane* lanes[WARP];
-        u32 came = 0;
-        for (u32 i = 0; i < WARP; i++) {
-            if ((mask >> i & 1) == 0) continue;
-            Lane& other = *block.lanes[warp + i];
-            // PTX excuses lanes that ended. A mask that names them is a mistake of this project's kernels all the same.
-            if (other.state == DONE)
-                fail("%s of thread %u with mask 0x%08x, which has the bit of thread %u, which has ended", name_of(lane.kind),
-                     lane.here.thread, mask, other.here.thread);
-            if (other.state != WAITING || other.kind != lane.kind || other.mask != mask) return;
-            lanes[i] = &other;
-            came |= 1u << i;
+        for (u32 bits = mask; bits != 0; bits &= bits - 1) {
+            Lane& other = *block.lanes[warp * WARP + lowest_bit(bits)];
+            if (other.kind != lane.kind || other.mask != mask) return;
+            lanes[lowest_bit(bits)] = &other;
         }
+        block.waiting[warp] &= ~mask;
+        const u32 came = mask;
         u32 votes = 0;
         for (u32 bits = came; bits != 0; bits &= bits - 1)
             if (lanes[lowest_bit(bits)]->value != 0) votes |= bits & -bits;

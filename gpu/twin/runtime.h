@@ -71,6 +71,7 @@ struct Block {
     u32 index;
     u32 alive, in_barrier;
     std::vector<Lane*> lanes;
+    std::vector<u32> waiting, ended;  // by warp: lanes, as bits, that are in a warp's collective; that have ended
     std::vector<SharedArray> shared;
 };
 

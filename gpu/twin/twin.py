@@ -141,7 +141,7 @@ class HostTwin:
         seed: int = 0,
         schedule: Schedule | None = None,
         *,
-        sanitise: bool = False,
+        sanitise: bool | None = None,
         memory_bytes: int | None = None,
         folder: Path = sources.FOLDER,
     ) -> None:
@@ -151,7 +151,8 @@ class HostTwin:
             memory: "direct" or "model".
             seed: of all choices.
             schedule: None is lane after lane in "direct", and another adversary at every run in "model".
-            sanitise: with ASan and UBSan; the process must have been started with `build.sanitiser_environment()`.
+            sanitise: with ASan and UBSan, which end the process where they find something. None: if the process was started
+                with `build.sanitiser_environment()`, as it must be for True.
             memory_bytes: how much memory it has; None: what the host has free.
             folder: where its kernels' sources are.
 
@@ -164,10 +165,10 @@ class HostTwin:
         self.memory: build.Memory = memory
         self.totals = Totals()
         self._schedule = schedule or (Schedule() if memory == "model" else Schedule(policy="fixed"))
-        self._sanitise = sanitise
+        self._sanitise = build.sanitised_process() if sanitise is None else sanitise
         self._folder = folder
         self._seed = seed
-        self._library = abi.Library(build.runtime(memory, sanitise))
+        self._library = abi.Library(build.runtime(memory, self._sanitise))
         self._memory = Memory(NAME, memory_bytes, undefined=0xA5 if memory == "model" else None)
         self._default = TwinStream(self)
         self._kernels: dict[tuple[object, ...], TwinKernel] = {}

@@ -1,6 +1,8 @@
 """The host twin: arguments, collectives, faults told in one line, streams, memory shared between processes."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -266,3 +268,47 @@ def test_it_is_a_device() -> None:
     assert np.from_dlpack(device.to_dlpack(array)).tolist() == [0, 1, 2, 3]
     with pytest.raises(ArgumentError, match="sanitiser_environment"):
         HostTwin(sanitise=True)
+
+
+SANITISED = """
+import sys
+import numpy as np
+from pathlib import Path
+from gpu.errors import KernelError
+from gpu.twin.twin import HostTwin
+for memory in ("direct", "model"):
+    device = HostTwin(memory, 1, sanitise=True, folder=Path(sys.argv[1]))
+    out = device.upload(np.full(640, 5, np.uint32))
+    device.launch(device.kernel("faults", "sum"), 10, 64, [out, device.zeros(10, np.uint32)])
+    device.launch(device.kernel("faults", "votes"), 1, 64, [out])
+    lock, counter = device.zeros(1, np.uint32), device.zeros(1, np.uint32)
+    device.launch(device.kernel("litmus", "locked", {"FENCE": "fence()"}), 2, 64, [lock, counter, np.int64(3)])
+    assert device.download(counter)[0] == 2 * 64 * 3
+    try:  # leaves lanes where they are
+        device.launch(device.kernel("faults", "never_comes"), 1, 64, [out])
+        device.synchronize()
+    except KernelError:
+        device.launch(device.kernel("faults", "votes"), 3, 64, [out])
+    if len(sys.argv) > 2:
+        device.launch(device.kernel("faults", sys.argv[2]), 1, 64, [out])
+        device.synchronize()
+print("clean")
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("fault", "complaint"),
+    [(None, None), ("stack_overrun", "stack-buffer-overflow"), ("undefined", "signed integer overflow")],
+)
+def test_sanitisers_see_what_lanes_do_on_their_stacks(fault: str | None, complaint: str | None) -> None:
+    command = [sys.executable, "-c", SANITISED, str(LITMUS), *([fault] if fault else [])]
+    environment = os.environ | build.sanitiser_environment()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
+    if complaint is None:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "clean\n"
+        assert not done.stderr
+    else:
+        assert done.returncode != 0
+        assert re.search(complaint, done.stderr), done.stderr

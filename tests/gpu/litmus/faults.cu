@@ -1,4 +1,4 @@
-// Kernels that do what no kernel may, and what their neighbours that do it right.
+// Kernels that do what no kernel may, and some that do it right. For the host only.
 #include "warp.cuh"
 
 KERNEL(64, copy, Global<u32> from, Global<u32> to, i64 count) {
@@ -45,9 +45,13 @@ KERNEL(64, shared_overrun, Global<u32> out) {
     few.write(lane() / 4, 1);
 }
 KERNEL(64, misaligned, Global<u8> memory) { memory.as<u32>().as<u8>().as<u32>().relax(0, 1); (memory + 2).as<u32>().relax(0, 1); }
-KERNEL(64, host_overrun, Global<u32> out) {
+__attribute__((noinline)) static void fill(u32* few, u32 count) {
+    for (u32 i = 0; i < count; i++) few[i] = i;
+    fence();  // other lanes run
+}
+KERNEL(64, stack_overrun, Global<u32> out) {
     u32 few[4] = {};
-    for (u32 i = 0; i <= block_size() / 8; i++) few[i & 7] = i;
+    fill(few, 4 + block_size() / 64);
     out.write(thread_index(), few[lane() & 3]);
 }
 KERNEL(64, undefined, Global<i32> out) { out.write(thread_index(), out.read(thread_index()) + 0x7fffffff); }
