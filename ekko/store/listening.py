@@ -3,7 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from p2p.replica import RowColumns
+from p2p.replica import U64, RowColumns
+
+
+class Changes(Protocol):
+    """Told by one model which rows are others now, in the thread that writes it; called before the batch counts as applied."""
+
+    def note(self, table: int, keys: U64) -> None:
+        """Rows of these keys were written, or may have been. The array is the caller's."""
+
+    def note_gone(self, table: int, keys: U64) -> None:
+        """Rows of these keys were dropped for good; one may come back in the version that it had, or in an older one."""
 
 
 class Listener(Protocol):

@@ -161,6 +161,12 @@ class Mapping:
         out = np.empty(len(self), np.uint8)
         return out[: os.preadv(self._descriptor, [out.data], 0)]
 
+    def peek(self, offset: int) -> int:
+        """One word of the file; safe in the same way: 0 where it is too short."""
+        if self._descriptor is None:
+            return int(self.words(offset))
+        return int.from_bytes(os.pread(self._descriptor, 8, offset), "little")
+
     def write(self, offset: int, values: U64) -> None:
         """Write into the file; safe in the same way."""
         if self._descriptor is None:

@@ -28,7 +28,7 @@ from ekko.store.fetching import Fetching, live_rows
 from ekko.store.floor import LossFloor
 from ekko.store.hot import Heat
 from ekko.store.kernels import index
-from ekko.store.listening import Listener
+from ekko.store.listening import Changes, Listener
 from ekko.store.manifest import ModelEntry, header_name, heat_name, hot_name, index_name, rows_name
 from ekko.store.memory import Mapping, Memory
 from ekko.store.own_writer import OwnWriter
@@ -86,6 +86,7 @@ class ModelStore:
         self.tables_dropped: ReadOnlyMapping[int, str] = {}  # id -> name of the tables whose rows may come late
         self.eviction: Eviction | None = None  # what keeps rows of other nodes within the capacity
         self.listener: Listener | None = None  # is told of all that comes
+        self.changes: Changes | None = None  # is told which rows are others now
         self._stable: dict[int, U64] = {}  # by partition: uint64[WRITERS_MAX], up to where rows could be collected last
 
     @classmethod
@@ -342,6 +343,8 @@ class ModelStore:
                 arrivals.forget(table, slots)
         with self._marks.removing():
             held.remove(slots)
+            if self.changes is not None:
+                self.changes.note_gone(table, keys)
 
     @property
     def marks(self) -> BatchMarks:

@@ -14,6 +14,7 @@ from ekko.store import layout
 from ekko.store.counting import Count, KeyCounter, count_nothing
 from ekko.store.kernels import gather, pool
 from ekko.store.kernels.average import add_rows
+from ekko.store.kernels.quantise import FLOAT32
 from ekko.store.manifest import hot_name, index_name, rows_name
 from ekko.store.memory import Mapping, TmpfsMemory
 from ekko.store.newest_index import NewestIndex
@@ -176,8 +177,60 @@ class TableView:
 
         _until_done(self.spec.name, keys, copy, done)
 
-    def pool(self, keys: U64, bags: Bags, out: F32, default: int = ZEROS) -> None:
-        """Make the rows of each bag one, into out, float32[bags, dim]. Else as `lookup`."""
+    def read(self, keys: U64, out: F32, stamps: U64, default: F32 | None, wait_s: float) -> int:
+        """`lookup` that waits no longer than `wait_s` for rows that stay locked, and counts nothing.
+
+        Args:
+            keys: uint64[n].
+            out: float32[n, dim], written.
+            stamps: uint64[n], written, 0 for absent keys.
+            default: float32[dim], what absent keys get; None: zeros.
+            wait_s: seconds.
+
+        Returns:
+            How many keys were given the default since their row stayed locked.
+        """
+        stamp_min, late, done, deadline = self._stamp_min(), 0, 0, 0.0
+        address = ZEROS if default is None else default.__array_interface__["data"][0]
+        while True:
+            index = self.newest_index()
+            place = *self._rows, index.address, index.capacity_log2, stamp_min, address
+            done = int(gather.gather(*place, keys, out, stamps, done))
+            if done == keys.size:
+                return late
+            now = time.monotonic()
+            deadline = deadline or now + wait_s
+            if now > deadline:
+                out[done] = 0 if default is None else default
+                stamps[done] = 0
+                late, done = late + 1, done + 1
+            else:
+                time.sleep(0)
+
+    def count(self, keys: U64, padding: int | None = None) -> None:
+        """Count a look-up of uint64[n] keys that was answered elsewhere, if this process may."""
+        self._count(keys, self.newest_index(), padding)
+
+    def encoded(self, keys: U64) -> tuple[NDArray[np.uint8], U64]:
+        """Rows as they are stored, and not decoded: uint8[n, row_bytes] and uint64[n], 0 for keys that are absent or deleted.
+
+        Rows that have expired are not left out. Raises as `lookup`.
+        """
+        # What float32 decodes to are its bits: so any row is a row of words. It lies in whole words, as rows are padded.
+        words = np.empty((keys.size, -(-self.spec.row_bytes // 4)), np.float32)
+        stamps = np.empty(keys.size, np.uint64)
+        source = self._source
+
+        def copy(begin: int) -> Any:
+            index = self.newest_index()
+            place = source.address, source.stride, FLOAT32, index.address, index.capacity_log2
+            return gather.gather(*place, 0, ZEROS, keys, words, stamps, begin)
+
+        _until_done(self.spec.name, keys, copy, copy(0))
+        return np.ascontiguousarray(words.view(np.uint8)[:, : self.spec.row_bytes]), stamps
+
+    def pool(self, keys: U64, bags: Bags, out: F32, default: int = ZEROS, *, counted: bool = True) -> None:
+        """Make the rows of each bag one, into out, float32[bags, dim]. Else as `lookup`; `counted`: here, and not elsewhere."""
         stamp_min = self._stamp_min()
 
         def pooled(begin: int) -> Any:
@@ -199,7 +252,8 @@ class TableView:
             )
 
         _until_done(self.spec.name, keys, pooled, pooled(0))
-        self._count(keys, self.newest_index(), bags.padding)
+        if counted:
+            self._count(keys, self.newest_index(), bags.padding)
 
     def mean_row(self, rows_max: int) -> F32:
         """float32[dim]: the mean of the live rows, or of `rows_max` slots that lie evenly among all; zeros where none is live.
