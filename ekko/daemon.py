@@ -18,6 +18,7 @@ from pathlib import Path
 import structlog
 
 from ekko.config import NodeConfig
+from ekko.device.control import retire
 from ekko.errors import ConfigError, EkkoError, NodeFailed
 from ekko.heap import keep_freed_memory
 from ekko.http import HttpServer
@@ -25,6 +26,7 @@ from ekko.loading import Loading
 from ekko.local import Failed
 from ekko.node.answers import Answers
 from ekko.node.delaying import check_role, open_delayed
+from ekko.node.devices import open_devices
 from ekko.node.life import Life
 from ekko.node.opening import have_configured_models, open_store
 from ekko.node.parts import LocalEvent, Parts, make_parts
@@ -111,9 +113,17 @@ class Node:
         return False
 
     async def _serve(self, http: HttpServer) -> None:
+        try:
+            await self._serve_until_cancelled(http)
+        finally:
+            if self._life.devices is not None:
+                self._life.devices.close()  # before the store that it reads
+
+    async def _serve_until_cancelled(self, http: HttpServer) -> None:
         node, life = self.config.node, self._life
         keep_freed_memory()
         log.info("node_starting", version=__version__, run_dir=str(node.run_dir), http=node.http)
+        retire(node.run_dir)  # before anything is written that the caches of a daemon before this one do not have
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(http.serve())
             # Compiling takes a while when the cache is cold; /healthz answers meanwhile.
@@ -124,6 +134,7 @@ class Node:
             life.parts = parts = make_parts(
                 self.config, store, delayed, life.boot, life.boot_ms, self._answers.metrics, self._submit
             )
+            life.devices = await asyncio.to_thread(open_devices, self.config, parts.served)
             parts.operations.settle()
             life.preparing.remove("store")
             if self._snapshots is not None:
@@ -137,6 +148,8 @@ class Node:
             tasks.create_task(self._fold_heat(parts.served, parts.shares))
             if parts.delaying is not None:
                 tasks.create_task(parts.delaying.run())
+            if life.devices is not None:
+                tasks.create_task(life.devices.run())
             parts.endpoint.start()
             write_endpoint(node.run_dir, node.local, node.access)
             life.preparing.remove("sockets")

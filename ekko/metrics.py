@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ekko.device.picture import COUNT_MEANINGS
 from ekko.health.verdicts import SEVERITY
 from ekko.priority.delays import KINDS, RowDelays
 from ekko.status import NodePicture
@@ -229,6 +230,7 @@ class Metrics(Collector):
         yield from _snapshots(picture)
         yield from _health(picture)
         yield from _delayed(picture)
+        yield from _device(picture)
         rejected = CounterMetricFamily("ekko_rejected_frames", "Messages of peers that were dropped.", labels=["sender"])
         for sender, count in picture.rejected.items():
             rejected.add_metric([sender], count)
@@ -361,6 +363,44 @@ def _delayed(picture: NodePicture) -> Iterator[Metric]:
         rows.add_metric([name], model["rows"])
         size.add_metric([name], model["bytes"])
     yield from (until, exact, rows, size)
+
+
+# Of each cache, as `gpu.reading.Stats` has them.
+_CACHE_COUNTS = {
+    "looked_up": "Keys that look-ups asked a cache on the device for.",
+    "missed": "Of these, keys that it did not have.",
+    "assigned": "Cached rows that were given a newer version.",
+    "inserted": "Rows that came into an empty place.",
+    "replaced": "Rows that came in the place of others.",
+    "refused": "Rows that found all others of their bucket more wanted.",
+    "erased": "Rows that were deleted, or dropped for good.",
+}
+
+
+def _device(picture: NodePicture) -> Iterator[Metric]:
+    if (device := picture.device) is None:
+        return
+    yield _gauge("ekko_device_serving", "1: rows are on the device; 0: all are served from the host.", int(device.serving))
+    yield _gauge("ekko_device_refusing", "1: some tables have no room there, or it failed.", int(bool(device.reason)))
+    yield _gauge("ekko_device_behind_seconds", "How much older than the store its rows are, at most.", device.behind_ms / 1000)
+    yield _gauge("ekko_device_waiting_keys", "Keys that changed, and are not there yet.", device.waiting)
+    yield CounterMetricFamily("ekko_device_overflows", "Times that more changed than may wait.", value=device.overflows)
+    for name, count in device.counts.items():
+        yield CounterMetricFamily(f"ekko_device_{name}", COUNT_MEANINGS[name], value=count)
+    labels = ["model", "table"]
+    rows = GaugeMetricFamily("ekko_device_rows", "Rows in a cache.", labels=labels)
+    room = GaugeMetricFamily("ekko_device_rows_max", "Rows that it has room for.", labels=labels)
+    counts = {
+        name: CounterMetricFamily(f"ekko_device_rows_{name}", text, labels=labels) for name, text in _CACHE_COUNTS.items()
+    }
+    for model, tables in device.models.items():
+        for table, figures in tables.items():
+            if figures:  # else it was just made
+                rows.add_metric([model, table], figures["size"])
+                room.add_metric([model, table], figures["capacity"])
+                for name, family in counts.items():
+                    family.add_metric([model, table], figures[name])
+    yield from (rows, room, *counts.values())
 
 
 def _peers(picture: NodePicture) -> Iterator[Metric]:

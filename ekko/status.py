@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ekko.device.picture import DevicePicture
 from ekko.health.service import ModelHealth
 from ekko.loading import LoadPicture
 from ekko.model import TensorSpec
@@ -86,6 +87,7 @@ class NodePicture:
     health: tuple[ModelHealth, ...] = ()
     rollbacks: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # model -> the one that counts
     delayed: Mapping[str, Any] | None = None  # the older state of a baseline or witness
+    device: DevicePicture | None = None  # rows on a GPU, or its twin
 
     @property
     def ready(self) -> bool:
@@ -131,6 +133,7 @@ class NodePicture:
             },
             "aliases": {name: dict(alias) for name, alias in self.aliases.items()},
             "delayed": None if self.delayed is None else dict(self.delayed),
+            "device": None if self.device is None else self.device.to_json(),
             "rates": {pair: dict(rate) for pair, rate in self.rates.items()},
             "health": {one.model.name: one.to_json() for one in self.health},
             "rollbacks": dict(self.rollbacks),

@@ -1,5 +1,6 @@
 """What the values of a configuration must be beyond their types: names, addresses, bounds, and what goes together."""
 
+import re
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -26,6 +27,9 @@ LATENESS_S_MAX = 3_600.0
 WINDOWS_LATE_MAX = 360  # `ekko.health.windows.WINDOWS_OPEN_MAX` has room for them
 HORIZON_S_MAX = 31 * 86_400.0
 FIGURES = ("auc", "log_loss", "ctr", "calibration", "own")
+DEVICE_NAME = re.compile(r"host-twin|cuda:\d{1,3}")
+CACHE_ROWS_MAX = 1 << 36  # 2 TB of the shortest rows
+CACHE_BYTES_MIN = 1 << 20  # as CAPACITY_BYTES_MIN
 DELAY_S_MAX = 7 * 86_400.0  # a log of a week is a mistake
 
 
@@ -49,6 +53,29 @@ def check(config: NodeConfig, places: Places) -> None:
             raise places.error(("snapshots",), message)
     if config.health is not None:
         _check_health(config.health, config.node.role, places)
+    _check_device(config, places)
+
+
+def _check_device(config: NodeConfig, places: Places) -> None:
+    if config.device is not None:
+        if not DEVICE_NAME.fullmatch(config.device.name):
+            message = f'expected "cuda:0", the number of a GPU of this machine, or "host-twin", got {config.device.name!r}'
+            raise places.error(("device", "name"), message)
+        if not 0 <= config.device.rows <= CACHE_ROWS_MAX:
+            message = f"expected 0 to {CACHE_ROWS_MAX} rows of each table, got {config.device.rows}"
+            raise places.error(("device", "rows"), message)
+    for name, model in config.models.items():
+        if (cache := model.device) is None:
+            continue
+        at = ("models", name, "device")
+        if config.device is None:
+            raise places.error(at, "the node has no device: add [device] with its name, or leave this out")
+        if cache.rows is not None and cache.bytes is not None:
+            raise places.error((*at, "bytes"), "rows and bytes both say how large its caches are: keep one")
+        if cache.rows is not None and not 0 <= cache.rows <= CACHE_ROWS_MAX:
+            raise places.error((*at, "rows"), f"expected 0 to {CACHE_ROWS_MAX} rows of each table, got {cache.rows}")
+        if cache.bytes is not None and cache.bytes < CACHE_BYTES_MIN:
+            raise places.error((*at, "bytes"), f"expected at least {CACHE_BYTES_MIN} bytes for each table, got {cache.bytes}")
 
 
 def _check_health(health: HealthSection, role: str, places: Places) -> None:

@@ -10,6 +10,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from ekko.addresses import split_host_port
 from ekko.config.values import ByteSize, Number, Seconds, WholeNumber, truth
 from ekko.delayed.limits import LOG_BYTES_DEFAULT
+from ekko.device.settings import POLICY_DEFAULT, ROWS_DEFAULT, CacheSettings, DeviceSettings
 from ekko.model import SHARDS_DEFAULT, ModelSpec, TableSpec, ttl_seconds
 from ekko.priority.settings import DEFAULTS, PrioritySettings
 from ekko.rates import pair_of
@@ -100,6 +101,14 @@ class PrioritySection(Section):
         return PrioritySettings(self.k, self.window, self.formula, self.fresh_weight, self.fresh_half_life)
 
 
+class CacheSection(Section):
+    """`[models.NAME.device]`: the caches of its tables on the node's device; see docs/reference/gpu-caches.md."""
+
+    rows: WholeNumber | None = None
+    bytes: ByteSize | None = None
+    policy: Literal["lru", "lfu", "priority"] | None = None
+
+
 class ModelSection(Section):
     """`[models.NAME]`: what exists from the start."""
 
@@ -113,6 +122,7 @@ class ModelSection(Section):
     when_full: Literal["refuse", "evict"] = "refuse"
     evict: Literal["least_recently_updated", "least_frequently_read"] = "least_recently_updated"
     priority: PrioritySection = PrioritySection()
+    device: CacheSection | None = None
 
     def spec(self, name: str) -> ModelSpec:
         """The schema that these settings ask for.
@@ -129,6 +139,14 @@ class ModelSection(Section):
     def held(self) -> tuple[int, ...]:
         """The partitions that this node is to hold."""
         return tuple(range(self.partitions)) if self.hold == "all" else tuple(self.hold)
+
+
+class DeviceSection(Section):
+    """`[device]`: rows in the memory of a GPU, or of its twin on the host; what is said of rows is said of each table."""
+
+    name: str
+    rows: WholeNumber = ROWS_DEFAULT
+    policy: Literal["lru", "lfu", "priority"] = POLICY_DEFAULT
 
 
 class LinkSection(Section):
@@ -216,6 +234,7 @@ class NodeConfig(BaseSettings):
     security: SecuritySection | None = None
     snapshots: SnapshotsSection | None = None
     health: HealthSection | None = None
+    device: DeviceSection | None = None
 
     @classmethod
     def settings_customise_sources(
@@ -234,6 +253,18 @@ class NodeConfig(BaseSettings):
         """Host and port of the HTTP server."""
         return split_host_port(self.node.http)
 
+    @property
+    def device_settings(self) -> DeviceSettings | None:
+        """As `ekko.device` takes them; None: the node has no device."""
+        if (device := self.device) is None:
+            return None
+        models = {}
+        for name, model in self.models.items():
+            if (own := model.device) is not None:
+                rows = device.rows if own.rows is None else own.rows
+                models[name] = CacheSettings(rows, own.bytes, own.policy or device.policy)
+        return DeviceSettings(device.name, CacheSettings(device.rows, None, device.policy), models)
+
     def delay_s(self, region: str, other: str) -> float:
         """The one-way delay to emulate between two regions, in seconds."""
         link = self.links.get(f"{region}/{other}") or self.links.get(f"{other}/{region}")
@@ -251,8 +282,8 @@ def names_at(path: tuple[str, ...]) -> list[str]:
         return list(TableSection.model_fields)
     if len(path) == 3 and path[:2] == ("health", "watermarks"):
         return list(BoundSection.model_fields)
-    if len(path) == 3 and path[0] == "models" and path[2] == "priority":
-        return list(PrioritySection.model_fields)
+    if len(path) == 3 and path[0] == "models" and path[2] in ("priority", "device"):
+        return list((PrioritySection if path[2] == "priority" else CacheSection).model_fields)
     sections: dict[str, type[Section]] = {
         "node": NodeSection,
         "models": ModelSection,
@@ -260,5 +291,6 @@ def names_at(path: tuple[str, ...]) -> list[str]:
         "security": SecuritySection,
         "snapshots": SnapshotsSection,
         "health": HealthSection,
+        "device": DeviceSection,
     }
     return list(sections[path[0]].model_fields) if path and path[0] in sections else list(NodeConfig.model_fields)

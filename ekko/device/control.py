@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from ekko.device.manifest import NAME as MANIFEST
 from ekko.errors import StoreError
 from ekko.store.access import Access
 from ekko.store.kernels.atomics import publish_word, watch_word
@@ -113,6 +114,7 @@ class DeviceControl:
 
 def retire(run_dir: Path) -> None:
     """The caches of a daemon before this one are gone: readers that outlived it are told, if there are any."""
+    (run_dir / MANIFEST).unlink(missing_ok=True)
     with suppress(OSError, ValueError):
         mapping = Mapping.open(run_dir / NAME)
         if len(mapping) == BYTES:

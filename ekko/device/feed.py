@@ -13,12 +13,16 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ekko.store import layout
 from ekko.store.kernels.atomics import watch_word
+from ekko.store.memory import Mapping
 
 U64 = NDArray[np.uint64]
 
 # Keys of one model that wait, 8 bytes each. Four batches of 65,536 rows come before the writer has its turn as a rule.
 KEYS_MAX: Final = 1 << 20
+
+_EPOCH: Final = layout.MODEL.offset("batch_epoch")
 
 
 @dataclass(slots=True)
@@ -47,15 +51,16 @@ class Feed:
     """Of one model.
 
     Args:
-        epoch: address of `batch_epoch` in the model's header, which the caller keeps mapped.
+        header: the model's header file.
         wake: set when there is something to drain.
         keys_max: how many may wait.
     """
 
-    def __init__(self, epoch: int, wake: Event, keys_max: int = KEYS_MAX) -> None:
+    def __init__(self, header: Mapping, wake: Event, keys_max: int = KEYS_MAX) -> None:
         self.keys_max = keys_max
         self.overflows = 0  # how often a table was given up
-        self._epoch = epoch
+        self._header = header  # keeps the address valid
+        self._epoch = header.address + _EPOCH
         self._wake = wake
         self._lock = Lock()
         self._tables: frozenset[int] = frozenset()

@@ -118,6 +118,7 @@ class Answers:
             health=parts.health.pictures(),
             rollbacks=parts.rollbacks.pictures(),
             delayed=None if parts.delaying is None else parts.delaying.to_json(),
+            device=None if (devices := self._life().devices) is None else devices.picture(),
         )
 
     # --- what it is told to do

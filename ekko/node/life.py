@@ -7,6 +7,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
+from ekko.node.devices import Devices
 from ekko.node.parts import Parts
 
 
@@ -20,3 +21,4 @@ class Life:
     loading: str = ""  # how far a snapshot is loaded
     caught_up: bool = False
     parts: Parts | None = None
+    devices: Devices | None = None

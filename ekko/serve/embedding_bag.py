@@ -1,7 +1,7 @@
 """`torch.nn.EmbeddingBag` for serving, over rows that a reader pools while it reads them."""
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ class PoolingReader(Protocol):
 
     @property
     def tables(self) -> Mapping[str, int]: ...
+
+    @property
+    def device(self) -> Any: ...  # None: rows come to CPU memory; else an `ekko.device.tier.DeviceTier`
 
     def lookup_pooled(
         self,
@@ -36,6 +39,8 @@ class PoolingReader(Protocol):
 class EmbeddingBag(nn.Module):
     """`torch.nn.EmbeddingBag` over rows that a reader looks up in its node's shared memory; for inference only.
 
+    Of a reader that has a device, results are there: torch is given the memory that the look-up wrote, by DLPack, and no copy.
+
     It has no parameters and yields no gradients. A key that the table does not have counts as a row of the reader's default,
     zeros unless it was given another. Under `torch.compile` it is a break in the graph.
 
@@ -50,7 +55,7 @@ class EmbeddingBag(nn.Module):
         max_norm: refused: rows are served as they were trained.
         norm_type, scale_grad_by_freq, sparse: accepted, and without effect: they are about `max_norm` and gradients.
         _weight: refused: the rows are in the table.
-        device: CPU only.
+        device: that of the reader, if given: the CPU's of one without a device and of one on the host twin.
         dtype: `torch.float32` only.
         consistent: see `ekko.Reader`.
 
@@ -84,8 +89,10 @@ class EmbeddingBag(nn.Module):
             raise ModelError(f"max_norm is {max_norm}: rows are served as they were published; limit their norm in training")
         if _weight is not None:
             raise ModelError(f"_weight was given: the rows are those of table {table!r}; publish them (ekko.torch.track)")
-        if device is not None and torch.device(device).type != "cpu":
-            raise ModelError(f"device is {device}: rows are looked up in CPU memory; move the result")
+        if device is not None and torch.device(device) != (there := _device_of(reader)):
+            raise ModelError(
+                f"device is {device}: this reader's rows are on {there}; make it with that device, or move the result"
+            )
         if dtype not in (None, torch.float32):
             raise ModelError(f"dtype is {dtype}: rows are read as torch.float32; convert the result")
         if embedding_dim is not None and embedding_dim != (dim := reader.tables.get(table, embedding_dim)):
@@ -133,21 +140,28 @@ def _pooled(
     """Outside of what is compiled: there is nothing in here that a compiler of tensors could know."""
     if indices.dtype not in (torch.int64, torch.int32):
         raise ModelError(f"indices have dtype {indices.dtype}: expected torch.int64 or torch.int32")
-    if indices.device.type != "cpu":
-        raise ModelError(f"indices are on device {indices.device}: rows are looked up in CPU memory; use .cpu()")
-    keys = indices.detach().to(torch.int64).contiguous().numpy().view(np.uint64)
-    return torch.from_numpy(
-        reader.lookup_pooled(
-            bag.table,
-            keys,
-            None if offsets is None else offsets.detach().to(torch.int64).cpu().numpy(),
-            mode=bag.mode,
-            weights=None if weights is None else weights.detach().to(torch.float32).cpu().numpy(),
-            include_last_offset=bag.include_last_offset,
-            padding_key=bag.padding_idx,
-            consistent=bag.consistent,
-        )
+    if indices.device.type != "cpu" and indices.device != (there := _device_of(reader)):
+        raise ModelError(f"indices are on device {indices.device}: this reader's rows are on {there}; use .cpu()")
+    # The host looks into all keys: which are missed, and whether their rows may be older than what was seen.
+    keys = indices.detach().to(torch.int64).contiguous().cpu().numpy().view(np.uint64)
+    pooled = reader.lookup_pooled(
+        bag.table,
+        keys,
+        None if offsets is None else offsets.detach().to(torch.int64).cpu().numpy(),
+        mode=bag.mode,
+        weights=None if weights is None else weights.detach().to(torch.float32).cpu().numpy(),
+        include_last_offset=bag.include_last_offset,
+        padding_key=bag.padding_idx,
+        consistent=bag.consistent,
     )
+    rows: Tensor = torch.from_dlpack(pooled)  # of the memory that it is in, whichever device that is of
+    return rows
+
+
+def _device_of(reader: PoolingReader) -> torch.device:
+    """Where torch finds the rows of a reader."""
+    tier = reader.device
+    return torch.device(tier.device.name if tier is not None and tier.device.name.startswith("cuda") else "cpu")
 
 
 def _padding_key(padding_idx: int | None, num_embeddings: int | None) -> int | None:

@@ -34,6 +34,7 @@ from ekko.store.locks import ForkSafeLock
 from ekko.store.view import NO_STAMPS, TableView
 
 if TYPE_CHECKING:
+    from ekko.device.tier import Ask, DeviceTier
     from ekko.health.reporting import ReportCounts, Reporter
 
 F32 = NDArray[np.float32]
@@ -68,10 +69,14 @@ class Reader:
             live, made anew once a minute and when the table has doubled; or a row, float32[dim].
         counted: count what is looked up, so that the node knows what is hot (`ekko hot`). False for whoever reads keys that no
             request asked for: a whole table that is exported says nothing of which rows matter.
+        device: "cuda:0", or "host-twin": look rows up in the node's caches there first. `lookup`, `lookup_many` and
+            `lookup_pooled` then return arrays of that device, and `out` is to be one; what is not cached comes from shared
+            memory. See docs/reference/gpu-caches.md.
 
     Raises:
-        ModelError: the node does not have the model (within `wait`), or a default is none of these.
-        StoreError: what is in shared memory cannot be read by this version.
+        ModelError: the node does not have the model (within `wait`), or a default is none of these; this process has no such
+            device.
+        StoreError: what is in shared memory cannot be read by this version; the node keeps no rows on this device.
     """
 
     def __init__(
@@ -83,11 +88,12 @@ class Reader:
         *,
         defaults: ReadOnlyMapping[str, Default] = MappingProxyType({}),
         counted: bool = True,
+        device: str | None = None,
     ) -> None:
         if unheld not in ("raise", "absent"):
             raise ModelError(f"unheld is {unheld!r}: expected 'raise' or 'absent'")
         self.model = model
-        self._arguments = (model, run_dir, wait, unheld, dict(defaults), counted)
+        self._arguments = (model, run_dir, wait, unheld, dict(defaults), counted, device)
         self._counted = counted
         self._refuses_unheld = unheld == "raise"
         self._defaults = Defaults(defaults)
@@ -99,7 +105,12 @@ class Reader:
         self._closed = False
         self._attachment: Attachment | None = None
         self._reports: Reporter | None = None
+        self._tier: DeviceTier | None = None
         self._current()
+        if device is not None:
+            from ekko.device.tier import DeviceTier
+
+            self._tier = DeviceTier(device, self._run_dir, self._wait_s)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For another process (a worker that is spawned, not forked): it attaches there by itself."""
@@ -141,6 +152,13 @@ class Reader:
         write to the node's hot files.
         """
         return self._counted and all(view.counter.on for name, view in self._current().tables.items() if name != DENSE_TABLE)
+
+    @property
+    def device(self) -> "DeviceTier | None":
+        """What this reader does with its device: `device.counts`, and `device.reason` why rows come from the host; None: no
+        device was asked for.
+        """
+        return self._tier
 
     @property
     def partitions(self) -> int:
@@ -192,6 +210,8 @@ class Reader:
         """
         attachment = self._current()
         view = self._view(attachment, table)
+        if self._tier is not None:
+            return self._lookup_on(self._tier, attachment, view, keys, out, stamps=stamps, consistent=consistent)
         wanted = as_keys(keys)
         self._check_keys(attachment, table, wanted, None)
         rows = output(out, (*wanted.shape, view.spec.dim))
@@ -227,14 +247,46 @@ class Reader:
         strangers = {name: None for name in out if name not in keys}
         if strangers:
             raise ModelError(f"out has {names(strangers)}, and keys are asked of {names(keys)}")
-        calls = self._calls(attachment, keys, out)
+        tier = self._tier
+        calls = self._calls(attachment, keys, out if tier is None else {})
+        if tier is not None and not consistent:
+            asked = [(self._ask(attachment, view), wanted, out.get(view.spec.name)) for view, wanted, _ in calls]
+            return {name: tier.lookup(*one)[0] for name, one in zip(keys, asked, strict=True)}
 
         def copy() -> None:
             for view, wanted, rows in calls:
                 self._copy(view, wanted, rows, NO_STAMPS)
 
         self._read(attachment, consistent, copy)
-        return dict(zip(keys, (rows for _, _, rows in calls), strict=True))
+        copied = dict(zip(keys, (rows for _, _, rows in calls), strict=True))
+        return copied if tier is None else {name: tier.upload(rows, out.get(name)) for name, rows in copied.items()}
+
+    def _ask(self, attachment: Attachment, view: TableView) -> "Ask":
+        from ekko.device.tier import Ask
+
+        return Ask(attachment.header_address, view, self._defaults.row(view).values)
+
+    def _lookup_on(
+        self,
+        tier: "DeviceTier",
+        attachment: Attachment,
+        view: TableView,
+        keys: ArrayLike,
+        out: Any,
+        *,
+        stamps: bool,
+        consistent: bool,
+    ) -> Any:
+        """`lookup` of a reader that has a device."""
+        wanted = as_keys(tier.host_keys(keys))
+        self._check_keys(attachment, view.spec.name, wanted, None)
+        if not consistent:
+            rows, found = tier.lookup(self._ask(attachment, view), wanted, out, stamps=stamps)
+        else:  # the device does not say where its batches end
+            copied, found = np.empty((*wanted.shape, view.spec.dim), np.float32), np.empty(wanted.shape, np.uint64)
+            self._read(attachment, consistent, lambda: self._copy(view, wanted, copied, found))
+            rows = tier.upload(copied, out)
+        return (rows, found) if stamps else rows
 
     def lookup_pooled(
         self,
@@ -269,15 +321,21 @@ class Reader:
             ModelError: as `lookup`; or offsets, mode or weights that do not fit. `out` is unchanged.
             StoreError: as `lookup`.
         """
-        attachment = self._current()
+        attachment, tier = self._current(), self._tier
         view = self._view(attachment, table)
-        wanted = as_keys(keys)
+        wanted = as_keys(keys if tier is None else tier.host_keys(keys))
         bags = as_bags(wanted, offsets, mode, weights, include_last_offset, padding_key)
         self._check_keys(attachment, table, wanted, padding_key)
-        rows = output(out, (bags.ends.size - 1, view.spec.dim))
+        if tier is not None and not consistent:
+            return tier.pool(self._ask(attachment, view), wanted.reshape(-1), bags, out)
+        rows = output(out if tier is None else None, (bags.ends.size - 1, view.spec.dim))
         default = self._defaults.row(view)
         self._read(attachment, consistent, lambda: view.pool(wanted.reshape(-1), bags, rows, default.address))
-        return rows
+        return rows if tier is None else tier.upload(rows, out)
+
+    def _shown(self, rows: F32) -> F32:
+        """Rows of the host where this reader's are."""
+        return rows if self._tier is None else self._tier.upload(rows)
 
     def _calls(
         self, attachment: Attachment, keys: ReadOnlyMapping[str, ArrayLike], out: ReadOnlyMapping[str, F32]
@@ -354,7 +412,7 @@ class Reader:
                 tensor.read(attachment.tables[DENSE_TABLE])
 
         self._read(attachment, consistent, copy)
-        rows_of = dict(zip(keys, (rows for _, _, rows in calls), strict=True))
+        rows_of = {name: self._shown(rows) for name, (_, _, rows) in zip(keys, calls, strict=True)}
         return rows_of, {name: tensor.whole(self.model) for name, tensor in tensors.items()}
 
     def _tensor(self, attachment: Attachment, name: str) -> TensorSpec:
@@ -529,9 +587,10 @@ def _reader_of(
     unheld: Literal["raise", "absent"],
     defaults: ReadOnlyMapping[str, Default],
     counted: bool,
+    device: str | None,
     closed: bool,
 ) -> Reader:
     """A reader out of a pickle."""
     if closed:
         raise ModelError(f"the reader of model {model!r} was closed before it was pickled: make a new one")
-    return kind(model, run_dir, wait, unheld, defaults=defaults, counted=counted)
+    return kind(model, run_dir, wait, unheld, defaults=defaults, counted=counted, device=device)

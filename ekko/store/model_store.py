@@ -159,6 +159,11 @@ class ModelStore:
     def _word(self, name: str) -> U64:
         return self._header.words(layout.MODEL.offset(name))
 
+    @property
+    def header(self) -> Mapping:
+        """The model's header file, mapped."""
+        return self._header
+
     def entry(self) -> ModelEntry:
         """What the manifest says of the model."""
         tables = [table.spec for table in self._tables.values()]

@@ -490,6 +490,12 @@ class Store:
             model.listener = listener_of(model)
 
     @property
+    def memory(self) -> TmpfsMemory:
+        """Where its files are: of a store that other processes can attach to."""
+        assert isinstance(self._memory, TmpfsMemory)
+        return self._memory
+
+    @property
     def identity(self) -> str:
         """Names this memory: another one, also of the same node, has another."""
         return self._memory.prefix if isinstance(self._memory, TmpfsMemory) else f"memory-{id(self._memory):x}"
