@@ -61,6 +61,7 @@ class NodeSpec:
     role: str = "serve"  # "train" | "serve" | "baseline" | "witness"
     hold: Mapping[str, Sequence[int]] = field(default_factory=dict)  # partitions of a model; not named: all of them
     settings: Mapping[str, str] = field(default_factory=dict)  # more of [node]
+    device: Mapping[str, str | int] = field(default_factory=dict)  # [device]; empty: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,8 @@ class NodeProcess:
             lines += [f"capacity_rows = {model.capacity_rows}", f"codec = {json.dumps(model.codec)}"]
             hold = list(self.spec.hold[name]) if name in self.spec.hold else "all"
             lines += [f"partitions = {model.partitions}", f"hold = {json.dumps(hold)}"]
+        if self.spec.device:
+            lines += ["[device]", *(f"{key} = {json.dumps(value)}" for key, value in self.spec.device.items())]
         lines += ["[links]", *(f"{json.dumps(pair)} = {{ delay_ms = {delay} }}" for pair, delay in delays_ms.items())]
         self.config_path.write_text("\n".join(lines) + "\n")
 

@@ -1,14 +1,16 @@
 """Which caches a reader has open: those of the newest device manifest, as long as it is the newest.
 
-A reader outlives the daemon, its caches, its store and its models, in any order. So before each look-up it asks the control file
-whether the manifest that it knows still counts, and whether somebody keeps the caches up to date; if not, it reads shared memory,
-and looks again before the next one.
+A reader outlives the daemon, its caches, its store and its models, in any order. So before each look-up it asks the control
+file whether the manifest that it knows still counts, and whether somebody keeps the caches up to date; if not, it reads shared
+memory, and looks again before the next one.
 """
 
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+from gpu.reading import CacheReader, attach
 
 from ekko.device.control import DeviceControl
 from ekko.device.manifest import DeviceManifest, TableCache, read
@@ -18,10 +20,9 @@ from ekko.store.locks import ForkSafeLock
 from ekko.store.view import TableView
 from gpu.backend import Device
 from gpu.errors import DeviceError
-from gpu.reading import CacheReader, attach
 
-# What is on the device may be so much older than what is in shared memory; beyond that shared memory is read. A daemon that lives
-# is some milliseconds behind; one that was killed, or stopped, is noticed by this.
+# What is on the device may be so much older than what is in shared memory; beyond that shared memory is read. A daemon that
+# lives is some milliseconds behind; one that was killed, or stopped, is noticed by this.
 BEHIND_MS_MAX: Final = 1_000
 # After an attempt that found nothing to bind to, the next one waits for so long.
 RETRY_S: Final = 0.05
@@ -143,7 +144,5 @@ def check_device(run_dir: Path, name: str, wait_s: float) -> None:
                 )
             return
         if time.monotonic() >= deadline:
-            raise StoreError(
-                f"the node at {run_dir} keeps no rows on a device: add [device] to its node.toml, or make the reader without one"
-            )
+            raise StoreError(f"the node at {run_dir} keeps no rows on a device: add [device] to its node.toml, or pass none")
         time.sleep(RETRY_S)

@@ -1,7 +1,7 @@
 """The one file that the device's writer and its readers have both mapped: is the cache alive, and how far is it?
 
-It lies in the node's run_dir, not with the store: a daemon that starts again finds the one that the readers of the daemon before
-it have mapped, and its first word to them is that their caches are gone. It is never replaced.
+It lies in the node's run_dir, not with the store: a daemon that starts again finds the one that the readers of the daemon
+before it have mapped, and its first word to them is that their caches are gone. It is never replaced.
 """
 
 import os

@@ -1,8 +1,8 @@
 """Which rows of a model changed and are not on the device yet: keys that wait between the daemon's loop and its device writer.
 
-The loop notes, the writer drains. Noting copies the keys and never waits for the device; what waits is bounded. Beyond the bound
-the keys of that table are given up, and the writer compares everything of it that is cached with the store instead: a cache has
-a fixed number of rows, so that this is bounded, too.
+The loop notes, the writer drains. Noting copies the keys and never waits for the device; what waits is bounded. Beyond the
+bound the keys of that table are given up, and the writer compares everything of it that is cached with the store instead: a
+cache has a fixed number of rows, so that this is bounded, too.
 """
 
 from collections.abc import Collection

@@ -1,7 +1,7 @@
 """What the writer of a device reads: rows of the store, encoded, in a thread of its own while the daemon's loop writes them.
 
-It maps the store's files as a reader does, so that it needs no lock with the loop, and holds on to a table that was dropped until
-it lets go of it.
+It maps the store's files as a reader does, so that it needs no lock with the loop, and holds on to a table that was dropped
+until it lets go of it.
 """
 
 from contextlib import suppress

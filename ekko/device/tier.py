@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from gpu.reading import lookup_pooled
 from numpy.typing import NDArray
 
 from ekko.device.binding import Binding, BoundCache, check_device
@@ -24,7 +25,6 @@ from gpu.backend import Array, Device, Stream, open_device
 from gpu.batches import check_array
 from gpu.errors import ArgumentError, DeviceError
 from gpu.kernels import launchers
-from gpu.reading import lookup_pooled
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
@@ -147,8 +147,7 @@ class DeviceTier:
         if places.size:
             rows, found_stamps = self._from_host(ask, keys[places])
             self._post(bound, keys[places[found_stamps != 0]])
-            columns = (self.device.upload(column, stream=stream) for column in (rows, found_stamps, places))
-            launchers.scatter(self.device, *columns, found.rows, found.stamps, stream=stream)
+            self._put(rows, found_stamps, places, found.rows, found.stamps, stream)
         all_stamps = self.device.download(found.stamps, stream=stream) if stamps else None
         stream.synchronize()
         return found.rows, all_stamps
@@ -196,6 +195,12 @@ class DeviceTier:
         if bound.post is not None and keys.size:
             bound.post.post(np.ascontiguousarray(keys))
 
+    def _put(self, rows: F32, stamps: U64, places: I64, out: Array, out_stamps: Array, stream: Stream) -> None:
+        """Put rows and stamps of the host where a look-up left others."""
+        device = self.device
+        on_device = [device.upload(column, stream=stream) for column in (rows, stamps, places)]
+        launchers.scatter(device, on_device[0], on_device[1], on_device[2], out, out_stamps, stream=stream)
+
     # --- pooled
 
     def pool(self, ask: Ask, keys: U64, bags: Bags, out: Array | None = None) -> Array:
@@ -218,18 +223,17 @@ class DeviceTier:
             return shown
         keys, bags = without_padding(keys, bags)
         applied = self._applied(bound)
-        columns = [device.upload(column, stream=stream) for column in (keys, bags.ends)]
         weights = device.upload(bags.weights, stream=stream) if bags.mode == pool.WEIGHTED_SUM else None
+        request = bound.cache, device.upload(keys, stream=stream), device.upload(bags.ends, stream=stream), weights
         mode = "mean" if bags.mode == pool.MEAN else "sum"
-        (found,) = lookup_pooled([(bound.cache, *columns, weights)], mode, None if out is None else [out], stream)
+        (found,) = lookup_pooled([request], mode, None if out is None else [out], stream)
         places = self._wanting(ask, keys, found.missed_indices(stream), applied)
         if places.size:
             chosen = np.unique(np.searchsorted(bags.ends, places, "right") - 1)
             self._post(bound, keys[places])
             rows = self._pool_on_host(ask, *bags_of(keys, bags, chosen))
             none = np.zeros(bags.ends.size - 1, np.uint64)  # a bag has no stamp
-            columns = [device.upload(column, stream=stream) for column in (rows, none[: chosen.size], chosen, none)]
-            launchers.scatter(device, *columns[:3], found.rows, columns[3], stream=stream)
+            self._put(rows, none[: chosen.size], chosen, found.rows, device.upload(none, stream=stream), stream)
         stream.synchronize()
         return found.rows
 

@@ -1,8 +1,8 @@
 """The one thread that writes the caches of a node.
 
-A round: make and drop caches as the tables of the store are by now; drain the feeds, and have what they name as the store has it;
-insert what readers missed; wait for the device; then say how far it is. The daemon's loop never waits for any of that: it leaves
-keys in the feeds, and reads what `picture` says.
+A round: make and drop caches as the tables of the store are by now; drain the feeds, and have what they name as the store has
+it; insert what readers missed; wait for the device; then say how far it is. The daemon's loop never waits for any of that: it
+leaves keys in the feeds, and reads what `picture` says.
 
 Where the device has no room, or fails, the node goes on as without one, and says so: readers find no cache, and read shared
 memory. A device without room is tried again later; one that failed is left alone until the node is started again.
@@ -244,7 +244,7 @@ class DeviceWriter:
             self._dropped.pop(0)[1].close()
 
     def _write_manifest(self) -> None:
-        """Tell readers which caches there are. First the manifest, then its number: who sees that finds this one, or a newer."""
+        """Tell readers which caches there are. First the manifest, then its number: who sees that finds this one or a newer."""
         models = [
             ModelCaches(
                 model.wanted.name,

@@ -1,13 +1,15 @@
 """The daemon's side of rows on a device: which tables have caches there, as models and tables come and go."""
 
 import asyncio
+
 import structlog
 
 from ekko.config import NodeConfig
 from ekko.device.caches import WantedCache, WantedModel
 from ekko.device.feed import Feed
+from ekko.device.picture import DevicePicture
 from ekko.device.settings import DeviceSettings
-from ekko.device.writer import DevicePicture, DeviceWriter
+from ekko.device.writer import DeviceWriter
 from ekko.errors import ConfigError
 from ekko.store import Store
 from ekko.store.model_store import ModelStore

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from ekko.errors import ModelError
 
@@ -154,7 +155,7 @@ def _pooled(
         padding_key=bag.padding_idx,
         consistent=bag.consistent,
     )
-    rows: Tensor = torch.from_dlpack(pooled)  # of the memory that it is in, whichever device that is of
+    rows: Tensor = from_dlpack(pooled)  # of the memory that it is in, whichever device that is of
     return rows
 
 

@@ -108,9 +108,7 @@ class Reader:
         self._tier: DeviceTier | None = None
         self._current()
         if device is not None:
-            from ekko.device.tier import DeviceTier
-
-            self._tier = DeviceTier(device, self._run_dir, self._wait_s)
+            self._tier = _tier_of(device, self._run_dir, self._wait_s)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For another process (a worker that is spawned, not forked): it attaches there by itself."""
@@ -211,7 +209,8 @@ class Reader:
         attachment = self._current()
         view = self._view(attachment, table)
         if self._tier is not None:
-            return self._lookup_on(self._tier, attachment, view, keys, out, stamps=stamps, consistent=consistent)
+            # Arrays of a device, which are called what those of NumPy are.
+            return self._lookup_on(self._tier, attachment, view, keys, out, stamps, consistent)  # type: ignore[no-any-return]
         wanted = as_keys(keys)
         self._check_keys(attachment, table, wanted, None)
         rows = output(out, (*wanted.shape, view.spec.dim))
@@ -273,7 +272,6 @@ class Reader:
         view: TableView,
         keys: ArrayLike,
         out: Any,
-        *,
         stamps: bool,
         consistent: bool,
     ) -> Any:
@@ -327,7 +325,7 @@ class Reader:
         bags = as_bags(wanted, offsets, mode, weights, include_last_offset, padding_key)
         self._check_keys(attachment, table, wanted, padding_key)
         if tier is not None and not consistent:
-            return tier.pool(self._ask(attachment, view), wanted.reshape(-1), bags, out)
+            return tier.pool(self._ask(attachment, view), wanted.reshape(-1), bags, out)  # type: ignore[no-any-return]
         rows = output(out if tier is None else None, (bags.ends.size - 1, view.spec.dim))
         default = self._defaults.row(view)
         self._read(attachment, consistent, lambda: view.pool(wanted.reshape(-1), bags, rows, default.address))
@@ -577,6 +575,12 @@ def _partition_of(keys: U64, shards: int, partitions: int) -> NDArray[np.int64]:
     shards_of(np.ascontiguousarray(keys), shards, out)
     out %= partitions
     return out
+
+
+def _tier_of(device: str, run_dir: Path, wait_s: float) -> "DeviceTier":
+    from ekko.device.tier import DeviceTier  # readers without a device need none of it
+
+    return DeviceTier(device, run_dir, wait_s)
 
 
 def _reader_of(

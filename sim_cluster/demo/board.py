@@ -42,6 +42,7 @@ class Board:
         words: int64, indexed by `Word`.
         ready: int64[regions]: 1 when the scorer is ready.
         scored: int64[regions]: events predicted so far.
+        device_keys: int64[regions, 2]: keys that the scorer found on its device, and those that it read in shared memory.
         scores: float32[regions, events]: the predictions.
         scored_ns: int64[regions, events]: CLOCK_MONOTONIC when the prediction was there.
         learnt_ns: int64[events]: CLOCK_MONOTONIC when the trainer began to learn the event.
@@ -51,6 +52,7 @@ class Board:
         self.words = np.load(folder / "board.words.npy", mmap_mode=mode)  # type: ignore[arg-type]
         self.ready = np.load(folder / "board.ready.npy", mmap_mode=mode)  # type: ignore[arg-type]
         self.scored = np.load(folder / "board.scored.npy", mmap_mode=mode)  # type: ignore[arg-type]
+        self.device_keys = np.load(folder / "board.device_keys.npy", mmap_mode=mode)  # type: ignore[arg-type]
         self.scores = np.load(folder / "board.scores.npy", mmap_mode=mode)  # type: ignore[arg-type]
         self.scored_ns = np.load(folder / "board.scored_ns.npy", mmap_mode=mode)  # type: ignore[arg-type]
         self.learnt_ns = np.load(folder / "board.learnt_ns.npy", mmap_mode=mode)  # type: ignore[arg-type]
@@ -62,6 +64,7 @@ class Board:
         np.save(folder / "board.words.npy", np.zeros(len(Word), np.int64))
         np.save(folder / "board.ready.npy", np.zeros(regions, np.int64))
         np.save(folder / "board.scored.npy", np.zeros(regions, np.int64))
+        np.save(folder / "board.device_keys.npy", np.zeros((regions, 2), np.int64))
         np.save(folder / "board.scores.npy", np.zeros((regions, events), np.float32))
         np.save(folder / "board.scored_ns.npy", np.zeros((regions, events), np.int64))
         np.save(folder / "board.learnt_ns.npy", np.zeros(events, np.int64))

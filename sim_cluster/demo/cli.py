@@ -55,6 +55,10 @@ def demo(
     codec: Annotated[
         str, typer.Option("--codec", help="How rows are stored and sent: " + ", ".join(CODEC_NAMES) + ".")
     ] = CODEC_NAMES[0],
+    device: Annotated[
+        str,
+        typer.Option("--device", help="Look rows up on a device of each region: host-twin, or cuda:0.", metavar="NAME"),
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json instead of tables.")] = False,
 ) -> None:
     """The whole system on this machine: a trainer, seven nodes in four regions, and what fresh rows are worth.
@@ -80,13 +84,13 @@ def demo(
         raise _missing(error) from None
     if codec not in CODEC_NAMES:
         raise ConfigError(f"--codec is {codec!r}: expected one of {', '.join(CODEC_NAMES)}")
-    options = Options(out=out, rate=rate, seed=seed, kill=kill, synthetic=synthetic, codec=codec)
+    options = Options(out=out, rate=rate, seed=seed, kill=kill, synthetic=synthetic, codec=codec, device=device)
     if quick:
-        options = Options(out, QUICK_EVENTS, QUICK_DELAYS, rate, seed, kill, synthetic, codec)
+        options = Options(out, QUICK_EVENTS, QUICK_DELAYS, rate, seed, kill, synthetic, codec, device)
     with _stopped_in_a_line(), Display(Console(stderr=True)) as display:
         result = run_demo(options, display)
     shown = None if as_json else partial(print_result, result)
-    _show(result.to_json(), shown, out, "latency.png", "auc.png", fine=result.replicas_equal)
+    _show(result.to_json(), shown, out, "latency.png", "auc.png", fine=result.all_equal)
 
 
 def _rollback(out: Path, *, quick: bool, seed: int, synthetic: bool, as_json: bool) -> None:

@@ -33,10 +33,20 @@ class DemoError(EkkoError):
     """The demo could not be carried through."""
 
 
-def make_cluster(folder: Path) -> LocalCluster:
-    """The demo's nodes, not started yet. The model comes with the trainer's publisher."""
+# Rows of each table on a device: fewer than there are users and films, so that rows leave the caches and come back.
+DEVICE_ROWS: Final = 768
+
+
+def make_cluster(folder: Path, device: str = "") -> LocalCluster:
+    """The demo's nodes, not started yet. The model comes with the trainer's publisher.
+
+    `device`: of the nodes that scorers read from; empty: none.
+    """
     specs = [NodeSpec(TRAIN_NODE, TRAIN_REGION, "train")]
-    specs += [NodeSpec(f"{region}-{n}", region) for region in REGIONS for n in range(1, NODES_PER_REGION + 1)]
+    on_device: dict[str, str | int] = {"name": device, "rows": DEVICE_ROWS} if device else {}
+    for region in REGIONS:
+        specs.append(NodeSpec(f"{region}-1", region, device=on_device))
+        specs += [NodeSpec(f"{region}-{n}", region) for n in range(2, NODES_PER_REGION + 1)]
     delays = {f"{TRAIN_REGION}/{region}": delay for region, delay in REGIONS.items()} | dict(BETWEEN_REGIONS)
     return LocalCluster(folder, specs, delays_ms=delays)
 

@@ -21,6 +21,7 @@ class Job:
         seed: of the model.
         codec: of the published model's tables.
         parent: process id of the demo; a worker ends when it is gone.
+        device: on which the scorers look rows up; empty: in shared memory.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Job:
     seed: int
     codec: str
     parent: int
+    device: str
 
     @property
     def regions(self) -> list[str]:

@@ -74,6 +74,28 @@ class OutageReport:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """Rows on devices at the end of the stream, of the nodes that scorers read from."""
+
+    name: str
+    rows: Mapping[str, int]  # region -> rows in its node's caches
+    tables: int  # caches that were compared, of all regions
+    differences: Mapping[str, str]  # "region/table" -> how a cache differs from its node's store; those that do
+    keys_on_device: int  # that scorers asked for, and found there
+    keys_from_host: int  # and read in shared memory
+
+    @property
+    def equal(self) -> bool:
+        """Whether every row of every cache is the store's, and there are some."""
+        return not self.differences and all(self.rows.values()) and bool(self.rows)
+
+    def to_json(self) -> dict[str, object]:
+        """With the keys of the report."""
+        asked = self.keys_on_device + self.keys_from_host
+        return {**asdict(self), "hit_rate": self.keys_on_device / asked if asked else 0.0}
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """Everything a run found out.
 
@@ -102,6 +124,7 @@ class Result:
     predicted_first: bool
     outage: OutageReport | None
     total_s: float
+    device: DeviceReport | None = None
 
     @property
     def worst_region(self) -> str:
@@ -112,6 +135,11 @@ class Result:
     def replicas_equal(self) -> bool:
         """Every store equal to the training node's, and to the trained parameters, bit for bit."""
         return not any(self.replicas.values()) and not any(self.parameters.values())
+
+    @property
+    def all_equal(self) -> bool:
+        """And every row on a device equal to its node's store."""
+        return self.replicas_equal and (self.device is None or self.device.equal)
 
     @property
     def rows_per_s(self) -> float:
@@ -136,6 +164,8 @@ class Result:
             "by_region": {region: quality.to_json() for region, quality in self.quality.items()},
             "replicas_equal": self.replicas_equal,
             "differences": {node: text for node, text in [*self.replicas.items(), *self.parameters.items()] if text},
+            "device": self.device.to_json() if self.device else None,
+            "caches_equal": self.device.equal if self.device else None,
             "predicted_before_learnt": self.predicted_first,
             "outage": asdict(self.outage) if self.outage else None,
             "events": {"offline": self.events_offline, "stream": self.events_stream, "per_s": self.rate},
@@ -214,6 +244,8 @@ def conclusions(result: Result) -> list[str]:
         lines.append(f"[green]Every replica equals the training node bit for bit[/] ({len(result.replicas)} serving nodes).")
     else:
         lines.append(f"[bold red]Replicas differ:[/] {'; '.join(wrong)}")
+    if (device := result.device) is not None:
+        lines.append(_device_line(device))
     if result.trainer_lag_max_ms > LAG_WARNING_MS:
         lag_s = result.trainer_lag_max_ms / 1000
         lines.append(
@@ -229,6 +261,17 @@ def conclusions(result: Result) -> list[str]:
             f"{result.outage.catch_up_s:.1f} s after its restart; p99 elsewhere meanwhile: {others}."
         )
     return lines
+
+
+def _device_line(device: DeviceReport) -> str:
+    asked = device.keys_on_device + device.keys_from_host
+    if not device.equal:
+        wrong = "; ".join(f"{table}: {text}" for table, text in device.differences.items()) or "some have no rows"
+        return f"[bold red]Caches on {device.name} differ from their stores:[/] {wrong}"
+    return (
+        f"[green]Every row on {device.name} equals its node's store bit for bit[/] ({device.tables} caches, "
+        f"{sum(device.rows.values()):,} rows); scorers found {device.keys_on_device / max(1, asked):.1%} of {asked:,} keys."
+    )
 
 
 def _verdict(key: str, region: str, gain: Gain, by_user: Gain) -> str:

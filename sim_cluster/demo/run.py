@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from ekko.device.check import check_caches
 from ekko.model import CODEC_DEFAULT
 from sim_cluster.demo import plots
 from sim_cluster.demo.board import Board, Word
@@ -30,7 +31,7 @@ from sim_cluster.demo.history import FROZEN as FROZEN_DELAY
 from sim_cluster.demo.history import History, replay_scores
 from sim_cluster.demo.job import Job, events_path, history_path, parameters_path
 from sim_cluster.demo.opening import opened
-from sim_cluster.demo.report import FROZEN, LIVE, Latency, OutageReport, Quality, Result
+from sim_cluster.demo.report import FROZEN, LIVE, DeviceReport, Latency, OutageReport, Quality, Result
 from sim_cluster.demo.verify import contents, difference, difference_to_parameters
 from sim_cluster.processes import LocalCluster
 
@@ -54,6 +55,7 @@ class Options:
         kill: kill one serving node in mid-stream, and start it again.
         synthetic: do not even try to get the real data.
         codec: how rows are stored and sent.
+        device: on which the regions' scorers look rows up; empty: in shared memory.
     """
 
     out: Path
@@ -64,6 +66,7 @@ class Options:
     kill: bool = False
     synthetic: bool = False
     codec: str = CODEC_DEFAULT
+    device: str = ""
 
 
 def run_demo(options: Options, display: Display) -> Result:
@@ -94,17 +97,21 @@ class _Run:
         self._board = Board.create(folder, len(REGIONS), self._stream)
 
     def run(self) -> Result:
-        with make_cluster(self._folder / "nodes") as cluster, Workers(self._folder, self._board) as workers:
+        with (
+            make_cluster(self._folder / "nodes", self._options.device) as cluster,
+            Workers(self._folder, self._board) as workers,
+        ):
             self._start_processes(cluster, workers)
             delays = DelayLog(cluster)
             outage = Outage(cluster, delays) if self._options.kill else None
             self._stream_events(cluster, workers, delays, outage)
             self._display.phase("comparing the replicas")
             replicas, parameters = self._compare(cluster)
+            device = self._device_report(cluster) if self._options.device else None
         self._display.phase("scoring with older state")
         scores = self._scores()
         self._display.phase("evaluating")
-        result = self._result(delays, outage, self._quality(scores), replicas, parameters)
+        result = self._result(delays, outage, self._quality(scores), replicas, parameters, device)
         self._write(result, delays, scores)
         return result
 
@@ -115,7 +122,7 @@ class _Run:
         run_dirs = {region: str(cluster.in_region(region)[0].run_dir) for region in REGIONS}
         options = self._options
         local, parent = cluster[TRAIN_NODE].local, os.getpid()
-        job = Job(MODEL, local, run_dirs, self._start, options.rate, options.seed, options.codec, parent)
+        job = Job(MODEL, local, run_dirs, self._start, options.rate, options.seed, options.codec, parent, options.device)
         job.save(self._folder)
         workers.start("trainer", "sim_cluster.demo.trainer")
         for region in REGIONS:
@@ -195,6 +202,24 @@ class _Run:
         parameters = {node.id: difference_to_parameters(node.run_dir, MODEL, tables, tensors) for node in serving}
         return replicas, parameters
 
+    def _device_report(self, cluster: LocalCluster) -> DeviceReport:
+        """The caches of the nodes that scorers read from, against their stores."""
+        checks = {region: check_caches(cluster.in_region(region)[0].run_dir) for region in REGIONS}
+        found, missed = self._board.device_keys.sum(axis=0).tolist()
+        return DeviceReport(
+            name=self._options.device,
+            rows={region: sum(check.rows for check in found) for region, found in checks.items()},
+            tables=sum(len(found) for found in checks.values()),
+            differences={
+                f"{region}/{check.table}": check.difference
+                for region, found in checks.items()
+                for check in found
+                if check.difference
+            },
+            keys_on_device=found,
+            keys_from_host=missed,
+        )
+
     def _scores(self) -> dict[str, Floats]:
         """Scores of the stream: per region live, and with the state a number of events late, and frozen."""
         history = History.load(history_path(self._folder))
@@ -232,6 +257,7 @@ class _Run:
         quality: dict[str, Quality],
         replicas: dict[str, str],
         parameters: dict[str, str],
+        device: DeviceReport | None,
     ) -> Result:
         board = self._board
         without = [region for region, values in delays.by_region.items() if not values]
@@ -256,6 +282,7 @@ class _Run:
             parameters=parameters,
             predicted_first=bool((board.scored_ns.max(axis=0) <= board.learnt_ns).all()),
             outage=_outage_report(outage) if outage is not None else None,
+            device=device,
             total_s=time.monotonic() - self._began_s,
         )
 

@@ -35,12 +35,16 @@ class RegionScorer:
         """Wait for the first state, then predict the stream."""
         board, place = self._board, self._place
         board.wait_for(lambda: board[Word.VISIBLE] == 1)
-        with Reader(self._job.model, self._run_dir, wait=MODEL_TIMEOUT_S) as reader:
+        device = self._job.device or None
+        with Reader(self._job.model, self._run_dir, wait=MODEL_TIMEOUT_S, device=device) as reader:
             scorer = Scorer(self._events, reader)
             scorer.score(0, 1)  # whatever is loaded lazily is loaded now
             board.ready[place] = 1
             board.wait_for(lambda: board[Word.START_NS] != 0)
             self._stream(scorer)
+            if reader.device is not None:
+                counts = reader.device.counts
+                board.device_keys[place] = counts.hits, counts.misses + counts.behind + counts.host_only
             # Ending is work too, and three processes that end at once would hold the last updates up.
             board.wait_for(lambda: board[Word.DONE] == 1)
 

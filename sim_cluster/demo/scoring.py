@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.dlpack import from_dlpack
 
 from ekko.zoo import DLRM
 from sim_cluster.demo.data import Events
@@ -43,6 +44,6 @@ class Scorer:
         """float32[n]: the same for the events that are chosen, by their numbers or as a slice."""
         for name, parameter in self._parameters.items():
             parameter.copy_(torch.from_numpy(self._source.dense(name)))
-        rows = [torch.from_numpy(self._source.lookup(table, keys[chosen])) for table, keys in self._keys.items()]
+        rows = [from_dlpack(self._source.lookup(table, keys[chosen])).cpu() for table, keys in self._keys.items()]
         logits = self._model(self._dense[chosen], embeddings=torch.stack(rows, dim=1))
         return np.asarray(torch.sigmoid(logits).numpy())

@@ -111,7 +111,7 @@ STAGES = (Stage("shuffled labels", 100, 200, 50), Stage("slow drift", 80, 300, 6
 
 def test_a_job_and_the_schedule_agree_on_where_a_fault_is(tmp_path: Path) -> None:
     kinds, bad = [stage.kind for stage in STAGES], [stage.bad for stage in STAGES]
-    RollbackJob("ctr", "tcp://x", {"near": "/n"}, 5, 10.0, 0, "float32", 1, "/t", "/b", kinds, bad).save(tmp_path)
+    RollbackJob("ctr", "tcp://x", {"near": "/n"}, 5, 10.0, 0, "float32", 1, "", "/t", "/b", kinds, bad).save(tmp_path)
     job, demo = RollbackJob.load(tmp_path), Schedule(tmp_path, len(STAGES))
     trainer = Schedule(tmp_path)
     assert (demo.firsts, trainer.allowed, trainer.ended) == ([], 0, False)

@@ -111,6 +111,7 @@ class _Run:
             self._options.seed,
             "float32",
             os.getpid(),
+            "",  # rows come from shared memory
             str(cluster[TRAIN_NODE].run_dir),
             str(cluster[BASELINE_NODE].run_dir),
             [stage.kind for stage in self._options.stages],
