@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from starlette.routing import Route
 
 from ekko.config import ModelSection, NodeConfig, NodeSection, load_config
-from ekko.config.sections import HealthSection, LinkSection, SecuritySection, SnapshotsSection, TableSection
+from ekko.config.sections import DeviceSection, HealthSection, LinkSection, SecuritySection, SnapshotsSection, TableSection
 from ekko.http import make_app
 from ekko.store import Store
 from sim_cluster.processes import free_ports, wait_until
@@ -49,13 +49,14 @@ def settings_of(section: type[BaseModel], prefix: str) -> set[str]:
 
 def test_the_reference_lists_every_setting_and_nothing_else() -> None:
     text = (ROOT / "docs/reference/configuration.md").read_text()
-    listed = re.findall(r"^\| `((?:node|models|links|snapshots|health|security)\.[^`]+)` \|", text, re.M)
+    listed = re.findall(r"^\| `((?:node|models|links|snapshots|health|device|security)\.[^`]+)` \|", text, re.M)
     sections = {
         "node": NodeSection,
         "models.NAME": ModelSection,
         'links."A/B"': LinkSection,
         "snapshots": SnapshotsSection,
         "health": HealthSection,
+        "device": DeviceSection,
         "security": SecuritySection,
     }
     assert {prefix.partition(".")[0] for prefix in sections} == NodeConfig.model_fields.keys()

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from gpu.reading import CacheReader, attach
-
 from ekko.device.control import DeviceControl
 from ekko.device.manifest import DeviceManifest, TableCache, read
 from ekko.device.wanted import WantedPost
@@ -20,6 +18,7 @@ from ekko.store.locks import ForkSafeLock
 from ekko.store.view import TableView
 from gpu.backend import Device
 from gpu.errors import DeviceError
+from gpu.reading import CacheReader, attach
 
 # What is on the device may be so much older than what is in shared memory; beyond that shared memory is read. A daemon that
 # lives is some milliseconds behind; one that was killed, or stopped, is noticed by this.

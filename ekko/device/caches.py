@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from gpu.cache import EmbeddingCache
 from numpy.typing import NDArray
 
 from ekko.device.feed import Drained, Feed
@@ -20,6 +19,7 @@ from ekko.model import TableSpec
 from ekko.store.memory import TmpfsMemory
 from ekko.store.view import TableFiles
 from gpu.backend import Device, Stream
+from gpu.cache import EmbeddingCache
 
 U64 = NDArray[np.uint64]
 

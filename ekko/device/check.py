@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from gpu.reading import attach
 
 from ekko.device.control import DeviceControl
 from ekko.device.manifest import ModelCaches, TableCache, read
@@ -23,6 +22,7 @@ from ekko.store.memory import Mapping, TmpfsMemory
 from ekko.store.view import TableFiles
 from gpu.backend import Device, open_device
 from gpu.batches import Batch
+from gpu.reading import attach
 
 POLL_S: Final = 0.005
 _EPOCH: Final = layout.MODEL.offset("batch_epoch")

@@ -4,13 +4,13 @@ A look-up waits for its own stream, twice at most: to learn what it missed, and 
 device is waited for, and what is returned is there.
 """
 
+import os
 import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from gpu.reading import lookup_pooled
 from numpy.typing import NDArray
 
 from ekko.device.binding import Binding, BoundCache, check_device
@@ -25,6 +25,7 @@ from gpu.backend import Array, Device, Stream, open_device
 from gpu.batches import check_array
 from gpu.errors import ArgumentError, DeviceError
 from gpu.kernels import launchers
+from gpu.reading import lookup_pooled
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
@@ -89,6 +90,7 @@ class DeviceTier:
         self._binding = Binding(self.device, run_dir)
         self._needed: dict[tuple[str, int], Needed] = {}  # by store and model
         self._mine = _Mine()
+        self._pid = os.getpid()
 
     @property
     def reason(self) -> str:
@@ -246,6 +248,8 @@ class DeviceTier:
     # --- of each thread
 
     def _stream(self) -> Stream:
+        if os.getpid() != self._pid:
+            raise ModelError("a reader with a device was forked, and devices do not go along: make a new one in this process")
         if self._mine.stream is None:
             self._mine.stream = self.device.stream()
         return self._mine.stream

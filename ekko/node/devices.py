@@ -78,6 +78,10 @@ class Devices:
         feed = Feed(model.header, self._writer.wake) if held is None else held[1].feed
         return WantedModel(spec.name, spec.id, self._store.memory, feed, model.hotness, tables)
 
+    def feed_of(self, model: ModelStore) -> Feed:
+        """What notes the changes of a model that has caches."""
+        return self._followed[model.spec.id][1].feed
+
     def picture(self) -> DevicePicture:
         """How it is."""
         return self._writer.picture()
