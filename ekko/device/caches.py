@@ -148,7 +148,8 @@ class TableWriter:
             self._counts.wanted_absent += absent.size
 
     def look(self) -> None:
-        """Ask the device how it is."""
+        """Ask the device how it is, and see that readers can write what they want."""
+        self._wanted.mend()
         self.figures = asdict(self.cache.stats())
 
     def close(self) -> None:

@@ -58,7 +58,7 @@ class WantedKeys:
             return np.empty(0, np.uint64)
         content = self._mapping.read()
         if count > _GROWTH_MAX or len(content) < _BYTES:
-            self._mapping.lengthen()  # somebody cut it short, or wrote where only we may
+            self.mend()  # somebody cut it short, or wrote where nobody should
             self._next, self.lost = head, self.lost + 1
             return np.empty(0, np.uint64)
         if count > CAPACITY:
@@ -68,6 +68,11 @@ class WantedKeys:
         numbers = np.uint64(self._next) + np.arange(count, dtype=np.uint64)
         found = entries[(numbers & np.uint64(CAPACITY - 1)).astype(np.int64)]
         return self._finished(numbers, found)
+
+    def mend(self) -> None:
+        """Give the file its length back, if somebody cut it short: whoever writes to it then would be killed."""
+        if self.path.exists() and self.path.stat().st_size < _BYTES:
+            self._mapping.lengthen()
 
     def _finished(self, numbers: U64, found: U64) -> U64:
         """The keys up to the first that is still being written; that one is waited for once."""

@@ -52,6 +52,7 @@ class Standing:
         self.writer = DeviceWriter(self.device, self.run_dir, access, prefix, lambda *told: self.told.append(told))
         self.devices = Devices(self.settings, self.store, self.writer)
         self.devices.follow()
+        self.round()
 
     def __enter__(self) -> "Standing":
         return self
