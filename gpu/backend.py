@@ -6,8 +6,7 @@ Nothing here synchronises unless its line says so.
 
 import re
 from collections.abc import Mapping, Sequence
-from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -132,7 +131,11 @@ def open_device(name: str) -> Device:
         DeviceError: there is no such device, or what it needs is not installed; the message says what to install.
     """
     if name == "host-twin":
-        return cast("Device", import_module("gpu.twin.twin").HostTwin())
+        from gpu.twin.twin import HostTwin
+
+        return HostTwin()
     if match := re.fullmatch(r"cuda:(\d+)", name):
-        return cast("Device", import_module("gpu.cuda").CudaDevice(int(match[1])))
+        from gpu.cuda import CudaDevice
+
+        return CudaDevice(int(match[1]))
     raise DeviceError(f"no device is called {name!r}: cuda:0, cuda:1, ... and host-twin are")

@@ -95,7 +95,7 @@ class CudaDevice:
         self._default = CudaStream(cupy.cuda.Stream.null)
         self._kernels: dict[tuple[object, ...], CudaKernel] = {}
         self._held: dict[int, deque[tuple[CudaEvent, tuple[Array, ...]]]] = {}  # by stream, in its order
-        self._lock = threading.Lock()  # of what is held
+        self._lock = threading.RLock()  # of what is held; memory may be given back while it is had
         self._named = _Named()
 
     @contextmanager
@@ -247,7 +247,7 @@ class CudaDevice:
 
     def _let_go(self) -> None:
         with self._lock:
-            for held in self._held.values():
+            for held in [*self._held.values()]:
                 while held and held[0][0].done():
                     held.popleft()
 
@@ -287,7 +287,21 @@ class CudaDevice:
             return self._cupy.ndarray(shape, dtype, self._cupy.cuda.MemoryPointer(memory, offset))
 
     def to_dlpack(self, array: Array) -> Any:
-        return array
+        """As the protocol says. Memory that was dropped waits for the consumer's stream before it is used anew."""
+        self._address(array)
+        return _Shown(self, array)
+
+    def lend(self, array: Array, stream: Stream | None) -> Array:
+        """The same memory as another array; when that is dropped, it is held until `stream` has come so far."""
+        lease = _Lease()
+        weakref.finalize(lease, self._hold_late, array, stream).atexit = False
+        with self._here():
+            memory = self._cupy.cuda.UnownedMemory(array.data.ptr, array.nbytes, lease, self._index)
+            return self._cupy.ndarray(array.shape, array.dtype, self._cupy.cuda.MemoryPointer(memory, 0))
+
+    def _hold_late(self, array: Array, stream: Stream | None) -> None:
+        with self._here():
+            self._hold((array,), stream)
 
 
 class _Named(threading.local):
@@ -302,6 +316,28 @@ class _Opened:
 
     def __init__(self, address: int) -> None:
         self.address = address
+
+
+class _Lease:
+    """Lives as long as somebody has the memory."""
+
+
+class _Shown:
+    """An array for `from_dlpack` of other libraries."""
+
+    def __init__(self, device: CudaDevice, array: Array) -> None:
+        self._device = device
+        self._array = array
+
+    def __dlpack__(self, *, stream: int | None = None, **more: Any) -> Any:
+        """As Python's array API has it; `stream` is the consumer's: None and 1 are the default one, -1 waits for none."""
+        own = stream is None or stream in (-1, 0, 1)
+        lent = self._device.lend(self._array, None if own or stream is None else self._device.borrow(stream))
+        return lent.__dlpack__(stream=stream, **more)
+
+    def __dlpack_device__(self) -> Any:
+        """Kind and number."""
+        return self._array.__dlpack_device__()
 
 
 class _Lent:
