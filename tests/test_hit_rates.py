@@ -134,7 +134,8 @@ def test_whole_requests_are_those_all_of_whose_keys_hit() -> None:
 def by_lists(policy: str, capacity: int, keys: np.ndarray, requests: np.ndarray) -> list[bool]:
     """Hits of buckets that are lists of [key, rank, tick], batch by batch; a new row takes the first lowest one's place."""
     count = layout.buckets_for(capacity)
-    bucket_of = layout.bucket_of(layout.mix64(keys.astype(np.uint64)), count).tolist()
+    hashed = layout.mix64(keys.astype(np.uint64))
+    bucket_of = layout.bucket_of(hashed, count).tolist()
     buckets: list[list[list[int]]] = [[] for _ in range(count)]
     hits = []
     for tick, batch in enumerate(requests, start=1):
@@ -144,7 +145,7 @@ def by_lists(policy: str, capacity: int, keys: np.ndarray, requests: np.ndarray)
             if row:
                 row[1], row[2] = (row[1] + 1, row[2]) if policy == "lfu" else (0, tick)
         missed = {int(n) for n, row in zip(batch.ravel(), found, strict=True) if row is None}
-        for n in sorted(missed, key=lambda n: int(keys[n])):
+        for n in sorted(missed, key=lambda n: int(hashed[n])):  # as `gpu.batches` sorts them
             bucket, new = buckets[bucket_of[n]], [n, int(policy == "lfu"), tick]
             if len(bucket) < layout.BUCKET_SLOTS:
                 bucket.append(new)

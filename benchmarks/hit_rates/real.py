@@ -7,6 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu import layout, reference
+from gpu.backend import Device
+from gpu.batches import newest_by_bucket
+from gpu.cache import EmbeddingCache
 from gpu.evicting import policy_of
 
 Ids = NDArray[np.int64]
@@ -77,6 +80,42 @@ class ReferenceCache:
         return np.full(keys.size, self._stamp, np.uint64), rows, np.empty(keys.size, np.uint8)
 
     def _insert(self, keys: NDArray[np.uint64]) -> None:
+        keys = keys[newest_by_bucket(keys, keys)]  # as the cache sorts them
         stamps, rows, outcomes = self._columns(keys)
         score = self._policy.first_score(self._tick)
         reference.insert(self._memory, keys, stamps, rows, None, outcomes, score=score, admit=self._policy.admits)
+
+
+class DeviceCache:
+    """`EmbeddingCache` itself; arguments as of `ReferenceCache`, and the device."""
+
+    def __init__(self, device: Device, keys: Ids, capacity: int, policy: str, tick_batches: int = 1) -> None:
+        self._keys = keys.astype(np.uint64)
+        self._batches = self._stamp = 0
+        self._device = device
+        self.cache = EmbeddingCache(
+            device, DIM, CODEC, capacity, policy, clock=lambda: self._batches // tick_batches, decay_s=1e9
+        )
+
+    def look_up(self, batch: Ids) -> Flags:
+        """As `ReferenceCache.look_up`."""
+        self._batches += 1
+        keys = self._keys[batch.ravel()]
+        hit: Flags = self._device.download(self.cache.lookup(self._device.upload(keys)).stamps) != 0
+        self._insert(np.unique(keys[~hit]))
+        return hit.reshape(batch.shape)
+
+    def update(self, numbers: Ids, keep: bool) -> None:
+        """As `ReferenceCache.update`."""
+        if keep:
+            self._insert(self._keys[numbers])
+        else:
+            self.cache.apply(*self._columns(self._keys[numbers]))
+
+    def _columns(self, keys: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint8]]:
+        self._stamp += 1
+        return keys, np.full(keys.size, self._stamp, np.uint64), np.zeros((keys.size, self.cache.shape.row_bytes), np.uint8)
+
+    def _insert(self, keys: NDArray[np.uint64]) -> None:
+        if keys.size:
+            self.cache.insert(*self._columns(keys))
