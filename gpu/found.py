@@ -23,6 +23,7 @@ class Found:
     stamps: uint64[n], 0 for a key that was missed; None of a pooled look-up.
     missed: int64[n]; the first `missed_count` are the indices of keys that were missed, in any order.
     missed_count: uint64[1].
+    buffer: what the look-up needs while it runs, or None.
     """
 
     device: Device
@@ -30,6 +31,7 @@ class Found:
     stamps: Any
     missed: Any
     missed_count: Any
+    buffer: Any = None
 
     def missed_indices(self, stream: Stream | None = None) -> I64:
         """int64[m], rising: the missed keys. Synchronises `stream`, the one of the look-up."""

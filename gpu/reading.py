@@ -217,7 +217,7 @@ def lookup_pooled(
         out = None if outs is None else outs[number]
         job = _pooled_job(cache, keys, offsets, weights, out, mode, stream)
         jobs.append(job)
-        found.append(Found(cache.device, job.out, None, job.missed, job.missed_count))
+        found.append(Found(cache.device, job.out, None, job.missed, job.missed_count, job.buffer))
     if jobs:
         launchers.pooled(requests[0][0].device, jobs, mode=MODES[mode], stream=stream)
     return found
@@ -242,7 +242,8 @@ def _pooled_job(
             raise ArgumentError(f"weights with mode {mode!r}: expected them with sums only")
     out = _given_or_new(cache.device, "out", out, (len(offsets) - 1, cache.shape.dim), np.float32)
     room = _room_for_missed(cache.device, len(keys), stream)
-    return PooledJob(cache.memory, cache.policy.number, cache.tick(), keys, offsets, weights, out, *room)
+    buffer = cache.device.empty(out.shape, np.float32) if cache.shape.chunks > launchers.WARP else None
+    return PooledJob(cache.memory, cache.policy.number, cache.tick(), keys, offsets, weights, out, *room, buffer)
 
 
 def _checked_keys(name: str, keys: Array) -> Array:
