@@ -28,7 +28,7 @@ from p2p.identity.fence import Fencing
 from p2p.identity.ledger import Ledger, NodeRecord
 from p2p.identity.retirement import Retirement
 from p2p.identity.writers import WriterBook
-from p2p.link import links
+from p2p.link.allowance import ROUND_MS, SELECTION_MS
 from p2p.link.links import Arrival, Link
 from p2p.link.sharing import Sharing
 from p2p.members.gossip import CLOCK_ERROR_MS_MAX, Gossip
@@ -422,8 +422,9 @@ class Machine:
         if not self._retirement.compare(link, asked.retired_digest, now):
             self._core.counters.pulls_refused += 1
             return
-        cost_ms = links.SELECTION_MS if isinstance(asked, m.PullRequest) else links.ROUND_MS
-        if asked.keyspace in self._core.keyspaces and not link.admits_selection(asked.keyspace, now.monotonic_ms, cost_ms):
+        cost_ms = SELECTION_MS if isinstance(asked, m.PullRequest) else ROUND_MS
+        held = asked.keyspace in self._core.keyspaces
+        if held and not link.allowance.admits_selection(asked.keyspace, now.monotonic_ms, cost_ms):
             self._core.counters.pulls_refused += 1
             return
         match asked:

@@ -69,7 +69,7 @@ class Feeds:
         feed.pairs, feed.number, feed.until_ms, feed.retired_digest = pairs, told.number, until_ms, told.retired_digest
         wanted = not self._waits_for_room(keyspace, now) and not feed.flows and now.monotonic_ms - feed.asked_ms >= ASK_MS
         # Our vector may be megabytes: who makes us tell it pays as for a selection, or small notices would cost us large ones.
-        if wanted and link.admits_selection(told.keyspace, now.monotonic_ms):
+        if wanted and link.allowance.admits_selection(told.keyspace, now.monotonic_ms):
             feed.request, feed.roomless = self._pull.tell_vector(keyspace, link, feed.request), 0
             feed.asked_ms = now.monotonic_ms
         return feed

@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from p2p.link.allowance import Allowance
 from p2p.link.budget import MESSAGE_BYTES, Bucket
 from p2p.link.round_trip import RoundTrip
 from p2p.link.window import PIECE_BYTES_MIN, QUEUE_MS, STATE_QUEUE_MS, Moment, Window
@@ -39,17 +40,6 @@ PIECE_MS = 10
 # Nothing acknowledged for so long by a peer that lives: what is in flight was lost, and its last message with it, so that no
 # hole will ever show. Longer than one message takes at 4 Mbit/s.
 ACK_SILENCE_MS = 10_000
-# A pull may cost a scan of all rows. A peer has one of a keyspace on its way at a time, so it asks once a round trip at most,
-# and rarely does; so many at once are selected for it, and then one in so many milliseconds.
-SELECTIONS_MAX = 32
-SELECTION_MS = 20
-# A question of a round by shard versions looks at vectors and not at rows, and rounds follow each other closely: it counts so
-# much, and so much more for as many shards as it is about. What a peer can make us list is 12 MB/s.
-ROUND_MS = 2
-ROUND_SHARDS_PER_MS = 1_024
-# The schema, the register and a hello are large answers to small messages. A correct peer causes each once a beat at most, so
-# each is sent to it once in so long; what is left out comes at its next beat.
-ANSWER_MS = 250
 # What a session may bring beyond what we acknowledged of it: its sender's credit, the message that overshoots it, and all of
 # that twice, since a network may repeat and what was under way when a link broke may come after all.
 OVERRUN_BYTES = 2 * (CREDIT_BYTES_MAX + (16 << 20))
@@ -93,6 +83,7 @@ class Link:
     round_trip: RoundTrip = field(default_factory=RoundTrip)  # only where there is a bucket
     window: Window = field(default_factory=Window)  # only where there is none
     moment: Moment = field(default_factory=Moment)
+    allowance: Allowance = field(default_factory=Allowance)
     _in_state_mode: bool = False
     session_out: int = 1
     _sequence_out: int = 0
@@ -109,32 +100,11 @@ class Link:
     _unacknowledged_messages: int = 0
     _unclaimed_bytes: int = 0  # that arrived in the peer's session since our last acknowledgement of it
     _unclaimed_messages: int = 0
-    _answered_ms: dict[str, int] = field(default_factory=dict)  # by kind: when the last large answer of it went
-    _selections: dict[int, int] = field(default_factory=dict)  # by keyspace: until when those made for the peer are paid
-
-    def admits_selection(self, keyspace: int, now_ms: int, cost_ms: int = SELECTION_MS) -> bool:
-        """Whether the peer may have one more selection made, of a keyspace that we hold; counts it if so."""
-        until_ms = max(self._selections.get(keyspace, now_ms), now_ms)
-        if until_ms - now_ms >= SELECTIONS_MAX * SELECTION_MS:
-            return False
-        self._selections[keyspace] = until_ms + cost_ms
-        return True
-
-    def admits_answer(self, kind: str, now_ms: int) -> bool:
-        """Whether the peer may have another large answer of this kind; counts it if so."""
-        if now_ms - self._answered_ms.get(kind, -ANSWER_MS) < ANSWER_MS:
-            return False
-        self._answered_ms[kind] = now_ms
-        return True
 
     def forget_keyspace(self, keyspace: int) -> None:
         """It was dropped: what waits for credit of it would be thrown away by the peer, too."""
-        self._selections.pop(keyspace, None)
+        self.allowance.forget_keyspace(keyspace)
         self.waiting.drop(keyspace)
-
-    def charge_shards(self, keyspace: int, shards: int) -> None:
-        """What was admitted turned out to be about so many shards."""
-        self._selections[keyspace] = self._selections.get(keyspace, 0) + shards // ROUND_SHARDS_PER_MS
 
     def overruns(self, payload_bytes: int) -> bool:
         """Count a sequenced message that was just placed; whether the peer sends what no credit of ours allows."""

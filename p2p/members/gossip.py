@@ -217,7 +217,7 @@ class Gossip:
         if waited and register.quiet and not beat.members and beat.register_digest != register.digest(now.monotonic_ms):
             self._index_ms = now.monotonic_ms
             core.send(link, m.RegisterIndex(*register.index(now.monotonic_ms), answer_wanted=True))
-        if beat.schema_digest != core.schema_digest and link.admits_answer("schema", now.monotonic_ms):
+        if beat.schema_digest != core.schema_digest and link.allowance.admits_answer("schema", now.monotonic_ms):
             core.send(link, m.SchemaUpdate(tuple(core.host.schema())))
         for summary, standing in zip(beat.summaries, beat.standing or (0,) * len(beat.summaries), strict=True):
             note_standing(core, link.boot, summary.keyspace, standing)
@@ -226,7 +226,7 @@ class Gossip:
     def on_index(self, link: Link, index: m.RegisterIndex, now: m.Now) -> None:
         """A peer's register differs from ours: send what it lacks, and ask for what we lack."""
         core = self._core
-        if not link.admits_answer("register" if index.answer_wanted else "own register", now.monotonic_ms):
+        if not link.allowance.admits_answer("register" if index.answer_wanted else "own register", now.monotonic_ms):
             return
         if link.version >= 2:  # version 1 believes that who has left does not take it back
             self._correct(link, index)

@@ -113,7 +113,7 @@ class Introductions:
         self.introduced = True
         link = self._link_to(member)
         self.learn((member, *hello.members), now, member.node)
-        if hello.answer_wanted and link.admits_answer("hello", now.monotonic_ms):
+        if hello.answer_wanted and link.allowance.admits_answer("hello", now.monotonic_ms):
             self._admitted[member.node] = None
             self.say_hello(member.address, member.boot, answer_wanted=False, now=now)
             if core.retired_digest and link.version >= 2:

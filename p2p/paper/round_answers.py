@@ -114,7 +114,7 @@ class RoundAnswers:
         writers = keyspace.knowledge.writers
         shards = versions.changed_since(wanted.since)
         core.counters.shards_listed += len(shards)
-        link.charge_shards(wanted.keyspace, len(shards))
+        link.allowance.charge_shards(wanted.keyspace, len(shards))
         frontier = keyspace.knowledge.frontier[writers]
         core.send(
             link, m.VersionList(wanted.keyspace, wanted.request, versions.mark, shards, current[shards], writers, frontier)
@@ -135,7 +135,7 @@ class RoundAnswers:
         if keyspace is None or not core.options.sync.shard_versions or (running is None and len(outbox.streams) >= STREAMS_MAX):
             core.counters.pulls_refused += 1
             return
-        link.charge_shards(wanted.keyspace, len(wanted.shards))
+        link.allowance.charge_shards(wanted.keyspace, len(wanted.shards))
         shards = keyspace.knowledge.shards
         if int(wanted.shards[-1]) >= shards:
             raise RemoteProtocolError(f"pull of shard {wanted.shards[-1]}, the keyspace has {shards}")

@@ -95,7 +95,7 @@ def kept_of(machine: Machine) -> set[int]:
     parts: list[Any] = [
         core.keyspaces,
         push._lingering,
-        *(link._selections for link in core.links.values()),
+        *(link.allowance._selections for link in core.links.values()),
         pull._asked,
         *(outbox.streams for outbox in pull.outboxes.values()),
         pull.answers._bases,

@@ -9,8 +9,8 @@ import pytest
 from ekko.model import table_id
 from p2p import messages as m
 from p2p.errors import AheadError, RemoteProtocolError
+from p2p.link.allowance import SELECTION_MS, SELECTIONS_MAX
 from p2p.link.conduct import CALLS_MAX, REJECTED_MAX
-from p2p.link.links import SELECTION_MS, SELECTIONS_MAX
 from p2p.members.introductions import ANSWERS_MAX
 from p2p.replica import RowColumns
 from p2p.runtime import STRANGERS_MAX

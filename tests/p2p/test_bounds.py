@@ -8,7 +8,7 @@ from p2p import knowledge, sizes
 from p2p import messages as m
 from p2p.errors import RemoteProtocolError
 from p2p.identity import retirement
-from p2p.link import links
+from p2p.link import allowance, links
 from p2p.link.links import Link
 from p2p.members import gossip
 from p2p.paper.sync import SHARD_VERSIONS
@@ -53,7 +53,8 @@ def test_questions_of_a_round_have_a_price(kind: str) -> None:
         asked = m.VersionsWanted(number, request, 0) if kind == "versions" else m.ShardsWanted(number, request, every, *nothing)
         effects = effects_of(cluster, "t1", "eu1", asked)
         answers += sum(isinstance(effect, m.Send) for effect in effects)
-    admitted = links.SELECTIONS_MAX * links.SELECTION_MS // (links.ROUND_MS + SHARDS // links.ROUND_SHARDS_PER_MS) + 1
+    each_ms = allowance.ROUND_MS + SHARDS // allowance.ROUND_SHARDS_PER_MS
+    admitted = allowance.SELECTIONS_MAX * allowance.SELECTION_MS // each_ms + 1
     assert 0 < answers <= admitted
     assert counters(cluster, "t1").pulls_refused - before >= 1_000 - admitted
     cluster.run(2_000)  # paid by then: the rounds of a correct peer go on
@@ -265,7 +266,7 @@ def test_a_large_answer_is_given_once_a_moment(kind: str) -> None:
 
     once = 2 if kind == "register" else 1  # its first record says that we live, whom the index does not name
     assert answers() == once
-    cluster.run(links.ANSWER_MS)
+    cluster.run(allowance.ANSWER_MS)
     assert answers() <= once
     assert answers() == 0
 

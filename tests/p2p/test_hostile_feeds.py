@@ -12,7 +12,7 @@ from p2p import wire
 from p2p.busy import feeds
 from p2p.busy.pairs import STALLED_MS, Pairs
 from p2p.errors import BlamelessError, RemoteProtocolError
-from p2p.link import links
+from p2p.link import allowance
 from p2p.machine import Machine
 from p2p.replica import RowColumns
 from p2p.stamps import make_stamp, unix_ms_of
@@ -221,7 +221,7 @@ def test_notices_make_us_tell_our_vector_only_so_often() -> None:
             notice = m.Backlogged(cluster.model.id, number, on, 1, writers, bits)
             effects = machine.handle(m.MessageReceived(envelope, notice), cluster.now())
             told += sum(isinstance(one, m.Send) and isinstance(one.message, m.PullRequest) for one in effects)
-    assert 0 < told <= links.SELECTIONS_MAX
+    assert 0 < told <= allowance.SELECTIONS_MAX
 
 
 @pytest.mark.parametrize("which", ["another writer", "another tree"])

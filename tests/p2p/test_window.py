@@ -175,6 +175,25 @@ def test_a_probe_is_what_its_own_acknowledgement_took_also_where_more_leaves_wit
     assert (one.round_trip_ms, one.is_probing) == (300, False)
 
 
+def test_answers_that_use_their_half_of_it_do_not_halve_it() -> None:
+    one = Window(bytes=1 << 20, round_trip_ms=20)
+    one.on_sent(1, 1, 1 << 19, 1 << 19, 0)
+    one.on_ack(1, 1, one.target_ms + 1, MOST)
+    assert 0.99 * (1 << 20) < one.bytes < 1 << 20
+
+
+@pytest.mark.parametrize(("more_ms", "probes"), [(window.SLACK_MS, False), (window.SLACK_MS + 1, True)])
+def test_what_is_nearly_as_quick_as_the_quickest_keeps_the_round_trip(more_ms: int, probes: bool) -> None:
+    one = Window(round_trip_ms=20)
+    for sequence, now_ms in enumerate(range(0, STRETCH_MS + 1_000, 500), 1):
+        one.on_sent(1, sequence, 1_000, 1_000, now_ms)
+        one.on_ack(1, sequence, now_ms + 20 + more_ms, MOST)
+        if one.is_probing:
+            break
+    assert one.is_probing is probes
+    assert one.round_trip_ms == 20
+
+
 # --- the link
 
 
@@ -221,6 +240,36 @@ def test_what_may_show_a_loss_is_no_more_than_may_ever_be_on_its_way() -> None:
         link.next_envelope(on_its_way)
         link.moment.ms += 60_000
         assert link.has_credit() is credit
+
+
+def test_messages_without_bytes_have_bounds_too() -> None:
+    link = measured()
+    for _ in range(CREDIT_MESSAGES_MAX // 2):
+        link.next_envelope(0)
+    assert not link.has_credit_for_repairs()
+    assert link.has_credit()
+    for _ in range(CREDIT_MESSAGES_MAX // 2):
+        link.next_envelope(0)
+    assert not link.has_credit()
+    assert not link.admits_batch(0)
+    assert link.no_credit_why == "messages in flight"
+
+
+def test_in_state_mode_less_may_stand_in_the_queues() -> None:
+    link = measured()
+    usual_ms = link.window.target_ms
+    link.in_state_mode = True
+    assert link.window.target_ms == usual_ms - QUEUE_MS + STATE_QUEUE_MS
+    link.in_state_mode = False
+    assert link.window.target_ms == usual_ms
+
+
+def test_a_busy_card_is_told_by_all_credit_there_is_or_by_what_a_narrow_path_takes() -> None:
+    link = measured()
+    assert link.full_bytes == CREDIT_BYTES_MAX
+    link.window.is_narrow = True
+    assert link.full_bytes == link.credit_bytes == WINDOW_BYTES_START
+    assert replace(measured(), version=1).full_bytes == CREDIT_BYTES_MAX
 
 
 def test_a_path_is_full_where_that_was_seen() -> None:
