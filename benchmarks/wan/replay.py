@@ -112,19 +112,7 @@ def replay(
     names = [name for name, _ in nodes()]
     delays = Delays(TRAINER, names[1:], bed.rows)
     cpus = VirtualCpus(costs, *((bed.rows_per_row, CORES) if scaled else (1.0, 1)), delays.observe)
-    cpus.charging = False
-    cluster = VirtualCluster(
-        MODEL_SEED, CALM, bed.model, sync=system.sync, cpu=cpus, make_machine=system.make_machine or Machine
-    )
-    for name, region in nodes():
-        trainer = name == TRAINER
-        cluster.add(
-            name, region, "train" if trainer else "serve", [] if trainer else [TRAINER], store=filled_store(bed, trainer)
-        )
-    # Baselines know their peers from the start.
-    if system.make_machine is None and not cluster.run_until(lambda: _formed(cluster), FORM_MS_MAX, 500):
-        raise RuntimeError(f"{system.name}: the cluster did not form within {FORM_MS_MAX / 1000:g} virtual seconds")
-    cpus.charging = True
+    cluster = _form(system, bed, cpus)
     cluster.options = network
     meter = _Bytes(cluster)
     start_ms = cluster.now_ms
@@ -154,6 +142,24 @@ def replay(
         {kind: round(spent) for kind, spent in sorted(cpus.spent_ms.items(), key=lambda item: -item[1])},
         time.perf_counter() - begin,
     )
+
+
+def _form(system: System, bed: Bed, cpus: VirtualCpus) -> VirtualCluster:
+    """All nodes, with what they hold before the trace begins; nothing of that takes them any time."""
+    cpus.charging = False
+    cluster = VirtualCluster(
+        MODEL_SEED, CALM, bed.model, sync=system.sync, cpu=cpus, make_machine=system.make_machine or Machine
+    )
+    for name, region in nodes():
+        trainer = name == TRAINER
+        cluster.add(
+            name, region, "train" if trainer else "serve", [] if trainer else [TRAINER], store=filled_store(bed, trainer)
+        )
+    # Baselines know their peers from the start.
+    if system.make_machine is None and not cluster.run_until(lambda: _formed(cluster), FORM_MS_MAX, 500):
+        raise RuntimeError(f"{system.name}: the cluster did not form within {FORM_MS_MAX / 1000:g} virtual seconds")
+    cpus.charging = True
+    return cluster
 
 
 def _publish_all(cluster: VirtualCluster, steps: Iterator[tuple[int, np.ndarray]], report: Callable[[str], None]) -> None:

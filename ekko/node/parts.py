@@ -38,16 +38,9 @@ from p2p.machine import Machine, MachineOptions
 from p2p.runtime import Runtime, no_delay, read_clock
 from p2p.transport.zmq import ZmqTransport
 
-LocalEvent = (
-    m.PublishRequested
-    | m.WaitRequested
-    | m.CaughtUpRequested
-    | m.SchemaChanged
-    | m.ExpelRequested
-    | m.RateChanged
-    | m.FenceRequested
-    | m.LiftRequested
-)
+# What operators, and facts that a node has to tell, ask of the protocol; and publishers beside them.
+Operation = m.CaughtUpRequested | m.SchemaChanged | m.RateChanged | m.FenceRequested | m.LiftRequested
+LocalEvent = Operation | m.PublishRequested | m.WaitRequested | m.ExpelRequested
 Submit = Callable[[LocalEvent], Failed | None]
 
 
@@ -125,9 +118,7 @@ def make_parts(
         keys = NodeKeys(node.id, security.key_file, security.allow, where.node_at)
     transport = ZmqTransport(node.peers, advertise=node.advertise, keys=keys)
 
-    def submit_operation(
-        event: m.CaughtUpRequested | m.SchemaChanged | m.RateChanged | m.FenceRequested | m.LiftRequested,
-    ) -> None:
+    def submit_operation(event: Operation) -> None:
         failed = submit(event)
         if failed is not None:
             raise EkkoError(failed.reason)
@@ -140,15 +131,7 @@ def make_parts(
     fences = Fences(store, machine.fence_of, submit_operation)
     operations = Operations(node.id, store, submit_operation, machine.protocol_min_known)
     rates = NodeRates(node.region, config.rates(), store, submit_operation, machine.protocol_min_known)
-    health = Health(
-        node.id,
-        config.health,
-        store,
-        lambda entries: submit_operation(m.SchemaChanged(entries)),
-        machine.protocol_min_known,
-        peers=lambda: machine.peers_alive(read_clock()),
-        clock_agrees=lambda: machine.clock_agrees(read_clock()),
-    )
+    health = _make_health(config, store, machine, submit_operation)
     publishing.on_report = health.report
     endpoint = LocalEndpoint(node.local, publishing)
     past = DelayedPast(delayed) if delayed is not None and node.role == "witness" else None
@@ -162,13 +145,23 @@ def make_parts(
         compression=Mode(node.compression),
         crosses=where.crosses,
     )
-    delaying = (
-        None
-        if delayed is None
-        else Delaying(node, delayed, rollbacks.coordinator.cut_held, lambda: machine.clock_agrees(read_clock()))
-    )
+    delaying = None
+    if delayed is not None:
+        delaying = Delaying(node, delayed, rollbacks.coordinator.cut_held, lambda: machine.clock_agrees(read_clock()))
     served = rates, effects, health, shares, delaying, rollbacks
     return Parts(store, machine, transport, runtime, keys, endpoint, publishing, operations, fences, *served)
+
+
+def _make_health(config: NodeConfig, store: Store, machine: Machine, submit: Callable[[m.SchemaChanged], None]) -> Health:
+    return Health(
+        config.node.id,
+        config.health,
+        store,
+        lambda entries: submit(m.SchemaChanged(entries)),
+        machine.protocol_min_known,
+        peers=lambda: machine.peers_alive(read_clock()),
+        clock_agrees=lambda: machine.clock_agrees(read_clock()),
+    )
 
 
 def _make_machine(config: NodeConfig, store: Store, boot: int, boot_ms: int) -> Machine:
