@@ -15,6 +15,7 @@ The seed decides everything: the same calls with the same seed give the same run
 import ctypes
 import random
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,17 @@ class TwinKernel:
         self.threads_max = int(self.entry.threads_max)
 
 
+class _Named(threading.local):
+    """Arrays whose addresses a thread asked for since its last launch, that its structures point to."""
+
+    def __init__(self) -> None:
+        self.arrays: list[Array] = []
+
+    def take(self) -> list[Array]:
+        arrays, self.arrays = self.arrays, []
+        return arrays
+
+
 @dataclass(slots=True)
 class _Waiting:
     kernel: TwinKernel
@@ -171,6 +183,7 @@ class HostTwin:
         self._library = abi.Library(build.runtime(memory, self._sanitise))
         self._memory = Memory(NAME, memory_bytes, undefined=0xA5 if memory == "model" else None)
         self._default = TwinStream(self)
+        self._named = _Named()
         self._kernels: dict[tuple[object, ...], TwinKernel] = {}
         self._waiting: list[_Waiting] = []
         self._copies: list[tuple[Array, npt.NDArray[Any], TwinStream]] = []
@@ -209,11 +222,17 @@ class HostTwin:
 
     def pinned(self, shape: Shape, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         array = np.empty(shape, dtype)
-        self._pinned.append((array.ctypes.data, array.ctypes.data + max(1, array.nbytes)))
+        place = (array.ctypes.data, array.ctypes.data + max(1, array.nbytes))
+        self._pinned.append(place)
+        weakref.finalize(array, self._pinned.remove, place)  # the next array there may be none that is pinned
         return array
 
     def address(self, array: Array) -> int:
-        return self._memory.address(array)
+        """As the protocol says. The thread's next launch is taken to use the array."""
+        address = self._memory.address(array)
+        if self.memory == "model":  # else a launch is done before its caller goes on
+            self._named.arrays.append(array)
+        return address
 
     def free_bytes(self) -> int:
         return self._memory.free_bytes()
@@ -268,7 +287,7 @@ class HostTwin:
         at = self.at(stream)
         if any(copied is at for _, _, copied in self._copies):
             self.synchronize()  # what is copied is what was there before this launch
-        waiting = _Waiting(kernel, grid, block, values, tuple(sorted(self.waiting(at))), tuple(args))
+        waiting = _Waiting(kernel, grid, block, values, tuple(sorted(self.waiting(at))), (*args, *self._named.take()))
         if self.memory == "direct":
             with at.lock:
                 self._run([waiting])
