@@ -43,6 +43,7 @@ from p2p.runtime import read_clock
 
 # A model that a publisher brings begins with room for this many rows; slabs grow.
 CAPACITY_ROWS_GUESS = 65_536
+_DENSE = table_id(DENSE_TABLE)
 # A step of `ekko load`, one at a time; requests of the local endpoint count from 0.
 LOAD_REQUEST = -2
 
@@ -209,8 +210,7 @@ class Publishing:
                 f"table {gone[0]!r} of model {step.model!r} was dropped at node {self._node.id!r}: publish without it, or make "
                 "a new Publisher with it among its tables to begin one of this name anew; nothing was published"
             )
-        known = {table.id for table in model.spec.tables.values()} | {table_id(DENSE_TABLE)}
-        if not known.issuperset(tables):
+        if not all(table in model.tables_by_id or table == _DENSE for table in tables):
             return Failed(REOPEN, f"unknown table of model {step.model!r}")
         new = {tensor.name: tensor for tensor in step.tensors if model.spec.tensors.get(tensor.name) != tensor}
         if new:

@@ -35,12 +35,12 @@ class RestoredRows:
 
     def epoch(self, model: ModelStore) -> int:
         """Of the last rollback that is over and has written something; 0: none."""
-        over = [one.epoch for one in self._fences(model.spec.id) if one.stage == LIFTED and one.restorers]
+        over = [one.epoch for one in self._fences(model.keyspace) if one.stage == LIFTED and one.restorers]
         return max(over, default=0)
 
     def fence(self, model: ModelStore) -> m.Fence | None:
         """The fence that stands."""
-        last = self._fences(model.spec.id)[-1:]
+        last = self._fences(model.keyspace)[-1:]
         return last[0] if last and last[0].stage != LIFTED else None
 
     def page(self, model: ModelStore, ask: RestoredAsk) -> RestoredPage:

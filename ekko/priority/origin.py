@@ -41,6 +41,7 @@ from p2p.replica import RowColumns
 SHARE_MIN: Final = 1 / 64
 
 _LARGEST: Final = np.float32(3e38)
+_DENSE: Final = DENSE_SPEC.id
 # Of rows at which nobody looked: there is a version, whichever.
 _SOME_VERSION: Final = np.uint64(1)
 
@@ -69,17 +70,17 @@ class Priorities:
         self, model: ModelStore, columns: Sequence[RowColumns], significance: Sequence[F32 | None], now: Now
     ) -> tuple[RowColumns, ...]:
         """As `ModelPriority.classify`, of a step of this model."""
-        priority = self._of.get(model.spec.id)
+        priority = self._of.get(model.keyspace)
         if priority is None:
-            there = {other.spec.id for other in self._models.values()}
+            there = {other.keyspace for other in self._models.values()}
             self._of = {number: one for number, one in self._of.items() if number in there}
             settings = self._settings.get(model.spec.name, DEFAULTS)
-            priority = self._of[model.spec.id] = ModelPriority(model, settings)
+            priority = self._of[model.keyspace] = ModelPriority(model, settings)
         return priority.classify(columns, significance, now, self._share_of(model.spec.name))
 
     def picture(self, model: ModelStore) -> PriorityPicture | None:
         """Of one model; None: nothing of it was published here in this life of the node."""
-        priority = self._of.get(model.spec.id)
+        priority = self._of.get(model.keyspace)
         return None if priority is None else priority.picture(self._share_of(model.spec.name))
 
 
@@ -124,7 +125,7 @@ class ModelPriority:
         )
 
     def _classified(self, section: RowColumns, said: F32 | None, now: Now, share: float) -> RowColumns:
-        if section.table == DENSE_SPEC.id:
+        if section.table == _DENSE:
             together = np.full(len(section.keys), classes.FOREMOST_ORDINARY, np.uint8)
             return RowColumns(section.table, section.keys, section.rows, section.stamps, together)
         drift: F32 | None = None

@@ -75,7 +75,8 @@ class ModelStore:
         self._own = OwnWriter(header, entry.shards)
         self._questions = Questions(self._tables, entry.shards, entry.partitions)
         self._applying = Applying(self, self._stamp_max)
-        self._place = Place(self.spec.id)
+        self._keyspace = self.spec.id  # worked out once: it is asked for some six times a step
+        self._place = Place(self._keyspace)
         self.capacity: capacity.Capacity | None = None  # set by whoever knows the configuration
         self._heat: dict[str, Heat] = {}  # of each table that readers look up
         self._marks = BatchMarks(header, self._covered)
@@ -446,7 +447,7 @@ class ModelStore:
 
     @property
     def keyspace(self) -> int:
-        return self.spec.id
+        return self._keyspace
 
     @property
     def place(self) -> Place:

@@ -129,11 +129,15 @@ class Budgets:
 
     def next_ms(self) -> int | None:
         """When there are tokens for something that found none."""
+        if not self.buckets:  # as a rule; asked after every event
+            return None
         waits = [bucket.ready_ms for bucket in self.buckets.values() if bucket.wanted]
         return min(waits) if waits else None
 
     def take_refilled(self) -> list[Bucket]:
         """Buckets that have tokens again for what found none."""
+        if not self.buckets:
+            return []
         refilled = [bucket for bucket in self.buckets.values() if bucket.wanted and bucket.level > 0]
         for bucket in refilled:
             bucket.wanted = False

@@ -66,7 +66,7 @@ class RoundAnswers:
 
     def next_ms(self) -> int | None:
         """When the timer is wanted next."""
-        return min((one.until_ms for one in self._held.values()), default=None)
+        return min((one.until_ms for one in self._held.values()), default=None) if self._held else None
 
     def on_versions_wanted(self, link: Link, wanted: m.VersionsWanted, now: m.Now) -> None:
         """Message 1 came: tell which versions changed, once any has (`SyncOptions.held`)."""

@@ -414,8 +414,10 @@ class Pull:
         Exactly then, since where messages get lost some step is open most of the time: a look every 20 ms was a fifth of all
         that a node did.
         """
-        moments = [asked.deadline_ms for asked in self._asked.values()]
-        moments += [due_ms for asked in self._asked.values() if (due_ms := self._repeat_ms(asked)) is not None]
+        moments: list[int] = []
+        if self._asked:
+            moments += [asked.deadline_ms for asked in self._asked.values()]
+            moments += [due_ms for asked in self._asked.values() if (due_ms := self._repeat_ms(asked)) is not None]
         for number, keyspace in self._core.keyspaces.items():
             if not keyspace.knowledge.open_steps:
                 keyspace.gap_look_ms = None
@@ -428,7 +430,7 @@ class Pull:
         until_ms = self.answers.next_ms()
         if until_ms is not None:
             moments.append(until_ms)
-        return min(moments, default=None)
+        return min(moments) if moments else None
 
     def check_gaps(self, now: m.Now) -> None:
         """Pull where a claim has waited too long; give up pulls that stand still. Called on the timer."""

@@ -80,6 +80,8 @@ class PullAnswers:
 
     def next_ms(self) -> int | None:
         """When somebody has waited long enough."""
+        if not self._held:  # as a rule; asked after every event
+            return None
         return min([one.until_ms for held in self._held.values() for one in held.values()], default=None)
 
     def on_progress(self, keyspace: Keyspace, now: m.Now) -> None:

@@ -218,6 +218,8 @@ class Push:
 
     def next_ms(self) -> int | None:
         """When the first of the steps that wait for others must leave."""
+        if not self._lingering:
+            return None
         sent = [keyspace.group.sent_ms for keyspace in self._lingering.values()]
         oldest = min([moment for moment in sent if moment is not None], default=None)
         return None if oldest is None else oldest + self._core.options.linger_ms
