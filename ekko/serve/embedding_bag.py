@@ -155,7 +155,9 @@ def _pooled(
         padding_key=bag.padding_idx,
         consistent=bag.consistent,
     )
-    rows: Tensor = from_dlpack(pooled)  # of the memory that it is in, whichever device that is of
+    tier = reader.device
+    # The memory that it is in, whichever device that is of.
+    rows: Tensor = from_dlpack(pooled if tier is None else tier.device.to_dlpack(pooled))
     return rows
 
 
