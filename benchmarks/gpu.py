@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from benchmarks.common import Figure
 from benchmarks.device import beside_torch, load, static
+from benchmarks.device.published import publish_to_visible
 from gpu.backend import Device, open_device
 from gpu.errors import DeviceError
 from gpu.layout import Shape
@@ -34,7 +35,7 @@ def run(quick: bool) -> dict[str, Figure]:
     figures: dict[str, Figure] = {"engine": "cuda" if cuda else "host-twin"}
     if cuda:
         bed = load.Bed.make(device, load.CUDA_QUICK if quick else load.CUDA)
-        measured = _measured(bed)
+        measured = _measured(bed, quick)
         figures |= measured
         figures |= beside_torch.compare(bed, int(device.name.removeprefix("cuda:")), measured["lookup_bytes_per_s"])
     else:
@@ -43,18 +44,19 @@ def run(quick: bool) -> dict[str, Figure]:
             figures |= {figure: None, f"note_{figure}": "measured on a device only"}
         figures |= {
             "why_no_device": why,
-            "host_twin": [{"figure": name, "measured": it} for name, it in _measured(bed).items()],
+            "host_twin": [{"figure": name, "measured": it} for name, it in _measured(bed, quick).items()],
         }
     return figures | on_paper(ARCHES_QUICK if quick else ARCHES)
 
 
-def _measured(bed: load.Bed) -> dict[str, float]:
+def _measured(bed: load.Bed, quick: bool) -> dict[str, float]:
     return {
         "slots": bed.cache.shape.slots,
         "keys_of_a_launch": bed.size.batch,
         **load.throughput(bed),
         **load.latency(bed),
         **load.visible(bed),
+        **publish_to_visible(bed.device.name, quick),
     }
 
 

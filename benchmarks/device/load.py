@@ -165,7 +165,7 @@ def _apply_until(bed: Bed, stop: threading.Event, applied: list[int]) -> None:
 def visible(bed: Bed) -> dict[str, float]:
     """Milliseconds from the call of `apply`, with encoded rows on the host, until a look-up on another stream has the new row.
 
-    The way from `publish` to this call is that of `scripts/bench latency`: the device comes after the host's store.
+    `benchmarks.device.published` has the whole way, from `publish` on.
     """
     device, writer, reader = bed.device, bed.device.stream(), bed.device.stream()
     count = min(100, bed.size.rows)
