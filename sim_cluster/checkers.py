@@ -362,6 +362,14 @@ class Watch:
             writers = (columns.stamps & np.uint64(WRITER_MASK)).astype(np.int64)
             below = replica.incomplete[columns.shards] & (replica.loss_floor[columns.shards, writers] >= columns.stamps)
             np.maximum.at(dropped, columns.which[below], columns.stamps[below])
+            # It may have had a version whose publisher died before anybody was told of it.
+            before = self._held.get((node.name, *place))
+            if before is not None:
+                high = before[1].high
+                shards = replica.shards_of(np.array(self._tables[place].keys[: len(high)], np.uint64))
+                floor = replica.loss_floor[shards, (high & np.uint64(WRITER_MASK)).astype(np.int64)]
+                gone = replica.incomplete[shards] & (floor >= high)
+                dropped[: len(high)][gone] = np.maximum(dropped[: len(high)][gone], high[gone])
         expired = columns.stamps < np.uint64(_expired_below(self._cluster, self._tables[place].spec))
         np.maximum.at(dropped, columns.which[expired], columns.stamps[expired])
         return dropped

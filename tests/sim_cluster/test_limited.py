@@ -25,9 +25,11 @@ def test_a_limited_node_holds_the_newest_or_nothing_and_the_others_all() -> None
     assert run_virtual(replace(SCENARIO, duration_ms=8_000), 2).problem == ""
 
 
-def test_who_begins_shards_anew_may_have_less_than_before() -> None:
-    """What it had dropped it says nothing of any more; that is no row whose stamp went down."""
-    assert run_virtual(SCENARIO, 13).problem == ""
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [13, 43])
+def test_what_may_be_gone_is_no_row_whose_stamp_went_down(seed: int) -> None:
+    """13: who begins shards anew says nothing more of what it had dropped. 43: a version is evicted that nobody was told of."""
+    assert run_virtual(SCENARIO, seed).problem == ""
 
 
 def _who_knows_less_answers(patch: pytest.MonkeyPatch) -> None:

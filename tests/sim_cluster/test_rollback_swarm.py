@@ -61,8 +61,7 @@ def chaos(seed: int, folder: Path) -> str:
     if not ended:
         return f"not over: {shells['t1'].facts}"
     cluster.run(5_000)
-    if not all(over(shell)() for shell in shells.values()):
-        return ""  # it said why it could not; writers go on
+    # Of one that failed nothing was written: the bad rows are all there.
     cluster.run_until(lambda: not wrong_rows(cluster, taken_back(shells["t1"])), 60_000, 500)
     return wrong_rows(cluster, taken_back(shells["t1"]))
 
