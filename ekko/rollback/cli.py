@@ -11,7 +11,7 @@ import typer
 from ekko.asking import ask_node
 from ekko.errors import ConfigError, EkkoError
 from ekko.options import ConfigOption, HttpOption, JsonOption, http_of
-from ekko.rollback.moments import parse_moment, show_moment
+from ekko.rollback.moments import HEALTHY, parse_moment, show_moment
 
 POLL_S = 0.2
 STEPS = {
@@ -56,6 +56,9 @@ def rollback(
     Ask any node, on its own machine; a witness carries it out. Writers of the whole model are stopped, also where only a part
     of it is taken back. What happens is shown until it is over; Ctrl-C ends only the showing.
     """
+    narrowed = bool(table or writer or keys or dry_run or force)
+    if (finish or at_risk is not None) and (to is not None or narrowed):
+        raise ConfigError("with --finish or --at-risk nothing is taken back: leave --to and what belongs to it out")
     address = http_of(config, http)
     if finish:
         shown = ask_node(address, "/rollback", {"model": _named(model), "finish": True})
@@ -65,7 +68,7 @@ def rollback(
         _show_at_risk(address, at_risk, as_json)
         return
     if to is None:
-        if table or writer or keys or dry_run or force:
+        if narrowed:
             raise ConfigError('give --to TIME, such as --to healthy or --to "5m ago"')
         _show_history(address, model, as_json)
         return
@@ -165,7 +168,8 @@ def _show_history(address: str, model: str | None, as_json: bool) -> None:
     told = [one for one in answer["rollbacks"] if not one["dry"]]
     for one in told:
         when, what = show_moment(one["requested_ms"]), "by verdict" if one["automatic"] else f"asked at {one['asked_by']}"
-        to = f"to {show_moment(one['cut_ms'])}" if one["cut_ms"] else "to a healthy state"
+        to_ms = one["cut_ms"] or one["to_ms"]
+        to = "to its last healthy state" if to_ms == HEALTHY else f"to {show_moment(to_ms)}"
         rest = f": {one['reason']}" if one["reason"] else f", {_figures(one)}"
         rest += f", {one['at_risk']:,} at risk (--at-risk {one['epoch']})" if one["at_risk"] else ""
         typer.echo(f"{when}  {one['model']}  {one['step']}  {to}  {what}  witness {one['witness'] or 'nobody'}{rest}")
