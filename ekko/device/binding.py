@@ -5,6 +5,7 @@ file whether the manifest that it knows still counts, and whether somebody keeps
 memory, and looks again before the next one.
 """
 
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,15 @@ class BoundCache:
 
 
 @dataclass(frozen=True, slots=True)
+class Readable:
+    """A cache that may be looked into now; what is looked up has every batch that ended until the epoch `applied`."""
+
+    cache: CacheReader
+    post: WantedPost | None
+    applied: int
+
+
+@dataclass(frozen=True, slots=True)
 class Bound:
     """All caches of one manifest."""
 
@@ -62,8 +72,8 @@ class Binding:
         self._opened: dict[str, CacheReader] = {}  # by what names them
         self._retry_s = 0.0
 
-    def cache_of(self, view: TableView) -> BoundCache | None:
-        """The cache of a table of the store, if it is to be read now."""
+    def cache_of(self, view: TableView) -> Readable | None:
+        """The cache of a table of the store, if it is to be read now; asked before each look-up."""
         control, bound = self.control, self._bound
         if control is None or bound is None or control.generation != bound.manifest.generation:
             bound = self._bind()
@@ -79,7 +89,11 @@ class Binding:
         found = bound.caches.get((files.model_id, files.table_id))
         if found is None:
             self.reason = bound.manifest.reason or f"table {view.spec.name!r} has no cache"
-        return found
+            return None
+        applied = control.applied(found.place)
+        if control.generation != bound.manifest.generation:
+            return None  # the word may be one of another daemon by now, whose caches have what these have not
+        return Readable(found.cache, found.post, applied)
 
     def _bind(self) -> Bound | None:
         """Open what the manifest names now."""
@@ -88,8 +102,12 @@ class Binding:
             if now < self._retry_s:
                 return None
             self._retry_s = now + RETRY_S
-            if self.control is None:
-                self.control = DeviceControl.open(self._run_dir)
+            try:
+                self.control = self.control or DeviceControl.open(self._run_dir)
+                manifest = read(self._run_dir)
+            except PermissionError as error:
+                self.reason = f"{error.filename} is not for this user to read"
+                return None
             if self.control is None:
                 self.reason = f"the node at {self._run_dir} keeps no rows on a device"
                 return None
@@ -97,7 +115,6 @@ class Binding:
             if self._bound is not None and self._bound.manifest.generation == generation:
                 return self._bound  # another thread was here
             self._bound = None
-            manifest = read(self._run_dir)
             if manifest is None or manifest.generation != generation:
                 self.reason = "the node has no caches now: it is starting, or was stopped"
                 return None
@@ -135,7 +152,12 @@ def check_device(run_dir: Path, name: str, wait_s: float) -> None:
     """
     deadline = time.monotonic() + wait_s
     while True:
-        manifest = read(run_dir)
+        try:
+            manifest = read(run_dir)
+        except PermissionError as error:
+            raise StoreError(
+                f"user {os.geteuid()} may not read {error.filename}: rows on a device are for the daemon's own user; pass none"
+            ) from error
         if manifest is not None:
             if manifest.device != name:
                 raise StoreError(

@@ -131,13 +131,13 @@ class TableWriter:
                 self.cache.apply(present[newer], stamps[newer], np.ascontiguousarray(rows[newer]), stream=self._stream)
         self._counts.compared += 1
 
-    def insert_wanted(self) -> None:
-        """Insert rows that readers missed, as the store has them now."""
+    def insert_wanted(self) -> bool:
+        """Insert rows that readers missed, as the store has them now; False: they missed none."""
         wanted = self._wanted.take()
         self._counts.wanted_lost += self._wanted.lost - self._lost_before
         self._lost_before = self._wanted.lost
         if not wanted.size:
-            return
+            return False
         self._counts.wanted += wanted.size
         for part in _slices(np.unique(wanted)):
             present, stamps, rows, absent = self._rows.read(part)
@@ -146,6 +146,7 @@ class TableWriter:
                 self.cache.insert(present, stamps, rows, stream=self._stream, scores=scores)
             self._counts.offered += present.size
             self._counts.wanted_absent += absent.size
+        return True
 
     def look(self) -> None:
         """Ask the device how it is, and see that readers can write what they want."""

@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.device.binding import Binding, BoundCache, check_device
+from ekko.device.binding import Binding, Readable, check_device
 from ekko.device.needed import Needed
 from ekko.errors import ModelError
 from ekko.store import layout
@@ -143,9 +143,8 @@ class DeviceTier:
             shown = self.device.upload(rows, out, stream=stream)
             stream.synchronize()
             return shown, found_stamps if stamps else None
-        applied = self._applied(bound)
         found = bound.cache.lookup(self.device.upload(keys, stream=stream), out=out, stream=stream)
-        places = self._wanting(ask, keys, found.missed_indices(stream), applied)
+        places = self._wanting(ask, keys, found.missed_indices(stream), bound.applied)
         if places.size:
             rows, found_stamps = self._from_host(ask, keys[places])
             self._post(bound, keys[places[found_stamps != 0]])
@@ -153,11 +152,6 @@ class DeviceTier:
         all_stamps = self.device.download(found.stamps, stream=stream) if stamps else None
         stream.synchronize()
         return found.rows, all_stamps
-
-    def _applied(self, bound: BoundCache) -> int:
-        """Asked before a look-up: what the device has by now, it has then, too."""
-        assert self._binding.control is not None
-        return self._binding.control.applied(bound.place)
 
     def _wanting(self, ask: Ask, keys: U64, missed: I64, applied: int) -> I64:
         """int64[m], rising: which keys are to be read in shared memory: missed ones, and those that this reader may have seen
@@ -192,7 +186,7 @@ class DeviceTier:
         files = ask.view.files
         return self._needed.setdefault((files.memory.prefix, files.model_id), Needed())
 
-    def _post(self, bound: BoundCache, keys: U64) -> None:
+    def _post(self, bound: Readable, keys: U64) -> None:
         """Ask for rows that were not on the device."""
         if bound.post is not None and keys.size:
             bound.post.post(np.ascontiguousarray(keys))
@@ -224,12 +218,11 @@ class DeviceTier:
             stream.synchronize()
             return shown
         keys, bags = without_padding(keys, bags)
-        applied = self._applied(bound)
         weights = device.upload(bags.weights, stream=stream) if bags.mode == pool.WEIGHTED_SUM else None
         request = bound.cache, device.upload(keys, stream=stream), device.upload(bags.ends, stream=stream), weights
         mode = "mean" if bags.mode == pool.MEAN else "sum"
         (found,) = lookup_pooled([request], mode, None if out is None else [out], stream)
-        places = self._wanting(ask, keys, found.missed_indices(stream), applied)
+        places = self._wanting(ask, keys, found.missed_indices(stream), bound.applied)
         if places.size:
             chosen = np.unique(np.searchsorted(bags.ends, places, "right") - 1)
             self._post(bound, keys[places])

@@ -25,8 +25,10 @@ from gpu.backend import Device
 from gpu.cache import EmbeddingCache
 from gpu.errors import DeviceError, DeviceMemoryError
 
-# Between two looks at what readers want, where nothing changes.
+# Between two looks at what readers want, where nothing changes; and once nothing has happened for a while.
 POLL_S: Final = 0.01
+IDLE_POLL_S: Final = 0.05
+IDLE_MS: Final = 1_000
 # After so long a table that found no room is tried again.
 RETRY_S: Final = 30.0
 # So long the memory of a cache outlives it: longer than any look-up.
@@ -34,7 +36,7 @@ KEEP_MS: Final = 5_000
 # How often the device is asked for figures, which takes a copy to the host.
 LOOK_MS: Final = 1_000
 # How long the end of the node waits for the round that is being done.
-STOP_S_MAX: Final = 10.0
+STOP_S_MAX: Final = 5.0
 
 # Told of what an operator should know: an event's name, and fields.
 Tell = Callable[[str, dict[str, object]], None]
@@ -69,6 +71,7 @@ class DeviceWriter:
         self._fresh_ms = monotonic_ms()
         self._dropped: list[tuple[int, TableWriter]] = []  # and when their memory may be given back
         self._look_ms = 0
+        self._busy_ms = 0  # when there was something to do last
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="ekko-device", daemon=True)
         self._write_manifest()
@@ -127,7 +130,7 @@ class DeviceWriter:
             while not self._stopping:
                 self.wake.clear()
                 self.turn()
-                self.wake.wait(POLL_S)
+                self.wake.wait(POLL_S if monotonic_ms() - self._busy_ms < IDLE_MS else IDLE_POLL_S)
         except (DeviceError, StoreError, OSError) as error:
             self._fail(str(error))
         except Exception as error:  # noqa: BLE001 - whatever it is, the node serves from the host, and says so
@@ -149,12 +152,14 @@ class DeviceWriter:
         reached = []
         for model in self._models.values():
             drained = model.wanted.feed.drain()
+            if not drained.empty:
+                self._busy_ms = began_ms
             for number in list(model.tables):
                 self._at(model, number, lambda table, n=number, d=drained: table.take(d, n))  # type: ignore[misc]
             reached.append((model, drained.until))
         for model in self._models.values():
             for number in list(model.tables):
-                self._at(model, number, TableWriter.insert_wanted)
+                self._at(model, number, self._insert_wanted)
         self._stream.synchronize()
         for model, until in reached:
             if until != model.applied:
@@ -168,6 +173,10 @@ class DeviceWriter:
             for model in self._models.values():
                 for table in model.tables.values():
                     table.look()
+
+    def _insert_wanted(self, table: TableWriter) -> None:
+        if table.insert_wanted():
+            self._busy_ms = monotonic_ms()
 
     def _at(self, model: ModelWriter, number: int, do: Callable[[TableWriter], None]) -> None:
         """Do something with a table that may have been dropped since."""

@@ -126,6 +126,7 @@ class Reader:
         with self._attaching:  # a thread that attaches just now may not bring it back
             attachment, self._attachment = self._attachment, None
             reports, self._reports = self._reports, None
+            self._tier = None
         if reports is not None:
             reports.flush(REPORTS_S_MAX)
             reports.close()
@@ -208,9 +209,9 @@ class Reader:
         """
         attachment = self._current()
         view = self._view(attachment, table)
-        if self._tier is not None:
+        if (tier := self._tier) is not None:
             # Arrays of a device, which are called what those of NumPy are.
-            return self._lookup_on(self._tier, attachment, view, keys, out, stamps, consistent)  # type: ignore[no-any-return]
+            return self._lookup_on(tier, attachment, view, keys, out, stamps, consistent)  # type: ignore[no-any-return]
         wanted = as_keys(keys)
         self._check_keys(attachment, table, wanted, None)
         rows = output(out, (*wanted.shape, view.spec.dim))

@@ -1,5 +1,6 @@
 """Rows on a device, on the host twin, in one process: what comes there, what leaves, and what readers see of both tiers."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from ekko import Reader
 from ekko.device import binding, caches, writer
+from ekko.device.control import DeviceControl
 from ekko.device.needed import Needed
 from ekko.device.source import StoreRows
 from ekko.errors import ModelError, StoreError
@@ -340,6 +342,33 @@ def test_a_writer_that_begins_again_takes_the_caches_of_the_one_before_from_its_
         same(node, reader)
         assert reader.device.counts.hits == hits + 40
         assert [check.difference for check in node.check()] == [""]
+
+
+def test_how_far_a_new_daemon_is_does_not_count_for_the_caches_of_the_one_before(
+    node: Standing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied = DeviceControl.applied
+    node.put(range(40), 1)
+    with node.reader() as reader:
+        warmed(node, reader)
+
+        def restarted(control: DeviceControl, place: int) -> int:
+            """The reader is held up here while the node stops, comes back, and is written."""
+            monkeypatch.setattr(DeviceControl, "applied", applied)
+            node.devices.close()
+            node.put(range(40), 2)
+            node.begin()
+            return applied(control, place)
+
+        monkeypatch.setattr(DeviceControl, "applied", restarted)
+        same(node, reader)
+
+
+def test_a_process_that_was_forked_is_told_to_make_a_reader_of_its_own(node: Standing, monkeypatch: pytest.MonkeyPatch) -> None:
+    with node.reader() as reader:
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with pytest.raises(ModelError, match="make a new one in this process"):
+            reader.lookup("item", KEYS)
 
 
 def test_a_table_for_which_there_is_no_room_is_served_from_the_host_and_tried_again(
