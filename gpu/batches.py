@@ -86,14 +86,21 @@ def check_host_array(name: str, array: object, dtype: type[np.generic], shape: t
 
 def check_array(name: str, array: object, dtypes: tuple[type[np.generic], ...], shape: tuple[int | None, ...]) -> None:
     """Refuse an array of any device that is not C-contiguous, or not of one of these dtypes and this shape."""
-    described = " or ".join(np.dtype(dtype).name for dtype in dtypes)
-    sizes = ", ".join("n" if size is None else str(size) for size in shape)
-    dtype, has, flags = (getattr(array, attribute, None) for attribute in ("dtype", "shape", "flags"))
+    dtype, has, flags = getattr(array, "dtype", None), getattr(array, "shape", None), getattr(array, "flags", None)
     if dtype is None or has is None or flags is None:
-        raise ArgumentError(f"{name} is a {type(array).__name__}: expected an array of {described}[{sizes}]")
+        raise ArgumentError(f"{name} is a {type(array).__name__}: expected an array of {_described(dtypes, shape)}")
     if dtype not in dtypes:
-        raise ArgumentError(f"{name} is of dtype {dtype}: expected {described}[{sizes}]")
-    if len(has) != len(shape) or any(size is not None and size != length for size, length in zip(shape, has, strict=True)):
-        raise ArgumentError(f"{name} has shape {tuple(has)}: expected {described}[{sizes}]")
+        raise ArgumentError(f"{name} is of dtype {dtype}: expected {_described(dtypes, shape)}")
+    if has != shape and not _fits(has, shape):
+        raise ArgumentError(f"{name} has shape {tuple(has)}: expected {_described(dtypes, shape)}")
     if not flags.c_contiguous:
         raise ArgumentError(f"{name} is not C-contiguous: make it so before, a copy here would be a hidden one")
+
+
+def _fits(has: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    return len(has) == len(shape) and all(size in (None, length) for size, length in zip(shape, has, strict=True))
+
+
+def _described(dtypes: tuple[type[np.generic], ...], shape: tuple[int | None, ...]) -> str:
+    sizes = ", ".join("n" if size is None else str(size) for size in shape)
+    return f"{' or '.join(np.dtype(dtype).name for dtype in dtypes)}[{sizes}]"

@@ -1,5 +1,6 @@
 """The cache as its users see it, on each device, against dictionaries; and what it refuses."""
 
+import gc
 import json
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from gpu.cache import EmbeddingCache, lookup_pooled
 from gpu.errors import ArgumentError, DeviceError, DeviceMemoryError
 from gpu.found import MissedKeys
 from gpu.layout import CODECS, POLICIES, Shape
+from gpu.twin.twin import HostTwin
 from tests.gpu.oracle import Entry, Oracle, random_rows
 
 DIMS = [1, 3, 16, 64, 100, 128]
@@ -379,6 +381,22 @@ def test_memory_that_is_not_there(device: Device) -> None:
         EmbeddingCache(device, dim=16_384, capacity=1 << 30)
     assert caught.value.needed > caught.value.free > 0
     assert "\n" not in str(caught.value)
+
+
+def test_a_cache_that_does_not_fit_leaves_the_memory_as_it_was() -> None:
+    fits = []
+    for memory_bytes in range(0, 40_000, 1_000):
+        twin = HostTwin(memory_bytes=memory_bytes)
+        try:
+            EmbeddingCache(twin, dim=16, capacity=64)  # 6,336 bytes, and what batches come through
+        except DeviceMemoryError:
+            fits.append(False)
+        else:
+            fits.append(True)
+        gc.collect()
+        assert twin.free_bytes() == memory_bytes
+    assert fits == sorted(fits)
+    assert 20 < sum(fits) < 34
 
 
 U64, F32 = np.zeros(6, np.uint64), np.zeros((6, 4), np.float32)
