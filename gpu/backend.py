@@ -103,9 +103,10 @@ class Device(Protocol):
         """
 
     def address(self, array: Array) -> int:
-        """What a `Global<T>` inside a structure holds to point to `array`; 0 for an array without elements.
+        """What a `Global<T>` inside a structure holds to point to `array`, perhaps a pinned one; 0 if it has no elements.
 
-        Who stores it keeps the array alive.
+        The thread's next launch is taken to use the array, and keeps it until it is done. Who stores the address for longer
+        keeps the array. Raises `ArgumentError`: the array is not of this device, or not contiguous.
         """
 
     def free_bytes(self) -> int:

@@ -44,6 +44,7 @@ class Memory:
         self._tags_end = 1
         self._bases: list[int] = []  # sorted
         self._tag_of: dict[int, int] = {}  # by base
+        self._pinned: set[int] = set()  # bases
         self._exported: dict[int, tuple[int, str]] = {}  # base -> descriptor, name
         self.bases = (ctypes.c_uint64 * TAGS)()  # by tag, as the runtime reads them
         self.sizes = (ctypes.c_uint64 * TAGS)()
@@ -61,24 +62,27 @@ class Memory:
                 return int(line.split()[1]) * 1024
         return 0
 
-    def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """A new allocation of its own, which begins at a page. Raises `DeviceMemoryError`."""
+    def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike, *, pinned: bool = False) -> npt.NDArray[Any]:
+        """A new allocation of its own, which begins at a page. Raises `DeviceMemoryError`.
+
+        Pinned memory is the host's: kernels may use it, and it takes none of the device's.
+        """
         count = int(np.prod(shape, dtype=np.int64))
         size = count * np.dtype(dtype).itemsize
         free = self.free_bytes()
-        if size > free:
+        if size > free and not pinned:
             raise DeviceMemoryError(size, free)
         try:
             # Of this process alone until it is exported.
             memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError:
             raise DeviceMemoryError(size, free) from None
-        array = self._adopt(memory, size).view(dtype).reshape(shape)
+        array = self._adopt(memory, size, pinned).view(dtype).reshape(shape)
         if self._undefined is not None:
             array.reshape(-1).view(np.uint8)[:] = self._undefined
         return array
 
-    def _adopt(self, memory: mmap.mmap, size: int) -> npt.NDArray[np.uint8]:
+    def _adopt(self, memory: mmap.mmap, size: int, pinned: bool = False) -> npt.NDArray[np.uint8]:
         array = np.frombuffer(memory, np.uint8, size)
         base = array.ctypes.data
         with self._lock:
@@ -89,7 +93,10 @@ class Memory:
             self.bases[tag], self.sizes[tag] = base, size
             bisect.insort(self._bases, base)
             self._tag_of[base] = tag
-            self._used += size
+            if pinned:
+                self._pinned.add(base)
+            else:
+                self._used += size
         weakref.finalize(memory, self._release, base, size).atexit = False  # all of it goes with the process
         return array
 
@@ -99,7 +106,8 @@ class Memory:
             self._bases.remove(base)
             self.bases[tag], self.sizes[tag] = 0, 0
             self._free_tags.append(tag)
-            self._used -= size
+            self._used -= 0 if base in self._pinned else size
+            self._pinned.discard(base)
             exported = self._exported.pop(base, None)
         if exported is not None:
             os.close(exported[0])
@@ -111,6 +119,9 @@ class Memory:
                 return None
             base = self._bases[index]
             return base if address < base + max(1, self.sizes[self._tag_of[base]]) else None
+
+    def is_pinned(self, array: npt.NDArray[Any]) -> bool:
+        return self._base_of(array.ctypes.data) in self._pinned
 
     def address(self, array: object) -> int:
         """With its tag; 0 for an array without elements. Raises `ArgumentError`."""

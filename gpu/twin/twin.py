@@ -15,7 +15,6 @@ The seed decides everything: the same calls with the same seed give the same run
 import ctypes
 import random
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,11 +182,10 @@ class HostTwin:
         self._library = abi.Library(build.runtime(memory, self._sanitise))
         self._memory = Memory(NAME, memory_bytes, undefined=0xA5 if memory == "model" else None)
         self._default = TwinStream(self)
-        self._named = _Named()
         self._kernels: dict[tuple[object, ...], TwinKernel] = {}
         self._waiting: list[_Waiting] = []
         self._copies: list[tuple[Array, npt.NDArray[Any], TwinStream]] = []
-        self._pinned: list[tuple[int, int]] = []
+        self._named = _Named()
         self._lock = threading.Lock()  # of the kernels and the totals
 
     # --- memory
@@ -213,7 +211,7 @@ class HostTwin:
         if out is None:
             out = np.empty(array.shape, array.dtype)
         _check_copy(out, array)
-        if self._waiting and any(first <= out.ctypes.data < end for first, end in self._pinned):
+        if self._waiting and self._memory.is_pinned(out):
             self._copies.append((array, out, self.at(stream)))
         else:
             self.synchronize()
@@ -221,14 +219,10 @@ class HostTwin:
         return out
 
     def pinned(self, shape: Shape, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        array = np.empty(shape, dtype)
-        place = (array.ctypes.data, array.ctypes.data + max(1, array.nbytes))
-        self._pinned.append(place)
-        weakref.finalize(array, self._pinned.remove, place)  # the next array there may be none that is pinned
-        return array
+        return self._memory.empty(shape, dtype, pinned=True)
 
     def address(self, array: Array) -> int:
-        """As the protocol says. The thread's next launch is taken to use the array."""
+        """As the protocol says; also of pinned memory. The thread's next launch is taken to use the array."""
         address = self._memory.address(array)
         if self.memory == "model":  # else a launch is done before its caller goes on
             self._named.arrays.append(array)

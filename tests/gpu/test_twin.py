@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from gpu.backend import Device, open_device
 from gpu.errors import ArgumentError, CompileError, DeviceError, DeviceMemoryError, KernelError
 from gpu.twin import build
-from gpu.twin.twin import POLICIES, HostTwin, Schedule
+from gpu.twin.twin import POLICIES, HostTwin, Schedule, Totals
 
 LITMUS = Path(__file__).parent / "litmus"
 
@@ -105,14 +106,8 @@ def test_bounds_are_those_of_the_allocation(memory: build.Memory, first: int) ->
 
 
 def test_same_seed_same_run() -> None:
-    def totals(seed: int) -> list[object]:
-        device = twin("model", seed)
-        memory, out = device.zeros(32 * 64, np.uint32), device.zeros(128, np.uint32)
-        device.launch(device.kernel("litmus", "message_passing"), 2, 32, [memory, out, np.int64(64)])
-        return [device.download(out).tolist(), device.totals]
-
-    assert totals(5) == totals(5)
-    assert totals(5) != totals(6)
+    assert _message(5) == _message(5)
+    assert _message(5) != _message(6)
 
 
 def test_structures_hold_addresses() -> None:
@@ -123,6 +118,24 @@ def test_structures_hold_addresses() -> None:
     device.launch(device.kernel("faults", "tables"), 3, 64, [device.upload(tables), tables[0], np.float32(3.5)])
     device.synchronize()
     assert [int(array.sum()) for array in arrays] == [70, 140, 210]
+
+
+def test_a_launch_keeps_what_its_structures_point_to() -> None:
+    device = twin()
+    layout = np.dtype([("memory", np.uint64), ("count", np.uint64)])
+    array = device.pinned(64, np.uint32)
+    array[:] = 0
+    by_value = np.array([(device.address(array), 64)], layout)[0]
+    kept = array.__array_interface__["data"][0]
+    device.launch(device.kernel("faults", "tables"), 1, 64, [device.zeros(1, layout), by_value, np.float32(1)])
+    del array
+    others = [device.zeros(64, np.uint32) for _ in range(4)]
+    assert kept not in {other.__array_interface__["data"][0] for other in others}
+    device.synchronize()
+    assert not any(other.any() for other in others)
+    device.launch(device.kernel("faults", "tables"), 1, 64, [device.zeros(1, layout), by_value, np.float32(1)])
+    with pytest.raises(KernelError, match="which is no array of this device"):  # and gone once the launch was done
+        device.synchronize()
 
 
 def test_streams_wait_for_events_and_for_nothing_else() -> None:
@@ -268,6 +281,38 @@ def test_it_is_a_device() -> None:
     assert np.from_dlpack(device.to_dlpack(array)).tolist() == [0, 1, 2, 3]
     with pytest.raises(ArgumentError, match="sanitiser_environment"):
         HostTwin(sanitise=True)
+
+
+def test_threads_launch_at_once_in_memory_of_the_machine() -> None:
+    """Each has its own scheduler; the lock in device memory is one for all of them."""
+    device = HostTwin("direct", folder=LITMUS)
+    lock, counter = device.zeros(1, np.uint32), device.zeros(1, np.uint32)
+    kernel = device.kernel("litmus", "locked", {"FENCE": "fence()"})
+
+    def run() -> None:
+        stream = device.stream()
+        for _ in range(20):
+            device.launch(kernel, 2, 64, [lock, counter, np.int64(2)], stream)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(run) for _ in range(4)]:
+            done.result()
+    assert counter[0] == 4 * 20 * 2 * 64 * 2
+
+
+def test_fibers_of_the_c_library_do_where_there_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors other than x86-64 have these."""
+    seeds = range(3)
+    runs = list(map(_message, seeds))
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-DEKKO_TWIN_UCONTEXT"))
+    assert list(map(_message, seeds)) == runs
+
+
+def _message(seed: int) -> tuple[list[int], Totals]:
+    device = twin("model", seed)
+    memory, out = device.zeros(32 * 64, np.uint32), device.zeros(128, np.uint32)
+    device.launch(device.kernel("litmus", "message_passing"), 2, 32, [memory, out, np.int64(64)])
+    return device.download(out).tolist(), device.totals
 
 
 SANITISED = """
