@@ -180,7 +180,7 @@ class PooledJob:
 
     `keys` uint64[n]; `offsets` int64[bags + 1], from 0 to n and never falling; `weights` float32[n] or None; `out`
     float32[bags, dim]; `missed` int64[n], `missed_count` uint64[1]: indices of keys that were not found, and how many they are.
-    `buffer`: like `out`, undefined; needed where a row has more than 512 bytes, which no warp reads at once.
+    `buffer`: like `out`, undefined, used where a row has more than 512 bytes, which no warp reads at once; None: a new one.
     """
 
     memory: Memory

@@ -94,6 +94,7 @@ DEVICE u32 insert_where_room_is(const Table& table, const Batch& batch, const Ro
         if (shfl(ALL_LANES, score, winner) > row.score && !batch.admit) return EKKO_REFUSED;
     }
     const bool replaces = lane() == winner && table.stamp(slot);
+    if (PLANTED(LATE_LOCK) && lane() == winner) lock = table.lock(slot) & ~1u;
     const bool taken = lane() == winner && table.take(slot, lock);
     if (!any(ALL_LANES, taken)) return PLANTED(LOST_ON_FULL) ? EKKO_REFUSED : AGAIN;
     fill(table, batch, row, winner, slot, lock, digest, true);

@@ -394,11 +394,8 @@ def _fill_pool(device: Device, pool: np.void, job: PooledJob, mode: int) -> None
         pool["weights"], pool["weighted"] = device.address(job.weights), 1
     pool["out"] = _output(device, job.out)
     if job.memory.shape.chunks > WARP:
-        if job.buffer is None:
-            raise ArgumentError(
-                f"rows of {job.memory.shape.chunks * CHUNK_BYTES} bytes are pooled through PooledJob.buffer: give one"
-            )
-        _check("buffer", job.buffer, np.float32, (bags, dim))
-        pool["buffer"] = device.address(job.buffer)
+        buffer = device.empty((bags, dim), np.float32) if job.buffer is None else job.buffer
+        _check("buffer", buffer, np.float32, (bags, dim))
+        pool["buffer"] = device.address(buffer)
     pool["bags"], pool["mode"] = bags, mode
     pool["use"], pool["now"] = _use(job.policy, job.tick)

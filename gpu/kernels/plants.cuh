@@ -1,9 +1,14 @@
-// Bugs that a test plants to see that it would find them: -D EKKO_PLANT=n compiles the n-th in. Without it each test of
-// PLANTED is 0 at compile time, and nothing of them is in the binary.
+// Bugs that a test plants, to see that it would find them. Not in what runs: there each PLANTED is false as it is compiled.
+// With -D EKKO_PLANTS, on the host twin, the variable ekko_plant says which one there is, so that one binary has all.
 #pragma once
+#include "memory.cuh"
 
-#ifndef EKKO_PLANT
-#define EKKO_PLANT 0
+#ifdef EKKO_PLANTS
+extern "C" __attribute__((visibility("default"))) u32 ekko_plant;
+u32 ekko_plant = 0;
+#define PLANTED(bug) (ekko_plant == Plant::bug)
+#else
+#define PLANTED(bug) false
 #endif
 
 enum Plant {
@@ -21,9 +26,8 @@ enum Plant {
     STALE_SCORE,        // a row that takes another one's slot keeps that one's score
     LANE_MASK,          // a ballot leaves out the tile's last lane
     STALE_DIGEST,       // a digest is changed by what it was before the lock was taken
-    KEY_UNDER_LOCK,     // a victim is not looked at again when its lock was had
+    LATE_LOCK,          // an insert chooses a slot by what was there before it looked at the lock
     ERASE_NEWER,        // a tombstone takes newer rows with it
     FIRST_MATCH_ONLY,   // a look-up ends at the first slot with the key's digest
     EXPORT_UNPROVEN,    // an export takes rows that changed while it read them
 };
-#define PLANTED(bug) (EKKO_PLANT == Plant::bug)
