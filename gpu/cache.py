@@ -24,8 +24,8 @@ from gpu.batches import checked_batch
 from gpu.errors import ArgumentError, DeviceMemoryError
 from gpu.evicting import DECAY_S, EVERYTHING, TICK_S, policy_of, scores_of, threshold, tick_now
 from gpu.kernels import launchers
-from gpu.layout import BUCKET_SLOTS, BUCKETS_MAX, CODECS, DIM_MAX, Memory, Shape
-from gpu.reading import CacheReader, Stats, attach, lookup_pooled
+from gpu.layout import Memory
+from gpu.reading import CacheReader, Stats, attach, checked_shape, lookup_pooled
 from gpu.staging import Staging
 
 __all__ = ["CacheReader", "EmbeddingCache", "Stats", "lookup_pooled"]
@@ -67,7 +67,7 @@ class EmbeddingCache(CacheReader):
             ArgumentError: a number or name is none of these.
             DeviceMemoryError: it does not fit; nothing stays allocated.
         """
-        shape, chosen = _checked_shape(dim, codec, capacity), policy_of(policy)
+        shape, chosen = checked_shape(dim, codec, capacity), policy_of(policy)
         if shape.memory_bytes > (free := device.free_bytes()):
             raise DeviceMemoryError(shape.memory_bytes, free, f"a cache of {shape.slots:,} rows")
         memory = Memory(
@@ -193,13 +193,3 @@ class EmbeddingCache(CacheReader):
         counts = self.device.zeros(256, np.uint64, stream)
         launchers.histogram(self.device, self.memory, counts, word=word, shift=shift, prefix=prefix, score=score, stream=stream)
         return self.device.download(counts, stream=stream)
-
-
-def _checked_shape(dim: int, codec: str, capacity: int) -> Shape:
-    if codec not in CODECS:
-        raise ArgumentError(f"there is no codec {codec!r}: choose one of {', '.join(CODECS)}")
-    if not 1 <= dim <= DIM_MAX:
-        raise ArgumentError(f"dim = {dim}: expected 1 to {DIM_MAX}")
-    if not 1 <= capacity <= BUCKETS_MAX * BUCKET_SLOTS:
-        raise ArgumentError(f"capacity = {capacity}: expected 1 to {BUCKETS_MAX * BUCKET_SLOTS} rows")
-    return Shape(layout.buckets_for(capacity), dim, codec)

@@ -21,7 +21,7 @@ from gpu.errors import ArgumentError, DeviceError
 from gpu.evicting import Policy, policy_of, tick_now
 from gpu.found import Found
 from gpu.kernels import launchers
-from gpu.layout import BUCKET_SLOTS, LAYOUT_VERSION, MODES, Memory, PooledJob, Shape
+from gpu.layout import BUCKET_SLOTS, BUCKETS_MAX, CODECS, DIM_MAX, LAYOUT_VERSION, MODES, Memory, PooledJob, Shape
 
 EXPORT_ROWS_MAX: Final = 1 << 16  # rows that come to the host at once
 _ARRAYS: Final = ("digests", "headers", "rows", "counters")
@@ -175,12 +175,36 @@ def attach(device: Device, handle: Mapping[str, Any], *, clock: Callable[[], int
             f"a cache of layout {handle.get('layout')!r}, this version reads {LAYOUT_VERSION}: restart the older one"
         )
     try:
-        shape = Shape(int(handle["buckets"]), int(handle["dim"]), str(handle["codec"]))
+        shape = checked_shape(int(handle["dim"]), handle["codec"], int(handle["buckets"]) * BUCKET_SLOTS)
         policy = policy_of(handle["policy"])
-        arrays = [device.open(handle["arrays"][name]) for name in _ARRAYS]
+        memory = Memory(shape, *(device.open(handle["arrays"][name]) for name in _ARRAYS))
+        _check_memory(memory)
     except (KeyError, TypeError, ValueError) as error:
         raise DeviceError(f"a damaged handle of a cache: {type(error).__name__} {error}") from error
-    return CacheReader(device, Memory(shape, *arrays), policy, clock)
+    return CacheReader(device, memory, policy, clock)
+
+
+def checked_shape(dim: int, codec: str, capacity: int) -> Shape:
+    """The shape of a cache with room for so many rows, at least.
+
+    Raises:
+        ArgumentError: no cache can have it.
+    """
+    if codec not in CODECS:
+        raise ArgumentError(f"there is no codec {codec!r}: choose one of {', '.join(CODECS)}")
+    if not 1 <= dim <= DIM_MAX:
+        raise ArgumentError(f"dim = {dim}: expected 1 to {DIM_MAX}")
+    if not 1 <= capacity <= BUCKETS_MAX * BUCKET_SLOTS:
+        raise ArgumentError(f"capacity = {capacity}: expected 1 to {BUCKETS_MAX * BUCKET_SLOTS} rows")
+    return Shape(layout.buckets_for(capacity), dim, codec)
+
+
+def _check_memory(memory: Memory) -> None:
+    shape = memory.shape
+    check_array("digests", memory.digests, (np.uint8,), (shape.slots,))
+    check_array("headers", memory.headers, (np.uint8,), (shape.slots, layout.HEADER_BYTES))
+    check_array("rows", memory.rows, (np.uint8,), (shape.slots, shape.stride))
+    check_array("counters", memory.counters, (np.uint64,), (layout.COUNTERS,))
 
 
 def lookup_pooled(
