@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gpu import layout, reference
-from gpu.backend import open_device
+from gpu.backend import Device
 from gpu.evicting import policy_of
 from gpu.kernels import launchers
 from gpu.layout import RANK_SHIFT, USES_MAX, Memory, Shape
@@ -45,8 +45,7 @@ def test_ranks_fill_up_in_the_reference() -> None:
     assert ranks_of(memory.headers) == EXPECTED
 
 
-def test_ranks_fill_up_on_a_device() -> None:
-    device = open_device("host-twin")
+def test_ranks_fill_up_on_a_device(device: Device) -> None:
     host = filled(START)
     memory = Memory(SHAPE, *(device.upload(array) for array in (host.digests, host.headers, host.rows, host.counters)))
     keys = device.upload(np.tile(np.arange(32, dtype=np.uint64), ROUND))

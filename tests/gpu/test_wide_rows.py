@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ekko.codec import encode, rounded
-from gpu.backend import open_device
+from gpu.backend import Device
 from gpu.cache import EmbeddingCache, lookup_pooled
 
 KEYS = np.arange(40, dtype=np.uint64) * np.uint64(2**60 + 1)
@@ -17,8 +17,7 @@ OFFSETS = np.array([0, 3, 3, 20, 40], np.int64)
 @pytest.mark.parametrize(
     ("dim", "codec"), [(128, "float32"), (129, "float32"), (300, "float16"), (257, "bfloat16"), (508, "int8"), (1_021, "int8")]
 )
-def test_rows_of_any_width_are_pooled(dim: int, codec: str, mode: str) -> None:
-    device = open_device("host-twin")
+def test_rows_of_any_width_are_pooled(device: Device, dim: int, codec: str, mode: str) -> None:
     values = np.random.default_rng(dim).standard_normal((len(KEYS), dim), dtype=np.float32)
     rows = rounded(codec, values)
     cache = EmbeddingCache(device, dim, codec, capacity=256)
