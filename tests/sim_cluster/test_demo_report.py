@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from ekko.errors import ConfigError
 from sim_cluster.demo.cli import register
 from sim_cluster.demo.evaluation import Gain
-from sim_cluster.demo.report import Latency, OutageReport, Quality, Result, print_result
+from sim_cluster.demo.report import DeviceReport, Latency, OutageReport, Quality, Result, print_result
 
 BETTER, NOISE, WORSE = Gain(0.02, 0.01, 0.03), Gain(0.001, -0.01, 0.012), Gain(-0.02, -0.03, -0.01)
 
@@ -100,6 +100,22 @@ def test_the_page_says_what_went_wrong() -> None:
     assert "the trainer fell up to 2.5 s behind" in page(trainer_lag_max_ms=2_500.0)
     assert "SYNTHETIC EVENTS, not real data: no network" in page(note="no network")
     assert not any(word in page() for word in ("SYNTHETIC", "void", "too busy"))
+
+
+def test_a_cache_that_differs_fails_the_run_and_is_named() -> None:
+    fine = DeviceReport("host-twin", {"near": 10, "far": 20}, 4, {}, 90, 10)
+    assert "Every row on host-twin equals its node's store bit for bit (4 caches, 30 rows)" in page(device=fine)
+    assert "scorers found 90.0% of 100 keys" in page(device=fine)
+    assert dataclasses.replace(RESULT, device=fine).all_equal
+    for wrong in (
+        dataclasses.replace(fine, differences={"near/item": "1 rows have another stamp"}),
+        dataclasses.replace(fine, rows={"near": 10, "far": 0}),
+    ):
+        result = dataclasses.replace(RESULT, device=wrong)
+        assert not result.all_equal
+        assert result.to_json()["caches_equal"] is False
+        assert "Caches on host-twin differ from their stores" in page(device=wrong)
+    assert RESULT.to_json()["caches_equal"] is None
 
 
 def test_the_page_tells_of_an_outage() -> None:

@@ -26,12 +26,13 @@ STREAM = 1_500
 
 
 @pytest.mark.processes
-def test_a_small_run_from_training_to_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["host-twin", pytest.param("", marks=pytest.mark.long)])
+def test_a_small_run_from_training_to_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     events = data.generate(0, "a test", count=8_000)
     monkeypatch.setattr(data, "load", lambda **_: events)
     log = io.StringIO()
     with Display(Console(file=log)) as display:
-        result = run_demo(Options(tmp_path / "out", stream=STREAM, delays=(200, 500)), display)
+        result = run_demo(Options(tmp_path / "out", stream=STREAM, delays=(200, 500), device=device), display)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["replicas_equal"] is True, report["differences"]
     assert report["predicted_before_learnt"] is True
@@ -40,6 +41,12 @@ def test_a_small_run_from_training_to_report(tmp_path: Path, monkeypatch: pytest
     assert report["rows_published"] >= STREAM // 64  # at the very least a row a step
     assert report["bytes_published"] > report["rows_published"] * 4 * 16
     assert set(report["latency_ms"]) == set(report["by_region"]) == set(REGIONS)
+    if device:
+        assert report["caches_equal"] is True, report["device"]
+        assert report["device"]["tables"] == 4 * len(REGIONS)
+        assert report["device"]["keys_on_device"] > report["device"]["keys_from_host"]
+    else:
+        assert report["device"] is report["caches_equal"] is None
     for region, delay in REGIONS.items():
         latency = report["latency_ms"][region]
         assert delay <= latency["p50"] <= latency["p99"] <= latency["max"]
@@ -55,6 +62,7 @@ def test_a_small_run_from_training_to_report(tmp_path: Path, monkeypatch: pytest
     print_result(result, Console(file=page, width=100))
     assert "SYNTHETIC EVENTS, not real data: a test" in page.getvalue()
     assert "Every replica equals the training node bit for bit (6 serving nodes)." in page.getvalue()
+    assert (f"Every row on {device} equals its node's store bit for bit" in page.getvalue()) == bool(device)
 
 
 @pytest.mark.long
