@@ -2,6 +2,7 @@
 
 import gc
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -250,6 +251,43 @@ def test_nothing_asked_is_nothing_done(device: Device) -> None:
     [found] = lookup_pooled([(cache, device.upload(none), device.upload(np.zeros(3, np.int64)), None)])
     assert not device.download(found.rows).any()
     assert cache.stats() == before
+
+
+def test_a_look_up_beside_a_writer_gives_whole_rows_that_never_go_back(device: Device) -> None:
+    if isinstance(device, HostTwin) and device.memory == "model":
+        pytest.skip("the weak memory is for one thread: tests/gpu/test_interleavings.py")
+    cache = EmbeddingCache(device, 64, "float32", 256)
+    keys = np.arange(100, dtype=np.uint64)
+    over, failed = threading.Event(), []
+
+    def version(number: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.full((len(keys), 64), number, np.float32) + keys[:, None].astype(np.float32) * 1_000
+        return np.full(len(keys), number, np.uint64), rows.view(np.uint8)
+
+    def read() -> None:
+        stream, before = device.stream(), np.ones(len(keys), np.uint64)
+        on_device = device.upload(keys, stream=stream)
+        while not over.is_set() and not failed:
+            found = cache.lookup(on_device, stream=stream)
+            rows, stamps = (device.download(array, stream=stream) for array in (found.rows, found.stamps))
+            hit = stamps != 0
+            expected = stamps.astype(np.float32) + keys.astype(np.float32) * 1_000
+            if (rows[hit] != expected[hit, None]).any() or (stamps[hit] < before[hit]).any() or rows[~hit].any():
+                failed.append((stamps, rows))
+            before = np.maximum(before, stamps)
+            seen.update(stamps.tolist())
+
+    cache.insert(keys, *version(1)).synchronize()
+    seen = set[int]()
+    reader, writing = threading.Thread(target=read), device.stream()
+    reader.start()
+    for number in range(2, 300):
+        cache.apply(keys, *version(number), stream=writing)
+    writing.synchronize()
+    over.set()
+    reader.join()
+    assert not failed
+    assert len(seen - {0}) > 3
 
 
 # --- bounds
