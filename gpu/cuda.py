@@ -11,8 +11,8 @@ import secrets
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -25,38 +25,48 @@ from gpu.errors import ArgumentError, DeviceError, DeviceMemoryError
 _PROCESS: Final = secrets.token_hex(8)  # with the process's number: no other process has both, in whatever container it runs
 
 
+Errors = Callable[[], AbstractContextManager[None]]  # within it, errors of CUDA are `DeviceError`s
+
+
 class CudaStream:
     """A stream of CuPy, or of another library that lends it."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, errors: Errors) -> None:
         self.handle = handle
+        self._errors = errors
 
     def synchronize(self) -> None:
-        self.handle.synchronize()
+        with self._errors():
+            self.handle.synchronize()
 
     def wait(self, event: Event) -> None:
         if not isinstance(event, CudaEvent):
             raise ArgumentError("a stream of CUDA waits for events of CUDA only")
-        self.handle.wait_event(event.handle)
+        with self._errors():
+            self.handle.wait_event(event.handle)
 
 
 class CudaEvent:
-    """An event of CuPy. With timing, which costs nothing that could be measured and lets benchmarks use it."""
+    """An event of CuPy."""
 
-    def __init__(self, handle: Any, default: CudaStream) -> None:
+    def __init__(self, handle: Any, default: CudaStream, errors: Errors) -> None:
         self.handle = handle
         self._default = default
+        self._errors = errors
 
     def record(self, stream: Stream | None = None) -> None:
         if not isinstance(stream, CudaStream | None):
             raise ArgumentError("an event of CUDA is recorded in streams of CUDA only")
-        self.handle.record((stream or self._default).handle)
+        with self._errors():
+            self.handle.record((stream or self._default).handle)
 
     def synchronize(self) -> None:
-        self.handle.synchronize()
+        with self._errors():
+            self.handle.synchronize()
 
     def done(self) -> bool:
-        return bool(self.handle.done)
+        with self._errors():
+            return bool(self.handle.done)
 
 
 class CudaKernel:
@@ -85,14 +95,14 @@ class CudaDevice:
                 raise DeviceError(f"{self.name} is not here: {count} CUDA devices are, counted from 0")
             self._index = index
             # Its number is the process's own, since each may be shown other devices.
-            uuid = bytes(self._runtime.getDeviceProperties(index)["uuid"]).hex()
-            self._uuid = f"{cupy.cuda.Device(index).pci_bus_id} {uuid}"
+            uuid = self._runtime.getDeviceProperties(index).get("uuid", b"")  # tells apart what one card is divided into
+            self._uuid = f"{cupy.cuda.Device(index).pci_bus_id} {uuid.hex() if isinstance(uuid, bytes) else uuid}"
             driver_cuda = self._runtime.driverGetVersion() // 1000
         if driver_cuda < nvrtc.MAJORS[-1]:
             raise DeviceError(f"the driver is of CUDA {driver_cuda}: CUDA {nvrtc.MAJORS[-1]} or newer is needed")
         self._nvrtc = nvrtc.library(min(driver_cuda, nvrtc.MAJORS[0]))
         self.arch = self._nvrtc.best_for(int(cupy.cuda.Device(index).compute_capability))
-        self._default = CudaStream(cupy.cuda.Stream.null)
+        self._default = CudaStream(cupy.cuda.Stream.null, self._errors)
         self._kernels: dict[tuple[object, ...], CudaKernel] = {}
         self._held: dict[int, deque[tuple[CudaEvent, tuple[Array, ...]]]] = {}  # by stream, in its order
         self._lock = threading.RLock()  # of what is held; memory may be given back while it is had
@@ -100,7 +110,7 @@ class CudaDevice:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Within it, errors of CUDA are `DeviceError`s."""
+        """What `Errors` is."""
         try:
             yield
         except (self._runtime.CUDARuntimeError, self._cupy.cuda.driver.CUDADriverError) as error:
@@ -165,16 +175,16 @@ class CudaDevice:
 
     def stream(self) -> CudaStream:
         with self._here():
-            return CudaStream(self._cupy.cuda.Stream(non_blocking=True))
+            return CudaStream(self._cupy.cuda.Stream(non_blocking=True), self._errors)
 
     def borrow(self, pointer: int) -> CudaStream:
         """Another library's stream, by the address of its `cudaStream_t`: `torch.cuda.current_stream().cuda_stream`."""
         with self._here():
-            return CudaStream(self._cupy.cuda.Stream.from_external(_Lent(pointer)))
+            return CudaStream(self._cupy.cuda.Stream.from_external(_Lent(pointer)), self._errors)
 
     def event(self) -> CudaEvent:
         with self._here():
-            return CudaEvent(self._cupy.cuda.Event(), self._default)
+            return CudaEvent(self._cupy.cuda.Event(), self._default, self._errors)
 
     def synchronize(self) -> None:
         with self._here():
@@ -239,7 +249,7 @@ class CudaDevice:
     def _hold(self, things: tuple[Array | np.generic, ...], stream: Stream | None) -> None:
         """Keep what the work that `stream` has by now uses, until it is done."""
         at = self._at(stream)
-        event = CudaEvent(self._cupy.cuda.Event(disable_timing=True), at)
+        event = CudaEvent(self._cupy.cuda.Event(disable_timing=True), at, self._errors)
         event.record()
         with self._lock:
             self._held.setdefault(at.handle.ptr, deque()).append((event, things))
