@@ -11,8 +11,9 @@
 // lane did before at the same place; a plain load may, since the first-level cache is not coherent. An atomic
 // reads the newest value, writes at once, and passes on what it was released with, as chains of them do.
 //
-// Weaker than any device in what it forgets, with three exceptions. A load does not return values stored later (PTX allows it
-// where no dependency forbids it). A fence empties the lane's buffer. A history is cut when it takes too much memory.
+// Where it is stronger than PTX: a load does not return values stored later (PTX allows it where no dependency forbids it); a
+// fence empties the lane's buffer; a history is cut when it takes too much memory; a lane knows of the stores of lanes that ended
+// in its slot before it; shared memory is sequentially consistent.
 //
 // What is undefined, or no access that the kernels' rules allow, is an error: races with plain accesses, and races of
 // accesses of different sizes.

@@ -260,6 +260,8 @@ class Scheduler {
         block->waiting.assign(launch.block / WARP, 0);
         block->ended.assign(launch.block / WARP, 0);
         for (u32 thread = 0; thread < launch.block; thread++) {
+            // Any slot: a lane knows what the one before it in its slot did, and that should be no neighbour in particular.
+            if (options_.policy != FIXED) std::swap(free_[random_.below(static_cast<u32>(free_.size()))], free_.back());
             Lane& lane = lanes_[free_.back()];
             free_.pop_back();
             lane.here = {thread, block->index, launch.block, launch.grid};
