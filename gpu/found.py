@@ -12,6 +12,9 @@ from gpu.errors import ArgumentError
 
 I64 = NDArray[np.int64]
 
+# All places of missed keys are copied, though few may be taken, where that is quicker than to wait for their number first:
+# 64 KiB over PCIe take as long as a wait, some microseconds.
+_KEYS_AT_ONCE_MAX = 1 << 13
 _POLL_S = 20e-6  # between two looks at an event; a look-up of some thousand keys takes about as long
 
 
@@ -34,10 +37,13 @@ class Found:
     buffer: Any = None
 
     def missed_indices(self, stream: Stream | None = None) -> I64:
-        """int64[m], rising: the missed keys. Synchronises `stream`, the one of the look-up."""
+        """int64[m], rising: the missed keys. Synchronises `stream`, the one of the look-up: once, or twice for many keys."""
+        if len(self.missed) <= _KEYS_AT_ONCE_MAX:
+            missed = MissedKeys(self.device, len(self.missed))
+            missed.fetch(self, stream)
+            return missed.wait_for_all()
         count = int(self.device.download(self.missed_count, stream=stream)[0])
-        indices: I64 = np.sort(self.device.download(self.missed[:count], stream=stream)) if count else np.empty(0, np.int64)
-        return indices
+        return np.sort(self.device.download(self.missed[:count], stream=stream))
 
 
 class MissedKeys:
@@ -72,6 +78,11 @@ class MissedKeys:
                 return False
             time.sleep(_POLL_S)
         return True
+
+    def wait_for_all(self) -> I64:
+        """Wait for what was fetched; int64[m], rising: the missed keys."""
+        self._event.synchronize()
+        return self.indices()
 
     def indices(self) -> I64:
         """int64[m], rising: the missed keys, after `wait` said that they are here."""

@@ -220,6 +220,13 @@ def test_missed_keys_reach_pinned_memory(device: Device) -> None:
         missed.fetch(cache.lookup(device.upload(np.arange(6, dtype=np.uint64))))
 
 
+def test_missed_keys_of_large_look_ups(device: Device) -> None:
+    cache = small(device)
+    keys = np.arange((1 << 13) + 5, dtype=np.uint64)
+    assert cache.lookup(device.upload(keys)).missed_indices().tolist() == [*range(10, len(keys))]
+    assert cache.lookup(device.upload(keys % np.uint64(10))).missed_indices().tolist() == []
+
+
 def test_several_tables_are_pooled_at_once(device: Device) -> None:
     caches = [EmbeddingCache(device, dim, "float16", 64) for dim in (3, 40, 64)]
     rng = np.random.default_rng(4)
