@@ -119,9 +119,9 @@ def pooled(device: Device, jobs: Sequence[PooledJob], *, mode: int, stream: Stre
     for first in range(0, len(jobs), POOLS_MAX):
         part = jobs[first : first + POOLS_MAX]
         pools = np.zeros((), _POOLS)
-        warps = 0
+        warps, buffers = 0, []
         for pool, job in zip(pools["pool"], part, strict=False):
-            _fill_pool(device, pool, job, mode)
+            buffers.append(_fill_pool(device, pool, job, mode))  # alive until the launch has been told of them
             pool["first_warp"] = warps
             warps += -(-int(pool["bags"]) * int(pool["table"]["tile"]) // WARP)
         _launch(device, "pooled", "pooled", warps * WARP, [_value(pools), np.uint32(len(part))], stream)
@@ -289,31 +289,6 @@ def scatter(
         _launch(device, "scatter", "scatter", count * dim, args, stream)
 
 
-def scatter_bags(
-    device: Device, rows: Array, weights: Array, bags: Array, starts: Array, out: Array, *, stream: Stream | None = None
-) -> None:
-    """Add rows that were missed to their bags: out[bags[b]] += weights[i] * rows[i] for i from starts[b] to starts[b + 1].
-
-    Args:
-        device: of all arrays; all but `out` may be its pinned memory.
-        rows: float32[m, dim].
-        weights: float32[m]; for means 1 / the number of the bag's keys.
-        bags: int64[b], without repeats.
-        starts: int64[b + 1], from 0 to m.
-        out: float32[n, dim].
-        stream: where to enqueue.
-    """
-    count, dim = len(bags), out.shape[1]
-    _check("bags", bags, np.int64, (None,))
-    _check("starts", starts, np.int64, (count + 1,))
-    _check("rows", rows, np.float32, (None, dim))
-    _check("weights", weights, np.float32, (len(rows),))
-    _check("out", out, np.float32, (None, dim))
-    if count:
-        args = [rows, weights, bags, starts, np.int64(count), out, np.uint32(dim)]
-        _launch(device, "scatter", "scatter_bags", count * dim, args, stream)
-
-
 def _launch(device: Device, source: str, name: str, threads: int, args: Sequence[Any], stream: Stream | None) -> None:
     if threads:
         device.launch(device.kernel(f"{source}.cu", name), -(-threads // BLOCK), BLOCK, args, stream)
@@ -379,7 +354,8 @@ def _batch(
     return batch
 
 
-def _fill_pool(device: Device, pool: np.void, job: PooledJob, mode: int) -> None:
+def _fill_pool(device: Device, pool: np.void, job: PooledJob, mode: int) -> Array:
+    """Returns the buffer that the pool goes through, if any."""
     bags, dim = len(job.offsets) - 1, job.memory.shape.dim
     _check("keys", job.keys, np.uint64, (None,))
     _check("offsets", job.offsets, np.int64, (None,))
@@ -393,9 +369,11 @@ def _fill_pool(device: Device, pool: np.void, job: PooledJob, mode: int) -> None
         _check("weights", job.weights, np.float32, (len(job.keys),))
         pool["weights"], pool["weighted"] = device.address(job.weights), 1
     pool["out"] = _output(device, job.out)
+    buffer = job.buffer
     if job.memory.shape.chunks > WARP:
-        buffer = device.empty((bags, dim), np.float32) if job.buffer is None else job.buffer
+        buffer = device.empty((bags, dim), np.float32) if buffer is None else buffer
         _check("buffer", buffer, np.float32, (bags, dim))
         pool["buffer"] = device.address(buffer)
     pool["bags"], pool["mode"] = bags, mode
     pool["use"], pool["now"] = _use(job.policy, job.tick)
+    return buffer
