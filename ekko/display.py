@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:  # `ekko status` needs no store, whose compiled kernels take a while to load
@@ -44,6 +45,8 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
         console.print(_delayed(status["delayed"]))
         if reason := status["delayed"]["reason"]:
             console.print(f"[yellow]part of the log was lost[/], {status['delayed']['losses']} times, last since: {reason}")
+    if status.get("device"):
+        console.print(_device(status["device"]))
     for name, model in status["models"].items():
         fence = model.get("fence")
         if fence is not None and fence["stage"] != "lifted":
@@ -292,6 +295,22 @@ def _delayed(delayed: dict[str, Any]) -> Table:
             _size(model["bytes"]),
             "to be compared" if model["comparing"] else f"{model['blurs']} stretches" if model["blurs"] else "-",
         )
+    return table
+
+
+def _device(device: dict[str, Any]) -> Table:
+    """Rows on a device."""
+    state = "" if device["serving"] else "; [yellow]all rows are served from the host[/]"
+    why = f": [yellow]{escape(device['reason'])}[/]" if device["reason"] else ""
+    title = f"Rows on {device['name']}, at most {device['behind_ms'] / 1000:,.1f} s behind{state}{why}"
+    table = _table(title, "model", "table", "rows", "room for", "looked up", "found", "updated", numbers=(2, 3, 4, 5, 6))
+    for model, tables in device["models"].items():
+        for name, cache in tables.items():
+            if cache:  # else it was just made
+                asked = cache["looked_up"]
+                found = f"{1 - cache['missed'] / asked:.1%}" if asked else "-"
+                counts = [f"{count:,}" for count in (cache["size"], cache["capacity"], asked)]
+                table.add_row(model, name, *counts, found, f"{cache['assigned']:,}")
     return table
 
 

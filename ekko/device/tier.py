@@ -6,6 +6,8 @@ device is waited for, and what is returned is there.
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from ekko.device.binding import Binding, Readable, check_device
 from ekko.device.needed import Needed
-from ekko.errors import ModelError
+from ekko.errors import ModelError, StoreError
 from ekko.store import layout
 from ekko.store.kernels import pool
 from ekko.store.kernels.atomics import watch_word
@@ -102,8 +104,10 @@ class DeviceTier:
         return self._binding.cache_of(view) is not None
 
     def host_keys(self, keys: Any) -> Any:
-        """Keys as the host has them: what is on a device is copied."""
-        return self.device.download(keys) if hasattr(keys, "__cuda_array_interface__") else keys
+        """Keys as the host has them: what torch or CuPy have on a device is copied, behind what they are doing there."""
+        if not hasattr(keys, "__cuda_array_interface__"):
+            return keys
+        return keys.cpu().numpy() if hasattr(keys, "cpu") else keys.get()
 
     def upload(self, values: NDArray[Any], out: Array | None = None) -> Array:
         """A copy on the device."""
@@ -128,10 +132,12 @@ class DeviceTier:
 
         Raises:
             ModelError: an `out` that does not fit.
+            StoreError: the device failed, or has no room for the result.
         """
         shape, asked = (*keys.shape, ask.view.spec.dim), keys.reshape(-1)
         _check_out(out, shape)
-        found, found_stamps = self._lookup(ask, asked, None if out is None else out.reshape(asked.size, shape[-1]), stamps)
+        with self._errors():
+            found, found_stamps = self._lookup(ask, asked, None if out is None else out.reshape(asked.size, shape[-1]), stamps)
         return found.reshape(shape) if out is None else out, None if found_stamps is None else found_stamps.reshape(keys.shape)
 
     def _lookup(self, ask: Ask, keys: U64, out: Array | None, stamps: bool) -> tuple[Array, U64 | None]:
@@ -207,9 +213,13 @@ class DeviceTier:
 
         Raises:
             ModelError: an `out` that does not fit.
-            StoreError: see `TableView.pool`.
+            StoreError: see `TableView.pool`; or as `lookup`.
         """
         _check_out(out, (bags.ends.size - 1, ask.view.spec.dim))
+        with self._errors():
+            return self._pool(ask, keys, bags, out)
+
+    def _pool(self, ask: Ask, keys: U64, bags: Bags, out: Array | None) -> Array:
         ask.view.count(keys, bags.padding)
         bound, stream, device = self._binding.cache_of(ask.view), self._stream(), self.device
         if bound is None or bags.mode == pool.MAX or not keys.size:  # the kernels know no maximum
@@ -239,6 +249,14 @@ class DeviceTier:
         return rows
 
     # --- of each thread
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Within it, what the device says is an error of ours."""
+        try:
+            yield
+        except DeviceError as error:
+            raise StoreError(f"device {self.device.name!r}: {error}") from error
 
     def _stream(self) -> Stream:
         if os.getpid() != self._pid:

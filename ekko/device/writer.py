@@ -11,6 +11,7 @@ memory. A device without room is tried again later; one that failed is left alon
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
@@ -139,10 +140,12 @@ class DeviceWriter:
     def _fail(self, reason: str) -> None:
         """Readers go on without caches."""
         self._failed, self._reason = True, reason
+        self._control.renew()
         self._models.clear()
         for model in self._wanted:
             model.feed.follow(())
-        self._write_manifest()
+        with suppress(OSError):  # it may be the disk that failed
+            self._write_manifest()
         self._tell("device_failed", {"device": self._device.name, "reason": reason, "remedy": "start the node again"})
 
     def turn(self) -> None:

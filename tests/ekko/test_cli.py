@@ -257,6 +257,19 @@ def test_the_tables_of_a_status_fit_a_narrow_terminal() -> None:
         assert part in " ".join(text.split()), part
 
 
+def test_status_shows_rows_on_a_device_and_why_there_are_none() -> None:
+    console = Console(width=120, file=io.StringIO())
+    cache = {"size": 1_234, "capacity": 65_536, "looked_up": 1_000, "missed": 125, "assigned": 77}
+    models = {"ctr": {"item": cache, "user": {}}}
+    device = {"name": "cuda:0", "serving": True, "reason": "", "behind_ms": 12, "models": models}
+    print_status(STATUS | {"device": device}, console)
+    print_status(STATUS | {"device": device | {"serving": False, "reason": "no [room]", "models": {}}}, console)
+    text = " ".join(console.file.getvalue().replace("│", "").split())  # type: ignore[attr-defined]
+    assert "Rows on cuda:0, at most 0.0 s behind" in text
+    assert "ctr item 1,234 65,536 1,000 87.5% 77" in text
+    assert "all rows are served from the host: no [room]" in text
+
+
 def test_status_of_a_node_that_starts(capsys: Capture) -> None:
     with answering(b'{"ready": false, "waiting_for": ["kernels"]}') as address:
         assert run("status", "--http", address) == 0

@@ -6,6 +6,7 @@ import pytest
 
 from ekko.config import load_config
 from ekko.errors import ConfigError
+from ekko.model import DENSE_SPEC, TableSpec
 
 GOOD = """\
 [node]
@@ -326,3 +327,44 @@ def test_formulas_are_looked_for_where_they_are_used(tmp_path: Path) -> None:
         load_config(write(tmp_path, text.replace('role = "serve"', 'role = "train"')))
     with pytest.raises(ConfigError, match="no priority formula 'signifcance': there are 'loss_impact', 'significance'"):
         load_config(write(tmp_path, text.replace('role = "serve"', 'role = "train"').replace("weigh.wasm", "signifcance")))
+
+
+DEVICE = '[device]\nname = "host-twin"\nrows = 100\npolicy = "lfu"\n'
+
+
+def test_what_is_cached_on_a_device_is_what_the_model_says_or_else_the_node(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, GOOD)).device_settings is None
+    settings = load_config(write(tmp_path, GOOD + DEVICE)).device_settings
+    assert settings is not None
+    item, dense, mortal = TableSpec("item", 16, "float16"), DENSE_SPEC, TableSpec("mortal", 16, ttl_s=60)
+    assert (settings.name, settings.of("any").policy) == ("host-twin", "lfu")
+    assert [settings.of("any").rows_of(table) for table in (item, dense, mortal)] == [100, 0, 0]
+    for device, rows, policy in (
+        ('{ rows = 7, policy = "lru" }', 7, "lru"),
+        ('{ bytes = "2MB" }', 2_000_000 // (1 + 32 + 32), "lfu"),
+        ("{ rows = 0 }", 0, "lfu"),
+    ):
+        text = GOOD.replace("capacity_rows = 1_000", f"device = {device}") + DEVICE
+        settings = load_config(write(tmp_path, text)).device_settings
+        assert settings is not None
+        assert (settings.of("ctr").rows_of(item), settings.of("ctr").policy) == (rows, policy)
+        assert settings.of("other").rows_of(item) == 100
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "complaint"),
+    [
+        ("", DEVICE.replace("host-twin", "gpu"), r':19: device\.name: expected "cuda:0".*, got \'gpu\''),
+        ("", DEVICE.replace("rows = 100", "rows = -1"), r":20: device\.rows: expected 0 to \d+ rows of each table, got -1"),
+        ("", DEVICE.replace("lfu", "fifo"), r":21: device\.policy: "),
+        ("", DEVICE.replace("rows", "row"), r":20: device\.row: unknown setting; did you mean 'rows'\?"),
+        ("", "[device]\nrows = 5\n", r"device\.name: missing"),
+        ("device = { rows = 5 }", "", r":14: models\.ctr\.device: the node has no device: add \[device\]"),
+        ('device = { rows = 5, bytes = "1GB" }', DEVICE, r":14: models\.ctr\.device\.bytes: rows and bytes both say"),
+        ("device = { bytes = 5 }", DEVICE, r":14: models\.ctr\.device\.bytes: expected at least 1048576 bytes"),
+        ("device = { row = 5 }", DEVICE, r":14: models\.ctr\.device\.row: unknown setting; did you mean 'rows'\?"),
+    ],
+)
+def test_mistakes_about_a_device(tmp_path: Path, model: str, device: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        load_config(write(tmp_path, GOOD.replace("capacity_rows = 1_000", model or "capacity_rows = 1_000") + device))
