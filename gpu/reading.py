@@ -23,7 +23,9 @@ from gpu.found import Found
 from gpu.kernels import launchers
 from gpu.layout import BUCKET_SLOTS, BUCKETS_MAX, CODECS, DIM_MAX, LAYOUT_VERSION, MODES, Memory, PooledJob, Shape
 
-EXPORT_ROWS_MAX: Final = 1 << 16  # rows that come to the host at once
+# What comes to the host at once, whatever the rows' width: so much device memory an export takes.
+EXPORT_ROWS_MAX: Final = 1 << 16
+EXPORT_BYTES_MAX: Final = 16 << 20
 _ARRAYS: Final = ("digests", "headers", "rows", "counters")
 
 
@@ -124,10 +126,11 @@ class CacheReader:
 
         Args:
             newer_than: 0: all rows.
-            rows_max: of one part; at least the 32 of a bucket.
+            rows_max: of one part; fewer where they are wide, but at least the 32 of a bucket.
             stream: None is the device's default stream.
         """
-        buckets = max(1, min(rows_max // BUCKET_SLOTS, self.shape.buckets))
+        fitting = min(rows_max, EXPORT_BYTES_MAX // self.shape.row_bytes)
+        buckets = max(1, min(fitting // BUCKET_SLOTS, self.shape.buckets))
         room = buckets * BUCKET_SLOTS
         key_column, stamp_column, score_column = (self.device.empty(room, np.uint64) for _ in range(3))
         rows = self.device.empty((room, self.shape.row_bytes), np.uint8)

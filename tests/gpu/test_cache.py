@@ -124,6 +124,7 @@ def test_batches_of_all_kinds(device: Device, dim: int, codec: str) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dim", DIMS)
 def test_a_hundred_thousand_keys_through_each_kernel(device: Device, dim: int, codec: str) -> None:
@@ -135,6 +136,7 @@ def test_a_hundred_thousand_keys_through_each_kernel(device: Device, dim: int, c
         both.compare()
 
 
+@pytest.mark.timeout(1_800)  # the long profile has thousands of examples
 @given(
     buckets=st.integers(1, 3),
     dim=st.sampled_from([1, 3, 4, 17]),
@@ -361,6 +363,16 @@ def test_clear_leaves_nothing(device: Device) -> None:
     assert [*cache.export()] == []
     assert (cache.stats().size, cache.stats().evicted) == (0, 10)
     assert cache.lookup(device.upload(np.arange(10, dtype=np.uint64))).missed_indices().tolist() == list(range(10))
+
+
+def test_an_export_takes_little_memory_however_wide_rows_are(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = Both(device, Shape(5, 16, "float32"), "lru", 8)
+    both.run("insert", 200)
+    monkeypatch.setattr("gpu.reading.EXPORT_BYTES_MAX", 2 * 32 * 64)
+    assert max(len(part) for part in both.cache.export()) <= 64
+    monkeypatch.setattr("gpu.reading.EXPORT_BYTES_MAX", 1)
+    assert max(len(part) for part in both.cache.export()) <= 32
+    both.compare()
 
 
 def test_exported_rows_come_back_as_they_were(device: Device) -> None:
