@@ -67,6 +67,7 @@ def on_paper(arches: tuple[int, ...] = ARCHES) -> dict[str, Figure]:
     return {
         "spills": sum(one.spill_bytes + one.stack_bytes for of in taken.values() for one in of.values()),
         "bytes_per_lookup": static.lookup_bytes(shape),
+        "bytes_per_pooled_key": static.pooled_bytes(shape),
         "bytes_per_apply": static.apply_bytes(shape),
         "registers": _grid(taken, lambda one, _: one.registers),
         "resident_warps": _grid(taken, lambda one, arch: round(static.occupancy(one, arch), 2)),

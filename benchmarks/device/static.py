@@ -13,6 +13,7 @@ from gpu.sources import load, names
 
 BLOCK: Final = 256  # threads
 WARP: Final = 32
+BAG_KEYS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,11 @@ def lookup_bytes(shape: Shape) -> int:
     return SECTOR_BYTES + HEADER_BYTES + _sectors(shape.stride) + 8 + 4 * shape.dim + 8
 
 
+def pooled_bytes(shape: Shape, bag_keys: int = BAG_KEYS) -> int:
+    """The same of one key of a bag: digests, header, row and key are read; of the bag a sum is written and two offsets read."""
+    return SECTOR_BYTES + HEADER_BYTES + _sectors(shape.stride) + 8 + round((4 * shape.dim + 8) / bag_keys)
+
+
 def apply_bytes(shape: Shape) -> int:
     """The same for an update of a row that is there: digests, header, key, stamp, row in; row, header, outcome out."""
     return SECTOR_BYTES + 2 * HEADER_BYTES + _sectors(shape.stride) + 8 + 8 + shape.row_bytes + 1
@@ -99,6 +105,7 @@ def roofline(shape: Shape) -> dict[str, dict[str, float | int | str]]:
     return {
         name: {
             "lookup": round(memory.bytes_per_s / lookup_bytes(shape) / 1e6),
+            "pooled": round(memory.bytes_per_s / pooled_bytes(shape) / 1e6),
             "apply": round(memory.bytes_per_s / apply_bytes(shape) / 1e6),
             "torch.embedding": round(memory.bytes_per_s / gather_bytes(shape) / 1e6),
         }

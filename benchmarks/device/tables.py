@@ -25,8 +25,12 @@ def roofline() -> list[str]:
     """Millions of rows a second, by memory."""
     shape = Shape(1, 64, "float32")
     rates = static.roofline(shape)
-    moved = f"look-up, {static.lookup_bytes(shape)} bytes", f"update, {static.apply_bytes(shape)} bytes"
-    return [_line("memory", "bandwidth (data sheet)", *moved, "`torch.embedding`"), "|---|" + "---:|" * 4] + [
+    moved = (
+        f"look-up, {static.lookup_bytes(shape)} bytes",
+        f"pooled, {static.pooled_bytes(shape)} bytes",
+        f"update, {static.apply_bytes(shape)} bytes",
+    )
+    return [_line("memory", "bandwidth (data sheet)", *moved, "`torch.embedding`"), "|---|" + "---:|" * 5] + [
         f"| {name} | {static.MEMORIES[name].bytes_per_s / 1e12:.2f} TB/s | "
         + " | ".join(f"{int(rate):,}" for rate in of.values())
         + " |"

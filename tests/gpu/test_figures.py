@@ -34,6 +34,8 @@ def test_each_architecture_has_its_bounds() -> None:
 def test_bytes_of_a_row() -> None:
     shape = Shape(1, 64, "float32")
     assert static.lookup_bytes(shape) == 32 + 32 + 256 + 8 + 256 + 8
+    assert static.pooled_bytes(shape, 1) == 32 + 32 + 256 + 8 + 256 + 8
+    assert static.pooled_bytes(shape, 264) == 32 + 32 + 256 + 8 + 1
     assert static.apply_bytes(shape) == 32 + 32 + 32 + 256 + 8 + 8 + 256 + 1
     assert static.gather_bytes(shape) == 8 + 256 + 256
     small = Shape(1, 64, "int8")  # 68 bytes, in chunks 80, in sectors 96

@@ -1,5 +1,7 @@
 """NVRTC without a device: what it compiles, what it says of it, and what is kept."""
 
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from gpu import nvrtc
 from gpu.errors import CompileError
 from gpu.layout import define_lines
-from gpu.sources import Source, cache_folder, load, names
+from gpu.sources import FOLDER, Source, cache_folder, load, names
 
 SHIFT = """
 #include "one.cuh"
@@ -123,3 +125,15 @@ def test_an_unknown_source_is_refused(tmp_path: Path) -> None:
     assert dict(source.headers) == {"b.cuh": "//", "layout.cuh": f"#pragma once\n{define_lines()}"}
     with pytest.raises(CompileError, match=r"no kernel source c\.cu"):
         load("c", folder=tmp_path)
+
+
+def test_a_wheel_has_what_is_compiled_later() -> None:
+    """Wheels have what git has of their packages, so nothing that is read when it runs may be ignored by it."""
+    root = FOLDER.parent.parent
+    assert (
+        "gpu" in tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    )
+    files = [str(path.relative_to(root)) for folder in ("kernels", "twin") for path in (FOLDER.parent / folder).glob("*.[ch]*")]
+    assert len(files) > 15
+    ignored = subprocess.run(["git", "check-ignore", *files], cwd=root, capture_output=True, text=True, check=False)
+    assert ignored.stdout == ""
