@@ -3,6 +3,7 @@
 import gc
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -290,13 +291,15 @@ def test_a_look_up_beside_a_writer_gives_whole_rows_that_never_go_back(device: D
     seen = set[int]()
     reader, writing = threading.Thread(target=read), device.stream()
     reader.start()
-    for number in range(2, 300):
+    number, deadline = 1, time.monotonic() + 60
+    while (number < 200 or len(seen) < 10) and not failed and time.monotonic() < deadline:
+        number += 1
         cache.apply(keys, *version(number), stream=writing)
     writing.synchronize()
     over.set()
     reader.join()
     assert not failed
-    assert len(seen - {0}) > 3
+    assert len(seen) >= 10
 
 
 # --- bounds
