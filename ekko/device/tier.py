@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ekko.device.binding import Binding, Readable, check_device
 from ekko.device.needed import Needed
+from ekko.device.warming import warm_reader
 from ekko.errors import ModelError, StoreError
 from ekko.store import layout
 from ekko.store.kernels import pool
@@ -76,18 +77,21 @@ class DeviceTier:
         name: of the device.
         run_dir: the node's.
         wait_s: for the node to have one.
+        asks: rows that it misses are to come to the device.
 
     Raises:
         ModelError: there is no such device in this process.
         StoreError: the node keeps no rows there.
     """
 
-    def __init__(self, name: str, run_dir: Path, wait_s: float) -> None:
+    def __init__(self, name: str, run_dir: Path, wait_s: float, *, asks: bool = True) -> None:
         try:
             self.device: Device = open_device(name)
+            check_device(run_dir, name, wait_s)
+            warm_reader(self.device)
         except DeviceError as error:
             raise ModelError(f"device {name!r} cannot be used here: {error}") from None
-        check_device(run_dir, name, wait_s)
+        self._asks = asks
         self.counts = TierCounts()
         self._binding = Binding(self.device, run_dir)
         self._needed: dict[tuple[str, int], Needed] = {}  # by store and model
@@ -194,7 +198,7 @@ class DeviceTier:
 
     def _post(self, bound: Readable, keys: U64) -> None:
         """Ask for rows that were not on the device."""
-        if bound.post is not None and keys.size:
+        if self._asks and bound.post is not None and keys.size:
             bound.post.post(np.ascontiguousarray(keys))
 
     def _put(self, rows: F32, stamps: U64, places: I64, out: Array, out_stamps: Array, stream: Stream) -> None:

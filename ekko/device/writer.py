@@ -72,6 +72,7 @@ class DeviceWriter:
         self._fresh_ms = monotonic_ms()
         self._dropped: list[tuple[int, TableWriter]] = []  # and when their memory may be given back
         self._look_ms = 0
+        self._wishes_ms = 0  # when wishes are looked at again
         self._busy_ms = 0  # when there was something to do last
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="ekko-device", daemon=True)
@@ -130,7 +131,8 @@ class DeviceWriter:
         try:
             while not self._stopping:
                 self.wake.clear()
-                self.turn()
+                wishes = monotonic_ms() >= self._wishes_ms
+                self.turn(wishes=wishes)
                 self.wake.wait(POLL_S if monotonic_ms() - self._busy_ms < IDLE_MS else IDLE_POLL_S)
         except (DeviceError, StoreError, OSError) as error:
             self._fail(str(error))
@@ -148,8 +150,11 @@ class DeviceWriter:
             self._write_manifest()
         self._tell("device_failed", {"device": self._device.name, "reason": reason, "remedy": "start the node again"})
 
-    def turn(self) -> None:
-        """Everything that is due, once; the thread does nothing else, and where there is none a test may."""
+    def turn(self, *, wishes: bool = True) -> None:
+        """Everything that is due, once; the thread does nothing else, and where there is none a test may.
+
+        `wishes`: also what readers want.
+        """
         began_ms = monotonic_ms()
         self._follow()
         reached = []
@@ -160,9 +165,8 @@ class DeviceWriter:
             for number in list(model.tables):
                 self._at(model, number, lambda table, n=number, d=drained: table.take(d, n))  # type: ignore[misc]
             reached.append((model, drained.until))
-        for model in self._models.values():
-            for number in list(model.tables):
-                self._at(model, number, self._insert_wanted)
+        if wishes:
+            self._grant()
         self._stream.synchronize()
         for model, until in reached:
             if until != model.applied:
@@ -176,6 +180,15 @@ class DeviceWriter:
             for model in self._models.values():
                 for table in model.tables.values():
                     table.look()
+
+    def _grant(self) -> None:
+        """Insert what readers missed; then nothing of it for as long as that took, however much they miss."""
+        began_ms = monotonic_ms()
+        for model in self._models.values():
+            for number in list(model.tables):
+                self._at(model, number, self._insert_wanted)
+        now_ms = monotonic_ms()
+        self._wishes_ms = 2 * now_ms - began_ms
 
     def _insert_wanted(self, table: TableWriter) -> None:
         if table.insert_wanted():

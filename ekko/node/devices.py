@@ -9,6 +9,7 @@ from ekko.device.caches import WantedCache, WantedModel
 from ekko.device.feed import Feed
 from ekko.device.picture import DevicePicture
 from ekko.device.settings import DeviceSettings
+from ekko.device.warming import warm_writer
 from ekko.device.writer import DeviceWriter
 from ekko.errors import ConfigError
 from ekko.store import Store
@@ -104,6 +105,7 @@ def open_devices(config: NodeConfig, store: Store) -> Devices | None:
         return None
     try:
         device = open_device(settings.name)
+        warm_writer(device)
     except DeviceError as error:
         raise ConfigError(f"device.name: {error}") from None
     writer = DeviceWriter(device, config.node.run_dir, config.node.access, store.memory.prefix, _tell)

@@ -68,7 +68,7 @@ class Reader:
         defaults: table -> what its absent keys are: "zeros", as without; "mean", the mean of (a sample of) the rows that are
             live, made anew once a minute and when the table has doubled; or a row, float32[dim].
         counted: count what is looked up, so that the node knows what is hot (`ekko hot`). False for whoever reads keys that no
-            request asked for: a whole table that is exported says nothing of which rows matter.
+            request asked for: a whole table that is exported says nothing of which rows matter, or are to be on a device.
         device: "cuda:0", or "host-twin": look rows up in the node's caches there first. `lookup`, `lookup_many` and
             `lookup_pooled` then return arrays of that device, and `out` is to be one; what is not cached comes from shared
             memory. See docs/reference/gpu-caches.md.
@@ -108,7 +108,7 @@ class Reader:
         self._tier: DeviceTier | None = None
         self._current()
         if device is not None:
-            self._tier = _tier_of(device, self._run_dir, self._wait_s)
+            self._tier = _tier_of(device, self._run_dir, self._wait_s, counted)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For another process (a worker that is spawned, not forked): it attaches there by itself."""
@@ -578,10 +578,10 @@ def _partition_of(keys: U64, shards: int, partitions: int) -> NDArray[np.int64]:
     return out
 
 
-def _tier_of(device: str, run_dir: Path, wait_s: float) -> "DeviceTier":
+def _tier_of(device: str, run_dir: Path, wait_s: float, counted: bool) -> "DeviceTier":
     from ekko.device.tier import DeviceTier  # readers without a device need none of it
 
-    return DeviceTier(device, run_dir, wait_s)
+    return DeviceTier(device, run_dir, wait_s, asks=counted)
 
 
 def _reader_of(

@@ -145,6 +145,14 @@ def test_the_checker_finds_another_stamp_other_bytes_and_a_row_too_many(node: St
     assert found([4], 5, 7.0) == "1 rows are not in the store any more, first key 4"
 
 
+def test_who_reads_what_no_request_asked_for_brings_no_rows(node: Standing) -> None:
+    node.put(range(40), 1)
+    with node.reader(counted=False) as reader:
+        warmed(node, reader)
+        same(node, reader)
+    assert node.cached() == {}
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "priority"])
 def test_a_cache_smaller_than_the_table_serves_all_of_it(tmp_path: Path, policy: Any) -> None:
     with Standing(tmp_path, rows=32, policy=policy) as node, node.reader() as reader:
