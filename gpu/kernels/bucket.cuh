@@ -2,12 +2,12 @@
 //
 // Readers never wait and writers never wait for readers. A slot's lock is even while its row can be read:
 //
-//   reader   acquire the lock, even | read key, stamp, row (relaxed) | fence | read the lock again: the same? then all was of one row
-//   writer   cas the lock to odd    | fence | write row, key, stamp (relaxed)     | release the lock, even again, 2 more than before
+//   reader   acquire the lock, even | read key, stamp, row (relaxed) | fence | the lock again: the same? then it was one row
+//   writer   cas the lock to odd | fence | write row, key, stamp (relaxed) | release the lock, even, 2 more than before
 //
-// If a reader saw any word of a newer row, then by the two fences its second look at the lock sees the odd value or a later one.
-// If its first look acquired an even value, then it sees no word older than the write that released this value. The other lanes
-// of a tile read for the one that looks at the lock: sync() orders both looks with what they read.
+// If a reader saw any word of a newer row, then by the two fences its second look at the lock sees the odd value or a later
+// one. If its first look acquired an even value, then it sees no word older than the write that released this value. The other
+// lanes of a tile read for the one that looks at the lock: sync() orders both looks with what they read.
 //
 // No lane waits while it holds a lock: all lanes of a warp try once, write what they got, give it back, and only then
 // those that got nothing try again. So neither a warp in lockstep nor a lane that is slow can stop another for good.

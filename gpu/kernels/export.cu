@@ -1,5 +1,6 @@
-// What is in the cache: the rows of some buckets that are newer than a stamp, one behind the other, in no order. Beside a writer a
-// row is told as it was before or after a write; one that changed at every attempt, or left, leaves a place with a stamp of 0.
+// What is in the cache: the rows of some buckets that are newer than a stamp, one behind the other, in no order. Beside a
+// writer a row is told as it was before or after a write; one that changed at every attempt, or left, leaves a place with a
+// stamp of 0.
 #include "batch.cuh"
 
 struct Export {

@@ -1,10 +1,10 @@
 // Rows that the cache should have: a new row for a key that is there with an older one, a slot for a key that is not, another
 // key's slot if the bucket is full: the one with the lowest score, unless the new row scores lower still.
 //
-// A warp has a bucket, and takes its keys in the order of the batch, which is sorted by bucket: so the outcome does not depend on
-// who is fast. A lane has a slot. Should a batch not be sorted, or a second writer be there, warps may want one slot: who has its
-// lock has it, and the others look at the whole bucket again, since what they decided by is no longer so. As long as any of them
-// tries, one of them gets what it wants, and no insert is lost.
+// A warp has a bucket, and takes its keys in the order of the batch, which is sorted by bucket: so the outcome does not depend
+// on who is fast. A lane has a slot. Should a batch not be sorted, or a second writer be there, warps may want one slot: who
+// has its lock has it, and the others look at the whole bucket again, since what they decided by is no longer so. As long as
+// any of them tries, one of them gets what it wants, and no insert is lost.
 #include "batch.cuh"
 
 // Places of the batch that a warp looks at for the beginning of a bucket's keys. Few, so that a small batch has many warps.
@@ -17,9 +17,10 @@ struct Row {
     u64 score;
 };
 
-// All lanes: lane `winner` has taken `slot`. Write the row, give the slot back.
-DEVICE void fill(const Table& table, const Batch& batch, const Row& row, u32 winner, i64 slot, u32 lock, u32 digest_seen, bool fresh) {
-    const Tile warp(WARP);
+// All lanes: lane `winner` has taken its `slot` when the lock was `lock`. Write the row, give the slot back. `fresh`: the key
+// was not there. `digest_seen`: before the lock was taken, for who plants a bug.
+DEVICE void fill(const Table& table, const Batch& batch, const Row& row, u32 winner, i64 slot, u32 lock, u32 digest_seen,
+                 bool fresh) {
     const bool mine = lane() == winner;
     const i64 target = shfl(ALL_LANES, slot, winner);
     sync(ALL_LANES);

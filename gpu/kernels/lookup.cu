@@ -1,7 +1,7 @@
 // Rows of keys: float32 out, whole or not at all, while other streams write.
 //
-// A warp has 32 keys. First a lane a key finds the slot: 32 bytes of digests, 32 bytes of header. Then a tile of as many lanes as
-// a row has chunks reads one row after the other, several ahead. At last each lane looks at its key's lock again; rows that
+// A warp has 32 keys. First a lane a key finds the slot: 32 bytes of digests, 32 bytes of header. Then a tile of as many lanes
+// as a row has chunks reads one row after the other, several ahead. At last each lane looks at its key's lock again; rows that
 // changed meanwhile are read again, READ_ATTEMPTS_MAX times in all, and then count as missed. One fence serves 32 rows.
 #include "rows.cuh"
 

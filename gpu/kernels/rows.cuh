@@ -57,7 +57,8 @@ template <u32 CODEC> DEVICE void copy_out(const Table& table, const Tile& tile, 
                 if (CODEC == EKKO_CODEC_INT8 && begin == 0) scales[u] = float_of(tile.shfl(rows.chunks[u].word[0], 0));
                 if (!(rows.wanted >> u & 1) || chunk >= table.chunks) continue;
                 UNROLL for (u32 quad = 0; quad < QUADS<CODEC>; ++quad) {
-                    out.put(first_row + from + u, first_value<CODEC>(chunk, quad), decode<CODEC>(rows.chunks[u], quad, scales[u]));
+                    const Quad values = decode<CODEC>(rows.chunks[u], quad, scales[u]);
+                    out.put(first_row + from + u, first_value<CODEC>(chunk, quad), values);
                 }
             }
         }
@@ -110,7 +111,8 @@ struct Input {
             }
         } else {
             UNROLL for (u32 i = 0; i < 8; ++i) {
-                if (begin + 2 * i < row_bytes) made.word[i / 2] |= static_cast<u32>(bytes.as<u16>().read(at / 2 + i)) << (16 * (i % 2));
+                if (begin + 2 * i >= row_bytes) continue;
+                made.word[i / 2] |= static_cast<u32>(bytes.as<u16>().read(at / 2 + i)) << (16 * (i % 2));
             }
         }
         return made;

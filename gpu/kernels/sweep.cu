@@ -6,8 +6,8 @@ DEVICE bool inside(const Table& table, i64 slot) { return slot < static_cast<i64
 constexpr u32 DIGITS = 256;
 
 // One step of the search for the n-th lowest row. Of rows whose word begins with the bits of `prefix`, those from shift + 8 on,
-// count how often each value of the next 8 bits occurs. The word is the score, or, if `hashes`, the key's hash of rows that score
-// exactly `score`. counts: u64[256], added to.
+// count how often each value of the next 8 bits occurs. The word is the score, or, if `hashes`, the key's hash of rows that
+// score exactly `score`. counts: u64[256], added to.
 KERNEL(256, histogram, Table table, Global<u64> counts, u32 hashes, u32 shift, u64 prefix, u64 score) {
     const i64 slot = thread_in_grid();
     u32 digit = DIGITS;
