@@ -12,7 +12,7 @@ reports of it counts. But that a key is absent at an incomplete node says nothin
 Nothing is ever complete again in the same life; at its start a node may begin such shards anew (`ekko.store`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -57,14 +57,21 @@ def standing_of(keyspace: Keyspace) -> int:
     return m.KEEPS if keyspace.synced and not replica.evicts else 0
 
 
-def complete_source(core: Core, keyspace: Keyspace, now: m.Now) -> Link | None:
-    """Somebody alive who holds a keyspace whole as far as we know; of our region, if there is one."""
+def complete_source(core: Core, keyspace: Keyspace, now: m.Now, in_vain: Sequence[int] = ()) -> Link | None:
+    """Somebody alive who holds a keyspace whole as far as we know; of our region, if there is one.
+
+    `in_vain`: lives that had nothing for us lately, the last one last. Others are preferred, of whatever region, and then who
+    was asked longest ago: nodes of a region may all lack the same, and most others a node does not hear itself.
+    """
     options, number, place = core.options, keyspace.replica.keyspace, keyspace.replica.place
     whole = [
         record
         for record in core.membership.live(now.monotonic_ms)
         if record.role in HOLDER_ROLES and holds(record, place) and not is_incomplete(core, record.boot, number)
     ]
+    if whole and all(record.boot in in_vain for record in whole):
+        return core.link(min(whole, key=lambda record: in_vain.index(record.boot)).node)
+    whole = [record for record in whole if record.boot not in in_vain]
     near = [record for record in whole if record.region == options.region] or whole
     return core.link(core.rng.choice(near).node) if near else None
 

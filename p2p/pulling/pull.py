@@ -53,6 +53,8 @@ ORIGIN_EVERY = 4
 GAP_TRIES_MAX = 8
 # Lives and keyspaces of which we remember when we last got everything.
 PULLED_MAX = 65_536
+# Lives of which we remember that their last answer brought nothing; of more, who was asked longest ago may be asked again.
+IN_VAIN_MAX = 64
 # An answer that stands still this long is given up, and asked of somebody else. One behind another waits.
 PULL_SILENCE_MS = 3_000
 # A question that brought nothing for so long, then for twice as long, and so on, is asked again, since it may be lost; longer
@@ -109,6 +111,9 @@ class Pull:
         self._requests = 0
         self._pulled_ms: dict[tuple[int, int], int] = {}  # (boot, keyspace) -> when we asked, of the last that was completed
 
+        # By keyspace: lives whose answers have brought nothing since some answer did.
+        self._in_vain: dict[int, dict[int, None]] = {}
+
     @property
     def asking(self) -> dict[int, str]:
         """Keyspace -> node of the pull on its way."""
@@ -127,7 +132,7 @@ class Pull:
         if full.pauses(keyspace, now):
             return
         if is_incomplete(self._core, link.boot, number):
-            link = complete_source(self._core, keyspace, now) or link
+            link = complete_source(self._core, keyspace, now, tuple(self._in_vain.get(number, ()))) or link
         if number in self._asked or sum(asked.node == link.node for asked in self._asked.values()) >= STREAMS_MAX:
             return  # more would be refused; the next heartbeat is soon enough
         self._requests += 1
@@ -245,6 +250,7 @@ class Pull:
         for column, place in enumerate(ours.tolist()):
             if place < len(reply.writers) and reply.writers[place] == asked.writers[column]:
                 base[:, place] = asked.base[:, column]
+        self._note_news(keyspace, asked.boot, reply)
         keyspace.knowledge.learn_reply(reply.writers, base, reply.vector, reply.frontier)
         full.note_room(self._core, keyspace, now)
         self._note_caught_up(keyspace, now)
@@ -254,6 +260,20 @@ class Pull:
         self._pulled_ms[asked.boot, reply.keyspace] = asked.asked_ms
         self._core.counters.pulls_completed += 1
         self._core.note("pull_completed", peer=asked.node, keyspace=reply.keyspace, chunks=asked.next_chunk)
+
+    def _note_news(self, keyspace: Keyspace, boot: int, reply: m.PullReply) -> None:
+        """Whether an answer brings what was not known here: else others are asked before its sender is again."""
+        number = reply.keyspace
+        if (
+            reply.vector > keyspace.knowledge.vector[:, reply.writers]
+        ).any():  # frontiers move with each beat of an idle writer
+            self._in_vain.pop(number, None)
+            return
+        in_vain = self._in_vain.setdefault(number, {})
+        in_vain.pop(boot, None)
+        in_vain[boot] = None  # the last one
+        while len(in_vain) > IN_VAIN_MAX:
+            del in_vain[next(iter(in_vain))]
 
     def _check_reply(self, keyspace: Keyspace, reply: m.PullReply, now: m.Now) -> None:
         if reply.vector.shape[0] != keyspace.knowledge.shards:
@@ -295,6 +315,7 @@ class Pull:
     def forget_keyspace(self, keyspace: int) -> None:
         """It was dropped: neither a question nor an answer of ours is worth anything any more."""
         self._abandon(keyspace, "it was dropped")
+        self._in_vain.pop(keyspace, None)
         for seen in [key for key in self._seen if key[2] == keyspace]:
             del self._seen[seen]
         for pulled in [key for key in self._pulled_ms if key[1] == keyspace]:
@@ -322,7 +343,7 @@ class Pull:
         asked = self._asked.get(told.keyspace)
         if asked is not None and (asked.boot, asked.request) == (link.boot, told.request):
             self._abandon(told.keyspace, "the peer has dropped rows")
-            other = complete_source(self._core, keyspace, now)
+            other = complete_source(self._core, keyspace, now, tuple(self._in_vain.get(told.keyspace, ())))
             if other is not None:
                 self.ask(keyspace, other, now, "redirected")
         elif told.request:

@@ -7,6 +7,7 @@ from ekko.store.capacity import Capacity
 from ekko.store.eviction import Eviction
 from ekko.store.model_store import ModelStore
 from p2p import messages as m
+from p2p.link.links import Link
 from p2p.paper.sync import PRESETS, SyncOptions
 from p2p.pulling.incomplete import note_incomplete
 from p2p.pulling.outbox import Completion
@@ -53,6 +54,37 @@ def newest(cluster: VirtualCluster) -> dict[tuple[int, int], tuple[int, bytes]]:
     held = contents(cluster.nodes["us-1"].store, "ctr")
     assert len(held) == ROWS
     return held
+
+
+def test_who_has_nothing_for_us_is_not_asked_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of a region that lack the same would ask each other, though others have it whom they do not hear themselves."""
+    cluster, asked = VirtualCluster(7), set[str]()
+    cluster.add("us-1", "us", "train")
+    for name in (SMALL, "eu-2", "eu-3"):
+        cluster.add(name, "eu", seeds=["us-1"])
+    cluster.run(3_000)
+    publish(cluster, 1.0, 0, 100)
+    cluster.run(3_000)
+
+    def only_the_small_one_says_anything(self: Pull, link: Link, summary: m.KeyspaceSummary, now: m.Now, **_: bool) -> None:
+        core, small = self._core, self._core.link(SMALL)
+        if core.options.node == "eu-2" and small is not None:
+            note_incomplete(core, small.boot, summary.keyspace)
+            self.ask(core.keyspaces[summary.keyspace], small, now, "it has more")
+            asked.update(self.asking.values())
+
+    monkeypatch.setattr(Pull, "on_summary", only_the_small_one_says_anything)
+    cluster.run(4_000)
+    assert asked == {"eu-3", "us-1"}
+    machine = cluster.nodes["eu-2"].machine
+    assert machine is not None
+    assert machine._pull._in_vain
+    cluster.cut = {(other, "eu-2") for other in cluster.nodes}
+    publish(cluster, 2.0, 0, 100)
+    cluster.cut = set()
+    assert cluster.run_until(
+        lambda: contents(cluster.nodes["eu-2"].store, "ctr") == contents(cluster.nodes["us-1"].store, "ctr"), 4_000
+    )
 
 
 @pytest.mark.parametrize("sync", ["push", "leaders", "cache", "shard_versions"])
