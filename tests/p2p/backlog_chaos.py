@@ -41,14 +41,17 @@ def watched() -> Iterator[None]:
     emit, send = StateMode._emit, push.Push._send
 
     def checked(self: StateMode, one: Backlog, columns: tuple[RowColumns, ...], *, claims: bool, ends: bool) -> None:
+        cycle = one.cycle
         if claims:
-            view, cycle = self._core.membership.trees(self._core.now_ms, one.keyspace.replica.place), one.cycle
+            view = self._core.membership.trees(self._core.now_ms, one.keyspace.replica.place)
             assert cycle is not None
             ours = self._pairs(one.keyspace, one.link.node)
             late_ms = self._core.now_ms - one.looked_ms
             assert ours == one.pairs or (one.view is view and late_ms < state_mode.LOOK_MS), "R1: the view has changed"
             assert not (cycle.until.astype(bool) & ~one.pairs.grid(len(cycle.until))).any(), "R1: others' pairs are claimed"
         emit(self, one, columns, claims=claims, ends=ends)
+        if claims and cycle is not None:
+            assert (one.frontier <= cycle.frontier).all(), "T2: a frontier is told that is newer than the vector beside it"
 
     def sent(self: push.Push, link: links.Link, one: push.WaitingBatch) -> None:
         assert one.batch.keyspace not in self.state_mode.of_link(link), "R16: a batch goes out in state mode"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from p2p.busy.backlog import Backlog
+from p2p.busy.backlog import Backlog, Cycle
 from p2p.busy.pairs import Pairs
 from p2p.knowledge import Knowledge
 from p2p.stamps import WRITERS_MAX
@@ -61,6 +61,23 @@ def test_a_step_may_be_what_a_frontier_waits_for() -> None:
     assert later(knowledge, stamp, {3: stamp}) == 0
     knowledge.learn_step(stamp, 5, 2, np.array([3], np.uint32), np.zeros(1, np.uint64), one * 0, one)
     assert int(knowledge.frontier[W]) == stamp
+
+
+def test_steps_above_a_frontier_that_waited_follow_it() -> None:
+    knowledge = knows()
+    first, second, one = (7 << 12) | W, (8 << 12) | W, np.array([1], np.uint16)
+    assert not knowledge.learn_step(second, first, 1, np.array([3], np.uint32), np.zeros(1, np.uint64), one * 0, one)
+    assert later(knowledge, first, {1: first}) == 0
+    assert reach(knowledge, 1, first) == second
+
+
+def test_the_rest_of_a_vector_is_what_others_send() -> None:
+    vector, grid = np.arange(1, 9, dtype=np.uint64).reshape(4, 2), np.zeros((4, 2), np.bool_)
+    grid[0], grid[2, 0] = True, True
+    cycle = Cycle(np.array([W, W + 1], np.uint16), vector, grid, np.zeros(2, np.uint64))
+    shards, rest = cycle.rest()
+    assert (shards.tolist(), rest.tolist()) == ([1, 2, 3], [[3, 4], [0, 6], [7, 8]])
+    assert cycle.until.tolist() == [[1, 2], [0, 0], [5, 0], [0, 0]]
 
 
 def fed_by_several(seed: int) -> None:
