@@ -157,13 +157,13 @@ class ModelPriority:
         mean = self._mean("moved" if said is None else "said")
         mean.add(values, now.monotonic_ms)
         settings, now_s = self._settings, self._now_s(now.monotonic_ms)
-        weights, new = np.empty(keys.size, np.float32), np.empty(keys.size, np.int64)
+        weights, (new, fresh) = np.empty(keys.size, np.float32), np.empty((2, keys.size), np.int64)
         power = self._created.recall(section.table, keys, -np.inf)
         half_life_s = settings.fresh_half_life_s
-        new_rows, fresh = weighing.weigh(values, mean.value, before, live, now_s, half_life_s, weights, power, new)
+        new_rows, many = weighing.weigh(values, mean.value, before, live, now_s, half_life_s, weights, power, new, fresh)
         self._note_created(section, new[:new_rows], now_s)
-        freshness = np.exp2(power, out=power) if fresh else power[:0]  # of old rows it is 0
-        weighing.add_up(freshness, settings.fresh_weight, SMALLEST, LARGEST, weights)
+        freshness = np.exp2(power[:many])  # of the others it is 0, and the power of infinities is slow
+        weighing.add_up(freshness, fresh[:many], settings.fresh_weight, SMALLEST, LARGEST, weights)
         logarithms: F32 = np.log2(weights, out=weights)
         return logarithms
 

@@ -108,9 +108,8 @@ def threshold_of(histogram: I64, above: float) -> float | None:
 
     None: the histogram has too few rows to say.
     """
-    total = int(histogram.sum())
-    if total * above < SIGNIFICANT_MIN:
+    first = int(weighing.first_above(histogram, above, SIGNIFICANT_MIN))
+    if first < 0:
         return None
-    first = int(weighing.first_with_at_most(histogram, total * above))
     # A class is rounded: what is half a class below p_k is significant, too. So p_k is half a class above the bin's lower edge.
     return first / BINS_PER_DOUBLING - DOUBLINGS + 1 / (2 * PER_DOUBLING)

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.store import layout
-from ekko.store.kernels.atomics import floats_at, load_u32, load_u64, prefetch_near
+from ekko.store.kernels.atomics import load_u32, load_u64, prefetch_near, sum_of_magnitudes
 from ekko.store.kernels.compile import Int, inline_kernel, kernel
 from ekko.store.kernels.index import resolve_rows
 from ekko.store.kernels.quantise import FLOAT32, decode_row
@@ -29,21 +29,6 @@ def _values(codec: Int, data: Int, dim: Int, scratch: Int) -> Int:
         return data
     decode_row(codec, data, dim, scratch)
     return scratch
-
-
-@inline_kernel
-def _distance(one: F32, other: F32) -> Int:
-    """Sum of the magnitudes of the differences. Four sums at a time, each of which waits for nobody but itself."""
-    a = b = c = d = np.float32(0)
-    whole = one.size & ~3
-    for i in range(0, whole, 4):
-        a += abs(one[i] - other[i])
-        b += abs(one[i + 1] - other[i + 1])
-        c += abs(one[i + 2] - other[i + 2])
-        d += abs(one[i + 3] - other[i + 3])
-    for i in range(whole, one.size):
-        a += abs(one[i] - other[i])
-    return (a + b) + (c + d)
 
 
 @kernel(
@@ -74,4 +59,4 @@ def movement(
         before[i] = load_u64(row + _STAMP) if here else np.uint64(0)
         old = _values(codec, row + _DATA, dim, old_at) if here else zeros_at
         new = _values(codec, source + i * row_bytes, dim, new_at) if i < live else zeros_at
-        moved[i] = _distance(floats_at(new, dim), floats_at(old, dim))
+        moved[i] = sum_of_magnitudes(new, old, dim)

@@ -22,6 +22,7 @@ Float: TypeAlias = Any  # of either size: a kernel converts it
 # NumPy converts so many numbers at a time, halves what it adds until so few are left, and adds these in so many lines.
 _PIECE, _FEW, _LINES = 8_192, 128, 8
 _DEPTH_MAX = 8  # of halves of a piece
+_BLOCK = 64  # bins
 
 _SHIFT, _FIRST, _SECOND = np.uint64(33), np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 _MARK_SHIFT = np.uint64(32)
@@ -115,10 +116,19 @@ def recall(table: Int, keys: U64, default: Float, marks: U32, values: F32, out: 
 
 @kernel(
     "UniTuple(int64, 2)(Array(float32, 1, 'C', readonly=True), float32, Array(uint64, 1, 'C', readonly=True), int64, float32, "
-    "float32, float32[::1], float32[::1], int64[::1])"
+    "float32, float32[::1], float32[::1], int64[::1], int64[::1])"
 )
 def weigh(
-    values: F32, mean: Float, before: U64, live: Int, now_s: Float, half_life_s: Float, weights: F32, power: F32, new: I64
+    values: F32,
+    mean: Float,
+    before: U64,
+    live: Int,
+    now_s: Float,
+    half_life_s: Float,
+    weights: F32,
+    power: F32,
+    new: I64,
+    fresh: I64,
 ) -> tuple[int, int]:
     """How much each row of a step matters, and how fresh it is.
 
@@ -130,13 +140,14 @@ def weigh(
         now_s: of the clock of `power`.
         half_life_s: of freshness.
         weights: comes out: float32[n], values relative to the mean.
-        power: float32[n]; goes in: when each key was created; comes out: the negative age in half-lives.
-        new: int64[n]; comes out: the rows that are new at the beginning.
+        power: float32[n]; goes in: when each key was created; comes out: the negative ages in half-lives of the fresh rows.
+        new: int64[n]; comes out: the rows that are new.
+        fresh: int64[n]; comes out: the rows with an age that is not infinite, new ones among them.
 
     Returns:
-        How many rows are new, and how many have an age that is not infinite, new ones among them.
+        How many rows are new, and how many are fresh: so much of the arrays above counts.
     """
-    count = fresh = 0
+    count = many = 0
     for i in range(values.size):
         weights[i] = values[i] / mean if mean else np.float32(0)
         age_s = np.float32(np.inf)
@@ -146,19 +157,22 @@ def weigh(
                 new[count] = i
                 count += 1
                 age_s = np.float32(0)
-        fresh += age_s != np.inf
-        power[i] = -age_s / half_life_s
-    return count, fresh
+        if age_s != np.inf:
+            power[many] = -age_s / half_life_s
+            fresh[many] = i
+            many += 1
+    return count, many
 
 
-@kernel("void(Array(float32, 1, 'C', readonly=True), float32, float32, float32, float32[::1])")
-def add_up(freshness: F32, weight: Float, smallest: Float, largest: Float, weights: F32) -> None:
-    """`weights` of float32[n] get so much of `freshness`, of which none may be there, and are brought within bounds."""
+@kernel(
+    "void(Array(float32, 1, 'C', readonly=True), Array(int64, 1, 'C', readonly=True), float32, float32, float32, float32[::1])"
+)
+def add_up(freshness: F32, fresh: I64, weight: Float, smallest: Float, largest: Float, weights: F32) -> None:
+    """`weights` of the fresh rows get so much of their freshness, and all of float32[n] are brought within bounds."""
+    for i in range(freshness.size):
+        weights[fresh[i]] += weight * freshness[i]
     for i in range(weights.size):
-        weighed = weights[i]
-        if freshness.size:
-            weighed += weight * freshness[i]
-        weights[i] = min(max(weighed, smallest), largest)
+        weights[i] = min(max(weights[i], smallest), largest)
 
 
 @kernel("int64(Array(float32, 1, 'C', readonly=True), float32, float32, float32, float32, float32, uint8[::1])")
@@ -184,11 +198,23 @@ def count_bins(logarithms: F32, above: Float, per_doubling: Float, part: I64, to
         total[place] += 1
 
 
-@kernel("int64(Array(int64, 1, 'C', readonly=True), float64)")
-def first_with_at_most(histogram: I64, count: Float) -> Int:
-    """The lowest bin such that in it and above are at most so many; the number of bins where there is none."""
-    above = 0
-    for place in range(histogram.size - 1, -1, -1):
+@kernel("int64(Array(int64, 1, 'C', readonly=True), float64, float64)")
+def first_above(histogram: I64, share: Float, count_min: Float) -> Int:
+    """The lowest bin such that in it and above is at most this share of all, the number of bins where there is none; -1: the
+    share is less than `count_min`.
+    """
+    count = np.float64(histogram.sum()) * share
+    if count < count_min:
+        return -1
+    above, end = 0, histogram.size
+    while end > _BLOCK:  # whole blocks, several bins at a time
+        block = 0
+        for place in range(end - _BLOCK, end):
+            block += histogram[place]
+        if above + block > count:
+            break
+        above, end = above + block, end - _BLOCK
+    for place in range(end - 1, -1, -1):
         above += histogram[place]
         if above > count:
             return place + 1
