@@ -10,6 +10,7 @@ from ekko.errors import MemoryFullError
 from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.store import Store, layout
 from ekko.store.model_store import ModelStore
+from ekko.store.table import EXTENT_BYTES_MAX, Table
 from p2p.errors import FullError
 from p2p.replica import RowColumns
 from tests.small_memory import SmallMemory, small_tmpfs
@@ -113,3 +114,41 @@ def test_a_refused_step_gives_back_the_index_that_it_began() -> None:
         model.reserve([rows(np.arange(1_000_000))])
     assert memory.taken == before
     model.reserve([rows(np.arange(1_000))])
+
+
+def test_steps_of_a_table_that_does_not_grow_look_no_keys_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where fewer pages are left than a step has keys, they are asked for once; without memory for them keys are looked up."""
+    memory = SmallMemory()
+    model = memory.store().add_model(SPEC)
+    table = model.tables_by_id[table_id("item")]
+    keys = 0
+
+    def grow() -> int:
+        """Rows until fewer pages are left than a step has keys."""
+        done = keys
+        while done < keys + 1_000 or table._rows_max - done > 100:
+            step = rows(np.arange(done, done + 100))
+            model.reserve([step])
+            model.apply([step], done + 1 << 12)
+            done += 100
+        return done
+
+    keys = grow()
+    looked_up: list[int] = []
+    slots_of = Table._slots_of
+    monkeypatch.setattr(Table, "_slots_of", lambda self, asked: (looked_up.append(asked.size), slots_of(self, asked))[1])
+    memory.fill()
+    refused = []
+    for _ in range(3):
+        model.reserve([rows(np.arange(500))])  # needs nothing
+        refused.append(memory.asked)
+    assert looked_up == [500] * 3
+    assert refused[0] == refused[2], "what had no room is not asked for again"
+    memory.limit = 1 << 40
+    keys = grow()
+    looked_up.clear()
+    ensured = table.mapping.ensured
+    for _ in range(3):
+        model.reserve([rows(np.arange(500))])
+    assert not looked_up
+    assert 0 < table.mapping.ensured - ensured <= EXTENT_BYTES_MAX
