@@ -47,7 +47,7 @@ def check_caches(run_dir: Path, timeout_s: float = 10.0) -> list[CacheCheck]:
 
     Raises:
         StoreError: the node keeps no rows on a device, or the time was not enough.
-        DeviceError: this process cannot open the device.
+        DeviceError: this process cannot open the device, or the caches' daemon is gone.
     """
     manifest, store = read(run_dir), read_manifest(run_dir)
     control = DeviceControl.open(run_dir)

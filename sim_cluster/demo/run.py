@@ -11,6 +11,7 @@ import numpy as np
 
 from ekko.device.check import check_caches
 from ekko.model import CODEC_DEFAULT
+from gpu.errors import DeviceError
 from sim_cluster.demo import plots
 from sim_cluster.demo.board import Board, Word
 from sim_cluster.demo.cluster import (
@@ -107,11 +108,12 @@ class _Run:
             self._stream_events(cluster, workers, delays, outage)
             self._display.phase("comparing the replicas")
             replicas, parameters = self._compare(cluster)
+            outage_report = _outage_report(outage) if outage is not None else None  # a node that is away has no caches
             device = self._device_report(cluster) if self._options.device else None
         self._display.phase("scoring with older state")
         scores = self._scores()
         self._display.phase("evaluating")
-        result = self._result(delays, outage, self._quality(scores), replicas, parameters, device)
+        result = self._result(delays, outage_report, self._quality(scores), replicas, parameters, device)
         self._write(result, delays, scores)
         return result
 
@@ -204,7 +206,10 @@ class _Run:
 
     def _device_report(self, cluster: LocalCluster) -> DeviceReport:
         """The caches of the nodes that scorers read from, against their stores."""
-        checks = {region: check_caches(cluster.in_region(region)[0].run_dir) for region in REGIONS}
+        try:
+            checks = {region: check_caches(cluster.in_region(region)[0].run_dir) for region in REGIONS}
+        except DeviceError as error:
+            raise DemoError(f"the caches on {self._options.device} cannot be compared: {error}") from None
         found, missed = self._board.device_keys.sum(axis=0).tolist()
         return DeviceReport(
             name=self._options.device,
@@ -253,7 +258,7 @@ class _Run:
     def _result(
         self,
         delays: DelayLog,
-        outage: Outage | None,
+        outage: OutageReport | None,
         quality: dict[str, Quality],
         replicas: dict[str, str],
         parameters: dict[str, str],
@@ -281,7 +286,7 @@ class _Run:
             replicas=replicas,
             parameters=parameters,
             predicted_first=bool((board.scored_ns.max(axis=0) <= board.learnt_ns).all()),
-            outage=_outage_report(outage) if outage is not None else None,
+            outage=outage,
             device=device,
             total_s=time.monotonic() - self._began_s,
         )

@@ -1,7 +1,10 @@
 """Real nodes with caches on the host twin, read by this process: updates, deletes, kills, restarts, mistakes."""
 
+import random
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -169,6 +172,59 @@ def test_a_kill_leaves_readers_to_the_host_and_a_restart_gives_them_caches_again
         node.start()
         node.wait_ready()
         warmed(reader)
+
+
+@pytest.mark.long
+def test_kills_at_any_moment_leave_no_reader_behind_and_no_cache_wrong(pair: LocalCluster) -> None:
+    node, stop, rng = pair["serve-1"], threading.Event(), random.Random(0)
+    wrong: list[str] = []
+
+    def publishing() -> None:
+        numbers = np.random.default_rng(1)
+        with ekko.Publisher(pair["train-1"].local, model="ctr") as publisher:
+            while not stop.is_set():
+                keys = numbers.choice(400, 80, replace=False).astype(np.uint64)
+                publisher.publish("item", keys, np.full((80, 4), float(numbers.integers(1, 100)), np.float32))
+                time.sleep(0.01)
+
+    def reading(seed: int) -> None:
+        numbers, newest = np.random.default_rng(seed), np.zeros(400, np.uint64)
+        with closing(ekko.Reader("ctr", node.run_dir, device=TWIN, wait=TIMEOUT_S)) as reader:
+            assert reader.device is not None
+            while not stop.is_set():
+                keys = numbers.choice(400, 50, replace=False).astype(np.uint64)
+                rows, stamps = reader.lookup("item", keys, stamps=True)
+                # A row whose writer was killed in it has the default, until the node is there again.
+                seen = (
+                    stamps >= newest[keys] if not reader.device.counts.defaulted else (stamps >= newest[keys]) | (stamps == 0)
+                )
+                if not seen.all() or not (rows == rows[:, :1]).all():
+                    wrong.append(f"keys {keys[~seen]} went back to {stamps[~seen]} from {newest[keys][~seen]}")
+                    return
+                newest[keys] = np.maximum(newest[keys], stamps)
+            if not reader.device.counts.hits:
+                wrong.append(f"reader {seed} found nothing on the device")
+
+    threads = [threading.Thread(target=publishing), *(threading.Thread(target=reading, args=(seed,)) for seed in (2, 3))]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(8):
+            time.sleep(rng.uniform(0.2, 3.0))
+            node.kill()
+            time.sleep(rng.uniform(0.0, 2.0))
+            node.start()
+            node.wait_ready()
+    finally:
+        time.sleep(2.0)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    published(pair, 1.0)
+    with closing(ekko.Reader("ctr", node.run_dir, device=TWIN)) as reader:
+        warmed(reader)
+    assert equal(node) >= 100
 
 
 def test_mistakes_are_one_line(cluster: LocalCluster, tmp_path: Path) -> None:
