@@ -30,4 +30,6 @@ enum Plant {
     ERASE_NEWER,        // a tombstone takes newer rows with it
     FIRST_MATCH_ONLY,   // a look-up ends at the first slot with the key's digest
     EXPORT_UNPROVEN,    // an export takes rows that changed while it read them
+    CLEAR_FENCE,        // a slot is emptied without a fence after its lock was taken: it has another key before it is seen locked
+    POOL_SYNC,          // the lane that looks at a lock again does not wait for the others of its tile, which still read the row
 };

@@ -69,7 +69,7 @@ DEVICE u32 read_whole(const Pool& pool, const Tile& tile, u32 from, u64 key, boo
         if (!PLANTED(READER_SYNC)) tile.sync();
         rows.load(table, tile, from, reading ? place.slot : NO_SLOT, tile.rank());
         if (!PLANTED(READER_FENCE)) fence();
-        tile.sync();
+        if (!PLANTED(POOL_SYNC)) tile.sync();
         if (reading && table.unchanged(place.slot, place.lock)) {
             whole = true;
             pending = false;

@@ -309,6 +309,23 @@ def look_beside_removals(twin: Model) -> None:
     world.check_memory()
 
 
+def look_for_key_zero(twin: Model) -> None:
+    """A slot that is emptied has key 0 from then on, which is a key like others: those who ask for it must not get the row."""
+    world = World(twin, Shape(1, 4, "float32"), twin.seed)
+    keys = world.new_keys(1 << 14)
+    zero = np.zeros(64, np.uint64)
+    keys = keys[layout.digest_of(layout.mix64(keys)) == layout.digest_of(layout.mix64(zero[:1]))][:20]
+    world.begin(keys)
+    reading, writing = twin.stream(), twin.stream()
+    check = world.erase(keys, np.full(len(keys), 200, np.uint64), writing)
+    looks = [world.lookup(zero, reading), world.lookup(zero, reading), world.export(reading)]
+    twin.synchronize()
+    check()
+    for look in looks:
+        look()
+    world.check_memory()
+
+
 def pool_beside_apply(twin: Model, codec: str = "int8", dim: int = 12) -> None:
     world = World(twin, Shape(1, dim, codec), twin.seed)
     keys = world.keys_for(0, 8)
@@ -405,6 +422,7 @@ SCENARIOS = (
     look_beside_apply,
     look_beside_inserts,
     look_beside_removals,
+    look_for_key_zero,
     pool_beside_apply,
     export_beside_apply,
     two_writers,
