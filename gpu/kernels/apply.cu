@@ -12,6 +12,7 @@ DEVICE u32 apply_one_warp(const Table& table, const Batch& batch, i64 first) {
     const u64 key = stamp ? batch.keys.read(mine) : 0;
     u32 outcome = EKKO_ABSENT;
     bool pending = stamp != 0;
+    Place held = {NO_SLOT, 0, 0, false};  // by who plants a bug
     while (any(ALL_LANES, pending)) {
         Place place = {NO_SLOT, 0, 0, false};
         bool taken = false;
@@ -32,11 +33,13 @@ DEVICE u32 apply_one_warp(const Table& table, const Batch& batch, i64 first) {
         if (taken && (!PLANTED(LATE_CHECK) || place.stamp < stamp)) table.set_stamp(place.slot, stamp);
         sync(ALL_LANES);
         if (taken) {
-            table.give_back(place.slot, place.lock);
+            if (PLANTED(HOLD_AND_WAIT)) held = place;
+            else table.give_back(place.slot, place.lock);
             outcome = EKKO_ASSIGNED;
             pending = false;
         }
     }
+    if (held.found()) table.give_back(held.slot, held.lock);
     if (mine < batch.count) batch.outcomes.write(mine, static_cast<u8>(outcome));
     tell(table, stamp != 0, outcome);
     return outcome;

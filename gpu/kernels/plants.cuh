@@ -29,6 +29,7 @@ enum Plant {
     LATE_LOCK,          // an insert chooses a slot by what was there before it looked at the lock
     ERASE_NEWER,        // a tombstone takes newer rows with it
     FIRST_MATCH_ONLY,   // a look-up ends at the first slot with the key's digest
+    HOLD_AND_WAIT,      // a warp gives no slot back before it had all
     EXPORT_UNPROVEN,    // an export takes rows that changed while it read them
     CLEAR_FENCE,        // a slot is emptied without a fence after its lock was taken: it has another key before it is seen locked
     POOL_SYNC,          // the lane that looks at a lock again does not wait for the others of its tile, which still read the row

@@ -25,7 +25,7 @@ U8 = NDArray[np.uint8]
 # Several launches at once, all of their lanes. Of a block of 256 most lanes would do nothing: launches here use smaller ones.
 BLOCK = 64
 LANES_MAX = 1024
-ACCESSES_MAX = 20_000_000
+ACCESSES_MAX = 1_000_000  # ten times what a scenario takes: lanes that wait for each other are told to
 
 
 def plants() -> dict[str, int]:
@@ -38,10 +38,10 @@ def plants() -> dict[str, int]:
 class Model(HostTwin):
     """The model twin, with a bug planted or with none."""
 
-    def __init__(self, seed: int, plant: str = "NONE") -> None:
+    def __init__(self, seed: int, plant: str = "NONE", accesses_max: int = ACCESSES_MAX) -> None:
         """Sanitised where the process is; see test_sanitised_kernels.py."""
         self.seed = seed
-        schedule = Schedule(lanes_max=LANES_MAX, accesses_max=ACCESSES_MAX)
+        schedule = Schedule(lanes_max=LANES_MAX, accesses_max=accesses_max)
         super().__init__("model", seed, schedule, sanitise=build.sanitised_process())
         self._plant = plant
 
@@ -395,6 +395,28 @@ def two_writers_at_par(twin: Model) -> None:
     _two_writers(world, [lowest, newcomers], score=1)
 
 
+def two_appliers(twin: Model) -> None:
+    """Two launches that apply at once, to the same keys: each takes what the other has not, and the newest rows stay."""
+    world = World(twin, Shape(1, 8, "float32"), twin.seed)
+    keys = world.keys_for(0, 20)
+    world.begin(keys)
+    older, newer = world.batch(keys, 200), world.batch(keys, 300)
+    outcomes = []
+    for names, stamps, rows in (older, newer):
+        outcomes.append(world.new(len(names), np.uint8))
+        launchers.apply(twin, world.here, *world.up(names, stamps, rows), outcomes[-1], stream=twin.stream())
+    look = world.lookup(keys, twin.stream())
+    twin.synchronize()
+    look(keys)
+    assert np.isin(outcomes[0], [layout.ASSIGNED, layout.KEPT]).all()
+    assert (np.asarray(outcomes[1]) == layout.ASSIGNED).all(), "a newer row was not taken"
+    after = world.lookup(newer[0])
+    twin.synchronize()
+    after(keys)
+    headers = np.asarray(world.here.headers).view(layout.HEADER)[:, 0]
+    _equal("stamps", np.sort(headers["stamp"][headers["stamp"] != 0]), np.sort(newer[1]))
+
+
 def alone(twin: Model) -> None:
     """Each kernel by itself, at full load: stamps older and newer, scores, keys that share a digest."""
     world = World(twin, Shape(2, 6, "float32"), twin.seed)
@@ -427,4 +449,5 @@ SCENARIOS = (
     export_beside_apply,
     two_writers,
     two_writers_at_par,
+    two_appliers,
 )

@@ -72,7 +72,7 @@ def test_many_keys_at_random(codec: str, dim: int) -> None:
 def many_keys(codec: str, dim: int, count: int) -> None:
     """Each kernel is given `count` keys, in a cache that fills up to its last slot, beside a look-up."""
     seed = DIMS.index(dim) * len(CODECS) + CODECS[codec]
-    world = World(Model(seed), Shape(-(-count // 56), dim, codec), seed)  # 32 slots for 56 keys
+    world = World(Model(seed, accesses_max=500_000_000), Shape(-(-count // 56), dim, codec), seed)  # 32 slots for 56 keys
     twin = world.twin
     reading, writing = twin.stream(), twin.stream()
     keys = world.new_keys(count)

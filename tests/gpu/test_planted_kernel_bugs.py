@@ -27,6 +27,7 @@ FOUND_BY: dict[str, Callable[[beside.Model], None]] = {
     "LATE_LOCK": beside.two_writers,
     "ERASE_NEWER": beside.alone,
     "FIRST_MATCH_ONLY": beside.alone,
+    "HOLD_AND_WAIT": beside.two_appliers,
     "EXPORT_UNPROVEN": beside.export_beside_apply,
     "CLEAR_FENCE": beside.look_for_key_zero,
     "POOL_SYNC": partial(beside.pool_beside_apply, codec="float32", dim=64),
