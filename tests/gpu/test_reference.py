@@ -128,6 +128,7 @@ class Both:
         assert found == self.oracle.rows(newer_than)
 
 
+@pytest.mark.timeout(1_800)  # the long profile has thousands of examples
 @given(
     buckets=st.integers(1, 3),
     dim=st.sampled_from([1, 3, 4, 16, 17]),
