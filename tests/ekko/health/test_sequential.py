@@ -1,5 +1,6 @@
 """The sequential test keeps its level over long streams, at any look, and finds drops; its sums are what they say."""
 
+import itertools
 import math
 import struct
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from ekko.health.moments import Moments
 from ekko.health.samples import FIELDS, LOSS_MAX, Sample, own_values, sample_of
-from ekko.health.sequential import GRID, Detection, Difference, Stretch
+from ekko.health.sequential import GRID, Detection, Difference, Stretch, _psi
 from sim_cluster.demo.evaluation import auc as exact_auc
 
 values = st.lists(st.floats(0, 1), max_size=8)
@@ -135,6 +136,31 @@ def test_evidence_is_a_supermartingale_at_the_bound() -> None:
             detection.add(window, *step)
         evidence.append(math.exp(detection.log_evidence))
     assert np.mean(evidence) <= 1 + 4 * np.std(evidence) / math.sqrt(len(evidence))
+
+
+def test_the_inequality_behind_it_holds_for_every_value() -> None:
+    """Fan's: exp(l e - psi(l) e^2) <= 1 + l e for every error e from -1 on, where l < 1; at -1 the two are the same."""
+    error = np.linspace(-1.0, 1.0, 2_001)[:, None]
+    bound = 1 + GRID * error
+    assert (np.exp(GRID * error - _psi(GRID) * error**2) <= bound * (1 + 1e-12)).all()
+    assert np.exp(-GRID - _psi(GRID)) == pytest.approx(bound[0], rel=1e-12)
+
+
+@pytest.mark.parametrize(("scale", "rate"), [(1.0, 0.5), (0.5, 0.5), (2.0, 0.1)])
+def test_the_mean_of_the_evidence_over_all_outcomes_is_what_has_begun_at_most(scale: float, rate: float) -> None:
+    """Two events of each arm, of two windows, each 0 or the most there is: all 81 counts of them, without any chance."""
+    horizon, mean = 10, 0.0
+    chance = [(1 - rate) ** 2, 2 * rate * (1 - rate), rate**2]
+    for counts in itertools.product(range(3), repeat=4):
+        detection, difference = Detection(horizon, scale, 0.0), Difference(scale, 1)
+        for window in range(2):
+            online, baseline = (moments([scale] * count + [0.0] * (2 - count)) for count in counts[2 * window : 2 * window + 2])
+            step = difference.take(online, baseline)
+            assert step is not None
+            detection.add(window, *step)
+        mean += math.prod(chance[count] for count in counts) * math.exp(detection.log_evidence)
+    assert mean <= 2 / horizon
+    assert mean > 0.5 / horizon, "it is not spent for nothing"
 
 
 def test_the_confidence_sequence_holds_the_truth_at_all_windows_at_once() -> None:
