@@ -66,6 +66,16 @@ def test_stores_of_two_locations_land_in_any_order_without_a_fence(fence: str) -
 def test_a_location_does_not_go_back_but_for_plain_reads() -> None:
     assert outcomes("coherence", 6) == {(0, 0)}
     assert outcomes("plain_coherence", 6) != {(0, 0)}
+    assert (1, 0) in outcomes("plain_after_relaxed")
+
+
+def test_a_lane_meets_what_it_stored() -> None:
+    for seed in range(12):
+        device = HostTwin("model", seed, folder=LITMUS)
+        memory, out = device.zeros(64, np.uint32), device.zeros(1, np.uint32)
+        device.launch(device.kernel("litmus", "own_stores"), 2, 32, [memory, out, np.int64(8)])
+        assert device.download(out)[0] == 0
+        assert (memory == 8).all()
 
 
 @pytest.mark.parametrize(
@@ -120,6 +130,9 @@ def test_who_waits_for_a_value_meets_it_under_every_adversary(policy: str, reads
     lock, counter = device.zeros(1, np.uint32), device.zeros(1, np.uint32)
     device.launch(device.kernel("litmus", "locked", {"FENCE": "fence()"}), 2, 64, [lock, counter, np.int64(3)])
     assert device.download(counter)[0] == 2 * 64 * 3
+    # Reads that come late, and stores that stay with their lane, do so for a while.
+    device.launch(device.kernel("litmus", "turns", {"FENCE": "fence()"}), 2, 32, [device.zeros(32, np.uint32), np.int64(20)])
+    device.synchronize()
 
 
 def test_plain_accesses_that_race_are_told() -> None:

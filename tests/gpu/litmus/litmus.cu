@@ -177,3 +177,38 @@ KERNEL(32, group, Global<u32> memory, Global<u32> out, i64 rounds) {
         }
     }
 }
+
+// Two blocks that wait for each other's word in turn, without a fence.
+KERNEL(32, turns, Global<u32> memory, i64 rounds) {
+    if (lane() != 0) return;
+    const Global<u32> mine = memory + 16 * block_index(), theirs = memory + 16 * (1 - block_index());
+    for (u32 i = 1; i <= rounds; i++) {
+        if (block_index() == 0) mine.relax(0, i);
+        while (theirs.relaxed() != i) {}
+        if (block_index() == 1) mine.relax(0, i);
+    }
+}
+
+// A lane meets what it stored itself, whatever its neighbours do elsewhere; `out` counts where not.
+KERNEL(32, own_stores, Global<u32> memory, Global<u32> out, i64 rounds) {
+    const Global<u32> mine = memory + 32 * block_index() + lane();
+    for (u32 i = 1; i <= rounds; i++) {
+        mine.relax(0, i);
+        if (mine.relaxed() != i || mine.read() != i) out.add(0, 1);
+        if (mine.add(0, 0) != i) out.add(0, 1);
+    }
+}
+
+// A plain read after a relaxed one: the first-level cache may have an older value.
+KERNEL(32, plain_after_relaxed, Global<u32> memory, Global<u32> out, i64 rounds) {
+    if (lane() != 0) return;
+    for (i64 i = 0; i < rounds; i++) {
+        PAIR(i);
+        if (block_index() == 0) {
+            x.relax(0, 1);
+        } else {
+            out.write(2 * i, x.relaxed());
+            out.write(2 * i + 1, x.read());
+        }
+    }
+}
