@@ -163,6 +163,18 @@ def test_the_mean_of_the_evidence_over_all_outcomes_is_what_has_begun_at_most(sc
     assert mean > 0.5 / horizon, "it is not spent for nothing"
 
 
+def test_units_do_not_matter() -> None:
+    one, other = Detection(10, 1.0, -0.1), Detection(10, 8.0, -0.8)
+    near, far = Stretch(1.0), Stretch(8.0)
+    for window in range(5):
+        one.add(window, 10, -2.0, 3.0)
+        other.add(window, 10, 8 * -2.0, 8**2 * 3.0)
+        near.add(10, -2.0, 3.0)
+        far.add(10, 8 * -2.0, 8**2 * 3.0)
+    assert one.log_evidence == pytest.approx(other.log_evidence)
+    assert 8 * near.radius(0.1) == pytest.approx(far.radius(0.1))
+
+
 def test_the_confidence_sequence_holds_the_truth_at_all_windows_at_once() -> None:
     rng, missed, level = np.random.default_rng(4), 0, 0.1
     for _ in range(30):
