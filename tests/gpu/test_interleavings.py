@@ -40,6 +40,7 @@ def test_launches_beside_each_other(scenario: Callable[[Model], None]) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1_800)
 @pytest.mark.parametrize("scenario", beside.SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_launches_beside_each_other_for_long(scenario: Callable[[Model], None]) -> None:
     play(scenario, range(1_000, 1_400))
@@ -64,6 +65,7 @@ def test_keys_at_random(codec: str, dim: int) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1_800)
 @pytest.mark.parametrize(("codec", "dim"), KINDS)
 def test_many_keys_at_random(codec: str, dim: int) -> None:
     many_keys(codec, dim, 4_200)  # times the kinds: 100,800 for each kernel

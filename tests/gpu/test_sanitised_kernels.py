@@ -27,5 +27,6 @@ def test_look_ups_beside_writes_are_clean() -> None:
 
 @pytest.mark.processes
 @pytest.mark.long
+@pytest.mark.timeout(1_800)
 def test_all_interleavings_are_clean() -> None:
     assert " passed" in run(str(HERE / "test_interleavings.py"), "-k", "not for_long and not many_keys")
