@@ -26,7 +26,7 @@ from ekko.loading import Loading
 from ekko.local import Failed
 from ekko.node.answers import Answers
 from ekko.node.delaying import check_role, open_delayed
-from ekko.node.devices import open_devices
+from ekko.node.devices import devices_of, open_configured
 from ekko.node.life import Life
 from ekko.node.opening import have_configured_models, open_store
 from ekko.node.parts import LocalEvent, Parts, make_parts
@@ -129,12 +129,13 @@ class Node:
             # Compiling takes a while when the cache is cold; /healthz answers meanwhile.
             await asyncio.to_thread(warm)
             life.preparing.remove("kernels")
+            device = await asyncio.to_thread(open_configured, self.config)
             store = await self._open_store()
             delayed = await asyncio.to_thread(open_delayed, self.config, store, self._memory_dir)
             life.parts = parts = make_parts(
                 self.config, store, delayed, life.boot, life.boot_ms, self._answers.metrics, self._submit
             )
-            life.devices = await asyncio.to_thread(open_devices, self.config, parts.served)
+            life.devices = devices_of(self.config, device, parts.served)
             parts.operations.settle()
             life.preparing.remove("store")
             if self._snapshots is not None:

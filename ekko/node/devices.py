@@ -15,7 +15,7 @@ from ekko.device.writer import DeviceWriter
 from ekko.errors import ConfigError
 from ekko.store import Store
 from ekko.store.model_store import ModelStore
-from gpu.backend import open_device
+from gpu.backend import Device, open_device
 from gpu.errors import DeviceError
 
 # A table that comes later is served from the host for so long.
@@ -28,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 
 class Devices:
-    """Of one life of a node. Use `open_devices`.
+    """Of one life of a node. Use `devices_of`.
 
     Args:
         settings: what is cached.
@@ -100,21 +100,28 @@ class Devices:
         self._writer.close()
 
 
-def open_devices(config: NodeConfig, store: Store) -> Devices | None:
-    """The device of the configuration, with no rows yet; None: there is none. Takes seconds where kernels are compiled.
+def open_configured(config: NodeConfig) -> Device | None:
+    """The device of the configuration; None: there is none. Takes seconds where kernels are compiled.
 
     Raises:
         ConfigError: the device cannot be used.
     """
-    if (settings := config.device_settings) is None:
+    if config.device is None:
         return None
     try:
-        device = open_device(settings.name)
+        device = open_device(config.device.name)
         warm_writer(device)
     except DeviceError as error:
         raise ConfigError(f"device.name: {error}") from None
-    writer = DeviceWriter(device, config.node.run_dir, config.node.access, store.memory.prefix, _tell)
     log.info("device_open", device=device.name)
+    return device
+
+
+def devices_of(config: NodeConfig, device: Device | None, store: Store) -> Devices | None:
+    """The caches of a node, none of which is there yet; None: it has no device."""
+    if device is None or (settings := config.device_settings) is None:
+        return None
+    writer = DeviceWriter(device, config.node.run_dir, config.node.access, store.memory.prefix, _tell)
     return Devices(settings, store, writer)
 
 
