@@ -88,7 +88,7 @@ class ModelPriority:
     """Of one model at its origin.
 
     Raises:
-        ConfigError: there is no such formula; `check_formula` says so before a node starts.
+        ConfigError: there is no such formula; the configuration says so before a node starts.
     """
 
     def __init__(self, model: ModelStore, settings: PrioritySettings) -> None:

@@ -38,7 +38,7 @@ def rollback(
     writer: Annotated[str | None, typer.Option("--writer", help="Only rows that this node wrote last.", metavar="NODE")] = None,
     keys: Annotated[str | None, typer.Option("--keys", help="Only keys from A on, up to B.", metavar="A:B")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would take: rows, bytes, seconds.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; nor does --json.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also in place of one that goes on.")] = False,
     finish: Annotated[
         bool, typer.Option("--finish", help="Let writers go on, though the model is not judged healthy yet.")
