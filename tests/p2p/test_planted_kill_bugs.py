@@ -140,7 +140,7 @@ def whoever_is_asked_has_it(patch: pytest.MonkeyPatch) -> None:
 def what_was_seen_is_never_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Invariant 5: the set of batches seen has no bound."""
     patch.setattr(push, "SEEN_MAX", 1 << 40)
-    patch.setattr("sim_cluster.swarm.push", SimpleNamespace(SEEN_MAX=32, SHORT_BYTES_MAX=push.SHORT_BYTES_MAX))
+    patch.setattr("sim_cluster.bounds.push", SimpleNamespace(SEEN_MAX=32, SHORT_BYTES_MAX=push.SHORT_BYTES_MAX))
     patch.setattr("p2p.status.push", SimpleNamespace(SEEN_MAX=32))
 
 
