@@ -190,7 +190,7 @@ def test_dense_parameters_go_with_every_nth_step() -> None:
 
 
 def test_publish_all_covers_every_row_in_bounded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ekko.torch, "PUBLISH_ALL_BYTES_MAX", 5 * 4 * 4)  # five rows of four float32
+    monkeypatch.setattr(ekko.torch.tracker, "PUBLISH_ALL_BYTES_MAX", 5 * 4 * 4)  # five rows of four float32
     model, publisher = Toy(), recorder()
     tracker = ekko.torch.track(model, adagrad(model), publisher, TABLES)
     assert tracker.publish_all() == len(publisher.steps) == 2 + 3 + 1

@@ -10,7 +10,7 @@ import torch
 import ekko.torch
 from ekko.errors import ModelError, PublishError
 from ekko.torch import Reloaded
-from ekko.torch_reload import load_rows
+from ekko.torch.reloading import load_rows
 from tests.ekko.test_torch import TABLES, Recorder, Toy, train
 
 GONE, STAYS = [3, 5], [4, 6]

@@ -1,14 +1,4 @@
-"""The public torch face: publish what a training step changed, and pool embeddings that a reader looks up.
-
-Training side: three lines, of which the last is
-
-    tracker = ekko.torch.track(model, optimizer, publisher, tables={"item_embedding": "item"})
-
-From then on every `optimizer.step()` publishes the rows it changed as one batch under one stamp. With sparse gradients the
-gradient itself says which rows those are, so nothing is compared or copied that did not change.
-
-Serving side: `EmbeddingBag(reader, "item")` stands where `torch.nn.EmbeddingBag` stood in training.
-"""
+"""`track`: publish the rows that a training step changed, and load what a rollback took back."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -22,10 +12,7 @@ from torch.optim import Optimizer
 
 from ekko.errors import ModelError
 from ekko.restored import Restored
-from ekko.serve.embedding_bag import EmbeddingBag
-from ekko.torch_reload import Reloaded, Rows, StateReader, load_dense, load_rows
-
-__all__ = ["EmbeddingBag", "Reloaded", "Tracker", "track"]
+from ekko.torch.reloading import Reloaded, Rows, StateReader, load_dense, load_rows
 
 # `publish_all` cuts a table into steps of about this size: large enough that the cost of a step does not count, small enough
 # that the node stays responsive to other publishers meanwhile.
