@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from collections.abc import Mapping as ReadOnlyMapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,13 +25,14 @@ from ekko.health.wire import events_of
 from ekko.model import DENSE_TABLE, TensorSpec, check_name
 from ekko.serve.arguments import as_bags, as_keys, output
 from ekko.serve.attachment import Attacher, Attachment, names
-from ekko.serve.consistency import between_batches
+from ekko.serve.consistency import DEADLINE_S, Moment, at_one_moment, between_batches, mostly_between_batches
 from ekko.serve.defaults import Default, Defaults
 from ekko.serve.tensor import Tensor
+from ekko.serve.together import State, check_arguments
 from ekko.store import layout
 from ekko.store.kernels.index import shards_of
 from ekko.store.locks import ForkSafeLock
-from ekko.store.view import NO_STAMPS, TableView
+from ekko.store.view import NO_STAMPS, Bags, TableView
 
 if TYPE_CHECKING:
     from ekko.device.tier import Ask, DeviceTier
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 F32 = NDArray[np.float32]
 U64 = NDArray[np.uint64]
+T = TypeVar("T")
 
 # How often a waiting reader looks for its model, seconds.
 POLL_S = 0.01
@@ -328,8 +330,7 @@ class Reader:
         if tier is not None and not consistent:
             return tier.pool(self._ask(attachment, view), wanted.reshape(-1), bags, out)  # type: ignore[no-any-return]
         rows = output(out if tier is None else None, (bags.ends.size - 1, view.spec.dim))
-        default = self._defaults.row(view)
-        self._read(attachment, consistent, lambda: view.pool(wanted.reshape(-1), bags, rows, default.address))
+        self._read(attachment, consistent, lambda: self._pool(view, wanted, bags, rows))
         return rows if tier is None else tier.upload(rows, out)
 
     def _shown(self, rows: F32) -> F32:
@@ -360,11 +361,19 @@ class Reader:
         else:
             view.lookup(keys.reshape(-1), rows.reshape(-1, view.spec.dim), stamps.reshape(-1), default.address)
 
+    def _pool(self, view: TableView, keys: U64, bags: Bags, rows: F32) -> None:
+        default = self._defaults.row(view)  # it is kept alive through the call
+        view.pool(keys.reshape(-1), bags, rows, default.address)
+
+    def _host_keys(self, keys: ArrayLike) -> ArrayLike:
+        """Keys that may be in an array of this reader's device."""
+        return keys if self._tier is None else self._tier.host_keys(keys)
+
     def dense(self, name: str, *, consistent: bool = False) -> NDArray[Any]:
         """A dense tensor, with its shape and dtype.
 
-        Rows of `DENSE_DIM` values are each of one version. While a newer version is being written, the tensor is read again, a
-        few times; a mixture of two versions remains possible, but with `consistent`.
+        Rows of `DENSE_DIM` values are each of one version. While a batch is being applied, the tensor is read again, a few
+        times; a mixture of two versions remains possible, but with `consistent`.
 
         Args:
             name: the tensor's.
@@ -378,7 +387,10 @@ class Reader:
         """
         tensor = Tensor(self._tensor(attachment := self._current(), name))
         rows = attachment.tables[DENSE_TABLE]
-        self._read(attachment, consistent, lambda: tensor.read(rows))
+        if consistent:
+            between_batches(self.model, attachment.header_address, lambda: tensor.read(rows))
+        else:
+            mostly_between_batches(attachment.header_address, lambda: tensor.read(rows))
         return tensor.whole(self.model)
 
     def lookup_with_dense(
@@ -413,6 +425,45 @@ class Reader:
         self._read(attachment, consistent, copy)
         rows_of = {name: self._shown(rows) for name, (_, _, rows) in zip(keys, calls, strict=True)}
         return rows_of, {name: tensor.whole(self.model) for name, tensor in tensors.items()}
+
+    def together(self, read: Callable[[State], T], *, newer_ms: float | None = None, timeout: float = DEADLINE_S) -> T:
+        """Several look-ups and dense tensors of one moment, between two batches: of each writer whole steps, the same in all.
+
+            def inputs(state):
+                films = state.lookup("history", users)  # one look-up may need the answer of another
+                return state.lookup("item", films), state.dense_many()
+
+            rows, tensors = reader.together(inputs)
+
+        `read` is ended, within one of its look-ups, as soon as a batch is applied, and called again: it sees nothing of two
+        moments, and should read, and compute afterwards. Calls that are many microseconds long between batches that follow
+        each other at once find no moment that is long enough.
+
+        Args:
+            read: given the `State` to read from, may be called any number of times; what it raises goes to the caller.
+            newer_ms: how much newer than the newest of its tensors the rows may be that it reads, in milliseconds by their
+                stamps; 0: not at all, so that each is as it was when the tensors were published; None: as they are. A key that
+                is absent counts as old.
+            timeout: seconds after which no call is begun.
+
+        Returns:
+            What `read` returns.
+
+        Raises:
+            ModelError: as look-ups; `newer_ms` or `timeout` is negative.
+            StoreError: there was no such moment in time: the node is catching up, a batch came into each attempt, or rows are
+                too much newer than the tensors. It says which.
+        """
+        check_arguments(newer_ms, timeout)
+
+        def attach() -> tuple[int, Attachment]:
+            attachment = self._current()
+            return attachment.header_address, attachment
+
+        def attempt(attachment: Attachment, moment: Moment) -> T:
+            return read(State(self, attachment, moment, newer_ms))
+
+        return at_one_moment(self.model, attach, attempt, timeout)
 
     def _tensor(self, attachment: Attachment, name: str) -> TensorSpec:
         spec = attachment.tensors.get(name)

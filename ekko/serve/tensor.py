@@ -1,7 +1,6 @@
 """Dense tensors, out of the rows of `_dense` that hold them."""
 
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,6 @@ from numpy.typing import NDArray
 from ekko.errors import ModelError
 from ekko.model import DENSE_DIM, TensorSpec
 from ekko.store.view import TableView
-
-# A tensor is read again while its rows carry different stamps, which means that a newer one is just being written.
-DENSE_ATTEMPTS_MAX = 8
 
 
 class Tensor:
@@ -24,12 +20,13 @@ class Tensor:
         self._stamps = np.empty(spec.rows, np.uint64)
 
     def read(self, view: TableView) -> None:
-        """Copy it out; again while its rows are of different versions, a few times."""
-        for _ in range(DENSE_ATTEMPTS_MAX):
-            view.lookup(self._spec.keys, self._rows, self._stamps)
-            if self._spec.rows == 0 or self._stamps.min() == self._stamps.max():
-                break
-            time.sleep(0)
+        """Copy it out; its rows may be of several versions, if it is written meanwhile."""
+        view.lookup(self._spec.keys, self._rows, self._stamps)
+
+    @property
+    def stamp(self) -> int:
+        """Of which step it is: the newest stamp of its rows. Those that a step did not change keep theirs."""
+        return int(self._stamps.max()) if self._stamps.size else 0
 
     def whole(self, model: str) -> NDArray[Any]:
         """Its values.

@@ -72,14 +72,41 @@ class Step:
 
     def publish_dense(self, name: str, array: ArrayLike) -> None:
         """Add a dense tensor: float32 of any shape."""
+        spec, rows = self._dense_rows(name, array)
+        self._add(DENSE_TABLE, _Change(spec.keys, encode(DENSE_SPEC.codec, rows), None))
+
+    def publish_dense_changes(self, name: str, array: ArrayLike, before: ArrayLike) -> int:
+        """Add what of a dense tensor is not as it was: the rows of `DENSE_DIM` values in which a bit differs, and the first.
+
+        The first goes along though nothing changed: its stamp says of which step the tensor is.
+
+        Args:
+            name: the tensor's.
+            array: float32 of any shape, as it is now.
+            before: float32 of that shape, as this publisher published it last, and nobody else since.
+
+        Returns:
+            How many of the tensor's rows go.
+
+        Raises:
+            ModelError, PublishError: as `Publisher.publish_dense`; `before` has another shape.
+        """
+        spec, rows = self._dense_rows(name, array)
+        if np.shape(before) != spec.shape:
+            raise ModelError(f"tensor {name!r} has shape {spec.shape}, and before that {np.shape(before)}: publish it whole")
+        differs = (rows.view(np.uint32) != _in_rows(spec, np.asarray(before, np.float32)).view(np.uint32)).any(axis=1)
+        differs[:1] = True
+        self._add(DENSE_TABLE, _Change(spec.keys[differs], encode(DENSE_SPEC.codec, rows[differs]), None))
+        return int(np.count_nonzero(differs))
+
+    def _dense_rows(self, name: str, array: ArrayLike) -> tuple[TensorSpec, F32]:
+        """A tensor's schema entry, noted, and its float32[rows, DENSE_DIM]."""
         self._check_collecting()
         values = dense_of(name, array)
         spec = self._publisher.tensor_spec(name, values)
         if self.tensors.setdefault(name, spec) != spec:
             raise ModelError(f"tensor {name!r} appears in one step with shapes {self.tensors[name].shape} and {spec.shape}")
-        rows = np.zeros((spec.rows, DENSE_DIM), np.float32)
-        rows.reshape(-1)[: values.size] = values.reshape(-1)
-        self._add(DENSE_TABLE, _Change(spec.keys, encode(DENSE_SPEC.codec, rows), None))
+        return spec, _in_rows(spec, values)
 
     def columns(self) -> list[tuple[RowColumns, F32 | None]]:
         """Everything collected, one column per table: unique keys, live rows first; and how much each of its rows matters."""
@@ -103,6 +130,13 @@ class Step:
         if kind is None:
             self._stamp = self._publisher._commit(self, time.monotonic_ns())  # noqa: SLF001 - the two are one unit
         self._changes.clear()
+
+
+def _in_rows(spec: TensorSpec, values: F32) -> F32:
+    """float32[rows, DENSE_DIM]; the last row is filled with zeros."""
+    rows = np.zeros((spec.rows, DENSE_DIM), np.float32)
+    rows.reshape(-1)[: values.size] = values.reshape(-1)
+    return rows
 
 
 class _Change:
