@@ -67,8 +67,8 @@ def load_rows(optimizer: Optimizer, weight: nn.Parameter, restored: RestoredRows
     return ids
 
 
-def load_dense(optimizer: Optimizer, value: nn.Parameter, array: NDArray[np.float32]) -> None:
-    """Put a restored tensor in place of a parameter."""
+def load_dense(optimizer: Optimizer, value: Tensor, array: NDArray[np.float32]) -> None:
+    """Put a restored tensor in place of a parameter or buffer."""
     with torch.no_grad():
         value.copy_(torch.from_numpy(np.array(array, np.float32)))
         optimizer.state.pop(value, None)  # begins anew with the next step

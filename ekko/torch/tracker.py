@@ -1,5 +1,6 @@
 """`track`: publish the rows that a training step changed, and load what a rollback took back."""
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from typing import Final, Literal, Protocol, Self, get_args
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from ekko.errors import ModelError
 from ekko.restored import Restored
+from ekko.torch.dense import DenseParameters
 from ekko.torch.reloading import Reloaded, Rows, StateReader, load_dense, load_rows
 
 # `publish_all` cuts a table into steps of about this size: large enough that the cost of a step does not count, small enough
@@ -49,7 +51,7 @@ def track(
     optimizer: Optimizer,
     publisher: StepPublisher,
     tables: Mapping[str, str],
-    dense_every: int | None = None,
+    dense_every: int | str | None = None,
     significance: Significance = "gradient",
     reader: StateReader | None = None,
 ) -> "Tracker":
@@ -68,7 +70,9 @@ def track(
         publisher: an `ekko.Publisher` of a model that has the tables.
         tables: module name (as in `model.named_modules()`) of an `nn.Embedding` -> table it is published to; the row index is
             the key. With `sparse=False` the rows of a step are those whose gradient is not zero.
-        dense_every: publish all other parameters too, under their parameter names, with every this many steps; None: never.
+        dense_every: publish all other parameters too, under their parameter names, and floating-point buffers that a state dict
+            has, with every this many steps (8), or with a step at most so often ("2s"); None: never. They go in one batch with
+            the rows of their step, and of each what changed since they went last.
         significance: "gradient", or "change": how far a row moves is what counts, as the node sees it.
         reader: of the same model on this machine, to read dense parameters after a rollback, and rows that steps changed
             which it had refused; None: these stay as they are.
@@ -92,27 +96,19 @@ class Tracker:
         optimizer: Optimizer,
         publisher: StepPublisher,
         tables: Mapping[str, str],
-        dense_every: int | None = None,
+        dense_every: int | str | None = None,
         significance: Significance = "gradient",
         reader: StateReader | None = None,
     ) -> None:
         if significance not in get_args(Significance):
             raise ModelError(f"significance is {significance!r}: expected 'gradient' or 'change'")
-        if dense_every is not None and (not isinstance(dense_every, int) or dense_every < 1):
-            raise ModelError(f"dense_every is {dense_every!r}: expected a number of steps from 1, or None for never")
         self._publisher = publisher
         self._optimizer = optimizer
         self._says_significance = significance == "gradient"
         self._reader = reader
         self._weights = _tracked_weights(model, optimizer, publisher, tables)
-        tracked = {id(weight) for weight in self._weights.values()}
-        self._dense = {name: value for name, value in model.named_parameters() if id(value) not in tracked}
-        self._dense_every = dense_every
-        if dense_every is not None:
-            _check_dense(self._dense)
+        self._dense = DenseParameters(model, self._weights.values(), dense_every, time.monotonic())
         self._touched: dict[str, _Touched] = {}
-        self._steps = 0
-        self._dense_due = False
         self._stamp = 0
         self._hook = optimizer.register_step_post_hook(self._after_step)
 
@@ -124,7 +120,7 @@ class Tracker:
     @property
     def dense_names(self) -> tuple[str, ...]:
         """Names under which the dense parameters are published."""
-        return tuple(self._dense)
+        return self._dense.names
 
     def publish_all(self) -> int:
         """Publish every row of every table and all dense parameters, as a first state or after loading a checkpoint.
@@ -144,8 +140,7 @@ class Tracker:
 
     def publish_dense(self) -> int:
         """Publish all dense parameters now; returns the stamp."""
-        _check_dense(self._dense)
-        self._dense_due = bool(self._dense)
+        self._dense.demand()
         return self._publish()
 
     def reload(self) -> Reloaded:
@@ -161,8 +156,9 @@ class Tracker:
         )()  # a publisher of yours may know no rollbacks
         if not restored:
             return Reloaded({})
-        due, self._touched, self._dense_due = self._touched, {}, False
-        tensors = dict.fromkeys(name for one in restored for name in one.tensors if name in self._dense)
+        due, self._touched = self._touched, {}
+        self._dense.drop()
+        tensors = dict.fromkeys(name for one in restored for name in one.tensors if name in self._dense.names)
         loaded: dict[str, int] = {}
         for one in restored:
             if one.table in self._weights:
@@ -171,9 +167,9 @@ class Tracker:
                 if (held := due.get(one.table)) is not None:
                     due[one.table] = held.without(ids)
         read = tuple(name for name in tensors if self._reload_dense(name))
-        if self._dense_every is not None:
+        if self._dense.periodic:
             with suppress(ModelError):  # none was published yet
-                read += tuple(name for name in self._dense if name not in tensors and self._reload_dense(name))
+                read += tuple(name for name in self._dense.names if name not in tensors and self._reload_dense(name))
         dropped = {table: len(held.ids) for table, held in due.items() if len(held.ids)}
         for table in dropped:
             self._reload_rows(table, due[table].ids)
@@ -190,7 +186,7 @@ class Tracker:
     def _reload_dense(self, name: str) -> bool:
         if self._reader is None:
             return False
-        load_dense(self._optimizer, self._dense[name], self._reader.dense(name))
+        load_dense(self._optimizer, self._dense.tensor(name), self._reader.dense(name))
         return True
 
     def remove(self) -> None:
@@ -209,9 +205,7 @@ class Tracker:
             if touched is not None:
                 held = self._touched.get(table)
                 self._touched[table] = touched if held is None else held.merged(touched)
-        self._steps += 1
-        if self._dense_every is not None and self._steps % self._dense_every == 0:
-            self._dense_due = True
+        self._dense.stepped(time.monotonic())
         self._publish()
 
     def _publish(self) -> int:
@@ -228,19 +222,25 @@ class Tracker:
 
     def _publish_due(self) -> int:
         """Nothing is forgotten before the node has stored it."""
-        if not self._touched and not self._dense_due:
+        if not self._touched and not self._dense.due:
             return self._stamp
-        with self._publisher.step() as step:
-            for table, touched in self._touched.items():
-                rows = _rows(self._weights[table], touched.ids)
-                weights = touched.significance.cpu().numpy() if self._says_significance else None
-                step.publish(table, _keys(touched.ids), rows, weights)
-            if self._dense_due:
-                for name, value in self._dense.items():
-                    step.publish_dense(name, value.detach().cpu().numpy())
+        version = self._dense.take() if self._dense.due else None
+        try:
+            with self._publisher.step() as step:
+                for table, touched in self._touched.items():
+                    rows = _rows(self._weights[table], touched.ids)
+                    weights = touched.significance.cpu().numpy() if self._says_significance else None
+                    step.publish(table, _keys(touched.ids), rows, weights)
+                if version is not None:
+                    self._dense.add_to(step, version)
+        except BaseException:
+            if version is not None:
+                self._dense.failed()
+            raise
+        if version is not None:
+            self._dense.published(version, getattr(self._publisher, "openings", 0))  # one of yours may not count them
         self._stamp = step.stamp
         self._touched = {}
-        self._dense_due = False
         return self._stamp
 
 
@@ -353,12 +353,6 @@ def _check_optimizer(name: str, weight: nn.Parameter, optimizer: Optimizer, *, s
                 f"the optimizer has {setting} = {group[setting]} on module {name!r}, which changes rows that have no gradient: "
                 f"put its weight into a parameter group with {setting} = 0"
             )
-
-
-def _check_dense(parameters: Mapping[str, nn.Parameter]) -> None:
-    for name, value in parameters.items():
-        if value.dtype != torch.float32:
-            raise ModelError(f"parameter {name!r} has dtype {value.dtype}: only torch.float32 is available in this version")
 
 
 def _listed(names: Iterator[str] | Mapping[str, object] | list[str]) -> str:

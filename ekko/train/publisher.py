@@ -124,6 +124,7 @@ class Publisher:
         self._held = Held(opened.held.incarnation, {table: opened.table_id(table) for table in opened.tables})
         self._tensors = dict(opened.tensors)
         self._last_stamp = opened.last_stamp
+        self._openings = 1
         self.codec = opened.codec
         self.model = model
         self.node = opened.node
@@ -135,6 +136,11 @@ class Publisher:
     def tables(self) -> dict[str, int]:
         """Table name -> dim, as the node knew them when this publisher opened the model."""
         return dict(self._tables)
+
+    @property
+    def openings(self) -> int:
+        """How often this publisher has opened the model: once, and again each time the node had lost its memory."""
+        return self._openings
 
     @property
     def rows_held_back(self) -> int:
@@ -345,6 +351,7 @@ class Publisher:
             if not str(error).startswith(OTHER_RELEASE):
                 raise
             opened = self._opened(self._open)  # the node is of the release before
+        self._openings += 1
         if opened.held.incarnation != self._held.incarnation:
             raise ModelError(
                 f"model {self.model!r} was dropped, and node {opened.node!r} has another one of that name: make a new Publisher"
