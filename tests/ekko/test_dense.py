@@ -57,9 +57,6 @@ class Layers(nn.Module):
         self.scratch = nn.Parameter(torch.zeros(3))
         self.register_buffer("derived", torch.ones(2), persistent=False)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return (self.norm(self.free(inputs) + self.frozen(inputs).detach()) * torch.randn(64)).pow(3).sum()
-
 
 def assert_same(node: Node, model: nn.Module, names: tuple[str, ...]) -> None:
     state = model.state_dict()
@@ -147,15 +144,11 @@ def test_differences_make_of_a_replica_what_the_trainer_has(data: st.DataObject)
 
 def test_of_what_did_not_change_only_the_first_rows_go() -> None:
     model, node = Layers(), Node()
-    for parameter in model.frozen.parameters():
-        parameter.requires_grad_(False)
-    optimizer = torch.optim.SGD([*model.free.parameters(), *model.norm.parameters()], lr=0.1)
     dense = of(model, 1)
     whole = sum(TensorSpec(name, tuple(model.state_dict()[name].shape), "float32").rows for name in dense.names)
     for number in range(WHOLE_EVERY + 1):
-        optimizer.zero_grad()
-        model(torch.randn(8, 40)).backward()
-        optimizer.step()
+        for value in (*model.free.parameters(), *model.norm.parameters(), model.norm.running_mean, model.norm.running_var):
+            value.data += 1
         dense.stepped(number)
         assert dense.due
         assert dense.unsent
