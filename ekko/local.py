@@ -13,6 +13,8 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from ekko.ceilings import Above, AboveAsk, answer_body, answer_of
+from ekko.ceilings import ask_body as above_body
 from ekko.errors import EkkoError, ModelError, PublishError
 from ekko.health.wire import Report, Reported, decode_report, report_body, report_frames
 from ekko.model import CODEC_DEFAULT, CODECS, DENSE_ROWS_MAX, INCARNATION_MAX, TABLES_MAX, TensorSpec, table_id
@@ -149,8 +151,8 @@ class Failed:
     reason: str
 
 
-Request = Open | PublishStep | Wait | Ping | Report | RestoredAsk
-Answer = Opened | Stored | Waited | Pong | Failed | Reported | RestoredPage
+Request = Open | PublishStep | Wait | Ping | Report | RestoredAsk | AboveAsk
+Answer = Opened | Stored | Waited | Pong | Failed | Reported | RestoredPage | Above
 
 # The node does not know the model or a table (it lost its memory): the client opens it again and repeats the request.
 REOPEN: Final = "reopen"
@@ -209,6 +211,8 @@ def encode_request(number: int, request: Request) -> list[Buffer]:
             frames += [_bytes_of(column) for column in report_frames(request)]
         case RestoredAsk():
             body, version = ask_body(request), LOCAL_PROTOCOL_VERSION
+        case AboveAsk():
+            body, version = above_body(request), LOCAL_PROTOCOL_VERSION
     return [_packed(number, body, LOCAL_PROTOCOL_VERSION if last else version), *frames]
 
 
@@ -233,6 +237,8 @@ def encode_answer(number: int, answer: Answer) -> bytes:
             body = ["reported", taken, late, ahead]
         case RestoredPage():
             body = page_body(answer)
+        case Above():
+            body = answer_body(answer)
     return _packed(number, body, LOCAL_PROTOCOL_VERSION if last else LOCAL_PROTOCOL_VERSION_MIN)
 
 
@@ -314,6 +320,10 @@ def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
             return decode_report(model, count, segment, frames[1:])
         case ["restored", str(model), since, None | list() as after, None | [_, bytes()] as rows] if len(frames) == 1:
             return ask_of(model, since, after, rows)
+        case ["above", str(model), int(stamp), int(timeout_ms), incarnation] if len(frames) == 1:
+            if not 0 <= timeout_ms <= WAIT_MS_MAX or not 0 <= stamp < 1 << 64:
+                raise MalformedError(f"a wait of {timeout_ms} ms to publish above stamp {stamp} is out of range")
+            return AboveAsk(model, stamp, timeout_ms, _incarnation_of(incarnation or None))
     raise MalformedError("malformed request: not of this protocol")
 
 
@@ -350,6 +360,8 @@ def decode_answer(frame: Buffer) -> tuple[int, Answer]:
                 return number, Reported(taken, late, ahead)
             case ["restored", int(epoch), int(fenced), int(table), bytes(keys), list(shape), bytes(rows)]:
                 return number, page_of(epoch, fenced, table, keys, shape, rows)
+            case ["above", int(stamp), list(heard), list(unheard), list(silent)]:
+                return number, answer_of(stamp, heard, unheard, silent)
     except (TypeError, ValueError, OverflowError) as error:
         raise MalformedError(f"malformed answer: {error}") from error
     raise MalformedError("malformed answer: not of this protocol")

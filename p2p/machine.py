@@ -18,6 +18,7 @@ from p2p import messages as m
 from p2p import status
 from p2p.arrivals import Arrivals
 from p2p.busy.feeds import Feeds
+from p2p.ceilings import Ceilings
 from p2p.collection import Collection
 from p2p.core import Core, Counters, Keyspace, MachineOptions
 from p2p.departures import Departures
@@ -85,6 +86,7 @@ class Machine:
         self._feeds = Feeds(self._core, self._pull)
         self._schedule = Schedule(self._core, self._pull)
         self._reach = Reach(self._core)
+        self._ceilings = Ceilings(self._core, self._pull, self._reach)
         self._retirement = Retirement(self._core, self._pull)
         self._fencing = Fencing(self._core, self._allotment, self._retirement)
         self._collection = Collection(self._core)
@@ -252,6 +254,8 @@ class Machine:
             case m.CaughtUpRequested():
                 self._push.send_all_held(now)
                 self._answer(event.request, lambda: self._reach.wait_caught_up(event, now))
+            case m.AboveRequested():
+                self._answer(event.request, lambda: self._ceilings.begin(event, now))
             case m.ExpelRequested():
                 self._answer(event.request, lambda: self._retirement.expel(event, now))
             case m.FenceRequested():
@@ -394,6 +398,10 @@ class Machine:
                 self._reach.on_query(link, message, now)
             case m.Reached(query):
                 self._reach.on_reached(link, query, now)
+            case m.CeilingAsk():
+                self._ceilings.on_ask(link, message, now)
+            case m.CeilingTold():
+                self._ceilings.on_told(link, message, now)
             case m.VersionList():
                 self._pull.rounds.on_list(link, message, now)
                 self._progress_of(message.keyspace, now)
@@ -552,6 +560,7 @@ class Machine:
         self._schedule.on_timer(now)
         self._schedule.on_round(now)
         self._reach.on_timer(now)
+        self._ceilings.on_timer(now)
         self._sharing.on_timer(now)
         self._feeds.on_timer(now)
         self._state_mode.on_timer()
@@ -563,7 +572,7 @@ class Machine:
         core = self._core
         parts = self._pull.next_ms(now_ms), self._reach.next_ms(), self._schedule.next_ms(), self._sharing.next_ms()
         rounds = self._pull.rounds.next_ms(), self._pull.round_answers.next_ms()
-        backlogs = self._state_mode.next_ms(), self._feeds.next_ms()
+        backlogs = self._state_mode.next_ms(), self._feeds.next_ms(), self._ceilings.next_ms()
         wanted = [moment for moment in (self._arrivals.next_ms(now_ms), *parts, *rounds, *backlogs) if moment is not None]
         wanted.append(self._gossip.next_ms(now_ms))
         written = [keyspace.last_batch_ms for keyspace in core.keyspaces.values() if keyspace.last_batch_ms]  # by our writer

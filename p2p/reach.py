@@ -109,7 +109,7 @@ class Reach:
         for keyspace, stamp in wanted:
             place = keyspace.replica.place
             if place not in holders:
-                holders[place], suspects = self._holders(scope, keyspace, now)
+                holders[place], suspects = self.holders(scope, keyspace, now)
                 silent |= suspects
             self._queries += 1
             questions[self._queries] = _Question(keyspace, stamp, dict(holders[place]))
@@ -127,7 +127,7 @@ class Reach:
         for key in [key for key, (question, _) in self.questions.items() if question.keyspace == keyspace]:
             del self.questions[key]
 
-    def _holders(self, scope: m.Scope, keyspace: Keyspace, now: m.Now) -> tuple[dict[str, None], dict[str, None]]:
+    def holders(self, scope: m.Scope, keyspace: Keyspace, now: m.Now) -> tuple[dict[str, None], dict[str, None]]:
         """The other holders in scope that a wait counts: the living, and the suspects."""
         core, place = self.core, keyspace.replica.place
         nodes: dict[str, None] = {}
@@ -151,6 +151,11 @@ class Reach:
             if regions in (None, peer.region) and peer.role in HOLDER_ROLES
         }
         return nodes, silent
+
+    def counts(self, node: str, place: Place) -> bool:
+        """Whether a node may hold this, as far as is known."""
+        member = self.core.membership.members.get(node)
+        return member is None or may_hold(member.record, place)
 
     def on_reached(self, link: Link, query: int, now: m.Now) -> None:
         """A peer has it."""
@@ -201,8 +206,7 @@ class Reach:
         for query, question in wait.questions.items():
             replica = question.keyspace.replica
             for node in list(question.lagging):
-                member = self.core.membership.members.get(node)
-                if member is not None and not may_hold(member.record, replica.place):
+                if not self.counts(node, replica.place):
                     del question.lagging[node]  # by now we know what it holds
                 elif (link := self.core.link(node)) is not None:
                     self.core.send(link, m.ReachQuery(replica.keyspace, query, question.stamp))

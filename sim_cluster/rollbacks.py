@@ -71,7 +71,7 @@ class Shell:
             for number in performer.waiting:
                 if node.machine is not None and number in node.replies:
                     reply = node.replies.pop(number)
-                    assert not isinstance(reply, m.Expelled), "nobody has asked for that"
+                    assert not isinstance(reply, m.Expelled | m.AboveTold), "nobody has asked for that"
                     coordinator.on_reply(reply, number, self.cluster.now_of(node))
         if node.machine is not None:
             coordinator.on_timer(self.cluster.now_of(node))

@@ -354,7 +354,16 @@ class VirtualCluster:
                             pending.append(m.SendFailed(address, envelope))
                     case m.Continue(after):
                         pending.append(after)
-                    case m.Published() | m.Refused() | m.WaitEnded() | m.Expelled() | m.Fenced() | m.FenceWaits() | m.Lifted():
+                    case (
+                        m.Published()
+                        | m.Refused()
+                        | m.WaitEnded()
+                        | m.AboveTold()
+                        | m.Expelled()
+                        | m.Fenced()
+                        | m.FenceWaits()
+                        | m.Lifted()
+                    ):
                         node.replies[effect.request] = effect
                         late = self._unanswered.pop(effect.request, [])
                         if isinstance(effect, m.Published):

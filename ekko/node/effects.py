@@ -6,6 +6,7 @@ from typing import assert_never
 
 import structlog
 
+from ekko.ceilings import Above
 from ekko.endpoint import LocalEndpoint
 from ekko.errors import PublishError
 from ekko.local import FENCED, Failed, Stored, Waited
@@ -74,6 +75,8 @@ class Effects:
                 self._endpoint.answer(request, Failed(FENCED if fenced else "publish", reason))
             case m.WaitEnded(request, lagging, silent):
                 self._endpoint.answer(request, Waited(lagging, silent))
+            case m.AboveTold(request, stamp, heard, unheard, silent):
+                self._endpoint.answer(request, Above(stamp, heard, unheard, silent))
             case m.Note(name, fields, alarm):
                 (log.warning if alarm else log.info)(name, **self._readable(fields))
             case m.Expelled():

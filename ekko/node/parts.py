@@ -40,7 +40,7 @@ from p2p.transport.zmq import ZmqTransport
 
 # What operators, and facts that a node has to tell, ask of the protocol; and publishers beside them.
 Operation = m.CaughtUpRequested | m.SchemaChanged | m.RateChanged | m.FenceRequested | m.LiftRequested
-LocalEvent = Operation | m.PublishRequested | m.WaitRequested | m.ExpelRequested
+LocalEvent = Operation | m.PublishRequested | m.WaitRequested | m.AboveRequested | m.ExpelRequested
 Submit = Callable[[LocalEvent], Failed | None]
 
 

@@ -11,6 +11,7 @@ from typing import assert_never
 
 import numpy as np
 
+from ekko.ceilings import AboveAsk
 from ekko.config import NodeSection
 from ekko.errors import ModelError, PublishError
 from ekko.health.wire import Report, Reported
@@ -64,7 +65,7 @@ class Publishing:
         self,
         node: NodeSection,
         store: Store,
-        submit: Callable[[m.PublishRequested | m.WaitRequested | m.SchemaChanged], Failed | None],
+        submit: Callable[[m.PublishRequested | m.WaitRequested | m.AboveRequested | m.SchemaChanged], Failed | None],
         protocol_min: Callable[[], int],
         restored: RestoredRows,
         priorities: Priorities | None = None,
@@ -101,6 +102,13 @@ class Publishing:
                 if held is None:
                     raise ModelError(self._unknown(model))
                 return self._restored.page(held, request)
+            case AboveAsk(model, stamp, timeout_ms, incarnation):
+                self.check_may_publish()
+                held = self._store.models.get(model)
+                if held is None:
+                    raise ModelError(self._unknown(model))
+                self._check_same(held, incarnation)
+                return self._submit(m.AboveRequested(number, held.spec.id, stamp, timeout_ms))
             case _:
                 assert_never(request)
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ekko.addresses import check_endpoint
+from ekko.ceilings import Above, AboveAsk
 from ekko.errors import ConfigError, EkkoError, ModelError, PublishError
 from ekko.local import (
     FAILURES,
@@ -268,6 +269,29 @@ class Publisher:
             silent = f"; silent, and not waited for: {', '.join(answer.silent)}" if answer.silent else ""
             raise TimeoutError(f"stamp {stamp} is not yet visible on {', '.join(answer.lagging)} after {timeout:g} s{silent}")
         return answer.silent
+
+    def publish_above(self, stamp: int = 0, timeout: float = 10.0) -> Above:
+        """Have all that is published from now on win over what any region holds now, and over `stamp`.
+
+        For a trainer that goes on from an older state, as from a checkpoint. What those regions hold is here afterwards, too.
+
+        Args:
+            stamp: the newest one that is known of the former life; 0: none is.
+            timeout: seconds that regions get to answer.
+
+        Returns:
+            Which regions told what they hold, and which did not: rows that are there may be newer still.
+
+        Raises:
+            PublishError: the stamp is of a clock too far ahead; the node is of the release before, or no training node.
+            NodeUnreachable: the local node does not answer.
+        """
+        if not 0 <= timeout * 1000 <= WAIT_MS_MAX:
+            raise PublishError(f"timeout is {timeout!r}: expected 0 to {WAIT_MS_MAX // 1000} seconds")
+        request = AboveAsk(self.model, stamp_number(stamp), round(timeout * 1000), self._held.incarnation)
+        answer = self._ask(request, timeout + self._timeout)
+        assert isinstance(answer, Above), answer
+        return answer
 
     def close(self) -> None:
         """Close the connections. What was published stays published."""

@@ -8,6 +8,10 @@ One module for the messages of each part of `p2p`; `p2p.wire` has a module of th
 
 from p2p.messages.busy import Backlogged as Backlogged
 from p2p.messages.busy import StateChunk as StateChunk
+from p2p.messages.ceilings import AboveRequested as AboveRequested
+from p2p.messages.ceilings import AboveTold as AboveTold
+from p2p.messages.ceilings import CeilingAsk as CeilingAsk
+from p2p.messages.ceilings import CeilingTold as CeilingTold
 from p2p.messages.collection import Stable as Stable
 from p2p.messages.collection import StableAsk as StableAsk
 from p2p.messages.collection import StableReport as StableReport

@@ -1,5 +1,6 @@
 """What the machine wants done."""
 
+from p2p.messages.ceilings import AboveTold
 from p2p.messages.envelope import Envelope, NodeId
 from p2p.messages.events import Event
 from p2p.messages.fences import Fenced, FenceWaits, Lifted
@@ -126,7 +127,7 @@ class StartOver:
     rows_lost: int  # that it wrote itself, and nobody else is known to have
 
 
-Reply = Published | Refused | WaitEnded | Expelled | Fenced | FenceWaits | Lifted
+Reply = Published | Refused | WaitEnded | AboveTold | Expelled | Fenced | FenceWaits | Lifted
 Effect = (
     Send
     | Dial
@@ -136,6 +137,7 @@ Effect = (
     | Published
     | Refused
     | WaitEnded
+    | AboveTold
     | Expelled
     | Fenced
     | FenceWaits

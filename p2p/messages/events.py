@@ -2,6 +2,7 @@
 
 from enum import IntEnum
 
+from p2p.messages.ceilings import AboveRequested
 from p2p.messages.envelope import Envelope, NodeId
 from p2p.messages.fences import FenceRequested, LiftRequested
 from p2p.messages.message import Message
@@ -136,6 +137,7 @@ Event = (
     | PublishRequested
     | WaitRequested
     | CaughtUpRequested
+    | AboveRequested
     | ExpelRequested
     | FenceRequested
     | LiftRequested

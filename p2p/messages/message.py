@@ -1,6 +1,7 @@
 """All messages between nodes."""
 
 from p2p.messages.busy import Backlogged, StateChunk
+from p2p.messages.ceilings import CeilingAsk, CeilingTold
 from p2p.messages.collection import Stable, StableAsk, StableReport
 from p2p.messages.fences import FenceReport
 from p2p.messages.identity import BlockGrant, BlockRequest, Retirements, RetireReport
@@ -45,4 +46,6 @@ Message = (
     | FenceReport
     | Backlogged
     | StateChunk
+    | CeilingAsk
+    | CeilingTold
 )

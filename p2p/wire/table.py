@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from p2p.wire import busy, collection, fences, identity, link, members, paper, pulling, pushing, reach
+from p2p.wire import busy, ceilings, collection, fences, identity, link, members, paper, pulling, pushing, reach
 
 # A message's number on the wire is its place here, from 1; new ones go to the end.
 KINDS: Final = (
@@ -39,6 +39,8 @@ KINDS: Final = (
     fences.FENCE_REPORT,
     busy.BACKLOGGED,
     busy.STATE_CHUNK,
+    ceilings.CEILING_ASK,
+    ceilings.CEILING_TOLD,
 )
 NUMBER_OF: Final = {kind.message: number for number, kind in enumerate(KINDS, start=1)}
 

@@ -48,7 +48,7 @@ class Node:
         self.publishing = Publishing(NODE, self.store, self.submit, lambda: 2, restored)
         self.answer: Any = None
 
-    def submit(self, event: m.PublishRequested | m.WaitRequested | m.SchemaChanged) -> Failed | None:
+    def submit(self, event: m.PublishRequested | m.WaitRequested | m.AboveRequested | m.SchemaChanged) -> Failed | None:
         if isinstance(event, m.PublishRequested):
             self.stamp += 1 << 12
             model = next(model for model in self.store.models.values() if model.keyspace == event.keyspace)

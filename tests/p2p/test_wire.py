@@ -124,6 +124,8 @@ MESSAGES: list[m.Message] = [
     m.KeysWanted(5, 7, FLOOR, (TableKeys(11, BOOTS), TableKeys(12, BOOTS[:1])), 98),
     m.KeysFound(5, 7, sections(True), WRITERS, BOOTS),
     m.Backlogged(5, 7, True, 4, WRITERS, np.arange(1, 1 + len(WRITERS), dtype=np.uint8)),
+    m.CeilingAsk(5, 8),
+    m.CeilingTold(8, STAMP, 1 << 127, 3, ((9, STAMP),)),
     m.StateChunk(
         5, 7, False, sections(True), FLOOR.shards, WRITERS, vector(), vector()[0], FLOOR.shards[:2], vector(2), WRITERS, BOOTS
     ),
