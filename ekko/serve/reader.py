@@ -461,7 +461,10 @@ class Reader:
             return attachment.header_address, attachment
 
         def attempt(attachment: Attachment, moment: Moment) -> T:
-            return read(State(self, attachment, moment, newer_ms))
+            state = State(self, attachment, moment, newer_ms)
+            answer = read(state)
+            state.end()
+            return answer
 
         return at_one_moment(self.model, attach, attempt, timeout)
 

@@ -46,6 +46,16 @@ class State:
         self._rows_stamp = 0  # the newest that was read
         self._tensors_stamp = 0
         self._tensors: dict[str, NDArray[Any]] = {}
+        self._ended = False
+
+    def end(self) -> None:
+        """The function that it was given to has returned.
+
+        Raises:
+            MovedOnError: it was told that the moment is over, and kept that to itself.
+        """
+        self._check()
+        self._ended = True
 
     @property
     def rows_stamp(self) -> int:
@@ -139,6 +149,8 @@ class State:
 
     def _check(self) -> None:
         """What was copied may be shown: it is of this state's moment, and rows are not too much newer than tensors."""
+        if self._ended:
+            raise ModelError(f"a state of model {self._reader.model!r} was used after its function: call Reader.together again")
         self._moment.check()
         newer_ms = self._newer_ms
         if newer_ms is None or not self._tensors_stamp or self._rows_stamp <= self._tensors_stamp:

@@ -16,6 +16,7 @@ from ekko.device.needed import Needed
 from ekko.device.source import StoreRows
 from ekko.errors import ModelError, StoreError
 from ekko.model import TableSpec, table_id
+from ekko.serve.together import State
 from ekko.store import Store
 from gpu.errors import DeviceError, DeviceMemoryError
 from tests.ekko.device.standing import DIM, TWIN, Standing
@@ -272,6 +273,13 @@ def test_shapes_several_tables_dense_and_consistent_look_ups(tmp_path: Path) -> 
                     assert rows.tobytes() == plain.lookup(name, both[name]).tobytes()
             assert reader.lookup("item", KEYS, consistent=True).tobytes() == plain.lookup("item", KEYS).tobytes()
             expected = plain.lookup_pooled("item", KEYS.reshape(5, 8))
+
+            def read(state: State) -> list[bytes]:  # what it gives is on the device, too
+                rows = [state.lookup("item", KEYS), state.lookup_pooled("item", KEYS.reshape(5, 8))]
+                assert {type(one) for one in rows} == {type(reader.lookup("item", KEYS))}
+                return [one.tobytes() for one in rows]
+
+            assert reader.together(read) == [plain.lookup("item", KEYS).tobytes(), expected.tobytes()]
             assert reader.lookup_pooled("item", KEYS.reshape(5, 8), consistent=True).tobytes() == expected.tobytes()
         with pytest.raises(ModelError, match="has no table 'shop'"):
             reader.lookup("shop", KEYS)
