@@ -3,7 +3,8 @@
 Numba keeps compiled functions and takes one again when its source file has the same size and time of change. That is not
 enough here: a kernel contains the helpers and the offsets of other files, and files out of a wheel may all carry the same time,
 so that an upgrade could run yesterday's kernels on today's layout. So the directory's name holds a digest of all the sources
-that kernels are made of.
+that kernels are made of: those of the store, and for kernels of another package of ekko the files of its folder besides, so
+that a change there does not compile the store's anew.
 
 Nor does Numba expect two processes that fill one directory at once. What is compiled of one function (for several signatures,
 or, where it is made in a function, for several values that it closes over) has one list of numbered files, which each process
@@ -32,8 +33,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 Int: TypeAlias = Any
 
 LOCK_NAME = "lock"
-_compiling = threading.Lock()  # the same among the threads of this process
-_owner = [0]  # which of them it is
+_SOURCES = Path(__file__).parent
+_PACKAGE = _SOURCES.parent.parent
+_compiling = threading.RLock()  # the same among the threads of this process
+_owner: dict[str, int] = {}  # of a directory: which of them it is
 
 # Untyped: the stubs of some versions know neither the setting nor the options.
 _numba: Any = numba
@@ -57,7 +60,9 @@ def inline_kernel(function: F) -> F:
 
 
 def _compile(function: Callable[..., Any], signatures: list[str] | None, *, forceinline: bool = False) -> Any:
-    directory = _cache_directory()
+    folder = Path(function.__code__.co_filename).parent
+    own = folder != _SOURCES and folder.is_relative_to(_PACKAGE)
+    directory = _cache_directory(folder) if own else _cache_directory()
     before = _numba.config.CACHE_DIR
     _numba.config.CACHE_DIR = directory or before
     try:  # Numba looks at the setting now, and never again for this function
@@ -80,25 +85,31 @@ def _compile(function: Callable[..., Any], signatures: list[str] | None, *, forc
 def _alone_in(directory: str | None) -> Iterator[None]:
     """Until it ends no other process compiles into this directory."""
     # Loading a compiled function may import a module, which compiles others: one that is in need not wait for itself.
-    if directory is None or _owner[0] == threading.get_ident():
+    if directory is None or _owner.get(directory) == threading.get_ident():
         yield
         return
     with _compiling, (Path(directory) / LOCK_NAME).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also by a kill
-        _owner[0] = threading.get_ident()
+        _owner[directory] = threading.get_ident()
         try:
             yield
         finally:
-            _owner[0] = 0
+            del _owner[directory]
 
 
 @cache
-def _cache_directory() -> str | None:
-    """A directory of these very sources, that we can write to; None when there is none, and each process compiles anew."""
-    sources = Path(__file__).parent
-    name = f"ekko-kernels-{_digest(_made_of(sources))}"
+def _cache_directory(folder: Path = _SOURCES) -> str | None:
+    """A directory of these very sources, that we can write to; None when there is none, and each process compiles anew.
+
+    Args:
+        folder: where the kernels are.
+    """
+    sources = _made_of(_SOURCES)
+    if folder != _SOURCES:
+        sources += sorted(folder.glob("*.py"))
+    name = f"ekko-kernels-{_digest(sources)}"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") if _has_home() else None
-    for parent in (_numba.config.CACHE_DIR, sources / "__pycache__", home):
+    for parent in (_numba.config.CACHE_DIR, folder / "__pycache__", home):
         if parent:
             try:
                 directory = Path(parent) / name

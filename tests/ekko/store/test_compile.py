@@ -14,6 +14,7 @@ import pytest
 
 from ekko.store.kernels import compile as compiling
 from ekko.store.kernels import gather
+from ekko.train.optimizers import updates
 
 KERNELS = Path(compiling.__file__).parent
 
@@ -21,6 +22,13 @@ KERNELS = Path(compiling.__file__).parent
 def test_kernels_are_kept_under_the_digest_of_their_sources() -> None:
     digest = compiling._digest(compiling._made_of(KERNELS))
     assert f"ekko-kernels-{digest}" in str(gather.gather.stats.cache_path)  # type: ignore[attr-defined]
+
+
+def test_kernels_of_another_package_are_kept_beside_it_and_leave_the_stores_alone() -> None:
+    own = Path(updates.__file__).parent
+    place = str(updates.adagrad.stats.cache_path)  # type: ignore[attr-defined]
+    assert place.startswith(str(compiling._cache_directory(own)))
+    assert not place.startswith(str(compiling._cache_directory()))
 
 
 @pytest.mark.parametrize("changed", ["kernels/atomics.py", "layout.py"])
