@@ -12,6 +12,17 @@ Serving side: `EmbeddingBag(reader, "item")` stands where `torch.nn.EmbeddingBag
 
 from ekko.serve.embedding_bag import EmbeddingBag
 from ekko.torch.reloading import Reloaded
+from ekko.torch.server_bag import PSEmbeddingBag, prefetched, push_after
 from ekko.torch.tracker import PublishStep, StepPublisher, Tracker, track
 
-__all__ = ["EmbeddingBag", "PublishStep", "Reloaded", "StepPublisher", "Tracker", "track"]
+__all__ = [
+    "EmbeddingBag",
+    "PSEmbeddingBag",
+    "PublishStep",
+    "Reloaded",
+    "StepPublisher",
+    "Tracker",
+    "prefetched",
+    "push_after",
+    "track",
+]

@@ -1,0 +1,419 @@
+"""A worker's side of the parameter servers: rows are pulled, gradients are pushed.
+
+    client = ekko.train.Client(["tcp://10.0.0.7:7900"], model="ctr", worker=0)
+    rows = client.pull("item", keys)                       # float32[n, dim]
+    client.push({"item": (keys, gradients)})               # answered later: up to `outstanding` of them are under way
+    client.flush()                                         # all are applied, and no holder of them can lose them
+
+Pushes are numbered; one that is sent twice counts once. `clock` is the number of the last push: a worker that starts again
+continues where its pushes ended, so that a job that feeds it the batch after `clock` trains on each batch once.
+
+There is no thread behind it: ZeroMQ's own carries messages while the caller computes, and answers are read when the client is
+called. What may be under way is bounded by `outstanding` pushes, and by the pulls that the caller has begun.
+"""
+
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol, Self
+
+import numpy as np
+import zmq
+from numpy.typing import ArrayLike
+
+from ekko.addresses import check_endpoint
+from ekko.errors import ConfigError, EkkoError, ModelError, NodeUnreachable, PublishError
+from ekko.model import CODEC_DEFAULT, check_name
+from ekko.train.arguments import keys_of, rows_of
+from ekko.train.connection import RECONNECT_MS, RECONNECT_MS_MAX
+from ekko.train.outstanding import Outstanding
+from ekko.train.requests import Pulling
+from ekko.train.server import wire as w
+from ekko.train.server.coding import decode_answer, encode_request
+from ekko.train.server.wire import F32, U64
+
+TIMEOUT_S: Final = 300.0
+OUTSTANDING_DEFAULT: Final = 4
+OUTSTANDING_MAX: Final = 1_024
+# Pulls that were begun and are not answered. A caller that begins more has lost count of them.
+PULLS_MAX: Final = 256
+# A poll ends at the latest then, so that Ctrl-C is heard.
+POLL_S_MAX: Final = 1.0
+
+
+class GradientSource(Protocol):
+    """What has gradients for the next step; `ekko.torch.PSEmbeddingBag` has."""
+
+    def take(self) -> Iterable[tuple[str, U64, F32]]:
+        """Table, uint64[n], float32[n, dim] of all that came since the last call; keys may come twice."""
+        ...
+
+
+class Pull:
+    """Rows that are on their way, made by `Client.pull_async`."""
+
+    def __init__(self, client: "Client", pulling: Pulling) -> None:
+        self._client = client
+        self._pulling = pulling
+
+    def result(self) -> dict[str, F32]:
+        """Table -> float32[n, dim], in the order of the keys; waits for them.
+
+        Raises:
+            EkkoError: as `Client.pull`.
+        """
+        return self._client._result(self._pulling)  # noqa: SLF001
+
+    def cancel(self) -> None:
+        """Forget it: nobody wants the rows any more."""
+        self._client._cancel(self._pulling)  # noqa: SLF001
+
+
+class Client:
+    """One worker of one model. Used by one thread at a time; another one waits.
+
+    Args:
+        endpoints: of one or more of the model's parameter servers; the others are learnt from them.
+        model: the model's name.
+        worker: which worker this is: 0, 1, 2, ... Two processes at once may not be the same one.
+        timeout: seconds that a call waits for servers, and for other workers in modes "bounded" and "sync".
+        outstanding: pushes that may be under way; one more waits until the oldest is answered.
+        average: gradients count divided by the number of workers, as `DistributedDataParallel` has it; else they are added up.
+
+    Raises:
+        NodeUnreachable: no server answers, or none acts for all partitions, within `timeout`.
+        ModelError: the servers do not know the model or the worker.
+        ConfigError: an endpoint that is none.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        model: str,
+        worker: int = 0,
+        *,
+        timeout: float = TIMEOUT_S,
+        outstanding: int = OUTSTANDING_DEFAULT,
+        average: bool = False,
+    ) -> None:
+        if isinstance(endpoints, str) or not endpoints:
+            raise ConfigError(f"endpoints are {endpoints!r}: expected a list with at least one server's tcp://HOST:PORT")
+        for endpoint in endpoints:
+            try:
+                check_endpoint(endpoint, ipc=True)
+            except ValueError as error:
+                raise ConfigError(f"endpoints: {error}") from None
+        if not isinstance(worker, int) or not 0 <= worker < w.WORKERS_MAX:
+            raise ConfigError(f"worker is {worker!r}: expected a whole number from 0 to {w.WORKERS_MAX - 1}")
+        if not 1 <= outstanding <= OUTSTANDING_MAX:
+            raise ConfigError(f"outstanding is {outstanding!r}: expected 1 to {OUTSTANDING_MAX} pushes")
+        self._model = check_name("model", model)
+        self._worker = worker
+        self._timeout_s = timeout
+        self._outstanding_max = outstanding
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._endpoints: dict[zmq.Socket[bytes], str] = {}
+        self._poller = zmq.Poller()
+        self._sources: list[weakref.ref[GradientSource]] = []
+        self._closed = False
+        self._asked = Outstanding(model, worker, time.time_ns() // 1_000, tuple(endpoints))
+        try:
+            self._wait(lambda: self._asked.joined, "join the servers")
+        except BaseException:
+            self.close()
+            raise
+        settings = self._asked.settings
+        assert settings is not None
+        self.settings: Final = settings
+        self._clock = self._asked.clock
+        self._share = np.float32(1 / settings.workers) if average and settings.workers > 1 else None
+
+    # --- what is known ---------------------------------------------------------------------------------------------------
+
+    @property
+    def tables(self) -> Mapping[str, int]:
+        """Table -> dim."""
+        return self.settings.tables
+
+    @property
+    def mode(self) -> str:
+        """One of "async", "bounded" and "sync"."""
+        return self.settings.mode
+
+    @property
+    def clock(self) -> int:
+        """The number of this worker's last push, over all its lives; at the beginning of a life, of the last that counts."""
+        return self._clock
+
+    @property
+    def stamp(self) -> int:
+        """The largest stamp, in the servers' training model, of pushes that were answered; 0: none."""
+        return self._asked.stamp
+
+    @property
+    def retries(self) -> int:
+        """Requests that were sent again."""
+        return self._asked.retries
+
+    # --- pulls -----------------------------------------------------------------------------------------------------------
+
+    def pull(self, table: str, keys: ArrayLike) -> F32:
+        """Rows of one table: float32[n, dim], of keys without a row what the table's initializer says.
+
+        Args:
+            table: its name.
+            keys: n integers >= 0; they may come twice.
+
+        Raises:
+            ModelError: an unknown table, or keys that are not integers.
+            NodeUnreachable: no answer in time.
+        """
+        return self.pull_async({table: keys}).result()[table]
+
+    def pull_async(self, keys: Mapping[str, ArrayLike], *, ahead: int = 0) -> Pull:
+        """Begin to pull rows of any number of tables, in one message to each server.
+
+        Args:
+            keys: table -> n integers >= 0.
+            ahead: how many pushes will have been made before the rows are used: in modes "bounded" and "sync" the servers wait
+                for them. 1 for the batch after the next `push`.
+
+        Raises:
+            ModelError: as `pull`, or more than `PULLS_MAX` are under way.
+        """
+        wanted = {table: self._keys(table, some) for table, some in keys.items()}
+        with self._alone():
+            if self._asked.pulls >= PULLS_MAX:
+                raise ModelError(f"{PULLS_MAX} pulls were begun and are not answered: take the result() of earlier ones first")
+            pulling = self._asked.pull(wanted, self._clock + ahead, time.monotonic())
+            self._transmit()
+        return Pull(self, pulling)
+
+    def _result(self, pulling: Pulling) -> dict[str, F32]:
+        with self._alone():
+            try:
+                self._wait(lambda: pulling.done, "answer a pull")
+            except BaseException:
+                self._asked.cancel(pulling)
+                raise
+            if pulling.failure is not None:
+                raise pulling.failure
+            return {table: pulling.rows[table] for table in pulling.keys}
+
+    def _cancel(self, pulling: Pulling) -> None:
+        with self._alone():
+            self._asked.cancel(pulling)
+
+    # --- pushes ----------------------------------------------------------------------------------------------------------
+
+    def push(self, gradients: Mapping[str, tuple[ArrayLike, ArrayLike]], *, rate: float | None = None) -> int:
+        """Push gradients of one step: the servers' optimizer changes the rows by them. They are copied.
+
+        A step without gradients is a push, too: other workers may wait for its number.
+
+        Args:
+            gradients: table -> n integers >= 0, and float32[n, dim]. Gradients of a key that comes twice are added up.
+            rate: the learning rate of this step; None: that of the servers' settings.
+
+        Returns:
+            Its number. It is answered later, see `flush`.
+
+        Raises:
+            ModelError, PublishError: an unknown table, another shape or dtype, NaN or infinity. Nothing was pushed.
+            NodeUnreachable: `outstanding` pushes wait, and no answer comes in time. Nothing was pushed.
+        """
+        columns = {}
+        for table, (keys, values) in gradients.items():
+            checked = self._keys(table, keys)
+            rows = rows_of(table, checked, values, self.tables[table], CODEC_DEFAULT)
+            columns[table] = checked.copy(), rows * self._share if self._share is not None else rows.copy()
+        return self._push(columns, rate)
+
+    def step(self, *, rate: float | None = None, scale: float = 1.0) -> int:
+        """Push what the sources of gradients (`ekko.torch.PSEmbeddingBag`) have since the last step.
+
+        Args:
+            rate: as in `push`.
+            scale: gradients are multiplied by it, such as `1 / scaler.get_scale()` of a loss that was scaled.
+
+        Returns:
+            The number of the push.
+
+        Raises:
+            PublishError: gradients with NaN or infinity; they are forgotten, and nothing was pushed.
+            NodeUnreachable: as `push`.
+        """
+        share = np.float32(scale) if self._share is None else np.float32(scale) * self._share
+        parts: dict[str, list[tuple[U64, F32]]] = {}
+        for table, keys, values in self._taken():
+            parts.setdefault(table, []).append((keys, values if share == 1 else values * share))
+        columns: dict[str, tuple[U64, F32]] = {}
+        for table, own in parts.items():
+            keys = own[0][0] if len(own) == 1 else np.concatenate([some for some, _ in own])
+            values = own[0][1] if len(own) == 1 else np.concatenate([some for _, some in own])
+            columns[table] = keys, rows_of(f"{table} (gradients)", keys, values, self.tables[table], CODEC_DEFAULT)
+        return self._push(columns, rate)
+
+    def discard(self) -> None:
+        """Forget the gradients that sources have since the last step, as an optimizer that skips a step does."""
+        for _ in self._taken():
+            pass
+
+    def attach(self, source: GradientSource) -> None:
+        """Have `step` take the gradients of a source, as long as it lives."""
+        self._sources.append(weakref.ref(source))
+
+    def _taken(self) -> Iterable[tuple[str, U64, F32]]:
+        self._sources = [source for source in self._sources if source() is not None]
+        for reference in self._sources:
+            if (source := reference()) is not None:
+                yield from source.take()
+
+    def _push(self, columns: Mapping[str, tuple[U64, F32]], rate: float | None) -> int:
+        if rate is not None and not (math.isfinite(rate) and rate >= 0):
+            raise PublishError(f"rate is {rate!r}: expected a learning rate from 0, or None for that of the servers")
+        with self._alone():
+            self._wait(lambda: self._asked.pushes < self._outstanding_max, "answer a push")
+            self._clock += 1
+            self._asked.push(self._clock, columns, math.nan if rate is None else rate, time.monotonic())
+            self._transmit()
+            if self._asked.failure is not None:
+                raise self._asked.failure
+            return self._clock
+
+    def flush(self, timeout: float | None = None) -> int:
+        """Wait until all pushes are applied, and no holder of their partitions can lose them any more.
+
+        Returns:
+            The largest stamp of them in the servers' training model.
+
+        Raises:
+            NodeUnreachable: not all within `timeout`; they are still under way.
+        """
+        with self._alone():
+            self._wait(lambda: self._asked.pushes == 0, "answer all pushes", timeout)
+            return self._asked.stamp
+
+    # --- the wire --------------------------------------------------------------------------------------------------------
+
+    def _keys(self, table: str, keys: ArrayLike) -> U64:
+        if table not in self.tables:
+            raise ModelError(
+                f"unknown table {table!r}: the servers of model {self._model!r} have {', '.join(map(repr, self.tables))}"
+            )
+        return keys_of(table, keys)
+
+    def _alone(self) -> threading.RLock:
+        """The lock, of a client that can be used."""
+        if self._closed:
+            raise PublishError("this client is closed: make another one")
+        if os.getpid() != self._pid:
+            raise PublishError("this client was made in another process: make one after the fork, for a worker of its own")
+        return self._lock
+
+    def _wait(self, condition: Callable[[], bool], what: str, timeout: float | None = None) -> None:
+        """Carry messages until something holds."""
+        timeout_s = self._timeout_s if timeout is None else timeout
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._transmit()
+            if condition():
+                return
+            if self._asked.failure is not None:
+                raise self._asked.failure
+            now = time.monotonic()
+            if now >= deadline:
+                raise NodeUnreachable(self._silence(what, timeout_s))
+            until = min(deadline, self._asked.deadline_s(now), now + POLL_S_MAX)
+            self._receive(max(0, math.ceil((until - now) * 1000)))
+            if time.monotonic() >= until:
+                self._asked.tick(time.monotonic())
+
+    def _silence(self, what: str, timeout_s: float) -> str:
+        who = ", ".join(self._sockets) or "none"
+        others = "" if self._asked.settings is None or self._asked.settings.mode == w.ASYNC else ", or wait for another worker"
+        return (
+            f"the servers of model {self._model!r} did not {what} within {timeout_s:g} s: they are away{others}. Asked: {who}. "
+            "Look at `ekko status` there; a node that is gone for good has to be expelled (ekko expel)"
+        )
+
+    def _transmit(self) -> None:
+        """Send what is due."""
+        for send in self._asked.drain():
+            socket = self._sockets.get(send.endpoint) or self._connect(send.endpoint)
+            try:
+                socket.send_multipart(encode_request(send.number, send.request), flags=zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                self._asked.unsent(send.number, time.monotonic())
+            except w.ServerWireError as error:
+                raise ModelError(f"model {self._model!r}: {error}") from None
+
+    def _receive(self, timeout_ms: int) -> None:
+        """Take what has come; wait for the first of it."""
+        if len(self._sockets) == 1:  # half the time of a poller's
+            (socket,) = self._sockets.values()
+            ready: Iterable[Any] = (socket,) if socket.poll(timeout_ms) else ()
+        else:
+            ready = [socket for socket, _ in self._poller.poll(timeout_ms)]
+        for socket in ready:
+            while True:
+                try:
+                    frames = socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+                except zmq.Again:
+                    break
+                self._take(self._endpoints[socket], frames)
+
+    def _take(self, endpoint: str, frames: list[Any]) -> None:
+        try:
+            number, answer = decode_answer([frame.buffer for frame in frames])
+        except w.ServerWireError as error:
+            if error.number is not None:
+                raise EkkoError(f"{endpoint} answered what cannot be understood: {error}") from None
+            return  # junk; what was asked is asked again
+        self._asked.answered(endpoint, number, answer, time.monotonic())
+
+    def _connect(self, endpoint: str) -> "zmq.Socket[bytes]":
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.IMMEDIATE, 1),  # nothing is queued for a server that is not there: it would come twice when it is
+            (zmq.SNDHWM, OUTSTANDING_MAX + PULLS_MAX),
+            (zmq.RCVHWM, OUTSTANDING_MAX + PULLS_MAX),
+            (zmq.RECONNECT_IVL, RECONNECT_MS),
+            (zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX),
+            (zmq.MAXMSGSIZE, w.MESSAGE_BYTES_MAX),
+        ):
+            socket.setsockopt(option, value)
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            socket.close()
+            raise NodeUnreachable(f"cannot connect to {endpoint}: {error}: expected tcp://HOST:PORT") from None
+        self._sockets[endpoint], self._endpoints[socket] = socket, endpoint
+        self._poller.register(socket, zmq.POLLIN)
+        return socket
+
+    def close(self) -> None:
+        """Leave the servers at once; pushes without an answer may or may not count. In a `with` block, `flush` comes first."""
+        self._closed = True
+        if os.getpid() != self._pid:
+            return  # the sockets are the parent's
+        for socket in self._sockets.values():
+            self._poller.unregister(socket)
+            socket.close(linger=0)
+        self._sockets, self._endpoints = {}, {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None and not self._closed:
+                self.flush()
+        finally:
+            self.close()

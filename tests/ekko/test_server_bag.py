@@ -1,0 +1,220 @@
+"""`PSEmbeddingBag` against torch's own modules: outputs, gradients, and what reaches a client's step."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ekko.torch
+from ekko.errors import ModelError
+from ekko.torch.server_bag import AHEAD_MAX, GRADIENTS_MAX, Gradients
+from ekko.train import Client
+from ekko.train.client import GradientSource
+
+ROWS, DIM = 40, 6
+
+
+class Pulled:
+    """Rows that have come."""
+
+    def __init__(self, rows: dict[str, np.ndarray]) -> None:
+        self._rows = rows
+
+    def result(self) -> dict[str, np.ndarray]:
+        return {table: rows.copy() for table, rows in self._rows.items()}
+
+
+class Tables:
+    """The rows of a torch module as a client has them: pulled by key, and plain SGD on what is pushed."""
+
+    def __init__(self, rate: float = 0.5) -> None:
+        self.weight = torch.randn(ROWS, DIM, generator=torch.Generator().manual_seed(3))
+        self.rate = rate
+        self.sources: list[Gradients] = []
+        self.pulls: list[tuple[str, list[int], int]] = []
+
+    @property
+    def tables(self) -> Mapping[str, int]:
+        return {"item": DIM, "user": DIM}
+
+    def pull_async(self, keys: Mapping[str, np.ndarray], *, ahead: int = 0) -> Pulled:
+        self.pulls += [(table, wanted.tolist(), ahead) for table, wanted in keys.items()]
+        return Pulled({table: self.weight[torch.from_numpy(wanted.view(np.int64))].numpy() for table, wanted in keys.items()})
+
+    def attach(self, source: Gradients) -> None:
+        self.sources.append(source)
+
+    def taken(self) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
+        return [part for source in self.sources for part in source.take()]
+
+    def step(self) -> int:
+        for _, keys, gradients in self.taken():
+            assert gradients.dtype == np.float32
+            self.weight.index_add_(0, torch.from_numpy(keys.view(np.int64)), torch.from_numpy(gradients), alpha=-self.rate)
+        return 0
+
+
+def of_torch(tables: Tables, mode: str | None, **options: object) -> nn.EmbeddingBag | nn.Embedding:
+    weight = tables.weight.clone()
+    if options.get("padding_idx") is not None and mode is None:
+        weight[options["padding_idx"]] = 0  # as nn.Embedding begins
+    if mode is None:
+        return nn.Embedding.from_pretrained(weight, freeze=False, **options)  # type: ignore[arg-type]
+    return nn.EmbeddingBag.from_pretrained(weight, freeze=False, mode=mode, **options)  # type: ignore[arg-type]
+
+
+IDS = torch.tensor([3, 3, 0, 7, 7, 7, 12, 39, 0])
+OFFSETS = torch.tensor([0, 2, 2, 6])
+WEIGHTS = torch.linspace(-1, 1, len(IDS))
+
+
+@pytest.mark.parametrize(
+    ("mode", "arguments", "options"),
+    [
+        pytest.param(None, (IDS,), {}, id="embedding"),
+        pytest.param(None, (IDS.reshape(3, 3).int(),), {"padding_idx": 7}, id="embedding-padded"),
+        pytest.param("sum", (IDS, OFFSETS), {}, id="sum"),
+        pytest.param("mean", (IDS.reshape(3, 3),), {}, id="mean-2d"),
+        pytest.param("mean", (IDS, OFFSETS), {"padding_idx": 3}, id="mean-padded"),
+        pytest.param("max", (IDS, OFFSETS), {}, id="max"),
+        pytest.param("sum", (IDS, OFFSETS, WEIGHTS), {}, id="weighted"),
+        pytest.param("sum", (IDS, torch.tensor([0, 4, 9])), {"include_last_offset": True}, id="last-offset"),
+        pytest.param("sum", (IDS[:0], torch.tensor([0, 0])), {}, id="empty"),
+    ],
+)
+def test_outputs_and_steps_are_those_of_torch(mode: str | None, arguments: tuple[Tensor, ...], options: dict[str, int]) -> None:
+    tables = Tables()
+    bag = ekko.torch.PSEmbeddingBag(tables, "item", mode, embedding_dim=DIM, **options)  # type: ignore[arg-type]
+    reference = of_torch(tables, mode, **options)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=tables.rate)
+    for step in range(3):
+        if mode is None and options:
+            tables.weight[options["padding_idx"]] = 0
+        factors = torch.arange(1.0, DIM + 1) + step
+        ours, theirs = bag(*arguments), reference(*arguments)
+        assert torch.equal(ours, theirs)
+        (ours * factors).sum().backward()
+        optimizer.zero_grad()
+        (theirs * factors).sum().backward()
+        optimizer.step()
+        tables.step()
+        assert torch.equal(tables.weight, reference.weight.detach())
+    if "padding_idx" in options:
+        assert all(options["padding_idx"] not in keys for _, keys, _ in tables.pulls)
+
+
+def test_each_key_is_pulled_and_pushed_once() -> None:
+    tables = Tables()
+    bag = ekko.torch.PSEmbeddingBag(tables, "item", mode=None)
+    bag(IDS).sum().backward()
+    assert tables.pulls == [("item", [3, 0, 7, 12, 39], 0)]
+    ((table, keys, gradients),) = tables.taken()
+    assert (table, keys.tolist()) == ("item", [3, 0, 7, 12, 39])
+    assert np.array_equal(gradients[:, 0], [2, 2, 3, 1, 1])
+    assert not tables.taken()  # once
+
+
+def test_gradients_add_up_until_the_step_in_the_order_in_which_they_came() -> None:
+    tables = Tables()
+    bag = ekko.torch.PSEmbeddingBag(tables, "item", mode="sum")
+    reference = of_torch(tables, "sum")
+    passes = 2 * GRADIENTS_MAX + 3
+    for number in range(passes):
+        ids = torch.tensor([[number % ROWS, 5], [5, 6]])
+        for module in (bag, reference):
+            (module(ids) * (0.1 + number)).sum().backward()
+    total = torch.zeros(ROWS, DIM)
+    parts = list(tables.taken())
+    assert len(parts) <= GRADIENTS_MAX + 1
+    for _, keys, gradients in parts:
+        total.index_add_(0, torch.from_numpy(keys.view(np.int64)), torch.from_numpy(gradients))
+    torch.testing.assert_close(total, reference.weight.grad, rtol=1e-6, atol=0)
+
+
+def test_nothing_is_pushed_of_what_was_only_looked_at() -> None:
+    tables = Tables()
+    bag = ekko.torch.PSEmbeddingBag(tables, "item", mode="sum")
+    with torch.no_grad():
+        assert not bag(IDS, OFFSETS).requires_grad
+    bag(IDS, OFFSETS)  # its loss is never computed
+    assert not tables.taken()
+
+
+def test_the_next_batch_is_asked_for_early_and_used_once() -> None:
+    tables = Tables()
+    items, users = (ekko.torch.PSEmbeddingBag(tables, table, mode="sum") for table in ("item", "user"))
+    batches = [torch.randint(0, ROWS, (4, 3), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    seen = []
+    for batch in ekko.torch.prefetched(batches, lambda batch: {items: batch, users: batch}):
+        for bag in (items, users):
+            assert torch.equal(bag(batch), nn.functional.embedding_bag(batch, tables.weight, mode="sum"))
+        seen.append(batch)
+    assert [batch.tolist() for batch in seen] == [batch.tolist() for batch in batches]
+    assert [ahead for _, _, ahead in tables.pulls] == [1] * 8  # nothing was pulled again
+    items(batches[0])
+    assert tables.pulls[-1][2] == 0
+
+
+def test_what_was_asked_for_and_never_used_is_forgotten() -> None:
+    tables = Tables()
+    bag = ekko.torch.PSEmbeddingBag(tables, "item", mode="sum")
+    for number in range(3 * AHEAD_MAX):
+        bag.prefetch(torch.tensor([[number]]))
+    assert len(bag._ahead) == AHEAD_MAX
+    bag(torch.tensor([[0]]))
+    assert tables.pulls[-1] == ("item", [0], 0)
+
+
+def test_a_step_of_the_optimizer_pushes() -> None:
+    tables = Tables()
+    bag = ekko.torch.PSEmbeddingBag(tables, "item", mode="sum")
+    head = nn.Linear(DIM, 1)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    ekko.torch.push_after(optimizer, tables)
+    before = tables.weight.clone()
+    head(bag(IDS, OFFSETS)).sum().backward()
+    optimizer.step()
+    touched = (before != tables.weight).any(dim=1).nonzero().reshape(-1).tolist()
+    assert touched == [0, 3, 7, 12, 39]
+    assert not list(bag.parameters())
+    assert not bag.state_dict()
+
+
+def test_compiled_models_pull_and_push() -> None:
+    tables = Tables()
+    bag = ekko.torch.PSEmbeddingBag(tables, "item", mode="sum")
+    compiled = torch.compile(nn.Sequential(bag, nn.ReLU()), backend="eager")
+    ids = IDS.reshape(3, 3)
+    assert torch.equal(compiled(ids), nn.functional.embedding_bag(ids, tables.weight, mode="sum").relu())
+    compiled(ids).sum().backward()
+    assert len(list(tables.taken())) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"table": "films"}, "unknown table 'films': the servers have 'item', 'user'"),
+        ({"mode": "median"}, "mode is 'median'"),
+        ({"embedding_dim": 5}, "embedding_dim is 5, and table 'item' has dim 6"),
+        ({"padding_idx": -1}, "padding_idx is -1"),
+        ({"mode": None, "include_last_offset": True}, "include_last_offset is about bags"),
+    ],
+)
+def test_arguments_that_cannot_be_honoured_are_said(options: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ModelError, match=complaint):
+        ekko.torch.PSEmbeddingBag(Tables(), **{"table": "item", **options})  # type: ignore[arg-type]
+
+
+def test_ids_that_are_none_are_said() -> None:
+    bag = ekko.torch.PSEmbeddingBag(Tables(), "item", mode=None)
+    with pytest.raises(ModelError, match=r"ids have dtype torch.float32: expected torch.int64 or torch.int32"):
+        bag(torch.tensor([1.5]))
+    with pytest.raises(ModelError, match="offsets and per_sample_weights are about bags"):
+        bag(IDS, OFFSETS)
+
+
+def test_the_client_is_what_a_bag_asks_for() -> None:
+    assert {"tables", "pull_async", "attach", "step"} <= set(dir(Client))
+    assert hasattr(GradientSource, "take")
