@@ -88,9 +88,7 @@ class Servers:
                     return w.Failed(w.STALE, f"the largest life is {self.life}")
                 self.life, self.known[server] = life, True
                 last = (self.applied[one][-1] if self.applied[one] else 0 for one in range(self.partitions))
-                return w.Welcome(
-                    self.settings, self.serving(server), tuple(n if p in own else -1 for p, n in enumerate(last))
-                )
+                return w.Welcome(self.settings, self.serving(server), tuple(n if p in own else -1 for p, n in enumerate(last)))
             case w.Pull() | w.Push():
                 if not set(request.partitions) <= own:
                     return w.NotPrimary(self.serving(server))
