@@ -1,5 +1,6 @@
 """Recommender models for the demo and the tests: small, plain PyTorch, and trained with sparse gradients."""
 
 from ekko.zoo.dlrm import DLRM, DLRMOptions
+from ekko.zoo.ftrl import FTRL
 
-__all__ = ["DLRM", "DLRMOptions"]
+__all__ = ["DLRM", "FTRL", "DLRMOptions"]

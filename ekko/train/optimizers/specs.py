@@ -227,13 +227,13 @@ class Adam(Optimizer):
 
 @dataclass(frozen=True, slots=True)
 class FTRL(Optimizer):
-    """FTRL-proximal, per value: weights are zero until the gradients' sum is beyond `l1`. State: z, then n.
+    """FTRL-proximal, of each value alone: a weight is zero until the pull of its gradients is stronger than `l1`.
 
-        s = (sqrt(n + g^2) - sqrt(n)) / lr;  z += g - s w;  n += g^2
-        w = 0 where |z| <= l1, else -(z - sign(z) l1) / ((beta + sqrt(n)) / lr + l2)
-
-    A row that begins with weights other than zero begins with the z of which these are the weights, so that they stay until
-    gradients move them.
+    The papers keep z and n, and work the weight out of both: n += g^2; z += g - (sqrt(n) - sqrt(n before)) w / lr; w = 0 where
+    |z| <= l1, else -(z - sign(z) l1) / s, with s = (beta + sqrt(n)) / lr + l2. The same weights, put otherwise: one that keeps
+    its sign moves by -g / s, and z says no more than the weight does but where that is zero. So the state is n, then -z where
+    the weight is zero and 0 elsewhere. It belongs to whatever the weight is: a row that begins other than zero, is loaded from
+    elsewhere or was taken back by a rollback goes on from what it is, and a small step is not lost beside a large z.
     """
 
     name = "ftrl"
@@ -257,14 +257,11 @@ class FTRL(Optimizer):
 
     def initial_state(self, weights: F32) -> F32:
         dim = weights.shape[1]
-        state = np.full((len(weights), 2 * dim), self.initial_accumulator, np.float32)
-        strength = np.float32((self.beta + math.sqrt(self.initial_accumulator)) / self.lr + self.l2)
-        state[:, :dim] = -(weights * strength + np.sign(weights) * np.float32(self.l1))
+        state = np.zeros((len(weights), 2 * dim), np.float32)
+        state[:, :dim] = self.initial_accumulator
         return state
 
     def _update(self, weights: F32, state: F32, gradients: F32, step: int, rate: float) -> None:
-        if rate == 0:
-            return  # it is divided by
         updates.ftrl(weights, state, gradients, self.lr * rate, self.beta, self.l1, self.l2)
 
 

@@ -140,24 +140,25 @@ def adam_of_row_steps(
 
 
 @inline_kernel
-def _ftrl_row(
-    values: F32, centres: F32, squares: F32, slopes: F32, rate: Float, beta: Float, lasso: Float, ridge: Float
-) -> None:
+def _ftrl_row(values: F32, squares: F32, held: F32, slopes: F32, rate: Float, beta: Float, lasso: Float, ridge: Float) -> None:
     for i in range(values.size):
-        slope = slopes[i]
-        before, after = squares[i], squares[i] + slope * slope
-        # The difference of the roots as it is written, although it cancels: so the strengths add up to the last root, which is
-        # what the weight below is divided by, however many steps there were.
-        strength = (np.sqrt(after) - np.sqrt(before)) / rate
-        centre = centres[i] + (slope - strength * values[i])
-        squares[i], centres[i] = after, centre
-        beyond = max(abs(centre) - lasso, _NONE)
-        values[i] = -np.copysign(beyond, centre) / ((beta + np.sqrt(after)) / rate + ridge)
+        value, slope = values[i], slopes[i]
+        total = squares[i] + slope * slope
+        strength = (beta + np.sqrt(total)) / rate + ridge
+        moved = value - slope / strength
+        # From zero, or through it: what the weight would be without the bound, times the strength.
+        pull = held[i] - slope if value == _NONE else (value * strength + np.copysign(lasso, value)) - slope
+        beyond = abs(pull) - lasso
+        beyond = beyond if beyond > _NONE else _NONE
+        stays = value * moved > _NONE
+        moved = moved if stays else np.copysign(beyond, pull) / strength
+        squares[i], values[i] = total, moved
+        held[i] = pull if moved == _NONE else _NONE
 
 
 @kernel(f"void({_ROWS}, {_ROWS}, {_GRADIENTS}, float32, float32, float32, float32)")
 def ftrl(weights: F32, state: F32, gradients: F32, rate: Float, beta: Float, lasso: Float, ridge: Float) -> None:
-    """`state`: float32[n, 2 dim], what the papers call z, then n."""
+    """`state`: float32[n, 2 dim], sums of squares, then what is held back of weights that are zero."""
     rows, dim = weights.shape
     for row in range(rows):
         _ftrl_row(weights[row], state[row, :dim], state[row, dim : 2 * dim], gradients[row], rate, beta, lasso, ridge)

@@ -6,17 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from row_steps import DIM, ROWS, STEPS, Params, Table, ours_and_torchs, random_steps
 from torch import optim
 
+from ekko import zoo
 from ekko.errors import ConfigError, ModelError
 from ekko.train.optimizers import FTRL, OPTIMIZERS, SGD, Adagrad, Adam, Momentum, Optimizer, RowwiseAdagrad, optimizer_of
 
-F32 = NDArray[np.float32]
-Params = list[torch.nn.Parameter]
-
-ROWS, DIM, TOUCHED = 8, 19, 3  # 19: a vector instruction's worth, and a rest
-STEPS = 10_000
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 
 
 @pytest.fixture(autouse=True)
@@ -40,53 +37,6 @@ def exact_roots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "sqrt_", sqrt_)
 
 
-def random_steps(steps: int) -> Iterator[tuple[int, NDArray[np.int64], F32]]:
-    """Number of each, the rows that it touches, and their gradients, of very different sizes."""
-    random = np.random.default_rng(7)
-    for step in range(1, steps + 1):
-        rows = np.sort(random.choice(ROWS, TOUCHED, replace=False))
-        scale = np.exp(random.normal(0, 2, (TOUCHED, 1)))
-        yield step, rows, (random.standard_normal((TOUCHED, DIM)) * scale).astype(np.float32)
-
-
-class Table:
-    """Rows and their state, as a server keeps them."""
-
-    def __init__(self, spec: Optimizer) -> None:
-        self.spec = spec
-        self.weights = np.random.default_rng(3).standard_normal((ROWS, DIM)).astype(np.float32)
-        self.state = spec.initial_state(self.weights)
-
-    def apply(self, step: int, rows: NDArray[np.int64], gradients: F32) -> None:
-        weights, state = self.weights[rows], self.state[rows]
-        self.spec.apply(weights, state, gradients, step=step)
-        self.weights[rows], self.state[rows] = weights, state
-
-
-def after(spec: Optimizer, make: Callable[[Params], optim.Optimizer], steps: int, *, apart: bool) -> tuple[F32, F32]:
-    """Our weights and torch's. `apart`: each row is a parameter, else the table is one and gradients are sparse."""
-    table = Table(spec)
-    start = torch.tensor(table.weights)
-    params = [torch.nn.Parameter(row.clone()) for row in start.split(1)] if apart else [torch.nn.Parameter(start.clone())]
-    optimizer = make(params)
-    for step, rows, gradients in random_steps(steps):
-        optimizer.zero_grad()
-        values = torch.tensor(gradients)
-        if apart:
-            for i, row in enumerate(rows):
-                params[row].grad = values[i : i + 1].clone()
-        else:
-            params[0].grad = _sparse(torch.tensor(rows), values)
-        optimizer.step()
-        table.apply(step, rows, gradients)
-    return table.weights, torch.cat([param.detach() for param in params]).numpy()
-
-
-def _sparse(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    tensor: torch.Tensor = torch.sparse_coo_tensor(rows[None], values, (ROWS, DIM), check_invariants=False, is_coalesced=True)
-    return tensor
-
-
 SPARSE: dict[str, tuple[Optimizer, Callable[[Params], optim.Optimizer]]] = {
     "sgd": (SGD(lr=0.1), lambda params: optim.SGD(params, lr=0.1)),
     "adagrad": (Adagrad(lr=0.1), lambda params: optim.Adagrad(params, lr=0.1)),
@@ -95,42 +45,146 @@ SPARSE: dict[str, tuple[Optimizer, Callable[[Params], optim.Optimizer]]] = {
         lambda params: optim.Adagrad(params, lr=0.1, initial_accumulator_value=0.1, eps=1e-8),
     ),
     "adam": (Adam(lr=0.01), lambda params: optim.SparseAdam(params, lr=0.01)),
+    "ftrl": (FTRL(lr=0.1, l1=2.0, l2=0.5), lambda params: zoo.FTRL(params, lr=0.1, l1=2.0, l2=0.5)),
     "adam_betas": (Adam(betas=(0.5, 0.9), eps=1e-3), lambda params: optim.SparseAdam(params, betas=(0.5, 0.9), eps=1e-3)),
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.usefixtures("exact_roots")
 @pytest.mark.parametrize("case", SPARSE)
 def test_sparse_steps_give_the_bits_of_torch(case: str) -> None:
     spec, make = SPARSE[case]
-    ours, theirs = after(spec, make, STEPS if case in ("sgd", "adagrad", "adam") else STEPS // 10, apart=False)
+    ours, theirs = ours_and_torchs(spec, make, STEPS if case in ("sgd", "adagrad", "adam", "ftrl") else STEPS // 10)
     np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-@pytest.mark.parametrize("case", ["adagrad", "adam"])
+@pytest.mark.parametrize("case", ["adagrad", "adam", "ftrl"])
 def test_with_the_roots_of_mkl_the_difference_is_rounding(case: str) -> None:
     spec, make = SPARSE[case]
-    ours, theirs = after(spec, make, STEPS // 10, apart=False)
+    ours, theirs = ours_and_torchs(spec, make, STEPS // 10)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("decay", [0.0, 0.01])
+@pytest.mark.parametrize(("nesterov", "decay"), [(False, 0.0), (True, 0.01)])
 def test_momentum_is_that_of_a_parameter_a_row(nesterov: bool, decay: float) -> None:
     spec = Momentum(lr=0.01, nesterov=nesterov, weight_decay=decay)
-    ours, theirs = after(
-        spec, lambda params: optim.SGD(params, lr=0.01, momentum=0.9, nesterov=nesterov, weight_decay=decay), STEPS, apart=True
+    ours, theirs = ours_and_torchs(
+        spec,
+        lambda params: optim.SGD(params, lr=0.01, momentum=0.9, nesterov=nesterov, weight_decay=decay),
+        STEPS,
+        apart=True,
+        sparse=False,
     )
     np.testing.assert_array_equal(ours, theirs)
 
 
 def test_sgd_decays_the_rows_that_it_touches() -> None:
-    ours, theirs = after(
-        SGD(lr=0.1, weight_decay=0.01), lambda params: optim.SGD(params, lr=0.1, weight_decay=0.01), STEPS, apart=True
+    ours, theirs = ours_and_torchs(
+        SGD(lr=0.1, weight_decay=0.01),
+        lambda params: optim.SGD(params, lr=0.1, weight_decay=0.01),
+        STEPS,
+        apart=True,
+        sparse=False,
     )
     np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("exact_roots")
+def test_adam_with_row_steps_is_that_of_a_parameter_a_row() -> None:
+    ours, theirs = ours_and_torchs(
+        Adam(lr=0.01, steps="row"), lambda params: optim.SparseAdam(params, lr=0.01), STEPS // 5, apart=True
+    )
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_adam_decays_the_rows_that_it_touches() -> None:
+    """torch's dense Adam adds eps after the correction and SparseAdam before it: with an eps this small they are one."""
+    spec = Adam(lr=0.01, steps="row", weight_decay=0.1, eps=1e-12)
+    ours, theirs = ours_and_torchs(
+        spec, lambda params: optim.Adam(params, lr=0.01, weight_decay=0.1, eps=1e-12), STEPS // 5, apart=True, sparse=False
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+
+
+def test_adagrad_decays_the_rows_that_it_touches() -> None:
+    ours, theirs = ours_and_torchs(
+        Adagrad(lr=0.1, weight_decay=0.1),
+        lambda params: optim.Adagrad(params, lr=0.1, weight_decay=0.1),
+        STEPS // 5,
+        apart=True,
+        sparse=False,
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5)
+
+
+def test_rowwise_adagrad_is_its_formula() -> None:
+    spec = RowwiseAdagrad(lr=0.1, weight_decay=0.01, initial_accumulator=0.1)
+    table = Table(spec)
+    weights, sums = table.weights.astype(np.float64), np.full(ROWS, 0.1)
+    for step, rows, gradients in random_steps(STEPS):
+        table.apply(step, rows, gradients)
+        slopes = gradients + 0.01 * weights[rows]
+        sums[rows] += (slopes**2).mean(axis=1)
+        weights[rows] -= 0.1 * slopes / (np.sqrt(sums[rows]) + 1e-8)[:, None]
+    np.testing.assert_allclose(table.state[:, 0], sums, rtol=1e-4)
+    np.testing.assert_allclose(table.weights, weights, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # it imports parts that its processor build does not have
+def test_rowwise_adagrad_is_that_of_fbgemm() -> None:
+    pytest.importorskip("fbgemm_gpu", reason="the extra [torchrec] is not installed")
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    table = Table(RowwiseAdagrad(lr=0.1))
+    theirs = SplitTableBatchedEmbeddingBagsCodegen(
+        [(ROWS, DIM + 1, EmbeddingLocation.HOST, ComputeDevice.CPU)],  # it wants a multiple of 4
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=0.1,
+        eps=1e-8,
+    )
+    table.weights = np.pad(table.weights, ((0, 0), (0, 1)))
+    theirs.split_embedding_weights()[0].copy_(torch.tensor(table.weights))
+    for step, rows, gradients in random_steps(STEPS // 5):
+        padded = np.pad(gradients, ((0, 0), (0, 1)))
+        theirs(torch.tensor(rows), torch.arange(len(rows) + 1)).backward(torch.tensor(padded))
+        table.apply(step, rows, padded)
+    np.testing.assert_allclose(table.weights, theirs.split_embedding_weights()[0].detach().numpy(), rtol=0, atol=2e-6)
+
+
+def test_ftrl_is_that_of_the_papers() -> None:
+    """Their z and n in float64, from weights of zero; some stay zero, some come back to it."""
+    spec = FTRL(lr=0.1, beta=1.0, l1=30.0, l2=0.5)
+    table = Table(spec)
+    table.weights[:] = 0
+    weights, z, n = (np.zeros((ROWS, DIM)) for _ in range(3))
+    left_zero = came_back = 0
+    for step, rows, gradients in random_steps(STEPS):
+        table.apply(step, rows, gradients)
+        before, own, slopes = n[rows], weights[rows], gradients.astype(np.float64)
+        n[rows] += slopes**2
+        z[rows] += slopes - (np.sqrt(n[rows]) - np.sqrt(before)) / 0.1 * own
+        strength = (1.0 + np.sqrt(n[rows])) / 0.1 + 0.5
+        weights[rows] = np.where(np.abs(z[rows]) <= 30.0, 0.0, -(z[rows] - np.sign(z[rows]) * 30.0) / strength)
+        left_zero += int(((own == 0) & (weights[rows] != 0)).sum())
+        came_back += int(((own != 0) & (weights[rows] == 0)).sum())
+    assert min(left_zero, came_back) > 100
+    np.testing.assert_allclose(table.weights, weights, rtol=0, atol=1e-5)
+
+
+def test_ftrl_goes_on_from_weights_that_it_did_not_make() -> None:
+    spec = FTRL(lr=0.1, l1=1.0)
+    rows = np.array([[0.5, -0.5, 0.0]], np.float32)
+    state = spec.initial_state(rows)
+    spec.apply(rows, state, np.zeros((1, 3), np.float32))
+    assert rows.tolist() == [[0.5, -0.5, 0.0]]
+    spec.apply(rows, state, np.full((1, 3), 0.25, np.float32))
+    np.testing.assert_allclose(rows, [[0.48, -0.52, 0.0]], rtol=1e-6)  # 0.25 / (1.25 / 0.1)
+    assert state[0].tolist() == [0.0625] * 3 + [0.0, 0.0, -0.25]
 
 
 BAD: list[tuple[Any, str]] = [
