@@ -66,7 +66,7 @@ BUSY: Final = "busy"
 GAP: Final = "gap"
 # The server does not know this life of the worker, or dropped the worker for its silence: `Hello`, then go on as it says.
 HELLO: Final = "hello"
-# A later life of this worker is known: this process has been replaced, and ends.
+# A later life of this worker is known: this process has been replaced, and ends. The reason ends in that life.
 STALE: Final = "stale"
 # Both sides are configured differently, or a model, table or dim is unknown: for a person.
 SETTINGS: Final = "settings"
@@ -197,7 +197,10 @@ Request = WhoServes | Hello | Pull | Push | Release
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """`last`: for each partition the number of this worker's last push that counts there; -1: the server is not its primary."""
+    """`last`: for each partition the number of this worker's last push that counts there; -1: the server is not its primary.
+
+    It is larger than any that the worker sent if the worker had been dropped for its silence: it goes on where the others are.
+    """
 
     settings: ModelSettings
     serving: Serving

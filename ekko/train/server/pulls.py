@@ -1,0 +1,72 @@
+"""Pulls: answered at once, or when the clocks of all workers have come far enough.
+
+Clocks are of what is durable. Otherwise a step that is lost with this server could have been seen by one worker, and be another
+one when it is done again.
+"""
+
+from collections.abc import Iterable
+
+from ekko.train.server import events as e
+from ekko.train.server import wire as w
+from ekko.train.server.core import Core
+from ekko.train.server.pending import PULLS_MAX, Pull
+
+# A pull that waits longer is refused as busy, since who asked for it may be gone; who is not, asks again.
+PULL_WAIT_MS_MAX = 30_000
+
+
+class Pulls:
+    """The part of the machine that answers pulls."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        # Longer than the time after which a silent worker is dropped, so that who waits for one outlasts it.
+        self._wait_ms = max(PULL_WAIT_MS_MAX, 2 * core.worker_timeout_ms)
+
+    def on_pull(self, asked: e.PullAsked) -> None:
+        """Answer it, refuse it, or let it wait."""
+        core = self._core
+        if core.refuses(asked.ask, asked.partitions):
+            return
+        if asked.worker == w.OBSERVER:
+            self._answer(asked.ask, asked.partitions)
+            return
+        if core.is_stranger(asked.ask, asked.worker, asked.life):
+            return
+        if sum(pull.worker == asked.worker for pull in core.pending.pulls.values()) >= PULLS_MAX:
+            core.fail(asked.ask, w.BUSY, f"{PULLS_MAX} pulls of worker {asked.worker} wait here: ask again in a moment")
+            return
+        core.pending.pulls[asked.ask] = Pull(asked.ask, asked.worker, asked.clock, asked.partitions, core.now_ms)
+
+    def answer_due(self) -> None:
+        """Answer all that need not wait any more."""
+        for pull in list(self._core.pending.pulls.values()):
+            if self._is_due(pull):
+                del self._core.pending.pulls[pull.ask]
+                self._answer(pull.ask, pull.partitions)
+
+    def _is_due(self, pull: Pull) -> bool:
+        return all(self._core.partitions[number].may_pull(pull.clock) for number in pull.partitions)
+
+    def _answer(self, ask: int, partitions: Iterable[int]) -> None:
+        self._core.emit(e.AnswerPull(ask, min(self._core.partitions[number].clock() for number in partitions)))
+
+    def send_away(self, partition: int) -> None:
+        """We do not act for a partition any more."""
+        for pull in list(self._core.pending.pulls.values()):
+            if partition in pull.partitions:
+                del self._core.pending.pulls[pull.ask]
+                self._core.emit(e.Answer(pull.ask, w.NotPrimary(self._core.serving())))
+
+    def next_ms(self) -> int | None:
+        """When the first one has waited too long."""
+        return min((pull.since_ms + self._wait_ms for pull in self._core.pending.pulls.values()), default=None)
+
+    def expire(self) -> None:
+        """Refuse what has waited too long."""
+        for pull in list(self._core.pending.pulls.values()):
+            if self._core.now_ms >= pull.since_ms + self._wait_ms:
+                del self._core.pending.pulls[pull.ask]
+                late = sorted(set().union(*(self._core.partitions[n].behind(pull.clock) for n in pull.partitions)))
+                names = ", ".join(map(str, late[:8]))
+                self._core.fail(pull.ask, w.BUSY, f"workers {names} have not pushed what this pull waits for: ask again")

@@ -1,0 +1,107 @@
+"""Workers: their lives, how they are welcomed, and who is not waited for any more.
+
+A hello is recorded like a push, in the same rows, and answered when that is durable. Otherwise a server that takes over would
+know the former life only, and a push of it that was late on its way could take the place of one of the later life.
+"""
+
+from ekko.train.server import events as e
+from ekko.train.server import wire as w
+from ekko.train.server.core import Core
+from ekko.train.server.tracks import Partition, Role
+
+
+class Workers:
+    """The part of the machine that knows who is there."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def on_hello(self, asked: e.HelloAsked) -> None:
+        """A worker begins a life, or shows that it lives. Answered when the group that comes next is durable."""
+        core, worker = self._core, asked.worker
+        if core.lives.get(worker, 0) < asked.life and not (core.settings.workers and worker >= core.settings.workers):
+            self._begin_life(worker, asked.life)
+        if core.is_stranger(asked.ask, worker, asked.life):
+            return
+        if worker in core.hellos:
+            core.fail(core.hellos[worker], w.BUSY, "asked again")
+        core.hellos[worker] = asked.ask
+
+    def _begin_life(self, worker: int, life: int) -> None:
+        """What waits of former lives is dropped; what is under way is finished."""
+        core = self._core
+        core.lives[worker] = life
+        for push in [push for push in core.pending.pushes.values() if push.worker == worker]:
+            for number in sorted(push.left):
+                track = core.partitions[number].track(worker)
+                track.accepted = track.applied
+                core.take(push, number)
+        for ask in [waiter.ask for waiter in core.pending.waiters_of(worker)]:
+            del core.pending.waiters[ask]
+            core.fail_stale(ask, worker)
+        for ask in [pull.ask for pull in core.pending.pulls.values() if pull.worker == worker]:
+            del core.pending.pulls[ask]
+            core.fail_stale(ask, worker)
+        if worker in core.hellos:
+            core.fail_stale(core.hellos.pop(worker), worker)
+
+    def marks_of(self, worker: int) -> list[e.Mark]:
+        """What has to be durable before a worker is welcome: its life, and where it goes on if it had been dropped."""
+        marks: list[e.Mark] = []
+        for partition in self._core.acting():
+            track, life = partition.track(worker), self._core.lives[worker]
+            dropped = worker in partition.dropped
+            if track.life == life and not dropped:
+                continue
+            number = partition.rejoins_at(worker) if dropped else track.durable
+            partition.dropped.discard(worker)
+            track.life, track.accepted, track.applied = life, number, number
+            marks.append(e.Mark(partition.number, worker, life, number))
+        return marks
+
+    def welcome(self, worker: int, ask: int) -> None:
+        """Everything of a worker that is not durable has been dropped, or never was taken."""
+        core = self._core
+        last = (part.durable_of(worker) if part.role is Role.ACTING else -1 for part in core.partitions)
+        core.emit(e.Answer(ask, w.Welcome(core.settings, core.serving(), tuple(last))))
+
+    # --- silence ------------------------------------------------------------------------------------------------------------
+
+    def note_waiting(self) -> None:
+        """Notice where somebody waits for another worker, and where nobody does any more."""
+        for partition in self._core.acting():
+            if not self._core.worker_timeout_ms or not self._is_waited_in(partition):
+                partition.waiting_ms = None
+            elif partition.waiting_ms is None:
+                partition.waiting_ms = self._core.now_ms
+
+    def _is_waited_in(self, partition: Partition) -> bool:
+        pending = self._core.pending
+        return any(partition.number in pull.partitions for pull in pending.pulls.values()) or any(
+            partition.number in push.left for push in pending.pushes.values()
+        )
+
+    def next_ms(self) -> int | None:
+        """When the next one has been silent for too long."""
+        return min((ms for partition in self._core.acting() for ms in self._limits(partition).values()), default=None)
+
+    def _limits(self, partition: Partition) -> dict[int, int]:
+        """When who is waited for, and has nothing here, is not waited for any more: worker -> ms."""
+        if partition.waiting_ms is None:
+            return {}
+        core, number = self._core, partition.number
+        here = {push.worker for push in core.pending.pushes.values() if number in push.left}
+        here |= {pull.worker for pull in core.pending.pulls.values() if number in pull.partitions} | core.hellos.keys()
+        since = {worker: max(core.seen_ms.get(worker, 0), partition.waiting_ms) for worker in partition.counted()}
+        return {worker: ms + core.worker_timeout_ms for worker, ms in since.items() if worker not in here}
+
+    def drop_silent(self) -> None:
+        """Go on without who has been silent for too long."""
+        dropped: dict[int, list[int]] = {}
+        for partition in self._core.acting():
+            for worker, limit in self._limits(partition).items():
+                if self._core.now_ms >= limit:
+                    partition.dropped.add(worker)
+                    dropped.setdefault(worker, []).append(partition.number)
+        for worker, partitions in dropped.items():
+            self._core.emit(e.WorkerDropped(worker, tuple(partitions)))
