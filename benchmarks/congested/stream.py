@@ -57,7 +57,7 @@ def learn() -> Stream:
     learner, recorder = Learner(events, SEED), _Recorder(dict.fromkeys(events.rows, DIM))
     learner.train_offline(start)
     model = learner.model
-    tracker = ekko.torch.track(model, learner.optimizer, recorder, model.tracked, dense_every=DENSE_EVERY)
+    tracker = ekko.torch.track(model, learner.optimizer, recorder, model.tracked, dense_every=DENSE_EVERY, background=False)
     tracker.publish_all()
     first = tuple(recorder.take())
     steps = []

@@ -4,18 +4,20 @@ Training side: three lines, of which the last is
 
     tracker = ekko.torch.track(model, optimizer, publisher, tables={"item_embedding": "item"})
 
-From then on every `optimizer.step()` publishes the rows it changed as one batch under one stamp. With sparse gradients the
-gradient itself says which rows those are, so nothing is compared or copied that did not change.
+From then on the rows that training changes are published beside it, each batch under one stamp and as of one moment. With
+sparse gradients the gradient itself says which rows those are, so nothing is compared or copied that did not change.
 
 Serving side: `EmbeddingBag(reader, "item")` stands where `torch.nn.EmbeddingBag` stood in training.
 """
 
 from ekko.serve.embedding_bag import EmbeddingBag
+from ekko.torch.outbox import Counts, PublishStep, StepPublisher
 from ekko.torch.reloading import Reloaded
 from ekko.torch.server_bag import PSEmbeddingBag, prefetched, push_after
-from ekko.torch.tracker import PublishStep, StepPublisher, Tracker, track
+from ekko.torch.tracker import Tracker, track
 
 __all__ = [
+    "Counts",
     "EmbeddingBag",
     "PSEmbeddingBag",
     "PublishStep",

@@ -1,90 +1,83 @@
-"""`track`: publish the rows that a training step changed, and load what a rollback took back."""
+"""`track`: publish the rows that training changes, and load what a rollback took back."""
 
+import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
-from typing import Final, Literal, Protocol, Self, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import FrameType
+from typing import Any, Final, Literal, Self, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from ekko.errors import ModelError
+from ekko.errors import ModelError, NodeUnreachable
 from ekko.restored import Restored
+from ekko.torch.capture import I64, TrackedTable
 from ekko.torch.dense import DenseParameters
-from ekko.torch.reloading import Reloaded, Rows, StateReader, load_dense, load_rows
+from ekko.torch.modules import found_tables, unwrapped
+from ekko.torch.outbox import Counts, Outbox, StepPublisher
+from ekko.torch.reloading import Reloaded, Rows, StateReader, forget_rows, load_dense, load_rows
+from ekko.torch.sending import COPY_BYTES_MAX, RETRY_S, Gate, Sender
 
 # `publish_all` cuts a table into steps of about this size: large enough that the cost of a step does not count, small enough
 # that the node stays responsive to other publishers meanwhile.
 PUBLISH_ALL_BYTES_MAX: Final = 4 << 20
-# Where a row's gradient is zero these leave the row as it is; Adam and its relatives move it by what they remember of it.
-LEAVES_ZERO_GRADIENTS: Final = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop)
+FLUSH_S: Final = 30.0
 Significance = Literal["gradient", "change"]
-
-
-class PublishStep(Protocol):
-    """What `track` asks of a step; `ekko.train.publisher.Step` offers it."""
-
-    @property
-    def stamp(self) -> int: ...
-
-    def publish(
-        self, table: str, keys: NDArray[np.uint64], rows: NDArray[np.float32], significance: NDArray[np.float32] | None = None
-    ) -> None: ...
-
-    def publish_dense(self, name: str, array: NDArray[np.float32]) -> None: ...
-
-
-class StepPublisher(Protocol):
-    """What `track` asks of a publisher; `ekko.Publisher` offers it."""
-
-    @property
-    def tables(self) -> Mapping[str, int]: ...
-
-    def step(self) -> AbstractContextManager[PublishStep]: ...
 
 
 def track(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     publisher: StepPublisher,
     tables: Mapping[str, str],
     dense_every: int | str | None = None,
     significance: Significance = "gradient",
     reader: StateReader | None = None,
+    *,
+    background: bool = True,
 ) -> "Tracker":
-    """Publish, after each `optimizer.step()`, the embedding rows that it changed.
+    """Publish the embedding rows that training changes, whatever the optimizer: those that changed, exactly, and no others.
 
-    A row's significance is the L1 norm of its gradient, or what the node sees of it. All tables go in one batch under one
-    stamp. A step that could not be published raises out of `optimizer.step()`, after the parameters have changed; its rows go
-    with the next one that can. Not so once the model was rolled back: then the next step loads what was restored into the
-    tables, and is dropped with all that is not published yet (`Tracker.reload`). With `Publisher(admission=...)`, rows go out
-    from the step on that touches their key for the n-th time.
+    In the background: a step notes what it changed, and a thread takes all that is due between two steps, so that a batch is
+    the model as it was at one moment, and publishes it while training goes on. Batches come as fast as steps where steps are
+    slow; else one has several steps, and a row that they changed several times is sent once, as it is then. A node that does
+    not answer is tried again, while rows add up (`Tracker.counts`). What else fails raises out of the next step.
+
+    Not in the background, each `optimizer.step()` publishes one batch. A step that could not be published raises out of
+    `optimizer.step()`, after the parameters have changed; its rows go with the next one that can.
+
+    Once the model was rolled back, a step loads what was restored into the tables, and is dropped with all that is not
+    published yet (`Tracker.reload`). With `Publisher(admission=...)`, rows go out from the batch on that touches their key for
+    the n-th time.
 
     Args:
-        model: holds the tables; is trained by `optimizer`.
-        optimizer: changes only rows with a gradient: no weight decay and no momentum on the tables (SparseAdam, Adagrad,
-            RMSprop and plain SGD are fine; of dense gradients the last three).
+        model: holds the tables; may be wrapped by `torch.compile` or `DistributedDataParallel`: names are those without it.
+        optimizer: any; or several, in the order in which they step: their steps are one, which ends with the last one's. Where
+            they move rows that have no gradient (momentum, weight decay, Adam with dense gradients, ...) changed rows are found
+            by comparing the table with a copy of what was published last: it takes as much memory again.
         publisher: an `ekko.Publisher` of a model that has the tables.
-        tables: module name (as in `model.named_modules()`) of an `nn.Embedding` -> table it is published to; the row index is
-            the key. With `sparse=False` the rows of a step are those whose gradient is not zero.
+        tables: module name (as in `model.named_modules()`) of an `nn.Embedding` or `nn.EmbeddingBag` -> table it is published
+            to; the row index is the key. Modules that share one weight share one table.
         dense_every: publish all other parameters too, under their parameter names, and floating-point buffers that a state dict
             has, with every this many steps (8), or with a step at most so often ("2s"); None: never. They go in one batch with
             the rows of their step, and of each what changed since they went last.
-        significance: "gradient", or "change": how far a row moves is what counts, as the node sees it.
+        significance: "gradient": a row's is the L1 norm of its gradient, or their sum; "change": how far a row moves is what
+            counts, as the node sees it, and as it always does for tables that are compared.
         reader: of the same model on this machine, to read dense parameters after a rollback, and rows that steps changed
             which it had refused; None: these stay as they are.
+        background: see above.
 
     Returns:
-        The handle; `remove()` it, or use it in a `with` block, to stop.
+        The handle; `remove()` it, or use it in a `with` block, to publish what is still due and stop.
 
     Raises:
-        ModelError: no such module or table, not an `nn.Embedding`, another width, or an optimizer that changes rows without a
-            gradient. Nothing is tracked.
+        ModelError: no such module or table, not an embedding, another width, or no optimizer trains it. Nothing is tracked.
     """
-    return Tracker(model, optimizer, publisher, tables, dense_every, significance, reader)
+    return Tracker(model, optimizer, publisher, tables, dense_every, significance, reader, background=background)
 
 
 class Tracker:
@@ -93,29 +86,58 @@ class Tracker:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         publisher: StepPublisher,
         tables: Mapping[str, str],
         dense_every: int | str | None = None,
         significance: Significance = "gradient",
         reader: StateReader | None = None,
+        *,
+        background: bool = True,
     ) -> None:
         if significance not in get_args(Significance):
             raise ModelError(f"significance is {significance!r}: expected 'gradient' or 'change'")
+        if not tables and dense_every is None:
+            raise ModelError("tables is empty: name an nn.Embedding and the table it is published to, or set dense_every")
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        if not optimizers:
+            raise ModelError("optimizer is an empty list: expected those that train the model, in the order in which they step")
         self._publisher = publisher
-        self._optimizer = optimizer
-        self._says_significance = significance == "gradient"
         self._reader = reader
-        self._weights = _tracked_weights(model, optimizer, publisher, tables)
-        self._dense = DenseParameters(model, self._weights.values(), dense_every, time.monotonic())
-        self._touched: dict[str, _Touched] = {}
-        self._stamp = 0
-        self._hook = optimizer.register_step_post_hook(self._after_step)
+        self._optimizers = optimizers
+        found = found_tables(model, tables, publisher.tables)
+        self._tables = {name: TrackedTable(name, module, optimizers) for name, module in found.items()}
+        weights = [table.weight for table in self._tables.values()]
+        self._dense = DenseParameters(unwrapped(model), weights, dense_every, time.monotonic())
+        said = significance == "gradient"
+        self._outbox = Outbox(list(self._tables.values()), self._dense, publisher, says_significance=said)
+        self._gate = Gate()
+        self._steps = 0
+        self._background = background
+        self._call: FrameType | None = None  # the step that is under way; or one that has raised
+        self._waited = False  # whether the thread waited for the end of a rollback, which the trainer is to load
+        self._sender = Sender(self._send_some, lambda: self._outbox.is_due)
+        self._hooks: list[Any] = []
+        for one in optimizers:
+            captured = [table for table in self._tables.values() if one in table.trainers]
+            self._hooks.append(one.register_step_pre_hook(self._before_step))
+            after = partial(self._after_step, captured, one is optimizers[-1])
+            self._hooks.append(one.register_step_post_hook(after))
+        for module in found.values():
+            if module.max_norm is not None:
+                self._hooks += self._watch(module)
+        if background:
+            self._sender.start()
 
     @property
     def stamp(self) -> int:
-        """The stamp of the last step published; 0: none yet."""
-        return self._stamp
+        """The stamp of the last batch published; 0: none yet."""
+        return self._outbox.stamp
+
+    @property
+    def counts(self) -> Counts:
+        """What was done so far."""
+        return self._outbox.counts(self._steps, self._gate.waited_s)
 
     @property
     def dense_names(self) -> tuple[str, ...]:
@@ -128,20 +150,47 @@ class Tracker:
         Returns:
             The last stamp: once it is visible somewhere, so is the rest.
         """
-        for table, weight in self._weights.items():
-            chunk = max(1, PUBLISH_ALL_BYTES_MAX // (weight.shape[1] * weight.element_size()))
-            for start in range(0, weight.shape[0], chunk):
-                keys = np.arange(start, min(start + chunk, weight.shape[0]), dtype=np.uint64)
-                with self._publisher.step() as step:
-                    step.publish(table, keys, weight.detach()[start : start + chunk].cpu().numpy())
-                self._stamp = step.stamp
-            self._touched.pop(table, None)
-        return self.publish_dense()
+        with self._alone():
+            self._outbox.publish_all(PUBLISH_ALL_BYTES_MAX)
+            return self._publish_dense()
 
     def publish_dense(self) -> int:
-        """Publish all dense parameters now; returns the stamp."""
+        """Publish all dense parameters now, and what else is due; returns the stamp."""
+        with self._alone():
+            return self._publish_dense()
+
+    def _publish_dense(self) -> int:
         self._dense.demand()
         return self._publish()
+
+    def mark(self, table: str, ids: I64) -> None:
+        """Rows of a table, int64[n], were changed by somebody else than the optimizers: they go with the next batch."""
+        with self._alone():
+            self._tables[table].mark(np.asarray(ids, np.int64))
+
+    def flush(self, timeout: float = FLUSH_S) -> int:
+        """Publish all that is due, and dense parameters where they are published at all; call it between two steps.
+
+        Args:
+            timeout: seconds to try again for where the node does not answer; a call that is under way then may end later.
+
+        Returns:
+            The stamp of the last batch.
+
+        Raises:
+            TimeoutError: the node did not answer in time. What is due stays due.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                with self._alone(deadline):
+                    if self._dense.periodic and self._dense.unsent:
+                        self._dense.demand()
+                    return self._publish()
+            except NodeUnreachable as error:
+                if time.monotonic() + RETRY_S >= deadline:
+                    raise TimeoutError(f"what is due is not published after {timeout:g} s: {error}") from error
+                time.sleep(RETRY_S)
 
     def reload(self) -> Reloaded:
         """Load what rollbacks restored since this was last called, and forget what the optimizer remembers of it.
@@ -151,47 +200,70 @@ class Tracker:
         where a step is refused since the model was rolled back, or had to wait for that; call it to go on from the restored
         rows before the next step.
         """
-        restored: tuple[Restored, ...] = getattr(
-            self._publisher, "restored", tuple
-        )()  # a publisher of yours may know no rollbacks
+        with self._alone():
+            return self._reload()
+
+    def _reload(self) -> Reloaded:
+        # A publisher of yours may know no rollbacks.
+        restored: tuple[Restored, ...] = getattr(self._publisher, "restored", tuple)()
         if not restored:
             return Reloaded({})
-        due, self._touched = self._touched, {}
-        self._dense.drop()
+        due = self._outbox.forget()
         tensors = dict.fromkeys(name for one in restored for name in one.tensors if name in self._dense.names)
         loaded: dict[str, int] = {}
         for one in restored:
-            if one.table in self._weights:
-                ids = load_rows(self._optimizer, self._weights[one.table], one)
+            if one.table in self._tables:
+                ids = self._load(self._tables[one.table], one)
                 loaded[one.table] = loaded.get(one.table, 0) + len(ids)
-                if (held := due.get(one.table)) is not None:
-                    due[one.table] = held.without(ids)
+                due[one.table] = np.setdiff1d(due[one.table], ids, assume_unique=True)
         read = tuple(name for name in tensors if self._reload_dense(name))
         if self._dense.periodic:
             with suppress(ModelError):  # none was published yet
                 read += tuple(name for name in self._dense.names if name not in tensors and self._reload_dense(name))
-        dropped = {table: len(held.ids) for table, held in due.items() if len(held.ids)}
+        dropped = {table: len(ids) for table, ids in due.items() if len(ids)}
         for table in dropped:
-            self._reload_rows(table, due[table].ids)
+            self._reload_rows(self._tables[table], due[table])
         return Reloaded(loaded, read, tuple(name for name in tensors if name not in read), dropped)
 
-    def _reload_rows(self, table: str, ids: Tensor) -> None:
+    def _load(self, table: TrackedTable, rows: Restored | Rows) -> I64:
+        """Put the node's rows into a table; int64[n], which these are."""
+        first, *others = table.trainers
+        ids = load_rows(first, table.weight, rows)
+        for other in others:
+            forget_rows(other, table.weight, ids)
+        loaded: I64 = ids.cpu().numpy()
+        table.accept(loaded)
+        return loaded
+
+    def _reload_rows(self, table: TrackedTable, ids: I64) -> None:
         """Put what the node has in place of rows that no rollback wrote; those that it does not have stay as they are."""
+        table.accept(ids)
         if self._reader is None:
             return
-        keys = _keys(ids)
-        rows, stamps = self._reader.lookup(table, keys, stamps=True)
-        load_rows(self._optimizer, self._weights[table], Rows(keys[stamps > 0], rows[stamps > 0]))
+        keys = ids.view(np.uint64)
+        rows, stamps = self._reader.lookup(table.name, keys, stamps=True)
+        self._load(table, Rows(keys[stamps > 0], rows[stamps > 0]))
 
     def _reload_dense(self, name: str) -> bool:
         if self._reader is None:
             return False
-        load_dense(self._optimizer, self._dense.tensor(name), self._reader.dense(name))
+        for optimizer in self._optimizers:
+            load_dense(optimizer, self._dense.tensor(name), self._reader.dense(name))
         return True
 
-    def remove(self) -> None:
-        """Stop tracking. What was published stays published."""
-        self._hook.remove()
+    def remove(self, timeout: float = FLUSH_S) -> None:
+        """Stop tracking; in the background, publish what is due before. What was published stays published.
+
+        Raises:
+            TimeoutError: it could not be published in time; it is not tracked any more all the same.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._gate.leave()
+        if self._sender.runs:
+            self._sender.stop()
+            self.flush(timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -199,161 +271,99 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _after_step(self, *_: object) -> None:
-        for table, weight in self._weights.items():
-            touched = _touched_rows(table, weight, self._optimizer)
-            if touched is not None:
-                held = self._touched.get(table)
-                self._touched[table] = touched if held is None else held.merged(touched)
+    def _before_step(self, *_: object) -> None:
+        call = sys._getframe(1)  # noqa: SLF001 - torch's wrapper of `step`, of this call
+        if self._call is None or not _is_within(call, self._call):
+            self._call = call
+            self._gate.enter()
+
+    def _after_step(self, captured: list[TrackedTable], ends: bool, optimizer: Optimizer, *_: object) -> None:
+        if sys._getframe(1) is not self._call:  # noqa: SLF001
+            return  # a subclass has called the step of its parent, and goes on
+        self._call = None
+        skipped = getattr(optimizer, "found_inf", None)  # a gradient scaler has the step change nothing then
+        if skipped is None or not skipped.item():
+            for table in captured:
+                table.capture(optimizer)
+        if not ends:
+            return
+        self._steps += 1
         self._dense.stepped(time.monotonic())
-        self._publish()
+        self._gate.leave()
+        if not self._background:
+            with self._sender.sending:
+                self._publish()
+        elif self._waited:
+            self._waited = False
+            self.reload()
+        elif (error := self._sender.failed()) is None:
+            self._sender.stepped()
+        elif not isinstance(error, ModelError) or self.reload() == Reloaded({}):
+            raise error
+
+    def _watch(self, module: nn.Module) -> list[Any]:
+        """Rows of a table with `max_norm` change in its forward pass: keep that apart from copies, too."""
+        table = next(table for table in self._tables.values() if table.holds(module))
+        entered: list[bool] = []
+
+        def before(*_: object) -> None:
+            entered.append(self._gate.enter())
+            table.touch()
+
+        def after(*_: object) -> None:
+            if entered.pop():
+                self._gate.leave()
+
+        # Locks are nothing for a compiler.
+        first, last = (torch.compiler.disable(hook) for hook in (before, after))  # type: ignore[no-untyped-call]
+        return [module.register_forward_pre_hook(first), module.register_forward_hook(last, always_call=True)]
+
+    @contextmanager
+    def _alone(self, deadline: float | None = None) -> Iterator[None]:
+        """Between two steps, and nobody else sends."""
+        self._gate.leave()
+        timeout = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
+        if not self._sender.sending.acquire(timeout=timeout):
+            raise TimeoutError(f"the batch before this one is still on its way: {self._sender.trouble or 'the node is slow'}")
+        try:
+            yield
+        finally:
+            self._sender.sending.release()
+
+    def _send_some(self) -> bool:
+        """Send a bounded part of what is due; False: nothing was."""
+        for table in self._tables.values():
+            table.settle()
+        with self._gate.between_steps():
+            batch = self._outbox.take(COPY_BYTES_MAX)
+        if batch is None:
+            return False
+        self._outbox.send(batch)
+        self._waited |= getattr(self._publisher, "has_restored", False)
+        return True
 
     def _publish(self) -> int:
-        """Publish what is due, after what was restored is loaded."""
+        """Publish all that is due, after what was restored is loaded."""
         try:
-            stamp = self._publish_due()
+            self._publish_due()
         except ModelError:
-            if self.reload() == Reloaded({}):
+            if self._reload() == Reloaded({}):
                 raise  # it is refused for another reason, or the rollback is not over
-            stamp = self._publish_due()
+            self._publish_due()
         if getattr(self._publisher, "has_restored", False):  # it waited for the end of one
-            self.reload()
-        return stamp
+            self._reload()
+        return self._outbox.stamp
 
-    def _publish_due(self) -> int:
-        """Nothing is forgotten before the node has stored it."""
-        if not self._touched and not self._dense.due:
-            return self._stamp
-        version = self._dense.take() if self._dense.due else None
-        try:
-            with self._publisher.step() as step:
-                for table, touched in self._touched.items():
-                    rows = _rows(self._weights[table], touched.ids)
-                    weights = touched.significance.cpu().numpy() if self._says_significance else None
-                    step.publish(table, _keys(touched.ids), rows, weights)
-                if version is not None:
-                    self._dense.add_to(step, version)
-        except BaseException:
-            if version is not None:
-                self._dense.failed()
-            raise
-        if version is not None:
-            self._dense.published(version, getattr(self._publisher, "openings", 0))  # one of yours may not count them
-        self._stamp = step.stamp
-        self._touched = {}
-        return self._stamp
+    def _publish_due(self) -> None:
+        limit = COPY_BYTES_MAX if self._background else None
+        while self._outbox.is_due:
+            if (batch := self._outbox.take(limit)) is not None:
+                self._outbox.send(batch)
 
 
-class _Touched:
-    """Rows of one table that changed and are not published yet."""
-
-    __slots__ = ("ids", "significance")
-
-    def __init__(self, ids: Tensor, significance: Tensor) -> None:
-        self.ids = ids  # int64[n], unique
-        self.significance = significance  # float32[n]
-
-    def without(self, ids: Tensor) -> "_Touched":
-        """Those of other rows."""
-        left = ~torch.isin(self.ids, ids)
-        return _Touched(self.ids[left], self.significance[left])
-
-    def merged(self, newer: "_Touched") -> "_Touched":
-        """Both, each row once; what a row moved by adds up."""
-        ids, place = torch.unique(torch.cat([self.ids, newer.ids]), return_inverse=True)
-        total = torch.zeros(len(ids), device=ids.device)
-        return _Touched(ids, total.index_add_(0, place, torch.cat([self.significance, newer.significance])))
-
-
-def _touched_rows(table: str, weight: nn.Parameter, optimizer: Optimizer) -> _Touched | None:
-    """The rows that this step's gradient touches.
-
-    Raises:
-        ModelError: the gradient is dense after all, and the optimizer then changes rows without one, too.
-    """
-    gradient = weight.grad
-    if gradient is None:
-        return None
-    if not gradient.is_sparse:
-        if not isinstance(optimizer, LEAVES_ZERO_GRADIENTS):
-            raise ModelError(
-                f"the gradient of table {table!r} is dense: its weight is also used outside of nn.Embedding(sparse=True), and "
-                f"{type(optimizer).__name__} changes rows that have no gradient: use Adagrad, RMSprop or SGD on it"
-            )
-        norms = gradient.detach().abs().sum(dim=1)
-        ids = norms.nonzero().reshape(-1)
-        return _Touched(ids, norms[ids]) if len(ids) else None
-    gradient = gradient.detach().coalesce()
-    ids, values = gradient.indices()[0], gradient.values()
-    return _Touched(ids, values.abs().sum(dim=1)) if len(ids) else None
-
-
-def _keys(ids: Tensor) -> NDArray[np.uint64]:
-    """uint64[n]: row indices are keys."""
-    return ids.cpu().numpy().view(np.uint64)
-
-
-def _rows(weight: nn.Parameter, ids: Tensor) -> NDArray[np.float32]:
-    """float32[n, dim] copies of the rows `ids`, in CPU memory."""
-    return np.asarray(weight.detach().index_select(0, ids).cpu().numpy())
-
-
-def _tracked_weights(
-    model: nn.Module, optimizer: Optimizer, publisher: StepPublisher, tables: Mapping[str, str]
-) -> dict[str, nn.Parameter]:
-    """Table -> its weight, checked."""
-    if not tables:
-        raise ModelError("tables is empty: name at least one nn.Embedding and the table it is published to")
-    modules = dict(model.named_modules())
-    known = publisher.tables
-    weights: dict[str, nn.Parameter] = {}
-    for name, table in tables.items():
-        weight = _table_weight(name, modules)
-        if table not in known:
-            raise ModelError(f"unknown table {table!r}: the publisher has {_listed(known)}; add it with Publisher(tables=...)")
-        if weight.shape[1] != known[table]:
-            raise ModelError(f"module {name!r} has rows of {weight.shape[1]} and table {table!r} has dim {known[table]}")
-        if table in weights:
-            raise ModelError(f"table {table!r} is named twice: give each module a table of its own")
-        _check_optimizer(name, weight, optimizer, sparse=getattr(modules[name], "sparse", False))
-        weights[table] = weight
-    return weights
-
-
-def _table_weight(name: str, modules: Mapping[str, nn.Module]) -> nn.Parameter:
-    if name not in modules:
-        embeddings = [found for found, module in modules.items() if isinstance(module, nn.Embedding)]
-        raise ModelError(f"the model has no module {name!r}: its nn.Embedding modules are {_listed(embeddings)}")
-    module = modules[name]
-    if not isinstance(module, nn.Embedding):
-        raise ModelError(f"module {name!r} is a {type(module).__name__}: only nn.Embedding can be tracked in this version")
-    if module.max_norm is not None:
-        raise ModelError(f"module {name!r} has max_norm, which changes rows outside of optimizer.step(): track it without")
-    if module.weight.dtype != torch.float32:
-        raise ModelError(f"module {name!r} has dtype {module.weight.dtype}: tables hold torch.float32")
-    weight = module.weight
-    if not isinstance(weight, nn.Parameter):
-        raise ModelError(f"the weight of module {name!r} is computed from other parameters: remove the parametrization")
-    return weight
-
-
-def _check_optimizer(name: str, weight: nn.Parameter, optimizer: Optimizer, *, sparse: bool) -> None:
-    """Refuse an optimizer that does not train the table, or that changes rows without a gradient."""
-    if not sparse and not isinstance(optimizer, LEAVES_ZERO_GRADIENTS):
-        raise ModelError(
-            f"module {name!r} has dense gradients, with which {type(optimizer).__name__} also changes rows that have none: "
-            "make it nn.Embedding(..., sparse=True), or use Adagrad, RMSprop or SGD on it"
-        )
-    group = next((group for group in optimizer.param_groups if any(value is weight for value in group["params"])), None)
-    if group is None:
-        raise ModelError(f"the optimizer does not have the weight of module {name!r}: pass it model.parameters()")
-    for setting in ("weight_decay", "momentum"):
-        if group.get(setting, 0) != 0:
-            raise ModelError(
-                f"the optimizer has {setting} = {group[setting]} on module {name!r}, which changes rows that have no gradient: "
-                f"put its weight into a parameter group with {setting} = 0"
-            )
-
-
-def _listed(names: Iterator[str] | Mapping[str, object] | list[str]) -> str:
-    return ", ".join(repr(name) for name in names) or "none"
+def _is_within(call: FrameType, outer: FrameType) -> bool:
+    """Whether a call is made, through others, by an outer one that is still under way."""
+    caller = call.f_back
+    while caller is not None and caller is not outer:
+        caller = caller.f_back
+    return caller is not None

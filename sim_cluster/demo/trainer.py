@@ -49,7 +49,7 @@ class Trainer:
             recorder = Recorder(publisher, codec)
             learner = self._learner
             tracker = ekko.torch.track(
-                learner.model, learner.optimizer, recorder, learner.model.tracked, dense_every=DENSE_EVERY
+                learner.model, learner.optimizer, recorder, learner.model.tracked, dense_every=DENSE_EVERY, background=False
             )
             publisher.wait(tracker.publish_all(), scope="all", timeout=VISIBLE_TIMEOUT_S)
             recorder.batches.clear()

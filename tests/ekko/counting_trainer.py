@@ -25,7 +25,8 @@ def main(address: str, dense_every: int, *, apart: bool) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with Publisher(address, model="ctr", tables=TABLES) as publisher:
         every = None if apart else dense_every
-        tracker = ekko.torch.track(model, optimizer, publisher, {name: name for name in TABLES}, dense_every=every)
+        tables = {name: name for name in TABLES}
+        tracker = ekko.torch.track(model, optimizer, publisher, tables, dense_every=every, background=False)
         publisher.wait(tracker.publish_all(), "all", VISIBLE_TIMEOUT_S)
         ids = torch.arange(ROWS)
         for number in range(1, 1 << 30):

@@ -103,7 +103,7 @@ def test_rows_of_the_optimizer_are_as_before_their_first_step(name: str, sparse:
 def test_a_step_after_a_rollback_begins_from_the_restored_rows() -> None:
     model, publisher = Toy(), RolledBack()
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
-    tracker = ekko.torch.track(model, optimizer, publisher, TABLES)
+    tracker = ekko.torch.track(model, optimizer, publisher, TABLES, background=False)
     train(model, optimizer, [3, 4], [7, 8])
     publisher.pending = (users(),)
     train(model, optimizer, [3, 4], [7, 8])
@@ -119,7 +119,7 @@ def test_a_row_of_a_refused_step_is_as_the_node_has_it_again() -> None:
     """Row 4 was not restored, for nothing bad was published of it; row 6 the node never had."""
     model, publisher = Toy(), RolledBack()
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
-    tracker = ekko.torch.track(model, optimizer, publisher, TABLES, reader=Reader())
+    tracker = ekko.torch.track(model, optimizer, publisher, TABLES, reader=Reader(), background=False)
     train(model, optimizer, [3, 4], [7, 8])
     publisher.pending = (users(),)
     publisher.has_restored = True  # nothing is asked before `reload`
@@ -137,7 +137,7 @@ def test_a_row_of_a_refused_step_is_as_the_node_has_it_again() -> None:
 def test_a_publisher_that_waited_says_so() -> None:
     model, publisher = Toy(), RolledBack()
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
-    ekko.torch.track(model, optimizer, publisher, TABLES)
+    ekko.torch.track(model, optimizer, publisher, TABLES, background=False)
     publisher.pending, publisher.has_restored = (users(),), True
     train(model, optimizer, [4], [8])
     assert (model.user.weight[GONE] == 0.25).all()
@@ -147,7 +147,7 @@ def test_a_publisher_that_waited_says_so() -> None:
 def test_what_is_refused_for_another_reason_stays_refused() -> None:
     model, publisher = Toy(), RolledBack()
     optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
-    ekko.torch.track(model, optimizer, publisher, TABLES)
+    ekko.torch.track(model, optimizer, publisher, TABLES, background=False)
     publisher.restored = lambda: ()  # type: ignore[method-assign]
     publisher.pending = (users(),)
     with pytest.raises(ModelError, match="was rolled back"):
@@ -174,7 +174,7 @@ def test_dense_parameters_are_read_where_there_is_a_reader() -> None:
     for reader in (None, Reader()):
         model, publisher = Toy(), RolledBack()
         optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1)
-        tracker = ekko.torch.track(model, optimizer, publisher, TABLES, dense_every=1, reader=reader)
+        tracker = ekko.torch.track(model, optimizer, publisher, TABLES, dense_every=1, reader=reader, background=False)
         train(model, optimizer, [3], [7])
         empty = np.empty(0, np.uint64)
         publisher.pending = (users(), Restored("_dense", empty, np.empty((0, 256), np.float32), np.empty(0, np.bool_), names))

@@ -45,7 +45,9 @@ def trained(count: int) -> tuple[Events, Learner, History]:
     learner.train_offline(START)
     recorder = Recorder(Sink(events))
     tables = {name: table.weight.detach().numpy().copy() for name, table in learner.model.tables.items()}
-    tracker = ekko.torch.track(learner.model, learner.optimizer, recorder, learner.model.tracked, dense_every=3)
+    tracker = ekko.torch.track(
+        learner.model, learner.optimizer, recorder, learner.model.tracked, dense_every=3, background=False
+    )
     tensors = {name: learner.model.get_parameter(name).detach().numpy().copy() for name in tracker.dense_names}
     learnt = []
     for first in range(START, len(events), STREAM_BATCH):

@@ -39,9 +39,9 @@ def _add(weights: F32, blocks: U8, row: Int, weight: Int) -> Int:
 def add_gradients(ids: I64, values: F32, ends: I64, zeros: Int, weights: F32, blocks: U8) -> Int:
     """Add the L1 norms of sparse gradients: rows `values`, float32[n, dim], of the table's rows `ids`, int64[n].
 
-    They are those of several steps, one after the other; `ends` says where each step's end. Of a step the entries of one row are
-    summed first, as an optimizer does. Rows whose gradient is zero count only where `zeros` says so. An id out of range is
-    skipped. Returns how many rows became due.
+    They are those of several steps, one after the other; `ends` says where each step's end. Of a step the entries of one row
+    are summed first, as an optimizer does. Rows whose gradient is zero count only where `zeros` says so. An id out of range
+    is skipped. Returns how many rows became due.
     """
     dim = values.shape[1]
     total = np.empty(dim, np.float32)
@@ -144,7 +144,9 @@ def copy_rows(table: F32, ids: I64, out: F32) -> None:
             out[i, j] = table[row, j]
 
 
-@kernel("int64(Array(uint32, 2, 'C', readonly=True), Array(uint32, 2, 'C', readonly=True), int64, int64, float32[::1], uint8[::1])")
+@kernel(
+    "int64(Array(uint32, 2, 'C', readonly=True), Array(uint32, 2, 'C', readonly=True), int64, int64, float32[::1], uint8[::1])"
+)
 def add_changed(table: NDArray[np.uint32], known: NDArray[np.uint32], begin: Int, end: Int, weights: F32, blocks: U8) -> Int:
     """The rows from `begin` to before `end` of which a bit differs between two tables become due. Returns how many did."""
     added = 0

@@ -51,7 +51,7 @@ class GuardedTrainer:
         ):
             model = learner.model
             tracker = ekko.torch.track(
-                model, learner.optimizer, publisher, model.tracked, dense_every=DENSE_EVERY, reader=reader
+                model, learner.optimizer, publisher, model.tracked, dense_every=DENSE_EVERY, reader=reader, background=False
             )
             publisher.wait(tracker.publish_all(), scope="all", timeout=VISIBLE_TIMEOUT_S)
             board[Word.VISIBLE] = 1

@@ -1,0 +1,231 @@
+"""Which rows of a table a step changed, exactly, whatever the optimizer.
+
+There are two ways. Where an optimizer leaves rows without a gradient alone, the gradient says which changed, and nothing is
+compared: after a step its arrays are set aside, and looked at when a batch is made. Where rows move without a gradient
+(momentum, weight decay, Adam with dense gradients, LBFGS, ...) or outside of a step (`max_norm`), the table is compared, to the
+bit, with a copy of what was published last. That takes as much memory again as the table has.
+"""
+
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ekko.store.kernels.due import copy_rows
+from ekko.torch.due import DueRows
+from ekko.torch.modules import Table, optimizers_of
+
+I64 = NDArray[np.int64]
+F32 = NDArray[np.float32]
+
+# Where a row's gradient is zero these leave it as it is, but for momentum and weight decay. Subclasses may do otherwise.
+LEAVES_ZERO_GRADIENTS: Final = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop)
+# Gradients of one table that are set aside; whoever adds one more adds all up.
+PENDING_MAX: Final = 64
+PENDING_VALUES_MAX: Final = 8 << 20  # float32 values of them all, but for the newest
+# Of a table that is compared so many bytes are looked at at a time, while no step may begin.
+COMPARE_BYTES_MAX: Final = 16 << 20
+
+
+class TrackedTable:
+    """One table in training: what of it is due.
+
+    `capture` is called by the thread that trains when a step has ended, and the rest by whoever sends, while no step is under
+    way; `settle` by either.
+
+    Args:
+        name: of the table.
+        module: holds its weight.
+        optimizers: all that are tracked.
+
+    Raises:
+        ModelError: no optimizer trains the weight.
+    """
+
+    def __init__(self, name: str, module: Table, optimizers: Sequence[Optimizer]) -> None:
+        self.name = name
+        self._module = module
+        self._optimizers = optimizers
+        self.due = DueRows(len(self.weight))
+        self.trainers = optimizers_of(self.weight, optimizers, name)
+        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending_values = 0
+        self._norms: Tensor | None = None
+        self._known: Tensor | None = None  # what was published last, where rows are compared
+        self._unseen = 0  # rows that are to be compared since a step may have changed them
+        self._place = 0  # which is the next one
+        self._lock = threading.Lock()  # of `due`
+        self.says_significance = True
+        self._bind()
+        if module.max_norm is not None or not all(_is_local(one, group, module.sparse) for one, group in self._groups):
+            self.compare()
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """float32[rows, dim]; another one after the table grew."""
+        weight = self._module._parameters["weight"]  # noqa: SLF001 - attributes of modules are slow, and this is each step's
+        assert weight is not None
+        return weight
+
+    @property
+    def compared(self) -> bool:
+        """Whether rows are compared with a copy."""
+        return self._known is not None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there may be anything to send."""
+        return bool(self.due.count or self._pending or self._norms is not None or self._unseen)
+
+    def capture(self, optimizer: Optimizer) -> None:
+        """A step of an optimizer has ended: note what it changed."""
+        weight = self._module._parameters["weight"]  # noqa: SLF001 - see `weight`
+        if self._known is not None:
+            self._unseen = len(weight)  # type: ignore[arg-type]
+            return
+        gradient = weight.grad  # type: ignore[union-attr]
+        if gradient is None:
+            return
+        for one, group in self._groups:
+            if one is optimizer and not _is_local(optimizer, group, gradient.is_sparse):
+                self.compare()  # it did not when tracking began
+                self.mark_all()
+                return
+        if gradient.is_sparse:
+            values = gradient._values()  # noqa: SLF001 - `values()` wants a sum of equal rows first, which takes long
+            self._pending.append((gradient._indices(), values))  # noqa: SLF001
+            self._pending_values += values.numel()
+            if len(self._pending) > PENDING_MAX or (self._pending_values > PENDING_VALUES_MAX and len(self._pending) > 1):
+                self.settle()
+        else:  # it may be overwritten in place, and is as large as the table: its norms are not
+            norms = torch.linalg.vector_norm(gradient.detach(), ord=1, dim=1)
+            self._norms = norms if self._norms is None else self._norms.add_(norms)
+
+    def settle(self) -> None:
+        """Add up what was set aside."""
+        pending, self._pending, self._pending_values = self._pending, [], 0
+        norms, self._norms = self._norms, None
+        if not pending and norms is None:
+            return
+        with self._lock:
+            if pending:
+                self.due.add_gradients(pending, zeros=self._moves_zeros)
+            if norms is not None:
+                self.due.add_norms(norms)
+
+    def compare(self) -> None:
+        """From now on rows are compared with a copy as they are now."""
+        self._known = self.weight.detach().clone(memory_format=torch.contiguous_format)
+        self.says_significance = False  # of rows that move without a gradient there is nothing to say: the node looks
+        self._unseen = 0
+
+    def mark(self, ids: I64) -> None:
+        """Rows were changed by somebody else than the optimizers: int64[n]."""
+        self.says_significance = False
+        with self._lock:
+            self.due.add(ids, np.zeros(len(ids), np.float32))
+
+    def mark_all(self) -> None:
+        """All rows are due."""
+        self.mark(np.arange(len(self.weight), dtype=np.int64))
+
+    def touch(self) -> None:
+        """Rows of a table that is compared may have changed."""
+        self._unseen = len(self.weight)
+
+    def take(self, limit: int | None = None) -> tuple[I64, F32]:
+        """Take due rows, at most `limit`: their numbers and what they weigh; `give_back` or `sent` is called next."""
+        self.settle()
+        with self._lock:
+            self._compare_some(limit is None)
+            return self.due.take(limit)
+
+    def give_back(self, ids: I64, weights: F32) -> None:
+        """Rows that were taken were not sent."""
+        with self._lock:
+            self.due.add(ids, weights)
+
+    def sent(self, ids: I64, rows: F32) -> None:
+        """Rows that were taken are with the node: float32[n, dim]."""
+        if self._known is not None:
+            self._known.index_copy_(0, self._on_device(ids), torch.from_numpy(rows).to(self._known.device))
+
+    def accept(self, ids: I64) -> None:
+        """Rows as they are now count as published."""
+        with self._lock:
+            self.due.drop(ids)
+        if self._known is not None:
+            chosen = self._on_device(ids)
+            self._known.index_copy_(0, chosen, self.weight.detach().index_select(0, chosen))
+
+    def holds(self, module: object) -> bool:
+        """Whether this is the table of a module."""
+        return getattr(module, "weight", None) is self.weight
+
+    def forget(self) -> I64:
+        """Nothing is due any more: int64[n], the rows of which something was."""
+        ids, _ = self.take()
+        return ids
+
+    def rows(self, ids: I64) -> F32:
+        """float32[n, dim]: copies of the rows as they are now."""
+        weight = self.weight.detach()
+        if not _is_plain(weight):
+            chosen: F32 = weight.index_select(0, self._on_device(ids)).cpu().numpy()
+            return chosen
+        out = np.empty((len(ids), weight.shape[1]), np.float32)
+        copy_rows(weight.numpy(), ids, out)
+        return out
+
+    def _compare_some(self, everything: bool) -> None:
+        """Look for rows that changed; of a large table at a part."""
+        if self._known is None or not self._unseen:
+            return
+        weight = self.weight.detach()
+        rows = len(weight)
+        chunk = rows if everything else max(1, COMPARE_BYTES_MAX // (weight.shape[1] * weight.element_size()))
+        count = min(self._unseen, chunk)
+        while count:
+            begin = self._place % rows
+            end = min(rows, begin + count)
+            if _is_plain(weight):
+                self.due.add_changed(weight.numpy(), self._known.numpy(), begin, end)
+            else:
+                bits = (weight[begin:end].view(torch.int32), self._known[begin:end].view(torch.int32))
+                changed = (bits[0] != bits[1]).any(dim=1).nonzero().reshape(-1).cpu().numpy() + begin
+                self.due.add(changed, np.zeros(len(changed), np.float32))
+            self._place = end
+            self._unseen -= end - begin
+            count -= end - begin
+
+    def _bind(self) -> None:
+        """Find the weight's settings in its optimizers."""
+        self._groups: list[tuple[Optimizer, dict[str, Any]]] = [
+            (one, group) for one in self.trainers for group in one.param_groups if _has(group["params"], self.weight)
+        ]
+        self._moves_zeros = any(type(one) is torch.optim.SparseAdam for one in self.trainers)
+
+    def _on_device(self, ids: I64) -> Tensor:
+        return torch.from_numpy(ids).to(self.weight.device)
+
+
+def _has(values: Iterable[Tensor], weight: Tensor) -> bool:
+    return any(value is weight for value in values)
+
+
+def _is_local(optimizer: Optimizer, group: dict[str, Any], sparse: bool) -> bool:
+    """Whether a step leaves rows alone that have no gradient."""
+    kind = type(optimizer)
+    if kind is torch.optim.SparseAdam:
+        return sparse
+    return kind in LEAVES_ZERO_GRADIENTS and not group.get("momentum") and not group.get("weight_decay")
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether kernels can read it where it is."""
+    return weight.device.type == "cpu" and weight.is_contiguous()

@@ -1,0 +1,155 @@
+"""What is due of tables and dense parameters, as batches: taken as of one moment, and due again unless they arrive."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ekko.torch.capture import TrackedTable
+from ekko.torch.dense import DenseParameters
+
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+F32 = NDArray[np.float32]
+
+
+class PublishStep(Protocol):
+    """What `track` asks of a step; `ekko.train.publisher.Step` offers it."""
+
+    @property
+    def stamp(self) -> int: ...
+
+    def publish(self, table: str, keys: U64, rows: F32, significance: F32 | None = None) -> None: ...
+
+    def publish_dense(self, name: str, array: F32) -> None: ...
+
+
+class StepPublisher(Protocol):
+    """What `track` asks of a publisher; `ekko.Publisher` offers it."""
+
+    @property
+    def tables(self) -> Mapping[str, int]: ...
+
+    def step(self) -> AbstractContextManager[PublishStep]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a tracker has done."""
+
+    steps: int  # of the optimizer, or of the last of several; where there are more than batches, batches have several steps
+    batches: int
+    rows: int  # in these
+    failures: int  # batches that did not arrive; what was in them is due again
+    rows_due: int  # as far as it was added up: what the newest steps touched is not among them
+    rows_due_max: int  # most of each table at a time
+    bytes_due: int  # what is kept of due rows, however many: 4 bytes and a bit for each row of the tables
+    waited_s: float  # that steps have waited for copies
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Rows of one table in a batch."""
+
+    table: TrackedTable
+    ids: I64  # [n]
+    weights: F32  # [n]
+    keys: U64  # [n]
+    rows: F32  # [n, dim]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Rows and dense parameters of one moment."""
+
+    parts: list[Part] = field(default_factory=list)
+    version: dict[str, F32] | None = None  # of the dense parameters
+
+
+class Outbox:
+    """Takes batches and publishes them; used by one thread at a time.
+
+    Args:
+        tables: in training.
+        dense: parameters of the same model.
+        publisher: to publish with.
+        says_significance: whether rows go with what they weigh; else the node looks how far they move.
+    """
+
+    def __init__(
+        self, tables: Sequence[TrackedTable], dense: DenseParameters, publisher: StepPublisher, *, says_significance: bool
+    ) -> None:
+        self._tables = tables
+        self._dense = dense
+        self._publisher = publisher
+        self._says_significance = says_significance
+        self.stamp = 0  # of the last batch
+        self._batches = self._rows = self._failures = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether there may be anything to send."""
+        return self._dense.due or any(table.is_due for table in self._tables)
+
+    def counts(self, steps: int, waited_s: float) -> Counts:
+        """What has been done; what others count is given."""
+        due = [table.due for table in self._tables]
+        rows, most, size = (sum(getattr(one, name) for one in due) for name in ("count", "count_max", "nbytes"))
+        return Counts(steps, self._batches, self._rows, self._failures, rows, most, size, waited_s)
+
+    def take(self, bytes_max: int | None) -> Batch | None:
+        """What is due, up to so many bytes of rows; None: nothing is. Called between two steps."""
+        parts = []
+        room = bytes_max
+        for table in self._tables:
+            if not table.is_due:
+                continue
+            row_bytes = 4 * table.weight.shape[1]
+            ids, weights = table.take(None if room is None else max(1, room // row_bytes))
+            if len(ids):
+                parts.append(Part(table, ids, weights, ids.view(np.uint64), table.rows(ids)))
+                room = None if room is None else room - len(ids) * row_bytes
+        version = self._dense.take() if self._dense.due else None
+        return Batch(parts, version) if parts or version is not None else None
+
+    def send(self, batch: Batch) -> None:
+        """Publish a batch; what raises here has made it due again."""
+        try:
+            with self._publisher.step() as step:
+                for part in batch.parts:
+                    said = self._says_significance and part.table.says_significance
+                    step.publish(part.table.name, part.keys, part.rows, part.weights if said else None)
+                if batch.version is not None:
+                    self._dense.add_to(step, batch.version)
+        except BaseException:
+            self._failures += 1
+            for part in batch.parts:
+                part.table.give_back(part.ids, part.weights)
+            if batch.version is not None:
+                self._dense.failed()
+            raise
+        for part in batch.parts:
+            part.table.sent(part.ids, part.rows)
+            self._rows += len(part.ids)
+        if batch.version is not None:
+            self._dense.published(batch.version, getattr(self._publisher, "openings", 0))  # one of yours may not count them
+        self._batches += 1
+        self.stamp = step.stamp
+
+    def publish_all(self, bytes_max: int) -> None:
+        """Publish every row of every table, in batches of about so many bytes."""
+        for table in self._tables:
+            table.settle()
+            chunk = max(1, bytes_max // (4 * table.weight.shape[1]))
+            for begin in range(0, len(table.weight), chunk):
+                ids = np.arange(begin, min(begin + chunk, len(table.weight)), dtype=np.int64)
+                self.send(Batch([Part(table, ids, np.zeros(len(ids), np.float32), ids.view(np.uint64), table.rows(ids))]))
+                table.accept(ids)
+
+    def forget(self) -> dict[str, I64]:
+        """Nothing is due any more: table -> int64[n], the rows of which something was."""
+        self._dense.drop()
+        return {table.name: table.forget() for table in self._tables}

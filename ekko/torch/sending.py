@@ -1,0 +1,150 @@
+"""Sending beside training: a thread that takes what is due between two steps, and publishes it while training goes on.
+
+Weights change while an optimizer steps; during the forward and backward passes they are only read. A gate is between the
+two: the trainer passes it when a step begins, whoever copies holds it while it does. So a batch is the model as it was at one
+moment, and the trainer waits for a copy at most (a bounded one), never for the network.
+
+What the thread computes in Python it takes from the trainer, who cannot run meanwhile. So there are batches as often as they
+take up a small share of the time (`SHARE`): a trainer with slow steps has a batch for each, one with fast steps a batch for
+several, of which each row is sent once.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from typing import Final
+
+from ekko.errors import NodeUnreachable
+
+# Of a batch in the background, so that no copy takes long: some 2 ms.
+COPY_BYTES_MAX: Final = 8 << 20
+# Of one core, for batches; and how long a batch waits for it at most.
+SHARE: Final = 0.02
+PAUSE_S_MAX: Final = 0.25
+# A copy begins when a step has ended, so that the next one is far away; but when none ends within this time, now.
+STEP_WAIT_S: Final = 0.01
+# After a failed call, doubling.
+RETRY_S: Final = 0.05
+RETRY_S_MAX: Final = 1.0
+_LOOK_S: Final = 0.5  # nothing that matters is found by looking; it is told
+
+
+class Gate:
+    """Keeps the steps of a trainer and the copies of its state apart. `enter` and `leave` are for the thread that trains."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = False
+        self.waited_s = 0.0  # the trainer, in all
+
+    def enter(self) -> bool:
+        """A step begins, or the first one of several that are one; False: it had begun."""
+        if self._inside:
+            return False
+        if not self._lock.acquire(blocking=False):
+            begin = time.perf_counter()
+            self._lock.acquire()
+            self.waited_s += time.perf_counter() - begin
+        self._inside = True
+        return True
+
+    def leave(self) -> None:
+        """The step has ended, if one had begun."""
+        if self._inside:
+            self._inside = False
+            self._lock.release()
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """No step is under way meanwhile."""
+        with self._lock:
+            yield
+
+
+class Sender:
+    """The thread that sends.
+
+    Args:
+        send: sends what is due, a bounded part of it; False: nothing was.
+        is_due: whether anything is, as far as can be told without the gate.
+    """
+
+    def __init__(self, send: Callable[[], bool], is_due: Callable[[], bool]) -> None:
+        self._send = send
+        self._is_due = is_due
+        self._waits = False
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._stop: SimpleQueue[None] = SimpleQueue()
+        self._error: BaseException | None = None
+        self.trouble: NodeUnreachable | None = None  # why the last call failed; None: it did not
+        self.sending = threading.Lock()  # held by whoever sends
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread = threading.Thread(target=self._run, name="ekko-track", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, when what is under way has ended. What is due stays so."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stop.put(None)
+            self._wake.put(None)
+            thread.join()
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a thread."""
+        return self._thread is not None
+
+    def stepped(self) -> None:
+        """A step has ended."""
+        if self._waits:
+            self._waits = False
+            self._wake.put(None)
+
+    def failed(self) -> BaseException | None:
+        """What ended the last attempt to send, for the thread that trains; it is told once, and then tried again."""
+        error = self._error
+        if error is not None:
+            self._error = None
+        return error
+
+    def _run(self) -> None:
+        retry_s = RETRY_S
+        pause_s = 0.0
+        while not self._stopped(pause_s):
+            if not self._step_ended():
+                continue
+            begin = time.thread_time()
+            try:
+                with self.sending:
+                    self._send()
+                self.trouble, retry_s = None, RETRY_S
+                pause_s = min((time.thread_time() - begin) / SHARE, PAUSE_S_MAX)
+            except NodeUnreachable as error:  # training goes on meanwhile, and what is due adds up
+                self.trouble, pause_s = error, retry_s
+                retry_s = min(2 * retry_s, RETRY_S_MAX)
+            except BaseException as error:  # noqa: BLE001 - it is raised where the user sees it: out of the next step
+                self._error, pause_s = error, RETRY_S
+
+    def _step_ended(self) -> bool:
+        """Wait for the end of a step if one is near; whether there is anything to send then."""
+        self._waits = True
+        due = self._error is None and self._is_due()
+        try:
+            self._wake.get(timeout=STEP_WAIT_S if due else _LOOK_S)
+        except Empty:
+            self._waits = False
+        return self._error is None and self._is_due()
+
+    def _stopped(self, pause_s: float) -> bool:
+        """Pause; whether to end instead."""
+        try:
+            self._stop.get(block=pause_s > 0, timeout=pause_s or None)
+        except Empty:
+            return False
+        return True
