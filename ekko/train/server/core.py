@@ -93,6 +93,14 @@ class Core:
         """Whether a life was replaced by a later one."""
         return life < known
 
+    def is_dropped(self, ask: int, worker: int, parts: Iterable[Partition]) -> bool:
+        """Whether others went on without this life of a worker; it is answered then."""
+        if not any(worker in part.dropped and part.life_of(worker) == self.lives[worker] for part in parts):
+            return False
+        reason = f"worker {worker} was silent for too long, and the others went on without it: begin it anew"
+        self.fail(ask, w.DROPPED, f"{reason}; what it pushed and has no answer to may be lost")
+        return True
+
     def fail_stale(self, ask: int, worker: int) -> None:
         """Refuse somebody whose place another one has taken."""
         reason = f"worker {worker} has begun a later life, so that this process is replaced, and ends: {self.lives[worker]}"

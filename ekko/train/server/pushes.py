@@ -44,8 +44,10 @@ class Pushes:
         if core.refuses(asked.ask, asked.partitions) or core.is_stranger(asked.ask, worker, asked.life):
             return None
         parts = [core.partitions[number] for number in asked.partitions]
-        if any(part.life_of(worker) != asked.life or worker in part.dropped for part in parts):
-            core.fail(asked.ask, w.HELLO, f"worker {worker} has not said hello for these partitions, or was dropped")
+        if core.is_dropped(asked.ask, worker, parts):
+            return None
+        if any(part.life_of(worker) != asked.life for part in parts):
+            core.fail(asked.ask, w.HELLO, f"worker {worker} has not said hello for these partitions")
             return None
         left = {part.number for part in parts if self._is_new(part.track(worker), asked.number)}
         if any(asked.number > core.partitions[number].track(worker).accepted + 1 for number in left):

@@ -64,15 +64,19 @@ MODES: Final = (ASYNC, BOUNDED, SYNC)
 BUSY: Final = "busy"
 # The push's number is not the next one: an earlier one was refused. Send again from the first push without an answer.
 GAP: Final = "gap"
-# The server does not know this life of the worker, or dropped the worker for its silence: `Hello`, then go on as it says.
+# The server does not know this life of the worker: `Hello`, then the same again.
 HELLO: Final = "hello"
+# The worker was silent for so long that the others went on without it. What it pushed and has no answer to may be lost, so this
+# life is over: it says `Hello` with a later one, and goes on as that tells it. If it went on in this one, a push that it sends
+# again could be taken for one that counts already, since its numbers go on where the others are.
+DROPPED: Final = "dropped"
 # A later life of this worker is known: this process has been replaced, and ends. The reason ends in that life.
 STALE: Final = "stale"
 # Both sides are configured differently, or a model, table or dim is unknown: for a person.
 SETTINGS: Final = "settings"
 # What was sent can never be taken: not finite, keys of a partition that the push does not name, an observer's push.
 REFUSED: Final = "refused"
-KINDS: Final = (BUSY, GAP, HELLO, STALE, SETTINGS, REFUSED)
+KINDS: Final = (BUSY, GAP, HELLO, DROPPED, STALE, SETTINGS, REFUSED)
 
 
 class ServerWireError(EkkoError):

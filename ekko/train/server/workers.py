@@ -21,7 +21,7 @@ class Workers:
         core, worker = self._core, asked.worker
         if core.lives.get(worker, 0) < asked.life and not (core.settings.workers and worker >= core.settings.workers):
             self._begin_life(worker, asked.life)
-        if core.is_stranger(asked.ask, worker, asked.life):
+        if core.is_stranger(asked.ask, worker, asked.life) or core.is_dropped(asked.ask, worker, core.acting()):
             return
         if worker in core.hellos:
             core.fail(core.hellos[worker], w.BUSY, "asked again")
@@ -51,7 +51,7 @@ class Workers:
         for partition in self._core.acting():
             track, life = partition.track(worker), self._core.lives[worker]
             dropped = worker in partition.dropped
-            if track.life == life and not dropped:
+            if track.life == life:
                 continue
             number = partition.rejoins_at(worker) if dropped else track.durable
             partition.dropped.discard(worker)

@@ -171,12 +171,15 @@ def test_who_is_silent_is_dropped_and_goes_on_where_the_others_are() -> None:
     assert dropped == e.WorkerDropped(1, BOTH)
     assert alone.finish(effects) == {3: w.Pushed(1, 103)}
     alone.finish(alone.push(0, 2))
-    assert failure(alone.push(1, 1)) == w.HELLO
-    welcome = alone.hello(1)
+    assert failure(alone.push(1, 1)) == w.DROPPED
+    refused = alone.hello(1)  # in the same life, or one that was long on its way
+    assert isinstance(refused, w.Failed)
+    assert refused.kind == w.DROPPED
+    welcome = alone.hello(1, life=2)
     assert isinstance(welcome, w.Welcome)
     assert welcome.last == (2, 2)
     assert alone.push(0, 3) == []  # it is waited for again
-    assert alone.push(1, 3) != []
+    assert alone.push(1, 3, life=2) != []
 
 
 def test_queues_have_bounds_and_say_so() -> None:
