@@ -2,5 +2,7 @@
 
 from ekko.zoo.dlrm import DLRM, DLRMOptions
 from ekko.zoo.ftrl import FTRL
+from ekko.zoo.warm_start import warm_start
+from ekko.zoo.wide_deep import WideDeep, WideDeepOptions
 
-__all__ = ["DLRM", "FTRL", "DLRMOptions"]
+__all__ = ["DLRM", "FTRL", "DLRMOptions", "WideDeep", "WideDeepOptions", "warm_start"]

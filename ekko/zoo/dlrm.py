@@ -10,10 +10,11 @@ rows only, which is what `ekko.torch.track` publishes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+
+from ekko.zoo.layers import check_widths, mlp
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,7 @@ class DLRMOptions:
         widths = {"dense": self.dense, "dim": self.dim, **{f"rows[{name!r}]": count for name, count in self.rows.items()}}
         widths |= {f"bottom[{layer}]": width for layer, width in enumerate(self.bottom)}
         widths |= {f"top[{layer}]": width for layer, width in enumerate(self.top)}
-        for name, width in widths.items():
-            if width < 1:
-                raise ValueError(f"{name} is {width}: expected at least 1")
+        check_widths(widths)
         if not self.rows:
             raise ValueError("rows names no feature: DLRM needs at least one embedding table")
 
@@ -60,8 +59,8 @@ class DLRM(nn.Module):
         super().__init__()
         self.options = options
         vectors = len(options.rows) + 1
-        self.bottom = _mlp([options.dense, *options.bottom, options.dim], last_relu=True)
-        self.top = _mlp([options.dim + vectors * (vectors - 1) // 2, *options.top, 1], last_relu=False)
+        self.bottom = mlp([options.dense, *options.bottom, options.dim], last_relu=True)
+        self.top = mlp([options.dim + vectors * (vectors - 1) // 2, *options.top, 1], last_relu=False)
         self.tables = nn.ModuleDict()
         if with_tables:
             for name, rows in options.rows.items():
@@ -103,11 +102,3 @@ class DLRM(nn.Module):
         dots = torch.bmm(vectors, vectors.transpose(1, 2))[:, self._left, self._right]
         logits: Tensor = self.top(torch.cat([bottom, dots], dim=1)).squeeze(1)
         return logits
-
-
-def _mlp(widths: Sequence[int], *, last_relu: bool) -> nn.Sequential:
-    """Linear layers between `widths` with ReLU between them, and after the last one where asked."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*(layers if last_relu else layers[:-1]))
