@@ -32,6 +32,9 @@ TENSOR_KEY_BITS = 20
 DENSE_DIM = 256
 DENSE_ROWS_MAX = 1 << 20  # rows of one tensor; the key keeps 20 bits for them
 SHARDS_DEFAULT = 64
+# Ends the name of what a parameter server keeps of a model beside what is served (`ekko.train.server`): only nodes whose
+# configuration says so hold any of it.
+TRAINING_SUFFIX: Final = ".training"
 SHARDS_MAX = 65_536
 DIM_MAX = 16_384
 TABLES_MAX = 4_096
@@ -87,6 +90,16 @@ def check_incarnation(kind: str, name: str, incarnation: int) -> None:
 def label_of(name: str, incarnation: int) -> str:
     """The name of what has it as the so many-th: no two that ever were have the same one."""
     return name if not incarnation else f"{name}#{incarnation}"  # no name has a number sign
+
+
+def training_name(model: str) -> str:
+    """The model in which a parameter server keeps what it trains of `model`."""
+    return model + TRAINING_SUFFIX
+
+
+def is_training(model: str) -> bool:
+    """Whether the model is one of those: no node holds it unasked."""
+    return model.endswith(TRAINING_SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)

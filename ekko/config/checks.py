@@ -240,8 +240,8 @@ def _check_model(name: str, model: ModelSection, places: Places) -> None:
             f"got {model.partitions}",
         )
     if model.hold != "all":
-        if not model.hold:
-            refuse("hold", "expected 'all' or a list of partitions, got []: a node without any needs no entry for the model")
+        if not model.hold and model.partitions == 1:
+            refuse("hold", "expected 'all' or a list of partitions, got []: only a model of several is held by some nodes only")
         if not set(model.hold) <= set(range(model.partitions)):
             refuse("hold", f"expected 'all' or partitions from 0 to {model.partitions - 1}, got {model.hold}")
         if len(set(model.hold)) != len(model.hold):

@@ -77,7 +77,7 @@ class History:
             newest: uint64[WRITERS_MAX], the newest row here of each writer.
         """
         self.frontiers = _sparse(frontiers)
-        covered = frontiers.min(axis=0)
+        covered = frontiers.min(axis=0, initial=np.iinfo(np.uint64).max)  # of a model that only others hold
         ahead = np.flatnonzero(newest > covered)
         self.strays = [(int(covered[writer]) + 1, int(newest[writer])) for writer in ahead.tolist()]
         if synced_until_ms:

@@ -41,6 +41,7 @@ from p2p.stamps import WRITERS_MAX
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
+_NEWEST = np.iinfo(np.uint64).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,7 +494,8 @@ class ModelStore:
         """uint64[n]: everything of these writers is here up to this stamp, in every partition that is held."""
         if self.spec.partitions == 1:
             return self.frontier[writers]
-        covered: U64 = self._frontiers[np.ix_(np.array(self._hold, np.int64), writers)].min(axis=0)
+        # Where nothing is held there is nothing that could lack.
+        covered: U64 = self._frontiers[np.ix_(np.array(self._hold, np.int64), writers)].min(axis=0, initial=_NEWEST)
         return covered
 
     def _mark_attached(self) -> None:

@@ -18,7 +18,7 @@ from ekko.errors import ModelError, StoreError
 from ekko.generations import Alias, Dropped, DroppedTable, Fact, Generation, Registers, ids_before, is_register, parse_facts
 from ekko.health.summaries import Summaries
 from ekko.health.verdicts import Verdicts
-from ekko.model import DENSE_TABLE, ModelSpec, TableSpec, TensorSpec
+from ekko.model import DENSE_TABLE, ModelSpec, TableSpec, TensorSpec, is_training
 from ekko.priority.demand import Demand
 from ekko.rates import Rates
 from ekko.rollback.facts import Rollbacks
@@ -573,6 +573,8 @@ class Store:
         return changed or bool(wanted)
 
     def _holds_of(self, spec: ModelSpec) -> Sequence[int] | None:
-        """What the configuration wants to hold of a model that comes under a name which it knows."""
-        hold = self._holds.get(spec.name)
+        """What the configuration wants to hold of a model that comes under a name which it knows; of what servers train, nothing
+        else.
+        """
+        hold = self._holds.get(spec.name, () if is_training(spec.name) and spec.partitions > 1 else None)
         return hold if hold is not None and set(hold) <= set(range(spec.partitions)) else None

@@ -137,7 +137,7 @@ def test_the_contract_is_understood(tmp_path: Path) -> None:
         ("capacity_rows = 1_000", "partitions = 4\nhold = [4]", ":15: models.ctr.hold: ", "from 0 to 3, got [4]"),
         ("capacity_rows = 1_000", "partitions = 4\nhold = [-1]", ":15: models.ctr.hold: ", "from 0 to 3, got [-1]"),
         ("capacity_rows = 1_000", "partitions = 4\nhold = [1, 1]", ":15: models.ctr.hold: ", "a partition is there twice"),
-        ("capacity_rows = 1_000", "hold = []", ":14: models.ctr.hold: ", "a node without any needs no entry"),
+        ("capacity_rows = 1_000", "hold = []", ":14: models.ctr.hold: ", "only a model of several is held by some"),
         ("capacity_rows = 1_000", 'hold = "some"', ":14: models.ctr.hold: ", "expected 'all' or a list of partitions"),
         ("capacity_rows = 1_000", "hold = 3", ":14: models.ctr.hold: ", "expected 'all' or a list of partitions"),
         ("capacity_rows = 1_000", 'hold = ["a"]', ":14: models.ctr.hold: ", "such as [0, 2], got ['a']"),

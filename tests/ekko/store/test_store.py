@@ -283,6 +283,22 @@ def test_schemas_travel_and_adopting_twice_changes_nothing() -> None:
     assert set(other.models["ctr"].table_stats()) == {*DIMS, DENSE_TABLE}
 
 
+def test_what_servers_train_is_held_only_where_that_is_asked_for() -> None:
+    spec = ModelSpec("ctr.training", 16, {"item": TableSpec("item", 4)}, partitions=4)
+    origin, serving, spare = Store.anonymous(), Store.anonymous(), Store.anonymous()
+    origin.add_model(spec, hold=range(4))
+    spare.add_model(spec, hold=[1, 3])
+    assert serving.adopt(origin.schema())
+    spare.adopt(origin.schema())
+    assert serving.schema() == origin.schema()  # so that others hear of it from this node, too
+    assert (serving.models["ctr.training"].hold, list(serving.replicas)) == ((), [])
+    assert (spare.models["ctr.training"].hold, len(spare.replicas)) == ((1, 3), 2)
+    other = Store.anonymous()
+    other.add_model(ModelSpec("ctr", 16, {"item": TableSpec("item", 4)}, partitions=4), hold=[0])
+    serving.adopt(other.schema())
+    assert serving.models["ctr"].hold == (0, 1, 2, 3)
+
+
 def test_a_table_of_a_known_model_can_be_adopted_alone() -> None:
     store = Store.anonymous()
     store.add_model(SPEC)
