@@ -7,6 +7,7 @@ from typing import NoReturn
 from ekko.addresses import check_endpoint, is_loopback, is_wildcard, split_host_port
 from ekko.config.places import Places
 from ekko.config.sections import HealthSection, ModelSection, NodeConfig, NodeSection, PrioritySection, SnapshotsSection
+from ekko.config.server_checks import check_server
 from ekko.delayed.limits import LOG_BYTES_MIN
 from ekko.errors import ConfigError, ModelError
 from ekko.model import DENSE_TABLE, TableSpec, check_name, ttl_seconds
@@ -54,6 +55,7 @@ def check(config: NodeConfig, places: Places) -> None:
     if config.health is not None:
         _check_health(config.health, config.node.role, places)
     _check_device(config, places)
+    check_server(config, places)
 
 
 def _check_device(config: NodeConfig, places: Places) -> None:

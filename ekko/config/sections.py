@@ -19,6 +19,7 @@ from ekko.store.access import MODES, Access
 ENVIRONMENT_PREFIX = "EKKO_"
 # Roles that keep an older state, and how old it is: a few minutes of samples, as in the paper; for a witness, how far back one
 # can go by hand though the model was judged healthy since. A rollback reads what the log has between the two.
+SERVER_PARTITIONS_DEFAULT = 8
 DELAYS_S = {"baseline": 300.0, "witness": 60.0}
 
 
@@ -216,6 +217,56 @@ class HealthSection(Section):
         return round(self.lateness * 1000)
 
 
+class ServerTableSection(Section):
+    """`[server.models.NAME.tables.TABLE]`: rows, how they are trained, and what those begin with that nobody trained yet."""
+
+    dim: WholeNumber
+    optimizer: dict[str, Any]  # `ekko.train.optimizers.optimizer_of` says what is right
+    initializer: dict[str, Any] = {"name": "zeros"}
+    admission: WholeNumber = 1
+    ttl: Any = ""  # `ttl_seconds` says what is right
+
+    def spec(self, name: str) -> TableSpec:
+        """The table of the served model.
+
+        Raises:
+            ModelError: a name or a size is out of its limits.
+        """
+        return TableSpec(name, self.dim, ttl_s=ttl_seconds(name, self.ttl))
+
+
+class ServerModelSection(Section):
+    """`[server.models.NAME]`: a model that workers train through servers."""
+
+    mode: Literal["async", "bounded", "sync"] = "async"
+    workers: WholeNumber = 0
+    staleness: WholeNumber = 0
+    partitions: WholeNumber = SERVER_PARTITIONS_DEFAULT
+    hold: Literal["all"] | list[int] = "all"
+    worker_timeout: Seconds = 0.0
+    tables: dict[str, ServerTableSection]
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The partitions that this node is to hold."""
+        return tuple(range(self.partitions)) if self.hold == "all" else tuple(self.hold)
+
+
+class ServerSection(Section):
+    """`[server]`: where workers connect, and the other servers."""
+
+    listen: str
+    advertise: str | None = None
+    peers: dict[str, str] = {}  # node id -> where its server listens
+    ack: Literal["spares", "local"] = "spares"
+    models: dict[str, ServerModelSection]
+
+    @property
+    def endpoint(self) -> str:
+        """What workers and other servers dial."""
+        return self.advertise or self.listen
+
+
 class NodeConfig(BaseSettings):
     """A whole node.toml, checked."""
 
@@ -235,6 +286,7 @@ class NodeConfig(BaseSettings):
     snapshots: SnapshotsSection | None = None
     health: HealthSection | None = None
     device: DeviceSection | None = None
+    server: ServerSection | None = None
 
     @classmethod
     def settings_customise_sources(
@@ -280,6 +332,8 @@ def names_at(path: tuple[str, ...]) -> list[str]:
     """The settings that exist under `path`."""
     if len(path) == 4 and path[0] == "models" and path[2] == "tables":
         return list(TableSection.model_fields)
+    if path[:2] == ("server", "models") and len(path) in (3, 5):
+        return list((ServerModelSection if len(path) == 3 else ServerTableSection).model_fields)
     if len(path) == 3 and path[:2] == ("health", "watermarks"):
         return list(BoundSection.model_fields)
     if len(path) == 3 and path[0] == "models" and path[2] in ("priority", "device"):
@@ -292,5 +346,6 @@ def names_at(path: tuple[str, ...]) -> list[str]:
         "snapshots": SnapshotsSection,
         "health": HealthSection,
         "device": DeviceSection,
+        "server": ServerSection,
     }
     return list(sections[path[0]].model_fields) if path and path[0] in sections else list(NodeConfig.model_fields)
