@@ -183,7 +183,7 @@ class Operations:
         remedy = "wait for them, or use --force"
         if not model.stamp_max:
             raise ModelError(f"model {target.name!r} is empty: publish it first, or use --force")
-        answer = await self._wait_caught_up(model.spec.id)
+        answer = await self.wait_caught_up(model.spec.id)
         if isinstance(answer, m.Refused):
             raise ModelError(f"alias {alias!r} is not switched to model {target.name!r}: {answer.reason}")
         if answer.lagging:
@@ -193,7 +193,12 @@ class Operations:
             )
         return answer.silent
 
-    async def _wait_caught_up(self, family: int) -> m.WaitEnded | m.Refused:
+    async def wait_caught_up(self, family: int, timeout_ms: int = CATCH_UP_MS) -> m.WaitEnded | m.Refused:
+        """Wait until all live holders of a model have what is here of it; who has not by then, and who is silent.
+
+        Raises:
+            EkkoError: too many wait.
+        """
         if len(self._waits) >= OPERATIONS_MAX:
             raise EkkoError(f"{OPERATIONS_MAX} operations wait on this node already: ask again in a moment")
         self._requests -= 1
@@ -201,7 +206,7 @@ class Operations:
         wait: asyncio.Future[m.WaitEnded | m.Refused] = asyncio.get_running_loop().create_future()
         self._waits[request] = wait
         try:
-            self._submit(m.CaughtUpRequested(request, family, CATCH_UP_MS))
+            self._submit(m.CaughtUpRequested(request, family, timeout_ms))
             return await wait
         finally:
             del self._waits[request]

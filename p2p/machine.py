@@ -32,6 +32,7 @@ from p2p.identity.writers import WriterBook
 from p2p.link.allowance import ROUND_MS, SELECTION_MS
 from p2p.link.links import Arrival, Link
 from p2p.link.sharing import Sharing
+from p2p.lives import NodeLife, lives_of
 from p2p.members.gossip import CLOCK_ERROR_MS_MAX, Gossip
 from p2p.members.introductions import Introductions
 from p2p.members.membership import Membership
@@ -184,6 +185,10 @@ class Machine:
     def restored_spans(self, family: int, since: int) -> list[tuple[int, int, int]]:
         """See `Fencing.restored_spans`."""
         return self._fencing.restored_spans(family, since)
+
+    def lives_of(self, family: int, now: m.Now) -> tuple[NodeLife, ...]:
+        """See `p2p.lives`."""
+        return lives_of(self._core, family, now)
 
     @property
     def links_open(self) -> int:

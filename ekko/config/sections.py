@@ -11,7 +11,7 @@ from ekko.addresses import split_host_port
 from ekko.config.values import ByteSize, Number, Seconds, WholeNumber, truth
 from ekko.delayed.limits import LOG_BYTES_DEFAULT
 from ekko.device.settings import POLICY_DEFAULT, ROWS_DEFAULT, CacheSettings, DeviceSettings
-from ekko.model import SHARDS_DEFAULT, ModelSpec, TableSpec, ttl_seconds
+from ekko.model import CODEC_DEFAULT, SHARDS_DEFAULT, ModelSpec, TableSpec, ttl_seconds
 from ekko.priority.settings import DEFAULTS, PrioritySettings
 from ekko.rates import pair_of
 from ekko.store.access import MODES, Access
@@ -226,13 +226,13 @@ class ServerTableSection(Section):
     admission: WholeNumber = 1
     ttl: Any = ""  # `ttl_seconds` says what is right
 
-    def spec(self, name: str) -> TableSpec:
+    def spec(self, name: str, codec: str = CODEC_DEFAULT) -> TableSpec:
         """The table of the served model.
 
         Raises:
             ModelError: a name or a size is out of its limits.
         """
-        return TableSpec(name, self.dim, ttl_s=ttl_seconds(name, self.ttl))
+        return TableSpec(name, self.dim, codec, ttl_seconds(name, self.ttl))
 
 
 class ServerModelSection(Section):

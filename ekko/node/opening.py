@@ -13,10 +13,11 @@ from pathlib import Path
 
 import structlog
 
-from ekko.config import ModelSection, NodeConfig
+from ekko.config.sections import ModelSection, NodeConfig, ServerModelSection
 from ekko.errors import ConfigError, ModelError
 from ekko.generations import Generation
 from ekko.node.delaying import store_dir
+from ekko.model import is_training, training_name
 from ekko.snapshots.folders import Folder, open_folder
 from ekko.snapshots.load import Wanted, open_or_restore
 from ekko.snapshots.service import SnapshotService
@@ -52,6 +53,12 @@ async def open_store(
         if left is not None and left.spec.partitions == model.partitions:  # otherwise it is refused in a moment
             hold[name] = model.held
             if dropped := sorted(set(left.hold) - set(model.held)):
+                log.warning("partitions_dropped", model=name, partitions=dropped)
+    servers = {} if config.server is None else {training_name(name): model for name, model in config.server.models.items()}
+    for name, left in store.models.items():
+        if is_training(name) and left.spec.partitions > 1 and name not in config.models:
+            hold[name] = servers[name].held if name in servers else ()
+            if dropped := sorted(set(left.hold) - set(hold[name])):
                 log.warning("partitions_dropped", model=name, partitions=dropped)
     return store.narrowed(hold)
 
@@ -110,9 +117,34 @@ def have_configured_models(config: NodeConfig, store: Store) -> None:
                 continue
             raise ConfigError(f"models.{name}: {error}: change the configuration, or remove {config.node.run_dir}") from None
         _check_capacity(name, model, held)
+    if config.server is not None:
+        for name, section in config.server.models.items():
+            _have_trained_model(config, name, section, store)
     for name, held in store.models.items():
         if shards := held.begin_anew():
             log.info("shards_begun_anew", model=name, shards=shards)
+
+
+def _have_trained_model(config: NodeConfig, name: str, section: ServerModelSection, store: Store) -> None:
+    """Have what servers keep of a model, and the model that is served of it.
+
+    Raises:
+        ConfigError: either contradicts what is stored.
+    """
+    from ekko.train.server.schema import training_spec
+
+    served = config.models.get(name, ModelSection())
+    for spec, hold in (
+        (training_spec(name, section, served.shards), section.held),
+        (replace(served.spec(name), tables={table: one.spec(table, served.codec) for table, one in section.tables.items()}), served.held),
+    ):
+        if spec.name in store.registers.dropped and spec.name not in store.models:
+            log.warning("model_was_dropped", model=spec.name, remedy=f"remove [server.models.{name}] from the configuration")
+            continue
+        try:
+            store.add_model(store.current(spec), served.capacity_rows, hold)
+        except ModelError as error:
+            raise ConfigError(f"server.models.{name}: {error}: change the configuration, or remove {config.node.run_dir}") from None
 
 
 def _check_capacity(name: str, model: ModelSection, held: ModelStore) -> None:

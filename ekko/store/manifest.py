@@ -88,6 +88,11 @@ def heat_name(model_id: int, table_id: int) -> str:
     return f"{model_id:08x}-{table_id:08x}-heat"
 
 
+def undo_name(model_id: int) -> str:
+    """Of the file in which a parameter server keeps rows as they were before a step (`ekko.train.server.undo`)."""
+    return f"{model_id:08x}-undo"
+
+
 def kernel_boot_id() -> str:
     """Names the life of the machine: memory of another boot is gone."""
     return _BOOT_ID_PATH.read_text().strip()
