@@ -1,0 +1,363 @@
+"""The rows of one model on one server: read from the node's shared memory, changed by optimisers, published as steps.
+
+A group of pushes is carried out in two parts. `prepare` does the arithmetic, once: it reads the rows of all keys of the group,
+lets the optimiser go over them step by step, and has what was there before put on record (`undo`). `publish` hands the result
+to the node as one step, and may be repeated until it is answered. Look-ups of pulls go on meanwhile, from any thread: they see
+rows as they were before a step of the node, or after it.
+
+Nobody else writes these rows: of each partition there is one primary, and of one model one group at a time.
+"""
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import ekko
+from ekko.store.kernels.checks import all_finite
+from ekko.train.admission import Admission
+from ekko.train.optimizers import aggregate
+from ekko.train.server import kernels
+from ekko.train.server.events import Apply, Mark, Step
+from ekko.train.server.schema import (
+    MARK_DIM,
+    MARKS_TABLE,
+    STATE_SUFFIX,
+    STEPS_SUFFIX,
+    WORDS,
+    TrainedModel,
+    TrainedTable,
+    numbers_of,
+    own_keys,
+    words_of,
+)
+from ekko.train.server.undo import Before, Undo
+from ekko.train.server.wire import Push
+from ekko.train.step import Step as PublishedStep
+
+U64 = NDArray[np.uint64]
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+ATTACH_S = 30.0  # a node that has just begun has its models within this
+PUBLISH_S = 5.0  # for one answer of the node
+
+
+@dataclass(slots=True, eq=False)
+class Changed:
+    """Rows of one table after a group: uint64[n] ascending, float32[n, dim], and float32[n]: the L1 norms of their gradients."""
+
+    keys: U64
+    rows: F32
+    significance: F32
+
+
+@dataclass(slots=True, eq=False)
+class Prepared:
+    """What a group comes to: to be published as one step."""
+
+    columns: list[tuple[str, U64, F32, F32 | None]] = field(default_factory=list)  # table, keys, rows, significance
+    changed: dict[str, Changed] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class RowCounts:
+    """What happened to rows so far."""
+
+    applied: int = 0  # rows that steps changed
+    pulled: int = 0
+    made: int = 0  # rows that there were none of before
+    not_admitted: int = 0  # gradients of keys that were not pushed often enough yet
+    not_finite: int = 0  # rows that a step would have made infinite or no number, and left as they were
+
+
+@dataclass(slots=True, eq=False)
+class _Unit:
+    """Gradients that the optimiser takes at once: keys ascend, none twice."""
+
+    keys: U64
+    gradients: F32
+    rate: float
+    partitions: tuple[int, ...]
+
+
+class TrainingRows:
+    """One model's. Use: `prepare`, then `publish`, from one thread at a time; `pull` from any.
+
+    Args:
+        model: how it is trained.
+        run_dir: of the node beside.
+        local: the node's local endpoint.
+
+    Raises:
+        EkkoError: the node is not there, or does not have the model.
+    """
+
+    def __init__(self, model: TrainedModel, run_dir: Path, local: str) -> None:
+        self.model = model
+        self.counts = RowCounts()
+        self.reader = ekko.Reader(model.training, run_dir, wait=ATTACH_S, unheld="absent", counted=False)
+        self.publisher = ekko.Publisher(local, model.training, timeout=PUBLISH_S)
+        self.undo = Undo(run_dir, model.training)
+        self._own_keys = own_keys(model.settings.shards, model.settings.partitions)
+        self._admissions = {
+            table.name: Admission(table.admission) for table in model.tables.values() if table.admission > 1
+        }
+        self._counting = threading.Lock()
+
+    def close(self) -> None:
+        """Let go of the node."""
+        self.publisher.close()
+        self.reader.close()
+        self.undo.close()
+
+    # --- what workers read
+
+    def pull(self, tables: Mapping[str, U64]) -> dict[str, F32]:
+        """Table -> float32[n, dim]: the rows of these keys; those of absent ones as they would begin."""
+        found = {}
+        for name, keys in tables.items():
+            table = self.model.tables[name]
+            rows, stamps = self.reader.lookup(name, keys, stamps=True)
+            if len(absent := np.flatnonzero(stamps == 0)):
+                kernels.put_rows(rows, table.initializer.rows(name, np.ascontiguousarray(keys[absent]), table.dim), absent)
+            found[name] = rows
+        with self._counting:
+            self.counts.pulled += sum(map(len, tables.values()))
+        return found
+
+    def marks(self, partitions: Iterable[int]) -> tuple[Mark, ...]:
+        """All that are stored of these partitions."""
+        marks = []
+        for partition in partitions:
+            rows, stamps = self.reader.lookup(MARKS_TABLE, self._own_keys[partition], stamps=True)
+            workers = np.flatnonzero(stamps)
+            numbers = numbers_of(rows[workers].reshape(len(workers), 2, WORDS))
+            marks += [
+                Mark(partition, worker, life, number)
+                for worker, (life, number) in zip(workers.tolist(), numbers.tolist(), strict=True)
+            ]
+        return tuple(marks)
+
+    # --- what they change
+
+    def prepare(self, group: Apply, pushes: Mapping[int, Push]) -> Prepared:
+        """Do the arithmetic of a group, and put what its rows were on record.
+
+        Args:
+            group: steps and marks.
+            pushes: ask -> what it brought: keys of known tables and partitions, gradients finite.
+
+        Raises:
+            StoreError: there is no room for the record, or a row cannot be read.
+        """
+        prepared = Prepared()
+        before: list[Before] = []
+        for table in self.model.tables.values():
+            self._prepare_table(table, group.steps, pushes, prepared, before)
+        self._prepare_marks(group.marks, prepared, before)
+        self.undo.write(before)
+        return prepared
+
+    def publish(self, prepared: Prepared) -> int:
+        """Hand the step to the node; returns its stamp. May be repeated.
+
+        Raises:
+            EkkoError: the node did not take it, or did not say whether it did.
+        """
+        with PublishedStep(self.publisher, copy=False) as step:
+            for table, keys, rows, significance in prepared.columns:
+                step.publish(table, keys, rows, significance)
+        return step.stamp
+
+    def take_back(self) -> int | None:
+        """Publish what is on record as it was; its stamp, None: nothing is. Raises as `publish`."""
+        if not (before := self.undo.read()):
+            return None
+        with PublishedStep(self.publisher, copy=False) as step:
+            for part in before:
+                if part.there.any():
+                    step.publish(part.table, part.keys[part.there], part.rows[part.there])
+                if not part.there.all():
+                    step.delete(part.table, part.keys[~part.there])
+        return step.stamp
+
+    # --- one table
+
+    def _prepare_table(
+        self,
+        table: TrainedTable,
+        steps: Sequence[Step],
+        pushes: Mapping[int, Push],
+        prepared: Prepared,
+        before: list[Before],
+    ) -> None:
+        first_steps = self._count_steps(table, steps, prepared, before) if table.optimizer.needs_step else {}
+        units = [unit for step in steps for unit in self._units(table, step, pushes)]
+        if not units:
+            return
+        keys = _all_keys(units)
+        rows, stamps = self.reader.lookup(table.name, keys, stamps=True)
+        if (admission := self._admissions.get(table.name)) is not None and not stamps.all():
+            units = [self._admitted(unit, keys, stamps, admission) for unit in units]
+            keys = _all_keys(units)
+            rows, stamps = self.reader.lookup(table.name, keys, stamps=True)
+        if not len(keys):
+            return
+        there = stamps != 0
+        before.append(Before(table.name, keys, rows.copy(), there))
+        absent = np.flatnonzero(~there)
+        if len(absent):
+            kernels.put_rows(rows, table.initializer.rows(table.name, np.ascontiguousarray(keys[absent]), table.dim), absent)
+        state = self._state(table, keys, rows, before)
+        significance = np.zeros(len(keys), np.float32)
+        step_of = dict(first_steps)
+        for unit in units:
+            self._update(table, keys, rows, state, unit, significance, step_of)
+        if not (all_finite(rows) and all_finite(state)):
+            keys, rows, state, significance = self._finite(table, keys, rows, state, significance, before)
+        prepared.columns.append((table.name, keys, rows, significance))
+        if table.state_dim:
+            prepared.columns.append((table.name + STATE_SUFFIX, keys, state, significance))
+        prepared.changed[table.name] = Changed(keys, rows, significance)
+        self.counts.applied += len(keys)
+        self.counts.made += len(absent)
+
+    def _units(self, table: TrainedTable, step: Step, pushes: Mapping[int, Push]) -> list[_Unit]:
+        """What the optimiser takes one after another in this step."""
+        brought: list[tuple[U64, F32]] = []
+        rates: list[float] = []
+        for ask in step.asks:
+            push = pushes[ask]
+            if table.name not in push.tables and not table.optimizer.needs_step:
+                continue
+            keys, gradients = push.tables.get(table.name) or (np.empty(0, np.uint64), np.empty((0, table.dim), np.float32))
+            if not set(push.partitions) <= set(step.partitions):  # the others count in another step
+                mine = np.isin(self.model.partition_of(keys), step.partitions)
+                keys, gradients = keys[mine], gradients[mine]
+            brought.append((keys, gradients))
+            rates.append(push.rate)
+        if step.summed and brought:
+            keys, gradients = aggregate([keys for keys, _ in brought], [gradients for _, gradients in brought])
+            brought, rates = [(keys, gradients)], [next((rate for rate in rates if rate == rate), float("nan"))]  # noqa: PLR0124
+        elif not step.summed:
+            brought = [aggregate([keys], [gradients]) for keys, gradients in brought]
+        return [_Unit(keys, gradients, rate, step.partitions) for (keys, gradients), rate in zip(brought, rates, strict=True)]
+
+    def _admitted(self, unit: _Unit, keys: U64, stamps: U64, admission: Admission) -> _Unit:
+        """The same without the keys that there are no rows of and that were not pushed often enough."""
+        fresh = np.flatnonzero(stamps[np.searchsorted(keys, unit.keys)] == 0)
+        admitted = admission.admit(np.ascontiguousarray(unit.keys[fresh]))
+        if admitted is None:
+            return unit
+        stays = np.ones(len(unit.keys), np.bool_)
+        stays[fresh[~admitted]] = False
+        self.counts.not_admitted += int(np.count_nonzero(~admitted))
+        return _Unit(unit.keys[stays], unit.gradients[stays], unit.rate, unit.partitions)
+
+    def _state(self, table: TrainedTable, keys: U64, rows: F32, before: list[Before]) -> F32:
+        """float32[n, state_dim] of these rows."""
+        if not table.state_dim:
+            return np.empty((len(keys), 0), np.float32)
+        name = table.name + STATE_SUFFIX
+        state, stamps = self.reader.lookup(name, keys, stamps=True)
+        there = stamps != 0
+        before.append(Before(name, keys, state.copy(), there))
+        if len(absent := np.flatnonzero(~there)):
+            kernels.put_rows(state, table.optimizer.initial_state(rows[absent]), absent)
+        return state
+
+    def _update(
+        self,
+        table: TrainedTable,
+        keys: U64,
+        rows: F32,
+        state: F32,
+        unit: _Unit,
+        significance: F32,
+        step_of: dict[int, int],
+    ) -> None:
+        """Let the optimiser take one step over the rows of a unit."""
+        rate = unit.rate / table.optimizer.lr if unit.rate == unit.rate else 1.0  # noqa: PLR0124 - NaN: the server's own
+        if step_of:
+            for partition in unit.partitions:
+                step_of[partition] += 1
+        steps = {step_of.get(partition, 1) for partition in unit.partitions}
+        if len(steps) == 1 and len(unit.keys) == len(keys):  # ascending both, so the same
+            table.optimizer.apply(rows, state, unit.gradients, step=steps.pop(), rate=rate)
+            significance += _norms(unit.gradients)
+            return
+        places = np.searchsorted(keys, unit.keys)
+        kernels.add_weights(unit.gradients, places, significance)
+        belongs = None if len(steps) == 1 else self.model.partition_of(unit.keys)
+        for number in sorted(steps):
+            chosen = np.ones(len(places), np.bool_)
+            if belongs is not None:  # partitions of a push that was divided have had different numbers of steps
+                chosen = np.isin(belongs, [partition for partition in unit.partitions if step_of[partition] == number])
+            some = places[chosen]
+            moved, kept = rows[some], state[some]
+            table.optimizer.apply(moved, kept, np.ascontiguousarray(unit.gradients[chosen]), step=number, rate=rate)
+            kernels.put_rows(rows, moved, some)
+            if table.state_dim:
+                kernels.put_rows(state, kept, some)
+
+    def _count_steps(
+        self, table: TrainedTable, steps: Sequence[Step], prepared: Prepared, before: list[Before]
+    ) -> dict[int, int]:
+        """Count the steps of a group; how many each partition had before it."""
+        taken: dict[int, int] = {}
+        for step in steps:
+            count = 1 if step.summed else len(step.asks)
+            for partition in step.partitions:
+                taken[partition] = taken.get(partition, 0) + count
+        if not taken:
+            return {}
+        partitions = sorted(taken)
+        keys = np.sort(self._own_keys[partitions, 0])
+        order = np.argsort(self._own_keys[partitions, 0])
+        name = table.name + STEPS_SUFFIX
+        rows, stamps = self.reader.lookup(name, keys, stamps=True)
+        before.append(Before(name, keys, rows, stamps != 0))
+        had = numbers_of(rows)
+        ordered = [partitions[place] for place in order.tolist()]
+        now = had + np.array([taken[partition] for partition in ordered], np.uint64)
+        prepared.columns.append((name, keys, words_of(now), np.zeros(len(keys), np.float32)))
+        return dict(zip(ordered, had.tolist(), strict=True))
+
+    def _finite(
+        self, table: TrainedTable, keys: U64, rows: F32, state: F32, significance: F32, before: list[Before]
+    ) -> tuple[U64, F32, F32, F32]:
+        """Without the rows that the step made infinite or no number: they stay as they are."""
+        good = np.isfinite(rows).all(axis=1) & np.isfinite(state).all(axis=1)
+        self.counts.not_finite += int(np.count_nonzero(~good))
+        return keys[good], rows[good], state[good], significance[good]
+
+    def _prepare_marks(self, marks: Sequence[Mark], prepared: Prepared, before: list[Before]) -> None:
+        """The marks as rows: of two of one worker in one partition the last one counts."""
+        last = {(mark.partition, mark.worker): mark for mark in marks}
+        if not last:
+            return
+        keys = np.array([self._own_keys[place] for place in last], np.uint64)
+        numbers = np.array([(mark.life, mark.number) for mark in last.values()], np.uint64)
+        rows, stamps = self.reader.lookup(MARKS_TABLE, keys, stamps=True)
+        before.append(Before(MARKS_TABLE, keys, rows, stamps != 0))
+        prepared.columns.append(
+            (MARKS_TABLE, keys, words_of(numbers).reshape(len(keys), MARK_DIM), np.zeros(len(keys), np.float32))
+        )
+
+
+def _norms(gradients: F32) -> F32:
+    out = np.empty(len(gradients), np.float32)
+    kernels.weights_of(gradients, out)
+    return out
+
+
+def _all_keys(units: Sequence[_Unit]) -> U64:
+    """uint64[n], ascending, of all units."""
+    if len(units) == 1:
+        return units[0].keys
+    keys: U64 = np.unique(np.concatenate([unit.keys for unit in units])) if units else np.empty(0, np.uint64)
+    return keys
