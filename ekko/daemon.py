@@ -30,6 +30,7 @@ from ekko.node.devices import devices_of, open_configured
 from ekko.node.life import Life
 from ekko.node.opening import have_configured_models, open_store
 from ekko.node.parts import LocalEvent, Parts, make_parts
+from ekko.node.server import TrainingServer
 from ekko.priority.shares import Shares
 from ekko.rundir import locked, write_endpoint
 from ekko.security import WATCH_S, NodeKeys
@@ -154,6 +155,10 @@ class Node:
             parts.endpoint.start()
             write_endpoint(node.run_dir, node.local, node.access)
             life.preparing.remove("sockets")
+            if self.config.server is not None:
+                where = parts.store, parts.machine, parts.operations
+                life.server = TrainingServer(self.config, *where, lambda: not self._answers.waiting_for())
+                tasks.create_task(life.server.run())
             # Half a million objects of the libraries, which the collector would visit again and again while batches wait.
             gc.collect()
             gc.freeze()
@@ -161,6 +166,8 @@ class Node:
             try:
                 await asyncio.Event().wait()  # until cancelled
             finally:
+                if life.server is not None:  # first: it needs all the rest
+                    await life.server.stop()
                 self._loads.close()
                 # Before the protocol stops: a step that is answered must be on its way.
                 parts.endpoint.close()

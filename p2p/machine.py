@@ -186,6 +186,11 @@ class Machine:
         """See `Fencing.restored_spans`."""
         return self._fencing.restored_spans(family, since)
 
+    @property
+    def own_life(self) -> m.MemberRecord:
+        """What we say of ourselves."""
+        return self._core.membership.own
+
     def lives_of(self, family: int, now: m.Now) -> tuple[NodeLife, ...]:
         """See `p2p.lives`."""
         return lives_of(self._core, family, now)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ekko.node.devices import Devices
 from ekko.node.parts import Parts
+from ekko.node.server import TrainingServer
 
 
 @dataclass(slots=True)
@@ -22,3 +23,4 @@ class Life:
     caught_up: bool = False
     parts: Parts | None = None
     devices: Devices | None = None
+    server: TrainingServer | None = None

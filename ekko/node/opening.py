@@ -16,8 +16,8 @@ import structlog
 from ekko.config.sections import ModelSection, NodeConfig, ServerModelSection
 from ekko.errors import ConfigError, ModelError
 from ekko.generations import Generation
-from ekko.node.delaying import store_dir
 from ekko.model import is_training, training_name
+from ekko.node.delaying import store_dir
 from ekko.snapshots.folders import Folder, open_folder
 from ekko.snapshots.load import Wanted, open_or_restore
 from ekko.snapshots.service import SnapshotService
@@ -134,17 +134,17 @@ def _have_trained_model(config: NodeConfig, name: str, section: ServerModelSecti
     from ekko.train.server.schema import training_spec
 
     served = config.models.get(name, ModelSection())
-    for spec, hold in (
-        (training_spec(name, section, served.shards), section.held),
-        (replace(served.spec(name), tables={table: one.spec(table, served.codec) for table, one in section.tables.items()}), served.held),
-    ):
+    tables = {table: one.spec(table, served.codec) for table, one in section.tables.items()}
+    wanted = training_spec(name, section, served.shards), replace(served.spec(name), tables=tables)
+    for spec, hold in zip(wanted, (section.held, served.held), strict=True):
         if spec.name in store.registers.dropped and spec.name not in store.models:
             log.warning("model_was_dropped", model=spec.name, remedy=f"remove [server.models.{name}] from the configuration")
             continue
         try:
             store.add_model(store.current(spec), served.capacity_rows, hold)
         except ModelError as error:
-            raise ConfigError(f"server.models.{name}: {error}: change the configuration, or remove {config.node.run_dir}") from None
+            remedy = f"change the configuration, or remove {config.node.run_dir}"
+            raise ConfigError(f"server.models.{name}: {error}: {remedy}") from None
 
 
 def _check_capacity(name: str, model: ModelSection, held: ModelStore) -> None:

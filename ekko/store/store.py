@@ -574,8 +574,7 @@ class Store:
         return changed or bool(wanted)
 
     def _holds_of(self, spec: ModelSpec) -> Sequence[int] | None:
-        """What the configuration wants to hold of a model that comes under a name which it knows; of what servers train, nothing
-        else.
-        """
+        """What the configuration wants to hold of a model that comes under a name which it knows."""
+        # Of what servers train, nobody holds anything unasked.
         hold = self._holds.get(spec.name, () if is_training(spec.name) and spec.partitions > 1 else None)
         return hold if hold is not None and set(hold) <= set(range(spec.partitions)) else None

@@ -246,6 +246,18 @@ class Publisher:
             TimeoutError: it is not within `timeout` seconds; names the nodes that lag, and the silent ones.
             NodeUnreachable: the local node does not answer.
         """
+        answer = self.look(stamp, scope, timeout)
+        if answer.lagging:
+            silent = f"; silent, and not waited for: {', '.join(answer.silent)}" if answer.silent else ""
+            raise TimeoutError(f"stamp {stamp} is not yet visible on {', '.join(answer.lagging)} after {timeout:g} s{silent}")
+        return answer.silent
+
+    def look(self, stamp: int, scope: ScopeName = "local", timeout: float = 5.0) -> Waited:
+        """The same for who goes on waiting: who lags after `timeout` seconds, and who was silent, is what it returns.
+
+        Raises:
+            NodeUnreachable: the local node does not answer.
+        """
         if not isinstance(scope, str) or scope.upper() not in Scope.__members__:
             raise PublishError(f"scope is {scope!r}: expected 'local', 'region' or 'all'")
         if not 0 <= timeout * 1000 <= WAIT_MS_MAX:
@@ -253,7 +265,7 @@ class Publisher:
         stamp = stamp_number(stamp)
         self._connections.check_open()
         if stamp == 0:
-            return ()  # nothing was published: it is visible everywhere
+            return Waited(())  # nothing was published: it is visible everywhere
         wanted = Scope[scope.upper()]
         request = Wait(self.model, stamp, wanted, round(timeout * 1000), self._silent_named, self._held.incarnation)
         try:
@@ -265,10 +277,7 @@ class Publisher:
             request = replace(request, named=False)
             answer = self._ask(request, timeout + self._timeout)
         assert isinstance(answer, Waited), answer
-        if answer.lagging:
-            silent = f"; silent, and not waited for: {', '.join(answer.silent)}" if answer.silent else ""
-            raise TimeoutError(f"stamp {stamp} is not yet visible on {', '.join(answer.lagging)} after {timeout:g} s{silent}")
-        return answer.silent
+        return answer
 
     def publish_above(self, stamp: int = 0, timeout: float = 10.0) -> Above:
         """Have all that is published from now on win over what any region holds now, and over `stamp`.

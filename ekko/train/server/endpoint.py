@@ -6,6 +6,7 @@ encrypted and both ends prove theirs (`p2p.transport.curve`).
 """
 
 import asyncio
+import errno
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -188,6 +189,8 @@ class Endpoint:
         try:
             peer = self._peers.get(address) or self._dial(address)
             peer.send_multipart(encode_request(0, request), _NOBLOCK)
+            # Sending may have swallowed the signal of an answer that came meanwhile.
+            asyncio.get_running_loop().call_soon(self._hear, address)
         except zmq.ZMQError as error:
             log.debug("server_not_reached", address=address, error=str(error))
             self._hang_up(address)
@@ -201,7 +204,7 @@ class Endpoint:
             theirs = self._keys.candidates(address)
             if not theirs:
                 peer.close(0)
-                raise zmq.ZMQError(zmq.EACCES)
+                raise zmq.ZMQError(errno.EACCES, "no key of that node is allowed here")
             demand(peer, self._keys.own, theirs[0])
         peer.connect(address)
         self._peers[address] = peer
@@ -209,8 +212,8 @@ class Endpoint:
         return peer
 
     def _hear(self, address: str) -> None:
-        peer = self._peers[address]
-        while True:
+        peer = self._peers.get(address)
+        while peer is not None:
             try:
                 frames: list[Buffer] = list(peer.recv_multipart(_NOBLOCK))
             except zmq.Again:

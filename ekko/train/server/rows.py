@@ -48,7 +48,7 @@ PUBLISH_S = 5.0  # for one answer of the node
 
 @dataclass(slots=True, eq=False)
 class Changed:
-    """Rows of one table after a group: uint64[n] ascending, float32[n, dim], and float32[n]: the L1 norms of their gradients."""
+    """Rows of one table after a group: uint64[n] ascending, float32[n, dim], float32[n]: L1 norms of their gradients."""
 
     keys: U64
     rows: F32
@@ -103,9 +103,7 @@ class TrainingRows:
         self.publisher = ekko.Publisher(local, model.training, timeout=PUBLISH_S)
         self.undo = Undo(run_dir, model.training)
         self._own_keys = own_keys(model.settings.shards, model.settings.partitions)
-        self._admissions = {
-            table.name: Admission(table.admission) for table in model.tables.values() if table.admission > 1
-        }
+        self._admissions = {table.name: Admission(table.admission) for table in model.tables.values() if table.admission > 1}
         self._counting = threading.Lock()
 
     def close(self) -> None:
@@ -242,7 +240,7 @@ class TrainingRows:
             rates.append(push.rate)
         if step.summed and brought:
             keys, gradients = aggregate([keys for keys, _ in brought], [gradients for _, gradients in brought])
-            brought, rates = [(keys, gradients)], [next((rate for rate in rates if rate == rate), float("nan"))]  # noqa: PLR0124
+            brought, rates = [(keys, gradients)], [next((rate for rate in rates if rate == rate), float("nan"))]
         elif not step.summed:
             brought = [aggregate([keys], [gradients]) for keys, gradients in brought]
         return [_Unit(keys, gradients, rate, step.partitions) for (keys, gradients), rate in zip(brought, rates, strict=True)]
@@ -281,7 +279,7 @@ class TrainingRows:
         step_of: dict[int, int],
     ) -> None:
         """Let the optimiser take one step over the rows of a unit."""
-        rate = unit.rate / table.optimizer.lr if unit.rate == unit.rate else 1.0  # noqa: PLR0124 - NaN: the server's own
+        rate = unit.rate / table.rate if unit.rate == unit.rate else 1.0
         if step_of:
             for partition in unit.partitions:
                 step_of[partition] += 1

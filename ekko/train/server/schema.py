@@ -55,6 +55,11 @@ class TrainedTable:
         return self.optimizer.state_dim(self.dim)
 
     @property
+    def rate(self) -> float:
+        """The learning rate of its settings."""
+        return float(self.optimizer.settings["lr"])
+
+    @property
     def row_bytes(self) -> int:
         """What a row takes in a step, key, stamp and state included, at most."""
         return 4 * (self.dim + self.state_dim) + 2 * 24
@@ -100,7 +105,14 @@ def trained_model(name: str, section: ServerModelSection, shards: int) -> Traine
         section.staleness,
         section.worker_timeout,
         [
-            (one.name, one.dim, sorted(one.optimizer.settings.items()), sorted(one.initializer.settings.items()), one.admission, one.ttl_s)
+            (
+                one.name,
+                one.dim,
+                sorted(one.optimizer.settings.items()),
+                sorted(one.initializer.settings.items()),
+                one.admission,
+                one.ttl_s,
+            )
             for _, one in sorted(tables.items())
         ],
     ]
@@ -148,7 +160,7 @@ def numbers_of(words: F32) -> U64:
 
 
 def own_keys(shards: int, partitions: int) -> U64:
-    """uint64[partitions, WORKERS_MAX]: for each partition, the smallest keys that belong to it; the n-th is that of worker n."""
+    """uint64[partitions, WORKERS_MAX]: of each partition the smallest keys that belong to it; the n-th is of worker n."""
     found = np.empty((partitions, WORKERS_MAX), np.uint64)
     count = 2 * WORKERS_MAX * partitions
     while True:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgpack
 import numpy as np
@@ -70,7 +70,7 @@ class Undo:
             keys, at = self._array(np.dtype(np.uint64), count, at)
             there, at = self._array(np.dtype(np.bool_), count, at)
             rows, at = self._array(np.dtype(np.float32), count * dim, at)
-            found.append(Before(str(table), keys.copy(), rows.reshape(count, dim).copy(), there.copy()))
+            found.append(Before(str(table), keys.copy(), rows.copy().reshape(count, dim), there.copy()))
         return found
 
     def write(self, parts: Sequence[Before]) -> None:
@@ -110,7 +110,7 @@ class Undo:
     def _words(self) -> U64:
         return np.frombuffer(self._map, np.uint64, 2)
 
-    def _array(self, dtype: "np.dtype[np.generic]", count: int, at: int) -> tuple[NDArray[np.generic], int]:
+    def _array(self, dtype: "np.dtype[Any]", count: int, at: int) -> tuple[NDArray[Any], int]:
         """An array in the file, and where the next one begins."""
         return np.frombuffer(self._map, dtype, count, at), at + _padded(count * dtype.itemsize)
 

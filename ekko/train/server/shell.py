@@ -1,0 +1,393 @@
+"""One model on one server: requests and facts become events of its machine, and what the machine wants is done.
+
+Whatever takes longer than a look-up is a job in a thread, of which the machine has a few under way at most; a job that fails is
+repeated until it is done, since the machine counts on it. Pushes stay here, as they came, until the machine lets go of them.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, TypeVar, assert_never
+
+import numpy as np
+import structlog
+
+from ekko.errors import EkkoError, NodeFailed
+from ekko.store.kernels.checks import all_finite
+from ekko.train.server import events as e
+from ekko.train.server import wire as w
+from ekko.train.server.channel import NodeChannel
+from ekko.train.server.endpoint import Endpoint
+from ekko.train.server.machine import Machine
+from ekko.train.server.rows import Changed, Prepared, TrainingRows
+from ekko.train.server.schema import TrainedModel
+from ekko.train.server.serving import ServedRows
+
+# Jobs of one model at once: a group, its wait, a served step, a comparison, and some that load or flush.
+JOBS_MAX: Final = 8
+AGAIN_S: Final = 0.05  # after which a job that failed is tried again, at first
+AGAIN_S_MAX: Final = 2.0
+WAIT_S: Final = 0.5  # for one answer to whether a step is everywhere: so long may it take to see that somebody left
+LATENCIES_MAX: Final = 1_024
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+
+class ModelShell:
+    """One model's.
+
+    Args:
+        model: how it is trained.
+        own: our life.
+        endpoints: node -> where its server listens, our own included.
+        spares: whether a push is acknowledged only when silent holders have it, too.
+        run_dir, local: of the node beside.
+        endpoint: where answers go.
+        channel: to the node.
+        fail: called with what ends the process.
+
+    Raises:
+        EkkoError: the node is not there, or does not have the model.
+    """
+
+    def __init__(
+        self,
+        model: TrainedModel,
+        own: w.ServerLife,
+        endpoints: Mapping[str, str],
+        *,
+        spares: bool,
+        run_dir: Path,
+        local: str,
+        endpoint: Endpoint,
+        channel: NodeChannel,
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        self.model = model
+        self.rows = TrainingRows(model, run_dir, local)
+        self.served = ServedRows(self.rows, run_dir, local)
+        self._machine = Machine(own, model.name, model.settings, endpoints, model.worker_timeout_ms)
+        self.own = own
+        self._endpoints = endpoints
+        self._spares = spares
+        self._endpoint = endpoint
+        self._channel = channel
+        self._fail = fail
+        self._pulls: dict[int, w.Pull] = {}
+        self._pushes: dict[int, w.Push] = {}
+        self._changed: dict[int, dict[str, Changed]] = {}  # by group: what is to be served of it
+        self._comparing: set[int] = set()  # partitions
+        self._threads = ThreadPoolExecutor(JOBS_MAX, f"model-{model.name}")
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_ms: int | None = None
+        self._began = False
+        self._lives: tuple[e.NodeLife, ...] = ()
+        self._since: dict[int, float] = {}  # when each push that waits came
+        self._latencies: deque[float] = deque(maxlen=LATENCIES_MAX)  # of pushes, seconds
+        self.waiting_for: dict[str, tuple[str, ...]] = {}  # what for -> nodes
+        self.trouble = ""  # why a job is tried again
+        self.pulls = self.pushes = self.refused = 0
+
+    # --- what comes
+
+    def on_lives(self, lives: tuple[e.NodeLife, ...]) -> None:
+        """What the node knows of the nodes of other servers."""
+        self._lives = lives
+        if self._began:
+            self.handle(e.ViewChanged(lives))
+
+    async def begin(self) -> None:
+        """Put right what the process before this one may have left half done; from then on the machine has its turn."""
+        stamp = await self._repeated("take_back", self.rows.take_back)
+        if stamp is not None:
+            log.warning("server_took_back", model=self.model.name, stamp=stamp)
+            self.rows.undo.clear()
+        self._began = True
+        self.handle(e.ViewChanged(self._lives))
+
+    def on_request(self, ask: int, request: w.Request) -> None:
+        """See `Endpoint`'s handler; of this model."""
+        if not self._began:
+            self._endpoint.answer(ask, w.Failed(w.BUSY, "the server is starting: again in a moment"))
+            return
+        match request:
+            case w.WhoServes():
+                self._endpoint.answer(ask, self._machine.serving())
+            case w.Hello(_, worker, life):
+                self.handle(e.HelloAsked(ask, worker, life))
+            case w.Release(_, asker, partitions, digest):
+                if digest != self.model.settings.digest:
+                    reason = (
+                        f"server {asker.node!r} has other settings of model {self.model.name!r} than {self.own.node!r}: make "
+                        f"[server.models.{self.model.name}] and the model's shards the same on both, and restart"
+                    )
+                    log.error("server_settings_differ", model=self.model.name, node=asker.node)
+                    self._endpoint.answer(ask, w.Failed(w.SETTINGS, reason))
+                    return
+                self.handle(e.ReleaseAsked(ask, asker, partitions))
+            case w.Pull():
+                self._on_pull(ask, request)
+            case w.Push():
+                self._on_push(ask, request)
+            case _:
+                assert_never(request)
+
+    def on_answer(self, answer: w.Released) -> None:
+        """Another server lets go of partitions."""
+        if self._began:
+            self.handle(e.ReleaseAnswered(answer.by, answer.asker, answer.partitions))
+
+    def _on_pull(self, ask: int, pull: w.Pull) -> None:
+        if (refusal := self._refusal(pull.partitions, {name: (keys, None) for name, keys in pull.tables.items()})) is not None:
+            self.refused += 1
+            self._endpoint.answer(ask, refusal)
+            return
+        self.pulls += 1
+        self._pulls[ask] = pull
+        self.handle(e.PullAsked(ask, pull.worker, pull.life, pull.clock, pull.partitions))
+
+    def _on_push(self, ask: int, push: w.Push) -> None:
+        if (refusal := self._refusal(push.partitions, push.tables)) is not None:
+            self.refused += 1
+            self._endpoint.answer(ask, refusal)
+            return
+        self.pushes += 1
+        self._pushes[ask] = push
+        self._since[ask] = time.monotonic()
+        size = sum(len(keys) * self.model.tables[name].row_bytes for name, (keys, _) in push.tables.items())
+        self.handle(e.PushAsked(ask, push.worker, push.life, push.number, push.partitions, size))
+
+    def _refusal(self, partitions: tuple[int, ...], tables: Mapping[str, tuple[w.U64, w.F32 | None]]) -> w.Failed | None:
+        """Why this cannot be taken; None: it can."""
+        settings = self.model.settings
+        if partitions[-1] >= settings.partitions:
+            has = f"model {self.model.name!r} has {settings.partitions} partitions"
+            return w.Failed(w.SETTINGS, f"{has}, and partition {partitions[-1]} is none of them")
+        named = np.zeros(settings.partitions, np.bool_)
+        named[list(partitions)] = True
+        for name, (keys, values) in tables.items():
+            table = self.model.tables.get(name)
+            if table is None:
+                known = ", ".join(map(repr, self.model.tables))
+                return w.Failed(w.SETTINGS, f"model {self.model.name!r} has no table {name!r}: it has {known}")
+            if values is not None and values.shape[1] != table.dim:
+                return w.Failed(w.SETTINGS, f"gradients of table {name!r} have {values.shape[1]} values: expected {table.dim}")
+            if not (all(named) or named[self.model.partition_of(keys)].all()):
+                return w.Failed(w.REFUSED, f"keys of table {name!r} belong to partitions that are not named: {partitions} are")
+            if values is not None and not all_finite(values):
+                return w.Failed(w.REFUSED, f"gradients of table {name!r} contain NaN or infinity: leave this batch out")
+        return None
+
+    # --- what follows
+
+    def handle(self, event: e.Event) -> None:
+        """One event of the machine, and all its effects. On the event loop."""
+        try:
+            for effect in self._machine.handle(event, now_ms()):
+                self._carry_out(effect)
+        except Exception as error:  # noqa: BLE001 - a machine that stopped half-way is not asked again
+            self._fail(error)
+            return
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        wanted = self._machine.deadline_ms
+        if wanted == self._timer_ms:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._timer_ms = None, wanted
+        if wanted is not None:
+            delay_s = max(0.0, (wanted - now_ms()) / 1_000)
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = self._timer_ms = None
+        self.handle(e.TimerFired())
+
+    def _carry_out(self, effect: e.Effect) -> None:
+        match effect:
+            case e.Answer(ask, answer):
+                self._pulls.pop(ask, None)
+                since = self._since.pop(ask, None)
+                if since is not None and isinstance(answer, w.Pushed):
+                    self._latencies.append(time.monotonic() - since)
+                self._endpoint.answer(ask, answer)
+            case e.AnswerPull(ask, clock):
+                pull = self._pulls.pop(ask)
+                self._endpoint.answer(ask, w.Pulled(self.rows.pull(pull.tables), clock))
+            case e.Discard(ask):
+                self._pushes.pop(ask, None)
+            case e.Apply():
+                self._begin(self._apply(effect, {ask: self._pushes[ask] for step in effect.steps for ask in step.asks}))
+            case e.AwaitDurable(group, stamp):
+                self._begin(self._await_durable(group, stamp))
+            case e.Serve(group):
+                for due in sorted(one for one in self._changed if one <= group):
+                    self.served.add(self._changed.pop(due))
+                self._begin(self._serve(group))
+            case e.Load(partitions):
+                self._begin(self._load(partitions))
+            case e.Reconcile(partitions):
+                self._comparing |= set(partitions)
+                self._begin(self._reconcile(frozenset(partitions)))
+            case e.Unload(partitions):
+                self._comparing -= set(partitions)
+            case e.Flush(flush, partitions, node):
+                self._begin(self._flush(flush, partitions, node))
+            case e.AskRelease(node, asker, partitions):
+                request = w.Release(self.model.name, asker, partitions, self.model.settings.digest)
+                self._endpoint.ask_server(self._endpoints[node], request)
+            case e.WorkerDropped(worker, partitions):
+                log.warning("worker_dropped", model=self.model.name, worker=worker, partitions=partitions)
+            case e.Stop(reason):
+                self._fail(NodeFailed(reason))
+            case _:
+                assert_never(effect)
+
+    # --- jobs
+
+    def _begin(self, job: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(job)
+        self._jobs.add(task)
+        task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        self._jobs.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    async def _repeated(self, what: str, work: Callable[[], T]) -> T:
+        """The result of a piece of work in a thread, which is tried until it succeeds."""
+        again_s = AGAIN_S
+        while True:
+            try:
+                result = await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            except EkkoError as error:
+                if self.trouble != (trouble := f"{what}: {error}"):
+                    log.warning("server_job_failed", model=self.model.name, job=what, reason=str(error))
+                self.trouble = trouble
+                await asyncio.sleep(again_s)
+                again_s = min(AGAIN_S_MAX, 2 * again_s)
+            else:
+                if self.trouble.startswith(f"{what}:"):
+                    self.trouble = ""
+                return result
+
+    async def _apply(self, group: e.Apply, pushes: Mapping[int, w.Push]) -> None:
+        def both() -> tuple[dict[str, Changed], int]:
+            prepared = self.rows.prepare(group, pushes)
+            attempt.append(prepared)
+            return prepared.changed, self.rows.publish(prepared)
+
+        attempt: list[Prepared] = []
+        try:
+            changed, stamp = await asyncio.get_running_loop().run_in_executor(self._threads, both)
+        except EkkoError as error:
+            log.warning("server_job_failed", model=self.model.name, job="apply", reason=str(error))
+            # The arithmetic is done once: what it came to is published again, as it is.
+            prepared = attempt[0] if attempt else await self._repeated("prepare", lambda: self.rows.prepare(group, pushes))
+            changed, stamp = prepared.changed, await self._repeated("publish", lambda: self.rows.publish(prepared))
+        self._changed[group.group] = changed
+        self.handle(e.Applied(group.group, stamp))
+
+    async def _await_durable(self, group: int, stamp: int) -> None:
+        while True:
+            waited = await self._repeated("wait", lambda: self.rows.publisher.look(stamp, "all", WAIT_S))
+            missing = self._missing(waited.lagging, waited.silent)
+            if not missing:
+                break
+            self.waiting_for["pushes"] = missing
+            if not waited.lagging:  # the node answers at once when all who lack it are silent
+                await asyncio.sleep(AGAIN_S)
+        self.waiting_for.pop("pushes", None)
+        self.rows.undo.clear()
+        self.handle(e.Durable(group))
+
+    def _missing(self, lagging: tuple[str, ...], silent: tuple[str, ...]) -> tuple[str, ...]:
+        """Of these nodes, whom we wait for."""
+        spares = [node for node in silent if node in self._endpoints] if self._spares else []
+        return tuple(dict.fromkeys((*lagging, *spares)))
+
+    async def _serve(self, group: int) -> None:
+        await self._repeated("serve", self.served.publish)
+        self.handle(e.Served(group))
+
+    async def _load(self, partitions: tuple[int, ...]) -> None:
+        await self._everywhere("load", self._missing)
+        marks = await self._repeated("marks", lambda: self.rows.marks(partitions))
+        self.handle(e.Loaded(partitions, marks))
+
+    async def _flush(self, flush: int, partitions: tuple[int, ...], node: str) -> None:
+        def missing(lagging: tuple[str, ...], silent: tuple[str, ...]) -> tuple[str, ...]:
+            return (node,) if node in lagging or node in silent else ()
+
+        await self._everywhere(f"flush to {node}", missing)
+        self.handle(e.Flushed(flush))
+
+    async def _everywhere(self, what: str, missing_of: Callable[[tuple[str, ...], tuple[str, ...]], tuple[str, ...]]) -> None:
+        """Wait until the others have all that our node has of the model."""
+        while True:
+            told = await self._channel.caught_up(self.model.training)
+            if not told.refused and not (missing := missing_of(told.lagging, told.silent)):
+                break
+            self.waiting_for[what] = (told.refused,) if told.refused else missing
+            await asyncio.sleep(AGAIN_S)
+        self.waiting_for.pop(what, None)
+
+    async def _reconcile(self, partitions: frozenset[int]) -> None:
+        def wanted() -> bool:
+            return bool(partitions & self._comparing)
+
+        await self._repeated("reconcile", lambda: self.served.reconcile(partitions & self._comparing, wanted))
+
+    # --- the end, and what is told
+
+    async def drained(self) -> None:
+        """Return when nothing is under way any more."""
+        while self._jobs:
+            await asyncio.wait(self._jobs)
+
+    def close(self) -> None:
+        """Let go of the node. Jobs under way are given up; what they left half done is put right at the next start."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for job in self._jobs:
+            job.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def picture(self) -> dict[str, Any]:
+        """For `ekko status` and metrics: plain values."""
+        latencies = sorted(self._latencies)
+        return {
+            "mode": self.model.settings.mode,
+            **self._machine.picture(),
+            "pushes_waiting": len(self._pushes),
+            "pulls_waiting": len(self._pulls),
+            "ack_ms": [round(1_000 * _quantile(latencies, share), 3) for share in (0.5, 0.99)],
+            "waiting_for": {what: list(nodes) for what, nodes in self.waiting_for.items()},
+            "trouble": self.trouble,
+            "counts": {
+                "pulls": self.pulls,
+                "pushes": self.pushes,
+                "refused": self.refused,
+                **{f"rows_{name}": count for name, count in asdict(self.rows.counts).items()},
+                **{f"rows_{name}": count for name, count in asdict(self.served.counts).items()},
+            },
+        }
+
+
+def _quantile(ordered: list[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
+def now_ms() -> int:
+    """Of a clock that never goes back."""
+    return time.monotonic_ns() // 1_000_000
