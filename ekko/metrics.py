@@ -231,6 +231,7 @@ class Metrics(Collector):
         yield from _health(picture)
         yield from _delayed(picture)
         yield from _device(picture)
+        yield from _server(picture)
         rejected = CounterMetricFamily("ekko_rejected_frames", "Messages of peers that were dropped.", labels=["sender"])
         for sender, count in picture.rejected.items():
             rejected.add_metric([sender], count)
@@ -401,6 +402,49 @@ def _device(picture: NodePicture) -> Iterator[Metric]:
                 for name, family in counts.items():
                     family.add_metric([model, table], figures[name])
     yield from (rows, room, *counts.values())
+
+
+_SERVER_COUNTS = {
+    "pulls": "Pulls of workers that were taken.",
+    "pushes": "Pushes of workers that were taken, repeated ones included.",
+    "refused": "Requests that could never be taken, such as gradients that are not finite.",
+    "rows_pulled": "Rows that pulls were answered with.",
+    "rows_applied": "Rows that steps changed.",
+    "rows_made": "Of these, rows that there were none of before.",
+    "rows_not_admitted": "Gradients left out, since their keys were not pushed often enough.",
+    "rows_not_finite": "Rows that a step would have made infinite or no number, and that stayed as they were.",
+    "rows_served": "Rows published to the served model.",
+    "rows_reconciled": "Of these, rows that were found lacking there at a start or a take-over.",
+    "rows_out_of_range": "Rows that the served model's codec has no number for, left out there.",
+}
+
+
+def _server(picture: NodePicture) -> Iterator[Metric]:
+    if (server := picture.server) is None:
+        return
+    yield _gauge("ekko_server_up", "1: the parameter server beside this node runs.", int(server.running))
+    yield CounterMetricFamily("ekko_server_starts", "Times that it was started in this life of the node.", value=server.starts)
+    yield CounterMetricFamily("ekko_server_failures", "Times that it ended by itself.", value=server.failures)
+    yield CounterMetricFamily("ekko_server_malformed", "Messages that are not of its protocol.", value=server.state.get("malformed", 0))
+    acting = GaugeMetricFamily("ekko_server_partitions", "Partitions that it acts for.", labels=["model"])
+    waiting = GaugeMetricFamily("ekko_server_waiting", "Requests that wait.", labels=["model", "request"])
+    ack = GaugeMetricFamily("ekko_server_ack_seconds", "From a push to its answer, of the last ones.", labels=["model", "quantile"])
+    blocked = GaugeMetricFamily("ekko_server_waits_for", "1: something waits for this node.", labels=["model", "what", "node"])
+    counts = {
+        name: CounterMetricFamily(f"ekko_server_{name}", text, labels=["model"]) for name, text in _SERVER_COUNTS.items()
+    }
+    for name, model in server.models.items():
+        acting.add_metric([name], len(model["acting"]))
+        for request in ("pulls", "pushes"):
+            waiting.add_metric([name, request], model[f"{request}_waiting"])
+        for quantile, milliseconds in zip(("0.5", "0.99"), model["ack_ms"], strict=True):
+            ack.add_metric([name, quantile], milliseconds / 1000)
+        for what, nodes in model["waiting_for"].items():
+            for node in nodes:
+                blocked.add_metric([name, what, node], 1.0)
+        for count, family in counts.items():
+            family.add_metric([name], model["counts"][count])
+    yield from (acting, waiting, ack, blocked, *counts.values())
 
 
 def _peers(picture: NodePicture) -> Iterator[Metric]:

@@ -10,6 +10,7 @@ from ekko.loading import LoadPicture
 from ekko.model import TensorSpec
 from ekko.priority.delays import DelaysPicture
 from ekko.priority.picture import PriorityPicture
+from ekko.server_picture import ServerPicture
 from ekko.snapshots.service import SnapshotPicture
 from ekko.store.hot import HeatStats
 from p2p import messages as m
@@ -88,6 +89,7 @@ class NodePicture:
     rollbacks: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # model -> the one that counts
     delayed: Mapping[str, Any] | None = None  # the older state of a baseline or witness
     device: DevicePicture | None = None  # rows on a GPU, or its twin
+    server: ServerPicture | None = None  # the parameter server beside a training node
 
     @property
     def ready(self) -> bool:
@@ -134,6 +136,7 @@ class NodePicture:
             "aliases": {name: dict(alias) for name, alias in self.aliases.items()},
             "delayed": None if self.delayed is None else dict(self.delayed),
             "device": None if self.device is None else self.device.to_json(),
+            "server": None if self.server is None else self.server.to_json(),
             "rates": {pair: dict(rate) for pair, rate in self.rates.items()},
             "health": {one.model.name: one.to_json() for one in self.health},
             "rollbacks": dict(self.rollbacks),

@@ -119,6 +119,7 @@ class Answers:
             rollbacks=parts.rollbacks.pictures(),
             delayed=None if parts.delaying is None else parts.delaying.to_json(),
             device=None if (devices := self._life().devices) is None else devices.picture(),
+            server=None if (server := self._life().server) is None else server.picture,
         )
 
     # --- what it is told to do

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import structlog
@@ -20,6 +20,7 @@ from ekko.config.sections import ModelSection, NodeConfig, ServerSection
 from ekko.errors import EkkoError
 from ekko.model import training_name
 from ekko.operations import Operations
+from ekko.server_picture import ServerPicture
 from ekko.store import Store
 from p2p import messages as m
 from p2p.machine import Machine
@@ -38,18 +39,6 @@ STOP_S_MAX: Final = 4.0  # for what is under way to be answered
 ERROR_MAX: Final = 2_000
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ServerPicture:
-    """What is to be said of a node's server."""
-
-    endpoint: str
-    running: bool = False
-    starts: int = 0  # in this life of the node
-    failures: int = 0  # of these, how many ended by themselves
-    error: str = ""  # why the last one did
-    state: dict[str, Any] = field(default_factory=dict)  # what it said last (`ekko.train.server.shell`)
 
 
 class TrainingServer:

@@ -365,10 +365,12 @@ class ModelShell:
 
     def picture(self) -> dict[str, Any]:
         """For `ekko status` and metrics: plain values."""
-        latencies = sorted(self._latencies)
+        latencies, roles = sorted(self._latencies), self._machine.roles
         return {
             "mode": self.model.settings.mode,
-            **self._machine.picture(),
+            "acting": [partition for partition, role in roles.items() if role == "acting"],
+            "roles": roles,
+            "clocks": {},
             "pushes_waiting": len(self._pushes),
             "pulls_waiting": len(self._pulls),
             "ack_ms": [round(1_000 * _quantile(latencies, share), 3) for share in (0.5, 0.99)],
