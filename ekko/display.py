@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ekko.server_display import server_table
+
 if TYPE_CHECKING:  # `ekko status` needs no store, whose compiled kernels take a while to load
     from ekko.store.leftovers import StoreFiles
 
@@ -48,7 +50,7 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
     if status.get("device"):
         console.print(_device(status["device"]))
     if status.get("server"):
-        console.print(_server(status["server"]))
+        console.print(server_table(status["server"]))
     for name, model in status["models"].items():
         fence = model.get("fence")
         if fence is not None and fence["stage"] != "lifted":
@@ -297,25 +299,6 @@ def _delayed(delayed: dict[str, Any]) -> Table:
             _size(model["bytes"]),
             "to be compared" if model["comparing"] else f"{model['blurs']} stretches" if model["blurs"] else "-",
         )
-    return table
-
-
-def _server(server: dict[str, Any]) -> Table:
-    """The parameter server beside the node."""
-    state = "" if server["running"] else "; [red]it does not run[/]"
-    why = f": [yellow]{escape(server['error'])}[/]" if server["error"] and not server["running"] else ""
-    ended = f", ended {server['failures']} times" if server["failures"] else ""
-    table = Table(title=f"Parameter server at {server['endpoint']}{ended}{state}{why}", title_justify="left")
-    for column in ("model", "mode", "acts for", "workers' clocks", "pushes, pulls waiting", "answer ms (p50, p99)", "waits for"):
-        table.add_column(column)
-    for name, model in server["models"].items():
-        waits = [f"{what}: {', '.join(nodes)}" for what, nodes in model["waiting_for"].items()]
-        waits += [model["trouble"]] if model["trouble"] else []
-        clocks = ", ".join(f"{worker}: {clock:,}" for worker, clock in list(model["clocks"].items())[:CLOCKS_SHOWN])
-        acting = ", ".join(map(str, model["acting"])) or "nothing"
-        waiting = f"{model['pushes_waiting']}, {model['pulls_waiting']}"
-        answers = ", ".join(f"{milliseconds:,.1f}" for milliseconds in model["ack_ms"])
-        table.add_row(name, model["mode"], acting, clocks, waiting, answers, f"[yellow]{escape('; '.join(waits))}[/]")
     return table
 
 

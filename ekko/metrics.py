@@ -425,14 +425,16 @@ def _server(picture: NodePicture) -> Iterator[Metric]:
     yield _gauge("ekko_server_up", "1: the parameter server beside this node runs.", int(server.running))
     yield CounterMetricFamily("ekko_server_starts", "Times that it was started in this life of the node.", value=server.starts)
     yield CounterMetricFamily("ekko_server_failures", "Times that it ended by itself.", value=server.failures)
-    yield CounterMetricFamily("ekko_server_malformed", "Messages that are not of its protocol.", value=server.state.get("malformed", 0))
+    yield CounterMetricFamily(
+        "ekko_server_malformed", "Messages that are not of its protocol.", value=server.state.get("malformed", 0)
+    )
     acting = GaugeMetricFamily("ekko_server_partitions", "Partitions that it acts for.", labels=["model"])
     waiting = GaugeMetricFamily("ekko_server_waiting", "Requests that wait.", labels=["model", "request"])
-    ack = GaugeMetricFamily("ekko_server_ack_seconds", "From a push to its answer, of the last ones.", labels=["model", "quantile"])
+    ack = GaugeMetricFamily(
+        "ekko_server_ack_seconds", "From a push to its answer, of the last ones.", labels=["model", "quantile"]
+    )
     blocked = GaugeMetricFamily("ekko_server_waits_for", "1: something waits for this node.", labels=["model", "what", "node"])
-    counts = {
-        name: CounterMetricFamily(f"ekko_server_{name}", text, labels=["model"]) for name, text in _SERVER_COUNTS.items()
-    }
+    counts = {name: CounterMetricFamily(f"ekko_server_{name}", text, labels=["model"]) for name, text in _SERVER_COUNTS.items()}
     for name, model in server.models.items():
         acting.add_metric([name], len(model["acting"]))
         for request in ("pulls", "pushes"):

@@ -1,6 +1,5 @@
 """Training nodes with servers, as real processes, and a client that speaks their wire and does nothing by itself."""
 
-import contextlib
 import itertools
 import json
 import time
@@ -15,7 +14,7 @@ import zmq
 from ekko.train.server import wire as w
 from ekko.train.server.coding import decode_answer, encode_request
 from ekko.train.server.schema import partitions_of
-from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, free_ports
+from sim_cluster.processes import LocalCluster, ModelTables, NodeSpec, free_ports
 
 MODEL = "ctr"
 ANSWER_S = 20.0

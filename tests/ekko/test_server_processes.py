@@ -1,4 +1,4 @@
-"""Servers beside real training nodes: killed, restarted, expelled and back, and no acknowledged push is lost or counted twice."""
+"""Servers beside real training nodes: killed, restarted, expelled and back, and no acknowledged push is lost or counts twice."""
 
 import os
 import signal
@@ -86,8 +86,8 @@ def test_spares_take_over_once_a_dead_node_is_expelled_and_give_back_when_it_ret
     with Worker(three) as worker:
         worker.push(KEYS, ONES)
         three[victim].kill()
+        worker.patience_s = 3.0
         with pytest.raises(AssertionError, match="no answer for partitions"):
-            worker.patience_s = 3.0
             worker.push(KEYS, ONES)  # not acknowledged: nobody else may act, and a holder is missing
         worker.patience_s = SOON_S
         waiting = three.state("train-1")["waiting_for"] or three.state("train-3")["waiting_for"]

@@ -363,6 +363,15 @@ class ModelShell:
             job.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    def _clocks(self) -> dict[int, int]:
+        """The smallest clock of each worker in the partitions that we act for; of pushes that are durable."""
+        clocks: dict[int, int] = {}
+        for partition in self._machine.core.acting():
+            for worker in partition.tracks:
+                durable = partition.durable_of(worker)
+                clocks[worker] = min(clocks.get(worker, durable), durable)
+        return dict(sorted(clocks.items()))
+
     def picture(self) -> dict[str, Any]:
         """For `ekko status` and metrics: plain values."""
         latencies, roles = sorted(self._latencies), self._machine.roles
@@ -370,7 +379,7 @@ class ModelShell:
             "mode": self.model.settings.mode,
             "acting": [partition for partition, role in roles.items() if role == "acting"],
             "roles": roles,
-            "clocks": {},
+            "clocks": self._clocks(),
             "pushes_waiting": len(self._pushes),
             "pulls_waiting": len(self._pulls),
             "ack_ms": [round(1_000 * _quantile(latencies, share), 3) for share in (0.5, 0.99)],
