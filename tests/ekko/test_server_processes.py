@@ -1,4 +1,4 @@
-"""Servers beside real training nodes: killed, restarted, expelled and back, and no acknowledged push is lost or counts twice."""
+"""Servers beside real training nodes: killed, restarted, expelled and back; no acknowledged push is lost or counts twice."""
 
 import os
 import signal
