@@ -23,7 +23,8 @@ from ekko.torch.modules import Table, optimizers_of
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 
-# Where a row's gradient is zero these leave it as it is, but for momentum and weight decay. Subclasses may do otherwise.
+# Where a row's gradient is zero these leave it as it is, but for momentum and weight decay. Subclasses may do otherwise. An
+# optimizer of other origin says that it does, too, by `leaves_zero_gradients = True` in its class (`ekko.zoo.FTRL`).
 LEAVES_ZERO_GRADIENTS: Final = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop)
 # Gradients of one table that are set aside; whoever adds one more adds all up.
 PENDING_MAX: Final = 64
@@ -223,7 +224,8 @@ def _is_local(optimizer: Optimizer, group: dict[str, Any], sparse: bool) -> bool
     kind = type(optimizer)
     if kind is torch.optim.SparseAdam:
         return sparse
-    return kind in LEAVES_ZERO_GRADIENTS and not group.get("momentum") and not group.get("weight_decay")
+    leaves = kind in LEAVES_ZERO_GRADIENTS or vars(kind).get("leaves_zero_gradients") is True
+    return leaves and not group.get("momentum") and not group.get("weight_decay")
 
 
 def _is_plain(weight: Tensor) -> bool:

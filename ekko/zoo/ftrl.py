@@ -29,6 +29,8 @@ class FTRL(Optimizer):
         initial_accumulator_value: what sums of squares begin with.
     """
 
+    leaves_zero_gradients = True  # `ekko.torch.track` need not compare tables to know which rows a step has changed
+
     def __init__(
         self,
         params: ParamsT,
