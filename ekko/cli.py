@@ -15,6 +15,7 @@ from ekko.errors import ConfigError, EkkoError, NodeFailed
 from ekko.health.cli import health
 from ekko.options import ConfigOption, HttpOption, JsonOption, http_of
 from ekko.rollback.cli import rollback
+from ekko.sinks.cli import sink
 from ekko.snapshots.cli import snapshots
 from ekko.version import __version__
 
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.add_typer(snapshots, name="snapshot")
 app.command()(health)
 app.command()(rollback)
+app.command()(sink)
 
 
 def _version(wanted: bool) -> None:

@@ -27,6 +27,14 @@ class ModelError(EkkoError):
     """An unknown model or table, or data that does not fit its table."""
 
 
+class SinkError(EkkoError):
+    """A foreign store cannot be reached, or is not as it was left: the feed opens it again and goes on from its cursor."""
+
+
+class SinkTakenError(EkkoError):
+    """Another feed writes into a foreign store by now, so that this one must end."""
+
+
 class PublishError(EkkoError):
     """A batch was refused; nothing of it was published."""
 

@@ -35,7 +35,19 @@ class Tensor:
             ModelError: not all of its rows are here.
         """
         spec = self._spec
-        if not self._stamps.all():
+        if (values := self.values()) is None:
             here = f"{np.count_nonzero(self._stamps)} of its {spec.rows} rows are here"
             raise ModelError(f"dense tensor {spec.name!r} of model {model!r} was not published yet, or was deleted: {here}")
+        return values
+
+    @property
+    def stamp(self) -> int:
+        """The newest of its rows'; 0: there is none."""
+        return int(self._stamps.max(initial=0))
+
+    def values(self) -> NDArray[Any] | None:
+        """Its values; None: not all of its rows are here."""
+        spec = self._spec
+        if not self._stamps.all():
+            return None
         return self._rows.reshape(-1)[: math.prod(spec.shape)].reshape(spec.shape).astype(spec.dtype, copy=False)

@@ -35,7 +35,7 @@ from ekko.snapshots.format import (
 )
 from ekko.snapshots.records import load_record
 from ekko.store import layout
-from ekko.store.images import FloorImage, KnowledgeImage, ModelImage, StoreImage
+from ekko.store.images import FloorImage, KnowledgeImage, ModelImage, StoreImage, changed_shards
 from ekko.store.manifest import ModelEntry
 from p2p.identity.ledger import NodeRecord
 
@@ -252,9 +252,7 @@ class SnapshotWriter:
 
 def _whole(base: Base, knowledge: KnowledgeImage, floors: FloorImage) -> Mask:
     """bool[shards]: in which the parent may have rows that were dropped since, or lack older ones that came back (R11)."""
-    dropped = (floors.floor > base.vector) | (knowledge.vector < base.vector)
-    completed = np.unpackbits(base.incomplete & ~floors.incomplete, bitorder="little", count=dropped.shape[1])
-    return np.asarray(dropped.any(axis=0) | completed.astype(np.bool_))
+    return changed_shards(base.vector, base.incomplete, knowledge, floors)
 
 
 def _held_back(

@@ -94,9 +94,9 @@ class Applying:
                 for column in columns:
                     self._apply(column, stamp, counts)
             finally:
-                if model.changes is not None:
+                for changes in model.told_of_changes:
                     for column in columns:
-                        model.changes.note(column.table, column.keys)
+                        changes.note(column.table, column.keys)
                 model.marks.end()
         return Applied(int(counts[rows.WRITTEN]), int(counts[rows.INSERTED]), int(counts[rows.STALE]), ghosts)
 

@@ -3,7 +3,7 @@
 What counts is what stands: the header, the loss floor in it whether or not anything was dropped yet, and of every table,
 `_dense` included, the pages of all slots given out, free ones too, the index, and what readers count. Rows never move, so
 memory that a table has stays its own, and free slots are for later rows of the same table.
-While an index is built anew, the old one stands beside it and is not counted.
+While an index is built anew, the old one stands beside it and is not counted; nor is the ring of changes, 1 MiB at most.
 
 A step of a publisher here that has no room is refused whole.
 """

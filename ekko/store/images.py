@@ -31,6 +31,7 @@ ROW_DEADLINE_S = 1.0
 
 _NO_BASE: U64 = np.empty(0, np.uint64)
 _ROWS = layout.TABLE.offset("rows")
+_GENERATION = layout.CONTROL.offset("manifest_generation") // 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +48,20 @@ class FloorImage:
 
     floor: U64  # [WRITERS_MAX, shards]
     incomplete: U8  # [SHARDS_MAX // 8], a bit for each shard
+
+
+def changed_shards(vector: U64, incomplete: U8, knowledge: KnowledgeImage, floors: FloorImage) -> Mask:
+    """bool[shards]: in which rows may have been dropped since, or older ones may have come back (R11).
+
+    Args:
+        vector: uint64[WRITERS_MAX, shards], as it was then.
+        incomplete: as it was then (`FloorImage`).
+        knowledge: as it is now.
+        floors: likewise, read after it.
+    """
+    dropped = (floors.floor > vector) | (knowledge.vector < vector)
+    completed = np.unpackbits(incomplete & ~floors.incomplete, bitorder="little", count=dropped.shape[1])
+    return np.asarray(dropped.any(axis=0) | completed.astype(np.bool_))
 
 
 class StoreImage:
@@ -70,6 +85,16 @@ class StoreImage:
     def retired(self) -> bool:
         """Whether another store has taken its place."""
         return self._control[layout.CONTROL.offset("retired") // 8] != 0
+
+    @property
+    def generation(self) -> int:
+        """Another number than before: there is a new manifest."""
+        return self._control[_GENERATION]
+
+    @property
+    def memory(self) -> TmpfsMemory:
+        """Where its files are."""
+        return self._memory
 
     def model(self, entry: ModelEntry) -> "ModelImage":
         """One of its models. Raises FileNotFoundError when it was dropped."""

@@ -93,6 +93,11 @@ def undo_name(model_id: int) -> str:
     return f"{model_id:08x}-undo"
 
 
+def changes_name(model_id: int) -> str:
+    """Which rows of the model changed lately."""
+    return f"{model_id:08x}-changes"
+
+
 def kernel_boot_id() -> str:
     """Names the life of the machine: memory of another boot is gone."""
     return _BOOT_ID_PATH.read_text().strip()

@@ -22,6 +22,7 @@ from ekko.model import DENSE_SPEC, DENSE_TABLE, TableSpec, TensorSpec
 from ekko.store import capacity, layout
 from ekko.store.applying import Applying, whole
 from ekko.store.batches import BatchMarks
+from ekko.store.changes import ChangeRing
 from ekko.store.collecting import Sweep, WholeShards
 from ekko.store.eviction import Eviction
 from ekko.store.fetching import Fetching, live_rows
@@ -29,7 +30,7 @@ from ekko.store.floor import LossFloor
 from ekko.store.hot import Heat
 from ekko.store.kernels import index
 from ekko.store.listening import Changes, Listener
-from ekko.store.manifest import ModelEntry, header_name, heat_name, hot_name, index_name, rows_name
+from ekko.store.manifest import ModelEntry, changes_name, header_name, heat_name, hot_name, index_name, rows_name
 from ekko.store.memory import Mapping, Memory
 from ekko.store.own_writer import OwnWriter
 from ekko.store.questions import Questions
@@ -89,6 +90,7 @@ class ModelStore:
         self.eviction: Eviction | None = None  # what keeps rows of other nodes within the capacity
         self.listener: Listener | None = None  # is told of all that comes
         self.changes: Changes | None = None  # is told which rows are others now
+        self._ring: ChangeRing | None = None  # tells it to other processes
         self._stable: dict[int, U64] = {}  # by partition: uint64[WRITERS_MAX], up to where rows could be collected last
 
     @classmethod
@@ -99,7 +101,9 @@ class ModelStore:
         header.ensure(layout.loss_floor_offset(entry.shards, entry.partitions))
         words = header.words(0, 4)
         words[...] = (layout.MODEL_MAGIC, layout.LAYOUT_VERSION, spec.id, entry.shards)
-        return cls(entry, memory, table_bytes_max, header)
+        model = cls(entry, memory, table_bytes_max, header)
+        model._ring = ChangeRing.attach(spec.id, memory, header)
+        return model
 
     @classmethod
     def open(cls, entry: ModelEntry, memory: Memory, table_bytes_max: int) -> "ModelStore":
@@ -127,6 +131,8 @@ class ModelStore:
         model._own.merge_pending(model._vector, model._frontiers)
         model._mark_attached()
         model._cover_floor()
+        # Last: what a kill kept from being noted, and what was repaired above, was not noted.
+        model._ring = ChangeRing.attach(spec.id, memory, header)
         return model
 
     def _table(self, spec: TableSpec) -> Table:
@@ -178,6 +184,7 @@ class ModelStore:
     def file_names(self, tables: Sequence[str] | None = None) -> list[str]:
         """Names of the files that it consists of, or of those of some tables."""
         names = [header_name(self.keyspace)] if tables is None else []
+        names += [changes_name(self.keyspace)] if tables is None and self._ring is not None else []
         for table in self._tables.values():
             if tables is None or table.spec.name in tables:
                 names += [rows_name(self.keyspace, table.spec.id), *table.index_names()]
@@ -350,8 +357,13 @@ class ModelStore:
                 arrivals.forget(table, slots)
         with self._marks.removing():
             held.remove(slots)
-            if self.changes is not None:
-                self.changes.note_gone(table, keys)
+            for changes in self.told_of_changes:
+                changes.note_gone(table, keys)
+
+    @property
+    def told_of_changes(self) -> list[Changes]:
+        """Who is told which rows are others now."""
+        return [one for one in (self.changes, self._ring) if one is not None]
 
     @property
     def marks(self) -> BatchMarks:

@@ -12,7 +12,7 @@ from ekko.errors import StoreError
 from ekko.model import CODECS, TableSpec
 from ekko.store import layout
 from ekko.store.counting import Count, KeyCounter, count_nothing
-from ekko.store.kernels import gather, pool
+from ekko.store.kernels import changes, gather, pool
 from ekko.store.kernels.average import add_rows
 from ekko.store.kernels.quantise import FLOAT32
 from ekko.store.manifest import hot_name, index_name, rows_name
@@ -228,6 +228,41 @@ class TableView:
 
         _until_done(self.spec.name, keys, copy, copy(0))
         return np.ascontiguousarray(words.view(np.uint8)[:, : self.spec.row_bytes]), stamps
+
+    def without_row(self, keys: U64) -> tuple[NDArray[np.uint8], U64]:
+        """What has become of keys that a look-up found no row of.
+
+        Returns:
+            uint8[n]: `ABSENT`, `DELETED`, or `LIVE` of a row that has expired or has come meanwhile; and (see
+            `ekko.store.kernels.changes`) uint64[n], the stamps of what is there, 0 of nothing. Raises as `lookup`.
+        """
+        kinds, stamps = np.empty(keys.size, np.uint8), np.empty(keys.size, np.uint64)
+        source = self._source
+
+        def look(begin: int) -> Any:
+            index = self.newest_index()
+            place = source.address, source.stride, index.address, index.capacity_log2
+            return changes.removed(*place, keys, kinds, stamps, begin)
+
+        _until_done(self.spec.name, keys, look, look(0))
+        return kinds, stamps
+
+    def keys_above(self, slot: int, base: U64, shards: int, whole: NDArray[np.bool_], keys: U64) -> tuple[int, int, int]:
+        """Keys of the rows, tombstones too, from a slot on that a vector does not cover.
+
+        Args:
+            slot: the first one to look at.
+            base: uint64[shards * WRITERS_MAX], flattened from [shards, WRITERS_MAX]; empty: all rows are above it.
+            shards: of the model.
+            whole: bool[shards], those of which all rows are above it.
+            keys: uint64[n], written; the call ends when it is full.
+
+        Returns:
+            How many keys, the first slot that was not looked at, how many slots there are.
+        """
+        done = np.zeros(2, np.int64)
+        count = changes.keys_above(self._source.address, self._source.stride, shards, slot, base, whole, keys, done)
+        return int(count), int(done[0]), int(done[1])
 
     def pool(self, keys: U64, bags: Bags, out: F32, default: int = ZEROS, *, counted: bool = True) -> None:
         """Make the rows of each bag one, into out, float32[bags, dim]. Else as `lookup`; `counted`: here, and not elsewhere."""
