@@ -17,7 +17,6 @@ from ekko.serve.comparing import Keys, Sweep, Walk, difference
 from ekko.serve.cursor import Cursor, Known, Place, Way, decode, encode, way_from
 from ekko.serve.sink import Batch, Sink, rows_at_once
 from ekko.serve.source import Source
-from ekko.serve.tensor import Tensor
 from ekko.store.changes import GONE, TABLE_MASK
 
 U64 = NDArray[np.uint64]
@@ -292,12 +291,9 @@ class Session:
 
     def _send_tensors(self) -> None:
         for name in sorted(self._tensors_due):
-            view, spec = self._source.tables.get(DENSE_SPEC.id), self._source.tensors.get(name)
-            if view is not None and spec is not None:
-                tensor = Tensor(spec)
-                tensor.read(view)
-                if (values := tensor.values()) is not None:  # else the rest of it is noted when it comes
-                    self._dirty = True
-                    self._sink.apply_dense(name, values, tensor.stamp)
-                    self._counts.tensors += 1
+            tensor = self._source.tensor(name)
+            if tensor is not None and (values := tensor.values()) is not None:  # else the rest of it is noted when it comes
+                self._dirty = True
+                self._sink.apply_dense(name, values, tensor.stamp)
+                self._counts.tensors += 1
         self._tensors_due.clear()

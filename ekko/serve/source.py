@@ -8,10 +8,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ekko.errors import ModelError
-from ekko.model import DENSE_TABLE, TableSpec, TensorSpec
+from ekko.errors import ModelError, StoreError
+from ekko.model import DENSE_SPEC, DENSE_TABLE, TableSpec, TensorSpec
+from ekko.serve.consistency import between_batches
 from ekko.serve.cursor import Known, Place
 from ekko.serve.sink import Batch, Removed
+from ekko.serve.tensor import Tensor
 from ekko.store import layout
 from ekko.store.changes import ChangesView
 from ekko.store.images import KnowledgeImage, StoreImage, changed_shards
@@ -62,7 +64,8 @@ class Source:
         self.id = entry.bare_spec.id
         self._entry = entry
         self._image = self._store.model(entry)
-        self._header = Mapping.open_to_read(self._store.memory.path(header_name(self.id))).view(layout.PAGE_BYTES)
+        header = Mapping.open_to_read(self._store.memory.path(header_name(self.id)))
+        self._header_address, self._header = header.address, header.view(layout.PAGE_BYTES)
         self.tables: dict[int, TableView] = {}
         self.tensors: dict[str, TensorSpec] = {}
         self._map(entry)
@@ -193,6 +196,18 @@ class Source:
             Removed(missing[deleted], there[deleted]),
             _forgotten(np.union1d(gone, came_back), newest),
         )
+
+    def tensor(self, name: str) -> Tensor | None:
+        """A dense tensor, of one version if the node lets it be read between two batches; None: there is none."""
+        view, spec = self.tables.get(DENSE_SPEC.id), self.tensors.get(name)
+        if view is None or spec is None:
+            return None
+        tensor = Tensor(spec)
+        try:
+            between_batches(self.model, self._header_address, lambda: tensor.read(view))
+        except StoreError:  # batches follow each other: what is written now is noted, and read again
+            tensor.read(view)
+        return tensor
 
 
 def _forgotten(keys: U64, stamp: int) -> Removed:

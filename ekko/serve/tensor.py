@@ -40,11 +40,6 @@ class Tensor:
             raise ModelError(f"dense tensor {spec.name!r} of model {model!r} was not published yet, or was deleted: {here}")
         return values
 
-    @property
-    def stamp(self) -> int:
-        """The newest of its rows'; 0: there is none."""
-        return int(self._stamps.max(initial=0))
-
     def values(self) -> NDArray[Any] | None:
         """Its values; None: not all of its rows are here."""
         spec = self._spec
