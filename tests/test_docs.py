@@ -1,8 +1,10 @@
 """The documentation is run: its files are valid, and the tutorial does what it says, on real nodes."""
 
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -88,7 +90,8 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
         return re.sub(r"(127\.0\.0\.1:)(7[789]0[01])", lambda found: found[1] + ports[found[2]], text)
 
     for name, text in blocks("docs/tutorial.md", "toml"):
-        (tmp_path / name).write_text(moved(text))
+        if "/" not in name:  # those of the second half have machines of their own
+            (tmp_path / name).write_text(moved(text))
     nodes = []
     try:
         for name, http in (("train.toml", "7900"), ("serve.toml", "7901")):
@@ -96,7 +99,8 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
             with (tmp_path / f"{name}.log").open("wb") as log:
                 nodes.append(subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT))
             wait_ready(ports[http], nodes[-1], tmp_path / f"{name}.log")
-        script = "".join(text for _, text in blocks("docs/tutorial.md", "python"))  # one process: CI is short of time
+        texts = blocks("docs/tutorial.md", "python")
+        script = "".join(text for name, text in texts if not name.endswith(".py"))  # one process: CI is short of time
         subprocess.run([sys.executable, "-c", moved(script)], cwd=tmp_path, check=True, timeout=DEADLINE_S)
         status = [sys.executable, "-m", "ekko.cli", "status", "--config", "serve.toml"]
         shown = subprocess.run(status, cwd=tmp_path, check=True, timeout=DEADLINE_S, capture_output=True, text=True).stdout
@@ -120,6 +124,57 @@ def test_the_tutorial_does_what_it_says(tmp_path: Path) -> None:
             node.wait(DEADLINE_S)
         for name in ("train-1", "eu-1"):
             remove_memory(tmp_path / "run" / name)
+
+
+@pytest.mark.processes
+def test_rows_change_on_the_tutorials_second_machine(tmp_path: Path) -> None:
+    """Both machines are this one: each has a folder, ports of its own, and none of the other's secrets."""
+    machines = {name: tmp_path / name for name in ("machine-1", "machine-2")}
+    peers = dict(zip(("10.0.0.1", "10.0.0.2"), free_ports(2), strict=True))
+    nodes, watcher = [], None
+    own: dict[str, dict[str, int]] = {}
+
+    def moved(machine: str, text: str) -> str:
+        text = re.sub(r"(10\.0\.0\.[12]):7800", lambda found: f"127.0.0.1:{peers[found[1]]}", text)
+        return re.sub(r"127\.0\.0\.1:(7[79]00)", lambda found: f"127.0.0.1:{own[machine][found[1]]}", text)
+
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for name, folder in machines.items():
+        folder.mkdir()
+        own[name] = dict(zip(("7700", "7900"), free_ports(2), strict=True))
+        for label, text in blocks("docs/tutorial.md", "sh"):
+            if label == name:
+                subprocess.run(["bash", "-ec", text], cwd=folder, check=True, timeout=DEADLINE_S, env=environment)
+    for name, folder in machines.items():
+        for other in machines.values():
+            for public in folder.glob("*.pub"):
+                shutil.copy(public, other / "allow")
+        for label, text in blocks("docs/tutorial.md", "toml"):
+            if label.startswith(name):
+                (tmp_path / label).write_text(moved(name, text))
+        for label, text in blocks("docs/tutorial.md", "python"):
+            if label.endswith(".py"):
+                (folder / label).write_text(moved(name, text))
+    try:
+        for name, config in (("machine-1", "train.toml"), ("machine-2", "serve.toml")):
+            log = machines[name] / "node.log"
+            command = [sys.executable, "-m", "ekko.cli", "node", "--config", config]
+            with log.open("wb") as out:
+                nodes.append(subprocess.Popen(command, cwd=machines[name], stdout=out, stderr=subprocess.STDOUT))
+            wait_ready(str(own[name]["7900"]), nodes[-1], log)
+        watch = [sys.executable, "watch.py", "run/keyed", str(DEADLINE_S)]
+        watcher = subprocess.Popen(watch, cwd=machines["machine-2"], stdout=subprocess.PIPE, text=True)
+        subprocess.run([sys.executable, "train.py"], cwd=machines["machine-1"], check=True, timeout=DEADLINE_S)
+        assert watcher.stdout is not None
+        counts = (int(line.split()[0]) for line in watcher.stdout)
+        assert next(count for count in counts if count) > 0  # its lines end, and so does the test, if none ever changes
+    finally:
+        for process in [*nodes, *([watcher] if watcher is not None else [])]:
+            process.terminate()
+            process.communicate(timeout=DEADLINE_S)  # closes what it wrote to
+        for folder in machines.values():
+            if (folder / "run" / "keyed").exists():
+                remove_memory(folder / "run" / "keyed")
 
 
 def wait_ready(port: str, node: subprocess.Popen[bytes], log: Path) -> None:

@@ -83,6 +83,11 @@ class TrackedTable:
         """Whether there may be anything to send."""
         return bool(self.due.count or self._pending or self._norms is not None or self._unseen)
 
+    @property
+    def bytes_due(self) -> int:
+        """Of rows that are due, once they are added up, and of those that are to be compared."""
+        return (self.due.count + self._unseen) * self.weight.shape[1] * 4
+
     def capture(self, optimizer: Optimizer) -> None:
         """A step of an optimizer has ended: note what it changed."""
         weight = self._module._parameters["weight"]  # noqa: SLF001 - see `weight`

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,10 @@ class StepPublisher(Protocol):
     def tables(self) -> Mapping[str, int]: ...
 
     def step(self) -> AbstractContextManager[PublishStep]: ...
+
+
+# Batches that a version of the dense parameters is put off for at most, while more rows are due than a copy may have.
+PUT_OFF_MAX: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +92,7 @@ class Outbox:
         self._says_significance = says_significance
         self.stamp = 0  # of the last batch
         self._batches = self._rows = self._failures = 0
+        self._put_off = 0  # batches
 
     @property
     def is_due(self) -> bool:
@@ -101,9 +106,14 @@ class Outbox:
         return Counts(steps, self._batches, self._rows, self._failures, rows, most, size, waited_s)
 
     def take(self, bytes_max: int | None) -> Batch | None:
-        """What is due, up to so many bytes of rows; None: nothing is. Called between two steps."""
+        """What is due, up to so many bytes of rows; None: nothing is. Called between two steps.
+
+        Dense parameters go with all rows that are due: beside rows that are still to come they would be newer than those. While
+        more is due than a copy may have they are put off, and after `PUT_OFF_MAX` batches they take all of it along.
+        """
         parts = []
-        room = bytes_max
+        dense_goes = self._dense.due and self._all_may_go(bytes_max)
+        room = None if dense_goes else bytes_max
         for table in self._tables:
             if not table.is_due:
                 continue
@@ -112,8 +122,17 @@ class Outbox:
             if len(ids):
                 parts.append(Part(table, ids, weights, ids.view(np.uint64), table.rows(ids)))
                 room = None if room is None else room - len(ids) * row_bytes
-        version = self._dense.take() if self._dense.due else None
+        version = self._dense.take() if dense_goes else None
         return Batch(parts, version) if parts or version is not None else None
+
+    def _all_may_go(self, bytes_max: int | None) -> bool:
+        for table in self._tables:
+            table.settle()
+        if bytes_max is None or self._put_off >= PUT_OFF_MAX or sum(table.bytes_due for table in self._tables) <= bytes_max:
+            self._put_off = 0
+            return True
+        self._put_off += 1
+        return False
 
     def send(self, batch: Batch) -> None:
         """Publish a batch; what raises here has made it due again."""

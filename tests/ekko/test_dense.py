@@ -7,9 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import ekko.torch.outbox
 from ekko.errors import ModelError, PublishError
 from ekko.model import DENSE_DIM, TensorSpec
+from ekko.torch.capture import TrackedTable
 from ekko.torch.dense import WHOLE_EVERY, Cadence, DenseParameters
+from ekko.torch.outbox import Outbox
 from ekko.train.step import Step
 
 
@@ -217,3 +220,36 @@ def test_before_has_to_have_the_tensors_shape() -> None:
         Node().step() as step,
     ):
         step.publish_dense_changes("w", np.zeros(4, np.float32), np.zeros(5, np.float32))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_dense_parameters_go_with_all_rows_that_are_due(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where rows are compared, and go in several batches: beside older rows they would be newer than those."""
+    model = nn.ModuleDict({"item": nn.Embedding(100, 4, sparse=momentum == 0), "top": nn.Linear(4, 1)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+    table = TrackedTable("item", model["item"], [optimizer])
+    dense = DenseParameters(model, [model["item"].weight], 1, 0.0)
+    outbox = Outbox([table], dense, Node(), says_significance=True)
+    monkeypatch.setattr(ekko.torch.outbox, "PUT_OFF_MAX", 3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model["top"](model["item"](torch.arange(100))).sum().backward()
+        optimizer.step()
+        table.capture(optimizer)
+        dense.stepped(0.0)
+
+    def batches(count: int, bytes_max: int) -> list[tuple[int, bool]]:
+        """Rows of each, and whether dense parameters are with them."""
+        taken = [outbox.take(bytes_max) for _ in range(count)]
+        return [(sum(len(part.ids) for part in batch.parts), batch.version is not None) for batch in taken if batch is not None]
+
+    step()
+    assert batches(3, 16 * 40) == [(40, False), (40, False), (20, True)]  # a row has 16 bytes
+    step()
+    assert batches(1, 16 * 100) == [(100, True)]
+    for _ in range(3):  # they are never reached
+        step()
+        assert batches(1, 16 * 10) == [(10, False)]
+    step()
+    assert batches(1, 16 * 10) == [(100, True)]
