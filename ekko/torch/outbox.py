@@ -1,6 +1,6 @@
 """What is due of tables and dense parameters, as batches: taken as of one moment, and due again unless they arrive."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -63,6 +63,14 @@ class Part:
     weights: F32  # [n]
     keys: U64  # [n]
     rows: F32  # [n, dim]
+
+    def of(self, chosen: NDArray[np.bool_]) -> "Part":
+        """Those of the rows that are chosen, bool[n]."""
+        return Part(self.table, self.ids[chosen], self.weights[chosen], self.keys[chosen], self.rows[chosen])
+
+
+# Of a table's name, keys and rows: bool[n], which to publish.
+Choice = Callable[[str, U64, F32], NDArray[np.bool_]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,14 +166,18 @@ class Outbox:
         self._batches += 1
         self.stamp = step.stamp
 
-    def publish_all(self, bytes_max: int) -> None:
-        """Publish every row of every table, in batches of about so many bytes."""
+    def publish_all(self, bytes_max: int, choice: Choice | None = None) -> None:
+        """Publish every row of every table, or those that are chosen, in batches of about so many bytes."""
         for table in self._tables:
             table.settle()
             chunk = max(1, bytes_max // (4 * table.weight.shape[1]))
             for begin in range(0, len(table.weight), chunk):
                 ids = np.arange(begin, min(begin + chunk, len(table.weight)), dtype=np.int64)
-                self.send(Batch([Part(table, ids, np.zeros(len(ids), np.float32), ids.view(np.uint64), table.rows(ids))]))
+                part = Part(table, ids, np.zeros(len(ids), np.float32), ids.view(np.uint64), table.rows(ids))
+                if choice is not None:
+                    part = part.of(choice(table.name, part.keys, part.rows))
+                if len(part.ids):
+                    self.send(Batch([part]))
                 table.accept(ids)
 
     def forget(self) -> dict[str, I64]:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
@@ -10,7 +10,8 @@ from typing import Any, Final, Literal, Self, get_args
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ekko.errors import ModelError, NodeUnreachable
@@ -18,7 +19,8 @@ from ekko.restored import Restored
 from ekko.torch.capture import I64, TrackedTable
 from ekko.torch.dense import DenseParameters
 from ekko.torch.modules import found_tables, unwrapped
-from ekko.torch.outbox import Counts, Outbox, StepPublisher
+from ekko.torch.outbox import Choice, Counts, Outbox, StepPublisher
+from ekko.torch.ranks import divided
 from ekko.torch.reloading import Reloaded, Rows, StateReader, forget_rows, load_dense, load_rows
 from ekko.torch.sending import COPY_BYTES_MAX, RETRY_S, Gate, Sender
 
@@ -39,6 +41,7 @@ def track(
     reader: StateReader | None = None,
     *,
     background: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> "Tracker":
     """Publish the embedding rows that training changes, whatever the optimizer: those that changed, exactly, and no others.
 
@@ -70,6 +73,8 @@ def track(
         reader: of the same model on this machine, to read dense parameters after a rollback, and rows that steps changed
             which it had refused; None: these stay as they are.
         background: see above.
+        process_group: ranks that have the same weights after each step, of which each publishes a part (`ekko.torch.ranks`);
+            None: those of a `DistributedDataParallel` model, else all is published here.
 
     Returns:
         The handle; `remove()` it, or use it in a `with` block, to publish what is still due and stop.
@@ -77,7 +82,17 @@ def track(
     Raises:
         ModelError: no such module or table, not an embedding, another width, or no optimizer trains it. Nothing is tracked.
     """
-    return Tracker(model, optimizer, publisher, tables, dense_every, significance, reader, background=background)
+    return Tracker(
+        model,
+        optimizer,
+        publisher,
+        tables,
+        dense_every,
+        significance,
+        reader,
+        background=background,
+        process_group=process_group,
+    )
 
 
 class Tracker:
@@ -94,6 +109,7 @@ class Tracker:
         reader: StateReader | None = None,
         *,
         background: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if significance not in get_args(Significance):
             raise ModelError(f"significance is {significance!r}: expected 'gradient' or 'change'")
@@ -102,15 +118,16 @@ class Tracker:
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         if not optimizers:
             raise ModelError("optimizer is an empty list: expected those that train the model, in the order in which they step")
-        self._publisher = publisher
         self._reader = reader
+        self.before_step: Callable[[], None] | None = None  # called before each step; `ekko.torch.checkpoint` sets it
         self._optimizers = optimizers
         found = found_tables(model, tables, publisher.tables)
         self._tables = {name: TrackedTable(name, module, optimizers) for name, module in found.items()}
-        weights = [table.weight for table in self._tables.values()]
-        self._dense = DenseParameters(unwrapped(model), weights, dense_every, time.monotonic())
+        weights = {name: table.weight for name, table in self._tables.items()}
+        self._publisher: StepPublisher = divided(publisher, model, weights, process_group)
+        self._dense = DenseParameters(unwrapped(model), weights.values(), dense_every, time.monotonic())
         said = significance == "gradient"
-        self._outbox = Outbox(list(self._tables.values()), self._dense, publisher, says_significance=said)
+        self._outbox = Outbox(list(self._tables.values()), self._dense, self._publisher, says_significance=said)
         self._gate = Gate()
         self._steps = 0
         self._background = background
@@ -140,6 +157,20 @@ class Tracker:
         return self._outbox.counts(self._steps, self._gate.waited_s)
 
     @property
+    def publisher(self) -> StepPublisher:
+        """What it publishes with; with several ranks, of their parts only this one's."""
+        return self._publisher
+
+    @property
+    def reader(self) -> StateReader | None:
+        """What it reads the node's state with."""
+        return self._reader
+
+    def dense_tensor(self, name: str) -> Tensor:
+        """A dense parameter or buffer of the model."""
+        return self._dense.tensor(name)
+
+    @property
     def dense_names(self) -> tuple[str, ...]:
         """Names under which the dense parameters are published."""
         return self._dense.names
@@ -153,6 +184,18 @@ class Tracker:
         with self._alone():
             self._outbox.publish_all(PUBLISH_ALL_BYTES_MAX)
             return self._publish_dense()
+
+    def publish_chosen(self, choice: Choice) -> int:
+        """Publish the rows of all tables that are chosen, and dense parameters where they are published at all.
+
+        All rows as they are now count as published afterwards: for who loaded another state, and knows which of it is new.
+
+        Returns:
+            The stamp of the last batch.
+        """
+        with self._alone():
+            self._outbox.publish_all(PUBLISH_ALL_BYTES_MAX, choice)
+            return self._publish_dense() if self._dense.periodic else self._outbox.stamp
 
     def publish_dense(self) -> int:
         """Publish all dense parameters now, and what else is due; returns the stamp."""
@@ -272,6 +315,8 @@ class Tracker:
         self.remove()
 
     def _before_step(self, *_: object) -> None:
+        if self.before_step is not None:
+            self.before_step()
         call = sys._getframe(1)  # noqa: SLF001 - torch's wrapper of `step`, of this call
         if self._call is None or not _is_within(call, self._call):
             self._call = call

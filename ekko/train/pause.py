@@ -49,6 +49,12 @@ class Pause:
         except PublishError:
             self.epoch = None  # the node is of a release before, and refuses nobody for this
 
+    def look_back(self, epoch: int) -> None:
+        """Know of no rollback after this one, so that `restored` tells what later ones wrote."""
+        with self._lock:
+            if self.epoch is not None:
+                self.epoch = min(self.epoch, epoch)
+
     @property
     def has_kept(self) -> bool:
         """Whether something is kept for `restored`."""

@@ -158,6 +158,19 @@ class Publisher:
         """Whether a step of this publisher waited for the end of a rollback, so that `restored` has something to tell."""
         return self._pause.has_kept
 
+    @property
+    def epoch(self) -> int:
+        """The last rollback of the model that this publisher knows of; 0: none."""
+        return self._pause.epoch or 0
+
+    def look_back(self, epoch: int) -> None:
+        """Take it that the model in training is as it was after this rollback: `restored` tells what later ones wrote.
+
+        For who goes on from a checkpoint, and kept `epoch` with it. Where there were later ones, steps are refused until
+        `restored` was called.
+        """
+        self._pause.look_back(epoch)
+
     def restored(self) -> tuple[Restored, ...]:
         """What rollbacks wrote since this was called last, or this publisher was made: load it into the model in training.
 

@@ -1,0 +1,85 @@
+"""A trainer and its machine are killed; another trainer goes on from the checkpoint at another node (R24)."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ekko
+from p2p.runtime import read_clock
+from p2p.stamps import unix_ms_of
+from sim_cluster.processes import LocalCluster, NodeProcess, NodeSpec, wait_until
+from tests.ekko import checkpoint_trainer as trainer
+
+pytestmark = pytest.mark.processes
+
+NODES = (NodeSpec("home-1", "home", "train"), NodeSpec("away-1", "away", "train"), NodeSpec("eu-1", "eu"))
+STEPS = 25
+START_S = 60.0
+KEYS = np.arange(trainer.ROWS, dtype=np.uint64)
+
+
+@contextmanager
+def started(folder: Path, node: NodeProcess, steps: int) -> Iterator[subprocess.Popen[bytes]]:
+    words = [sys.executable, trainer.__file__, str(folder), node.local, str(node.run_dir), str(steps)]
+    process = subprocess.Popen(words)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def steps_of(folder: Path) -> list[list[int]]:
+    log = folder / "steps"
+    whole = log.read_text().rpartition("\n")[0] if log.exists() else ""
+    return [[int(word) for word in line.split()] for line in whole.splitlines()]
+
+
+def test_what_a_dead_run_left_behind_does_not_stay_and_does_not_win(tmp_path: Path) -> None:
+    with LocalCluster(tmp_path / "nodes", NODES) as cluster:
+        cluster.start()
+        home, away, eu = (cluster[spec.id] for spec in NODES)
+        with started(tmp_path, home, 1_000_000) as dead:
+            wait_until(lambda: dead.poll() is not None or (tmp_path / "checkpoint.pt").exists(), "a checkpoint", START_S)
+            away.pause()  # it misses the last of what the run does
+            count = len(steps_of(tmp_path))
+            wait_until(lambda: len(steps_of(tmp_path)) > max(count, 2 * trainer.SAVE_EVERY) + 10, "steps after it", START_S)
+            dead.kill()
+            dead.wait()
+        first_run = steps_of(tmp_path)
+        home.kill()
+        home.remove_memory()
+        away.resume()
+        with started(tmp_path, away, STEPS) as again:
+            assert again.wait(START_S) == 0
+        # A region of which nobody answers was named before it was accepted.
+        assert (tmp_path / "refused").read_text().startswith("no node answers in home (home-1): ")
+        done = np.load(tmp_path / "done.npz")
+        resumed_at = 2 * trainer.SAVE_EVERY
+        touched = {key for number, *keys in first_run if number >= resumed_at for key in keys}
+        touched_again = {key for number, *keys in steps_of(tmp_path)[len(first_run) :] for key in keys}
+        assert touched - touched_again, "rows that only the dead run changed after the checkpoint"
+        for node in (away, eu):
+            with ekko.Reader("ctr", node.run_dir, wait=10.0) as reader:
+                held = reader.lookup("item", KEYS, stamps=True)
+                wait_until(
+                    lambda reader=reader: np.array_equal(reader.lookup("item", KEYS), done["item"]),  # type: ignore[misc]
+                    f"{node.id} has the table of the run that lives, of which it lacks {differing(held[0], done['item'])}",
+                    20.0,
+                )
+                wait_until(
+                    lambda reader=reader: np.array_equal(reader.dense("top.weight"), done["weight"]),  # type: ignore[misc]
+                    f"{node.id} has its dense parameters",
+                    20.0,
+                )
+                # The dead run's clock was ahead, and what is newer is above it all the same.
+                assert unix_ms_of(int(held[1].max())) > read_clock().unix_ms + 1_000
+
+
+def differing(held: np.ndarray, wanted: np.ndarray) -> list[int]:
+    return np.flatnonzero((held != wanted).any(axis=1)).tolist()
