@@ -21,6 +21,7 @@ them.
 """
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
@@ -33,7 +34,7 @@ from torch.optim import Optimizer
 
 from ekko.ceilings import Above
 from ekko.codec import rounded
-from ekko.errors import EkkoError, ModelError
+from ekko.errors import EkkoError, ModelError, NodeUnreachable, PublishError
 from ekko.torch.ranks import WHOLE, Part, PartPublisher, broadcast, gathered
 from ekko.torch.reloading import Reloaded
 from ekko.torch.tracker import PUBLISH_ALL_BYTES_MAX, Tracker
@@ -42,6 +43,9 @@ from ekko.torch.tracker import PUBLISH_ALL_BYTES_MAX, Tracker
 ENTRY: Final = "ekko"
 FORMAT: Final = 1
 FLUSH_S: Final = 10.0
+RETRY_S: Final = 0.2
+# For rows that are published again at a node that has to get a writer id first.
+PUBLISH_S_MAX: Final = 60.0
 
 Unreachable = Literal["raise", "accept"]
 
@@ -148,11 +152,7 @@ class Checkpoint:
         above = self._publisher.publish_above(saved.stamp if saved.model == self._publisher.model else 0, self._timeout)
         self._check_heard(above)
         reloaded = self._reload(saved)
-        stamp, rows = 0, {}
-        for table, weight in self._tracker.weights.items():
-            rows[table], stamp = self._publish_again(table, weight, saved, stamp)
-        if self._tracker.publishes_dense:
-            stamp = self._tracker.publish_dense()
+        rows, stamp = self._publish_all_again(saved)
         self._loaded, self._begun, self._base = None, True, above.stamp
         return Resumed(above, reloaded, rows, stamp)
 
@@ -194,6 +194,25 @@ class Checkpoint:
         for name in reloaded.dense:
             broadcast(self._part, self._tracker.dense_tensor(name).detach())
         return reloaded
+
+    def _publish_all_again(self, saved: Saved) -> tuple[dict[str, int], int]:
+        """Rows by table, and the last stamp. A node that has never published waits for a writer id, which takes some seconds
+        if those are gone that could have given it one; what was published by then is not stale any more.
+        """
+        deadline = time.monotonic() + PUBLISH_S_MAX
+        rows = dict.fromkeys(self._tracker.weights, 0)
+        while True:
+            try:
+                stamp = 0
+                for table, weight in self._tracker.weights.items():
+                    count, stamp = self._publish_again(table, weight, saved, stamp)
+                    rows[table] += count
+                return rows, self._tracker.publish_dense() if self._tracker.publishes_dense else stamp
+            except (NodeUnreachable, PublishError) as error:
+                if time.monotonic() > deadline:
+                    raise
+                log.info("publishing after a checkpoint is tried again: %s", error)
+                time.sleep(RETRY_S)
 
     def _publish_again(self, table: str, weight: Tensor, saved: Saved, stamp: int) -> tuple[int, int]:
         """Publish this rank's rows of a table that the node has otherwise; how many those were, and the last stamp."""

@@ -57,10 +57,10 @@ def main(folder: Path, local: str, run_dir: Path, steps: int) -> None:
             except ModelError as error:
                 (folder / "refused").write_text(str(error))
                 checkpoint.remove()
-                checkpoint = ekko.torch.checkpoint_hook(tracker, optimizer, unreachable="accept", timeout=2.0)
+                checkpoint = ekko.torch.checkpoint_hook(tracker, optimizer, unreachable="accept", timeout=1.0)
                 optimizer.load_state_dict(state["optimizer"])
         else:
-            publisher.publish_above(ahead_of_now(20_000))  # as if this machine's clock were ahead
+            publisher.publish_above(ahead_of_now(45_000))  # as if this machine's clock were ahead
             tracker.publish_all()
         with (folder / "steps").open("a") as log:
             for number in range(first, steps):
