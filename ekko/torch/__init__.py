@@ -11,19 +11,23 @@ Serving side: `EmbeddingBag(reader, "item")` stands where `torch.nn.EmbeddingBag
 """
 
 from ekko.serve.embedding_bag import EmbeddingBag
+from ekko.torch.checkpoint import Checkpoint, Resumed, checkpoint_hook
 from ekko.torch.outbox import Counts, PublishStep, StepPublisher
 from ekko.torch.reloading import Reloaded
 from ekko.torch.server_bag import PSEmbeddingBag, prefetched, push_after
 from ekko.torch.tracker import Tracker, track
 
 __all__ = [
+    "Checkpoint",
     "Counts",
     "EmbeddingBag",
     "PSEmbeddingBag",
     "PublishStep",
     "Reloaded",
+    "Resumed",
     "StepPublisher",
     "Tracker",
+    "checkpoint_hook",
     "prefetched",
     "push_after",
     "track",

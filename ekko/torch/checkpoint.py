@@ -27,9 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.optim import Optimizer
 
 from ekko.ceilings import Above
@@ -37,7 +35,7 @@ from ekko.codec import rounded
 from ekko.errors import EkkoError, ModelError, NodeUnreachable, PublishError
 from ekko.torch.ranks import WHOLE, Part, PartPublisher, broadcast, gathered
 from ekko.torch.reloading import Reloaded
-from ekko.torch.tracker import PUBLISH_ALL_BYTES_MAX, Tracker
+from ekko.torch.tracker import Tracker
 
 # Under this name in the optimizer's state dict; torch keeps what it does not know of one, and does not look at it.
 ENTRY: Final = "ekko"
@@ -48,6 +46,8 @@ RETRY_S: Final = 0.2
 PUBLISH_S_MAX: Final = 60.0
 
 Unreachable = Literal["raise", "accept"]
+U64 = NDArray[np.uint64]
+F32 = NDArray[np.float32]
 
 log = logging.getLogger(__name__)
 
@@ -200,46 +200,34 @@ class Checkpoint:
         if those are gone that could have given it one; what was published by then is not stale any more.
         """
         deadline = time.monotonic() + PUBLISH_S_MAX
-        rows = dict.fromkeys(self._tracker.weights, 0)
+        rows: dict[str, int] = {}
+
+        def stale(table: str, keys: U64, ours: F32) -> NDArray[np.bool_]:
+            chosen = self._stale(table, keys, ours, saved)
+            rows[table] = rows.get(table, 0) + int(np.count_nonzero(chosen))
+            return chosen
+
         while True:
             try:
-                stamp = 0
-                for table, weight in self._tracker.weights.items():
-                    count, stamp = self._publish_again(table, weight, saved, stamp)
-                    rows[table] += count
-                return rows, self._tracker.publish_dense() if self._tracker.publishes_dense else stamp
+                return rows, self._tracker.publish_chosen(stale)
             except (NodeUnreachable, PublishError) as error:
                 if time.monotonic() > deadline:
                     raise
                 log.info("publishing after a checkpoint is tried again: %s", error)
                 time.sleep(RETRY_S)
 
-    def _publish_again(self, table: str, weight: Tensor, saved: Saved, stamp: int) -> tuple[int, int]:
-        """Publish this rank's rows of a table that the node has otherwise; how many those were, and the last stamp."""
-        rows_max = max(1, PUBLISH_ALL_BYTES_MAX // (weight.shape[1] * weight.element_size()))
-        count = 0
-        for start in range(0, weight.shape[0], rows_max):
-            ids = self._part.mine_of(start, min(start + rows_max, weight.shape[0]))
-            rows = weight.detach().index_select(0, torch.from_numpy(ids).to(weight.device)).cpu().numpy()
-            keys = ids.view(np.uint64)
-            stale = self._stale(table, keys, rows, saved)
-            if stale.any():
-                with self._publisher.step() as step:
-                    step.publish(table, keys[stale], rows[stale])
-                stamp = step.stamp
-                count += int(np.count_nonzero(stale))
-        return count, stamp
-
-    def _stale(self, table: str, keys: NDArray[np.uint64], rows: NDArray[np.float32], saved: Saved) -> NDArray[np.bool_]:
-        """bool[n]: rows that the node has, of after the checkpoint, and not as the model has them."""
+    def _stale(self, table: str, keys: U64, rows: F32, saved: Saved) -> NDArray[np.bool_]:
+        """bool[n]: rows of this rank that the node has, of after the checkpoint, and not as the model has them."""
         reader = self._tracker.reader
         assert reader is not None
-        held, stamps = reader.lookup(table, keys, stamps=True)
-        ours = rounded(self._publisher.codec, rows)
-        differs: NDArray[np.bool_] = (ours.view(np.uint32) != np.ascontiguousarray(held).view(np.uint32)).any(axis=1)
+        chosen = self._part.mine(keys)
+        held, stamps = reader.lookup(table, keys[chosen], stamps=True)
+        ours = rounded(self._publisher.codec, rows[chosen])
+        differs = (ours.view(np.uint32) != np.ascontiguousarray(held).view(np.uint32)).any(axis=1)
         same_model = saved.model == self._publisher.model
         after = np.uint64(saved.stamp if saved.ranks == 1 and same_model else 0)
-        return differs & (stamps > after)
+        chosen[chosen] = differs & (stamps > after)
+        return chosen
 
     def remove(self) -> None:
         """Stop: state dicts are as they were before, and nothing happens after loading one."""

@@ -61,15 +61,12 @@ class Part:
 
     def mine(self, keys: U64) -> NDArray[np.bool_]:
         """bool[n]: which of these keys' rows this rank publishes; of uint64[n]."""
+        if self.ranks == 1:
+            return np.ones(len(keys), np.bool_)
         owners = np.empty(len(keys), np.int64)
         shards_of(np.ascontiguousarray(keys), np.int64(self.ranks), owners)
         mine: NDArray[np.bool_] = owners == self.rank
         return mine
-
-    def mine_of(self, start: int, end: int) -> NDArray[np.int64]:
-        """int64[n], ascending: those of the keys from `start` up to `end` that are this rank's."""
-        keys = np.arange(start, end, dtype=np.int64)
-        return keys if self.ranks == 1 else keys[self.mine(keys.view(np.uint64))]
 
 
 WHOLE = Part(0, 1)
