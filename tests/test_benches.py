@@ -53,6 +53,7 @@ KEYS = {
     "ablation": {"mean_ms", "p99_ms", "max_ms", "hostile"},
     "scale": {"nodes", "missed", "redundancy_max", "redundancy_loss_1pct_max", "region_bytes_ratio_max", "busiest_to_mean_max"},
     "cache-policy": {"buckets_cost_max", "whole_hidden", "assign_cost_max", "traces", "policies", "updates", "ticks", "decays"},
+    "optimizers": {"aggregate_rows_per_s", "aggregate_vs_torch", "adam_vs_torch", "ftrl_rows_per_s", "normal_rows_per_s"},
     "rollback": {"restore_s", "full_reload_s", "speedup", "detect_s"},
     "sync-cost": {"ratio_10m_to_1m", "vs_scan", "metadata_bytes_per_row", "memory_bytes_per_row"},
 }

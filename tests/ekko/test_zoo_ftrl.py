@@ -34,6 +34,9 @@ def test_sparse_gradients_do_what_dense_ones_with_zeros_do() -> None:
     torch.testing.assert_close(sparse, dense)
     assert (dense == 0).any()
     assert (dense != 0).any()
+    held = for_dense.state[dense]["held"]
+    assert (held[dense != 0] == 0).all(), "nothing is remembered that the weight says"
+    assert (held[dense == 0] != 0).all()
 
 
 def test_it_finds_a_sparse_solution() -> None:

@@ -4,9 +4,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
+from numpy.typing import NDArray
 
 from ekko.errors import ConfigError, ModelError
 from ekko.train.optimizers import INITIALIZERS, Constant, Normal, Uniform, Zeros, initializer_of
+
+U64 = NDArray[np.uint64]
 
 KEYS = np.array([0, 1, 7, 1 << 40, (1 << 64) - 1], np.uint64)
 
@@ -76,14 +80,42 @@ def test_normal_values_have_the_right_distribution_and_no_memory() -> None:
         assert abs((values < bound).mean() - share) < few
 
 
+def shares_of(seed: int, table: str, keys: U64, columns: int) -> U64:
+    """uint64[n, columns]: SplitMix64 from where Murmur3's finaliser puts each key's counter."""
+
+    def mixed(bits: U64, first: int, one: int, second: int, other: int, third: int) -> U64:
+        bits = (bits ^ (bits >> np.uint64(first))) * np.uint64(one)
+        bits = (bits ^ (bits >> np.uint64(second))) * np.uint64(other)
+        return bits ^ (bits >> np.uint64(third))
+
+    def finalised(bits: U64) -> U64:
+        return mixed(bits, 33, 0xFF51AFD7ED558CCD, 33, 0xC4CEB9FE1A85EC53, 33)
+
+    stream = np.uint64(xxhash.xxh64_intdigest(table.encode()) ^ xxhash.xxh64_intdigest(seed.to_bytes(8, "little")))
+    counters = finalised(finalised(keys ^ stream) + stream)
+    steps = np.arange(1, columns + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return mixed(counters[:, None] + steps, 30, 0xBF58476D1CE4E5B9, 27, 0x94D049BB133111EB, 31)
+
+
 def test_normal_values_are_those_of_box_and_muller() -> None:
-    """The polynomials against the C library's functions: distances and directions, recovered from pairs of columns."""
-    rows = Normal(std=1.0, seed=9).rows("item", np.arange(5_000, dtype=np.uint64), 2).astype(np.float64)
-    # The same numbers before the polynomials: uniform rows of the same stream share their upper bits.
-    shares = Uniform(low=0.0, high=1.0, seed=9).rows("item", np.arange(5_000, dtype=np.uint64), 2).astype(np.float64)
-    distance, turn = np.sqrt(-2 * np.log(shares[:, 0] + 2.0**-25)), 2 * np.pi * shares[:, 1]
-    np.testing.assert_allclose(rows[:, 0], distance * np.cos(turn), rtol=0, atol=2e-5)
-    np.testing.assert_allclose(rows[:, 1], distance * np.sin(turn), rtol=0, atol=2e-5)
+    """With the C library's logarithm, sine and cosine in float64: the polynomials are as good as the rounding to float32."""
+    keys = np.arange(20_000, dtype=np.uint64)
+    shares = shares_of(9, "item", keys, 4) >> np.uint64(11)
+    first, second = (
+        (shares[:, 0::2] + np.uint64(1)).astype(np.float64) * 2.0**-53,
+        shares[:, 1::2].astype(np.float64) * 2.0**-53,
+    )
+    distance, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
+    expected = np.stack([distance * np.cos(angle), distance * np.sin(angle)], axis=2).reshape(-1, 4)
+    rows = Normal(std=1.0, seed=9).rows("item", keys, 4)
+    np.testing.assert_allclose(rows, expected.astype(np.float32), rtol=1.5e-7, atol=1e-14)
+    assert (rows == expected.astype(np.float32)).mean() > 0.9999
+
+
+def test_uniform_values_are_the_upper_bits() -> None:
+    keys = np.arange(1_000, dtype=np.uint64)
+    shares = (shares_of(9, "item", keys, 3) >> np.uint64(40)).astype(np.float64) * 2.0**-24
+    np.testing.assert_array_equal(Uniform(low=0.0, high=1.0, seed=9).rows("item", keys, 3), shares.astype(np.float32))
 
 
 BAD: list[tuple[Any, str]] = [
