@@ -1,17 +1,20 @@
 """`optimizers`: steps of rows, sums of gradients and first rows, against torch on one core.
 
 A step of ours takes rows and their state out of a table, as a server does, moves them and puts them back; torch's optimizer
-gets the same rows as a sparse gradient that is coalesced already. Sums are against `coalesce`.
+gets the same rows as a sparse gradient that is coalesced already. Sums are against `coalesce`. Seconds are the processor's,
+since nothing here waits: so the figures are the same on a machine that has other work.
 """
 
+import time
 import warnings
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import optim
 
-from benchmarks.common import ROUNDS, ROUNDS_QUICK, Figure, alternate, distinct_keys
+from benchmarks.common import ROUNDS, ROUNDS_QUICK, Figure, Sides, distinct_keys
 from ekko.train.optimizers import OPTIMIZERS, Normal, Uniform, aggregate, optimizer_of
 
 F32 = NDArray[np.float32]
@@ -46,6 +49,18 @@ def _measured(total: int, rounds: int, repeats: int) -> dict[str, Figure]:
     return figures | _sums(gradients, total, rounds, repeats) | _first_rows(rounds, repeats)
 
 
+def _alternate(rounds: int, sides: Mapping[str, Callable[[int], None]]) -> Sides:
+    """As `common.alternate`, in seconds of the processor."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, work in sides.items():
+            begin = time.process_time()
+            work(number)
+            if number:
+                seconds[name].append(time.process_time() - begin)
+    return Sides(seconds)
+
+
 def _steps(name: str, start: F32, gradients: F32, chosen: list[NDArray[np.int64]], rounds: int) -> dict[str, Figure]:
     """Rows a second of an optimiser; with those of torch, if it has one for sparse gradients."""
     spec = optimizer_of({"name": name})
@@ -77,7 +92,7 @@ def _steps(name: str, start: F32, gradients: F32, chosen: list[NDArray[np.int64]
                 optimizer.step()
 
         sides["torch"] = torchs
-    measured = alternate(rounds, sides)
+    measured = _alternate(rounds, sides)
     count = BATCH * len(chosen)
     figures: dict[str, Figure] = {f"{name}_rows_per_s": count / measured.median("ours")}
     figures[f"{name}_kernel_rows_per_s"] = count / measured.median("kernel")
@@ -102,7 +117,7 @@ def _sums(gradients: F32, total: int, rounds: int, repeats: int) -> dict[str, Fi
         for _again in range(repeats):
             torch.sparse_coo_tensor(rows, values, (BATCH, DIM)).coalesce()
 
-    measured = alternate(rounds, {"ours": ours, "torch": torchs})
+    measured = _alternate(rounds, {"ours": ours, "torch": torchs})
     return {
         "aggregate_rows_per_s": BATCH * repeats / measured.median("ours"),
         "aggregate_vs_torch": measured.ratio("ours", "torch"),
@@ -117,5 +132,5 @@ def _first_rows(rounds: int, repeats: int) -> dict[str, Figure]:
             one.rows("item", keys, DIM)
 
     normal, uniform = Normal(), Uniform()
-    measured = alternate(rounds, {"normal": lambda _: work(normal), "uniform": lambda _: work(uniform)})
+    measured = _alternate(rounds, {"normal": lambda _: work(normal), "uniform": lambda _: work(uniform)})
     return {f"{name}_rows_per_s": BATCH * repeats / measured.median(name) for name in ("normal", "uniform")}
