@@ -18,22 +18,21 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol, Self
+from pathlib import Path
+from typing import Final, Protocol, Self
 
 import numpy as np
-import zmq
 from numpy.typing import ArrayLike
 
-from ekko.addresses import check_endpoint
 from ekko.errors import ConfigError, EkkoError, ModelError, NodeUnreachable, PublishError
 from ekko.model import CODEC_DEFAULT, check_name
 from ekko.train.arguments import keys_of, rows_of
-from ekko.train.connection import RECONNECT_MS, RECONNECT_MS_MAX
 from ekko.train.outstanding import Outstanding
 from ekko.train.requests import Pulling
 from ekko.train.server import wire as w
 from ekko.train.server.coding import decode_answer, encode_request
 from ekko.train.server.wire import F32, U64
+from ekko.train.sockets import Sockets, keys_of_worker
 
 TIMEOUT_S: Final = 300.0
 OUTSTANDING_DEFAULT: Final = 4
@@ -82,6 +81,8 @@ class Client:
         timeout: seconds that a call waits for servers, and for other workers in modes "bounded" and "sync".
         outstanding: pushes that may be under way; one more waits until the oldest is answered.
         average: gradients count divided by the number of workers, as `DistributedDataParallel` has it; else they are added up.
+        key_file, allow: this worker's secret key, and the folder of the servers' public keys, as in a node's `[security]`; for
+            servers beyond this machine they have to be given.
 
     Raises:
         NodeUnreachable: no server answers, or none acts for all partitions, within `timeout`.
@@ -98,14 +99,11 @@ class Client:
         timeout: float = TIMEOUT_S,
         outstanding: int = OUTSTANDING_DEFAULT,
         average: bool = False,
+        key_file: str | Path | None = None,
+        allow: str | Path | None = None,
     ) -> None:
         if isinstance(endpoints, str) or not endpoints:
             raise ConfigError(f"endpoints are {endpoints!r}: expected a list with at least one server's tcp://HOST:PORT")
-        for endpoint in endpoints:
-            try:
-                check_endpoint(endpoint, ipc=True)
-            except ValueError as error:
-                raise ConfigError(f"endpoints: {error}") from None
         if not isinstance(worker, int) or not 0 <= worker < w.WORKERS_MAX:
             raise ConfigError(f"worker is {worker!r}: expected a whole number from 0 to {w.WORKERS_MAX - 1}")
         if not 1 <= outstanding <= OUTSTANDING_MAX:
@@ -116,12 +114,10 @@ class Client:
         self._outstanding_max = outstanding
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._sockets: dict[str, zmq.Socket[bytes]] = {}
-        self._endpoints: dict[zmq.Socket[bytes], str] = {}
-        self._poller = zmq.Poller()
         self._sources: list[weakref.ref[GradientSource]] = []
         self._closed = False
         self._asked = Outstanding(model, worker, time.time_ns() // 1_000, tuple(endpoints))
+        self._sockets = Sockets(keys_of_worker(endpoints, f"worker-{worker}", key_file, allow, self._asked.node_at))
         try:
             self._wait(lambda: self._asked.joined, "join the servers")
         except BaseException:
@@ -335,7 +331,7 @@ class Client:
                 self._asked.tick(time.monotonic())
 
     def _silence(self, what: str, timeout_s: float) -> str:
-        who = ", ".join(self._sockets) or "none"
+        who = ", ".join(self._sockets.endpoints) or "none"
         others = "" if self._asked.settings is None or self._asked.settings.mode == w.ASYNC else ", or wait for another worker"
         return (
             f"the servers of model {self._model!r} did not {what} within {timeout_s:g} s: they are away{others}. Asked: {who}. "
@@ -345,68 +341,30 @@ class Client:
     def _transmit(self) -> None:
         """Send what is due."""
         for send in self._asked.drain():
-            socket = self._sockets.get(send.endpoint) or self._connect(send.endpoint)
             try:
-                socket.send_multipart(encode_request(send.number, send.request), flags=zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                self._asked.unsent(send.number, time.monotonic())
+                sent = self._sockets.send(send.endpoint, encode_request(send.number, send.request))
             except w.ServerWireError as error:
                 raise ModelError(f"model {self._model!r}: {error}") from None
+            if not sent:
+                self._asked.unsent(send.number, time.monotonic())
 
     def _receive(self, timeout_ms: int) -> None:
         """Take what has come; wait for the first of it."""
-        if len(self._sockets) == 1:  # half the time of a poller's
-            (socket,) = self._sockets.values()
-            ready: Iterable[Any] = (socket,) if socket.poll(timeout_ms) else ()
-        else:
-            ready = [socket for socket, _ in self._poller.poll(timeout_ms)]
-        for socket in ready:
-            while True:
-                try:
-                    frames = socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
-                except zmq.Again:
-                    break
-                self._take(self._endpoints[socket], frames)
-
-    def _take(self, endpoint: str, frames: list[Any]) -> None:
-        try:
-            number, answer = decode_answer([frame.buffer for frame in frames])
-        except w.ServerWireError as error:
-            if error.number is not None:
-                raise EkkoError(f"{endpoint} answered what cannot be understood: {error}") from None
-            return  # junk; what was asked is asked again
-        self._asked.answered(endpoint, number, answer, time.monotonic())
-
-    def _connect(self, endpoint: str) -> "zmq.Socket[bytes]":
-        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        for option, value in (
-            (zmq.LINGER, 0),
-            (zmq.IMMEDIATE, 1),  # nothing is queued for a server that is not there: it would come twice when it is
-            (zmq.SNDHWM, OUTSTANDING_MAX + PULLS_MAX),
-            (zmq.RCVHWM, OUTSTANDING_MAX + PULLS_MAX),
-            (zmq.RECONNECT_IVL, RECONNECT_MS),
-            (zmq.RECONNECT_IVL_MAX, RECONNECT_MS_MAX),
-            (zmq.MAXMSGSIZE, w.MESSAGE_BYTES_MAX),
-        ):
-            socket.setsockopt(option, value)
-        try:
-            socket.connect(endpoint)
-        except zmq.ZMQError as error:
-            socket.close()
-            raise NodeUnreachable(f"cannot connect to {endpoint}: {error}: expected tcp://HOST:PORT") from None
-        self._sockets[endpoint], self._endpoints[socket] = socket, endpoint
-        self._poller.register(socket, zmq.POLLIN)
-        return socket
+        for endpoint, frames in self._sockets.receive(timeout_ms):
+            try:
+                number, answer = decode_answer(frames)
+            except w.ServerWireError as error:
+                if error.number is not None:
+                    raise EkkoError(f"{endpoint} answered what cannot be understood: {error}") from None
+                continue  # junk; what was asked is asked again
+            self._asked.answered(endpoint, number, answer, time.monotonic())
 
     def close(self) -> None:
         """Leave the servers at once; pushes without an answer may or may not count. In a `with` block, `flush` comes first."""
         self._closed = True
         if os.getpid() != self._pid:
             return  # the sockets are the parent's
-        for socket in self._sockets.values():
-            self._poller.unregister(socket)
-            socket.close(linger=0)
-        self._sockets, self._endpoints = {}, {}
+        self._sockets.close()
 
     def __enter__(self) -> Self:
         return self

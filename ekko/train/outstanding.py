@@ -90,6 +90,10 @@ class Outstanding:
         """Pulls without a complete answer."""
         return len(self._pulls)
 
+    def node_at(self, endpoint: str) -> str | None:
+        """The node beside the server there, if that is known."""
+        return None if self._routing is None else self._routing.node_at(endpoint)
+
     def deadline_s(self, now_s: float) -> float:
         """When `tick` has something to do, unless something comes before."""
         times = [part.due_s for part in self._parts.values()]

@@ -29,9 +29,13 @@ class Routing:
     def __init__(self, serving: Serving, shards: int = 1) -> None:
         self.endpoints: Final = tuple(endpoint for _, endpoint in serving.servers)
         self.primaries: Final = serving.primaries
+        self._nodes = {endpoint: node for node, endpoint in serving.servers}
         self.partitions: Final = len(serving.primaries)
         self._shards = shards
         self._owners = np.array(serving.primaries, np.int64)
+
+    def node_at(self, endpoint: str) -> str | None:
+        return self._nodes.get(endpoint)
 
     def endpoint_of(self, partition: int) -> str:
         return self.endpoints[self.primaries[partition]]
