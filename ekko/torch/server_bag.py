@@ -152,13 +152,17 @@ class PSEmbeddingBag(nn.Module):
             padding_idx=padding,
         )
 
-    def prefetch(self, input: Tensor) -> None:  # noqa: A002
+    def prefetch(self, input: Tensor, ahead: int = 1) -> None:  # noqa: A002
         """Ask for the rows of the next batch, which the servers answer as of after this batch's push where they are in step.
 
         The next `forward` with the same ids uses them, once. Where the servers do not wait for pushes (mode "async"), rows that
         are asked for early are older by as much.
+
+        Args:
+            input: the ids that `forward` will be called with.
+            ahead: how many steps are made before.
         """
-        _ask({self: input})
+        _ask({self: input}, ahead)
 
     def extra_repr(self) -> str:
         return f"{self.table!r}, mode={self.mode!r}"
@@ -188,7 +192,7 @@ def prefetched(batches: Iterable[Batch], ids: Callable[[Batch], Mapping[PSEmbedd
     """
     last: list[Batch] = []
     for batch in batches:
-        _ask(ids(batch))
+        _ask(ids(batch), len(last))  # the first one is used before any step
         if last:
             yield last.pop()
         last.append(batch)
@@ -283,7 +287,7 @@ def _keys(ids: Tensor) -> U64:
     return ids.detach().reshape(-1).to("cpu", torch.int64).contiguous().numpy().view(np.uint64)
 
 
-def _ask(wanted: Mapping[PSEmbeddingBag, Tensor]) -> None:
+def _ask(wanted: Mapping[PSEmbeddingBag, Tensor], ahead: int) -> None:
     """Ask for all of it in as few messages as there can be: one for each client, and more where bags share a table."""
     rounds: list[tuple[RowClient, dict[str, tuple[PSEmbeddingBag, _Ids]]]] = []
     for bag, ids in wanted.items():
@@ -295,7 +299,7 @@ def _ask(wanted: Mapping[PSEmbeddingBag, Tensor]) -> None:
         else:
             rounds.append((bag._client, {bag.table: (bag, own)}))  # noqa: SLF001
     for client, tables in rounds:
-        pulling = client.pull_async({table: own.wanted for table, (_, own) in tables.items()}, ahead=1)
+        pulling = client.pull_async({table: own.wanted for table, (_, own) in tables.items()}, ahead=ahead)
         for bag, own in tables.values():
             bag._expect(_Ahead(own, pulling))  # noqa: SLF001
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ekko.torch
 from ekko.train import Client
-from ekko.train.optimizers import initializer_of
+from ekko.train.optimizers import initializer_of, optimizer_of
 from ekko.zoo import DLRM
 from sim_cluster.demo.data import Events, generate
-from sim_cluster.demo.learning import DIM, EMBEDDING_RATE, Inputs, shape_of
+from sim_cluster.demo.learning import DIM, Inputs, shape_of
 
 EVENTS = 4_000
 SEED = 5
@@ -54,7 +55,7 @@ class Job:
         return path
 
     def path(self, name: str) -> Path:
-        return Path(self.folder) / f"{name}-{self.worker}"
+        return Path(self.folder) / f"{self.worker}-{name}"
 
 
 def events() -> Events:
@@ -117,7 +118,7 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             client.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             if job.pace_s:
                 client.flush()
                 torch.save(served.dlrm.state_dict(), job.path("dense.part"))
@@ -138,6 +139,24 @@ def _say(job: Job, step: int) -> None:
     job.path("acked.part").rename(job.path("acked"))
 
 
+class Kernel:
+    """The servers' own optimizer, on the tables of one process: what is left to compare is all but its arithmetic."""
+
+    def __init__(self, weights: list[nn.Parameter], settings: Mapping[str, Any]) -> None:
+        self._optimizer = optimizer_of(dict(settings))
+        self._weights = weights
+        self._states = [self._optimizer.initial_state(weight.detach().numpy()) for weight in weights]
+
+    def zero_grad(self) -> None:
+        for weight in self._weights:
+            weight.grad = None
+
+    def step(self) -> None:
+        for weight, state in zip(self._weights, self._states, strict=True):
+            assert weight.grad is not None
+            self._optimizer.apply(weight.detach().numpy(), state, weight.grad.numpy())
+
+
 @dataclass
 class Trained:
     """What torch alone comes to."""
@@ -147,29 +166,30 @@ class Trained:
     losses: list[float]
 
 
-def alone(job: Job, *, by_worker: bool, rate: float = EMBEDDING_RATE, optimizer: str = "adagrad") -> Trained:
-    """The same training by torch in one process.
+def alone(job: Job, *, by_worker: bool, optimizer: Mapping[str, Any]) -> Trained:
+    """The same training by torch in one process, with `nn.Embedding` as it comes: dense gradients, which add up in the order of
+    the batch. (Sparse ones are sorted first, and their sums differ in the last bit.)
 
     Args:
         job: what to train.
         by_worker: gradients of each worker's part of a batch are taken one after the other, and added up; else those of the
             whole batch at once.
-        rate: of the rows.
-        optimizer: of the rows.
+        optimizer: of the rows, as servers have it in their settings.
     """
     torch.set_num_threads(1)
-    torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
     model = dense_model()
     initializer = initializer_of(INITIALIZER)
     tables = {
         name: nn.Embedding.from_pretrained(
-            torch.from_numpy(initializer.rows(name, np.arange(rows, dtype=np.uint64), DIM)), freeze=False, sparse=True
+            torch.from_numpy(initializer.rows(name, np.arange(rows, dtype=np.uint64), DIM)), freeze=False
         )
         for name, rows in events().rows.items()
     }
     weights = [table.weight for table in tables.values()]
-    makes = {"adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
-    optimizers = [dense_optimizer(model), makes[optimizer](weights, lr=rate)]
+    of_rows: torch.optim.Optimizer | Kernel = (
+        torch.optim.SGD(weights, lr=optimizer["lr"]) if optimizer["name"] == "sgd" else Kernel(weights, optimizer)
+    )
+    optimizers = [dense_optimizer(model), of_rows]
     losses = []
     for parts in zip(*(batches(job, worker) for worker in range(job.workers)), strict=True):
         for one in optimizers:
@@ -181,11 +201,11 @@ def alone(job: Job, *, by_worker: bool, rate: float = EMBEDDING_RATE, optimizer:
             rows = torch.stack([tables[name](ids[name]) for name in ids], dim=1)
             loss = functional.binary_cross_entropy_with_logits(model(dense, embeddings=rows), labels)
             (loss / len(parts)).backward()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             for name, table in tables.items():
-                own = table.weight.grad.coalesce()  # type: ignore[union-attr]
-                sums[name] = own if name not in sums else (sums[name] + own).coalesce()
-                table.weight.grad = None
+                own, table.weight.grad = table.weight.grad, None
+                assert own is not None
+                sums[name] = own if name not in sums else sums[name] + own
         for name, table in tables.items():
             table.weight.grad = sums[name]
         for one in optimizers:

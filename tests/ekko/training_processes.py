@@ -83,9 +83,8 @@ class WorkerProcess:
 
     def start(self) -> Self:
         Path(self.job.folder).mkdir(parents=True, exist_ok=True)
-        self._process = subprocess.Popen(
-            [sys.executable, str(TRAINER), str(self.job.save())], stderr=self.job.path("stderr").open("wb")
-        )
+        with self.job.path("stderr").open("wb") as stderr:
+            self._process = subprocess.Popen([sys.executable, str(TRAINER), str(self.job.save())], stderr=stderr)
         return self
 
     @property
