@@ -7,7 +7,7 @@
 
 Both keep rows in one process, without a second holder, without versions, and without an update to those who serve.
 
-A worker is a process of its own, so that what it spends can be counted; what it is to pull and push it makes before it is asked.
+A worker is a process of its own, so that what it spends can be counted; what it pulls and pushes is made before that.
 """
 
 import os

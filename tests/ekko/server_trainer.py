@@ -210,9 +210,7 @@ def alone(job: Job, *, by_worker: bool, optimizer: Mapping[str, Any]) -> Trained
             table.weight.grad = sums[name]
         for one in optimizers:
             one.step()
-    return Trained(
-        {name: table.weight.detach().numpy() for name, table in tables.items()}, dict(model.state_dict()), losses
-    )
+    return Trained({name: table.weight.detach().numpy() for name, table in tables.items()}, dict(model.state_dict()), losses)
 
 
 def _joined(some: tuple[Tensor | dict[str, Tensor], ...]) -> Tensor | dict[str, Tensor]:

@@ -5,7 +5,6 @@ process, bit for bit too: torch's differs from it in last bits (`test_optimizers
 is its rate times the gradient's sign, a gradient that is zero but for rounding carries a last bit into the second digit.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from sim_cluster.demo.learning import DIM, EMBEDDING_RATE
 from sim_cluster.processes import NodeSpec, free_ports
 from tests.ekko.server_trainer import Job, Trained, alone, events
-from tests.ekko.training_processes import ServerCluster, WorkerProcess, replicas_equal, rows_at, table_settings
+from tests.ekko.training_processes import TrainingCluster, WorkerProcess, replicas_equal, rows_at, table_settings
 
 pytestmark = pytest.mark.processes
 
@@ -31,7 +30,7 @@ def model_of(mode: str, workers: int, optimizer: dict[str, object]) -> dict[str,
     return {"mode": mode, "workers": workers, "partitions": 4, "tables": tables}
 
 
-def trained(cluster: ServerCluster, jobs: list[Job]) -> dict[str, np.ndarray]:
+def trained(cluster: TrainingCluster, jobs: list[Job]) -> dict[str, np.ndarray]:
     """The rows at the serving node once all workers are through."""
     workers = [WorkerProcess(job).start() for job in jobs]
     try:
@@ -64,9 +63,11 @@ SGD = {"name": "sgd", "lr": 1.0}
 ADAGRAD = {"name": "adagrad", "lr": EMBEDDING_RATE}
 
 
-@pytest.mark.parametrize("optimizer", [SGD, ADAGRAD], ids=["sgd", "adagrad"])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(SGD, marks=pytest.mark.long, id="sgd"), pytest.param(ADAGRAD, id="adagrad")]
+)
 def test_one_worker_in_step_trains_as_one_process_does_bit_for_bit(tmp_path: Path, optimizer: dict[str, object]) -> None:
-    with ServerCluster(tmp_path, NODES, model_of("sync", 1, optimizer)) as cluster:
+    with TrainingCluster(tmp_path, NODES, model_of("sync", 1, optimizer)) as cluster:
         cluster.start()
         job = Job(str(tmp_path / "work"), list(cluster.endpoints.values())[:1], prefetch=optimizer is ADAGRAD)
         rows = trained(cluster, [job])
@@ -78,7 +79,7 @@ def test_one_worker_in_step_trains_as_one_process_does_bit_for_bit(tmp_path: Pat
 
 
 def test_two_workers_in_step_train_as_torch_does_on_the_same_batches(tmp_path: Path) -> None:
-    with ServerCluster(tmp_path, NODES, model_of("sync", 2, SGD)) as cluster:
+    with TrainingCluster(tmp_path, NODES, model_of("sync", 2, SGD)) as cluster:
         cluster.start()
         rendezvous = f"tcp://127.0.0.1:{free_ports(1)[0]}"
         jobs = [

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -46,7 +45,7 @@ def _toml(name: str, section: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-class ServerCluster(LocalCluster):
+class TrainingCluster(LocalCluster):
     """Nodes of which the training ones have parameter servers of the model "ctr".
 
     Args:
@@ -61,7 +60,8 @@ class ServerCluster(LocalCluster):
     ) -> None:
         self.model = model
         training = [spec.id for spec in nodes if spec.role == "train"]
-        self.endpoints = {node: f"tcp://127.0.0.1:{port}" for node, port in zip(training, free_ports(len(training)), strict=True)}
+        ports = free_ports(len(training))
+        self.endpoints = {node: f"tcp://127.0.0.1:{port}" for node, port in zip(training, ports, strict=True)}
         more = server or {}
 
         def make(spec: NodeSpec, home: Path, ports: Sequence[int]) -> ServerNode:
@@ -129,7 +129,7 @@ def rows_at(node: NodeProcess, model: str = "ctr") -> dict[str, tuple[np.ndarray
         }
 
 
-def replicas_equal(cluster: ServerCluster, timeout_s: float = DEADLINE_S) -> None:
+def replicas_equal(cluster: TrainingCluster, timeout_s: float = DEADLINE_S) -> None:
     """Wait until every running node serves, bit for bit, what the servers' nodes have trained."""
 
     def equal() -> bool:
@@ -144,12 +144,3 @@ def replicas_equal(cluster: ServerCluster, timeout_s: float = DEADLINE_S) -> Non
         )
 
     wait_until(equal, "all replicas hold what the servers hold", timeout_s)
-
-
-def wait_acting(cluster: ServerCluster) -> float:
-    """Wait until servers act for all partitions, as a worker sees it."""
-    from ekko.train import Client
-
-    begin = time.monotonic()
-    Client(list(cluster.endpoints.values()), "ctr", worker=900, timeout=DEADLINE_S).close()
-    return time.monotonic() - begin
