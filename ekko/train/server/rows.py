@@ -44,6 +44,7 @@ I64 = NDArray[np.int64]
 
 ATTACH_S = 30.0  # a node that has just begun has its models within this
 PUBLISH_S = 5.0  # for one answer of the node
+WEIGHT_MAX = np.float32(1e38)  # the norm of finite gradients may be infinite, which is no significance
 
 
 @dataclass(slots=True, eq=False)
@@ -215,6 +216,7 @@ class TrainingRows:
         step_of = dict(first_steps)
         for unit in units:
             self._update(table, keys, rows, state, unit, significance, step_of)
+        np.minimum(significance, WEIGHT_MAX, out=significance)
         if not (all_finite(rows) and all_finite(state)):
             keys, rows, state, significance = self._finite(table, keys, rows, state, significance, before)
         prepared.columns.append((table.name, keys, rows, significance))

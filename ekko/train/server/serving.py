@@ -20,7 +20,7 @@ from ekko.errors import StoreError
 from ekko.store import layout
 from ekko.store.images import StoreImage
 from ekko.store.kernels.checks import all_below
-from ekko.train.server.rows import ATTACH_S, PUBLISH_S, Changed, TrainingRows
+from ekko.train.server.rows import ATTACH_S, PUBLISH_S, WEIGHT_MAX, Changed, TrainingRows
 from ekko.train.step import Step as PublishedStep
 
 U64 = NDArray[np.uint64]
@@ -162,5 +162,6 @@ def _merged(groups: list[Mapping[str, Changed]]) -> dict[str, Changed]:
         unique, last, place = np.unique(keys[::-1], return_index=True, return_inverse=True)
         total = np.zeros(len(unique), np.float32)
         np.add.at(total, place, weights[::-1])
+        np.minimum(total, WEIGHT_MAX, out=total)
         merged[table] = Changed(unique, np.ascontiguousarray(rows[len(keys) - 1 - last]), total)
     return merged
