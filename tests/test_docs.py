@@ -17,7 +17,17 @@ from pydantic import BaseModel
 from starlette.routing import Route
 
 from ekko.config import ModelSection, NodeConfig, NodeSection, load_config
-from ekko.config.sections import DeviceSection, HealthSection, LinkSection, SecuritySection, SnapshotsSection, TableSection
+from ekko.config.sections import (
+    DeviceSection,
+    HealthSection,
+    LinkSection,
+    SecuritySection,
+    ServerModelSection,
+    ServerSection,
+    ServerTableSection,
+    SnapshotsSection,
+    TableSection,
+)
 from ekko.http import make_app
 from ekko.store import Store
 from sim_cluster.processes import free_ports, wait_until
@@ -51,7 +61,7 @@ def settings_of(section: type[BaseModel], prefix: str) -> set[str]:
 
 def test_the_reference_lists_every_setting_and_nothing_else() -> None:
     text = (ROOT / "docs/reference/configuration.md").read_text()
-    listed = re.findall(r"^\| `((?:node|models|links|snapshots|health|device|security)\.[^`]+)` \|", text, re.M)
+    listed = re.findall(r"^\| `((?:node|models|links|snapshots|health|device|server|security)\.[^`]+)` \|", text, re.M)
     sections = {
         "node": NodeSection,
         "models.NAME": ModelSection,
@@ -59,6 +69,9 @@ def test_the_reference_lists_every_setting_and_nothing_else() -> None:
         "snapshots": SnapshotsSection,
         "health": HealthSection,
         "device": DeviceSection,
+        "server": ServerSection,
+        "server.models.NAME": ServerModelSection,
+        "server.models.NAME.tables.TABLE": ServerTableSection,
         "security": SecuritySection,
     }
     assert {prefix.partition(".")[0] for prefix in sections} == NodeConfig.model_fields.keys()

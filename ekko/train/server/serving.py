@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
 import ekko
 from ekko.codec import LIMIT_BITS, rounded
-from ekko.errors import StoreError
+from ekko.errors import ModelError, PublishError, StoreError
 from ekko.store import layout
 from ekko.store.images import StoreImage
 from ekko.store.kernels.checks import all_below
@@ -28,6 +29,8 @@ F32 = NDArray[np.float32]
 
 COMPARED_BYTES: int = 4 << 20  # rows that are compared at once, before pushes have their turn
 PAUSE_S = 0.01  # between two of these
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -57,6 +60,7 @@ class ServedRows:
         self._due: list[Mapping[str, Changed]] = []  # of groups that are safe, oldest first; as many as `Serve` waits for
         self._adding = threading.Lock()
         self._publishing = threading.Lock()
+        self.rolled_back = False  # the served model was, and what was due then was left out
 
     def close(self) -> None:
         """Let go of the node."""
@@ -78,7 +82,14 @@ class ServedRows:
             with self._adding:
                 taken = list(self._due)
             if taken:
-                self._publish(_merged(taken))
+                try:
+                    self._publish(_merged(taken))
+                except (ModelError, PublishError):
+                    if self._publisher.restored():  # what is due was worked out from rows that were taken back
+                        log.warning("server_left_out_what_was_rolled_back", model=self._rows.model.name)
+                        self.rolled_back = True
+                    else:
+                        raise
             with self._adding:
                 del self._due[: len(taken)]
 

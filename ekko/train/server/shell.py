@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar, assert_never
 import numpy as np
 import structlog
 
-from ekko.errors import EkkoError, NodeFailed
+from ekko.errors import EkkoError, ModelError, NodeFailed, PublishError
 from ekko.store.kernels.checks import all_finite
 from ekko.train.server import events as e
 from ekko.train.server import wire as w
@@ -282,20 +282,21 @@ class ModelShell:
                 return result
 
     async def _apply(self, group: e.Apply, pushes: Mapping[int, w.Push]) -> None:
-        def both() -> tuple[dict[str, Changed], int]:
-            prepared = self.rows.prepare(group, pushes)
-            attempt.append(prepared)
-            return prepared.changed, self.rows.publish(prepared)
+        prepared: list[Prepared] = []
 
-        attempt: list[Prepared] = []
-        try:
-            changed, stamp = await asyncio.get_running_loop().run_in_executor(self._threads, both)
-        except EkkoError as error:
-            log.warning("server_job_failed", model=self.model.name, job="apply", reason=str(error))
-            # The arithmetic is done once: what it came to is published again, as it is.
-            prepared = attempt[0] if attempt else await self._repeated("prepare", lambda: self.rows.prepare(group, pushes))
-            changed, stamp = prepared.changed, await self._repeated("publish", lambda: self.rows.publish(prepared))
-        self._changed[group.group] = changed
+        def work() -> int:
+            if not prepared:
+                prepared.append(self.rows.prepare(group, pushes))
+            try:
+                return self.rows.publish(prepared[0])
+            except (ModelError, PublishError):
+                # Nothing of it is there. If the model is rolled back, the rows that this was worked out from are others now.
+                prepared.clear()
+                self.rows.publisher.restored()
+                raise
+
+        stamp = await self._repeated("apply", work)  # what came to no answer is published again as it is
+        self._changed[group.group] = prepared[0].changed
         self.handle(e.Applied(group.group, stamp))
 
     async def _await_durable(self, group: int, stamp: int) -> None:
@@ -318,6 +319,9 @@ class ModelShell:
 
     async def _serve(self, group: int) -> None:
         await self._repeated("serve", self.served.publish)
+        if self.served.rolled_back:  # what was left out then is found by comparing
+            self.served.rolled_back = False
+            self._begin(self._reconcile(frozenset(self._comparing)))
         self.handle(e.Served(group))
 
     async def _load(self, partitions: tuple[int, ...]) -> None:
