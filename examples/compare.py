@@ -8,30 +8,80 @@ has in its shared memory once the example has ended.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from stream import Batch, Stream
+from stream import Stream
 
 import ekko
 from ekko.serve.together import State
 from ekko.zoo import DLRM
 from sim_cluster.demo.evaluation import auc
-from sim_cluster.processes import LocalCluster, NodeSpec
+from sim_cluster.processes import LocalCluster, NodeSpec, free_ports
 
 HERE = Path(__file__).parent
 NODES = (NodeSpec("train-1", "home", "train"), NodeSpec("eu-1", "eu"))
 DELAYS_MS = {"home/eu": 10.0}
 TIMEOUT_S = 900
-# What each example is started with, before the arguments that all of them have.
+RANKS = 2
+# What each example is started with.
 STYLES: Mapping[str, Sequence[str]] = {
     "hooks": ("hooks.py",),
+    "ddp_hooks": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS), "ddp_hooks.py"),
+    "parameter_server": ("parameter_server.py",),
 }
+
+
+class Cluster(LocalCluster):
+    """A training node with a server for a model of each seed, as in server.toml, and a serving node in another region."""
+
+    def __init__(self, folder: Path, seeds: int) -> None:
+        super().__init__(folder, NODES, delays_ms=DELAYS_MS)
+        self.server = f"tcp://127.0.0.1:{free_ports(1)[0]}"
+        settings: dict[str, Any] = tomllib.loads((HERE / "server.toml").read_text())["server"]["models"]["ctr"]
+        lines = ["[server]", f"listen = {json.dumps(self.server)}"]
+        for seed in range(seeds):
+            name = f"server.models.{model_of('parameter_server', seed)}"
+            lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in settings.items() if key != "tables")]
+            for table, own in settings["tables"].items():
+                initial = {**own["initializer"], "seed": seed}
+                lines += [f"[{name}.tables.{table}]", *(f"{key} = {inline(value)}" for key, value in own.items())]
+                lines[-1] = f"initializer = {inline(initial)}"
+        with self["train-1"].config_path.open("a") as file:
+            file.write("\n".join(lines) + "\n")
+
+    def run(self, style: str, seed: int, events: int | None) -> str:
+        """Run an example to its end; returns the name of the model that it trained.
+
+        Raises:
+            subprocess.CalledProcessError: it failed; it has said why.
+        """
+        model = model_of(style, seed)
+        command = [sys.executable, *STYLES[style], self["train-1"].local]
+        command += [self.server] if style == "parameter_server" else []
+        command += ["--model", model, "--seed", str(seed), *([] if events is None else ["--events", str(events)])]
+        subprocess.run(command, cwd=HERE, check=True, timeout=TIMEOUT_S)
+        return model
+
+
+def model_of(style: str, seed: int) -> str:
+    """The name of a model."""
+    return f"{style}-{seed}"
+
+
+def inline(value: Any) -> str:
+    """A value in TOML."""
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    return "{ " + ", ".join(f"{key} = {json.dumps(one)}" for key, one in value.items()) + " }"
 
 
 @torch.no_grad()
@@ -44,32 +94,9 @@ def quality(reader: ekko.Reader, stream: Stream) -> float:
         return state.lookup_many({name: ids.numpy() for name, ids in events.ids.items()}), state.dense_many()
 
     rows, tensors = reader.together(read, timeout=10.0)  # rows and tensors of one moment
-    model.load_state_dict({name: torch.from_numpy(np.array(value)) for name, value in tensors.items()})
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
     logits = model(events.dense, embeddings=torch.stack([torch.from_numpy(rows[name]) for name in stream.tables], dim=1))
-    return auc(labels_of(events), logits.numpy())
-
-
-def labels_of(events: Batch) -> np.ndarray:
-    """float32[n]."""
-    return events.labels.numpy()
-
-
-def cluster_in(folder: Path) -> LocalCluster:
-    """A training node, and a serving one in another region."""
-    return LocalCluster(folder, NODES, delays_ms=DELAYS_MS)
-
-
-def run(cluster: LocalCluster, style: str, seed: int, events: int | None) -> str:
-    """Run an example to its end; returns the name of the model that it trained.
-
-    Raises:
-        subprocess.CalledProcessError: it failed; it has said why.
-    """
-    model = f"{style}-{seed}"
-    command = [sys.executable, *STYLES[style], cluster["train-1"].local, "--model", model, "--seed", str(seed)]
-    command += [] if events is None else ["--events", str(events)]
-    subprocess.run(command, cwd=HERE, check=True, timeout=TIMEOUT_S)
-    return model
+    return auc(events.labels.numpy(), logits.numpy())
 
 
 def main() -> None:
@@ -79,14 +106,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="how many runs of each, with first weights of their own")
     options = parser.parse_args()
     stream = Stream(options.events)
-    events = stream.held_out
-    print(f"{stream.name}: AUC on the last {len(events.labels)} events, as a node in another region serves the model")
-    with tempfile.TemporaryDirectory() as folder, cluster_in(Path(folder)) as cluster:
+    held_out = len(stream.held_out.labels)
+    print(f"{stream.name}: AUC on the last {held_out} events, of the model as a node in another region serves it")
+    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), options.seeds) as cluster:
         cluster.start()
         for style in STYLES:
             found = []
             for seed in range(options.seeds):
-                model = run(cluster, style, seed, options.events)
+                model = cluster.run(style, seed, options.events)
                 with ekko.Reader(model, cluster["eu-1"].run_dir, wait=10.0) as reader:
                     found.append(quality(reader, stream))
             seeds = "  ".join(f"{value:.4f}" for value in found)

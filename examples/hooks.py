@@ -24,8 +24,10 @@ def main() -> None:
     groups = [{"params": model.tables.parameters(), "lr": ROW_RATE}, {"params": dense, "lr": DENSE_RATE}]
     optimizer = torch.optim.Adagrad(groups)
 
-    with ekko.Publisher(options.node, options.model, stream.tables) as publisher:
-        tracker = ekko.torch.track(model, optimizer, publisher, tables=model.tracked, dense_every="250ms")
+    with (
+        ekko.Publisher(options.node, options.model, stream.tables) as publisher,
+        ekko.torch.track(model, optimizer, publisher, tables=model.tracked, dense_every="250ms") as tracker,
+    ):
         tracker.publish_all()  # what it begins with: rows that no event has touched are served, too
 
         for batch in stream.batches():
