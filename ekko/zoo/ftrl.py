@@ -98,7 +98,7 @@ def _advance(weight: Tensor, squares: Tensor, held: Tensor, gradient: Tensor, gr
     moved = weight - gradient / strength
     bound = torch.full_like(weight, lasso).copysign_(weight)
     pull = torch.where(weight == 0, held, weight * strength + bound) - gradient
-    beyond = (pull.abs() - lasso).clamp_(min=0).copysign_(pull).div_(strength)
+    beyond = (pull.abs() - lasso).clamp_(min=0).copysign_(pull).div_(strength).add_(0.0)
     stays = weight * moved > 0
     weight.copy_(torch.where(stays, moved, beyond))
     held.copy_(torch.where(weight == 0, pull, 0.0))

@@ -1,5 +1,6 @@
 """FTRL as an optimizer of torch. That its steps are those of the papers is tested with the server's: tests/ekko/train."""
 
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -8,6 +9,14 @@ import torch
 
 from ekko.torch.reloading import forget_rows
 from ekko.zoo import FTRL
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def linear(l1: float = 0.0, **options: float) -> tuple[torch.nn.Parameter, FTRL]:

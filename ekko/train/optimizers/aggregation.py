@@ -40,7 +40,8 @@ def aggregate(keys: Sequence[U64], gradients: Sequence[F32]) -> tuple[U64, F32]:
     for own, rows in zip(keys, gradients, strict=True):
         if own.ndim != 1 or own.dtype != np.uint64 or not own.flags.c_contiguous:
             raise ModelError(f"keys are {own.dtype}{list(own.shape)}: expected contiguous uint64[n]")
-        if rows.shape != (len(own), dim) or rows.dtype != np.float32 or not rows.flags.c_contiguous:
+        fits = rows.shape == (len(own), dim) and rows.dtype == np.float32
+        if not fits or not rows.flags.c_contiguous or not rows.flags.aligned:
             expected = [len(own), dim]
             raise ModelError(f"gradients are {rows.dtype}{list(rows.shape)}: expected contiguous float32{expected}")
     if len(keys) == 1 and sums.are_ascending(keys[0]):

@@ -88,11 +88,12 @@ class Optimizer(ABC):
         if weights.ndim == 2:
             wanted["state"] = (len(weights), self.state_dim(weights.shape[1]))
         for what, array in {"weights": weights, "gradients": gradients, "state": state}.items():
-            if array.ndim != 2 or array.shape != wanted[what] or array.dtype != np.float32 or not array.flags.c_contiguous:
-                raise ModelError(
-                    f"{what} are {array.dtype}{list(array.shape)}: expected contiguous float32"
-                    f"{list(wanted.get(what, ['n', 'dim']))}"
-                )
+            fits = array.ndim == 2 and array.shape == wanted[what] and array.dtype == np.float32
+            if not fits or not array.flags.c_contiguous or not array.flags.aligned:
+                expected = list(wanted.get(what, ["n", "dim"]))
+                raise ModelError(f"{what} are {array.dtype}{list(array.shape)}: expected contiguous float32{expected}")
+        if not weights.flags.writeable or not state.flags.writeable:
+            raise ModelError("weights or state are a read-only array: expected ones to change; use .copy()")
         if weights.size:
             self._update(weights, state, gradients, step, rate)
 

@@ -151,7 +151,7 @@ def _ftrl_row(values: F32, squares: F32, held: F32, slopes: F32, rate: Float, be
         beyond = abs(pull) - lasso
         beyond = beyond if beyond > _NONE else _NONE
         stays = value * moved > _NONE
-        moved = moved if stays else np.copysign(beyond, pull) / strength
+        moved = moved if stays else np.copysign(beyond, pull) / strength + _NONE  # a zero has one sign
         squares[i], values[i] = total, moved
         held[i] = pull if moved == _NONE else _NONE
 

@@ -69,6 +69,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ([keys], [rows[:1]], "gradients are float32.1, 4.: expected contiguous float32.2, 4."),
         ([keys, keys], [rows, np.ones((2, 3), np.float32)], "expected contiguous float32.2, 4."),
         ([keys], [rows.T.copy().T], "expected contiguous"),
+        ([keys], [np.zeros(33, np.uint8)[1:].view(np.float32).reshape(2, 4)], "expected contiguous"),
     ):
         with pytest.raises(ModelError, match=message):
             aggregate(bad_keys, bad_rows)  # type: ignore[arg-type]

@@ -185,6 +185,7 @@ def test_ftrl_goes_on_from_weights_that_it_did_not_make() -> None:
     spec.apply(rows, state, np.full((1, 3), 0.25, np.float32))
     np.testing.assert_allclose(rows, [[0.48, -0.52, 0.0]], rtol=1e-6)  # 0.25 / (1.25 / 0.1)
     assert state[0].tolist() == [0.0625] * 3 + [0.0, 0.0, -0.25]
+    assert not np.signbit(rows[0, 2]), "a zero is all zero bits, however its gradients pull"
 
 
 BAD: list[tuple[Any, str]] = [
@@ -237,10 +238,15 @@ def test_arrays_that_do_not_fit_are_refused_and_nothing_changes() -> None:
         (rows, state, rows.astype(np.float64)),
         (np.ones((4, 2), np.float32).T, state, rows),
         (rows[0], state, rows[0]),
+        (rows, state, np.zeros(33, np.uint8)[1:].view(np.float32).reshape(2, 4)),  # as a frame of a message may lie
     ]
     for weights, own, gradients in bad:
         with pytest.raises(ModelError, match="expected contiguous float32"):
             spec.apply(weights, own, gradients)
+    frozen = rows.copy()
+    frozen.setflags(write=False)
+    with pytest.raises(ModelError, match="read-only"):
+        spec.apply(frozen, state, rows)
     with pytest.raises(ModelError, match="expected a step from 1"):
         spec.apply(rows, state, rows, step=0)
     assert (rows == 1).all()
