@@ -4,7 +4,7 @@ Forward pulls the rows of a batch, each key once, into one tensor that takes par
 that pooling and its gradients are theirs. Backward leaves the gradient of these rows, summed by key, with the bag, and
 `client.step()` pushes what the bags of a client have.
 
-    client = ekko.train.Client(["tcp://10.0.0.7:7900"], model="ctr", worker="w0")
+    client = ekko.train.Client(["tcp://10.0.0.7:7900"], model="ctr", worker=0)
     bag = ekko.torch.PSEmbeddingBag(client, "item", mode="sum")
     ...
     loss.backward(); optimizer.step(); client.step()
