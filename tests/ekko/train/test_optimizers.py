@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from row_steps import DIM, ROWS, STEPS, Params, Table, ours_and_torchs, random_steps
 from torch import optim
 
 from ekko import zoo
 from ekko.errors import ConfigError, ModelError
 from ekko.train.optimizers import FTRL, OPTIMIZERS, SGD, Adagrad, Adam, Momentum, Optimizer, RowwiseAdagrad, optimizer_of
+from tests.ekko.train.row_steps import DIM, ROWS, STEPS, Params, Table, ours_and_torchs, random_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 
