@@ -11,6 +11,7 @@ A worker is a process of its own, so that what it spends can be counted; what it
 """
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -199,6 +200,20 @@ class Ekko:
         self._client.close()
 
 
+class Stepper(Ekko):
+    """Whole steps on ekko's servers, one after the other: pull, compute, push, and wait for the answer."""
+
+    def __init__(self, endpoint: str, model: str, worker: int, compute_s: float) -> None:
+        super().__init__(endpoint, model, worker, depth=1)
+        self._compute_s = compute_s
+
+    def push(self, batches: Sequence[U64], gradients: F32) -> None:
+        for batch in batches:
+            self.pull([batch])
+            time.sleep(self._compute_s)
+            super().push([batch], gradients)
+
+
 def worker_process(pipe: Connection, load: RowLoad, make: Callable[..., RowClient], arguments: tuple[Any, ...]) -> None:
     """A worker: does what the pipe says, until it says None."""
     client = make(*arguments)
@@ -237,14 +252,23 @@ class Worker:
 
     def rows_per_cpu_s(self, kind: str, seed: int) -> float:
         """One round of pulls or pushes: rows for each second that all processes spend together."""
-        self._ask("prepare", seed)
+        self.ask("prepare", seed)
         before = sum(map(spent_ns, self.pids))
-        self._ask(kind, seed)
+        self.ask(kind, seed)
         spent_s = (sum(map(spent_ns, self.pids)) - before) / 1e9
         return self._load.batch * self._load.batches / spent_s
 
-    def _ask(self, kind: str, seed: int) -> None:
+    def ask(self, kind: str, seed: int) -> None:
+        """Have something done."""
+        self.order(kind, seed)
+        self.done()
+
+    def order(self, kind: str, seed: int) -> None:
+        """Have something begun: "prepare", "pull" or "push"."""
         self._pipe.send((kind, seed))
+
+    def done(self) -> None:
+        """Wait for its end."""
         self._pipe.recv()
 
     def __enter__(self) -> Self:
