@@ -48,6 +48,7 @@ KEYS = {
     "gpu": {"engine", "registers", "spills", "lookup_vs_torch", "apply_vs_index_copy", "hbm_fraction"},
     "membership": {"detect_s_100", "detect_s_100_loss_50pct", "false_suspicions", "idle_bytes_per_s"},
     "health": {"false_alarms_auc", "false_alarms_log_loss", "level", "streams", "windows", "delays"},
+    "hooks": {"step_overhead", "queue_rows_max", "captured_equals_changed"},
     "latency": {"p50_ms", "p99_ms", "wan_excess_p99_ms"},
     "congestion": {"at", "real", "lag_bounded", "significant_p99_ratio_8", "fifo_p99_ratio_8", "bytes_saved_8", "return_ratio"},
     "ablation": {"mean_ms", "p99_ms", "max_ms", "hostile"},
@@ -96,6 +97,11 @@ def test_quick(name: str) -> None:
         assert figures["replicas_equal"] == 1
         assert figures["significant_p99_ratio_8"] < figures["fifo_p99_ratio_8"]
         assert figures["bytes_saved_8"] > 0.5
+    if name == "hooks":
+        assert figures["captured_equals_changed"] == figures["stores_equal"] == 1
+        assert figures["rows_missed"] == 0
+        assert figures["queue_rows_max"] <= figures["table_rows"]
+        assert figures["queue_per_row_bytes"] <= 5
     if name == "dissemination":
         cells = {(cell["side"], cell["role"]): cell["cpu_ms_per_batch"] for cell in figures["cpu"]}
         assert all(value > 0 for value in cells.values())

@@ -51,7 +51,7 @@ class TrackedTable:
     def __init__(self, name: str, module: Table, optimizers: Sequence[Optimizer]) -> None:
         self.name = name
         self._module = module
-        self._optimizers = optimizers
+        self._slots = module._parameters  # noqa: SLF001 - attributes of modules are slow, and this is each step's
         self.due = DueRows(len(self.weight))
         self.trainers = optimizers_of(self.weight, optimizers, name)
         self._pending: list[tuple[Tensor, Tensor]] = []
@@ -69,7 +69,7 @@ class TrackedTable:
     @property
     def weight(self) -> nn.Parameter:
         """float32[rows, dim]; another one after the table grew."""
-        weight = self._module._parameters["weight"]  # noqa: SLF001 - attributes of modules are slow, and this is each step's
+        weight = self._slots["weight"]
         assert weight is not None
         return weight
 
@@ -90,23 +90,26 @@ class TrackedTable:
 
     def capture(self, optimizer: Optimizer) -> None:
         """A step of an optimizer has ended: note what it changed."""
-        weight = self._module._parameters["weight"]  # noqa: SLF001 - see `weight`
+        gradient = self._slots["weight"].grad  # type: ignore[union-attr]
         if self._known is not None:
-            self._unseen = len(weight)  # type: ignore[arg-type]
+            self._unseen = len(self.weight)
             return
-        gradient = weight.grad  # type: ignore[union-attr]
         if gradient is None:
             return
+        sparse = gradient.is_sparse
         for one, group in self._groups:
-            if one is optimizer and not _is_local(optimizer, group, gradient.is_sparse):
+            # The settings as they are now; whoever leaves other rows alone only with sparse gradients has none of these.
+            moves = group.get("momentum") or group.get("weight_decay") or not (sparse or self._takes_dense)
+            if moves and one is optimizer:
                 self.compare()  # it did not when tracking began
                 self.mark_all()
                 return
-        if gradient.is_sparse:
+        if sparse:
             values = gradient._values()  # noqa: SLF001 - `values()` wants a sum of equal rows first, which takes long
-            self._pending.append((gradient._indices(), values))  # noqa: SLF001
+            pending = self._pending
+            pending.append((gradient._indices(), values))  # noqa: SLF001
             self._pending_values += values.numel()
-            if len(self._pending) > PENDING_MAX or (self._pending_values > PENDING_VALUES_MAX and len(self._pending) > 1):
+            if len(pending) > PENDING_MAX or (self._pending_values > PENDING_VALUES_MAX and len(pending) > 1):
                 self.settle()
         else:  # it may be overwritten in place, and is as large as the table: its norms are not
             norms = torch.linalg.vector_norm(gradient.detach(), ord=1, dim=1)
@@ -114,8 +117,16 @@ class TrackedTable:
 
     def settle(self) -> None:
         """Add up what was set aside."""
+        self.add_up(*self.set_aside())
+
+    def set_aside(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        """Gradients that were set aside, for `add_up`: called between two steps."""
         pending, self._pending, self._pending_values = self._pending, [], 0
         norms, self._norms = self._norms, None
+        return pending, norms
+
+    def add_up(self, pending: list[tuple[Tensor, Tensor]], norms: Tensor | None) -> None:
+        """Have the rows that gradients touch due; may be called while a step is under way."""
         if not pending and norms is None:
             return
         with self._lock:
@@ -215,6 +226,7 @@ class TrackedTable:
             (one, group) for one in self.trainers for group in one.param_groups if _has(group["params"], self.weight)
         ]
         self._moves_zeros = any(type(one) is torch.optim.SparseAdam for one in self.trainers)
+        self._takes_dense = all(type(one) in LEAVES_ZERO_GRADIENTS for one in self.trainers)
 
     def _on_device(self, ids: I64) -> Tensor:
         return torch.from_numpy(ids).to(self.weight.device)

@@ -7,6 +7,7 @@ it waits is sent once.
 from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -51,15 +52,13 @@ class DueRows:
             entries: indices, int64[1, n], and values, float32[n, dim], of one gradient after the other.
             zeros: whether rows whose gradient is zero are touched.
         """
-        small = [entry for entry in entries if len(entry[1]) <= _JOIN_ENTRIES_MAX]
-        large = [[entry] for entry in entries if len(entry[1]) > _JOIN_ENTRIES_MAX]
+        small = [entry for entry in entries if entry[1].size(0) <= _JOIN_ENTRIES_MAX]
+        large = [[entry] for entry in entries if entry[1].size(0) > _JOIN_ENTRIES_MAX]
         for joined in [small, *large] if small else large:
-            ids = [_host(indices).reshape(-1) for indices, _ in joined]
-            values = [_host(rows) for _, rows in joined]
-            ends = np.array([len(part) for part in ids], np.int64).cumsum()
-            rows = np.ascontiguousarray(ids[0] if len(joined) == 1 else np.concatenate(ids))
-            moved = np.ascontiguousarray(values[0] if len(joined) == 1 else np.concatenate(values))
-            self._became(add_gradients(rows, moved, ends, zeros, self._weights, self._blocks))
+            ends = np.fromiter((rows.size(0) for _, rows in joined), np.int64, len(joined)).cumsum()
+            ids = _host(torch.cat([indices for indices, _ in joined], 1))[0]  # of one alone a copy, too, and contiguous
+            rows = _host(torch.cat([rows for _, rows in joined]))
+            self._became(add_gradients(ids, rows, ends, zeros, self._weights, self._blocks))
 
     def add_norms(self, norms: Tensor) -> None:
         """Rows of which a gradient's norm is not zero: one for each row, float32[rows]."""

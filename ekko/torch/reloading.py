@@ -4,7 +4,8 @@ A model that goes on from rows that readers have no more would bring them back w
 was gathered on bad samples. Of dense tensors nothing is known but that they changed: they are read whole.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -13,6 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from ekko.errors import ModelError
+from ekko.restored import Restored
+from ekko.torch.capture import I64, TrackedTable
+from ekko.torch.dense import DenseParameters
+from ekko.torch.outbox import Outbox
 
 
 class RestoredRows(Protocol):
@@ -94,3 +101,80 @@ def _without(sparse: Tensor, ids: Tensor) -> Tensor:
     sparse = sparse.coalesce()
     kept = ~torch.isin(sparse.indices()[0], ids)
     return torch.sparse_coo_tensor(sparse.indices()[:, kept], sparse.values()[kept], sparse.shape, check_invariants=False)
+
+
+class Reloader:
+    """Loads what rollbacks restored into the tables and dense parameters of one model.
+
+    Args:
+        publisher: tells what was restored; one of yours may know no rollbacks.
+        reader: of what the node has; None: only restored rows are loaded.
+        optimizers: forget what they remember of what is loaded.
+        tables: by name.
+        dense: parameters of the same model.
+        outbox: what is due of both.
+    """
+
+    def __init__(
+        self,
+        publisher: object,
+        reader: StateReader | None,
+        optimizers: Sequence[Optimizer],
+        tables: Mapping[str, TrackedTable],
+        dense: DenseParameters,
+        outbox: Outbox,
+    ) -> None:
+        self._publisher = publisher
+        self.reader = reader
+        self._optimizers = optimizers
+        self._tables = tables
+        self._dense = dense
+        self._outbox = outbox
+
+    def reload(self) -> Reloaded:
+        """See `Tracker.reload`; between two steps."""
+        restored: tuple[Restored, ...] = getattr(self._publisher, "restored", tuple)()
+        if not restored:
+            return Reloaded({})
+        due = self._outbox.forget()
+        tensors = dict.fromkeys(name for one in restored for name in one.tensors if name in self._dense.names)
+        loaded: dict[str, int] = {}
+        for one in restored:
+            if one.table in self._tables:
+                ids = self._load(self._tables[one.table], one)
+                loaded[one.table] = loaded.get(one.table, 0) + len(ids)
+                due[one.table] = np.setdiff1d(due[one.table], ids, assume_unique=True)
+        read = tuple(name for name in tensors if self._reload_dense(name))
+        if self._dense.periodic:
+            with suppress(ModelError):  # none was published yet
+                read += tuple(name for name in self._dense.names if name not in tensors and self._reload_dense(name))
+        dropped = {table: len(ids) for table, ids in due.items() if len(ids)}
+        for table in dropped:
+            self._reload_rows(self._tables[table], due[table])
+        return Reloaded(loaded, read, tuple(name for name in tensors if name not in read), dropped)
+
+    def _load(self, table: TrackedTable, rows: Restored | Rows) -> I64:
+        """Put the node's rows into a table; int64[n], which these are."""
+        first, *others = table.trainers
+        ids = load_rows(first, table.weight, rows)
+        for other in others:
+            forget_rows(other, table.weight, ids)
+        loaded: I64 = ids.cpu().numpy()
+        table.accept(loaded)
+        return loaded
+
+    def _reload_rows(self, table: TrackedTable, ids: I64) -> None:
+        """Put what the node has in place of rows that no rollback wrote; those that it does not have stay as they are."""
+        table.accept(ids)
+        if self.reader is None:
+            return
+        keys = ids.view(np.uint64)
+        rows, stamps = self.reader.lookup(table.name, keys, stamps=True)
+        self._load(table, Rows(keys[stamps > 0], rows[stamps > 0]))
+
+    def _reload_dense(self, name: str) -> bool:
+        if self.reader is None:
+            return False
+        for optimizer in self._optimizers:
+            load_dense(optimizer, self._dense.tensor(name), self.reader.dense(name))
+        return True

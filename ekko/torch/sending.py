@@ -5,7 +5,7 @@ two: the trainer passes it when a step begins, whoever copies holds it while it 
 moment, and the trainer waits for a copy at most (a bounded one), never for the network.
 
 What the thread computes in Python it takes from the trainer, who cannot run meanwhile. So there are batches as often as they
-take up a small share of the time (`SHARE`): a trainer with slow steps has a batch for each, one with fast steps a batch for
+take up a small share of the time: a trainer with slow steps has a batch for each, one with fast steps a batch for
 several, of which each row is sent once.
 """
 
@@ -20,8 +20,8 @@ from ekko.errors import NodeUnreachable
 
 # Of a batch in the background, so that no copy takes long: some 2 ms.
 COPY_BYTES_MAX: Final = 8 << 20
-# Of one core, for batches; and how long a batch waits for it at most.
-SHARE: Final = 0.02
+# Of one core, for batches, by default; and how long a batch waits for it at most.
+SHARE: Final = 0.01
 PAUSE_S_MAX: Final = 0.25
 # A copy begins when a step has ended, so that the next one is far away; but when none ends within this time, now.
 STEP_WAIT_S: Final = 0.01
@@ -69,10 +69,12 @@ class Sender:
     Args:
         send: sends what is due, a bounded part of it; False: nothing was.
         is_due: whether anything is, as far as can be told without the gate.
+        share: of one core, that it may take.
     """
 
-    def __init__(self, send: Callable[[], bool], is_due: Callable[[], bool]) -> None:
+    def __init__(self, send: Callable[[], bool], is_due: Callable[[], bool], share: float = SHARE) -> None:
         self._send = send
+        self._share = share
         self._is_due = is_due
         self._waits = False
         self._wake: SimpleQueue[None] = SimpleQueue()
@@ -124,7 +126,7 @@ class Sender:
                 with self.sending:
                     self._send()
                 self.trouble, retry_s = None, RETRY_S
-                pause_s = min((time.thread_time() - begin) / SHARE, PAUSE_S_MAX)
+                pause_s = min((time.thread_time() - begin) / self._share, PAUSE_S_MAX)
             except NodeUnreachable as error:  # training goes on meanwhile, and what is due adds up
                 self.trouble, pause_s = error, retry_s
                 retry_s = min(2 * retry_s, RETRY_S_MAX)

@@ -1,11 +1,9 @@
 """`track`: publish the rows that training changes, and load what a rollback took back."""
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
-from types import FrameType
 from typing import Any, Final, Literal, Self, get_args
 
 import numpy as np
@@ -15,18 +13,20 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ekko.errors import ModelError, NodeUnreachable
-from ekko.restored import Restored
 from ekko.torch.capture import I64, TrackedTable
 from ekko.torch.dense import DenseParameters
 from ekko.torch.modules import found_tables, unwrapped
 from ekko.torch.outbox import Choice, Counts, Outbox, StepPublisher
 from ekko.torch.ranks import divided
-from ekko.torch.reloading import Reloaded, Rows, StateReader, forget_rows, load_dense, load_rows
-from ekko.torch.sending import COPY_BYTES_MAX, RETRY_S, Gate, Sender
+from ekko.torch.reloading import Reloaded, Reloader, StateReader
+from ekko.torch.sending import COPY_BYTES_MAX, RETRY_S, SHARE, Gate, Sender
+from ekko.torch.steps import hooked
 
 # `publish_all` cuts a table into steps of about this size: large enough that the cost of a step does not count, small enough
 # that the node stays responsive to other publishers meanwhile.
 PUBLISH_ALL_BYTES_MAX: Final = 4 << 20
+# What so many steps have set aside is added up before rows are copied, so that the next step need not wait for it.
+SETTLE_STEPS: Final = 16
 FLUSH_S: Final = 30.0
 Significance = Literal["gradient", "change"]
 
@@ -42,6 +42,7 @@ def track(
     *,
     background: bool = True,
     process_group: ProcessGroup | None = None,
+    share: float = SHARE,
 ) -> "Tracker":
     """Publish the embedding rows that training changes, whatever the optimizer: those that changed, exactly, and no others.
 
@@ -75,6 +76,8 @@ def track(
         background: see above.
         process_group: ranks that have the same weights after each step, of which each publishes a part (`ekko.torch.ranks`);
             None: those of a `DistributedDataParallel` model, else all is published here.
+        share: of one core's time, that batches in the background may take: more share, more and smaller batches. They come four
+            times a second at least.
 
     Returns:
         The handle; `remove()` it, or use it in a `with` block, to publish what is still due and stop.
@@ -92,6 +95,7 @@ def track(
         reader,
         background=background,
         process_group=process_group,
+        share=share,
     )
 
 
@@ -110,17 +114,18 @@ class Tracker:
         *,
         background: bool = True,
         process_group: ProcessGroup | None = None,
+        share: float = SHARE,
     ) -> None:
         if significance not in get_args(Significance):
             raise ModelError(f"significance is {significance!r}: expected 'gradient' or 'change'")
+        if not 0 < share <= 1:
+            raise ModelError(f"share is {share!r}: expected a part of one core's time, above 0 and at most 1")
         if not tables and dense_every is None:
             raise ModelError("tables is empty: name an nn.Embedding and the table it is published to, or set dense_every")
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         if not optimizers:
             raise ModelError("optimizer is an empty list: expected those that train the model, in the order in which they step")
-        self._reader = reader
         self.before_step: Callable[[], None] | None = None  # called before each step; `ekko.torch.checkpoint` sets it
-        self._optimizers = optimizers
         found = found_tables(model, tables, publisher.tables)
         self._tables = {name: TrackedTable(name, module, optimizers) for name, module in found.items()}
         weights = {name: table.weight for name, table in self._tables.items()}
@@ -128,18 +133,17 @@ class Tracker:
         self._dense = DenseParameters(unwrapped(model), weights.values(), dense_every, time.monotonic())
         said = significance == "gradient"
         self._outbox = Outbox(list(self._tables.values()), self._dense, self._publisher, says_significance=said)
+        self._reloader = Reloader(self._publisher, reader, optimizers, self._tables, self._dense, self._outbox)
         self._gate = Gate()
         self._steps = 0
+        self._settled = 0  # up to which step what was set aside is added up
         self._background = background
-        self._call: FrameType | None = None  # the step that is under way; or one that has raised
         self._waited = False  # whether the thread waited for the end of a rollback, which the trainer is to load
-        self._sender = Sender(self._send_some, lambda: self._outbox.is_due)
+        self._sender = Sender(self._send_some, lambda: self._outbox.is_due, share)
         self._hooks: list[Any] = []
         for one in optimizers:
             captured = [table for table in self._tables.values() if one in table.trainers]
-            self._hooks.append(one.register_step_pre_hook(self._before_step))
-            after = partial(self._after_step, captured, one is optimizers[-1])
-            self._hooks.append(one.register_step_post_hook(after))
+            self._hooks += hooked(one, self._begins, partial(self._stepped, captured, one is optimizers[-1]))
         for module in found.values():
             if module.max_norm is not None:
                 self._hooks += self._watch(module)
@@ -164,7 +168,7 @@ class Tracker:
     @property
     def reader(self) -> StateReader | None:
         """What it reads the node's state with."""
-        return self._reader
+        return self._reloader.reader
 
     def dense_tensor(self, name: str) -> Tensor:
         """A dense parameter or buffer of the model."""
@@ -244,55 +248,7 @@ class Tracker:
         rows before the next step.
         """
         with self._alone():
-            return self._reload()
-
-    def _reload(self) -> Reloaded:
-        # A publisher of yours may know no rollbacks.
-        restored: tuple[Restored, ...] = getattr(self._publisher, "restored", tuple)()
-        if not restored:
-            return Reloaded({})
-        due = self._outbox.forget()
-        tensors = dict.fromkeys(name for one in restored for name in one.tensors if name in self._dense.names)
-        loaded: dict[str, int] = {}
-        for one in restored:
-            if one.table in self._tables:
-                ids = self._load(self._tables[one.table], one)
-                loaded[one.table] = loaded.get(one.table, 0) + len(ids)
-                due[one.table] = np.setdiff1d(due[one.table], ids, assume_unique=True)
-        read = tuple(name for name in tensors if self._reload_dense(name))
-        if self._dense.periodic:
-            with suppress(ModelError):  # none was published yet
-                read += tuple(name for name in self._dense.names if name not in tensors and self._reload_dense(name))
-        dropped = {table: len(ids) for table, ids in due.items() if len(ids)}
-        for table in dropped:
-            self._reload_rows(self._tables[table], due[table])
-        return Reloaded(loaded, read, tuple(name for name in tensors if name not in read), dropped)
-
-    def _load(self, table: TrackedTable, rows: Restored | Rows) -> I64:
-        """Put the node's rows into a table; int64[n], which these are."""
-        first, *others = table.trainers
-        ids = load_rows(first, table.weight, rows)
-        for other in others:
-            forget_rows(other, table.weight, ids)
-        loaded: I64 = ids.cpu().numpy()
-        table.accept(loaded)
-        return loaded
-
-    def _reload_rows(self, table: TrackedTable, ids: I64) -> None:
-        """Put what the node has in place of rows that no rollback wrote; those that it does not have stay as they are."""
-        table.accept(ids)
-        if self._reader is None:
-            return
-        keys = ids.view(np.uint64)
-        rows, stamps = self._reader.lookup(table.name, keys, stamps=True)
-        self._load(table, Rows(keys[stamps > 0], rows[stamps > 0]))
-
-    def _reload_dense(self, name: str) -> bool:
-        if self._reader is None:
-            return False
-        for optimizer in self._optimizers:
-            load_dense(optimizer, self._dense.tensor(name), self._reader.dense(name))
-        return True
+            return self._reloader.reload()
 
     def remove(self, timeout: float = FLUSH_S) -> None:
         """Stop tracking; in the background, publish what is due before. What was published stays published.
@@ -314,18 +270,12 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _before_step(self, *_: object) -> None:
+    def _begins(self) -> None:
         if self.before_step is not None:
             self.before_step()
-        call = sys._getframe(1)  # noqa: SLF001 - torch's wrapper of `step`, of this call
-        if self._call is None or not _is_within(call, self._call):
-            self._call = call
-            self._gate.enter()
+        self._gate.enter()
 
-    def _after_step(self, captured: list[TrackedTable], ends: bool, optimizer: Optimizer, *_: object) -> None:
-        if sys._getframe(1) is not self._call:  # noqa: SLF001
-            return  # a subclass has called the step of its parent, and goes on
-        self._call = None
+    def _stepped(self, captured: list[TrackedTable], ends: bool, optimizer: Optimizer) -> None:
         skipped = getattr(optimizer, "found_inf", None)  # a gradient scaler has the step change nothing then
         if skipped is None or not skipped.item():
             for table in captured:
@@ -377,9 +327,14 @@ class Tracker:
 
     def _send_some(self) -> bool:
         """Send a bounded part of what is due; False: nothing was."""
-        for table in self._tables.values():
-            table.settle()
+        if self._steps - self._settled > SETTLE_STEPS:  # else it is as fast to do it while the rows are copied
+            with self._gate.between_steps():
+                self._settled = self._steps
+                aside = [(table, *table.set_aside()) for table in self._tables.values()]
+            for table, pending, norms in aside:
+                table.add_up(pending, norms)
         with self._gate.between_steps():
+            self._settled = self._steps
             batch = self._outbox.take(COPY_BYTES_MAX)
         if batch is None:
             return False
@@ -392,11 +347,11 @@ class Tracker:
         try:
             self._publish_due()
         except ModelError:
-            if self._reload() == Reloaded({}):
+            if self._reloader.reload() == Reloaded({}):
                 raise  # it is refused for another reason, or the rollback is not over
             self._publish_due()
         if getattr(self._publisher, "has_restored", False):  # it waited for the end of one
-            self._reload()
+            self._reloader.reload()
         return self._outbox.stamp
 
     def _publish_due(self) -> None:
@@ -404,11 +359,3 @@ class Tracker:
         while self._outbox.is_due:
             if (batch := self._outbox.take(limit)) is not None:
                 self._outbox.send(batch)
-
-
-def _is_within(call: FrameType, outer: FrameType) -> bool:
-    """Whether a call is made, through others, by an outer one that is still under way."""
-    caller = call.f_back
-    while caller is not None and caller is not outer:
-        caller = caller.f_back
-    return caller is not None

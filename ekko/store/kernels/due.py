@@ -18,6 +18,7 @@ BLOCK_ROWS = 128  # half a KiB of weights
 NOT_DUE = np.float32(-1)
 
 _SHIFT = 7
+_FEW = 64  # entries that are sorted without more memory
 _WEIGHT_MAX = np.float32(3e38)  # what is larger, or not a number, is refused with its row, or is one that matters most
 
 
@@ -30,6 +31,21 @@ def _add(weights: F32, blocks: U8, row: Int, weight: Int) -> Int:
     weights[row] = total if total < _WEIGHT_MAX else _WEIGHT_MAX
     blocks[row >> _SHIFT] = 1
     return 1 if before < 0 else 0
+
+
+@inline_kernel
+def _sorted(ids: I64, order: I64) -> Int:
+    """Write into `order` where the entries of int64[n] are in ascending order, equal ones as they come; returns n."""
+    if ids.size > _FEW:
+        order[: ids.size] = np.argsort(ids, kind="mergesort")
+        return ids.size
+    for i in range(ids.size):
+        j = i
+        while j > 0 and ids[order[j - 1]] > ids[i]:
+            order[j] = order[j - 1]
+            j -= 1
+        order[j] = i
+    return ids.size
 
 
 @kernel(
@@ -45,24 +61,27 @@ def add_gradients(ids: I64, values: F32, ends: I64, zeros: Int, weights: F32, bl
     """
     dim = values.shape[1]
     total = np.empty(dim, np.float32)
+    order = np.empty(_FEW, np.int64)
     added = 0
     begin = 0
     for step in range(ends.size):
         end = ends[step]
-        order = np.argsort(ids[begin:end], kind="mergesort")
+        if end - begin > order.size:
+            order = np.empty(end - begin, np.int64)
+        count = _sorted(ids[begin:end], order)
         i = 0
-        while i < order.size:
+        while i < count:
             first = begin + order[i]
             row = ids[first]
             i += 1
             norm = np.float32(0)
-            if i == order.size or ids[begin + order[i]] != row:
+            if i == count or ids[begin + order[i]] != row:
                 for j in range(dim):
                     norm += abs(values[first, j])
             else:
                 for j in range(dim):
                     total[j] = values[first, j]
-                while i < order.size and ids[begin + order[i]] == row:
+                while i < count and ids[begin + order[i]] == row:
                     other = begin + order[i]
                     for j in range(dim):
                         total[j] += values[other, j]

@@ -1,0 +1,54 @@
+"""Steps of an optimizer, each noted once, when it begins and when it has ended."""
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+def hooked(optimizer: Optimizer, begins: Callable[[], None], stepped: Callable[[Optimizer], None]) -> list[Any]:
+    """Have two functions called before and after each step; handles to remove that with.
+
+    Where a step raises, the second one is not called.
+    """
+
+    # Plain functions of few calls: what they take is a part of each step.
+    def before(*_: object) -> None:
+        begins()
+
+    def after(optimizer: Optimizer, *_: object) -> None:
+        stepped(optimizer)
+
+    if sum("step" in vars(kind) for kind in type(optimizer).__mro__) > 2:  # its own, and that of all
+        before, after = _outermost(before, after)
+    return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+
+def _outermost(before: Callable[..., None], after: Callable[..., None]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """For a subclass whose `step` may call its parent's, which has hooks, too: only the outer call counts."""
+    call: FrameType | None = None  # torch's wrapper of the step that is under way, or that has raised
+
+    def first(*arguments: object) -> None:
+        nonlocal call
+        wrapper = sys._getframe(1)  # noqa: SLF001
+        if call is None or not _is_within(wrapper, call):
+            call = wrapper
+            before(*arguments)
+
+    def last(*arguments: object) -> None:
+        nonlocal call
+        if sys._getframe(1) is call:  # noqa: SLF001
+            call = None
+            after(*arguments)
+
+    return first, last
+
+
+def _is_within(call: FrameType, outer: FrameType) -> bool:
+    """Whether a call is made, through others, by an outer one that is still under way."""
+    caller = call.f_back
+    while caller is not None and caller is not outer:
+        caller = caller.f_back
+    return caller is not None
