@@ -13,7 +13,7 @@ F32 = NDArray[np.float32]
 _DIGITS = 8  # of a key: its bytes
 _VALUES = 256
 _BITS, _MASK = np.uint64(8), np.uint64(255)
-_AHEAD = 8  # rows: measured, see decision 0058
+_AHEAD = 8  # rows: 4 and 16 are as good within 4 %, without it half as many rows a second where they lie in memory
 
 
 @kernel("boolean(Array(uint64, 1, 'C', readonly=True))")
