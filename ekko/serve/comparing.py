@@ -55,7 +55,7 @@ class Walk:
     @property
     def finds_removals(self) -> bool:
         """Whether rows may have gone without a trace, so that the sink is to be asked what it has."""
-        return not self._base.size or bool(self._whole.any())
+        return not self._base.size or bool(self._whole.any()) or self._source.expires
 
     def next(self) -> Keys | None:
         """Keys of a part of the rows, maybe none; None: that was all. Tables that came later are not the walk's."""

@@ -122,6 +122,10 @@ class Session:
                 self._new.add(name)
         self._dirty = True
 
+    def _see_tables(self) -> None:
+        if self._source.refresh():
+            self._offer_tables()
+
     def turn(self, moment: Moment) -> tuple[bool, Moment | None]:
         """Do a bounded part of what there is to do.
 
@@ -131,6 +135,7 @@ class Session:
         Returns:
             Whether there was anything; and a moment of which the sink has all that the node had, and nothing else, or None.
         """
+        self._see_tables()
         known = self._known_now()
         followed, at_head = self._follow(moment)
         walked = self._go_on(moment)
@@ -180,8 +185,7 @@ class Session:
         if count is None:
             self._lose_sight(now, moment)
             return True, False
-        if self._source.refresh():  # after the entries were read: a table is in the manifest before it has a row
-            self._offer_tables()
+        self._see_tables()  # after the entries were read: a table is in the manifest before it has a row
         counts.behind = now.position - self._place.position - count
         counts.noted += count
         self._send_noted(self._entries[:count])

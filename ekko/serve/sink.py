@@ -119,8 +119,8 @@ class Sink(ABC):
     def held(self, table: str) -> Iterator[tuple[U64, U64]]:
         """All keys of which there are rows, and their stamps: uint64[n] and uint64[n], n up to `HELD_KEYS_MAX` at once.
 
-        Asked for after something was lost sight of, to find what the node does not have any more. Batches are applied while it
-        is followed; of keys that come or go meanwhile either may be told.
+        Nothing of a table that is not there. Asked for after something was lost sight of, to find what the node does not have
+        any more. Batches are applied while it is followed; of keys that come or go meanwhile either may be told.
         """
 
     @abstractmethod

@@ -159,8 +159,19 @@ class Source:
         return Known(vector, self._image.floors().incomplete)
 
     def whole_since(self, known: Known, now: Known) -> Mask:
-        """bool[shards]: in which rows may have gone since, or may have come back."""
-        return changed_shards(known.vector, known.incomplete, KnowledgeImage(now.vector, _NO_STAMPS), self._image.floors())
+        """bool[shards]: in which rows may have gone since, or may have come back in a version that is known.
+
+        A floor does not tell of a row that was evicted, which is older than what it says already; only that there were such.
+        """
+        floors = self._image.floors()
+        changed = changed_shards(known.vector, known.incomplete, KnowledgeImage(now.vector, _NO_STAMPS), floors)
+        evicted = np.unpackbits(floors.incomplete, bitorder="little", count=self.shards)
+        return np.asarray(changed | evicted.astype(np.bool_))
+
+    @property
+    def expires(self) -> bool:
+        """Whether rows go without a trace of when: those that have expired."""
+        return any(view.spec.ttl_s for view in self.tables.values())
 
     # --- rows
 

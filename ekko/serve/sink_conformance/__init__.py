@@ -30,6 +30,7 @@ CASES: Final[tuple[Case, ...]] = (
     feeds.a_feed_brings_what_the_node_has,
     feeds.a_feed_goes_on_where_another_one_ended,
     feeds.what_the_ring_lost_is_found,
+    feeds.what_went_while_nobody_looked_is_found,
     feeds.a_node_that_begins_anew_is_followed,
     feeds.tables_that_come_later_are_fed,
     feeds.feeds_are_killed_in_mid_batch,

@@ -65,13 +65,23 @@ class Node:
         model = self.model
         model.apply([RowColumns(table_id(table), keys, rows)], stamp(at))
         writer = writer_of(stamp(at))
-        model.vector[:, writer] = model.frontiers[:, writer] = stamp(at)  # after the rows, as always (R4)
+        for known in (model.vector, model.frontiers):  # after the rows, as always (R4)
+            known[:, writer] = np.maximum(known[:, writer], np.uint64(stamp(at)))
         model.set_synced_until(int(time.time() * 1000) + 60_000)
 
-    def drop(self, keys: U64, table: str = "item") -> None:
-        """Let go of rows for good, as an eviction does: what is deleted and what is live."""
-        held = self.model.table(table_id(table))
-        self.model.remove(table_id(table), held.resolve(keys), complete=False)
+    def drop(self, keys: U64, table: str = "item") -> U64:
+        """Let go of rows for good, as an eviction does: what is deleted and what is live. Returns the keys of the latter."""
+        live = keys[self.model.lookup(table, keys)[1] > 0]
+        places = self.model.table(table_id(table)).resolve(keys)
+        self.model.remove(table_id(table), places[places >= 0], complete=False)
+        return live
+
+    def come_back(self, keys: U64, table: str = "item") -> None:
+        """Rows of these keys come back, as evicted ones do that are fetched: versions that the node knew before."""
+        at = max(1, self.at - 20)
+        rows = encode("float32", values(self.subject, table, keys, at))
+        stamps = np.full(keys.size, stamp(at), np.uint64)
+        self.model.copy([RowColumns(table_id(table), keys, rows, stamps)])
 
     def restart(self) -> None:
         """As a daemon that is started again on memory that is as it was."""
@@ -123,6 +133,7 @@ def a_feed_brings_what_the_node_has(subject: Subject) -> None:
     """A first state, then updates, deletions, rows that go for good, and that come back."""
     with node_of(subject) as node:
         sink, keys = subject.sink(), subject.keys
+        node.at = 30
         node.put(keys)
         feed = Feed(node.run_dir, MODEL, sink)
         caught_up(feed)
@@ -135,12 +146,14 @@ def a_feed_brings_what_the_node_has(subject: Subject) -> None:
         node.drop(keys[:60])
         caught_up(feed)
         node.check(sink, "rows went for good")
-        node.at = 0  # what comes back is older than what went
-        node.put(keys[:20])
-        node.at = 100
+        node.come_back(keys[:20])
+        assert node.model.lookup("item", keys[:20])[1].all()
         node.put(keys[10:15])
         caught_up(feed)
         node.check(sink, "older rows came back")
+        node.come_back(node.drop(keys[60:70]))
+        caught_up(feed)
+        node.check(sink, "rows went, and came back at once, in older versions")
         assert feed.counts.walks == 1, "changes are not followed, but looked for"
         sink.close()
 
@@ -188,6 +201,21 @@ def what_the_ring_lost_is_found(subject: Subject) -> None:
         node.check(sink, "the ring had gone round")
         assert feed.counts.overflows == 1, "the ring has not gone round"
         assert feed.counts.rows - before <= 2 * keys.size, "rows were sent once for each change"
+        sink.close()
+
+
+def what_went_while_nobody_looked_is_found(subject: Subject) -> None:
+    """Rows that were evicted, some of which came back in older versions, before a daemon began anew."""
+    with node_of(subject) as node:
+        keys, sink = subject.keys, subject.sink()
+        node.at = 30
+        node.put(keys)
+        caught_up(Feed(node.run_dir, MODEL, sink))
+        node.drop(keys[10:20])
+        node.come_back(node.drop(keys[20:30])[:5])
+        node.restart()
+        caught_up(Feed(node.run_dir, MODEL, sink))
+        node.check(sink, "rows went while no feed was there")
         sink.close()
 
 
