@@ -56,6 +56,7 @@ KEYS = {
     "cache-policy": {"buckets_cost_max", "whole_hidden", "assign_cost_max", "traces", "policies", "updates", "ticks", "decays"},
     "optimizers": {"aggregate_rows_per_s", "aggregate_vs_torch", "adam_vs_torch", "ftrl_rows_per_s", "normal_rows_per_s"},
     "rollback": {"restore_s", "full_reload_s", "speedup", "detect_s"},
+    "sinks": {"rates", "latency", "nothing_rows_per_s", "embedding_rows_per_s", "redis_rows_per_s"},
     "sync-cost": {"ratio_10m_to_1m", "vs_scan", "metadata_bytes_per_row", "memory_bytes_per_row"},
 }
 
@@ -65,7 +66,7 @@ def test_the_store_has_its_benchmarks() -> None:
 
 
 # Half a minute each, of which other tests with processes, or in virtual time, do the same.
-LONG = {"ablation", "dissemination", "flood", "latency", "read-under-write", "rollback", "scale"}
+LONG = {"ablation", "dissemination", "flood", "latency", "read-under-write", "rollback", "scale", "sinks"}
 
 
 @pytest.mark.processes

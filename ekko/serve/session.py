@@ -234,6 +234,7 @@ class Session:
             self._send(part, _NONE)
             return True
         self._known, self._dirty = self._walk.known, True
+        self._committed_s = 0.0  # at once: to begin it again takes longest of all
         self._new -= self._walk.new
         self._walk = None
         self._counts.walking = False

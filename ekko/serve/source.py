@@ -136,6 +136,7 @@ class Source:
                 self._ring = ChangesView(Mapping.open_to_read(path))
         except FileNotFoundError:
             self._ring = None
+            self._store.now()  # its memory may have been taken away without a word: then this is told, and there is another one
 
     @property
     def capacity(self) -> int:
@@ -143,7 +144,7 @@ class Source:
         return 0 if self._ring is None else self._ring.capacity
 
     def place(self) -> Place:
-        """Where the ring is now."""
+        """Where the ring is now. Raises FileNotFoundError: the store was replaced."""
         if time.monotonic() - self._ring_looked_s > RING_LOOK_S:
             self._open_ring()
         ring, store = self._ring, self._store.manifest.prefix
