@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ekko
-from ekko.store.kernels.checks import all_finite
 from ekko.train.admission import Admission
 from ekko.train.optimizers import aggregate
 from ekko.train.server import kernels
+from ekko.train.server.arithmetic import TableWork, Unit, place
 from ekko.train.server.events import Apply, Mark, Step
 from ekko.train.server.schema import (
     MARK_DIM,
@@ -44,12 +44,11 @@ I64 = NDArray[np.int64]
 
 ATTACH_S = 30.0  # a node that has just begun has its models within this
 PUBLISH_S = 5.0  # for one answer of the node
-WEIGHT_MAX = np.float32(1e38)  # the norm of finite gradients may be infinite, which is no significance
 
 
 @dataclass(slots=True, eq=False)
 class Changed:
-    """Rows of one table after a group: uint64[n] ascending, float32[n, dim], float32[n]: L1 norms of their gradients."""
+    """Rows of one table after a group: uint64[n], float32[n, dim], float32[n]: L1 norms of their gradients."""
 
     keys: U64
     rows: F32
@@ -73,16 +72,6 @@ class RowCounts:
     made: int = 0  # rows that there were none of before
     not_admitted: int = 0  # gradients of keys that were not pushed often enough yet
     not_finite: int = 0  # rows that a step would have made infinite or no number, and left as they were
-
-
-@dataclass(slots=True, eq=False)
-class _Unit:
-    """Gradients that the optimiser takes at once: keys ascend, none twice."""
-
-    keys: U64
-    gradients: F32
-    rate: float
-    partitions: tuple[int, ...]
 
 
 class TrainingRows:
@@ -155,10 +144,12 @@ class TrainingRows:
         """
         prepared = Prepared()
         before: list[Before] = []
-        for table in self.model.tables.values():
-            self._prepare_table(table, group.steps, pushes, prepared, before)
+        works = [self._gather(table, group.steps, pushes, prepared, before) for table in self.model.tables.values()]
         self._prepare_marks(group.marks, prepared, before)
-        self.undo.write(before)
+        self.undo.write(before)  # before the rows change, in place
+        for work in works:
+            if work is not None:
+                self._compute(work, prepared)
         return prepared
 
     def publish(self, prepared: Prepared) -> int:
@@ -186,47 +177,49 @@ class TrainingRows:
 
     # --- one table
 
-    def _prepare_table(
+    def _gather(
         self,
         table: TrainedTable,
         steps: Sequence[Step],
         pushes: Mapping[int, Push],
         prepared: Prepared,
         before: list[Before],
-    ) -> None:
-        first_steps = self._count_steps(table, steps, prepared, before) if table.optimizer.needs_step else {}
+    ) -> TableWork | None:
+        """What there is to do in a table, with the rows as they are, which are added to `before`; None: nothing."""
+        step_of = self._count_steps(table, steps, prepared, before) if table.optimizer.needs_step else {}
         units = [unit for step in steps for unit in self._units(table, step, pushes)]
         if not units:
-            return
-        keys = _all_keys(units)
+            return None
+        keys = place(units)
         rows, stamps = self.reader.lookup(table.name, keys, stamps=True)
         if (admission := self._admissions.get(table.name)) is not None and not stamps.all():
-            units = [self._admitted(unit, keys, stamps, admission) for unit in units]
-            keys = _all_keys(units)
+            units = [self._admitted(unit, stamps, admission) for unit in units]
+            keys = place(units)
             rows, stamps = self.reader.lookup(table.name, keys, stamps=True)
         if not len(keys):
-            return
+            return None
         there = stamps != 0
-        before.append(Before(table.name, keys, rows.copy(), there))
-        absent = np.flatnonzero(~there)
-        if len(absent):
-            kernels.put_rows(rows, table.initializer.rows(table.name, np.ascontiguousarray(keys[absent]), table.dim), absent)
-        state = self._state(table, keys, rows, before)
-        significance = np.zeros(len(keys), np.float32)
-        step_of = dict(first_steps)
-        for unit in units:
-            self._update(table, keys, rows, state, unit, significance, step_of)
-        np.minimum(significance, WEIGHT_MAX, out=significance)
-        if not (all_finite(rows) and all_finite(state)):
-            keys, rows, state, significance = self._finite(table, keys, rows, state, significance, before)
+        before.append(Before(table.name, keys, rows, there))
+        state = state_there = None
+        if table.state_dim:
+            state, stamps = self.reader.lookup(table.name + STATE_SUFFIX, keys, stamps=True)
+            state_there = stamps != 0
+            before.append(Before(table.name + STATE_SUFFIX, keys, state, state_there))
+        return TableWork(table, units, keys, rows, there, state, state_there, step_of)
+
+    def _compute(self, work: TableWork, prepared: Prepared) -> None:
+        """Do the arithmetic of one table."""
+        keys, rows, state, significance = work.compute(self.model.partition_of)
+        table = work.table
+        self.counts.not_finite += len(work.keys) - len(keys)
+        self.counts.applied += len(keys)
+        self.counts.made += len(work.there) - int(np.count_nonzero(work.there))
         prepared.columns.append((table.name, keys, rows, significance))
         if table.state_dim:
             prepared.columns.append((table.name + STATE_SUFFIX, keys, state, significance))
         prepared.changed[table.name] = Changed(keys, rows, significance)
-        self.counts.applied += len(keys)
-        self.counts.made += len(absent)
 
-    def _units(self, table: TrainedTable, step: Step, pushes: Mapping[int, Push]) -> list[_Unit]:
+    def _units(self, table: TrainedTable, step: Step, pushes: Mapping[int, Push]) -> list[Unit]:
         """What the optimiser takes one after another in this step."""
         brought: list[tuple[U64, F32]] = []
         rates: list[float] = []
@@ -245,64 +238,18 @@ class TrainingRows:
             brought, rates = [(keys, gradients)], [next((rate for rate in rates if rate == rate), float("nan"))]
         elif not step.summed:
             brought = [aggregate([keys], [gradients]) for keys, gradients in brought]
-        return [_Unit(keys, gradients, rate, step.partitions) for (keys, gradients), rate in zip(brought, rates, strict=True)]
+        return [Unit(keys, gradients, rate, step.partitions) for (keys, gradients), rate in zip(brought, rates, strict=True)]
 
-    def _admitted(self, unit: _Unit, keys: U64, stamps: U64, admission: Admission) -> _Unit:
+    def _admitted(self, unit: Unit, stamps: U64, admission: Admission) -> Unit:
         """The same without the keys that there are no rows of and that were not pushed often enough."""
-        fresh = np.flatnonzero(stamps[np.searchsorted(keys, unit.keys)] == 0)
+        fresh = np.flatnonzero((stamps if unit.places is None else stamps[unit.places]) == 0)
         admitted = admission.admit(np.ascontiguousarray(unit.keys[fresh]))
         if admitted is None:
             return unit
         stays = np.ones(len(unit.keys), np.bool_)
         stays[fresh[~admitted]] = False
         self.counts.not_admitted += int(np.count_nonzero(~admitted))
-        return _Unit(unit.keys[stays], unit.gradients[stays], unit.rate, unit.partitions)
-
-    def _state(self, table: TrainedTable, keys: U64, rows: F32, before: list[Before]) -> F32:
-        """float32[n, state_dim] of these rows."""
-        if not table.state_dim:
-            return np.empty((len(keys), 0), np.float32)
-        name = table.name + STATE_SUFFIX
-        state, stamps = self.reader.lookup(name, keys, stamps=True)
-        there = stamps != 0
-        before.append(Before(name, keys, state.copy(), there))
-        if len(absent := np.flatnonzero(~there)):
-            kernels.put_rows(state, table.optimizer.initial_state(rows[absent]), absent)
-        return state
-
-    def _update(
-        self,
-        table: TrainedTable,
-        keys: U64,
-        rows: F32,
-        state: F32,
-        unit: _Unit,
-        significance: F32,
-        step_of: dict[int, int],
-    ) -> None:
-        """Let the optimiser take one step over the rows of a unit."""
-        rate = unit.rate / table.rate if unit.rate == unit.rate else 1.0
-        if step_of:
-            for partition in unit.partitions:
-                step_of[partition] += 1
-        steps = {step_of.get(partition, 1) for partition in unit.partitions}
-        if len(steps) == 1 and len(unit.keys) == len(keys):  # ascending both, so the same
-            table.optimizer.apply(rows, state, unit.gradients, step=steps.pop(), rate=rate)
-            significance += _norms(unit.gradients)
-            return
-        places = np.searchsorted(keys, unit.keys)
-        kernels.add_weights(unit.gradients, places, significance)
-        belongs = None if len(steps) == 1 else self.model.partition_of(unit.keys)
-        for number in sorted(steps):
-            chosen = np.ones(len(places), np.bool_)
-            if belongs is not None:  # partitions of a push that was divided have had different numbers of steps
-                chosen = np.isin(belongs, [partition for partition in unit.partitions if step_of[partition] == number])
-            some = places[chosen]
-            moved, kept = rows[some], state[some]
-            table.optimizer.apply(moved, kept, np.ascontiguousarray(unit.gradients[chosen]), step=number, rate=rate)
-            kernels.put_rows(rows, moved, some)
-            if table.state_dim:
-                kernels.put_rows(state, kept, some)
+        return Unit(unit.keys[stays], unit.gradients[stays], unit.rate, unit.partitions)
 
     def _count_steps(
         self, table: TrainedTable, steps: Sequence[Step], prepared: Prepared, before: list[Before]
@@ -327,14 +274,6 @@ class TrainingRows:
         prepared.columns.append((name, keys, words_of(now), np.zeros(len(keys), np.float32)))
         return dict(zip(ordered, had.tolist(), strict=True))
 
-    def _finite(
-        self, table: TrainedTable, keys: U64, rows: F32, state: F32, significance: F32, before: list[Before]
-    ) -> tuple[U64, F32, F32, F32]:
-        """Without the rows that the step made infinite or no number: they stay as they are."""
-        good = np.isfinite(rows).all(axis=1) & np.isfinite(state).all(axis=1)
-        self.counts.not_finite += int(np.count_nonzero(~good))
-        return keys[good], rows[good], state[good], significance[good]
-
     def _prepare_marks(self, marks: Sequence[Mark], prepared: Prepared, before: list[Before]) -> None:
         """The marks as rows: of two of one worker in one partition the last one counts."""
         last = {(mark.partition, mark.worker): mark for mark in marks}
@@ -347,17 +286,3 @@ class TrainingRows:
         prepared.columns.append(
             (MARKS_TABLE, keys, words_of(numbers).reshape(len(keys), MARK_DIM), np.zeros(len(keys), np.float32))
         )
-
-
-def _norms(gradients: F32) -> F32:
-    out = np.empty(len(gradients), np.float32)
-    kernels.weights_of(gradients, out)
-    return out
-
-
-def _all_keys(units: Sequence[_Unit]) -> U64:
-    """uint64[n], ascending, of all units."""
-    if len(units) == 1:
-        return units[0].keys
-    keys: U64 = np.unique(np.concatenate([unit.keys for unit in units])) if units else np.empty(0, np.uint64)
-    return keys

@@ -21,7 +21,8 @@ from ekko.errors import ModelError, PublishError, StoreError
 from ekko.store import layout
 from ekko.store.images import StoreImage
 from ekko.store.kernels.checks import all_below
-from ekko.train.server.rows import ATTACH_S, PUBLISH_S, WEIGHT_MAX, Changed, TrainingRows
+from ekko.train.server.arithmetic import WEIGHT_MAX
+from ekko.train.server.rows import ATTACH_S, PUBLISH_S, Changed, TrainingRows
 from ekko.train.step import Step as PublishedStep
 
 U64 = NDArray[np.uint64]
