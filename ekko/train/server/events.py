@@ -102,7 +102,8 @@ class ViewChanged:
     """What our node knows now of the nodes of all servers that it ever heard of, our own included.
 
     The first one comes before any other event, and once our node has joined (is ready): so it tells of every life that was
-    there before this one.
+    there before this one. Before it, what the process before us has on record (see `Apply`) is published as it was: later,
+    somebody else may act for those partitions, since we release what we do not act for.
     """
 
     lives: tuple[NodeLife, ...]
@@ -244,9 +245,8 @@ class Serve:
 class Load:
     """Get ready to act for these partitions. Answered with `Loaded`.
 
-    In this order: rows of a step that did not become durable are published as they are on record (see `Apply`); all that our
-    node has of these partitions is at every other holder (as in `AwaitDurable`); then the marks are read. Nothing else is
-    applied in these partitions meanwhile.
+    In this order: all that our node has of these partitions is at every other holder (as in `AwaitDurable`); then the marks are
+    read. Nothing else is applied in these partitions meanwhile.
     """
 
     partitions: tuple[int, ...]

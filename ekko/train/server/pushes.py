@@ -8,7 +8,7 @@ from ekko.train.server import events as e
 from ekko.train.server import wire as w
 from ekko.train.server.core import Core
 from ekko.train.server.pending import ANSWERS_MAX, Push, Waiter
-from ekko.train.server.tracks import Track
+from ekko.train.server.tracks import Partition, Track
 
 
 class Pushes:
@@ -46,11 +46,11 @@ class Pushes:
         parts = [core.partitions[number] for number in asked.partitions]
         if core.is_dropped(asked.ask, worker, parts):
             return None
-        if any(part.life_of(worker) != asked.life for part in parts):
+        if not all(self._is_of_life(part, asked) for part in parts):
             core.fail(asked.ask, w.HELLO, f"worker {worker} has not said hello for these partitions")
             return None
         left = {part.number for part in parts if self._is_new(part.track(worker), asked.number)}
-        if any(asked.number > core.partitions[number].track(worker).accepted + 1 for number in left):
+        if not all(self._is_next(core.partitions[number].track(worker), asked.number) for number in left):
             core.fail(asked.ask, w.GAP, f"push {asked.number} of worker {worker} is not the next one")
             return None
         crowded = len(core.pending.waiters_of(worker)) >= ANSWERS_MAX
@@ -58,6 +58,13 @@ class Pushes:
             core.fail(asked.ask, w.BUSY, f"too much of worker {worker}, or of all, waits here: send it again in a moment")
             return None
         return left
+
+    def _is_of_life(self, partition: Partition, asked: e.PushAsked) -> bool:
+        """Whether the life of its worker is recorded where the push goes."""
+        return partition.life_of(asked.worker) == asked.life
+
+    def _is_next(self, track: Track, number: int) -> bool:
+        return number == track.accepted + 1
 
     def _is_new(self, track: Track, number: int) -> bool:
         return number > track.accepted

@@ -16,7 +16,7 @@ from ekko.train.server.primaries import ASK_AGAIN_MS, Begin, Effect, End, Primar
 from ekko.train.server.wire import Released, ServerLife
 from tests.conftest import PROFILE
 
-SEEDS = 2_000 if PROFILE == "long" else 120
+SEEDS = 2_000 if PROFILE == "long" else 80
 STEPS = 220
 
 
