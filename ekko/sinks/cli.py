@@ -28,7 +28,9 @@ def sink(
     target: Annotated[
         str,
         typer.Argument(
-            help="redis://HOST:PORT/DATABASE, or MODULE:FUNCTION of yours that returns an ekko.serve.Sink.", metavar="TARGET"
+            help="redis://HOST:PORT/DATABASE, or MODULE:FUNCTION of yours that returns an ekko.serve.Sink.",
+            metavar="TARGET",
+            envvar="EKKO_SINK_TARGET",  # where a password in it is not for all to see
         ),
     ],
     config: Annotated[Path | None, typer.Option("--config", "-c", help="The node's TOML file.", metavar="FILE")] = None,

@@ -225,4 +225,4 @@ def _connect(url: str) -> Any:
             url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0)
         )
     except ValueError as error:
-        raise ConfigError(f"{url!r} is no address of a redis: expected redis://HOST:PORT/DATABASE ({error})") from None
+        raise ConfigError(f"no address of a redis ({error}): expected redis://[USER:PASSWORD@]HOST:PORT/DATABASE") from None

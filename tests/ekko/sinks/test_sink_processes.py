@@ -164,7 +164,7 @@ def make_nothing() -> None:
         (["ctr", "redis://x", "--run-dir", ".", "--config", "x"], "give either --config FILE or --run-dir DIR"),
         (["ctr", "redis://x"], "give either --config FILE or --run-dir DIR"),
         (["ctr", "mongo", "--run-dir", "."], "'mongo' is no sink: expected redis://HOST:PORT/DATABASE, or MODULE:FUNCTION"),
-        (["ctr", "redis://x:port/0", "--run-dir", "."], "is no address of a redis"),
+        (["ctr", "redis://x:port/0", "--run-dir", "."], "no address of a redis"),
         (["ctr", "no.such:thing", "--run-dir", "."], "'no.such:thing' cannot be loaded: No module named 'no'"),
         (["ctr", f"{__name__}:no_such", "--run-dir", "."], "cannot be loaded"),
         (["ctr", f"{__name__}:make_nothing", "--run-dir", "."], "returned a NoneType: expected an ekko.serve.Sink"),
