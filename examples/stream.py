@@ -58,7 +58,8 @@ class Stream:
 
 
 def arguments(description: str | None) -> argparse.Namespace:
-    """What the examples are called with."""
+    """What the examples are called with; and one thread for torch: of steps as small as these, two wait for each other most."""
+    torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("node", help="local endpoint of a training node, such as tcp://127.0.0.1:7700")
     parser.add_argument("servers", nargs="*", help="parameter_server.py: endpoints of parameter servers")

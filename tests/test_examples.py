@@ -39,7 +39,10 @@ SAME, SAME_BUT_UNSEEN = 0.003, 0.01
 def compare() -> Iterator[ModuleType]:
     """The module that runs the examples; they import what lies beside them."""
     sys.path.insert(0, str(EXAMPLES))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield importlib.import_module("compare")
+    torch.set_num_threads(threads)
     sys.path.remove(str(EXAMPLES))
     for name in ("compare", "stream"):
         sys.modules.pop(name, None)
