@@ -5,6 +5,9 @@ processor time that worker, servers and nodes spend together, in rounds that alt
 RPC, and on Redis a write of rows that somebody else has computed. Only ekko's becomes a version of the row with a stamp, and is
 stored in a training model beside the one that is served; it would be sent to those who serve, of whom there are none here.
 
+    ekko              the worker is on the machine of the server, as all workers here are, and pulls in its node's memory;
+                      Redis has a Unix socket, and TensorPipe shared memory, for such workers
+    ekko_wire         the worker pulls over TCP, as it would from another machine
     workers_4_vs_1    steps a second of 4 workers against 1, each of which pulls, computes for 5 ms (sleeps), pushes, and waits
                       for the answer before its next step
 """
@@ -66,6 +69,7 @@ def _compared(measured: dict[str, dict[str, list[float]]]) -> dict[str, Figure]:
     """The gated figures; a ratio is the median over rounds, and of pulls and pushes the one that is worse."""
     ours = measured["ekko"]
     figures: dict[str, Figure] = {f"{kind}_rows_per_s": statistics.median(ours[kind]) for kind in KINDS}
+    figures["pull_wire_rows_per_s"] = statistics.median(measured["ekko_wire"]["pull"])
     for figure, side, missing in (
         ("vs_redis_pipeline", "redis", absent("redis")),
         ("vs_torch_rpc", "torch_rpc", absent_rpc()),
@@ -79,12 +83,14 @@ def _compared(measured: dict[str, dict[str, list[float]]]) -> dict[str, Figure]:
         }
         figures[figure] = min(ratios.values())
         figures |= {f"{kind}_{figure}": ratio for kind, ratio in ratios.items()}
+        wire = zip(measured["ekko_wire"]["pull"], measured[side]["pull"], strict=True)
+        figures[f"pull_wire_{figure}"] = statistics.median(a / b for a, b in wire)
     return figures
 
 
 def _rounds(load: RowLoad, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Rows for each second of processor time, by side and kind, in rounds that alternate; the first one is for warming up."""
-    makers = {"ekko": ekko_worker}
+    makers = {"ekko": ekko_worker_beside, "ekko_wire": ekko_worker}
     makers |= {} if absent("redis") else {"redis": redis_worker}
     makers |= {} if absent_rpc() else {"torch_rpc": torch_worker}
     measured: dict[str, dict[str, list[float]]] = {side: {kind: [] for kind in KINDS} for side in makers}
@@ -124,11 +130,21 @@ def training_node(rows: int) -> Iterator[tuple[NodeProcess, str]]:
 
 @contextmanager
 def ekko_worker(load: RowLoad) -> Iterator[Worker]:
-    """A training node with its server, and a worker."""
-    with training_node(load.table_rows) as (node, endpoint):
-        children = Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text().split()
-        with Worker(load, Ekko, (endpoint, MODEL, 0, load.depth), [node.pid, *map(int, children)]) as worker:
-            yield worker
+    """A training node with its server, and a worker, which pulls over the wire."""
+    with training_node(load.table_rows) as (node, endpoint), _worker(load, node, endpoint, None) as worker:
+        yield worker
+
+
+@contextmanager
+def ekko_worker_beside(load: RowLoad) -> Iterator[Worker]:
+    """The same; the worker pulls in the node's memory, since it is on the same machine."""
+    with training_node(load.table_rows) as (node, endpoint), _worker(load, node, endpoint, str(node.run_dir)) as worker:
+        yield worker
+
+
+def _worker(load: RowLoad, node: NodeProcess, endpoint: str, run_dir: str | None) -> Worker:
+    children = Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text().split()
+    return Worker(load, Ekko, (endpoint, MODEL, 0, load.depth, run_dir), [node.pid, *map(int, children)])
 
 
 def _workers(quick: bool) -> dict[str, Figure]:

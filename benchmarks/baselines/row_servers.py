@@ -176,12 +176,12 @@ class TorchRPC:
 
 
 class Ekko:
-    """Rows on ekko's parameter servers."""
+    """Rows on ekko's parameter servers; with `run_dir` they are pulled in the memory of the node there."""
 
-    def __init__(self, endpoint: str, model: str, worker: int, depth: int) -> None:
+    def __init__(self, endpoint: str, model: str, worker: int, depth: int, run_dir: str | None = None) -> None:
         from ekko.train import Client
 
-        self._client = Client([endpoint], model, worker, outstanding=depth)
+        self._client = Client([endpoint], model, worker, outstanding=depth, run_dir=run_dir)
         self._table = next(iter(self._client.tables))
 
     def prepare(self, batches: Sequence[U64]) -> None:

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Final, Protocol, Self
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ekko.errors import ConfigError, EkkoError, ModelError, NodeUnreachable, PublishError
 from ekko.model import CODEC_DEFAULT, check_name
 from ekko.train.arguments import keys_of, rows_of
+from ekko.train.beside import Beside
 from ekko.train.outstanding import Outstanding
 from ekko.train.requests import Pulling
 from ekko.train.server import wire as w
@@ -39,6 +40,8 @@ OUTSTANDING_DEFAULT: Final = 4
 OUTSTANDING_MAX: Final = 1_024
 # Pulls that were begun and are not answered. A caller that begins more has lost count of them.
 PULLS_MAX: Final = 256
+# Calls that need no answer look for those of pushes no more often than so.
+HEAR_S: Final = 0.01
 # A poll ends at the latest then, so that Ctrl-C is heard.
 POLL_S_MAX: Final = 1.0
 
@@ -54,9 +57,13 @@ class GradientSource(Protocol):
 class Pull:
     """Rows that are on their way, made by `Client.pull_async`."""
 
-    def __init__(self, client: "Client", pulling: Pulling) -> None:
+    def __init__(
+        self, client: "Client", pulling: Pulling | None, rows: dict[str, F32], missing: Mapping[str, NDArray[np.int64]]
+    ) -> None:
         self._client = client
-        self._pulling = pulling
+        self._pulling = pulling  # None: nothing of it is
+        self._rows = rows  # those that were here already, and places for the `missing`
+        self._missing = missing
 
     def result(self) -> dict[str, F32]:
         """Table -> float32[n, dim], in the order of the keys; waits for them.
@@ -64,11 +71,18 @@ class Pull:
         Raises:
             EkkoError: as `Client.pull`.
         """
-        return self._client._result(self._pulling)  # noqa: SLF001
+        if self._pulling is not None:
+            pulled = self._client._result(self._pulling)  # noqa: SLF001
+            self._pulling = None
+            for table, at in self._missing.items():
+                self._rows[table][at] = pulled.pop(table)
+            self._rows |= pulled
+        return self._rows
 
     def cancel(self) -> None:
         """Forget it: nobody wants the rows any more."""
-        self._client._cancel(self._pulling)  # noqa: SLF001
+        if self._pulling is not None:
+            self._client._cancel(self._pulling)  # noqa: SLF001
 
 
 class Client:
@@ -83,6 +97,8 @@ class Client:
         average: gradients count divided by the number of workers, as `DistributedDataParallel` has it; else they are added up.
         key_file, allow: this worker's secret key, and the folder of the servers' public keys, as in a node's `[security]`; for
             servers beyond this machine they have to be given.
+        run_dir: of a training node on this machine that holds the model's partitions: in mode "async" rows are read in its
+            shared memory, and only those that are not there are asked for. Else it has no effect.
 
     Raises:
         NodeUnreachable: no server answers, or none acts for all partitions, within `timeout`.
@@ -101,6 +117,7 @@ class Client:
         average: bool = False,
         key_file: str | Path | None = None,
         allow: str | Path | None = None,
+        run_dir: str | Path | None = None,
     ) -> None:
         if isinstance(endpoints, str) or not endpoints:
             raise ConfigError(f"endpoints are {endpoints!r}: expected a list with at least one server's tcp://HOST:PORT")
@@ -116,15 +133,19 @@ class Client:
         self._lock = threading.RLock()
         self._sources: list[weakref.ref[GradientSource]] = []
         self._closed = False
+        self._beside: Beside | None = None
+        self._heard_s = 0.0
         self._asked = Outstanding(model, worker, time.time_ns() // 1_000, tuple(endpoints))
         self._sockets = Sockets(keys_of_worker(endpoints, f"worker-{worker}", key_file, allow, self._asked.node_at))
         try:
             self._wait(lambda: self._asked.joined, "join the servers")
+            settings = self._asked.settings
+            assert settings is not None
+            if run_dir is not None and settings.mode == w.ASYNC:
+                self._beside = Beside(model, run_dir, settings.tables)
         except BaseException:
             self.close()
             raise
-        settings = self._asked.settings
-        assert settings is not None
         self.settings: Final = settings
         self._clock = self._asked.clock
         self._share = np.float32(1 / settings.workers) if average and settings.workers > 1 else None
@@ -150,6 +171,11 @@ class Client:
     def stamp(self) -> int:
         """The largest stamp, in the servers' training model, of pushes that were answered; 0: none."""
         return self._asked.stamp
+
+    @property
+    def requests(self) -> int:
+        """Requests that were sent."""
+        return self._asked.requests
 
     @property
     def retries(self) -> int:
@@ -184,11 +210,19 @@ class Client:
         """
         wanted = {table: self._keys(table, some) for table, some in keys.items()}
         with self._alone():
+            rows: dict[str, F32] = {}
+            missing: dict[str, NDArray[np.int64]] = {}
+            if self._beside is not None and (near := self._beside.rows(wanted)) is not None:
+                rows, missing = near
+                wanted = {table: wanted[table][at] for table, at in missing.items()}
+                if not wanted:
+                    self._hear()
+                    return Pull(self, None, rows, missing)
             if self._asked.pulls >= PULLS_MAX:
                 raise ModelError(f"{PULLS_MAX} pulls were begun and are not answered: take the result() of earlier ones first")
             pulling = self._asked.pull(wanted, self._clock + ahead, time.monotonic())
             self._transmit()
-        return Pull(self, pulling)
+        return Pull(self, pulling, rows, missing)
 
     def _result(self, pulling: Pulling) -> dict[str, F32]:
         with self._alone():
@@ -348,6 +382,14 @@ class Client:
             if not sent:
                 self._asked.unsent(send.number, time.monotonic())
 
+    def _hear(self) -> None:
+        """Take what has come, and send what is due again, without waiting: for calls that need no answer."""
+        if self._asked.pushes and time.monotonic() >= self._heard_s + HEAR_S:
+            self._receive(0)
+            self._heard_s = time.monotonic()
+            self._asked.tick(self._heard_s)
+            self._transmit()
+
     def _receive(self, timeout_ms: int) -> None:
         """Take what has come; wait for the first of it."""
         for endpoint, frames in self._sockets.receive(timeout_ms):
@@ -365,6 +407,8 @@ class Client:
         if os.getpid() != self._pid:
             return  # the sockets are the parent's
         self._sockets.close()
+        if self._beside is not None:
+            self._beside.close()
 
     def __enter__(self) -> Self:
         return self

@@ -86,6 +86,11 @@ class Outstanding:
         return len(self._pushes)
 
     @property
+    def requests(self) -> int:
+        """Requests that were sent."""
+        return self._numbers
+
+    @property
     def pulls(self) -> int:
         """Pulls without a complete answer."""
         return len(self._pulls)
