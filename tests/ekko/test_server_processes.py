@@ -17,14 +17,15 @@ pytestmark = pytest.mark.processes
 
 KEYS = np.arange(200, dtype=np.uint64)
 ONES = np.ones((len(KEYS), 4), np.float32)
-SOON_S = 20.0
+SOON_S = 30.0
+START_S = 120.0  # with kernels that are not compiled yet, on a busy machine
 
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[ServerCluster]:
     with ServerCluster(tmp_path, [NodeSpec("train-1", "home", "train"), NodeSpec("eu-1", "eu")], ServerSpec()) as cluster:
         cluster.start()
-        wait_until(lambda: cluster.all_served, "every partition to be served", SOON_S)
+        wait_until(lambda: cluster.all_served, "every partition to be served", START_S)
         yield cluster
 
 
@@ -33,7 +34,7 @@ def three(tmp_path: Path) -> Iterator[ServerCluster]:
     nodes = [*(NodeSpec(f"train-{number}", "home", "train") for number in (1, 2, 3)), NodeSpec("eu-1", "eu")]
     with ServerCluster(tmp_path, nodes, ServerSpec()) as cluster:
         cluster.start()
-        wait_until(lambda: cluster.all_served, "every partition to be served", SOON_S)
+        wait_until(lambda: cluster.all_served, "every partition to be served", START_S)
         yield cluster
 
 
