@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 import zmq
 
+from ekko.security import generate, read_secret
 from ekko.train.server import wire as w
 from ekko.train.server.coding import decode_answer, encode_request
 from ekko.train.server.schema import partitions_of
+from p2p.transport.curve import KeyPair, demand
 from sim_cluster.processes import LocalCluster, ModelTables, NodeSpec, free_ports
 
 MODEL = "ctr"
@@ -51,7 +54,7 @@ class ServerSpec:
 class ServerCluster(LocalCluster):
     """Nodes, of which those that train have servers."""
 
-    def __init__(self, folder: Path, nodes: Sequence[NodeSpec], spec: ServerSpec) -> None:
+    def __init__(self, folder: Path, nodes: Sequence[NodeSpec], spec: ServerSpec, *, encrypted: bool = False) -> None:
         trainers = [node.id for node in nodes if node.role == "train"]
         self.spec = spec
         self.endpoints = {
@@ -61,6 +64,23 @@ class ServerCluster(LocalCluster):
         for name in trainers:
             with self[name].config_path.open("a") as file:
                 file.write(spec.toml(self.endpoints[name], self.endpoints))
+        self.keys: dict[str, KeyPair] = {}
+        if encrypted:
+            self._encrypt(folder)
+
+    def _encrypt(self, folder: Path) -> None:
+        """Give all nodes keys, and a worker, too."""
+        allow = folder / "allowed_keys"
+        allow.mkdir()
+        for name in (*self.nodes, "worker"):
+            public = generate(folder / f"{name}.key")
+            shutil.move(public, allow / public.name)
+            self.keys[name] = read_secret(folder / f"{name}.key")
+        for name, node in self.nodes.items():
+            with node.config_path.open("a") as file:
+                file.write(
+                    f"[security]\nkey_file = {json.dumps(str(folder / f'{name}.key'))}\nallow = {json.dumps(str(allow))}\n"
+                )
 
     def state(self, node: str) -> dict[str, Any]:
         """What `/status` says of a node's server; empty: nothing yet."""
@@ -85,7 +105,8 @@ class ServerCluster(LocalCluster):
 class Worker:
     """One life of one worker: pushes and pulls, sent where the servers say, again until they are answered."""
 
-    def __init__(self, cluster: ServerCluster, number: int = 0) -> None:
+    def __init__(self, cluster: ServerCluster, number: int = 0, key: str = "worker") -> None:
+        self._key = cluster.keys.get(key)
         self._cluster = cluster
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
@@ -107,6 +128,8 @@ class Worker:
         endpoint = self._cluster.endpoints[node]
         if endpoint not in self._sockets:
             self._sockets[endpoint] = self._context.socket(zmq.DEALER)
+            if self._key is not None:
+                demand(self._sockets[endpoint], self._key, self._cluster.keys[node].public)
             self._sockets[endpoint].connect(endpoint)
         socket, number = self._sockets[endpoint], next(self._numbers)
         socket.send_multipart(encode_request(number, request))

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zmq
 from server_cluster import MODEL, ServerCluster, ServerSpec, Worker
 
 import ekko
 from ekko.model import training_name
+from ekko.train.server import wire as w
+from p2p.transport.curve import KeyPair
 from sim_cluster.processes import NodeSpec, wait_until
 
 pytestmark = pytest.mark.processes
@@ -36,6 +39,28 @@ def three(tmp_path: Path) -> Iterator[ServerCluster]:
         cluster.start()
         wait_until(lambda: cluster.all_served, "every partition to be served", START_S)
         yield cluster
+
+
+def test_with_keys_only_who_has_one_is_heard(tmp_path: Path) -> None:
+    nodes = [NodeSpec("train-1", "home", "train"), NodeSpec("train-2", "home", "train")]
+    with ServerCluster(tmp_path, nodes, ServerSpec(), encrypted=True) as cluster:
+        cluster.start()
+        wait_until(lambda: cluster.all_served, "servers to have asked each other", START_S)
+        stranger = {**cluster.keys, "worker": KeyPair(*(key.decode() for key in zmq.curve_keypair()))}
+        with Worker(cluster) as worker:
+            worker.push(KEYS, ONES)
+            assert (worker.pull(KEYS) == -0.5).all()
+        known, cluster.keys = cluster.keys, stranger
+        with Worker(cluster) as worker:
+            assert worker.ask("train-1", w.WhoServes(MODEL), 1.0) is None
+        cluster.keys = {}
+        with Worker(cluster) as worker:
+            assert worker.ask("train-1", w.WhoServes(MODEL), 1.0) is None
+        cluster.keys = known
+        wait_until(lambda: cluster["train-1"].status()["server"]["strangers"], "the stranger to be counted", SOON_S)
+        (tmp_path / "allowed_keys" / "worker.pub").unlink()
+        with Worker(cluster) as worker:
+            wait_until(lambda: worker.ask("train-1", w.WhoServes(MODEL), 0.3) is None, "the worker to be cut off", SOON_S)
 
 
 def served(cluster: ServerCluster, node: str) -> np.ndarray:
