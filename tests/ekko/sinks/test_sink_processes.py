@@ -81,66 +81,87 @@ def fill(publisher: ekko.Publisher, value: float, keys: np.ndarray[tuple[int], n
     publisher.wait(stamp, "all", TIMEOUT_S)
 
 
+class Pair:
+    """serve-1, and Redis, which `ekko sink` keeps as it is."""
+
+    def __init__(self, cluster: LocalCluster, rows: RedisRows) -> None:
+        self._node = cluster["serve-1"]
+        self._rows = rows
+
+    def same(self, value: float) -> bool:
+        """Rows and stamps of all keys; and the last key has what was published last."""
+        try:
+            with closing(ekko.Reader("ctr", self._node.run_dir)) as reader:
+                for table in reader.tables:
+                    mine, stamps = reader.lookup(table, KEYS, stamps=True)
+                    theirs, their_stamps = self._rows.lookup(table, KEYS)
+                    if not ((mine == theirs).all() and (stamps == their_stamps).all() and theirs[-1, 0] == value):
+                        return False
+        except ModelError:  # a table has not been told of yet, or the node has just begun
+            return False
+        return True
+
+    def wait(self, value: float, what: str) -> None:
+        wait_until(lambda: self.same(value), what, TIMEOUT_S)
+
+
 def test_redis_is_as_the_node_is_whoever_is_killed(redis_url: str, tmp_path: Path) -> None:
-    with LocalCluster(tmp_path / "cluster", NODES, models=MODELS) as cluster, closing(RedisRows(redis_url, "ctr")) as rows:
+    with (
+        LocalCluster(tmp_path / "cluster", NODES[:2], models=MODELS) as cluster,
+        closing(RedisRows(redis_url, "ctr")) as rows,
+    ):
         cluster.start()
-        train, serve = cluster["train-1"], cluster["serve-1"]
-
-        def same(value: float) -> bool:
-            """Rows and stamps of all keys; and most of them are what was published last."""
-            try:
-                with closing(ekko.Reader("ctr", serve.run_dir)) as reader:
-                    for table in reader.tables:
-                        mine, stamps = reader.lookup(table, KEYS, stamps=True)
-                        theirs, their_stamps = rows.lookup(table, KEYS)
-                        if not ((mine == theirs).all() and (stamps == their_stamps).all() and theirs[-1, 0] == value):
-                            return False
-            except ModelError:  # a table has not been told of yet, or the node has just begun
-                return False
-            return True
-
-        def arrived(value: float, what: str) -> None:
-            wait_until(lambda: same(value), what, TIMEOUT_S)
-
+        train, serve, pair = cluster["train-1"], cluster["serve-1"], Pair(cluster, rows)
         with ekko.Publisher(train.local, model="ctr") as publisher, Process(cluster, redis_url, tmp_path) as sink:
             fill(publisher, 1.0)
-            arrived(1.0, "the first state")
+            pair.wait(1.0, "the first state")
             publisher.delete("item", KEYS[:50])
             fill(publisher, 2.0, KEYS[40:])
-            arrived(2.0, "updates and deletions")
-            time.sleep(0.5)
-            moment = datetime.now(UTC).isoformat()
-            time.sleep(0.5)
-            fill(publisher, -1_000.0)
-            arrived(-1_000.0, "what was wrong")
-            arguments = ["rollback", "ctr", "--to", moment, "--yes", "--http", cluster["wit-1"].http, "--json"]
-            assert CliRunner().invoke(app, arguments).exit_code == 0
-            arrived(2.0, "the rollback")
-            assert publisher.restored()
+            pair.wait(2.0, "updates and deletions")
             sink.kill()
             fill(publisher, 3.0, KEYS[100:])
             publisher.delete("user", KEYS[:10])
             sink.start()
-            arrived(3.0, "what was published while no sink was there")
+            pair.wait(3.0, "what was published while no sink was there")
             serve.kill()
             for table, dim in (("item", 4), ("user", 2)):
                 publisher.publish(table, KEYS, np.full((300, dim), 4.0, np.float32))
             serve.start()
             serve.wait_ready()
-            arrived(4.0, "what came after the node's kill")
+            pair.wait(4.0, "what came after the node's kill")
             serve.kill()
             serve.remove_memory()
             serve.start()
             serve.wait_ready()
             fill(publisher, 5.0, KEYS[200:])
-            arrived(5.0, "what came after the node's memory was lost")
+            pair.wait(5.0, "what came after the node's memory was lost")
             with closing(redis.Redis.from_url(redis_url)) as server:
                 server.flushall()
             publisher.publish("item", KEYS[:1], np.full((1, 4), 6.0, np.float32))
-            arrived(5.0, "all of it again, in an empty redis")
+            pair.wait(5.0, "all of it again, in an empty redis")
             said = sink.stop()
             assert said["model"] == "ctr"
             assert said["retries"]
+
+
+@pytest.mark.long
+def test_a_rollback_goes_through(redis_url: str, tmp_path: Path) -> None:
+    with LocalCluster(tmp_path / "cluster", NODES, models=MODELS) as cluster, closing(RedisRows(redis_url, "ctr")) as rows:
+        cluster.start()
+        pair = Pair(cluster, rows)
+        with ekko.Publisher(cluster["train-1"].local, model="ctr") as publisher, Process(cluster, redis_url, tmp_path):
+            fill(publisher, 2.0)
+            pair.wait(2.0, "what is right")
+            time.sleep(0.5)
+            moment = datetime.now(UTC).isoformat()
+            time.sleep(0.5)
+            fill(publisher, -1_000.0)
+            publisher.delete("user", KEYS[:10])
+            pair.wait(-1_000.0, "what is wrong")
+            arguments = ["rollback", "ctr", "--to", moment, "--yes", "--http", cluster["wit-1"].http, "--json"]
+            assert CliRunner().invoke(app, arguments).exit_code == 0
+            pair.wait(2.0, "the rollback")
+            assert rows.lookup("user", KEYS)[0].min() == 2.0
 
 
 # --- the command's words --------------------------------------------------------------------------------------------------
