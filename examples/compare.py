@@ -9,6 +9,7 @@ has in its shared memory once the example has ended.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -68,7 +69,8 @@ class Cluster(LocalCluster):
         command = [sys.executable, *STYLES[style], self["train-1"].local]
         command += [self.server] if style == "parameter_server" else []
         command += ["--model", model, "--seed", str(seed), *([] if events is None else ["--events", str(events)])]
-        subprocess.run(command, cwd=HERE, check=True, timeout=TIMEOUT_S)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # which torchrun would set, with a warning
+        subprocess.run(command, cwd=HERE, check=True, timeout=TIMEOUT_S, env=environment)
         return model
 
 

@@ -1,5 +1,6 @@
 """The documentation is run: its files are valid, and the tutorial does what it says, on real nodes."""
 
+import inspect
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from ekko.config.sections import (
 )
 from ekko.http import make_app
 from ekko.store import Store
+from ekko.torch import track
 from sim_cluster.processes import free_ports, wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -87,11 +89,18 @@ def test_the_reference_lists_every_path_of_the_server() -> None:
     assert listed == {route.path for route in make_app(Mock()).routes if isinstance(route, Route)}
 
 
-def test_python_in_the_readme_compiles() -> None:
-    texts = [text for _, text in blocks("README.md", "python")]
+def test_the_reference_lists_every_argument_of_track() -> None:
+    text = (ROOT / "docs/reference/training.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|", text.partition("| argument | meaning |")[2].partition("\n\n")[0], re.M)
+    assert sorted(listed) == sorted(inspect.signature(track).parameters)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/reference/training.md"])
+def test_python_in_a_document_compiles(document: str) -> None:
+    texts = [text for _, text in blocks(document, "python")]
     assert len(texts) >= 2
     for text in texts:
-        compile(text, "README.md", "exec")
+        compile(text, document, "exec")
 
 
 @pytest.mark.processes
