@@ -12,6 +12,7 @@ Serving side: `EmbeddingBag(reader, "item")` stands where `torch.nn.EmbeddingBag
 
 from ekko.serve.embedding_bag import EmbeddingBag
 from ekko.torch.checkpoint import Checkpoint, Resumed, checkpoint_hook
+from ekko.torch.key_map import KeyMap
 from ekko.torch.outbox import Counts, PublishStep, StepPublisher
 from ekko.torch.reloading import Reloaded
 from ekko.torch.server_bag import PSEmbeddingBag, prefetched, push_after
@@ -21,6 +22,7 @@ __all__ = [
     "Checkpoint",
     "Counts",
     "EmbeddingBag",
+    "KeyMap",
     "PSEmbeddingBag",
     "PublishStep",
     "Reloaded",

@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 
 from ekko.store.kernels.due import copy_rows
 from ekko.torch.due import DueRows
+from ekko.torch.key_map import KeyMap
 from ekko.torch.modules import Table, optimizers_of
 
+U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 
@@ -43,13 +45,15 @@ class TrackedTable:
         name: of the table.
         module: holds its weight.
         optimizers: all that are tracked.
+        keys: which key each row has; None: its number.
 
     Raises:
         ModelError: no optimizer trains the weight.
     """
 
-    def __init__(self, name: str, module: Table, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(self, name: str, module: Table, optimizers: Sequence[Optimizer], keys: KeyMap | None = None) -> None:
         self.name = name
+        self.key_map = keys
         self._module = module
         self._slots = module._parameters  # noqa: SLF001 - attributes of modules are slow, and this is each step's
         self.due = DueRows(len(self.weight))
@@ -81,7 +85,8 @@ class TrackedTable:
     @property
     def is_due(self) -> bool:
         """Whether there may be anything to send."""
-        return bool(self.due.count or self._pending or self._norms is not None or self._unseen)
+        freed = self.key_map is not None and self.key_map.has_freed
+        return bool(self.due.count or self._pending or self._norms is not None or self._unseen or freed)
 
     @property
     def bytes_due(self) -> int:
@@ -130,6 +135,7 @@ class TrackedTable:
         if not pending and norms is None:
             return
         with self._lock:
+            self._fit()
             if pending:
                 self.due.add_gradients(pending, zeros=self._moves_zeros)
             if norms is not None:
@@ -145,6 +151,7 @@ class TrackedTable:
         """Rows were changed by somebody else than the optimizers: int64[n]."""
         self.says_significance = False
         with self._lock:
+            self._fit()
             self.due.add(ids, np.zeros(len(ids), np.float32))
 
     def mark_all(self) -> None:
@@ -159,8 +166,34 @@ class TrackedTable:
         """Take due rows, at most `limit`: their numbers and what they weigh; `give_back` or `sent` is called next."""
         self.settle()
         with self._lock:
+            self._fit()
             self._compare_some(limit is None)
-            return self.due.take(limit)
+            ids, weights = self.due.take(limit)
+        if self.key_map is None:
+            return ids, weights
+        chosen = self.key_map.in_use(ids)
+        return ids[chosen], weights[chosen]
+
+    def live(self, ids: I64) -> I64:
+        """Rows that have a key."""
+        return ids if self.key_map is None else ids[self.key_map.in_use(ids)]
+
+    def give_back_freed(self, keys: U64) -> None:
+        """Keys that were to be deleted were not."""
+        if self.key_map is not None:
+            self.key_map.give_back(keys)
+
+    def take_freed(self) -> U64:
+        """uint64[n]: keys that are to be deleted."""
+        return np.empty(0, np.uint64) if self.key_map is None else self.key_map.take_freed()
+
+    def keys_of(self, ids: I64) -> U64:
+        """uint64[n]: keys of rows."""
+        return ids.view(np.uint64) if self.key_map is None else self.key_map.keys_of(ids)
+
+    def rows_of(self, keys: U64) -> I64:
+        """int64[n]: rows of keys, or numbers that are none."""
+        return keys.view(np.int64) if self.key_map is None else self.key_map.find(keys)
 
     def give_back(self, ids: I64, weights: F32) -> None:
         """Rows that were taken were not sent."""
@@ -179,6 +212,12 @@ class TrackedTable:
         if self._known is not None:
             chosen = self._on_device(ids)
             self._known.index_copy_(0, chosen, self.weight.detach().index_select(0, chosen))
+
+    def drop(self, ids: I64) -> None:
+        """Nothing is due of rows any more."""
+        self.settle()
+        with self._lock:
+            self.due.drop(ids)
 
     def holds(self, module: object) -> bool:
         """Whether this is the table of a module."""
@@ -219,6 +258,16 @@ class TrackedTable:
             self._place = end
             self._unseen -= end - begin
             count -= end - begin
+
+    def _fit(self) -> None:
+        """Have an entry for each row of a table that grew."""
+        weight = self.weight
+        if (rows := len(weight)) == self.due.rows:
+            return
+        self.due.grow(rows)
+        if self._known is not None:  # no row is equal to what is no number
+            new = self._known.new_full((rows - len(self._known), weight.shape[1]), float("nan"))
+            self._known = torch.cat([self._known, new])
 
     def _bind(self) -> None:
         """Find the weight's settings in its optimizers."""

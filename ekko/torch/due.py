@@ -35,6 +35,11 @@ class DueRows:
         self.count_max = 0
 
     @property
+    def rows(self) -> int:
+        """How many the table has."""
+        return len(self._weights)
+
+    @property
     def nbytes(self) -> int:
         """Memory that this takes; it stays the same while rows become due."""
         return self._weights.nbytes + self._blocks.nbytes

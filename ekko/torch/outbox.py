@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,13 @@ class PublishStep(Protocol):
     def publish(self, table: str, keys: U64, rows: F32, significance: F32 | None = None) -> None: ...
 
     def publish_dense(self, name: str, array: F32) -> None: ...
+
+
+@runtime_checkable
+class DeletingStep(Protocol):
+    """What it asks beyond that where tables grow, and keys are freed."""
+
+    def delete(self, table: str, keys: U64) -> None: ...
 
 
 class StepPublisher(Protocol):
@@ -79,6 +86,7 @@ class Batch:
 
     parts: list[Part] = field(default_factory=list)
     version: dict[str, F32] | None = None  # of the dense parameters
+    deletes: list[tuple[TrackedTable, U64]] = field(default_factory=list)
 
 
 class Outbox:
@@ -119,19 +127,22 @@ class Outbox:
         Dense parameters go with all rows that are due: beside rows that are still to come they would be newer than those. While
         more is due than a copy may have they are put off, and after `PUT_OFF_MAX` batches they take all of it along.
         """
-        parts = []
+        parts: list[Part] = []
+        deletes: list[tuple[TrackedTable, U64]] = []
         dense_goes = self._dense.due and self._all_may_go(bytes_max)
         room = None if dense_goes else bytes_max
         for table in self._tables:
             if not table.is_due:
                 continue
             row_bytes = 4 * table.weight.shape[1]
+            if len(freed := table.take_freed()):
+                deletes.append((table, freed))
             ids, weights = table.take(None if room is None else max(1, room // row_bytes))
             if len(ids):
-                parts.append(Part(table, ids, weights, ids.view(np.uint64), table.rows(ids)))
+                parts.append(Part(table, ids, weights, table.keys_of(ids), table.rows(ids)))
                 room = None if room is None else room - len(ids) * row_bytes
         version = self._dense.take() if dense_goes else None
-        return Batch(parts, version) if parts or version is not None else None
+        return Batch(parts, version, deletes) if parts or deletes or version is not None else None
 
     def _all_may_go(self, bytes_max: int | None) -> bool:
         for table in self._tables:
@@ -146,6 +157,9 @@ class Outbox:
         """Publish a batch; what raises here has made it due again."""
         try:
             with self._publisher.step() as step:
+                for table, keys in batch.deletes:
+                    assert isinstance(step, DeletingStep)
+                    step.delete(table.name, keys)
                 for part in batch.parts:
                     said = self._says_significance and part.table.says_significance
                     step.publish(part.table.name, part.keys, part.rows, part.weights if said else None)
@@ -153,6 +167,8 @@ class Outbox:
                     self._dense.add_to(step, batch.version)
         except BaseException:
             self._failures += 1
+            for table, keys in batch.deletes:
+                table.give_back_freed(keys)
             for part in batch.parts:
                 part.table.give_back(part.ids, part.weights)
             if batch.version is not None:
@@ -173,7 +189,8 @@ class Outbox:
             chunk = max(1, bytes_max // (4 * table.weight.shape[1]))
             for begin in range(0, len(table.weight), chunk):
                 ids = np.arange(begin, min(begin + chunk, len(table.weight)), dtype=np.int64)
-                part = Part(table, ids, np.zeros(len(ids), np.float32), ids.view(np.uint64), table.rows(ids))
+                ids = table.live(ids)
+                part = Part(table, ids, np.zeros(len(ids), np.float32), table.keys_of(ids), table.rows(ids))
                 if choice is not None:
                     part = part.of(choice(table.name, part.keys, part.rows))
                 if len(part.ids):

@@ -20,6 +20,7 @@ from ekko.restored import Restored
 from ekko.torch.capture import I64, TrackedTable
 from ekko.torch.dense import DenseParameters
 from ekko.torch.outbox import Outbox
+from ekko.torch.remembered import forget_rows
 
 
 class RestoredRows(Protocol):
@@ -81,28 +82,6 @@ def load_dense(optimizer: Optimizer, value: Tensor, array: NDArray[np.float32]) 
         optimizer.state.pop(value, None)  # begins anew with the next step
 
 
-def forget_rows(optimizer: Optimizer, weight: nn.Parameter, ids: Tensor) -> None:
-    """Have the optimizer's memory of some rows as it was before their first step; that of all others stays.
-
-    Whatever it keeps with an entry for each row: the moments of Adam and SparseAdam, the sums of Adagrad, momentum, averages.
-    """
-    group = next(group for group in optimizer.param_groups if any(value is weight for value in group["params"]))
-    for name, kept in optimizer.state.get(weight, {}).items():
-        if not isinstance(kept, Tensor) or not kept.ndim or kept.shape[0] != weight.shape[0]:
-            continue  # how many steps there were, as a rule
-        begins_with = group.get("initial_accumulator_value", 0) if name == "sum" else 0
-        if kept.is_sparse:  # the momentum of SGD
-            optimizer.state[weight][name] = _without(kept, ids)
-        else:
-            kept.index_fill_(0, ids, float(begins_with))
-
-
-def _without(sparse: Tensor, ids: Tensor) -> Tensor:
-    sparse = sparse.coalesce()
-    kept = ~torch.isin(sparse.indices()[0], ids)
-    return torch.sparse_coo_tensor(sparse.indices()[:, kept], sparse.values()[kept], sparse.shape, check_invariants=False)
-
-
 class Reloader:
     """Loads what rollbacks restored into the tables and dense parameters of one model.
 
@@ -141,7 +120,7 @@ class Reloader:
         loaded: dict[str, int] = {}
         for one in restored:
             if one.table in self._tables:
-                ids = self._load(self._tables[one.table], one)
+                ids = self._load(self._tables[one.table], one.keys, one.rows)
                 loaded[one.table] = loaded.get(one.table, 0) + len(ids)
                 due[one.table] = np.setdiff1d(due[one.table], ids, assume_unique=True)
         read = tuple(name for name in tensors if self._reload_dense(name))
@@ -153,10 +132,11 @@ class Reloader:
             self._reload_rows(self._tables[table], due[table])
         return Reloaded(loaded, read, tuple(name for name in tensors if name not in read), dropped)
 
-    def _load(self, table: TrackedTable, rows: Restored | Rows) -> I64:
+    def _load(self, table: TrackedTable, keys: NDArray[np.uint64], values: NDArray[np.float32]) -> I64:
         """Put the node's rows into a table; int64[n], which these are."""
         first, *others = table.trainers
-        ids = load_rows(first, table.weight, rows)
+        found = table.rows_of(keys)
+        ids = load_rows(first, table.weight, Rows(found.view(np.uint64), values))  # -1, where there is none, is above all
         for other in others:
             forget_rows(other, table.weight, ids)
         loaded: I64 = ids.cpu().numpy()
@@ -168,9 +148,9 @@ class Reloader:
         table.accept(ids)
         if self.reader is None:
             return
-        keys = ids.view(np.uint64)
+        keys = table.keys_of(ids)
         rows, stamps = self.reader.lookup(table.name, keys, stamps=True)
-        self._load(table, Rows(keys[stamps > 0], rows[stamps > 0]))
+        self._load(table, keys[stamps > 0], rows[stamps > 0])
 
     def _reload_dense(self, name: str) -> bool:
         if self.reader is None:

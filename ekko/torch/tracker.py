@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ekko.errors import ModelError, NodeUnreachable
 from ekko.torch.capture import I64, TrackedTable
 from ekko.torch.dense import DenseParameters
+from ekko.torch.key_map import KeyMap, key_maps
 from ekko.torch.modules import found_tables, unwrapped
 from ekko.torch.outbox import Choice, Counts, Outbox, StepPublisher
 from ekko.torch.ranks import divided
@@ -28,6 +29,7 @@ PUBLISH_ALL_BYTES_MAX: Final = 4 << 20
 # What so many steps have set aside is added up before rows are copied, so that the next step need not wait for it.
 SETTLE_STEPS: Final = 16
 FLUSH_S: Final = 30.0
+CLOSE_S: Final = 10.0  # the same where the publisher is closed
 Significance = Literal["gradient", "change"]
 
 
@@ -43,6 +45,7 @@ def track(
     background: bool = True,
     process_group: ProcessGroup | None = None,
     share: float = SHARE,
+    keys: Mapping[str, KeyMap] | None = None,
 ) -> "Tracker":
     """Publish the embedding rows that training changes, whatever the optimizer: those that changed, exactly, and no others.
 
@@ -79,6 +82,8 @@ def track(
         share: of one core's time, that batches in the background may take: more share, more and smaller batches. They come four
             times a second at least.
 
+        keys: module name -> its `ekko.torch.KeyMap`, where rows are numbered as keys come: what is published has these keys.
+
     Returns:
         The handle; `remove()` it, or use it in a `with` block, to publish what is still due and stop.
 
@@ -96,6 +101,7 @@ def track(
         background=background,
         process_group=process_group,
         share=share,
+        keys=keys,
     )
 
 
@@ -115,6 +121,7 @@ class Tracker:
         background: bool = True,
         process_group: ProcessGroup | None = None,
         share: float = SHARE,
+        keys: Mapping[str, KeyMap] | None = None,
     ) -> None:
         if significance not in get_args(Significance):
             raise ModelError(f"significance is {significance!r}: expected 'gradient' or 'change'")
@@ -127,7 +134,8 @@ class Tracker:
             raise ModelError("optimizer is an empty list: expected those that train the model, in the order in which they step")
         self.before_step: Callable[[], None] | None = None  # called before each step; `ekko.torch.checkpoint` sets it
         found = found_tables(model, tables, publisher.tables)
-        self._tables = {name: TrackedTable(name, module, optimizers) for name, module in found.items()}
+        maps = key_maps(keys or {}, tables, found)
+        self._tables = {name: TrackedTable(name, module, optimizers, maps.get(name)) for name, module in found.items()}
         weights = {name: table.weight for name, table in self._tables.items()}
         self._publisher: StepPublisher = divided(publisher, model, weights, process_group)
         self._dense = DenseParameters(unwrapped(model), weights.values(), dense_every, time.monotonic())
@@ -140,6 +148,13 @@ class Tracker:
         self._background = background
         self._waited = False  # whether the thread waited for the end of a rollback, which the trainer is to load
         self._sender = Sender(self._send_some, lambda: self._outbox.is_due, share)
+        for table in self._tables.values():
+            if table.key_map is not None:
+                if self._publisher is not publisher:
+                    raise ModelError(
+                        f"table {table.name!r} has a KeyMap: with several ranks rows would be numbered differently"
+                    )
+                table.key_map.attach(self._gate, table.drop)
         self._hooks: list[Any] = []
         for one in optimizers:
             captured = [table for table in self._tables.values() if one in table.trainers]
@@ -147,8 +162,11 @@ class Tracker:
         for module in found.values():
             if module.max_norm is not None:
                 self._hooks += self._watch(module)
+        self._stays_open: Callable[[], None] | None = None  # a publisher of yours need not know that
         if background:
             self._sender.start()
+            if (before_close := getattr(publisher, "before_close", None)) is not None:
+                self._stays_open = before_close(lambda: self.remove(CLOSE_S))
 
     @property
     def stamp(self) -> int:
@@ -260,6 +278,8 @@ class Tracker:
             hook.remove()
         self._hooks = []
         self._gate.leave()
+        if self._stays_open is not None:
+            self._stays_open()
         if self._sender.runs:
             self._sender.stop()
             self.flush(timeout)

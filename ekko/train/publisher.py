@@ -12,7 +12,7 @@ Within a step the last word on a key counts: of duplicate keys the last row, of 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal, Self
 
@@ -111,6 +111,7 @@ class Publisher:
         self._timeout = float(timeout)
         self._silent_named = True  # whether the node tells whom nobody waited for, as far as we know
         self._connections = Connections(address)
+        self._before_close: dict[int, Callable[[], object]] = {}
         check_name("model", model)
         wanted = None if codec is None else check_codec("model", model, codec)
         self._open = Open(model, tables_wanted(model, tables), shards_of(model, shards), wanted)
@@ -315,9 +316,26 @@ class Publisher:
         assert isinstance(answer, Above), answer
         return answer
 
+    def before_close(self, call: Callable[[], object]) -> Callable[[], None]:
+        """Have something done when this is closed, before it is: publish what is still due. Returns what takes that back."""
+        self._before_close[id(call)] = call
+
+        def take_back() -> None:
+            self._before_close.pop(id(call), None)
+
+        return take_back
+
     def close(self) -> None:
-        """Close the connections. What was published stays published."""
-        self._connections.close()
+        """Close the connections. What was published stays published, and what trackers have still to publish is published now.
+
+        Raises:
+            TimeoutError: that could not be; the connections are closed all the same.
+        """
+        try:
+            while self._before_close:
+                self._before_close.popitem()[1]()
+        finally:
+            self._connections.close()
 
     def __enter__(self) -> Self:
         return self
