@@ -275,7 +275,7 @@ class TrackedTable:
             (one, group) for one in self.trainers for group in one.param_groups if _has(group["params"], self.weight)
         ]
         self._moves_zeros = any(type(one) is torch.optim.SparseAdam for one in self.trainers)
-        self._takes_dense = all(type(one) in LEAVES_ZERO_GRADIENTS for one in self.trainers)
+        self._takes_dense = all(_leaves_zero_gradients(type(one)) for one in self.trainers)
 
     def _on_device(self, ids: I64) -> Tensor:
         return torch.from_numpy(ids).to(self.weight.device)
@@ -290,8 +290,11 @@ def _is_local(optimizer: Optimizer, group: dict[str, Any], sparse: bool) -> bool
     kind = type(optimizer)
     if kind is torch.optim.SparseAdam:
         return sparse
-    leaves = kind in LEAVES_ZERO_GRADIENTS or vars(kind).get("leaves_zero_gradients") is True
-    return leaves and not group.get("momentum") and not group.get("weight_decay")
+    return _leaves_zero_gradients(kind) and not group.get("momentum") and not group.get("weight_decay")
+
+
+def _leaves_zero_gradients(kind: type[Optimizer]) -> bool:
+    return kind in LEAVES_ZERO_GRADIENTS or vars(kind).get("leaves_zero_gradients") is True
 
 
 def _is_plain(weight: Tensor) -> bool:
