@@ -40,6 +40,7 @@ class Core:
         self.seen_ms: dict[int, int] = {}  # when something of this life came last
         self.hellos: dict[int, int] = {}  # worker -> ask
         self.group: Group | None = None  # being applied, or on its way to the other holders
+        self.clocks_moved = False  # so that pulls that wait are looked at again
         self.now_ms = 0
         self.out: list[e.Effect] = []
         self._servers = tuple(sorted(endpoints.items()))
@@ -128,5 +129,5 @@ class Core:
                 waiter.left.discard(number)
                 waiter.stamp = max(waiter.stamp, track.stamps.get(waiter.number, 0))
         if not waiter.left:
-            del self.pending.waiters[waiter.ask]
+            self.pending.drop_waiter(waiter)
             self.emit(e.Answer(waiter.ask, w.Pushed(waiter.number, waiter.stamp)))

@@ -141,6 +141,8 @@ class Groups:
         for mark in group.marks:
             track = core.partitions[mark.partition].track(mark.worker)
             track.durable = max(track.durable, mark.number)
+            core.partitions[mark.partition].note_clocks()
+        core.clocks_moved = True
         for worker, ask in group.hellos.items():
             self._workers.welcome(worker, ask)
         self._unserved.append(group)

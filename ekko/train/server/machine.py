@@ -161,7 +161,7 @@ class Machine:
             core.take(push, number)
         for waiter in list(core.pending.waiters.values()):
             if number in waiter.left and waiter.number > partition.track(waiter.worker).applied:
-                del core.pending.waiters[waiter.ask]
+                core.pending.drop_waiter(waiter)
                 core.emit(e.Answer(waiter.ask, w.NotPrimary(core.serving())))
         self._pulls.send_away(number)
 

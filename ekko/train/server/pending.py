@@ -1,5 +1,6 @@
 """Requests that wait, and the bounds on them."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -52,25 +53,40 @@ class Pending:
     """What waits: pushes for their step, answers to pushes for its end, and pulls. In order of arrival."""
 
     pushes: dict[int, Push] = field(default_factory=dict)  # by ask
-    waiters: dict[int, Waiter] = field(default_factory=dict)
+    waiters: dict[int, Waiter] = field(default_factory=dict)  # `add_waiter` and `drop_waiter`
     pulls: dict[int, Pull] = field(default_factory=dict)
     bytes: int = 0
+    _pushes_of: Counter[int] = field(default_factory=Counter)  # by worker
+    _waiters_of: dict[int, dict[int, Waiter]] = field(default_factory=dict)  # by worker, and ask
 
     def add_push(self, push: Push) -> None:
         """Keep a push until `drop_push`."""
         self.pushes[push.ask] = push
         self.bytes += push.bytes
+        self._pushes_of[push.worker] += 1
 
     def drop_push(self, ask: int) -> None:
         """Forget a push."""
-        self.bytes -= self.pushes.pop(ask).bytes
+        push = self.pushes.pop(ask)
+        self.bytes -= push.bytes
+        self._pushes_of[push.worker] -= 1
 
     def has_room(self, worker: int, size: int) -> bool:
         """Whether a push of so many bytes may wait."""
-        if sum(push.worker == worker for push in self.pushes.values()) >= PUSHES_MAX:
+        if self._pushes_of[worker] >= PUSHES_MAX:
             return False
         return not self.pushes or self.bytes + size <= QUEUE_BYTES_MAX
 
     def waiters_of(self, worker: int) -> list[Waiter]:
         """Answers that a worker waits for."""
-        return [waiter for waiter in self.waiters.values() if waiter.worker == worker]
+        return list(self._waiters_of.get(worker, {}).values())
+
+    def add_waiter(self, waiter: Waiter) -> None:
+        """Keep it until `drop_waiter`."""
+        self.waiters[waiter.ask] = waiter
+        self._waiters_of.setdefault(waiter.worker, {})[waiter.ask] = waiter
+
+    def drop_waiter(self, waiter: Waiter) -> None:
+        """It is answered."""
+        del self.waiters[waiter.ask]
+        del self._waiters_of[waiter.worker][waiter.ask]

@@ -36,10 +36,17 @@ class Pulls:
         if sum(pull.worker == asked.worker for pull in core.pending.pulls.values()) >= PULLS_MAX:
             core.fail(asked.ask, w.BUSY, f"{PULLS_MAX} pulls of worker {asked.worker} wait here: ask again in a moment")
             return
-        core.pending.pulls[asked.ask] = Pull(asked.ask, asked.worker, asked.clock, asked.partitions, core.now_ms)
+        pull = Pull(asked.ask, asked.worker, asked.clock, asked.partitions, core.now_ms)
+        if self._is_due(pull):
+            self._answer(pull.ask, pull.partitions)
+        else:
+            core.pending.pulls[asked.ask] = pull
 
     def answer_due(self) -> None:
         """Answer all that need not wait any more."""
+        if not self._core.clocks_moved:
+            return
+        self._core.clocks_moved = False
         for pull in list(self._core.pending.pulls.values()):
             if self._is_due(pull):
                 del self._core.pending.pulls[pull.ask]

@@ -32,10 +32,10 @@ class Pushes:
             return
         for waiter in pending.waiters_of(asked.worker):
             if waiter.number == asked.number and waiter.left <= set(asked.partitions):
-                del pending.waiters[waiter.ask]  # nobody listens for the answer to the first question any more
+                pending.drop_waiter(waiter)  # nobody listens for the answer to the first question any more
                 core.fail(waiter.ask, w.BUSY, "asked again")
         waiter = Waiter(asked.ask, asked.worker, asked.number, set(asked.partitions))
-        pending.waiters[asked.ask] = waiter
+        pending.add_waiter(waiter)
         core.answer_if_settled(waiter)
 
     def _new_in(self, asked: e.PushAsked) -> set[int] | None:

@@ -44,10 +44,11 @@ class Partition:
     tracks: dict[int, Track] = field(default_factory=dict)  # by worker
     dropped: set[int] = field(default_factory=set)  # workers that nobody waits for until they say hello
     waiting_ms: int | None = None  # since when somebody has waited for another worker here
+    _clock: int | None = None  # as it was computed last, which takes a look at every worker; None: something has changed
 
     def load(self, marks: Iterable[Mark]) -> None:
         """Begin with what is stored, all of which is durable."""
-        self.role, self.waiting_ms = Role.ACTING, None
+        self.role, self.waiting_ms, self._clock = Role.ACTING, None, None
         self.tracks = {m.worker: Track(m.life, m.number, m.number, m.number, m.number) for m in marks}
         self.dropped = set()
         if self.settings.mode == SYNC:
@@ -57,7 +58,7 @@ class Partition:
 
     def unload(self) -> None:
         """Forget all of it."""
-        self.role, self.waiting_ms = Role.AWAY, None
+        self.role, self.waiting_ms, self._clock = Role.AWAY, None, None
         self.tracks, self.dropped = {}, set()
 
     def track(self, worker: int) -> Track:
@@ -80,12 +81,19 @@ class Partition:
 
     def clock(self) -> int:
         """The smallest clock of all workers that are waited for; in mode "async" of all that ever pushed."""
-        workers = sorted(self.tracks) if self.settings.mode == ASYNC else self.counted()
-        return min(map(self.durable_of, workers), default=max(map(self.durable_of, self.tracks), default=0))
+        if self._clock is None:
+            workers = iter(self.tracks) if self.settings.mode == ASYNC else self.counted()
+            furthest = max(map(self.durable_of, self.tracks), default=0)
+            self._clock = min(map(self.durable_of, workers), default=furthest)
+        return self._clock
+
+    def note_clocks(self) -> None:
+        """Something of a worker became durable, or whether it is waited for has changed."""
+        self._clock = None
 
     def may_pull(self, clock: int) -> bool:
         """Whether all workers that are waited for have come far enough for one whose last push was `clock`."""
-        return not self.behind(clock)
+        return self.clock() >= clock - self.settings.staleness or not self.behind(clock)
 
     def behind(self, clock: int) -> set[int]:
         """Workers for whom a pull of one whose last push was `clock` waits."""

@@ -4,6 +4,8 @@ A hello is recorded like a push, in the same rows, and answered when that is dur
 know the former life only, and a push of it that was late on its way could take the place of one of the later life.
 """
 
+from itertools import chain
+
 from ekko.train.server import events as e
 from ekko.train.server import wire as w
 from ekko.train.server.core import Core
@@ -36,9 +38,9 @@ class Workers:
                 track = core.partitions[number].track(worker)
                 track.accepted = track.applied
                 core.take(push, number)
-        for ask in [waiter.ask for waiter in core.pending.waiters_of(worker)]:
-            del core.pending.waiters[ask]
-            core.fail_stale(ask, worker)
+        for waiter in core.pending.waiters_of(worker):
+            core.pending.drop_waiter(waiter)
+            core.fail_stale(waiter.ask, worker)
         for ask in [pull.ask for pull in core.pending.pulls.values() if pull.worker == worker]:
             del core.pending.pulls[ask]
             core.fail_stale(ask, worker)
@@ -55,6 +57,7 @@ class Workers:
                 continue
             number = partition.rejoins_at(worker) if dropped else track.durable
             partition.dropped.discard(worker)
+            partition.note_clocks()
             track.life, track.accepted, track.applied = life, number, number
             marks.append(e.Mark(partition.number, worker, life, number))
         return marks
@@ -69,21 +72,29 @@ class Workers:
 
     def note_waiting(self) -> None:
         """Notice where somebody waits for another worker, and where nobody does any more."""
-        for partition in self._core.acting():
-            if not self._core.worker_timeout_ms or not self._is_waited_in(partition):
+        if not self._core.worker_timeout_ms:
+            return
+        pending, acting = self._core.pending, self._core.acting()
+        waited: set[int] = set()
+        for numbers in chain((pull.partitions for pull in pending.pulls.values()), (p.left for p in pending.pushes.values())):
+            waited.update(numbers)
+            if len(waited) >= len(acting):
+                break  # most requests are for all partitions
+        for partition in acting:
+            if partition.number not in waited:
                 partition.waiting_ms = None
             elif partition.waiting_ms is None:
                 partition.waiting_ms = self._core.now_ms
 
-    def _is_waited_in(self, partition: Partition) -> bool:
-        pending = self._core.pending
-        return any(partition.number in pull.partitions for pull in pending.pulls.values()) or any(
-            partition.number in push.left for push in pending.pushes.values()
-        )
-
     def next_ms(self) -> int | None:
-        """When the next one has been silent for too long."""
-        return min((ms for partition in self._core.acting() for ms in self._limits(partition).values()), default=None)
+        """When the next one has been silent for too long, or somewhat earlier."""
+        moments: list[int] = []
+        for partition in self._core.acting():
+            if partition.waiting_ms is not None:
+                first = partition.waiting_ms + self._core.worker_timeout_ms
+                # Until then it is nobody's turn, and to look at every worker would take longer than all the rest of an event.
+                moments += [first] if first > self._core.now_ms else self._limits(partition).values()
+        return min(moments, default=None)
 
     def _limits(self, partition: Partition) -> dict[int, int]:
         """When who is waited for, and has nothing here, is not waited for any more: worker -> ms."""
@@ -102,6 +113,8 @@ class Workers:
             for worker, limit in self._limits(partition).items():
                 if self._core.now_ms >= limit:
                     partition.dropped.add(worker)
+                    partition.note_clocks()
+                    self._core.clocks_moved = True
                     dropped.setdefault(worker, []).append(partition.number)
         for worker, partitions in dropped.items():
             self._core.emit(e.WorkerDropped(worker, tuple(partitions)))

@@ -105,8 +105,8 @@ def a_life_is_not_recorded(patch: pytest.MonkeyPatch) -> None:
 
 @plant("bounded")
 def a_pull_is_answered_a_clock_too_early(patch: pytest.MonkeyPatch) -> None:
-    real = Partition.behind
-    patch.setattr(Partition, "behind", lambda self, clock: real(self, clock - 1))
+    real = Partition.may_pull
+    patch.setattr(Partition, "may_pull", lambda self, clock: real(self, clock - 1))
 
 
 @plant("sync")
@@ -134,7 +134,7 @@ def a_push_that_comes_again_is_not_answered(patch: pytest.MonkeyPatch) -> None:
 
     def answer_if_settled(self: Core, waiter: object) -> None:
         if waiter.ask not in self.pending.pushes and not self.now_ms % 3:  # type: ignore[attr-defined]
-            del self.pending.waiters[waiter.ask]  # type: ignore[attr-defined]
+            self.pending.drop_waiter(waiter)  # type: ignore[arg-type]
             return
         real(self, waiter)  # type: ignore[arg-type]
 
