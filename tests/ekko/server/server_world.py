@@ -142,7 +142,7 @@ class World:
 
     def start(self, name: str) -> None:
         node = self.overlay.nodes[name]
-        if name in self.processes and self.processes[name].alive:
+        if not node.up or (name in self.processes and self.processes[name].alive):
             return
         life = w.ServerLife(name, node.boot, node.boot, self.rng.getrandbits(60))
         machine = self.make(life, "ctr", self.settings, self.endpoints, self.options.worker_timeout_ms)

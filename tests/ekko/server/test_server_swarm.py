@@ -122,7 +122,7 @@ class Swarm(World):
         served = {place: cell.value for place, cell in overlay.served.items() if cell.value}
         assert served == {place: value for place, value in rows.items() if value}, "what is served is not what was learned"
         for process in self.processes.values():
-            if process.alive:
+            if process.alive and (process.life.node, process.life.boot) not in overlay.expelled:  # else it does not know yet
                 assert not process.asks, f"{process.life.node} owes answers: {process.asks}"
                 assert not process.columns, f"{process.life.node} keeps columns: {process.columns}"
                 assert not process.machine.core.pending.bytes
