@@ -45,6 +45,7 @@ KEYS = {
         "vs_nats",
         "cpu",
     },
+    "ps": {"pull_rows_per_s", "push_rows_per_s", "vs_redis_pipeline", "vs_torch_rpc", "workers_4_vs_1", "cells"},
     "gpu": {"engine", "registers", "spills", "lookup_vs_torch", "apply_vs_index_copy", "hbm_fraction"},
     "membership": {"detect_s_100", "detect_s_100_loss_50pct", "false_suspicions", "idle_bytes_per_s"},
     "health": {"false_alarms_auc", "false_alarms_log_loss", "level", "streams", "windows", "delays"},

@@ -39,6 +39,7 @@ MODEL = {
 WORKERS = 2
 GONE_S_MAX = 120.0
 DEADLINE_S = 120.0
+START_S_MAX = 180.0  # many rounds are run beside other work
 
 
 class Counting:
@@ -197,7 +198,7 @@ def run(folder: Path, seed: int, kinds: list[str], steps: int) -> int:
     """One round: `kinds` happen in their order, between batches; returns how often requests were sent again."""
     rng = random.Random(seed)
     with TrainingCluster(folder / "nodes", NODES, MODEL) as cluster, ExitStack() as stack:
-        cluster.start()
+        cluster.start(START_S_MAX)
         one = Round(cluster, folder / "work", steps)
         for worker in one.workers:
             stack.callback(worker.kill)

@@ -43,6 +43,7 @@ class Job:
     workers: int = 1
     steps: int = 30
     batch: int = 32  # of all workers together
+    span: int = EVENTS - 64  # events that come again and again
     prefetch: bool = False
     pace_s: float = 0.0  # of one step
     rendezvous: str = ""  # for DDP; empty: this worker's dense parameters are its own
@@ -67,7 +68,7 @@ def batches(job: Job, worker: int, first: int = 0) -> Iterator[tuple[Tensor, dic
     inputs = Inputs(events())
     share = job.batch // job.workers
     for step in range(first, job.steps):
-        begin = (step * job.batch + worker * share) % (EVENTS - job.batch)
+        begin = step * job.batch % job.span + worker * share
         some = slice(begin, begin + share)
         yield inputs.dense[some], {name: ids[some] for name, ids in inputs.ids.items()}, inputs.labels[some]
 
