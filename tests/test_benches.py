@@ -67,7 +67,7 @@ def test_the_store_has_its_benchmarks() -> None:
 
 
 # Half a minute each, of which other tests with processes, or in virtual time, do the same.
-LONG = {"ablation", "dissemination", "flood", "latency", "read-under-write", "rollback", "scale", "sinks"}
+LONG = {"ablation", "dissemination", "flood", "latency", "ps", "read-under-write", "rollback", "scale", "sinks"}
 
 
 @pytest.mark.processes
