@@ -63,8 +63,8 @@ def sink(
     from ekko.logs import configure_logs
     from ekko.serve.feeding import Feed
 
-    configure_logs(this_node=node)
     feed = Feed(run_dir, model, sink_of(target, name or node, prefix), tables=table)
+    configure_logs(this_node=node)
     run(feed, every)
     if as_json:
         typer.echo(json.dumps({"model": model, **told(feed.counts)}))
