@@ -137,9 +137,9 @@ class KeyMap:
         return bool(self._freed)
 
     def take_freed(self) -> U64:
-        """uint64[n]: keys to be deleted, which are not here again. Called between two steps."""
+        """uint64[n]: keys to be deleted, those that are here again, too: they begin anew. Called between two steps."""
         freed, self._freed = np.fromiter(self._freed, np.uint64, len(self._freed)), {}
-        return freed[self.find(freed) < 0]
+        return freed
 
     def give_back(self, keys: U64) -> None:
         """Keys that were to be deleted were not."""

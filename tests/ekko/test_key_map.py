@@ -180,13 +180,24 @@ def test_a_row_that_has_another_key_begins_anew() -> None:
     assert (optimizer.state[model.item.weight]["sum"][row] == 0).all()
     tracker.flush()
     assert publisher.held == {}, "77 is deleted, and nothing was learnt of 78"
-    keys.rows(torch.tensor([77]))
-    keys.free(torch.tensor([77]))
-    keys.rows(torch.tensor([77]))
+    publisher.refuses = True
+    optimizer.zero_grad()
+    model(torch.tensor([row])).backward()
+    with pytest.raises(ConnectionError):
+        optimizer.step()
+    publisher.refuses = False
+    keys.free(torch.tensor([78]))
+    assert keys.rows(torch.tensor([79])).tolist() == [row]
+    tracker.flush()
+    assert publisher.held == {}, "what was due of the row was of another key"
     optimizer.zero_grad()
     model(keys.rows(torch.tensor([77]))).backward()
     optimizer.step()
     assert publisher.held.keys() == {77}
+    keys.free(torch.tensor([77]))
+    keys.rows(torch.tensor([77]))
+    tracker.flush()
+    assert publisher.held == {}, "it is back, but nothing has been learnt of it since"
 
 
 def test_what_cannot_grow_is_refused() -> None:
