@@ -1,11 +1,15 @@
-"""Steps of an optimizer, each noted once, when it begins and when it has ended."""
+"""Steps of an optimizer, each noted once, when it begins and when it has ended; and forward passes that change rows."""
 
 import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import nn
 from torch.optim import Optimizer
+
+from ekko.torch.sending import Gate
 
 
 def hooked(optimizer: Optimizer, begins: Callable[[], None], stepped: Callable[[Optimizer], None]) -> list[Any]:
@@ -24,6 +28,23 @@ def hooked(optimizer: Optimizer, begins: Callable[[], None], stepped: Callable[[
     if sum("step" in vars(kind) for kind in type(optimizer).__mro__) > 2:  # its own, and that of all
         before, after = _outermost(before, after)
     return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+
+def watched(module: nn.Module, gate: Gate, touch: Callable[[], None]) -> list[Any]:
+    """Rows of a table with `max_norm` change in its forward passes: keep these apart from copies, and say so."""
+    entered: list[bool] = []
+
+    def before(*_: object) -> None:
+        entered.append(gate.enter())
+        touch()
+
+    def after(*_: object) -> None:
+        if entered.pop():
+            gate.leave()
+
+    # Locks are nothing for a compiler.
+    first, last = (torch.compiler.disable(hook) for hook in (before, after))  # type: ignore[no-untyped-call]
+    return [module.register_forward_pre_hook(first), module.register_forward_hook(last, always_call=True)]
 
 
 def _outermost(before: Callable[..., None], after: Callable[..., None]) -> tuple[Callable[..., None], Callable[..., None]]:

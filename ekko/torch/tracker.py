@@ -1,13 +1,13 @@
 """`track`: publish the rows that training changes, and load what a rollback took back."""
 
+import atexit
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Final, Literal, Self, get_args
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
@@ -21,7 +21,7 @@ from ekko.torch.outbox import Choice, Counts, Outbox, StepPublisher
 from ekko.torch.ranks import divided
 from ekko.torch.reloading import Reloaded, Reloader, StateReader
 from ekko.torch.sending import COPY_BYTES_MAX, RETRY_S, SHARE, Gate, Sender
-from ekko.torch.steps import hooked
+from ekko.torch.steps import hooked, watched
 
 # `publish_all` cuts a table into steps of about this size: large enough that the cost of a step does not count, small enough
 # that the node stays responsive to other publishers meanwhile.
@@ -161,10 +161,12 @@ class Tracker:
             self._hooks += hooked(one, self._begins, partial(self._stepped, captured, one is optimizers[-1]))
         for module in found.values():
             if module.max_norm is not None:
-                self._hooks += self._watch(module)
+                table = next(table for table in self._tables.values() if table.holds(module))
+                self._hooks += watched(module, self._gate, table.touch)
         self._stays_open: Callable[[], None] | None = None  # a publisher of yours need not know that
         if background:
             self._sender.start()
+            atexit.register(self._at_exit)  # of a script that closes nothing
             if (before_close := getattr(publisher, "before_close", None)) is not None:
                 self._stays_open = before_close(lambda: self.remove(CLOSE_S))
 
@@ -278,11 +280,16 @@ class Tracker:
             hook.remove()
         self._hooks = []
         self._gate.leave()
+        atexit.unregister(self._at_exit)
         if self._stays_open is not None:
             self._stays_open()
         if self._sender.runs:
             self._sender.stop()
             self.flush(timeout)
+
+    def _at_exit(self) -> None:
+        with suppress(Exception):  # there is nobody to tell
+            self.remove(CLOSE_S)
 
     def __enter__(self) -> Self:
         return self
@@ -315,23 +322,6 @@ class Tracker:
             self._sender.stepped()
         elif not isinstance(error, ModelError) or self.reload() == Reloaded({}):
             raise error
-
-    def _watch(self, module: nn.Module) -> list[Any]:
-        """Rows of a table with `max_norm` change in its forward pass: keep that apart from copies, too."""
-        table = next(table for table in self._tables.values() if table.holds(module))
-        entered: list[bool] = []
-
-        def before(*_: object) -> None:
-            entered.append(self._gate.enter())
-            table.touch()
-
-        def after(*_: object) -> None:
-            if entered.pop():
-                self._gate.leave()
-
-        # Locks are nothing for a compiler.
-        first, last = (torch.compiler.disable(hook) for hook in (before, after))  # type: ignore[no-untyped-call]
-        return [module.register_forward_pre_hook(first), module.register_forward_hook(last, always_call=True)]
 
     @contextmanager
     def _alone(self, deadline: float | None = None) -> Iterator[None]:

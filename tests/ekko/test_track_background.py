@@ -19,9 +19,13 @@ WAIT_S = 30.0
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _settings() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # steps are small, and nothing here is about how fast they are
     torch.manual_seed(0)
     torch.sparse.check_sparse_tensor_invariants.disable()  # said aloud: torch warns when Adagrad meets sparse rows
+    yield
+    torch.set_num_threads(threads)
 
 
 class Slow(Recorder):
@@ -113,7 +117,8 @@ def test_a_batch_is_the_model_between_two_steps(several: bool) -> None:
     model, publisher = Counter(), Recorder({"users": 4, "items": 4})
     parts = [[value] for value in model.parameters()] if several else [list(model.parameters())]
     optimizers = [torch.optim.SGD(part, lr=1.0, maximize=True) for part in parts]
-    with ekko.torch.track(model, optimizers, publisher, {"user": "users", "item": "items"}, dense_every=1) as tracker:
+    tables = {"user": "users", "item": "items"}
+    with ekko.torch.track(model, optimizers, publisher, tables, dense_every=1, share=1.0) as tracker:
         deadline = time.monotonic() + WAIT_S
         steps = 0
         while len(publisher.steps) < 20 and time.monotonic() < deadline:
@@ -213,3 +218,17 @@ def test_large_tables_go_in_bounded_batches(monkeypatch: pytest.MonkeyPatch) -> 
     assert max(counts) <= 700
     assert len(counts) >= 7
     np.testing.assert_array_equal(publisher.state("items", (2_000, 4)), model.item.weight.detach().numpy())
+
+
+def test_a_script_that_closes_nothing_has_its_last_rows_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_exit: list[Callable[[], object]] = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    model, publisher = Toy(), Slow()
+    optimizer = adagrad(model)
+    publisher.away = True
+    ekko.torch.track(model, optimizer, publisher, TABLES)
+    train(model, optimizer, [3], [7])
+    publisher.away = False
+    [end] = at_exit
+    end()
+    np.testing.assert_array_equal(publisher.state("users", (9, 4))[3], model.user.weight[3].detach().numpy())
