@@ -84,9 +84,9 @@ class Cadence:
 class DenseParameters:
     """The dense parameters of a model in training.
 
-    All parameters that are not tables, and buffers that a state dict has (the means and variances of batch norm), under their
-    names; float16 and bfloat16 go as float32, which holds them exactly. Whole numbers in buffers stay where they are: how many
-    batches a norm has seen is of no use to who serves.
+    All parameters that are not tables, TorchRec's included, and buffers that a state dict has (the means and variances of batch
+    norm), under their names; float16 and bfloat16 go as float32, which holds them exactly. Whole numbers in buffers stay where
+    they are: how many batches a norm has seen is of no use to who serves.
 
     Used by one thread at a time; `take` is called between two steps.
 
@@ -104,7 +104,7 @@ class DenseParameters:
         taken = {id(weight) for weight in tables}
         self._model = model
         self._parameters: dict[str, Tensor] = {
-            name: value for name, value in model.named_parameters() if id(value) not in taken
+            name: value for name, value in model.named_parameters() if id(value) not in taken and not _is_shard(value)
         }
         kept = model.state_dict(keep_vars=True)
         buffers = (name for name, value in model.named_buffers() if name in kept and id(value) not in taken)
@@ -211,6 +211,11 @@ class DenseParameters:
             if self._versions > 1:
                 self.failed()
             self._openings = openings
+
+
+def _is_shard(value: Tensor) -> bool:
+    """Whether it is a table of TorchRec's, which `ekko.torch.torchrec` publishes; told by name, so that nobody need have it."""
+    return type(value).__name__ == "TableBatchedEmbeddingSlice"
 
 
 def _is_inexact(value: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 
 import ekko.torch.torchrec as adapter
 from ekko.errors import ConfigError, ModelError, PublishError
+from ekko.torch.dense import DenseParameters
 from tests.ekko.test_torch import Recorder
 
 ROWS = {"t_item": 50, "t_user": 30}
@@ -181,3 +182,8 @@ def test_a_missing_torchrec_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchrec.distributed.model_tracker.types", None)
     with pytest.raises(ConfigError, match=r"pip install 'ekko-dissemination\[torchrec\]'"):
         adapter.track(nn.Linear(1, 1), recorder(), TABLES)
+
+
+def test_sharded_tables_are_no_dense_parameters() -> None:
+    dense = DenseParameters(made(), [], 1, now_s=0.0)
+    assert set(dense.names) == {"top.weight", "top.bias"}
