@@ -16,7 +16,7 @@ what was restored when it hears of it, at a step of its own, and their weights w
 Not for `Join`: who has no samples left makes no steps, and would publish nothing of what the others' steps change.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -208,10 +208,24 @@ class PartStep:
 
 
 def divided(
-    publisher: Any, model: nn.Module, weights: Mapping[str, Tensor], process_group: dist.ProcessGroup | None = None
+    publisher: Any,
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    process_group: dist.ProcessGroup | None = None,
+    mapped: Collection[str] = (),
 ) -> Any:
-    """The publisher for this rank's part; as it is where there is one rank. Arguments as above."""
+    """The publisher for this rank's part; as it is where there is one rank. Arguments as above.
+
+    Raises:
+        ModelError: there are several ranks, and tables in `mapped`, which have a key map: each rank would number keys in the
+            order in which it meets them.
+    """
     part = part_of(model, process_group)
+    if part.ranks > 1 and mapped:
+        raise ModelError(
+            f"table {min(mapped)!r} has a key map, and {part.ranks} ranks train it: each would give another row to a key; use "
+            "keys that are row numbers, or parameter servers (ekko.torch.PSEmbeddingBag)"
+        )
     return publisher if part.ranks == 1 else PartPublisher(publisher, part, reduced_tables(model, weights, process_group))
 
 

@@ -137,7 +137,7 @@ class Tracker:
         maps = key_maps(keys or {}, tables, found)
         self._tables = {name: TrackedTable(name, module, optimizers, maps.get(name)) for name, module in found.items()}
         weights = {name: table.weight for name, table in self._tables.items()}
-        self._publisher: StepPublisher = divided(publisher, model, weights, process_group)
+        self._publisher: StepPublisher = divided(publisher, model, weights, process_group, maps)
         self._dense = DenseParameters(unwrapped(model), weights.values(), dense_every, time.monotonic())
         said = significance == "gradient"
         self._outbox = Outbox(list(self._tables.values()), self._dense, self._publisher, says_significance=said)

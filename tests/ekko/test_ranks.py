@@ -15,7 +15,18 @@ import ekko.torch
 from ekko.errors import ModelError
 from ekko.restored import Restored
 from ekko.torch.checkpoint import ENTRY, Saved
-from ekko.torch.ranks import WHOLE, Part, PartPublisher, broadcast_bytes, gathered, packed, part_of, reduced_tables, unpacked
+from ekko.torch.ranks import (
+    WHOLE,
+    Part,
+    PartPublisher,
+    broadcast_bytes,
+    divided,
+    gathered,
+    packed,
+    part_of,
+    reduced_tables,
+    unpacked,
+)
 from tests.ekko.test_torch import TABLES, Recorder, Toy, adagrad, recorder, train
 from tests.ekko.test_torch_reload import RolledBack, users
 
@@ -59,6 +70,15 @@ def test_what_all_ranks_publish_of_a_step_is_what_it_changed_and_dense_parameter
     assert sorted(key for one in rows for key in one["users"]) == [1, 2, 3, 4, 5]
     assert sorted(key for one in rows for key in one["items"]) == [6, 7, 8, 9, 10]
     assert [bool(publisher.steps[0].dense) for publisher in publishers] == [True, False, False]
+
+
+def test_ranks_that_would_number_keys_each_for_itself_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Toy()
+    weights = {"users": model.user.weight}
+    assert divided("a publisher", model, weights, mapped=["users"]) == "a publisher"
+    monkeypatch.setattr("ekko.torch.ranks.part_of", lambda *_: Part(0, 2))
+    with pytest.raises(ModelError, match="table 'users' has a key map, and 2 ranks train it"):
+        divided("a publisher", model, weights, mapped=["users"])
 
 
 @pytest.mark.usefixtures("_one_rank")
