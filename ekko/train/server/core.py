@@ -18,7 +18,7 @@ class Group:
     steps: tuple[e.Step, ...] = ()
     marks: tuple[e.Mark, ...] = ()
     hellos: dict[int, int] = field(default_factory=dict)  # worker -> ask
-    stamp: int = 0
+    applied: bool = False  # then the columns of its pushes are not needed any more
 
     def touches(self, partition: int) -> bool:
         """Whether the step has rows of a partition, marks included."""
@@ -112,8 +112,9 @@ class Core:
     def take(self, push: Push, partition: int) -> None:
         """The part of a push in this partition does not wait any more: it is in a step, or nobody wants it."""
         push.left.discard(partition)
-        under_way = self.group is not None and any(push.ask in step.asks for step in self.group.steps)
-        if not push.left and not under_way:
+        group = self.group
+        needed = group is not None and not group.applied and any(push.ask in step.asks for step in group.steps)
+        if not push.left and not needed:
             self.forget(push.ask)
 
     def forget(self, ask: int) -> None:

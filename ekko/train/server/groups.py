@@ -124,7 +124,7 @@ class Groups:
         core, group = self._core, self._core.group
         assert group is not None, f"group {number} is not under way"
         assert group.number == number, f"group {number} is not under way, {group.number} is"
-        group.stamp = stamp
+        group.applied = True
         for mark in group.marks:
             core.partitions[mark.partition].track(mark.worker).stamps[mark.number] = stamp
         for ask in dict.fromkeys(ask for step in group.steps for ask in step.asks):

@@ -165,6 +165,10 @@ class Overlay:
         if len(there) < 2:
             return
         one, other = self.rng.sample(there, 2)
+        for life in self.expelled:  # they tell each other who is not listened to
+            for node, told in ((one, other), (other, one)):
+                if life in node.frozen and life not in told.frozen and told.life != life:
+                    self.freeze(told, life)
         if one.frozen.keys() == other.frozen.keys() and one.life not in self.expelled and other.life not in self.expelled:
             self.merge(one, other.memory)
             self.merge(other, one.memory)

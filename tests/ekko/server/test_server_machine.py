@@ -230,6 +230,20 @@ def test_a_partition_is_handed_over_when_nothing_of_it_is_in_flight() -> None:
     assert machine.handle(e.Flushed(2), 0) == [e.Answer(3, w.Released(second, asker, BOTH))]
 
 
+def test_columns_are_let_go_of_however_a_push_ends() -> None:
+    """A part of a push is applied, and on its way to the others, when the partition of its other part is given up."""
+    alone = Alone(replace(SETTINGS, mode=w.SYNC, workers=2))
+    alone.hello(0), alone.hello(1)
+    alone.push(1, 1, partitions=(1,))
+    apply, *_ = alone.push(0, 1)
+    assert isinstance(apply, e.Apply)
+    assert apply.steps == (e.Step((1,), (4, 3), True),)
+    assert e.Discard(4) not in alone.handle(e.Applied(apply.group, 1))  # its part of partition 0 waits
+    alone.asks += 1
+    assert e.Discard(4) in alone.handle(e.HelloAsked(alone.asks, 0, 2))
+    assert not alone.machine.core.pending.bytes
+
+
 def test_who_does_not_act_says_who_does() -> None:
     machine = Machine(life_of("a"), "ctr", SETTINGS, {"a": "tcp://a", "b": "tcp://b"})
     machine.handle(e.ViewChanged((node_life("a"),)), 0)
