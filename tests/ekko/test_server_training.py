@@ -63,9 +63,8 @@ SGD = {"name": "sgd", "lr": 1.0}
 ADAGRAD = {"name": "adagrad", "lr": EMBEDDING_RATE}
 
 
-@pytest.mark.parametrize(
-    "optimizer", [pytest.param(SGD, marks=pytest.mark.long, id="sgd"), pytest.param(ADAGRAD, id="adagrad")]
-)
+@pytest.mark.long  # two workers do the same in the quick test below
+@pytest.mark.parametrize("optimizer", [pytest.param(SGD, id="sgd"), pytest.param(ADAGRAD, id="adagrad")])
 def test_one_worker_in_step_trains_as_one_process_does_bit_for_bit(tmp_path: Path, optimizer: dict[str, object]) -> None:
     with TrainingCluster(tmp_path, NODES, model_of("sync", 1, optimizer)) as cluster:
         cluster.start()
@@ -101,6 +100,7 @@ def test_two_workers_in_step_train_as_torch_does_on_the_same_batches(tmp_path: P
 ASYNC_LOSS_MAX = 0.02
 
 
+@pytest.mark.long  # the examples' quick test has such workers, too
 def test_workers_that_do_not_wait_learn_as_well(tmp_path: Path) -> None:
     with TrainingCluster(tmp_path, NODES, model_of("async", 0, ADAGRAD)) as cluster:
         cluster.start()
