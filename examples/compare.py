@@ -1,6 +1,6 @@
 """Runs the examples on real nodes of this machine, and says how good what a serving node answers is after each.
 
-    python examples/compare.py                     # all events, three seeds: some minutes
+    python examples/compare.py                     # all events, three seeds: five minutes on two cores
     python examples/compare.py --events 20000 --seeds 1
 
 The quality is the AUC on the events that were held out, of predictions with the rows and dense parameters that the serving node
@@ -95,7 +95,9 @@ def quality(reader: ekko.Reader, stream: Stream) -> float:
     def read(state: State) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         return state.lookup_many({name: ids.numpy() for name, ids in events.ids.items()}), state.dense_many()
 
-    rows, tensors = reader.together(read, timeout=10.0)  # rows and tensors of one moment
+    rows, tensors = reader.together(
+        read, timeout=60.0
+    )  # of one moment; a node that has just caught up on much settles for a while
     model.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
     logits = model(events.dense, embeddings=torch.stack([torch.from_numpy(rows[name]) for name in stream.tables], dim=1))
     return auc(events.labels.numpy(), logits.numpy())
