@@ -34,6 +34,8 @@ U64 = NDArray[np.uint64]
 Mode = Literal["sum", "mean", "max"]
 Batch = TypeVar("Batch")
 
+ASYNC: Final = "async"  # the mode in which servers answer pulls at once, as `ekko.train.server.wire` has it
+
 # Batches asked for and not used yet, of one bag; the oldest is forgotten for one more. Loops ask for one, or a few where steps
 # are short.
 AHEAD_MAX: Final = 4
@@ -58,6 +60,12 @@ class RowClient(Protocol):
 
     @property
     def tables(self) -> Mapping[str, int]: ...
+
+    @property
+    def mode(self) -> str: ...
+
+    @property
+    def clock(self) -> int: ...
 
     def pull_async(self, keys: Mapping[str, U64], *, ahead: int = 0) -> Pulling: ...
 
@@ -156,7 +164,9 @@ class PSEmbeddingBag(nn.Module):
         """Ask for the rows of the next batch, which the servers answer as of after this batch's push where they are in step.
 
         The next `forward` with the same ids uses them, once. Where the servers do not wait for pushes (mode "async"), rows that
-        are asked for early are older by as much.
+        are asked for early are older by as much. Where they do, a `forward` that comes after another number of steps than was
+        said asks again: those rows are too old, or wait for a push that comes after it (one that was discarded, or gradients
+        that are accumulated).
 
         Args:
             input: the ids that `forward` will be called with.
@@ -169,12 +179,16 @@ class PSEmbeddingBag(nn.Module):
 
     def _asked(self, keys: U64) -> "_Ahead":
         """The rows of these ids, under way: asked for early, or now."""
+        clock, in_step = self._client.clock, self._client.mode != ASYNC
+        oldest = clock if in_step else clock - AHEAD_MAX
+        self._ahead = deque(ahead for ahead in self._ahead if ahead.clock >= oldest)  # others are of a loop that was left
         for ahead in self._ahead:
-            if np.array_equal(ahead.ids.keys, keys):
+            # In step, rows as of a push that is not made yet would be waited for in vain: it comes after this batch.
+            if np.array_equal(ahead.ids.keys, keys) and (ahead.clock == clock or not in_step):
                 self._ahead.remove(ahead)
                 return ahead
         ids = _Ids(keys, self.padding_idx)
-        return _Ahead(ids, self._client.pull_async({self.table: ids.wanted}))
+        return _Ahead(ids, self._client.pull_async({self.table: ids.wanted}), clock)
 
     def _expect(self, ahead: "_Ahead") -> None:
         """Rows of a later batch are under way."""
@@ -238,13 +252,14 @@ class _Ids:
 
 
 class _Ahead:
-    """A batch that was asked for early."""
+    """A batch that was asked for early. `clock`: how many pushes the client has made when it is used."""
 
-    __slots__ = ("ids", "pulling")
+    __slots__ = ("clock", "ids", "pulling")
 
-    def __init__(self, ids: _Ids, pulling: Pulling) -> None:
+    def __init__(self, ids: _Ids, pulling: Pulling, clock: int) -> None:
         self.ids = ids
         self.pulling = pulling
+        self.clock = clock
 
 
 class _Gradients:
@@ -258,7 +273,7 @@ class _Gradients:
         """What backward left with pulled rows."""
         gradients, rows.grad = rows.grad, None
         if gradients is not None:
-            self.add(ids.wanted, ids.without_padding(gradients.to("cpu", torch.float32).contiguous().numpy()))
+            self.add(ids.wanted, ids.without_padding(gradients.detach().to("cpu", torch.float32).contiguous().numpy()))
 
     def add(self, keys: U64, gradients: F32) -> None:
         """Gradients of these keys."""
@@ -301,7 +316,7 @@ def _ask(wanted: Mapping[PSEmbeddingBag, Tensor], ahead: int) -> None:
     for client, tables in rounds:
         pulling = client.pull_async({table: own.wanted for table, (_, own) in tables.items()}, ahead=ahead)
         for bag, own in tables.values():
-            bag._expect(_Ahead(own, pulling))  # noqa: SLF001
+            bag._expect(_Ahead(own, pulling, client.clock + ahead))  # noqa: SLF001
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -276,8 +276,10 @@ class Client:
 
         Raises:
             PublishError: gradients with NaN or infinity; they are forgotten, and nothing was pushed.
-            NodeUnreachable: as `push`.
+            NodeUnreachable: as `push`; the sources have their gradients still.
         """
+        _check_rate(rate)
+        self._await_room()  # before the gradients are taken
         share = np.float32(scale) if self._share is None else np.float32(scale) * self._share
         parts: dict[str, list[tuple[U64, F32]]] = {}
         for table, keys, values in self._taken():
@@ -305,16 +307,20 @@ class Client:
                 yield from source.take()
 
     def _push(self, columns: Mapping[str, tuple[U64, F32]], rate: float | None) -> int:
-        if rate is not None and not (math.isfinite(rate) and rate >= 0):
-            raise PublishError(f"rate is {rate!r}: expected a learning rate from 0, or None for that of the servers")
+        _check_rate(rate)
         with self._alone():
-            self._wait(lambda: self._asked.pushes < self._outstanding_max, "answer a push")
+            self._await_room()
             self._clock += 1
             self._asked.push(self._clock, columns, math.nan if rate is None else rate, time.monotonic())
             self._transmit()
             if self._asked.failure is not None:
                 raise self._asked.failure
             return self._clock
+
+    def _await_room(self) -> None:
+        """Return when one more push may be under way."""
+        with self._alone():
+            self._wait(lambda: self._asked.pushes < self._outstanding_max, "answer a push")
 
     def flush(self, timeout: float | None = None) -> int:
         """Wait until all pushes are applied, and no holder of their partitions can lose them any more.
@@ -419,3 +425,8 @@ class Client:
                 self.flush()
         finally:
             self.close()
+
+
+def _check_rate(rate: float | None) -> None:
+    if rate is not None and not (math.isfinite(rate) and rate >= 0):
+        raise PublishError(f"rate is {rate!r}: expected a learning rate from 0, or None for that of the servers")

@@ -34,6 +34,7 @@ class Tables:
         self.rate = rate
         self.sources: list[Gradients] = []
         self.pulls: list[tuple[str, list[int], int]] = []
+        self.clock, self.mode = 0, "async"
 
     @property
     def tables(self) -> Mapping[str, int]:
@@ -53,7 +54,8 @@ class Tables:
         for _, keys, gradients in self.taken():
             assert gradients.dtype == np.float32
             self.weight.index_add_(0, torch.from_numpy(keys.view(np.int64)), torch.from_numpy(gradients), alpha=-self.rate)
-        return 0
+        self.clock += 1
+        return self.clock
 
 
 def of_torch(tables: Tables, mode: str | None, **options: object) -> nn.EmbeddingBag | nn.Embedding:
@@ -167,6 +169,41 @@ def test_what_was_asked_for_and_never_used_is_forgotten() -> None:
     assert tables.pulls[-1] == ("item", [0], 0)
 
 
+def test_rows_as_of_a_push_that_was_not_made_are_not_waited_for() -> None:
+    """In step with others the servers answer them after it, and it comes after the batch that wants them."""
+    tables = Tables()
+    tables.mode = "sync"
+    bag = ekko.torch.PSEmbeddingBag(tables, "item", mode="sum")
+    batch = torch.tensor([[1, 2]])
+    bag.prefetch(batch)  # for after the next push; gradients are accumulated, or it is discarded
+    bag(batch)
+    assert [ahead for _, _, ahead in tables.pulls] == [1, 0]
+    tables.step()
+    bag(batch)
+    assert [ahead for _, _, ahead in tables.pulls] == [1, 0], "what was asked for is as of this push"
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("sync", 2), ("async", AHEAD_MAX + 2)])
+def test_rows_of_a_loop_that_was_left_are_not_used_later(mode: str, steps: int) -> None:
+    tables = Tables()
+    tables.mode = mode
+    bag = ekko.torch.PSEmbeddingBag(tables, "item", mode="sum")
+    batch = torch.tensor([[1, 2]])
+    bag.prefetch(batch)
+    for _ in range(steps):
+        tables.weight += 1
+        tables.step()
+    assert torch.equal(bag(batch), nn.functional.embedding_bag(batch, tables.weight, mode="sum"))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_gradients_that_have_a_graph_themselves_are_pushed() -> None:
+    tables = Tables()
+    bag = ekko.torch.PSEmbeddingBag(tables, "item", mode="sum")
+    (bag(IDS, OFFSETS) ** 2).sum().backward(create_graph=True)
+    assert len(list(tables.taken())) == 1
+
+
 def test_a_step_of_the_optimizer_pushes() -> None:
     tables = Tables()
     bag = ekko.torch.PSEmbeddingBag(tables, "item", mode="sum")
@@ -216,5 +253,5 @@ def test_ids_that_are_none_are_said() -> None:
 
 
 def test_the_client_is_what_a_bag_asks_for() -> None:
-    assert {"tables", "pull_async", "attach", "step"} <= set(dir(Client))
+    assert {"tables", "mode", "clock", "pull_async", "attach", "step"} <= set(dir(Client))
     assert hasattr(GradientSource, "take")

@@ -152,6 +152,40 @@ def test_memory_of_a_node_that_went_away_is_not_read(cluster: TrainingCluster, c
         assert np.array_equal(beside.pull("item", KEYS), client.pull("item", KEYS))
 
 
+class Held:
+    """Gradients that are taken once."""
+
+    def __init__(self) -> None:
+        self.parts = [("item", KEYS, ONES)]
+
+    def take(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        taken, self.parts = self.parts, []
+        return taken
+
+
+def test_a_step_that_finds_no_room_keeps_its_gradients(cluster: TrainingCluster) -> None:
+    source = Held()
+    with Client(list(cluster.endpoints.values()), "ctr", 9, outstanding=1, timeout=60.0) as own:
+        before = own.pull("item", KEYS)
+        own.attach(source)
+        own._timeout_s = 0.2
+        for node in cluster.endpoints:
+            os.kill(cluster[node].pid, signal.SIGSTOP)
+        try:
+            own.push({})
+            with pytest.raises(PublishError, match="rate is -1"):
+                own.step(rate=-1)
+            with pytest.raises(NodeUnreachable, match="did not answer a push"):
+                own.step()
+        finally:
+            for node in cluster.endpoints:
+                os.kill(cluster[node].pid, signal.SIGCONT)
+        own._timeout_s = 60.0
+        own.step()
+        own.flush()
+        assert np.array_equal(own.pull("item", KEYS), before - 1)
+
+
 def test_names_are_where_users_look_for_them() -> None:
     assert ekko.train.Client is Client
     with pytest.raises(AttributeError):

@@ -7,7 +7,7 @@ import pytest
 from ekko.config import load_config
 from ekko.config.sections import NodeConfig
 from ekko.errors import ConfigError
-from ekko.train.server.schema import own_keys, partitions_of, trained_model, training_spec
+from ekko.train.server.schema import digest_of, own_keys, partitions_of, trained_model, training_spec
 from ekko.train.server.wire import WORKERS_MAX
 
 GOOD = """\
@@ -82,6 +82,16 @@ def test_servers_tell_settings_apart(tmp_path: Path, old: str, new: str) -> None
     assert old in GOOD
     assert digest(GOOD) == digest(GOOD.replace("peers = { train-2", 'ack = "local"\npeers = { train-2'))
     assert digest(GOOD) != digest(GOOD.replace(old, new))
+
+
+def test_servers_that_know_of_other_servers_give_each_other_nothing(tmp_path: Path) -> None:
+    """A node that is no peer any more, and was not expelled, may act still: who does not know of it would be a second one."""
+    config = load(tmp_path, GOOD)
+    assert config.server is not None
+    settings = trained_model("ctr", config.server.models["ctr"], 32).settings
+    digests = {digest_of(settings, servers) for servers in (("a", "b", "c"), ("a", "c"), ("a", "b"), ("a",))}
+    assert len(digests) == 4
+    assert digest_of(settings, ("b", "a")) == digest_of(settings, ("a", "b"))
 
 
 def test_each_partition_has_keys_of_its_own() -> None:

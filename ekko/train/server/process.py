@@ -31,6 +31,7 @@ from ekko.train.server.shell import ModelShell
 
 STATE_S: Final = 0.5
 DRAIN_S_MAX: Final = 2.0
+REFUSALS_MAX: Final = 64
 _PR_SET_PDEATHSIG: Final = 1
 
 log = structlog.get_logger(__name__)
@@ -52,6 +53,7 @@ class ServerProcess:
         self._told = asyncio.Event()  # what the node knows of the others
         self._end = asyncio.Event()
         self._failure: BaseException | None = None
+        self._refusals: set[str] = set()  # those that were logged
 
     def _open_keys(self) -> NodeKeys | None:
         if (security := self._begin.security) is None:
@@ -150,7 +152,9 @@ class ServerProcess:
                 for shell in self._shells.values():
                     if shell.own == asker:
                         shell.on_answer(answer)
-            case w.Failed(kind, reason) if kind != w.BUSY:
+            case w.Failed(kind, reason) if kind != w.BUSY and reason not in self._refusals:
+                if len(self._refusals) < REFUSALS_MAX:  # it is asked again twice a second
+                    self._refusals.add(reason)
                 log.warning("server_refused", reason=reason)
 
     # --- what is told

@@ -11,7 +11,7 @@ Marks and steps are rows of the partition that they speak of, and written in the
 or neither. A row holds finite float32 only, so a number of 64 bits is four values of 16 bits each.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -126,6 +126,14 @@ def trained_model(name: str, section: ServerModelSection, shards: int) -> Traine
         int(xxhash.xxh3_64_intdigest(msgpack.packb(said))),
     )
     return TrainedModel(name, settings, tables, round(1_000 * section.worker_timeout))
+
+
+def digest_of(settings: ModelSettings, servers: Iterable[str]) -> int:
+    """What servers compare before one gives partitions to another: settings, and which servers there are.
+
+    Two that know of other servers have other lines (`primaries.line_of`), and might both be the first in theirs.
+    """
+    return int(xxhash.xxh3_64_intdigest(msgpack.packb([settings.digest, sorted(servers)])))
 
 
 def _trained_table(name: str, section: ServerTableSection) -> TrainedTable:

@@ -24,7 +24,7 @@ from ekko.train.server.channel import NodeChannel
 from ekko.train.server.endpoint import Endpoint
 from ekko.train.server.machine import Machine
 from ekko.train.server.rows import Changed, Prepared, TrainingRows
-from ekko.train.server.schema import TrainedModel
+from ekko.train.server.schema import TrainedModel, digest_of
 from ekko.train.server.serving import ServedRows
 
 # Jobs of one model at once: a group, its wait, a served step, a comparison, and some that load or flush.
@@ -75,6 +75,8 @@ class ModelShell:
         self._machine = Machine(own, model.name, model.settings, endpoints, model.worker_timeout_ms)
         self.own = own
         self._endpoints = endpoints
+        self._digest = digest_of(model.settings, endpoints)
+        self._differed: tuple[str, int] | None = None  # who was refused last, and with what
         self._spares = spares
         self._endpoint = endpoint
         self._channel = channel
@@ -123,12 +125,15 @@ class ModelShell:
             case w.Hello(_, worker, life):
                 self.handle(e.HelloAsked(ask, worker, life))
             case w.Release(_, asker, partitions, digest):
-                if digest != self.model.settings.digest:
+                if digest != self._digest:
                     reason = (
                         f"server {asker.node!r} has other settings of model {self.model.name!r} than {self.own.node!r}: make "
-                        f"[server.models.{self.model.name}] and the model's shards the same on both, and restart"
+                        f"[server.models.{self.model.name}], the model's shards and the nodes in [server].peers the same on both, "
+                        "and restart"
                     )
-                    log.error("server_settings_differ", model=self.model.name, node=asker.node)
+                    if (asker.node, digest) != self._differed:  # it asks twice a second
+                        self._differed = asker.node, digest
+                        log.error("server_settings_differ", model=self.model.name, node=asker.node)
                     self._endpoint.answer(ask, w.Failed(w.SETTINGS, reason))
                     return
                 self.handle(e.ReleaseAsked(ask, asker, partitions))
@@ -243,7 +248,7 @@ class ModelShell:
             case e.Flush(flush, partitions, node):
                 self._begin(self._flush(flush, partitions, node))
             case e.AskRelease(node, asker, partitions):
-                request = w.Release(self.model.name, asker, partitions, self.model.settings.digest)
+                request = w.Release(self.model.name, asker, partitions, self._digest)
                 self._endpoint.ask_server(self._endpoints[node], request)
             case e.WorkerDropped(worker, partitions):
                 log.warning("worker_dropped", model=self.model.name, worker=worker, partitions=partitions)

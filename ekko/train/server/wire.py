@@ -186,7 +186,7 @@ class Push:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """From server to server: let me act for these partitions. Answered with `Released`. `digest`: of `ModelSettings`."""
+    """From server to server: let me act for these partitions. Answered with `Released`. `digest`: `schema.digest_of`."""
 
     model: str
     asker: ServerLife
