@@ -22,6 +22,7 @@ from ekko.train.server.schema import (
     words_of,
 )
 from ekko.train.server.serving import ServedRows
+from ekko.train.server.undo import Before
 from ekko.train.server.wire import Push
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec
 
@@ -172,6 +173,45 @@ def test_what_a_crash_leaves_half_done_is_taken_back(rows: TrainingRows, node: N
         again.close()
 
 
+def test_a_step_that_is_there_is_told_from_one_that_is_not(rows: TrainingRows) -> None:
+    keys = fresh_keys(5)
+    marks = (Mark(0, 6, 3, 1), Mark(2, 6, 3, 1))
+    ones = {1: push({"plain": (keys, np.ones((5, DIM), np.float32))})}
+    prepared = rows.prepare(group(Step(ALL, (1,), False), marks=marks), ones)
+    assert not rows.has(marks)
+    rows.publish(prepared)
+    assert rows.has(marks)
+    assert not rows.has((*marks, Mark(1, 6, 3, 1)))
+    assert rows.has((Mark(0, 6, 3, 0), *marks)), "of two of one worker in one partition the last one is stored"
+
+
+def test_a_record_that_is_written_over_is_none_until_it_is_whole(rows: TrainingRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Before("plain", fresh_keys(4), np.ones((4, DIM), np.float32), np.ones(4, np.bool_))
+    rows.undo.write([whole])
+    assert rows.undo.read()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows.undo, "_array", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rows.undo.write([whole])
+    assert not rows.undo.read()
+
+
+def test_rows_of_partitions_that_were_handed_over_meanwhile_are_not_served(rows: TrainingRows, node: NodeProcess) -> None:
+    keys = fresh_keys(200)
+    served = ServedRows(rows, node.run_dir, node.local)
+    carry_out(rows, group(Step(ALL, (1,), False)), {1: push({"plain": (keys, np.ones((200, DIM), np.float32))})})
+    asked = iter([frozenset(ALL)])  # ours when it begins, and others' when it comes to the rows
+    served.reconcile(lambda: next(asked, frozenset((3,))))
+    with ekko.Reader("ctr", run_dir=node.run_dir) as reader:
+        _, stamps = reader.lookup("plain", keys, stamps=True)
+    assert ((stamps != 0) == (rows.model.partition_of(keys) == 3)).all()
+    served.close()
+
+
 def test_keys_are_admitted_once_they_were_pushed_often_enough(rows: TrainingRows) -> None:
     keys = fresh_keys(10)
     ones = {"rare": (keys, np.ones((10, DIM), np.float32))}
@@ -213,15 +253,15 @@ def test_what_is_trained_is_served_in_the_served_codec_and_what_was_left_out_is_
         # A server that ends here has trained what it has not served.
         lost = carry_out(rows, group(Step(ALL, (1,), False)), {1: push({"plain": (keys[:50], gradients(rng, 50))})})
         assert set(lost.changed) == {"plain"}
-        served.reconcile(frozenset((0, 1)), lambda: True)
+        served.reconcile(lambda: frozenset((0, 1)))
         trained = rows.pull({"plain": keys})["plain"].astype(np.float16)
         ours = np.isin(rows.model.partition_of(keys), (0, 1))
         differ = (reader.lookup("plain", keys) != trained).any(axis=1)
         assert not differ[ours].any()
         assert differ[~ours].any(), "partitions of others are theirs"
-        served.reconcile(frozenset(ALL), lambda: True)
+        served.reconcile(lambda: frozenset(ALL))
         assert (reader.lookup("plain", keys) == trained).all()
         before = served.counts.reconciled
-        served.reconcile(frozenset(ALL), lambda: True)
+        served.reconcile(lambda: frozenset(ALL))
         assert served.counts.reconciled == before
     served.close()

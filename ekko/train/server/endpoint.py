@@ -64,6 +64,7 @@ class Endpoint:
         self._peers: dict[str, zmq.Socket[bytes]] = {}  # by endpoint
         self._asks: dict[int, tuple[bytes, int]] = {}  # our number -> client, and its number
         self._last = 0
+        self._shut = False
         self._turn: asyncio.Handle | None = None
         self.transport = TransportCounters()
         self.malformed = 0
@@ -107,7 +108,8 @@ class Endpoint:
         self._serve()
 
     def shut(self) -> None:
-        """Take no more requests; answers still go out."""
+        """Take no more requests; answers still go out. Who has a connection asks in vain, and then another server."""
+        self._shut = True
         if self._router is not None:
             asyncio.get_running_loop().remove_reader(self._router.fileno())
             self._router.unbind(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
@@ -133,6 +135,8 @@ class Endpoint:
         if self._turn is not None:
             self._turn.cancel()
             self._turn = None
+        if self._shut:
+            return
         router = self._the_router
         for _ in range(REQUESTS_PER_TURN_MAX):
             if not int(router.get(zmq.EVENTS)) & _READABLE:  # cheaper than to be told so by an exception

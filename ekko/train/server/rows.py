@@ -130,6 +130,11 @@ class TrainingRows:
             ]
         return tuple(marks)
 
+    def has(self, marks: Sequence[Mark]) -> bool:
+        """Whether the step that these marks are of, all that it has, is in the node's memory."""
+        last = {(mark.partition, mark.worker): mark for mark in marks}
+        return set(last.values()) <= set(self.marks({mark.partition for mark in marks}))
+
     # --- what they change
 
     def prepare(self, group: Apply, pushes: Mapping[int, Push]) -> Prepared:

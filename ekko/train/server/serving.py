@@ -116,12 +116,17 @@ class ServedRows:
 
     # --- after a start
 
-    def reconcile(self, partitions: frozenset[int], wanted: Callable[[], bool]) -> None:
-        """Publish what is trained in these partitions and not served as it is trained.
+    def settle(self) -> None:
+        """Return when nothing is being published that was begun before."""
+        with self._publishing:
+            pass
+
+    def reconcile(self, wanted: Callable[[], frozenset[int]]) -> None:
+        """Publish what is trained in our partitions and not served as it is trained.
 
         Args:
-            partitions: ours.
-            wanted: whether to go on.
+            wanted: those that are ours still; it ends when there are none. Asked for every few rows, since a row of a
+                partition that was handed over is served by another server, and may be old here.
 
         Raises:
             EkkoError: a row cannot be read, or the node did not take a step.
@@ -141,12 +146,12 @@ class ServedRows:
                 if not wanted():
                     return
                 keys = part.reshape(-1, stride)[:, _KEY : _KEY + 8].copy().view(np.uint64).reshape(-1)
-                self._reconcile(spec.name, np.unique(keys), partitions)
+                self._reconcile(spec.name, np.unique(keys), wanted)
                 time.sleep(PAUSE_S)
 
-    def _reconcile(self, table: str, keys: U64, partitions: frozenset[int]) -> None:
-        keys = np.ascontiguousarray(keys[np.isin(self._rows.model.partition_of(keys), list(partitions))])
+    def _reconcile(self, table: str, keys: U64, wanted: Callable[[], frozenset[int]]) -> None:
         with self._publishing:  # what is published meanwhile would be newer than what was read
+            keys = np.ascontiguousarray(keys[np.isin(self._rows.model.partition_of(keys), list(wanted()))])
             rows, trained = self._rows.reader.lookup(table, keys, stamps=True)
             there = trained != 0
             keys, rows = np.ascontiguousarray(keys[there]), np.ascontiguousarray(rows[there])

@@ -84,7 +84,7 @@ class ModelShell:
         self._pulls: dict[int, w.Pull] = {}
         self._pushes: dict[int, w.Push] = {}
         self._changed: dict[int, dict[str, Changed]] = {}  # by group: what is to be served of it
-        self._comparing: set[int] = set()  # partitions
+        self._comparing: frozenset[int] = frozenset()  # partitions that we act for; threads read it
         self._threads = ThreadPoolExecutor(JOBS_MAX, f"model-{model.name}")
         self._jobs: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -128,8 +128,8 @@ class ModelShell:
                 if digest != self._digest:
                     reason = (
                         f"server {asker.node!r} has other settings of model {self.model.name!r} than {self.own.node!r}: make "
-                        f"[server.models.{self.model.name}], the model's shards and the nodes in [server].peers the same on both, "
-                        "and restart"
+                        f"[server.models.{self.model.name}], the model's shards and the nodes in [server].peers the same on "
+                        "both, and restart"
                     )
                     if (asker.node, digest) != self._differed:  # it asks twice a second
                         self._differed = asker.node, digest
@@ -153,6 +153,14 @@ class ModelShell:
         if (refusal := self._refusal(pull.partitions, {name: (keys, None) for name, keys in pull.tables.items()})) is not None:
             self.refused += 1
             self._endpoint.answer(ask, refusal)
+            return
+        size = sum(4 * len(keys) * self.model.tables[name].dim for name, keys in pull.tables.items())
+        if size > w.MESSAGE_BYTES_MAX - w.HEADER_BYTES_MAX:  # before memory is taken for it
+            self.refused += 1
+            reason = (
+                f"a pull of {size} bytes: an answer may have {w.MESSAGE_BYTES_MAX - w.HEADER_BYTES_MAX}; ask for fewer rows"
+            )
+            self._endpoint.answer(ask, w.Failed(w.REFUSED, reason))
             return
         self.pulls += 1
         self._pulls[ask] = pull
@@ -241,10 +249,10 @@ class ModelShell:
             case e.Load(partitions):
                 self._begin(self._load(partitions))
             case e.Reconcile(partitions):
-                self._comparing |= set(partitions)
+                self._comparing |= frozenset(partitions)
                 self._begin(self._reconcile(frozenset(partitions)))
             case e.Unload(partitions):
-                self._comparing -= set(partitions)
+                self._comparing -= frozenset(partitions)
             case e.Flush(flush, partitions, node):
                 self._begin(self._flush(flush, partitions, node))
             case e.AskRelease(node, asker, partitions):
@@ -295,8 +303,10 @@ class ModelShell:
             try:
                 return self.rows.publish(prepared[0])
             except (ModelError, PublishError):
-                # Nothing of it is there. If the model is rolled back, the rows that this was worked out from are others now.
-                prepared.clear()
+                # If the model was rolled back, the rows that this was worked out from are others now. If the step is there, of
+                # an attempt before that came to no answer, it is what they were worked into: to do so again would count twice.
+                if not self.rows.has(group.marks):
+                    prepared.clear()
                 self.rows.publisher.restored()
                 raise
 
@@ -326,7 +336,7 @@ class ModelShell:
         await self._repeated("serve", self.served.publish)
         if self.served.rolled_back:  # what was left out then is found by comparing
             self.served.rolled_back = False
-            self._begin(self._reconcile(frozenset(self._comparing)))
+            self._begin(self._reconcile(self._comparing))
         self.handle(e.Served(group))
 
     async def _load(self, partitions: tuple[int, ...]) -> None:
@@ -338,6 +348,8 @@ class ModelShell:
         def missing(lagging: tuple[str, ...], silent: tuple[str, ...]) -> tuple[str, ...]:
             return (node,) if node in lagging or node in silent else ()
 
+        # A comparison that is at a row of these partitions now would serve it after whoever takes over has.
+        await self._repeated("flush", self.served.settle)
         await self._everywhere(f"flush to {node}", missing)
         self.handle(e.Flushed(flush))
 
@@ -352,10 +364,7 @@ class ModelShell:
         self.waiting_for.pop(what, None)
 
     async def _reconcile(self, partitions: frozenset[int]) -> None:
-        def wanted() -> bool:
-            return bool(partitions & self._comparing)
-
-        await self._repeated("reconcile", lambda: self.served.reconcile(partitions & self._comparing, wanted))
+        await self._repeated("reconcile", lambda: self.served.reconcile(lambda: partitions & self._comparing))
 
     # --- the end, and what is told
 

@@ -83,6 +83,7 @@ class Undo:
         if len(described) > HEAD_BYTES - 16:
             raise StoreError(f"a step of {len(parts)} tables: what it changes cannot be put on record")
         self._grow(HEAD_BYTES + sum(_padded(9 * len(p.keys)) + _padded(p.rows.nbytes) + 2 * _ALIGN for p in parts))
+        self.clear()  # a crash in the middle leaves none, and not part of another one
         at = HEAD_BYTES
         for part in parts:
             for array in (part.keys, part.there, part.rows.reshape(-1)):

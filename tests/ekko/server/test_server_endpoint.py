@@ -1,0 +1,76 @@
+"""A server's endpoint and what it hands on, on real sockets: the end of a server, and requests that would take too much."""
+
+import asyncio
+
+import numpy as np
+import zmq
+
+from ekko.config.sections import ServerModelSection
+from ekko.train.server import wire as w
+from ekko.train.server.coding import decode_answer, encode_request
+from ekko.train.server.endpoint import Endpoint
+from ekko.train.server.schema import trained_model
+from ekko.train.server.shell import ModelShell
+from sim_cluster.processes import free_ports
+
+
+class Noting:
+    """Whoever is asked notes it."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def on_request(self, ask: int, request: w.Request) -> None:
+        self.asked.append(ask)
+
+    def on_answer(self, answer: w.Answer) -> None:
+        raise AssertionError(answer)
+
+
+def test_an_endpoint_that_was_shut_takes_no_request_and_still_answers() -> None:
+    async def run() -> None:
+        handler = Noting()
+        address = f"tcp://127.0.0.1:{free_ports(1)[0]}"
+        endpoint = Endpoint(address, handler)
+        endpoint.open()
+        with zmq.Context() as context, context.socket(zmq.DEALER) as client:
+            client.connect(address)
+            client.send_multipart(encode_request(1, w.WhoServes("ctr")))
+            async with asyncio.timeout(10.0):
+                while not handler.asked:
+                    await asyncio.sleep(0.001)
+            client.send_multipart(encode_request(2, w.WhoServes("ctr")))
+            endpoint.shut()
+            assert await asyncio.to_thread(client.poll, 100) == 0  # by now the second one is there
+            endpoint.answer(handler.asked[0], w.Pushed(1, 2))
+            assert await asyncio.to_thread(client.poll, 10_000)
+            assert decode_answer(client.recv_multipart()) == (1, w.Pushed(1, 2))
+            await asyncio.sleep(0)  # turns that were taken
+            assert len(handler.asked) == 1
+        endpoint.close()
+
+    asyncio.run(run())
+
+
+class Answers:
+    """Where answers go."""
+
+    def __init__(self) -> None:
+        self.said: list[w.Answer] = []
+
+    def answer(self, ask: int, answer: w.Answer) -> None:
+        self.said.append(answer)
+
+
+def test_a_pull_whose_answer_no_message_may_have_is_refused_before_memory_is_taken() -> None:
+    tables = {"wide": {"dim": 16_384, "optimizer": {"name": "sgd", "lr": 0.1}}}
+    shell = ModelShell.__new__(ModelShell)  # as far as a refusal needs it
+    shell.model, shell.refused, shell.pulls = trained_model("ctr", ServerModelSection(partitions=2, tables=tables), 64), 0, 0
+    answers = Answers()
+    shell._endpoint = answers  # type: ignore[assignment]
+    keys = np.arange(w.KEYS_MAX, dtype=np.uint64)  # 64 GiB of rows in a message of 8 MiB
+    shell._on_pull(1, w.Pull("ctr", w.OBSERVER, 0, 0, (0, 1), {"wide": keys}))
+    (answer,) = answers.said
+    assert isinstance(answer, w.Failed)
+    assert (answer.kind, shell.refused, shell.pulls) == (w.REFUSED, 1, 0)
+    assert "ask for fewer rows" in answer.reason
