@@ -109,10 +109,9 @@ class Endpoint:
 
     def shut(self) -> None:
         """Take no more requests; answers still go out. Who has a connection asks in vain, and then another server."""
-        self._shut = True
+        self._shut = True  # not unbound: that ends the connections, too, on which answers go out
         if self._router is not None:
             asyncio.get_running_loop().remove_reader(self._router.fileno())
-            self._router.unbind(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
 
     def keys_changed(self) -> None:
         """Who has no key any more is cut off: all connections end, and those that may come back do."""

@@ -19,9 +19,11 @@ class Noting:
 
     def __init__(self) -> None:
         self.asked: list[int] = []
+        self.first = asyncio.Event()
 
     def on_request(self, ask: int, request: w.Request) -> None:
         self.asked.append(ask)
+        self.first.set()
 
     def on_answer(self, answer: w.Answer) -> None:
         raise AssertionError(answer)
@@ -36,9 +38,7 @@ def test_an_endpoint_that_was_shut_takes_no_request_and_still_answers() -> None:
         with zmq.Context() as context, context.socket(zmq.DEALER) as client:
             client.connect(address)
             client.send_multipart(encode_request(1, w.WhoServes("ctr")))
-            async with asyncio.timeout(10.0):
-                while not handler.asked:
-                    await asyncio.sleep(0.001)
+            await asyncio.wait_for(handler.first.wait(), 10.0)
             client.send_multipart(encode_request(2, w.WhoServes("ctr")))
             endpoint.shut()
             assert await asyncio.to_thread(client.poll, 100) == 0  # by now the second one is there
