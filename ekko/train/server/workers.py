@@ -103,6 +103,7 @@ class Workers:
         core, number = self._core, partition.number
         here = {push.worker for push in core.pending.pushes.values() if number in push.left}
         here |= {pull.worker for pull in core.pending.pulls.values() if number in pull.partitions} | core.hellos.keys()
+        here |= {worker for worker, track in partition.tracks.items() if track.durable < track.accepted}  # in a group
         since = {worker: max(core.seen_ms.get(worker, 0), partition.waiting_ms) for worker in partition.counted()}
         return {worker: ms + core.worker_timeout_ms for worker, ms in since.items() if worker not in here}
 

@@ -182,6 +182,16 @@ def test_who_is_silent_is_dropped_and_goes_on_where_the_others_are() -> None:
     assert alone.push(1, 3, life=2) != []
 
 
+def test_who_has_a_push_under_way_is_not_dropped() -> None:
+    alone = Alone(replace(SETTINGS, mode=w.SYNC, workers=2), timeout_ms=1_000)
+    alone.hello(0), alone.hello(1)
+    alone.push(0, 1)
+    assert alone.push(1, 1) != []  # a group, of which nobody hears for long
+    assert alone.pull(0, 1) == []
+    alone.now_ms = 5_000
+    assert alone.handle(e.TimerFired()) == []
+
+
 def test_queues_have_bounds_and_say_so() -> None:
     alone = Alone(replace(SETTINGS, mode=w.SYNC, workers=2))
     alone.hello(0), alone.hello(1)
