@@ -306,7 +306,7 @@ def _ask(wanted: Mapping[PSEmbeddingBag, Tensor], ahead: int) -> None:
     """Ask for all of it in as few messages as there can be: one for each client, and more where bags share a table."""
     rounds: list[tuple[RowClient, dict[str, tuple[PSEmbeddingBag, _Ids]]]] = []
     for bag, ids in wanted.items():
-        own = _Ids(_keys(ids), bag.padding_idx)
+        own = _Ids(_keys(ids).copy(), bag.padding_idx)  # the caller may have one buffer for all batches
         for client, tables in rounds:
             if client is bag._client and bag.table not in tables:  # noqa: SLF001
                 tables[bag.table] = (bag, own)

@@ -201,14 +201,14 @@ class Client:
         """Begin to pull rows of any number of tables, in one message to each server.
 
         Args:
-            keys: table -> n integers >= 0.
+            keys: table -> n integers >= 0; they are copied.
             ahead: how many pushes will have been made before the rows are used: in modes "bounded" and "sync" the servers wait
                 for them. 1 for the batch after the next `push`.
 
         Raises:
             ModelError: as `pull`, or more than `PULLS_MAX` are under way.
         """
-        wanted = {table: self._keys(table, some) for table, some in keys.items()}
+        wanted = {table: self._keys(table, some).copy() for table, some in keys.items()}
         with self._alone():
             rows: dict[str, F32] = {}
             missing: dict[str, NDArray[np.int64]] = {}

@@ -414,6 +414,17 @@ class Outstanding:
         for endpoint in self._known:
             self._numbers += 1  # no answer to it is waited for
             self._out.append(Send(endpoint, self._numbers, w.WhoServes(self._model)))
+        self._show_life()
+
+    def _show_life(self) -> None:
+        """Tell servers that have nothing of us that we are here: while another one is away, they would take us for dead."""
+        if self._routing is None or self.settings is None or self.settings.mode == w.ASYNC:
+            return
+        busy = {part.endpoint for part in self._parts.values()}
+        for endpoint in self._routing.acting:
+            if self._server(endpoint).greeted and endpoint not in busy:
+                self._numbers += 1  # no answer to it is waited for
+                self._out.append(Send(endpoint, self._numbers, w.Hello(self._model, self._worker, self._life)))
 
     def _fail(self, failure: EkkoError) -> None:
         """Nothing can be asked any more."""

@@ -272,6 +272,33 @@ def test_servers_that_lost_answered_pushes_are_found_out() -> None:
         network.run_until(lambda: False)
 
 
+@pytest.mark.parametrize("mode", [w.SYNC, w.ASYNC])
+def test_servers_that_wait_for_us_hear_of_us_while_another_one_is_away(mode: str) -> None:
+    """Where workers wait for each other, who is silent is dropped: a worker that a dead server holds up is not dead."""
+    network = Network(1, Faults(), partitions=3)
+    network.servers.mode = mode
+    network.servers.primaries = [0, 1, 1]
+    network.servers.tell()
+    asked = network.asked
+    network.run_until(lambda: asked.joined)
+    keys = np.arange(50, dtype=np.uint64)
+    pulling = asked.pull({"item": keys}, 0, network.now_s)
+    heard: list[w.Request] = []
+    for _ in range(40):  # the first server is away
+        network.now_s += 0.1
+        asked.tick(network.now_s)
+        for send in asked.drain():
+            if send.endpoint != ENDPOINTS[0]:
+                heard.append(send.request)
+                answer = network.servers.answer(ENDPOINTS.index(send.endpoint), send.request)
+                asked.answered(send.endpoint, send.number, answer, network.now_s)
+    assert not pulling.done
+    hellos = [request for request in heard if isinstance(request, w.Hello)]
+    assert bool(hellos) == (mode == w.SYNC)
+    assert len(hellos) < 40
+    assert asked.failure is None
+
+
 def test_settings_that_servers_refuse_are_said() -> None:
     network = Network(1, Faults())
     network.asked.tick(0.0)

@@ -196,6 +196,15 @@ def test_rows_of_a_loop_that_was_left_are_not_used_later(mode: str, steps: int) 
     assert torch.equal(bag(batch), nn.functional.embedding_bag(batch, tables.weight, mode="sum"))
 
 
+def test_ids_that_are_written_over_after_they_were_asked_for_are_others() -> None:
+    tables = Tables()
+    bag = ekko.torch.PSEmbeddingBag(tables, "item", mode="sum")
+    ids = torch.tensor([[1, 2]])
+    bag.prefetch(ids)
+    ids.copy_(torch.tensor([[3, 4]]))  # as loaders do that have one buffer for all batches
+    assert torch.equal(bag(ids), nn.functional.embedding_bag(ids, tables.weight, mode="sum"))
+
+
 @pytest.mark.filterwarnings("ignore:Using backward")
 def test_gradients_that_have_a_graph_themselves_are_pushed() -> None:
     tables = Tables()

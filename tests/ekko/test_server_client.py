@@ -152,6 +152,15 @@ def test_memory_of_a_node_that_went_away_is_not_read(cluster: TrainingCluster, c
         assert np.array_equal(beside.pull("item", KEYS), client.pull("item", KEYS))
 
 
+def test_keys_may_change_while_their_rows_are_under_way(client: Client) -> None:
+    keys = KEYS.copy()
+    expected = client.pull("item", KEYS)
+    pull = client.pull_async({"item": keys})
+    keys[:] = 0
+    client._asked.tick(1e12)  # nobody answers in time: it is asked again
+    assert np.array_equal(pull.result()["item"], expected)
+
+
 class Held:
     """Gradients that are taken once."""
 
