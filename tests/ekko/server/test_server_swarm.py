@@ -99,7 +99,8 @@ class Swarm(World):
 
     def check_end(self) -> None:
         overlay, keys = self.overlay, self.options.keys
-        nodes = list(overlay.nodes.values())
+        # Who was expelled shortly before may not know it yet, or not be back.
+        nodes = [node for node in overlay.nodes.values() if node.up and node.life not in overlay.expelled]
         for node in nodes:
             assert {p: c.value for p, c in node.memory.items()} == {p: c.value for p, c in nodes[0].memory.items()}, "apart"
         rows = {place: cell.value for place, cell in nodes[0].memory.items() if not is_mark(place)}
