@@ -46,12 +46,21 @@ class TrackedTable:
         module: holds its weight.
         optimizers: all that are tracked.
         keys: which key each row has; None: its number.
+        renormalised: whether forward passes of some module change the weight (`max_norm`).
 
     Raises:
         ModelError: no optimizer trains the weight.
     """
 
-    def __init__(self, name: str, module: Table, optimizers: Sequence[Optimizer], keys: KeyMap | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: Table,
+        optimizers: Sequence[Optimizer],
+        keys: KeyMap | None = None,
+        *,
+        renormalised: bool = False,
+    ) -> None:
         self.name = name
         self.key_map = keys
         self._module = module
@@ -67,7 +76,7 @@ class TrackedTable:
         self._lock = threading.Lock()  # of `due`
         self.says_significance = True
         self._bind()
-        if module.max_norm is not None or not all(_is_local(one, group, module.sparse) for one, group in self._groups):
+        if renormalised or not all(_is_local(one, group, module.sparse) for one, group in self._groups):
             self.compare()
 
     @property
@@ -102,6 +111,8 @@ class TrackedTable:
         if gradient is None:
             return
         sparse = gradient.is_sparse
+        if any(one.param_groups is not groups for one, groups in self._bound):  # a state dict was loaded
+            self._bind()
         for one, group in self._groups:
             # The settings as they are now; whoever leaves other rows alone only with sparse gradients has none of these.
             moves = group.get("momentum") or group.get("weight_decay") or not (sparse or self._takes_dense)
@@ -219,10 +230,6 @@ class TrackedTable:
         with self._lock:
             self.due.drop(ids)
 
-    def holds(self, module: object) -> bool:
-        """Whether this is the table of a module."""
-        return getattr(module, "weight", None) is self.weight
-
     def forget(self) -> I64:
         """Nothing is due any more: int64[n], the rows of which something was."""
         ids, _ = self.take()
@@ -271,6 +278,7 @@ class TrackedTable:
 
     def _bind(self) -> None:
         """Find the weight's settings in its optimizers."""
+        self._bound = [(one, one.param_groups) for one in self.trainers]
         self._groups: list[tuple[Optimizer, dict[str, Any]]] = [
             (one, group) for one in self.trainers for group in one.param_groups if _has(group["params"], self.weight)
         ]

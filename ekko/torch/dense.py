@@ -178,8 +178,9 @@ class DenseParameters:
 
     def take(self) -> dict[str, F32]:
         """A version: float32 copies of all, by name. Nothing is due any more; hand it to `published`, or to `failed`."""
+        version = {name: _copy(self.tensor(name)) for name in self.names}
         self._due = self._unsent = False
-        return {name: _copy(self.tensor(name)) for name in self.names}
+        return version
 
     def failed(self) -> None:
         """The version that was taken is not with the node: one is due."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ekko.errors import ModelError
@@ -62,6 +62,12 @@ def found_tables(model: nn.Module, tables: Mapping[str, str], known: Mapping[str
         found.setdefault(table, module)
         names.setdefault(table, name)
     return found
+
+
+def renormalising(model: nn.Module, weight: Tensor) -> list[Table]:
+    """Modules whose forward passes change a weight: those that have it and `max_norm`, whatever their names."""
+    tables = (module for module in model.modules() if isinstance(module, Table))
+    return [module for module in tables if module.max_norm is not None and module.weight is weight]
 
 
 def optimizers_of(weight: nn.Parameter, optimizers: Iterable[Optimizer], table: str) -> list[Optimizer]:

@@ -127,8 +127,16 @@ class Outbox:
         Dense parameters go with all rows that are due: beside rows that are still to come they would be newer than those. While
         more is due than a copy may have they are put off, and after `PUT_OFF_MAX` batches they take all of it along.
         """
-        parts: list[Part] = []
-        deletes: list[tuple[TrackedTable, U64]] = []
+        batch = Batch()
+        try:
+            return self._taken(batch, bytes_max)
+        except BaseException:  # a device is out of memory, say
+            self._give_back(batch)
+            raise
+
+    def _taken(self, batch: Batch, bytes_max: int | None) -> Batch | None:
+        """What is due, noted in `batch` before anything may fail."""
+        parts, deletes = batch.parts, batch.deletes
         dense_goes = self._dense.due and self._all_may_go(bytes_max)
         room = None if dense_goes else bytes_max
         for table in self._tables:
@@ -139,7 +147,12 @@ class Outbox:
                 deletes.append((table, freed))
             ids, weights = table.take(None if room is None else max(1, room // row_bytes))
             if len(ids):
-                parts.append(Part(table, ids, weights, table.keys_of(ids), table.rows(ids)))
+                try:
+                    rows = table.rows(ids)
+                except BaseException:
+                    table.give_back(ids, weights)
+                    raise
+                parts.append(Part(table, ids, weights, table.keys_of(ids), rows))
                 room = None if room is None else room - len(ids) * row_bytes
         version = self._dense.take() if dense_goes else None
         return Batch(parts, version, deletes) if parts or deletes or version is not None else None
@@ -167,12 +180,7 @@ class Outbox:
                     self._dense.add_to(step, batch.version)
         except BaseException:
             self._failures += 1
-            for table, keys in batch.deletes:
-                table.give_back_freed(keys)
-            for part in batch.parts:
-                part.table.give_back(part.ids, part.weights)
-            if batch.version is not None:
-                self._dense.failed()
+            self._give_back(batch)
             raise
         for part in batch.parts:
             part.table.sent(part.ids, part.rows)
@@ -181,6 +189,15 @@ class Outbox:
             self._dense.published(batch.version, getattr(self._publisher, "openings", 0))  # one of yours may not count them
         self._batches += 1
         self.stamp = step.stamp
+
+    def _give_back(self, batch: Batch) -> None:
+        """What was taken is due again."""
+        for table, keys in batch.deletes:
+            table.give_back_freed(keys)
+        for part in batch.parts:
+            part.table.give_back(part.ids, part.weights)
+        if batch.version is not None:
+            self._dense.failed()
 
     def publish_all(self, bytes_max: int, choice: Choice | None = None) -> None:
         """Publish every row of every table, or those that are chosen, in batches of about so many bytes."""

@@ -109,13 +109,23 @@ class Reloader:
         self._tables = tables
         self._dense = dense
         self._outbox = outbox
+        self._restored: tuple[Restored, ...] = ()  # what was told, until all of it is loaded
+        self._dropped: dict[str, I64] = {}
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether something was told that is not loaded, since that failed."""
+        return bool(self._restored)
 
     def reload(self) -> Reloaded:
         """See `Tracker.reload`; between two steps."""
-        restored: tuple[Restored, ...] = getattr(self._publisher, "restored", tuple)()
+        self._restored += getattr(self._publisher, "restored", tuple)()
+        restored = self._restored
         if not restored:
             return Reloaded({})
-        due = self._outbox.forget()
+        for table, ids in self._outbox.forget().items():
+            self._dropped[table] = np.union1d(ids, self._dropped.get(table, ids))
+        due = dict(self._dropped)
         tensors = dict.fromkeys(name for one in restored for name in one.tensors if name in self._dense.names)
         loaded: dict[str, int] = {}
         for one in restored:
@@ -130,6 +140,7 @@ class Reloader:
         dropped = {table: len(ids) for table, ids in due.items() if len(ids)}
         for table in dropped:
             self._reload_rows(self._tables[table], due[table])
+        self._restored, self._dropped = (), {}
         return Reloaded(loaded, read, tuple(name for name in tensors if name not in read), dropped)
 
     def _load(self, table: TrackedTable, keys: NDArray[np.uint64], values: NDArray[np.float32]) -> I64:

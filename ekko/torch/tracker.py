@@ -1,6 +1,7 @@
 """`track`: publish the rows that training changes, and load what a rollback took back."""
 
 import atexit
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ from ekko.errors import ModelError, NodeUnreachable
 from ekko.torch.capture import I64, TrackedTable
 from ekko.torch.dense import DenseParameters
 from ekko.torch.key_map import KeyMap, key_maps
-from ekko.torch.modules import found_tables, unwrapped
+from ekko.torch.modules import found_tables, renormalising, unwrapped
 from ekko.torch.outbox import Choice, Counts, Outbox, StepPublisher
 from ekko.torch.ranks import divided
 from ekko.torch.reloading import Reloaded, Reloader, StateReader
@@ -135,7 +136,11 @@ class Tracker:
         self.before_step: Callable[[], None] | None = None  # called before each step; `ekko.torch.checkpoint` sets it
         found = found_tables(model, tables, publisher.tables)
         maps = key_maps(keys or {}, tables, found)
-        self._tables = {name: TrackedTable(name, module, optimizers, maps.get(name)) for name, module in found.items()}
+        renormalise = {name: renormalising(model, module.weight) for name, module in found.items()}
+        self._tables = {
+            name: TrackedTable(name, module, optimizers, maps.get(name), renormalised=bool(renormalise[name]))
+            for name, module in found.items()
+        }
         weights = {name: table.weight for name, table in self._tables.items()}
         self._publisher: StepPublisher = divided(publisher, model, weights, process_group, maps)
         self._dense = DenseParameters(unwrapped(model), weights.values(), dense_every, time.monotonic())
@@ -159,13 +164,13 @@ class Tracker:
         for one in optimizers:
             captured = [table for table in self._tables.values() if one in table.trainers]
             self._hooks += hooked(one, self._begins, partial(self._stepped, captured, one is optimizers[-1]))
-        for module in found.values():
-            if module.max_norm is not None:
-                table = next(table for table in self._tables.values() if table.holds(module))
-                self._hooks += watched(module, self._gate, table.touch)
+        for name, modules in renormalise.items():
+            for module in modules:
+                self._hooks += watched(module, self._gate, self._tables[name].touch)
         self._stays_open: Callable[[], None] | None = None  # a publisher of yours need not know that
         if background:
             self._sender.start()
+            self._process = os.getpid()
             atexit.register(self._at_exit)  # of a script that closes nothing
             if (before_close := getattr(publisher, "before_close", None)) is not None:
                 self._stays_open = before_close(lambda: self.remove(CLOSE_S))
@@ -268,7 +273,12 @@ class Tracker:
         rows before the next step.
         """
         with self._alone():
-            return self._reloader.reload()
+            return self._load_restored()
+
+    def _load_restored(self) -> Reloaded:
+        reloaded = self._reloader.reload()
+        self._waited = False
+        return reloaded
 
     def remove(self, timeout: float = FLUSH_S) -> None:
         """Stop tracking; in the background, publish what is due before. What was published stays published.
@@ -288,8 +298,9 @@ class Tracker:
             self.flush(timeout)
 
     def _at_exit(self) -> None:
-        with suppress(Exception):  # there is nobody to tell
-            self.remove(CLOSE_S)
+        if os.getpid() == self._process:  # and not in a child, which has this but no thread
+            with suppress(Exception):  # there is nobody to tell
+                self.remove(CLOSE_S)
 
     def __enter__(self) -> Self:
         return self
@@ -315,8 +326,7 @@ class Tracker:
         if not self._background:
             with self._sender.sending:
                 self._publish()
-        elif self._waited:
-            self._waited = False
+        elif self._waited or self._reloader.unfinished:
             self.reload()
         elif (error := self._sender.failed()) is None:
             self._sender.stepped()
@@ -337,6 +347,8 @@ class Tracker:
 
     def _send_some(self) -> bool:
         """Send a bounded part of what is due; False: nothing was."""
+        if self._waited or self._reloader.unfinished:
+            return False  # what is due was worked out from a model that is gone, until the trainer has loaded what was restored
         if self._steps - self._settled > SETTLE_STEPS:  # else it is as fast to do it while the rows are copied
             with self._gate.between_steps():
                 self._settled = self._steps
@@ -354,14 +366,14 @@ class Tracker:
 
     def _publish(self) -> int:
         """Publish all that is due, after what was restored is loaded."""
+        if self._waited or self._reloader.unfinished:
+            self._load_restored()
         try:
             self._publish_due()
         except ModelError:
-            if self._reloader.reload() == Reloaded({}):
+            if self._load_restored() == Reloaded({}):
                 raise  # it is refused for another reason, or the rollback is not over
             self._publish_due()
-        if getattr(self._publisher, "has_restored", False):  # it waited for the end of one
-            self._reloader.reload()
         return self._outbox.stamp
 
     def _publish_due(self) -> None:
@@ -369,3 +381,5 @@ class Tracker:
         while self._outbox.is_due:
             if (batch := self._outbox.take(limit)) is not None:
                 self._outbox.send(batch)
+                if getattr(self._publisher, "has_restored", False):  # it waited for the end of a rollback; nothing is due then
+                    self._load_restored()

@@ -56,8 +56,9 @@ def add_gradients(ids: I64, values: F32, ends: I64, zeros: Int, weights: F32, bl
     """Add the L1 norms of sparse gradients: rows `values`, float32[n, dim], of the table's rows `ids`, int64[n].
 
     They are those of several steps, one after the other; `ends` says where each step's end. Of a step the entries of one row
-    are summed first, as an optimizer does. Rows whose gradient is zero count only where `zeros` says so. An id out of range
-    is skipped. Returns how many rows became due.
+    are summed first, as an optimizer does. Rows whose gradient is zero count only where `zeros` says so; where it is the sum of
+    entries that are not zero it counts, too: SGD adds them one by one, and each addition rounds. An id out of range is skipped.
+    Returns how many rows became due.
     """
     dim = values.shape[1]
     total = np.empty(dim, np.float32)
@@ -75,20 +76,23 @@ def add_gradients(ids: I64, values: F32, ends: I64, zeros: Int, weights: F32, bl
             row = ids[first]
             i += 1
             norm = np.float32(0)
+            moved = False
             if i == count or ids[begin + order[i]] != row:
                 for j in range(dim):
                     norm += abs(values[first, j])
             else:
                 for j in range(dim):
                     total[j] = values[first, j]
+                    moved |= total[j] != 0
                 while i < count and ids[begin + order[i]] == row:
                     other = begin + order[i]
                     for j in range(dim):
                         total[j] += values[other, j]
+                        moved |= values[other, j] != 0
                     i += 1
                 for j in range(dim):
                     norm += abs(total[j])
-            if 0 <= row < weights.size and (zeros or norm != 0):
+            if 0 <= row < weights.size and (zeros or moved or norm != 0):
                 added += _add(weights, blocks, row, norm)
         begin = end
     return added
