@@ -119,6 +119,8 @@ class Outstanding:
     def cancel(self, pulling: Pulling) -> None:
         """Nobody wants the answer any more."""
         self._pulls.pop(pulling, None)
+        if not pulling.done:
+            pulling.failure = ModelError("this pull was given up: begin another one")
         for number in [number for number, part in self._parts.items() if part.pulling is pulling]:
             del self._parts[number]
 

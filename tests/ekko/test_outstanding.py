@@ -299,6 +299,20 @@ def test_servers_that_wait_for_us_hear_of_us_while_another_one_is_away(mode: str
     assert asked.failure is None
 
 
+def test_who_asks_for_a_pull_that_was_given_up_is_told() -> None:
+    """Two tables of one pull are two waits: after the first one was given up, the second would wait for nothing."""
+    network = Network(1, Faults())
+    network.run_until(lambda: network.asked.joined)
+    pulling = network.asked.pull({"item": np.arange(9, dtype=np.uint64)}, 0, network.now_s)
+    network.asked.cancel(pulling)
+    assert pulling.done
+    assert "was given up: begin another one" in str(pulling.failure)
+    arrived = network.asked.pull({"item": np.arange(9, dtype=np.uint64)}, 0, network.now_s)
+    network.run_until(lambda: arrived.done)
+    network.asked.cancel(arrived)
+    assert arrived.failure is None
+
+
 def test_settings_that_servers_refuse_are_said() -> None:
     network = Network(1, Faults())
     network.asked.tick(0.0)

@@ -95,6 +95,9 @@ class Swarm(World):
         stuck = {n: (one.number, one.last, one.open) for n, one in self.workers.items() if not one.is_done}
         assert not stuck, f"workers do not come to their end: {stuck}"
         self.run_until(self.now_ms + 5_000)
+        # A node that was away until just now may have heard only then that it was expelled, and start over once more.
+        while self.now_ms < END_MS and not all(node.up and not node.empty for node in self.overlay.nodes.values()):
+            self.run_until(self.now_ms + 5_000)
         self.check_end()
 
     def check_end(self) -> None:
