@@ -3,13 +3,48 @@
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from ekko.torch.sending import Gate
+
+# The last of several optimizers is waited for while the others begin anew so often; then it counts as not stepping any more.
+REPEATS_MAX: Final = 16
+
+
+class Round:
+    """Steps of several optimizers that are one, which ends with the last one's, and which one that is: one that is not called
+    any more, its parameters being frozen by now, must not keep the others' steps from ever being published.
+
+    Args:
+        count: how many optimizers there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._last = count - 1
+        self._at = self._top = -1  # the newest one that stepped in this round, and the last of the list that did
+        self._repeats = 0
+
+    def begins(self, place: int) -> None:
+        """A step of the so many-th one begins."""
+        if place <= self._at:
+            self._at = -1
+            self._repeats += 1
+            if self._repeats >= REPEATS_MAX:
+                self._last = self._top
+
+    def ends(self, place: int) -> bool:
+        """A step of it has ended; whether all of them have."""
+        self._at, self._top = place, max(place, self._top)
+        if place < self._last:
+            return False
+        self._last = place
+        self._at = self._top = -1
+        self._repeats = 0
+        return True
 
 
 def hooked(optimizer: Optimizer, begins: Callable[[], None], stepped: Callable[[Optimizer], None]) -> list[Any]:

@@ -22,7 +22,7 @@ from ekko.torch.outbox import Choice, Counts, Outbox, StepPublisher
 from ekko.torch.ranks import divided
 from ekko.torch.reloading import Reloaded, Reloader, StateReader
 from ekko.torch.sending import COPY_BYTES_MAX, RETRY_S, SHARE, Gate, Sender
-from ekko.torch.steps import hooked, watched
+from ekko.torch.steps import Round, hooked, watched
 
 # `publish_all` cuts a table into steps of about this size: large enough that the cost of a step does not count, small enough
 # that the node stays responsive to other publishers meanwhile.
@@ -64,7 +64,8 @@ def track(
 
     Args:
         model: holds the tables; may be wrapped by `torch.compile` or `DistributedDataParallel`: names are those without it.
-        optimizer: any; or several, in the order in which they step: their steps are one, which ends with the last one's. Where
+        optimizer: any; or several, in the order in which they step: their steps are one, which ends with the last one's. Name
+            all: what one that is not named changes is not seen, and while it steps dense parameters may be copied. Where
             they move rows that have no gradient (momentum, weight decay, Adam with dense gradients, ...) changed rows are found
             by comparing the table with a copy of what was published last: it takes as much memory again.
         publisher: an `ekko.Publisher` of a model that has the tables.
@@ -161,9 +162,10 @@ class Tracker:
                     )
                 table.key_map.attach(self._gate, table.drop)
         self._hooks: list[Any] = []
-        for one in optimizers:
+        self._round = Round(len(optimizers))
+        for place, one in enumerate(optimizers):
             captured = [table for table in self._tables.values() if one in table.trainers]
-            self._hooks += hooked(one, self._begins, partial(self._stepped, captured, one is optimizers[-1]))
+            self._hooks += hooked(one, partial(self._begins, place), partial(self._stepped, captured, place))
         for name, modules in renormalise.items():
             for module in modules:
                 self._hooks += watched(module, self._gate, self._tables[name].touch)
@@ -308,17 +310,18 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _begins(self) -> None:
+    def _begins(self, place: int) -> None:
         if self.before_step is not None:
             self.before_step()
         self._gate.enter()
+        self._round.begins(place)
 
-    def _stepped(self, captured: list[TrackedTable], ends: bool, optimizer: Optimizer) -> None:
+    def _stepped(self, captured: list[TrackedTable], place: int, optimizer: Optimizer) -> None:
         skipped = getattr(optimizer, "found_inf", None)  # a gradient scaler has the step change nothing then
         if skipped is None or not skipped.item():
             for table in captured:
                 table.capture(optimizer)
-        if not ends:
+        if not self._round.ends(place):
             return
         self._steps += 1
         self._dense.stepped(time.monotonic())

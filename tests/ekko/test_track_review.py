@@ -164,3 +164,23 @@ def test_what_was_restored_is_loaded_though_the_first_attempt_fails() -> None:
     assert (model.user.weight[4] == 7).all()
     assert (model.item.weight[[7, 8]] == 7).all()
     assert len(publisher.steps) == before
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_an_optimizer_that_does_not_step_any_more_holds_nothing_up(background: bool) -> None:
+    model, publisher = Toy(), Recorder({"users": 4, "items": 4})
+    first = torch.optim.Adagrad([model.user.weight, model.item.weight], lr=0.1)
+    frozen = torch.optim.Adagrad(model.top.parameters(), lr=0.1)
+    with ekko.torch.track(model, [first, frozen], publisher, TABLES, background=background) as tracker:
+        train(model, first, [0], [0])
+        frozen.step()
+        tracker.flush()
+        assert tracker.counts.steps == 1
+        for number in range(40):
+            train(model, first, [number % 9], [number % 12])
+        assert 20 <= tracker.counts.steps < 40
+        until(lambda: bool(publisher.steps) and 8 in set().union(*(batch.rows["users"] for batch in publisher.steps)))
+        frozen.step()
+        counted = tracker.counts.steps
+        train(model, first, [1], [1])
+        assert tracker.counts.steps == counted, "it steps again, and ends what is one step"
