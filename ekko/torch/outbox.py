@@ -8,6 +8,7 @@ from typing import Final, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from ekko.errors import ModelError
 from ekko.torch.capture import TrackedTable
 from ekko.torch.dense import DenseParameters
 
@@ -200,7 +201,11 @@ class Outbox:
             self._dense.failed()
 
     def publish_all(self, bytes_max: int, choice: Choice | None = None) -> None:
-        """Publish every row of every table, or those that are chosen, in batches of about so many bytes."""
+        """Publish every row of every table, or those that are chosen, in batches of about so many bytes.
+
+        Raises:
+            ModelError: a batch had to wait for the end of a rollback: the others are not published, since they would undo it.
+        """
         for table in self._tables:
             table.settle()
             chunk = max(1, bytes_max // (4 * table.weight.shape[1]))
@@ -212,6 +217,11 @@ class Outbox:
                     part = part.of(choice(table.name, part.keys, part.rows))
                 if len(part.ids):
                     self.send(Batch([part]))
+                    if getattr(self._publisher, "has_restored", False):
+                        raise ModelError(
+                            "the model was rolled back while all of its rows were published: call Tracker.reload(), which "
+                            "loads what was restored, and then publish_all() again"
+                        )
                 table.accept(ids)
 
     def forget(self) -> dict[str, I64]:

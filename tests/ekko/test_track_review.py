@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import ekko.torch
-from ekko.errors import StoreError
+from ekko.errors import ModelError, StoreError
 from ekko.torch.capture import TrackedTable
 from tests.ekko.test_torch import TABLES, RecordedStep, Recorder, Toy, adagrad, train
 from tests.ekko.test_torch_reload import GONE, RolledBack, users
@@ -184,3 +184,19 @@ def test_an_optimizer_that_does_not_step_any_more_holds_nothing_up(background: b
         counted = tracker.counts.steps
         train(model, first, [1], [1])
         assert tracker.counts.steps == counted, "it steps again, and ends what is one step"
+
+
+def test_publishing_all_does_not_undo_a_rollback_that_it_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ekko.torch.tracker, "PUBLISH_ALL_BYTES_MAX", 2 * 4 * 4)
+    model, publisher = Toy(), WaitsForRollback()
+    tracker = ekko.torch.track(model, adagrad(model), publisher, TABLES, background=False)
+    tracker.publish_all()
+    before = len(publisher.steps)
+    publisher.pending = (users(),)
+    with pytest.raises(ModelError, match="was rolled back while all of its rows were published"):
+        tracker.publish_all()
+    assert len(publisher.steps) == before
+    tracker.reload()
+    assert (model.user.weight[GONE] == 0.25).all()
+    tracker.publish_all()
+    assert len(publisher.steps) == 2 * before
