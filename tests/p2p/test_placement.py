@@ -207,13 +207,13 @@ def a_wait_counts_everybody(patch: pytest.MonkeyPatch) -> None:
 
 def a_wait_counts_holders_of_the_first_partition(patch: pytest.MonkeyPatch) -> None:
     """R21: of the partitions that a step touches, the last is forgotten."""
-    original = reach.Reach._holders
+    original = reach.Reach.holders
 
     def holders(self: Any, scope: Any, keyspace: Any, now: Any) -> Any:
         place = keyspace.replica.place
         return ({}, {}) if place.partition == 0 else original(self, scope, keyspace, now)
 
-    patch.setattr(reach.Reach, "_holders", holders)
+    patch.setattr(reach.Reach, "holders", holders)
 
 
 def one_partition_moves_the_frontier_of_all(patch: pytest.MonkeyPatch) -> None:
