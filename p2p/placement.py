@@ -51,16 +51,30 @@ def divide(
         columns: without stamps of their own.
         partition_of: int64[n] for each of them.
         partitions: of the family.
+
+    Returns:
+        Partition -> its rows; where a section has the rows of each partition together, in ascending order, they are not copied.
     """
     parts: dict[int, list[RowColumns]] = {}
     for section, belongs in zip(columns, partition_of, strict=True):
-        # The order is stable, so live rows stay before tombstones.
-        order = np.argsort(belongs, kind="stable")
-        ends = np.searchsorted(belongs[order], np.arange(partitions), "right")
-        for partition, rows in enumerate(np.split(order, ends[:-1])):
-            if len(rows):
-                parts.setdefault(partition, []).append(take(section, rows))
+        ends = np.cumsum(np.bincount(belongs, minlength=partitions))
+        together = bool((belongs[1:] >= belongs[:-1]).all())
+        # The order is stable, so live rows stay before tombstones. NumPy counts numbers of 16 bits instead of comparing them.
+        order = None if together else np.argsort(belongs.astype(np.uint16), kind="stable")
+        begin = 0
+        for partition, end in enumerate(ends.tolist()):
+            if end > begin:
+                part = _slice(section, begin, end) if order is None else take(section, order[begin:end])
+                parts.setdefault(partition, []).append(part)
+            begin = end
     return {partition: tuple(parts[partition]) for partition in sorted(parts)}
+
+
+def _slice(section: RowColumns, begin: int, end: int) -> RowColumns:
+    """The rows of a section from `begin` to `end`, uncopied."""
+    priority = None if section.priority is None else section.priority[begin:end]
+    stamps = None if section.stamps is None else section.stamps[begin:end]
+    return RowColumns(section.table, section.keys[begin:end], section.rows[begin:end], stamps, priority)
 
 
 def take(section: RowColumns, indices: NDArray[np.int64]) -> RowColumns:
@@ -68,4 +82,5 @@ def take(section: RowColumns, indices: NDArray[np.int64]) -> RowColumns:
     live = indices[indices < len(section.rows)]
     priority = None if section.priority is None else section.priority[indices]
     stamps = None if section.stamps is None else section.stamps[indices]
-    return RowColumns(section.table, section.keys[indices], section.rows[live], stamps, priority)
+    # `take` goes row by row; an index into the array goes value by value.
+    return RowColumns(section.table, section.keys[indices], section.rows.take(live, axis=0), stamps, priority)

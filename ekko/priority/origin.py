@@ -10,7 +10,8 @@ often those that would be at half the threshold. An origin does not see what oth
 to be had anywhere: this one means the same at every origin.
 
 Dense tensors are not weighed row by row: a tensor of which some rows are sent first, since they moved farther, is nothing that
-was ever learnt. All their rows are the foremost of the ordinary ones (decision 0044).
+was ever learnt. All their rows are the foremost of the ordinary ones (decision 0044). So are those of models that parameter
+servers train.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import PublishError
-from ekko.model import DENSE_SPEC
+from ekko.model import DENSE_SPEC, is_training
 from ekko.priority.functions import formula_of
 from ekko.priority.guard import Guarded
 from ekko.priority.mean import RecentMean
@@ -69,7 +70,13 @@ class Priorities:
     def classify(
         self, model: ModelStore, columns: Sequence[RowColumns], significance: Sequence[F32 | None], now: Now
     ) -> tuple[RowColumns, ...]:
-        """As `ModelPriority.classify`, of a step of this model."""
+        """As `ModelPriority.classify`, of a step of this model.
+
+        What a parameter server trains is not weighed: all of a step has to be with its holders before the push is answered, so
+        that no row of it is more urgent than another.
+        """
+        if is_training(model.spec.name):
+            return tuple(map(_together, columns))
         priority = self._of.get(model.keyspace)
         if priority is None:
             there = {other.keyspace for other in self._models.values()}
@@ -126,8 +133,7 @@ class ModelPriority:
 
     def _classified(self, section: RowColumns, said: F32 | None, now: Now, share: float) -> RowColumns:
         if section.table == _DENSE:
-            together = np.full(len(section.keys), classes.FOREMOST_ORDINARY, np.uint8)
-            return RowColumns(section.table, section.keys, section.rows, section.stamps, together)
+            return _together(section)
         drift: F32 | None = None
         if self._looks or (said is not None and np.isnan(said).any()):
             updates = self._updates(section, said, now)
@@ -235,6 +241,12 @@ class ModelPriority:
         if not isinstance(formula, Guarded):
             return PriorityPicture(*known)
         return PriorityPicture(*known, formula.failures, formula.steps_without, formula.last_failure)
+
+
+def _together(section: RowColumns) -> RowColumns:
+    """All of its rows in one class."""
+    together = np.full(len(section.keys), classes.FOREMOST_ORDINARY, np.uint8)
+    return RowColumns(section.table, section.keys, section.rows, section.stamps, together)
 
 
 def check_significance(table: str, significance: F32) -> None:

@@ -169,6 +169,8 @@ class Push:
         self._lingering.pop(keyspace.replica.keyspace, None)
         core.counters.groups_sent += 1
         trees = self._trees(keyspace, now)
+        if not self._has_children(keyspace, trees):
+            return  # nobody is sent it: a message of it would be made for nothing
         first, last, joined = steps[0], steps[-1], join(steps)
         batch = m.Batch(
             keyspace.replica.keyspace,
@@ -188,6 +190,13 @@ class Push:
         )
         for message in split_step(batch, joined.shard_of, wire.BATCH_BYTES_MAX):
             self._forward(keyspace, wire.seal(message), 0, trees, now)
+
+    def _has_children(self, keyspace: Keyspace, trees: Trees) -> bool:
+        """Whether a batch of ours goes to anybody, down whichever tree."""
+        options = self._core.options
+        if not options.sync.push:
+            return False
+        return any(_children(trees, keyspace, options.node, tree) for tree in range(trees.count))
 
     def send_held(self, now: m.Now) -> None:
         """Send every step that has waited for others as long as it may."""

@@ -84,6 +84,16 @@ def test_a_step_is_divided_without_loss_and_in_order(rows: list[tuple[int, bool]
         assert one.priority is None or (one.priority == one.keys).all()
 
 
+def test_rows_that_lie_by_partition_are_not_copied() -> None:
+    keys = np.arange(6, dtype=np.uint64)
+    section = RowColumns(3, keys, keys[:5].astype(np.uint8).reshape(-1, 1), None, keys.astype(np.uint8))
+    parts = divide([section], [np.array([0, 0, 2, 2, 2, 4])], 5)
+    assert {partition: one.keys.tolist() for partition, (one,) in parts.items()} == {0: [0, 1], 2: [2, 3, 4], 4: [5]}
+    assert all(np.shares_memory(one.keys, keys) for (one,) in parts.values())
+    assert np.shares_memory(parts[2][0].rows, section.rows)
+    assert len(parts[4][0].rows) == 0, "a tombstone has no row"
+
+
 # --- leaves -----------------------------------------------------------------------------------------------------------------
 
 nodes = st.lists(

@@ -197,6 +197,17 @@ def test_rows_of_dense_tensors_leave_together_behind_what_is_significant() -> No
     assert (origin.publish(np.arange(1_000), rows) == plain.publish(np.arange(1_000), rows)).all()
 
 
+def test_rows_that_a_parameter_server_trains_leave_together() -> None:
+    """All of a step has to arrive before its push is answered, however far each row moved."""
+    store = Store.anonymous()
+    model = store.add_model(ModelSpec("ctr.training", 8, {"item": SPEC}, partitions=2))
+    rows = np.arange(5, dtype=F32)[:, None] * full(5, 1.0)
+    column = RowColumns(SPEC.id, np.arange(5, dtype=np.uint64), encode("float32", rows))
+    (found,) = Priorities(store.models).classify(model, [column], [None], Now(1, UNIX_MS))
+    assert found.priority is not None
+    assert found.priority.tolist() == [FOREMOST_ORDINARY] * 5
+
+
 def test_rows_that_drift_slowly_have_a_loss_too() -> None:
     """Each step of row 3 is ordinary; what readers without its steps lose is not."""
     origin = begun(PrioritySettings(formula="loss_impact", fresh_weight=0.0))
