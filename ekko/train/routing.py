@@ -18,6 +18,11 @@ I64 = NDArray[np.int64]
 Places = I64 | None
 
 
+def by_partition(keys: U64, shards: int, partitions: int) -> I64:
+    """int64[n]: the positions of the first partition's keys, then of the second's, each in their order."""
+    return grouped(keys, shards, np.arange(partitions), partitions)[0]
+
+
 class Routing:
     """Partition -> endpoint of its primary, as servers said last.
 

@@ -64,6 +64,23 @@ class Step:
             weights = None if weights is None else weights[chosen]
         self._add(table, _Change(checked_keys, encode(self._publisher.codec, values), weights))
 
+    def publish_checked(self, table: str, keys: U64, rows: F32, significance: F32 | None = None) -> None:
+        """Add rows that a parameter server has worked out, and knows to be right: nothing is looked at again, or held back.
+
+        Args:
+            table: which no other call of this step names.
+            keys: uint64[n], contiguous, none twice.
+            rows: float32[n, dim], contiguous, finite and within the codec's range.
+            significance: float32[n], finite, not negative.
+
+        Raises:
+            ModelError: unknown table.
+        """
+        self._check_collecting()
+        dim = self._publisher.dim_of(table)
+        assert rows.shape == (len(keys), dim), f"rows of table {table!r} have shape {rows.shape}, not {(len(keys), dim)}"
+        self._add(table, _Change(keys, encode(self._publisher.codec, rows), significance, unique=True))
+
     def delete(self, table: str, keys: ArrayLike) -> None:
         """Add deletes of one table."""
         self._check_collecting()
@@ -140,11 +157,14 @@ def _in_rows(spec: TensorSpec, values: F32) -> F32:
 
 
 class _Change:
-    """One call of a step on one table; `rows`, uint8[n, row_bytes] as they are stored; None: a delete."""
+    """One call of a step on one table; `rows`, uint8[n, row_bytes] as they are stored; None: a delete. `unique`: whether it is
+    known that no key comes twice.
+    """
 
-    __slots__ = ("keys", "rows", "significance")
+    __slots__ = ("keys", "rows", "significance", "unique")
 
-    def __init__(self, keys: U64, rows: U8 | None, significance: F32 | None) -> None:
+    def __init__(self, keys: U64, rows: U8 | None, significance: F32 | None, *, unique: bool = False) -> None:
+        self.unique = unique
         self.keys = keys
         self.rows = rows
         self.significance = significance
@@ -155,13 +175,14 @@ class _Change:
             self.keys.copy(),
             None if self.rows is None else self.rows.copy(),
             None if self.significance is None else self.significance.copy(),
+            unique=self.unique,
         )
 
 
 def _column_of(table: int, changes: list[_Change]) -> tuple[RowColumns, F32 | None]:
     """Merge the calls on one table; of each key the last call's last word stays. And float32[n], how much its rows matter."""
     keys = changes[0].keys if len(changes) == 1 else np.concatenate([change.keys for change in changes])
-    keep = last_occurrences(keys)
+    keep = None if len(changes) == 1 and changes[0].unique else last_occurrences(keys)
     live_parts = [change.rows for change in changes if change.rows is not None]
     rows = np.concatenate(live_parts) if len(live_parts) > 1 else live_parts[0] if live_parts else np.empty((0, 4), np.uint8)
     weights = _weights_of(changes)

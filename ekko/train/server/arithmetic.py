@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.store.kernels.checks import all_finite
+from ekko.train.routing import by_partition
 from ekko.train.server import kernels
-from ekko.train.server.schema import TrainedTable
+from ekko.train.server.schema import TrainedModel, TrainedTable
 
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
@@ -121,12 +122,19 @@ class TableWork:
         kernels.put_rows(state, kept, places)
 
 
-def place(units: Sequence[Unit]) -> U64:
-    """uint64[n]: the keys of all units, none twice; each unit is told where its own are among them."""
+def place(units: Sequence[Unit], model: TrainedModel) -> U64:
+    """uint64[n]: the keys of all units, none twice; each unit is told where its own are among them.
+
+    Those of several units lie by partition, so that the node divides the step without copies; those of one as the worker has
+    them, and clients send them so.
+    """
     if len(units) == 1:
         units[0].places = None
         return units[0].keys
     keys, places = kernels.find_places(np.concatenate([unit.keys for unit in units]))
+    order, moved = by_partition(keys, model.settings.shards, model.settings.partitions), np.empty(len(keys), np.int64)
+    moved[order] = np.arange(len(keys))
+    keys, places = keys[order], moved[places]
     end = 0
     for unit in units:
         begin, end = end, end + len(unit.keys)

@@ -88,3 +88,29 @@ def find_places(keys: U64) -> tuple[U64, I64]:
     distinct, places = np.empty(keys.size, np.uint64), np.empty(keys.size, np.int64)
     count = _find_places(keys, table, distinct, places)
     return distinct[:count], places
+
+
+@kernel(f"boolean({_KEYS}, int64[::1])")
+def _are_distinct(keys: U64, table: I64) -> bool:
+    mask = table.size - 1
+    for i in range(keys.size):
+        position = np.int64(mix64(keys[i])) & mask
+        while table[position] != 0:
+            if keys[table[position] - 1] == keys[i]:
+                return False
+            position = (position + 1) & mask
+        table[position] = i + 1
+    return True
+
+
+def are_distinct(keys: U64) -> bool:
+    """Whether no key of uint64[n] comes twice."""
+    table = np.zeros(1 << max(1, (2 * keys.size - 1).bit_length() if keys.size else 1), np.int64)
+    return bool(_are_distinct(keys, table))
+
+
+@kernel(f"void({_PLACES}, Array(float32, 1, 'C', readonly=True), float32[::1])")
+def add_at(places: I64, values: F32, out: F32) -> None:
+    """Add each value to `out[places[i]]`."""
+    for i in range(places.size):
+        out[places[i]] += values[i]

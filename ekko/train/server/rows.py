@@ -59,7 +59,7 @@ class Changed:
 class Prepared:
     """What a group comes to: to be published as one step."""
 
-    columns: list[tuple[str, U64, F32, F32 | None]] = field(default_factory=list)  # table, keys, rows, significance
+    columns: list[tuple[str, U64, F32]] = field(default_factory=list)  # table, keys, rows; no key of a table twice
     changed: dict[str, Changed] = field(default_factory=dict)
 
 
@@ -164,8 +164,8 @@ class TrainingRows:
             EkkoError: the node did not take it, or did not say whether it did.
         """
         with PublishedStep(self.publisher, copy=False) as step:
-            for table, keys, rows, significance in prepared.columns:
-                step.publish(table, keys, rows, significance)
+            for table, keys, rows in prepared.columns:  # none is more urgent than another (`ekko.priority.origin`)
+                step.publish_checked(table, keys, rows)
         return step.stamp
 
     def take_back(self) -> int | None:
@@ -195,11 +195,11 @@ class TrainingRows:
         units = [unit for step in steps for unit in self._units(table, step, pushes)]
         if not units:
             return None
-        keys = place(units)
+        keys = place(units, self.model)
         rows, stamps = self.reader.lookup(table.name, keys, stamps=True)
         if (admission := self._admissions.get(table.name)) is not None and not stamps.all():
             units = [self._admitted(unit, stamps, admission) for unit in units]
-            keys = place(units)
+            keys = place(units, self.model)
             rows, stamps = self.reader.lookup(table.name, keys, stamps=True)
         if not len(keys):
             return None
@@ -219,9 +219,9 @@ class TrainingRows:
         self.counts.not_finite += len(work.keys) - len(keys)
         self.counts.applied += len(keys)
         self.counts.made += len(work.there) - int(np.count_nonzero(work.there))
-        prepared.columns.append((table.name, keys, rows, significance))
+        prepared.columns.append((table.name, keys, rows))
         if table.state_dim:
-            prepared.columns.append((table.name + STATE_SUFFIX, keys, state, significance))
+            prepared.columns.append((table.name + STATE_SUFFIX, keys, state))
         prepared.changed[table.name] = Changed(keys, rows, significance)
 
     def _units(self, table: TrainedTable, step: Step, pushes: Mapping[int, Push]) -> list[Unit]:
@@ -242,7 +242,7 @@ class TrainingRows:
             keys, gradients = aggregate([keys for keys, _ in brought], [gradients for _, gradients in brought])
             brought, rates = [(keys, gradients)], [next((rate for rate in rates if rate == rate), float("nan"))]
         elif not step.summed:
-            brought = [aggregate([keys], [gradients]) for keys, gradients in brought]
+            brought = [_each_once(keys, gradients) for keys, gradients in brought]
         return [Unit(keys, gradients, rate, step.partitions) for (keys, gradients), rate in zip(brought, rates, strict=True)]
 
     def _admitted(self, unit: Unit, stamps: U64, admission: Admission) -> Unit:
@@ -276,7 +276,7 @@ class TrainingRows:
         had = numbers_of(rows)
         ordered = [partitions[place] for place in order.tolist()]
         now = had + np.array([taken[partition] for partition in ordered], np.uint64)
-        prepared.columns.append((name, keys, words_of(now), np.zeros(len(keys), np.float32)))
+        prepared.columns.append((name, keys, words_of(now)))
         return dict(zip(ordered, had.tolist(), strict=True))
 
     def _prepare_marks(self, marks: Sequence[Mark], prepared: Prepared, before: list[Before]) -> None:
@@ -288,6 +288,11 @@ class TrainingRows:
         numbers = np.array([(mark.life, mark.number) for mark in last.values()], np.uint64)
         rows, stamps = self.reader.lookup(MARKS_TABLE, keys, stamps=True)
         before.append(Before(MARKS_TABLE, keys, rows, stamps != 0))
-        prepared.columns.append(
-            (MARKS_TABLE, keys, words_of(numbers).reshape(len(keys), MARK_DIM), np.zeros(len(keys), np.float32))
-        )
+        prepared.columns.append((MARKS_TABLE, keys, words_of(numbers).reshape(len(keys), MARK_DIM)))
+
+
+def _each_once(keys: U64, gradients: F32) -> tuple[U64, F32]:
+    """Gradients of one push, each key once; where that is so already, as a rule, in the order in which they came."""
+    if kernels.are_distinct(keys):
+        return keys, gradients
+    return aggregate([keys], [gradients])

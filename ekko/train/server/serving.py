@@ -21,6 +21,7 @@ from ekko.errors import ModelError, PublishError, StoreError
 from ekko.store import layout
 from ekko.store.images import StoreImage
 from ekko.store.kernels.checks import all_below
+from ekko.train.server import kernels
 from ekko.train.server.arithmetic import WEIGHT_MAX
 from ekko.train.server.rows import ATTACH_S, PUBLISH_S, Changed, TrainingRows
 from ekko.train.step import Step as PublishedStep
@@ -99,7 +100,7 @@ class ServedRows:
         with PublishedStep(self._publisher, copy=False) as step:
             for table, one in changed.items():
                 fits = self._fitting(one)
-                step.publish(table, fits.keys, fits.rows, fits.significance)
+                step.publish_checked(table, fits.keys, fits.rows, fits.significance)
                 count += len(fits.keys)
         self.counts.served += count
         return count
@@ -173,12 +174,13 @@ def _merged(groups: list[Mapping[str, Changed]]) -> dict[str, Changed]:
     merged = {}
     for table in dict.fromkeys(table for group in groups for table in group):
         parts = [group[table] for group in groups if table in group]
-        keys = np.concatenate([part.keys for part in parts])
-        rows = np.concatenate([part.rows for part in parts])
-        weights = np.concatenate([part.significance for part in parts])
-        unique, last, place = np.unique(keys[::-1], return_index=True, return_inverse=True)
-        total = np.zeros(len(unique), np.float32)
-        np.add.at(total, place, weights[::-1])
-        np.minimum(total, WEIGHT_MAX, out=total)
-        merged[table] = Changed(unique, np.ascontiguousarray(rows[len(keys) - 1 - last]), total)
+        keys, places = kernels.find_places(np.concatenate([part.keys for part in parts]))
+        rows = np.empty((len(keys), parts[0].rows.shape[1]), np.float32)
+        total = np.zeros(len(keys), np.float32)
+        end = 0
+        for part in parts:  # oldest first: the newest row of a key stays
+            begin, end = end, end + len(part.keys)
+            kernels.put_rows(rows, part.rows, places[begin:end])
+            kernels.add_at(places[begin:end], part.significance, total)
+        merged[table] = Changed(keys, rows, np.minimum(total, WEIGHT_MAX, out=total))
     return merged
