@@ -96,6 +96,7 @@ def test_hooks_serve_what_plain_torch_learns(
     assert served(compare, cluster, "here") == pytest.approx(plain, abs=1e-6)
 
 
+@pytest.mark.long  # two ranks and what they publish: tests/ekko/test_ranks_processes.py
 def test_several_ranks_serve_what_one_learns(compare: ModuleType, cluster: LocalCluster, plain: float) -> None:
     assert served(compare, cluster, cluster.run("ddp_hooks", 0, EVENTS)) == pytest.approx(plain, abs=SAME)
 
