@@ -153,10 +153,17 @@ class Hasty(RedisSink):
 def test_a_cursor_that_is_ahead_of_rows_is_noticed_by_kills(redis_url: str) -> None:
     class HastySubject(RedisSubject):
         def sink(self) -> Sink:
-            return Hasty(redis_url, prefix="hasty")
+            return Hasty(redis_url, prefix=self._prefix)
 
-    with pytest.raises(AssertionError, match="feeds were killed"):
-        feeds.feeds_are_killed_in_mid_batch(HastySubject(redis_url, "hasty"))
+    # Feeds are killed at calls, and rows are behind at some of these only: once in several suites is enough.
+    for number in range(5):
+        try:
+            feeds.feeds_are_killed_in_mid_batch(HastySubject(redis_url, f"hasty{number}"))
+        except AssertionError as error:
+            if "feeds were killed" not in str(error):
+                raise
+            return
+    pytest.fail("a cursor that is ahead of its rows was not noticed")
 
 
 @pytest.mark.processes
