@@ -1,7 +1,7 @@
 """Which rows of a model changed lately: a ring in shared memory, noted by the node, read by the processes that feed sinks.
 
 The node never waits for a reader and knows none of them: it overwrites the oldest entries. Who finds that entries are missing
-compares all rows with the vector that it had (`ekko.serve.following`). So the ring costs a bounded amount of memory, and each
+compares all rows with the vector that it had (`ekko.serve.comparing`). So the ring costs a bounded amount of memory, and each
 row that is written one entry of 16 bytes.
 """
 
