@@ -96,7 +96,7 @@ def test_two_workers_in_step_train_as_torch_does_on_the_same_batches(tmp_path: P
 
 
 # Mean log-loss over the second half of the training, of two workers that do not wait for each other, above that of torch alone
-# (0.127, from 0.69 at the beginning). How old rows are depends on the machine: decision 0059 has what runs came to, also above.
+# (0.127, from 0.69 at the beginning). How old rows are depends on the machine: decision 0059 has what runs came to.
 ASYNC_LOSS_MAX = 0.02
 
 
