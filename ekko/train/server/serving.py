@@ -1,8 +1,9 @@
 """From the rows that are trained to those that are served: the served model has their weights, in its own codec.
 
 What a group changed is published once the training rows are safe, so that what is served is not lost; a comparison may serve a
-row a moment before it is. Groups that are applied while this is under way are one step of the served model, with the newest row of each key. After a start, or
-when another server's partitions come to us, what may have been left out is found by comparing all rows (`reconcile`).
+row a moment before it is. Groups that are applied while this is under way are one step of the served model, with the newest row
+of each key. After a start, or when another server's partitions come to us, what may have been left out is found by comparing
+all rows (`reconcile`).
 """
 
 import threading
