@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ekko.server_display import server_table
+from ekko.companions.display import server_table
 
 if TYPE_CHECKING:  # `ekko status` needs no store, whose compiled kernels take a while to load
     from ekko.store.leftovers import StoreFiles

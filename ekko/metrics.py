@@ -422,11 +422,13 @@ _SERVER_COUNTS = {
 def _server(picture: NodePicture) -> Iterator[Metric]:
     if (server := picture.server) is None:
         return
-    yield _gauge("ekko_server_up", "1: the parameter server beside this node runs.", int(server.running))
-    yield CounterMetricFamily("ekko_server_starts", "Times that it was started in this life of the node.", value=server.starts)
-    yield CounterMetricFamily("ekko_server_failures", "Times that it ended by itself.", value=server.failures)
+    yield _gauge("ekko_server_up", "1: the parameter server beside this node runs.", int(server.process.running))
     yield CounterMetricFamily(
-        "ekko_server_malformed", "Messages that are not of its protocol.", value=server.state.get("malformed", 0)
+        "ekko_server_starts", "Times that it was started in this life of the node.", value=server.process.starts
+    )
+    yield CounterMetricFamily("ekko_server_failures", "Times that it ended by itself.", value=server.process.failures)
+    yield CounterMetricFamily(
+        "ekko_server_malformed", "Messages that are not of its protocol.", value=server.process.state.get("malformed", 0)
     )
     acting = GaugeMetricFamily("ekko_server_partitions", "Partitions that it acts for.", labels=["model"])
     waiting = GaugeMetricFamily("ekko_server_waiting", "Requests that wait.", labels=["model", "request"])

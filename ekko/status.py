@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ekko.companions.picture import ServerPicture
 from ekko.device.picture import DevicePicture
 from ekko.health.service import ModelHealth
 from ekko.loading import LoadPicture
 from ekko.model import TensorSpec
 from ekko.priority.delays import DelaysPicture
 from ekko.priority.picture import PriorityPicture
-from ekko.server_picture import ServerPicture
 from ekko.snapshots.service import SnapshotPicture
 from ekko.store.hot import HeatStats
 from p2p import messages as m

@@ -1,10 +1,6 @@
 """`python -m ekko.train.server`: a server, for the node that started this process."""
 
-import os
-import sys
+from ekko.companions.channel import run
+from ekko.train.server.process import serve
 
-from ekko.train.server.process import main
-
-code = main()
-sys.stdout.flush()
-os._exit(code)  # threads wait for the node, and for answers of it
+run(serve)

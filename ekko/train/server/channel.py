@@ -1,26 +1,21 @@
-"""What a node and the server beside it say to each other, over the server's standard input and output: lines of JSON.
+"""What a node and the server beside it say to each other, over the channel of a companion (`ekko.companions.channel`).
 
 To the server: first `begin`, who it is; then `lives` whenever they change, what the node knows of the nodes of other servers;
 and `caught_up`, answers. From the server: `state`, twice a second, for whoever looks at the node; `ask`, a question whether the
 others have all that the node has of a model; `error`, why it ends.
 
-The node's end is `ekko.node.server`. Both are of one release: one starts the other.
+The node's end is `ekko.node.server`.
 """
 
 import asyncio
-import json
-import os
-import sys
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ekko.errors import EkkoError
+from ekko.companions.channel import Channel
 from ekko.train.server.events import NodeLife
 
-LINE_BYTES_MAX: Final = 1 << 20
 CAUGHT_UP_MS: Final = 1_000  # for which the node waits for one answer
 
 
@@ -58,39 +53,26 @@ class CaughtUp:
 
 
 class NodeChannel:
-    """The server's end. Ends the process when its node is gone.
+    """The server's end.
 
     Args:
+        channel: to the node.
         on_lives: called on the event loop, with the lives for each model.
     """
 
-    def __init__(self, on_lives: Callable[[Mapping[str, tuple[NodeLife, ...]]], None]) -> None:
+    def __init__(self, channel: Channel, on_lives: Callable[[Mapping[str, tuple[NodeLife, ...]]], None]) -> None:
+        self._channel = channel
         self._on_lives = on_lives
         self._asked: dict[int, asyncio.Future[CaughtUp]] = {}
         self._numbers = 0
-        self._writing = threading.Lock()
-
-    @staticmethod
-    def read_begin() -> Begin:
-        """The first line. Blocks.
-
-        Raises:
-            EkkoError: this was not started by a node.
-        """
-        line = sys.stdin.buffer.readline(LINE_BYTES_MAX)
-        try:
-            return Begin.of_json(json.loads(line)["begin"])
-        except (ValueError, KeyError, TypeError):
-            raise EkkoError("this process is started by a node whose configuration has [server]: run `ekko node`") from None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Listen, in a thread: what holds up the loop must not keep this process alive without its node."""
-        threading.Thread(target=self._listen, args=(loop,), name="node", daemon=True).start()
+        """Listen."""
 
-    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
-        while line := sys.stdin.buffer.readline(LINE_BYTES_MAX):
-            loop.call_soon_threadsafe(self._hear, json.loads(line))
-        os._exit(1)  # the node is gone, and nothing may be written without it
+        def hear(said: Mapping[str, Any]) -> None:
+            loop.call_soon_threadsafe(self._hear, said)
+
+        self._channel.listen(hear)
 
     def _hear(self, said: Mapping[str, Any]) -> None:
         match said:
@@ -106,14 +88,12 @@ class NodeChannel:
         self._numbers += 1
         number = self._numbers
         self._asked[number] = asyncio.get_running_loop().create_future()
-        self.say(ask=number, model=model)
+        self._channel.say(ask=number, model=model)
         return await self._asked[number]
 
-    def say(self, **what: Any) -> None:
-        """One line to the node."""
-        with self._writing:
-            sys.stdout.write(json.dumps(what) + "\n")
-            sys.stdout.flush()
+    def tell(self, state: Mapping[str, Any]) -> None:
+        """How the server is."""
+        self._channel.say(state=state)
 
 
 def _life_of(said: Mapping[str, Any]) -> NodeLife:

@@ -6,8 +6,6 @@ its node does; whatever it was at, the process that the node starts next puts it
 
 import asyncio
 import contextlib
-import ctypes
-import os
 import secrets
 import signal
 from collections.abc import Mapping
@@ -16,8 +14,8 @@ from typing import Final
 
 import structlog
 
+from ekko.companions.channel import Channel
 from ekko.config.sections import ServerSection
-from ekko.errors import EkkoError
 from ekko.heap import keep_freed_memory
 from ekko.logs import configure_logs
 from ekko.security import WATCH_S, NodeKeys
@@ -32,22 +30,21 @@ from ekko.train.server.shell import ModelShell
 STATE_S: Final = 0.5
 DRAIN_S_MAX: Final = 2.0
 REFUSALS_MAX: Final = 64
-_PR_SET_PDEATHSIG: Final = 1
 
 log = structlog.get_logger(__name__)
 
 
 class ServerProcess:
-    """One process, from its configuration to its end. Use: `await ServerProcess(begin).run()`."""
+    """One process, from its configuration to its end. Use: `await ServerProcess(begin, channel).run()`."""
 
-    def __init__(self, begin: Begin) -> None:
+    def __init__(self, begin: Begin, channel: Channel) -> None:
         self._begin = begin
         self._section = ServerSection(**begin.server)
         endpoints = {**self._section.peers, begin.node: self._section.endpoint}
         self._endpoints = dict(sorted(endpoints.items()))
         self._keys = self._open_keys()
         self._endpoint = Endpoint(self._section.listen, self, self._keys)
-        self._channel = NodeChannel(self._on_lives)
+        self._channel = NodeChannel(channel, self._on_lives)
         self._shells: dict[str, ModelShell] = {}
         self._lives: dict[str, tuple[NodeLife, ...]] = {}
         self._told = asyncio.Event()  # what the node knows of the others
@@ -168,7 +165,7 @@ class ServerProcess:
                 "strangers": self._endpoint.transport.strangers,
                 "models": {name: shell.picture() for name, shell in self._shells.items()},
             }
-            self._channel.say(state=state)
+            self._channel.tell(state)
             await asyncio.sleep(STATE_S)
 
     async def _watch_keys(self, keys: NodeKeys) -> None:
@@ -180,22 +177,12 @@ class ServerProcess:
                 self._endpoint.keys_changed()
 
 
-def main() -> int:
-    """Returns the exit code."""
-    parent = os.getppid()
-    # A node that is killed takes its server with it, also one that is stopped just now.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return 1
-    try:
-        begin = NodeChannel.read_begin()
-        configure_logs(node=begin.node, part="server")
-        keep_freed_memory()
-        warm()
-        import uvloop
+def serve(channel: Channel) -> None:
+    """All of the process; for `ekko.companions.channel.run`."""
+    begin = Begin.of_json(channel.read_begin())
+    configure_logs(node=begin.node, part="server")
+    keep_freed_memory()
+    warm()
+    import uvloop
 
-        uvloop.run(ServerProcess(begin).run())
-    except EkkoError as error:
-        NodeChannel(lambda _: None).say(error=str(error))
-        return 1
-    return 0
+    uvloop.run(ServerProcess(begin, channel).run())

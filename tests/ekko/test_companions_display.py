@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ekko.server_display import server_table
-from ekko.server_picture import ServerPicture
+from ekko.companions.display import server_table
+from ekko.companions.picture import ProcessPicture, ServerPicture
 
 MODEL: dict[str, Any] = {
     "mode": "sync",
@@ -27,7 +27,7 @@ def shown(picture: ServerPicture) -> str:
 
 
 def test_what_it_does_and_whom_it_waits_for_is_shown() -> None:
-    text = shown(ServerPicture("tcp://127.0.0.1:7950", running=True, starts=2, failures=1, state={"models": {"ctr": MODEL}}))
+    text = shown(ServerPicture("tcp://127.0.0.1:7950", ProcessPicture(True, 2, 1, state={"models": {"ctr": MODEL}})))
     for part in (
         "tcp://127.0.0.1:7950, ended 1 times",
         "sync",
@@ -42,4 +42,6 @@ def test_what_it_does_and_whom_it_waits_for_is_shown() -> None:
 
 
 def test_one_that_does_not_run_says_why() -> None:
-    assert "it does not run: server.listen: taken" in shown(ServerPicture("tcp://127.0.0.1:7950", error="server.listen: taken"))
+    assert "it does not run: server.listen: taken" in shown(
+        ServerPicture("tcp://127.0.0.1:7950", ProcessPicture(error="server.listen: taken"))
+    )
