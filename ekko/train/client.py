@@ -16,23 +16,23 @@ import math
 import os
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ekko.errors import ConfigError, EkkoError, ModelError, NodeUnreachable, PublishError
+from ekko.errors import ConfigError, ModelError, PublishError
 from ekko.model import CODEC_DEFAULT, check_name
 from ekko.train.arguments import keys_of, rows_of
 from ekko.train.beside import Beside
+from ekko.train.exchange import Exchange
+from ekko.train.gradients import GradientSource, Sources
 from ekko.train.outstanding import Outstanding
 from ekko.train.requests import Pulling
 from ekko.train.routing import by_partition
 from ekko.train.server import wire as w
-from ekko.train.server.coding import decode_answer, encode_request
 from ekko.train.server.wire import F32, U64
 from ekko.train.sockets import Sockets, keys_of_worker
 
@@ -41,18 +41,6 @@ OUTSTANDING_DEFAULT: Final = 4
 OUTSTANDING_MAX: Final = 1_024
 # Pulls that were begun and are not answered. A caller that begins more has lost count of them.
 PULLS_MAX: Final = 256
-# Calls that need no answer look for those of pushes no more often than so.
-HEAR_S: Final = 0.01
-# A poll ends at the latest then, so that Ctrl-C is heard.
-POLL_S_MAX: Final = 1.0
-
-
-class GradientSource(Protocol):
-    """What has gradients for the next step; `ekko.torch.PSEmbeddingBag` has."""
-
-    def take(self) -> Iterable[tuple[str, U64, F32]]:
-        """Table, uint64[n], float32[n, dim] of all that came since the last call; keys may come twice."""
-        ...
 
 
 class Pull:
@@ -132,12 +120,12 @@ class Client:
         self._outstanding_max = outstanding
         self._pid = os.getpid()
         self._lock = threading.RLock()
-        self._sources: list[weakref.ref[GradientSource]] = []
+        self._sources = Sources()
         self._closed = False
         self._beside: Beside | None = None
-        self._heard_s = 0.0
         self._asked = Outstanding(model, worker, time.time_ns() // 1_000, tuple(endpoints))
-        self._sockets = Sockets(keys_of_worker(endpoints, f"worker-{worker}", key_file, allow, self._asked.node_at))
+        keys = keys_of_worker(endpoints, f"worker-{worker}", key_file, allow, self._asked.node_at)
+        self._exchange = Exchange(model, self._asked, Sockets(keys))
         try:
             self._wait(lambda: self._asked.joined, "join the servers")
             settings = self._asked.settings
@@ -217,12 +205,12 @@ class Client:
                 rows, missing = near
                 wanted = {table: wanted[table][at] for table, at in missing.items()}
                 if not wanted:
-                    self._hear()
+                    self._exchange.hear()
                     return Pull(self, None, rows, missing)
             if self._asked.pulls >= PULLS_MAX:
                 raise ModelError(f"{PULLS_MAX} pulls were begun and are not answered: take the result() of earlier ones first")
             pulling = self._asked.pull(wanted, self._clock + ahead, time.monotonic())
-            self._transmit()
+            self._exchange.transmit()
         return Pull(self, pulling, rows, missing)
 
     def _result(self, pulling: Pulling) -> dict[str, F32]:
@@ -285,30 +273,15 @@ class Client:
         _check_rate(rate)
         self._await_room()  # before the gradients are taken
         share = np.float32(scale) if self._share is None else np.float32(scale) * self._share
-        parts: dict[str, list[tuple[U64, F32]]] = {}
-        for table, keys, values in self._taken():
-            parts.setdefault(table, []).append((keys, values if share == 1 else values * share))
-        columns: dict[str, tuple[U64, F32]] = {}
-        for table, own in parts.items():
-            keys = own[0][0] if len(own) == 1 else np.concatenate([some for some, _ in own])
-            values = own[0][1] if len(own) == 1 else np.concatenate([some for _, some in own])
-            columns[table] = keys, rows_of(f"{table} (gradients)", keys, values, self.tables[table], CODEC_DEFAULT)
-        return self._push(columns, rate)
+        return self._push(self._sources.take(share, self.tables), rate)
 
     def discard(self) -> None:
         """Forget the gradients that sources have since the last step, as an optimizer that skips a step does."""
-        for _ in self._taken():
-            pass
+        self._sources.discard()
 
     def attach(self, source: GradientSource) -> None:
         """Have `step` take the gradients of a source, as long as it lives."""
-        self._sources.append(weakref.ref(source))
-
-    def _taken(self) -> Iterable[tuple[str, U64, F32]]:
-        self._sources = [source for source in self._sources if source() is not None]
-        for reference in self._sources:
-            if (source := reference()) is not None:
-                yield from source.take()
+        self._sources.attach(source)
 
     def _push(self, columns: Mapping[str, tuple[U64, F32]], rate: float | None) -> int:
         _check_rate(rate)
@@ -316,7 +289,7 @@ class Client:
             self._await_room()
             self._clock += 1
             self._asked.push(self._clock, columns, math.nan if rate is None else rate, time.monotonic())
-            self._transmit()
+            self._exchange.transmit()
             if self._asked.failure is not None:
                 raise self._asked.failure
             return self._clock
@@ -339,7 +312,7 @@ class Client:
             self._wait(lambda: self._asked.pushes == 0, "answer all pushes", timeout)
             return self._asked.stamp
 
-    # --- the wire --------------------------------------------------------------------------------------------------------
+    # --- what all of these need ------------------------------------------------------------------------------------------
 
     def _keys(self, table: str, keys: ArrayLike) -> U64:
         if table not in self.tables:
@@ -356,67 +329,15 @@ class Client:
             raise PublishError("this client was made in another process: make one after the fork, for a worker of its own")
         return self._lock
 
-    def _wait(self, condition: Callable[[], bool], what: str, timeout: float | None = None) -> None:
-        """Carry messages until something holds."""
-        timeout_s = self._timeout_s if timeout is None else timeout
-        deadline = time.monotonic() + timeout_s
-        while True:
-            self._transmit()
-            if condition():
-                return
-            if self._asked.failure is not None:
-                raise self._asked.failure
-            now = time.monotonic()
-            if now >= deadline:
-                raise NodeUnreachable(self._silence(what, timeout_s))
-            until = min(deadline, self._asked.deadline_s(now), now + POLL_S_MAX)
-            self._receive(max(0, math.ceil((until - now) * 1000)))
-            if time.monotonic() >= until:
-                self._asked.tick(time.monotonic())
-
-    def _silence(self, what: str, timeout_s: float) -> str:
-        who = ", ".join(self._sockets.endpoints) or "none"
-        others = "" if self._asked.settings is None or self._asked.settings.mode == w.ASYNC else ", or wait for another worker"
-        return (
-            f"the servers of model {self._model!r} did not {what} within {timeout_s:g} s: they are away{others}. Asked: {who}. "
-            "Look at `ekko status` there; a node that is gone for good has to be expelled (ekko expel)"
-        )
-
-    def _transmit(self) -> None:
-        """Send what is due."""
-        for send in self._asked.drain():
-            try:
-                sent = self._sockets.send(send.endpoint, encode_request(send.number, send.request))
-            except w.ServerWireError as error:
-                raise ModelError(f"model {self._model!r}: {error}") from None
-            if not sent:
-                self._asked.unsent(send.number, time.monotonic())
-
-    def _hear(self) -> None:
-        """Take what has come, and send what is due again, without waiting: for calls that need no answer."""
-        if self._asked.pushes and time.monotonic() >= self._heard_s + HEAR_S:
-            self._receive(0)
-            self._heard_s = time.monotonic()
-            self._asked.tick(self._heard_s)
-            self._transmit()
-
-    def _receive(self, timeout_ms: int) -> None:
-        """Take what has come; wait for the first of it."""
-        for endpoint, frames in self._sockets.receive(timeout_ms):
-            try:
-                number, answer = decode_answer(frames)
-            except w.ServerWireError as error:
-                if error.number is not None:
-                    raise EkkoError(f"{endpoint} answered what cannot be understood: {error}") from None
-                continue  # junk; what was asked is asked again
-            self._asked.answered(endpoint, number, answer, time.monotonic())
+    def _wait(self, condition: Callable[[], bool], what: str, timeout_s: float | None = None) -> None:
+        self._exchange.until(condition, what, self._timeout_s if timeout_s is None else timeout_s)
 
     def close(self) -> None:
         """Leave the servers at once; pushes without an answer may or may not count. In a `with` block, `flush` comes first."""
         self._closed = True
         if os.getpid() != self._pid:
             return  # the sockets are the parent's
-        self._sockets.close()
+        self._exchange.close()
         if self._beside is not None:
             self._beside.close()
 

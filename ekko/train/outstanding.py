@@ -15,26 +15,15 @@ from typing import Final, assert_never
 import numpy as np
 
 from ekko.errors import EkkoError, ModelError
-from ekko.train.requests import (
-    COLUMN_BYTES_MAX,
-    RETRY_S,
-    Columns,
-    Part,
-    Pulling,
-    Pushing,
-    Send,
-    Server,
-    columns_bytes,
-    is_large,
-)
-from ekko.train.routing import Places, Routing
+from ekko.train.dividing import parts_of_pull, parts_of_push
+from ekko.train.requests import RETRY_S, Columns, Part, Pulling, Pushing, Send, Server
+from ekko.train.routing import Routing
 from ekko.train.server import wire as w
 from ekko.train.server.wire import F32, U64
+from ekko.train.standing import Standing
 
 # How often a worker asks who serves what while it has no answer that helps.
 WHO_S: Final = 0.1
-# How often a life is raised above one that servers know; once is enough unless two processes begin the same worker.
-LIVES_MAX: Final = 3
 
 
 class Outstanding:
@@ -48,14 +37,7 @@ class Outstanding:
     """
 
     def __init__(self, model: str, worker: int, life: int, endpoints: tuple[str, ...]) -> None:
-        self._model = model
-        self._worker = worker
-        self._life = life
-        self._lives = 0
-        self._known = dict.fromkeys(endpoints)
-        self._servers: dict[str, Server] = {}
-        self._routing: Routing | None = None
-        self._last: dict[int, int] = {}  # partition -> number of our last push there, as its primary said in welcoming us
+        self._standing = Standing(model, worker, life, endpoints)
         self._numbers = 0
         self._parts: dict[int, Part] = {}
         self._pulls: dict[Pulling, None] = {}  # without a complete answer
@@ -63,7 +45,6 @@ class Outstanding:
         self._pushed = 0  # the number of the last one
         self._who_s = 0.0  # when to ask who serves what; infinity: not at all
         self._out: list[Send] = []
-        self.settings: w.ModelSettings | None = None
         self.failure: EkkoError | None = None  # of all that was asked, and will be
         self.stamp = 0  # the largest of pushes that were answered
         self.retries = 0  # requests that were sent again
@@ -71,14 +52,19 @@ class Outstanding:
     # --- what the owner asks ---------------------------------------------------------------------------------------------
 
     @property
+    def settings(self) -> w.ModelSettings | None:
+        """Of the model; None: no server has said them yet."""
+        return self._standing.settings
+
+    @property
     def joined(self) -> bool:
         """Whether every partition's primary has welcomed us."""
-        return self._routing is not None and len(self._last) == self._routing.partitions
+        return self._standing.joined
 
     @property
     def clock(self) -> int:
         """When we joined: the number of this worker's last push that is in all partitions."""
-        return min(self._last.values())
+        return self._standing.clock
 
     @property
     def pushes(self) -> int:
@@ -97,14 +83,14 @@ class Outstanding:
 
     def node_at(self, endpoint: str) -> str | None:
         """The node beside the server there, if that is known."""
-        return None if self._routing is None else self._routing.node_at(endpoint)
+        return None if self._standing.routing is None else self._standing.routing.node_at(endpoint)
 
     def deadline_s(self, now_s: float) -> float:
         """When `tick` has something to do, unless something comes before."""
         times = [part.due_s for part in self._parts.values()]
         if self._pulls or self._pushes or not self.joined:
             times.append(self._who_s)
-            times += [server.not_before_s for server in self._servers.values() if server.not_before_s > now_s]
+            times += self._standing.opens_s(now_s)
         return min(times, default=np.inf)
 
     def pull(self, keys: Mapping[str, U64], clock: int, now_s: float) -> Pulling:
@@ -126,8 +112,8 @@ class Outstanding:
 
     def push(self, number: int, columns: Columns, rate: float, now_s: float) -> Pushing:
         """Hand gradients over; tables, keys and values are checked. `number`: one more than that of the push before."""
-        assert self._routing is not None
-        pushing = Pushing(number, columns, rate, set(range(self._routing.partitions)))
+        assert self._standing.routing is not None
+        pushing = Pushing(number, columns, rate, set(range(self._standing.routing.partitions)))
         self._pushes[number], self._pushed = pushing, number
         self._flow(now_s)
         return pushing
@@ -182,10 +168,10 @@ class Outstanding:
                 server.pauses = 0
                 self._welcomed(number, part, answer, now_s)
             case w.NotPrimary(serving):
-                before = self._routing
+                before = self._standing.routing
                 self._withdraw(number, part)
                 self._learn(serving, now_s)
-                if before is not None and self._routing is not None and before.primaries == self._routing.primaries:
+                if before is not None and before.primaries == serving.primaries:
                     server.pause(now_s)
                     self._who_s = min(self._who_s, now_s + WHO_S)
             case w.Failed(kind, reason):
@@ -219,34 +205,15 @@ class Outstanding:
 
     def _welcomed(self, number: int, part: Part, answer: w.Welcome, now_s: float) -> None:
         del self._parts[number]
-        server = self._server(part.endpoint)
-        server.greeting, server.greeted = False, True
-        if self.settings is None:
-            self.settings = answer.settings
-        elif self.settings != answer.settings:
-            self._fail(
-                ModelError(
-                    f"the servers of model {self._model!r} have other settings than when this client was made: make another one"
-                )
-            )
+        if (failure := self._standing.welcomed(part.endpoint, answer, self._answered, now_s)) is not None:
+            self._fail(failure)
             return
-        self._learn(answer.serving, now_s)
-        for partition, last in enumerate(answer.last):
-            if last < 0:
-                continue
-            if partition in self._last and last < (answered := self._answered(partition)):
-                self._fail(_lost(self._model, self._worker, partition, last, answered))
-                return
-            self._last[partition] = last
-        if any(last < 0 and self._primary(partition) == part.endpoint for partition, last in enumerate(answer.last)):
-            # It is about to act for a partition and does not yet, or it is not its primary after all: ask again in a moment.
-            server.greeted = False
-            self._server(part.endpoint).pause(now_s)
+        self._follow_routing(now_s)
 
-    def _answered(self, partition: int) -> int:
-        """The number up to which our pushes were answered there."""
+    def _answered(self, partition: int, last: int) -> int:
+        """The number up to which our pushes were answered there; `last`: what counted there when we were welcomed."""
         pending = [number for number, pushing in self._pushes.items() if partition in pushing.pending]
-        return min(pending) - 1 if pending else max(self._last[partition], self._pushed)
+        return min(pending) - 1 if pending else max(last, self._pushed)
 
     def _refused(self, number: int, part: Part, kind: str, reason: str, now_s: float) -> None:
         server = self._server(part.endpoint)
@@ -259,114 +226,68 @@ class Outstanding:
                 server.greeted = False
                 if part.is_hello:
                     self._server(part.endpoint).pause(now_s)
-            case w.STALE if part.is_hello and not self.joined and self._lives < LIVES_MAX and reason.split()[-1].isdigit():
-                # A clock that was set back: whoever has just begun knows that it is the latest.
-                self._lives += 1
-                self._life = int(reason.split()[-1]) + 1
+            case w.STALE if part.is_hello and self._standing.may_raise() and reason.split()[-1].isdigit():
                 self._withdraw(number, part)
-                for other in self._servers.values():
-                    other.greeted = False
+                self._standing.raise_above(int(reason.split()[-1]))
             case w.STALE:
-                self._fail(
-                    ModelError(f"worker {self._worker} of model {self._model!r} began anew in another process: this one ends")
-                )
+                self._fail(ModelError(f"{self._standing.who} began anew in another process: this one ends"))
             case _ if part.pulling is not None:
                 part.pulling.failure = ModelError(f"{part.endpoint} refused a pull: {reason}")
                 self.cancel(part.pulling)
             case _:
-                self._fail(ModelError(f"{part.endpoint} refused worker {self._worker} of model {self._model!r}: {reason}"))
+                self._fail(ModelError(f"{part.endpoint} refused {self._standing.who}: {reason}"))
 
     # --- what is sent ----------------------------------------------------------------------------------------------------
 
     def _flow(self, now_s: float) -> None:
         """Send what can be sent."""
-        if self.failure is not None or self._routing is None:
+        routing = self._standing.routing
+        if self.failure is not None or routing is None:
             if self._who_s <= now_s and self.failure is None:
                 self._ask_who_serves(now_s)
             return
-        for endpoint in self._routing.acting:
+        for endpoint in self._standing.ungreeted(now_s):
             server = self._server(endpoint)
-            if not server.greeted and not server.greeting and server.not_before_s <= now_s:
-                server.greeting = True
-                self._send(Part(endpoint, now_s + server.retry_s), w.Hello(self._model, self._worker, self._life))
+            server.greeting = True
+            self._send(Part(endpoint, now_s + server.retry_s), self._standing.hello)
         if not self.joined or self.settings is None:
             return
-        self._flow_pushes(now_s)
+        self._flow_pushes(routing, now_s)
         for pulling in self._pulls:
             if pulling.unsent:
-                self._flow_pull(pulling, now_s)
+                self._flow_pull(routing, pulling, now_s)
 
-    def _open(self, endpoint: str, now_s: float) -> bool:
-        server = self._server(endpoint)
-        return server.greeted and server.not_before_s <= now_s
-
-    def _flow_pushes(self, now_s: float) -> None:
-        assert self._routing is not None
+    def _flow_pushes(self, routing: Routing, now_s: float) -> None:
         held: set[int] = set()  # partitions in which a push waits: later ones wait behind it
         for pushing in self._pushes.values():
             going: dict[str, list[int]] = {}
             for partition in sorted(pushing.pending - pushing.flying):
-                endpoint = self._routing.endpoint_of(partition)
-                if partition in held or not self._open(endpoint, now_s):
+                endpoint = routing.endpoint_of(partition)
+                if partition in held or not self._standing.is_open(endpoint, now_s):
                     held.add(partition)
                 else:
                     going.setdefault(endpoint, []).append(partition)
             for endpoint, partitions in going.items():
-                self._send_push(pushing, endpoint, partitions, now_s)
+                try:
+                    for some, columns in parts_of_push(routing, pushing, partitions):
+                        self._send_push(pushing, endpoint, some, columns, now_s)
+                except ModelError as error:
+                    self._fail(error)
+                    return
 
-    def _send_push(self, pushing: Pushing, endpoint: str, partitions: list[int], now_s: float) -> None:
-        assert self._routing is not None
-        columns = self._routing.of_partitions(pushing.columns, partitions)
-        if is_large(columns):
-            if len(partitions) == 1:
-                self._fail(
-                    ModelError(
-                        f"push {pushing.number} has {columns_bytes(columns)} bytes in one partition: one message may have "
-                        f"{COLUMN_BYTES_MAX}: push smaller batches, or give the model more partitions"
-                    )
-                )
-                return
-            half = len(partitions) // 2
-            self._send_push(pushing, endpoint, partitions[:half], now_s)
-            self._send_push(pushing, endpoint, partitions[half:], now_s)
-            return
-        pushing.flying.update(partitions)
-        due_s = now_s + self._server(endpoint).retry_s
-        part = Part(endpoint, due_s, pushing=pushing, partitions=tuple(partitions))
-        self._send(
-            part,
-            w.Push(self._model, self._worker, self._life, pushing.number, part.partitions, columns, pushing.rate),
-        )
-
-    def _flow_pull(self, pulling: Pulling, now_s: float) -> None:
-        assert self._routing is not None
-        going: dict[str, dict[str, Places]] = {}
-        touched: set[int] = set()
-        unsent, pulling.unsent = pulling.unsent, {}
-        for table, places in unsent.items():
-            parts, partitions = self._routing.by_endpoint(pulling.keys_at(table, places))
-            touched.update(partitions)
-            for endpoint, part in parts.items():
-                own = part if places is None else places if part is None else places[part]
-                if self._open(endpoint, now_s):
-                    going.setdefault(endpoint, {})[table] = own
-                else:
-                    pulling.again(table, own)
-        for endpoint, own_places in going.items():
-            for some in pulling.chunks(own_places):
-                self._send_pull(pulling, endpoint, some, touched, now_s)
-
-    def _send_pull(
-        self, pulling: Pulling, endpoint: str, places: Mapping[str, Places], touched: set[int], now_s: float
+    def _send_push(
+        self, pushing: Pushing, endpoint: str, partitions: tuple[int, ...], columns: dict[str, tuple[U64, F32]], now_s: float
     ) -> None:
-        assert self._routing is not None
-        tables = {table: pulling.keys_at(table, at) for table, at in places.items()}
-        if all(at is None for at in places.values()) and set(places) == set(pulling.keys):
-            partitions = tuple(sorted(touched))  # all there is of this pull
-        else:
-            partitions = tuple(sorted({one for keys in tables.values() for one in self._routing.partitions_of(keys)}))
-        part = Part(endpoint, now_s + self._server(endpoint).retry_s, pulling=pulling, places=places)
-        self._send(part, w.Pull(self._model, self._worker, self._life, pulling.clock, partitions, tables))
+        pushing.flying.update(partitions)
+        part = Part(endpoint, now_s + self._server(endpoint).retry_s, pushing=pushing, partitions=partitions)
+        one = self._standing
+        self._send(part, w.Push(one.model, one.worker, one.life, pushing.number, partitions, columns, pushing.rate))
+
+    def _flow_pull(self, routing: Routing, pulling: Pulling, now_s: float) -> None:
+        one = self._standing
+        for some in parts_of_pull(routing, pulling, lambda endpoint: one.is_open(endpoint, now_s)):
+            part = Part(some.endpoint, now_s + self._server(some.endpoint).retry_s, pulling=pulling, places=some.places)
+            self._send(part, w.Pull(one.model, one.worker, one.life, pulling.clock, some.partitions, some.tables))
 
     def _send(self, part: Part, request: w.Request) -> None:
         self._numbers += 1
@@ -393,40 +314,40 @@ class Outstanding:
 
     def _learn(self, serving: w.Serving, now_s: float) -> None:
         """What a server says of who serves what."""
-        if self._routing is not None and len(serving.primaries) != self._routing.partitions:
-            self._fail(
-                ModelError(f"the servers of model {self._model!r} have other partitions than they had: make another client")
-            )
+        if (failure := self._standing.learn(serving)) is not None:
+            self._fail(failure)
             return
-        self._routing = Routing(serving, 1 if self.settings is None else self.settings.shards)
-        self._known |= dict.fromkeys(self._routing.endpoints)
-        acting = self._routing.acting
+        self._follow_routing(now_s)
+
+    def _follow_routing(self, now_s: float) -> None:
+        """Whom we know to be primary has changed, maybe: nothing waits for the answer of somebody else."""
+        assert self._standing.routing is not None
+        acting = self._standing.routing.acting
         for number, part in list(self._parts.items()):
             if part.endpoint not in acting and number in self._parts:
                 self._withdraw(number, part)
-        self._who_s = np.inf if self._settled else now_s + (RETRY_S if self.joined else WHO_S)
-
-    @property
-    def _settled(self) -> bool:
-        """Whether nobody keeps silent."""
-        return self.joined and all(server.silences == 0 for server in self._servers.values())
+        self._who_s = np.inf if self._standing.is_settled else now_s + (RETRY_S if self.joined else WHO_S)
 
     def _ask_who_serves(self, now_s: float) -> None:
         self._who_s = now_s + WHO_S
-        for endpoint in self._known:
-            self._numbers += 1  # no answer to it is waited for
-            self._out.append(Send(endpoint, self._numbers, w.WhoServes(self._model)))
+        for endpoint in self._standing.endpoints:
+            self._ask(endpoint, w.WhoServes(self._standing.model))
         self._show_life()
 
     def _show_life(self) -> None:
         """Tell servers that have nothing of us that we are here: while another one is away, they would take us for dead."""
-        if self._routing is None or self.settings is None or self.settings.mode == w.ASYNC:
+        routing = self._standing.routing
+        if routing is None or self.settings is None or self.settings.mode == w.ASYNC:
             return
         busy = {part.endpoint for part in self._parts.values()}
-        for endpoint in self._routing.acting:
+        for endpoint in routing.acting:
             if self._server(endpoint).greeted and endpoint not in busy:
-                self._numbers += 1  # no answer to it is waited for
-                self._out.append(Send(endpoint, self._numbers, w.Hello(self._model, self._worker, self._life)))
+                self._ask(endpoint, self._standing.hello)
+
+    def _ask(self, endpoint: str, request: w.Request) -> None:
+        """Send what no answer is waited for."""
+        self._numbers += 1
+        self._out.append(Send(endpoint, self._numbers, request))
 
     def _fail(self, failure: EkkoError) -> None:
         """Nothing can be asked any more."""
@@ -437,18 +358,8 @@ class Outstanding:
         self._pulls.clear()
 
     def _server(self, endpoint: str) -> Server:
-        return self._servers.setdefault(endpoint, Server())
-
-    def _primary(self, partition: int) -> str | None:
-        return None if self._routing is None else self._routing.endpoint_of(partition)
+        return self._standing.server(endpoint)
 
 
 def _odd(endpoint: str) -> EkkoError:
     return EkkoError(f"{endpoint} answered something that was not asked: use one release of ekko for servers and workers")
-
-
-def _lost(model: str, worker: int, partition: int, last: int, answered: int) -> ModelError:
-    return ModelError(
-        f"the servers of model {model!r} have the pushes of worker {worker} up to {last} in partition {partition}, and had "
-        f"answered {answered}: they lost some. Make another client, and go on with the batch after its `clock`"
-    )
