@@ -7,34 +7,27 @@ repeated until it is done, since the machine counts on it. Pushes stay here, as 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, TypeVar, assert_never
+from typing import Any, Final, assert_never
 
-import numpy as np
 import structlog
 
-from ekko.errors import EkkoError, ModelError, NodeFailed, PublishError
-from ekko.store.kernels.checks import all_finite
+from ekko.errors import ModelError, NodeFailed, PublishError
 from ekko.train.server import events as e
 from ekko.train.server import wire as w
 from ekko.train.server.channel import NodeChannel
+from ekko.train.server.checks import refusal_of_pull, refusal_of_push
 from ekko.train.server.endpoint import Endpoint
+from ekko.train.server.jobs import AGAIN_S, Jobs
 from ekko.train.server.machine import Machine
 from ekko.train.server.rows import Changed, Prepared, TrainingRows
 from ekko.train.server.schema import TrainedModel, digest_of
 from ekko.train.server.serving import ServedRows
 
-# Jobs of one model at once: a group, its wait, a served step, a comparison, and some that load or flush.
-JOBS_MAX: Final = 8
-AGAIN_S: Final = 0.05  # after which a job that failed is tried again, at first
-AGAIN_S_MAX: Final = 2.0
 WAIT_S: Final = 0.5  # for one answer to whether a step is everywhere: so long may it take to see that somebody left
 LATENCIES_MAX: Final = 1_024
-
-T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -85,8 +78,7 @@ class ModelShell:
         self._pushes: dict[int, w.Push] = {}
         self._changed: dict[int, dict[str, Changed]] = {}  # by group: what is to be served of it
         self._comparing: frozenset[int] = frozenset()  # partitions that we act for; threads read it
-        self._threads = ThreadPoolExecutor(JOBS_MAX, f"model-{model.name}")
-        self._jobs: set[asyncio.Task[None]] = set()
+        self._jobs = Jobs(model.name, fail)
         self._timer: asyncio.TimerHandle | None = None
         self._timer_ms: int | None = None
         self._began = False
@@ -94,7 +86,6 @@ class ModelShell:
         self._since: dict[int, float] = {}  # when each push that waits came
         self._latencies: deque[float] = deque(maxlen=LATENCIES_MAX)  # of pushes, seconds
         self.waiting_for: dict[str, tuple[str, ...]] = {}  # what for -> nodes
-        self.trouble = ""  # why a job is tried again
         self.pulls = self.pushes = self.refused = 0
 
     # --- what comes
@@ -107,7 +98,7 @@ class ModelShell:
 
     async def begin(self) -> None:
         """Put right what the process before this one may have left half done; from then on the machine has its turn."""
-        stamp = await self._repeated("take_back", self.rows.take_back)
+        stamp = await self._jobs.repeated("take_back", self.rows.take_back)
         if stamp is not None:
             log.warning("server_took_back", model=self.model.name, stamp=stamp)
             self.rows.undo.clear()
@@ -150,26 +141,16 @@ class ModelShell:
             self.handle(e.ReleaseAnswered(answer.by, answer.asker, answer.partitions))
 
     def _on_pull(self, ask: int, pull: w.Pull) -> None:
-        if (refusal := self._refusal(pull.partitions, {name: (keys, None) for name, keys in pull.tables.items()})) is not None:
-            self.refused += 1
-            self._endpoint.answer(ask, refusal)
-            return
-        size = sum(4 * len(keys) * self.model.tables[name].dim for name, keys in pull.tables.items())
-        if size > w.MESSAGE_BYTES_MAX - w.HEADER_BYTES_MAX:  # before memory is taken for it
-            self.refused += 1
-            reason = (
-                f"a pull of {size} bytes: an answer may have {w.MESSAGE_BYTES_MAX - w.HEADER_BYTES_MAX}; ask for fewer rows"
-            )
-            self._endpoint.answer(ask, w.Failed(w.REFUSED, reason))
+        if (refusal := refusal_of_pull(self.model, pull)) is not None:
+            self._refuse(ask, refusal)
             return
         self.pulls += 1
         self._pulls[ask] = pull
         self.handle(e.PullAsked(ask, pull.worker, pull.life, pull.clock, pull.partitions))
 
     def _on_push(self, ask: int, push: w.Push) -> None:
-        if (refusal := self._refusal(push.partitions, push.tables)) is not None:
-            self.refused += 1
-            self._endpoint.answer(ask, refusal)
+        if (refusal := refusal_of_push(self.model, push)) is not None:
+            self._refuse(ask, refusal)
             return
         self.pushes += 1
         self._pushes[ask] = push
@@ -177,26 +158,9 @@ class ModelShell:
         size = sum(len(keys) * self.model.tables[name].row_bytes for name, (keys, _) in push.tables.items())
         self.handle(e.PushAsked(ask, push.worker, push.life, push.number, push.partitions, size))
 
-    def _refusal(self, partitions: tuple[int, ...], tables: Mapping[str, tuple[w.U64, w.F32 | None]]) -> w.Failed | None:
-        """Why this cannot be taken; None: it can."""
-        settings = self.model.settings
-        if partitions[-1] >= settings.partitions:
-            has = f"model {self.model.name!r} has {settings.partitions} partitions"
-            return w.Failed(w.SETTINGS, f"{has}, and partition {partitions[-1]} is none of them")
-        named = np.zeros(settings.partitions, np.bool_)
-        named[list(partitions)] = True
-        for name, (keys, values) in tables.items():
-            table = self.model.tables.get(name)
-            if table is None:
-                known = ", ".join(map(repr, self.model.tables))
-                return w.Failed(w.SETTINGS, f"model {self.model.name!r} has no table {name!r}: it has {known}")
-            if values is not None and values.shape[1] != table.dim:
-                return w.Failed(w.SETTINGS, f"gradients of table {name!r} have {values.shape[1]} values: expected {table.dim}")
-            if not (all(named) or named[self.model.partition_of(keys)].all()):
-                return w.Failed(w.REFUSED, f"keys of table {name!r} belong to partitions that are not named: {partitions} are")
-            if values is not None and not all_finite(values):
-                return w.Failed(w.REFUSED, f"gradients of table {name!r} contain NaN or infinity: leave this batch out")
-        return None
+    def _refuse(self, ask: int, refusal: w.Failed) -> None:
+        self.refused += 1
+        self._endpoint.answer(ask, refusal)
 
     # --- what follows
 
@@ -239,22 +203,22 @@ class ModelShell:
             case e.Discard(ask):
                 self._pushes.pop(ask, None)
             case e.Apply():
-                self._begin(self._apply(effect, {ask: self._pushes[ask] for step in effect.steps for ask in step.asks}))
+                self._jobs.begin(self._apply(effect, {ask: self._pushes[ask] for step in effect.steps for ask in step.asks}))
             case e.AwaitDurable(group, stamp):
-                self._begin(self._await_durable(group, stamp))
+                self._jobs.begin(self._await_durable(group, stamp))
             case e.Serve(group):
                 for due in sorted(one for one in self._changed if one <= group):
                     self.served.add(self._changed.pop(due))
-                self._begin(self._serve(group))
+                self._jobs.begin(self._serve(group))
             case e.Load(partitions):
-                self._begin(self._load(partitions))
+                self._jobs.begin(self._load(partitions))
             case e.Reconcile(partitions):
                 self._comparing |= frozenset(partitions)
-                self._begin(self._reconcile(frozenset(partitions)))
+                self._jobs.begin(self._reconcile(frozenset(partitions)))
             case e.Unload(partitions):
                 self._comparing -= frozenset(partitions)
             case e.Flush(flush, partitions, node):
-                self._begin(self._flush(flush, partitions, node))
+                self._jobs.begin(self._flush(flush, partitions, node))
             case e.AskRelease(node, asker, partitions):
                 request = w.Release(self.model.name, asker, partitions, self._digest)
                 self._endpoint.ask_server(self._endpoints[node], request)
@@ -266,33 +230,6 @@ class ModelShell:
                 assert_never(effect)
 
     # --- jobs
-
-    def _begin(self, job: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(job)
-        self._jobs.add(task)
-        task.add_done_callback(self._on_done)
-
-    def _on_done(self, task: asyncio.Task[None]) -> None:
-        self._jobs.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._fail(error)
-
-    async def _repeated(self, what: str, work: Callable[[], T]) -> T:
-        """The result of a piece of work in a thread, which is tried until it succeeds."""
-        again_s = AGAIN_S
-        while True:
-            try:
-                result = await asyncio.get_running_loop().run_in_executor(self._threads, work)
-            except EkkoError as error:
-                if self.trouble != (trouble := f"{what}: {error}"):
-                    log.warning("server_job_failed", model=self.model.name, job=what, reason=str(error))
-                self.trouble = trouble
-                await asyncio.sleep(again_s)
-                again_s = min(AGAIN_S_MAX, 2 * again_s)
-            else:
-                if self.trouble.startswith(f"{what}:"):
-                    self.trouble = ""
-                return result
 
     async def _apply(self, group: e.Apply, pushes: Mapping[int, w.Push]) -> None:
         prepared: list[Prepared] = []
@@ -310,13 +247,13 @@ class ModelShell:
                 self.rows.publisher.restored()
                 raise
 
-        stamp = await self._repeated("apply", work)  # what came to no answer is published again as it is
+        stamp = await self._jobs.repeated("apply", work)  # what came to no answer is published again as it is
         self._changed[group.group] = prepared[0].changed
         self.handle(e.Applied(group.group, stamp))
 
     async def _await_durable(self, group: int, stamp: int) -> None:
         while True:
-            waited = await self._repeated("wait", lambda: self.rows.publisher.look(stamp, "all", WAIT_S))
+            waited = await self._jobs.repeated("wait", lambda: self.rows.publisher.look(stamp, "all", WAIT_S))
             missing = self._missing(waited.lagging, waited.silent)
             if not missing:
                 break
@@ -333,15 +270,15 @@ class ModelShell:
         return tuple(dict.fromkeys((*lagging, *spares)))
 
     async def _serve(self, group: int) -> None:
-        await self._repeated("serve", self.served.publish)
+        await self._jobs.repeated("serve", self.served.publish)
         if self.served.rolled_back:  # what was left out then is found by comparing
             self.served.rolled_back = False
-            self._begin(self._reconcile(self._comparing))
+            self._jobs.begin(self._reconcile(self._comparing))
         self.handle(e.Served(group))
 
     async def _load(self, partitions: tuple[int, ...]) -> None:
         await self._everywhere("load", self._missing)
-        marks = await self._repeated("marks", lambda: self.rows.marks(partitions))
+        marks = await self._jobs.repeated("marks", lambda: self.rows.marks(partitions))
         self.handle(e.Loaded(partitions, marks))
 
     async def _flush(self, flush: int, partitions: tuple[int, ...], node: str) -> None:
@@ -349,7 +286,7 @@ class ModelShell:
             return (node,) if node in lagging or node in silent else ()
 
         # A comparison that is at a row of these partitions now would serve it after whoever takes over has.
-        await self._repeated("flush", self.served.settle)
+        await self._jobs.repeated("flush", self.served.settle)
         await self._everywhere(f"flush to {node}", missing)
         self.handle(e.Flushed(flush))
 
@@ -364,22 +301,19 @@ class ModelShell:
         self.waiting_for.pop(what, None)
 
     async def _reconcile(self, partitions: frozenset[int]) -> None:
-        await self._repeated("reconcile", lambda: self.served.reconcile(lambda: partitions & self._comparing))
+        await self._jobs.repeated("reconcile", lambda: self.served.reconcile(lambda: partitions & self._comparing))
 
     # --- the end, and what is told
 
     async def drained(self) -> None:
         """Return when nothing is under way any more."""
-        while self._jobs:
-            await asyncio.wait(self._jobs)
+        await self._jobs.drained()
 
     def close(self) -> None:
         """Let go of the node. Jobs under way are given up; what they left half done is put right at the next start."""
         if self._timer is not None:
             self._timer.cancel()
-        for job in self._jobs:
-            job.cancel()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._jobs.close()
 
     def _clocks(self) -> dict[int, int]:
         """The smallest clock of each worker in the partitions that we act for; of pushes that are durable."""
@@ -402,7 +336,7 @@ class ModelShell:
             "pulls_waiting": len(self._pulls),
             "ack_ms": [round(1_000 * _quantile(latencies, share), 3) for share in (0.5, 0.99)],
             "waiting_for": {what: list(nodes) for what, nodes in self.waiting_for.items()},
-            "trouble": self.trouble,
+            "trouble": self._jobs.trouble,
             "counts": {
                 "pulls": self.pulls,
                 "pushes": self.pushes,

@@ -7,10 +7,10 @@ import zmq
 
 from ekko.config.sections import ServerModelSection
 from ekko.train.server import wire as w
+from ekko.train.server.checks import refusal_of_pull
 from ekko.train.server.coding import decode_answer, encode_request
 from ekko.train.server.endpoint import Endpoint
 from ekko.train.server.schema import trained_model
-from ekko.train.server.shell import ModelShell
 from sim_cluster.processes import free_ports
 
 
@@ -52,25 +52,12 @@ def test_an_endpoint_that_was_shut_takes_no_request_and_still_answers() -> None:
     asyncio.run(run())
 
 
-class Answers:
-    """Where answers go."""
-
-    def __init__(self) -> None:
-        self.said: list[w.Answer] = []
-
-    def answer(self, ask: int, answer: w.Answer) -> None:
-        self.said.append(answer)
-
-
 def test_a_pull_whose_answer_no_message_may_have_is_refused_before_memory_is_taken() -> None:
     tables = {"wide": {"dim": 16_384, "optimizer": {"name": "sgd", "lr": 0.1}}}
-    shell = ModelShell.__new__(ModelShell)  # as far as a refusal needs it
-    shell.model, shell.refused, shell.pulls = trained_model("ctr", ServerModelSection(partitions=2, tables=tables), 64), 0, 0
-    answers = Answers()
-    shell._endpoint = answers  # type: ignore[assignment]
+    model = trained_model("ctr", ServerModelSection(partitions=2, tables=tables), 64)
     keys = np.arange(w.KEYS_MAX, dtype=np.uint64)  # 64 GiB of rows in a message of 8 MiB
-    shell._on_pull(1, w.Pull("ctr", w.OBSERVER, 0, 0, (0, 1), {"wide": keys}))
-    (answer,) = answers.said
-    assert isinstance(answer, w.Failed)
-    assert (answer.kind, shell.refused, shell.pulls) == (w.REFUSED, 1, 0)
-    assert "ask for fewer rows" in answer.reason
+    refusal = refusal_of_pull(model, w.Pull("ctr", w.OBSERVER, 0, 0, (0, 1), {"wide": keys}))
+    assert refusal is not None
+    assert refusal.kind == w.REFUSED
+    assert "ask for fewer rows" in refusal.reason
+    assert refusal_of_pull(model, w.Pull("ctr", w.OBSERVER, 0, 0, (0, 1), {"wide": keys[:1_000]})) is None
