@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ekko.errors import ModelError, StoreError
 from ekko.health.traffic import Traffic
-from ekko.model import DENSE_SPEC, DENSE_TABLE, TableSpec, TensorSpec
+from ekko.model import DENSE_SPEC, DENSE_TABLE, TableSpec, TensorSpec, is_training
 from ekko.store import capacity, layout
 from ekko.store.applying import Applying, whole
 from ekko.store.batches import BatchMarks
@@ -30,7 +30,16 @@ from ekko.store.floor import LossFloor
 from ekko.store.hot import Heat
 from ekko.store.kernels import index
 from ekko.store.listening import Changes, Listener
-from ekko.store.manifest import ModelEntry, changes_name, header_name, heat_name, hot_name, index_name, rows_name
+from ekko.store.manifest import (
+    ModelEntry,
+    changes_name,
+    header_name,
+    heat_name,
+    hot_name,
+    index_name,
+    rows_name,
+    undo_name,
+)
 from ekko.store.memory import Mapping, Memory
 from ekko.store.own_writer import OwnWriter
 from ekko.store.questions import Questions
@@ -185,6 +194,7 @@ class ModelStore:
         """Names of the files that it consists of, or of those of some tables."""
         names = [header_name(self.keyspace)] if tables is None else []
         names += [changes_name(self.keyspace)] if tables is None and self._ring is not None else []
+        names += [undo_name(self.keyspace)] if tables is None and is_training(self.spec.name) else []
         for table in self._tables.values():
             if tables is None or table.spec.name in tables:
                 names += [rows_name(self.keyspace, table.spec.id), *table.index_names()]

@@ -28,7 +28,7 @@ from ekko.store.capacity import Capacity
 from ekko.store.control import Control, fresh_memory, remove_unnamed
 from ekko.store.facts import Facts
 from ekko.store.listening import Listener
-from ekko.store.manifest import CONTROL_NAME, MANIFEST_NAME, ModelEntry, kernel_boot_id, read_manifest, undo_name
+from ekko.store.manifest import CONTROL_NAME, MANIFEST_NAME, ModelEntry, kernel_boot_id, read_manifest
 from ekko.store.memory import AnonymousMemory, Memory, TmpfsMemory
 from ekko.store.model_store import ModelStore
 from ekko.store.partition import copy_held, replicas_of
@@ -223,7 +223,6 @@ class Store:
     def _file_names(self) -> set[str]:
         assert isinstance(self._memory, TmpfsMemory)
         names = [CONTROL_NAME, *(name for model in self._models.values() for name in model.file_names())]
-        names += [undo_name(model.spec.id) for model in self._models.values() if is_training(model.spec.name)]
         return {self._memory.path(name).name for name in names}
 
     def close(self) -> None:

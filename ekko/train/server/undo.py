@@ -5,8 +5,9 @@ has heard of it: whoever applied the push again would count some gradients twice
 were is written here, and it is taken off when the step is known to be safe. What is found here at a start is published as it
 was; whoever pushed has no answer yet and pushes again.
 
-The file lies beside the node's store and is gone when that is: after a boot, or when the node drops what it holds. Then there
-is nothing half done either: others have the parts of a step whole, or not at all.
+The file lies beside the node's store and is gone when that is: after a boot, or when the node drops what it holds or the model.
+Then there is nothing half done either: others have the parts of a step whole, or not at all. A record names tables by their
+ids, so that rows of one that was dropped since are not put into the next one of its name.
 """
 
 import mmap
@@ -21,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ekko.errors import StoreError
-from ekko.model import model_id
 from ekko.store.manifest import kernel_boot_id, read_manifest, undo_name
 
 U64 = NDArray[np.uint64]
@@ -47,30 +47,36 @@ class Undo:
     """The record of one model; used by one thread.
 
     Raises:
-        StoreError: there is no store in `run_dir`, or no room.
+        StoreError: there is no store in `run_dir`, or no such model in it, or no room.
     """
 
     def __init__(self, run_dir: Path, model: str) -> None:
         manifest = read_manifest(run_dir)
         if manifest is None or manifest.boot_id != kernel_boot_id():
             raise StoreError(f"there is no store in {run_dir}: start its node")
-        self.path = Path(manifest.memory_dir) / f"{manifest.prefix}-{undo_name(model_id(model))}"
+        entry = next((one for one in manifest.models if one.name == model), None)
+        if entry is None:
+            raise StoreError(f"the node at {run_dir} has no model {model!r}")
+        self._ids = {table.name: table.id for table in entry.tables}
+        self.path = Path(manifest.memory_dir) / f"{manifest.prefix}-{undo_name(entry.bare_spec.id)}"
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._memory: mmap.mmap | None = None
         self._grow(max(os.fstat(self._descriptor).st_size, HEAD_BYTES))
 
     def read(self) -> list[Before]:
-        """What is on record; empty: nothing."""
+        """What is on record of tables that there still are; empty: nothing."""
         head = self._words()
         if int(head[0]) != MAGIC or not 0 < int(head[1]) <= HEAD_BYTES - 16:
             return []
         parts = msgpack.unpackb(bytes(self._map[16 : 16 + int(head[1])]))
+        names = {number: name for name, number in self._ids.items()}
         found, at = [], HEAD_BYTES
         for table, count, dim in parts:
             keys, at = self._array(np.dtype(np.uint64), count, at)
             there, at = self._array(np.dtype(np.bool_), count, at)
             rows, at = self._array(np.dtype(np.float32), count * dim, at)
-            found.append(Before(str(table), keys.copy(), rows.copy().reshape(count, dim), there.copy()))
+            if table in names:
+                found.append(Before(names[table], keys.copy(), rows.copy().reshape(count, dim), there.copy()))
         return found
 
     def write(self, parts: Sequence[Before]) -> None:
@@ -79,7 +85,7 @@ class Undo:
         Raises:
             StoreError: shared memory is full.
         """
-        described = msgpack.packb([(part.table, len(part.keys), part.rows.shape[1]) for part in parts])
+        described = msgpack.packb([(self._ids[part.table], len(part.keys), part.rows.shape[1]) for part in parts])
         if len(described) > HEAD_BYTES - 16:
             raise StoreError(f"a step of {len(parts)} tables: what it changes cannot be put on record")
         self._grow(HEAD_BYTES + sum(_padded(9 * len(p.keys)) + _padded(p.rows.nbytes) + 2 * _ALIGN for p in parts))
