@@ -35,6 +35,10 @@ class SinkTakenError(EkkoError):
     """Another feed writes into a foreign store by now, so that this one must end."""
 
 
+class WorkerDropped(ModelError):  # noqa: N818 - like the ones below
+    """Parameter servers went on without a worker that was silent for too long: `Client.rejoin` lets it go on with them."""
+
+
 class PublishError(EkkoError):
     """A batch was refused; nothing of it was published."""
 

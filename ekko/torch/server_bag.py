@@ -48,6 +48,9 @@ class Pulling(Protocol):
 
     def result(self) -> Mapping[str, F32]: ...
 
+    @property
+    def failed(self) -> bool: ...
+
 
 class Gradients(Protocol):
     """What has gradients for a client's next step."""
@@ -186,7 +189,9 @@ class PSEmbeddingBag(nn.Module):
             # In step, rows as of a push that is not made yet would be waited for in vain: it comes after this batch.
             if np.array_equal(ahead.ids.keys, keys) and (ahead.clock == clock or not in_step):
                 self._ahead.remove(ahead)
-                return ahead
+                if not ahead.pulling.failed:  # as all do that were under way when servers dropped this worker
+                    return ahead
+                break
         ids = _Ids(keys, self.padding_idx)
         return _Ahead(ids, self._client.pull_async({self.table: ids.wanted}), clock)
 

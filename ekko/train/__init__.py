@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ekko.train.client import Client, Pull
+    from ekko.train.client import Client, Pull, WorkerDropped
 
-__all__ = ["Client", "Pull"]
+__all__ = ["Client", "Pull", "WorkerDropped"]
 
 
 def __getattr__(name: str) -> object:

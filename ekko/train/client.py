@@ -23,55 +23,27 @@ from typing import Final, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ekko.errors import ConfigError, ModelError, PublishError
+from ekko.errors import ConfigError, ModelError, PublishError, WorkerDropped
 from ekko.model import CODEC_DEFAULT, check_name
 from ekko.train.arguments import keys_of, rows_of
 from ekko.train.beside import Beside
 from ekko.train.exchange import Exchange
 from ekko.train.gradients import GradientSource, Sources
 from ekko.train.outstanding import Outstanding
+from ekko.train.pull import Pull
 from ekko.train.requests import Pulling
 from ekko.train.routing import by_partition
 from ekko.train.server import wire as w
 from ekko.train.server.wire import F32, U64
 from ekko.train.sockets import Sockets, keys_of_worker
 
+__all__ = ["Client", "Pull", "WorkerDropped"]
+
 TIMEOUT_S: Final = 300.0
 OUTSTANDING_DEFAULT: Final = 4
 OUTSTANDING_MAX: Final = 1_024
 # Pulls that were begun and are not answered. A caller that begins more has lost count of them.
 PULLS_MAX: Final = 256
-
-
-class Pull:
-    """Rows that are on their way, made by `Client.pull_async`."""
-
-    def __init__(
-        self, client: "Client", pulling: Pulling | None, rows: dict[str, F32], missing: Mapping[str, NDArray[np.int64]]
-    ) -> None:
-        self._client = client
-        self._pulling = pulling  # None: nothing of it is
-        self._rows = rows  # those that were here already, and places for the `missing`
-        self._missing = missing
-
-    def result(self) -> dict[str, F32]:
-        """Table -> float32[n, dim], in the order of the keys; waits for them.
-
-        Raises:
-            EkkoError: as `Client.pull`.
-        """
-        if self._pulling is not None:
-            pulled = self._client._result(self._pulling)  # noqa: SLF001
-            self._pulling = None
-            for table, at in self._missing.items():
-                self._rows[table][at] = pulled.pop(table)
-            self._rows |= pulled
-        return self._rows
-
-    def cancel(self) -> None:
-        """Forget it: nobody wants the rows any more."""
-        if self._pulling is not None:
-            self._client._cancel(self._pulling)  # noqa: SLF001
 
 
 class Client:
@@ -108,12 +80,7 @@ class Client:
         allow: str | Path | None = None,
         run_dir: str | Path | None = None,
     ) -> None:
-        if isinstance(endpoints, str) or not endpoints:
-            raise ConfigError(f"endpoints are {endpoints!r}: expected a list with at least one server's tcp://HOST:PORT")
-        if not isinstance(worker, int) or not 0 <= worker < w.WORKERS_MAX:
-            raise ConfigError(f"worker is {worker!r}: expected a whole number from 0 to {w.WORKERS_MAX - 1}")
-        if not 1 <= outstanding <= OUTSTANDING_MAX:
-            raise ConfigError(f"outstanding is {outstanding!r}: expected 1 to {OUTSTANDING_MAX} pushes")
+        _check(endpoints, worker, timeout, outstanding)
         self._model = check_name("model", model)
         self._worker = worker
         self._timeout_s = timeout
@@ -122,6 +89,7 @@ class Client:
         self._lock = threading.RLock()
         self._sources = Sources()
         self._closed = False
+        self._lost = 0
         self._beside: Beside | None = None
         self._asked = Outstanding(model, worker, time.time_ns() // 1_000, tuple(endpoints))
         keys = keys_of_worker(endpoints, f"worker-{worker}", key_file, allow, self._asked.node_at)
@@ -160,6 +128,11 @@ class Client:
     def stamp(self) -> int:
         """The largest stamp, in the servers' training model, of pushes that were answered; 0: none."""
         return self._asked.stamp
+
+    @property
+    def lost(self) -> int:
+        """Pushes that had no answer when this worker was dropped: they may count or not."""
+        return self._lost
 
     @property
     def requests(self) -> int:
@@ -206,12 +179,13 @@ class Client:
                 wanted = {table: wanted[table][at] for table, at in missing.items()}
                 if not wanted:
                     self._exchange.hear()
-                    return Pull(self, None, rows, missing)
+                    return Pull(None, rows, missing, self._result, self._cancel)
+            self._check()
             if self._asked.pulls >= PULLS_MAX:
                 raise ModelError(f"{PULLS_MAX} pulls were begun and are not answered: take the result() of earlier ones first")
             pulling = self._asked.pull(wanted, self._clock + ahead, time.monotonic())
             self._exchange.transmit()
-        return Pull(self, pulling, rows, missing)
+        return Pull(pulling, rows, missing, self._result, self._cancel)
 
     def _result(self, pulling: Pulling) -> dict[str, F32]:
         with self._alone():
@@ -290,13 +264,13 @@ class Client:
             self._clock += 1
             self._asked.push(self._clock, columns, math.nan if rate is None else rate, time.monotonic())
             self._exchange.transmit()
-            if self._asked.failure is not None:
-                raise self._asked.failure
+            self._check()  # of what cannot be divided into messages
             return self._clock
 
     def _await_room(self) -> None:
         """Return when one more push may be under way."""
         with self._alone():
+            self._check()
             self._wait(lambda: self._asked.pushes < self._outstanding_max, "answer a push")
 
     def flush(self, timeout: float | None = None) -> int:
@@ -311,6 +285,29 @@ class Client:
         with self._alone():
             self._wait(lambda: self._asked.pushes == 0, "answer all pushes", timeout)
             return self._asked.stamp
+
+    def rejoin(self) -> int:
+        """Go on with the others after `WorkerDropped`, in a life of its own: where they are is where this worker goes on.
+
+        Pushes without an answer are forgotten; they may count or not (`lost`). Pulls that were begun are given up, and
+        gradients that sources have are forgotten, since they are of rows that have changed.
+
+        Returns:
+            The `clock`: the next batch to push is the one after it.
+
+        Raises:
+            ModelError: it was not dropped.
+            NodeUnreachable: as when it was made; it may be called again.
+        """
+        with self._alone():
+            if isinstance(self._asked.failure, WorkerDropped):
+                self._lost += self._asked.rejoin(time.time_ns() // 1_000, time.monotonic())
+                self._sources.discard()
+            elif self._asked.failure is not None or self._asked.joined:
+                raise self._asked.failure or ModelError(f"worker {self._worker} was not dropped: it can go on as it is")
+            self._wait(lambda: self._asked.joined, "join the servers")
+            self._clock = self._asked.clock
+            return self._clock
 
     # --- what all of these need ------------------------------------------------------------------------------------------
 
@@ -328,6 +325,13 @@ class Client:
         if os.getpid() != self._pid:
             raise PublishError("this client was made in another process: make one after the fork, for a worker of its own")
         return self._lock
+
+    def _check(self) -> None:
+        """Raise where nothing can be asked of servers any more."""
+        if self._asked.failure is not None:
+            raise self._asked.failure
+        if not self._asked.joined:
+            raise ModelError(f"worker {self._worker} has not joined the servers again: call client.rejoin()")
 
     def _wait(self, condition: Callable[[], bool], what: str, timeout_s: float | None = None) -> None:
         self._exchange.until(condition, what, self._timeout_s if timeout_s is None else timeout_s)
@@ -350,6 +354,17 @@ class Client:
                 self.flush()
         finally:
             self.close()
+
+
+def _check(endpoints: Sequence[str], worker: int, timeout: float, outstanding: int) -> None:
+    if isinstance(endpoints, str) or not endpoints:
+        raise ConfigError(f"endpoints are {endpoints!r}: expected a list with at least one server's tcp://HOST:PORT")
+    if type(worker) is not int or not 0 <= worker < w.WORKERS_MAX:
+        raise ConfigError(f"worker is {worker!r}: expected a whole number from 0 to {w.WORKERS_MAX - 1}")
+    if not isinstance(timeout, int | float) or not timeout > 0:
+        raise ConfigError(f"timeout is {timeout!r}: expected seconds, more than 0")
+    if type(outstanding) is not int or not 1 <= outstanding <= OUTSTANDING_MAX:
+        raise ConfigError(f"outstanding is {outstanding!r}: expected 1 to {OUTSTANDING_MAX} pushes")
 
 
 def _check_rate(rate: float | None) -> None:

@@ -14,7 +14,7 @@ from typing import Final, assert_never
 
 import numpy as np
 
-from ekko.errors import EkkoError, ModelError
+from ekko.errors import EkkoError, ModelError, WorkerDropped
 from ekko.train.dividing import parts_of_pull, parts_of_push
 from ekko.train.requests import RETRY_S, Columns, Part, Pulling, Pushing, Send, Server
 from ekko.train.routing import Routing
@@ -117,6 +117,24 @@ class Outstanding:
         self._pushes[number], self._pushed = pushing, number
         self._flow(now_s)
         return pushing
+
+    def rejoin(self, life: int, now_s: float) -> int:
+        """Begin a later life, after the servers have dropped us: nothing of the former one is sent again.
+
+        Args:
+            life: a number that is larger than in all lives before.
+            now_s: the time.
+
+        Returns:
+            How many pushes had no answer.
+        """
+        assert isinstance(self.failure, WorkerDropped), self.failure
+        self.failure = None
+        lost, self._pushes, self._pushed = len(self._pushes), {}, 0
+        self._standing.rejoin(life)
+        self._who_s = now_s
+        self._flow(now_s)
+        return lost
 
     def tick(self, now_s: float) -> None:
         """Time has passed."""
@@ -231,6 +249,14 @@ class Outstanding:
                 self._standing.raise_above(int(reason.split()[-1]))
             case w.STALE:
                 self._fail(ModelError(f"{self._standing.who} began anew in another process: this one ends"))
+            case w.DROPPED:
+                waiting = f"; {len(self._pushes)} of its pushes had no answer and may be lost" if self._pushes else ""
+                self._fail(
+                    WorkerDropped(
+                        f"{self._standing.who} was silent for too long (worker_timeout), and the others went on without it"
+                        f"{waiting}: call client.rejoin(), and go on with the batch after client.clock"
+                    )
+                )
             case _ if part.pulling is not None:
                 part.pulling.failure = ModelError(f"{part.endpoint} refused a pull: {reason}")
                 self.cancel(part.pulling)

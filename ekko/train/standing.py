@@ -138,10 +138,16 @@ class Standing:
         self._raised += 1
         self._begin(life + 1)
 
+    def rejoin(self, life: int) -> None:
+        """Begin a later life, not before `life`: servers say where it goes on."""
+        self._raised = 0
+        self._last = {}
+        self._begin(max(life, self.life + 1))
+
     def _begin(self, life: int) -> None:
         self.life = life
         for server in self._servers.values():
-            server.greeted = False
+            server.greeted = server.greeting = False
 
 
 def _lost(model: str, worker: int, partition: int, last: int, answered: int) -> ModelError:

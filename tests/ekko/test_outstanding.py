@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from ekko.errors import EkkoError
+from ekko.errors import EkkoError, WorkerDropped
 from ekko.serve.reader import _partition_of
 from ekko.train import requests
 from ekko.train.outstanding import Outstanding
@@ -52,6 +52,7 @@ class Servers:
     applied: dict[int, list[int]] = field(default_factory=dict)  # partition -> numbers of pushes, in the order applied
     gradients: dict[tuple[int, int, str], tuple[list[int], np.ndarray]] = field(default_factory=dict)
     life: int = 0
+    dropped: bool = False  # the worker was, in this life
     healed: bool = False
 
     def __post_init__(self) -> None:
@@ -74,6 +75,14 @@ class Servers:
         for server in self.believed:
             self.believed[server] = list(self.primaries)
 
+    def drop(self) -> None:
+        """The worker was silent for too long: where the others are is where it goes on."""
+        self.dropped = True
+        furthest = max(numbers[-1] if numbers else 0 for numbers in self.applied.values()) + self.rng.randrange(3)
+        for partition, numbers in self.applied.items():
+            if partition % 2 and furthest > (numbers[-1] if numbers else 0):
+                numbers.append(furthest)  # of nobody: the rounds that it missed
+
     def serving(self, server: int) -> w.Serving:
         named = tuple((endpoint[-1], endpoint) for endpoint in ENDPOINTS)
         return w.Serving(named, tuple(self.believed[server]))
@@ -86,6 +95,10 @@ class Servers:
             case w.Hello(_, _, life):
                 if life < self.life:
                     return w.Failed(w.STALE, f"the largest life is {self.life}")
+                if life > self.life:
+                    self.dropped, self.known = False, {}
+                if self.dropped:
+                    return w.Failed(w.DROPPED, "was silent for too long: begin it anew")
                 self.life, self.known[server] = life, True
                 last = (self.applied[one][-1] if self.applied[one] else 0 for one in range(self.partitions))
                 return w.Welcome(self.settings, self.serving(server), tuple(n if p in own else -1 for p, n in enumerate(last)))
@@ -98,6 +111,8 @@ class Servers:
                     self.known[server] = False
                 if not self.known.get(server) or request.life != self.life:
                     return w.Failed(w.HELLO, "who is this")
+                if self.dropped and isinstance(request, w.Push):
+                    return w.Failed(w.DROPPED, "was silent for too long: begin it anew")
                 return self._pulled(request) if isinstance(request, w.Pull) else self._pushed(request)
         raise AssertionError(request)
 
@@ -112,7 +127,7 @@ class Servers:
             if push.number > done + 1:
                 return w.Failed(w.GAP, f"{done} was the last")
         for partition in push.partitions:
-            if push.number in self.applied[partition]:
+            if self.applied[partition] and push.number <= self.applied[partition][-1]:
                 continue
             self.applied[partition].append(push.number)
             for table, (keys, values) in push.tables.items():
@@ -135,6 +150,7 @@ class Network:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._last_s: dict[int, float] = {}  # when the last request arrives at a server
+        self._back_s: dict[int, float] = {}  # when the last answer of a server arrives
 
     def later(self, delay_s: float, what: Callable[[], None]) -> None:
         self._count += 1
@@ -156,7 +172,9 @@ class Network:
     def _arrive(self, server: int, send: requests.Send) -> None:
         answer = self.servers.answer(server, send.request)
         if self.servers.healed or self.rng.random() >= self.faults.loss:
-            self.later(self.rng.random() * 0.01, lambda: self.asked.answered(send.endpoint, send.number, answer, self.now_s))
+            delay_s = max(self._back_s.get(server, 0.0) - self.now_s, 0.0) + self.rng.random() * 0.01
+            self._back_s[server] = self.now_s + delay_s
+            self.later(delay_s, lambda: self.asked.answered(send.endpoint, send.number, answer, self.now_s))
 
     def run_until(self, condition: Callable[[], bool]) -> None:
         self.asked.tick(self.now_s)
@@ -256,6 +274,53 @@ def test_a_worker_that_was_replaced_ends() -> None:
     with pytest.raises(AssertionError, match="began anew in another process"):
         network.run_until(lambda: False)
     assert isinstance(network.asked.failure, EkkoError)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_worker_that_was_dropped_goes_on_where_the_others_are(seed: int) -> None:
+    faults = FAULTS["all"]
+    network = Network(seed, faults, partitions=1 + seed % 4)
+    asked, servers = network.asked, network.servers
+    network.run_until(lambda: asked.joined)
+    rng, lost, rejoined = np.random.default_rng(seed), 0, 0
+    number, began = 0, dict.fromkeys(range(servers.partitions), 0)
+    while rejoined < 5 or number < 25:
+        if rejoined < 5 and rng.random() < 0.2:
+            servers.drop()
+        number += 1
+        asked.push(number, batch(rng), float("nan"), network.now_s)
+        pulling = asked.pull({"item": np.arange(9, dtype=np.uint64)}, number, network.now_s)
+        network.run_until(lambda: asked.pushes < 3 or asked.failure is not None)
+        if asked.failure is None:
+            continue
+        assert isinstance(asked.failure, WorkerDropped), asked.failure
+        assert pulling.failure is asked.failure or pulling.done
+        under_way, rejoined = asked.pushes, rejoined + 1
+        lost += asked.rejoin(1, network.now_s)  # a clock that was set back
+        assert not asked.pushes
+        network.run_until(lambda: asked.joined)
+        number = asked.clock
+        assert number == min(numbers[-1] if numbers else 0 for numbers in servers.applied.values())
+        began = {partition: numbers[-1] if numbers else 0 for partition, numbers in servers.applied.items()}
+        assert under_way
+    servers.healed = True
+    network.run_until(lambda: asked.pushes == 0)
+    assert lost >= rejoined
+    for partition, numbers in servers.applied.items():
+        assert numbers == sorted(set(numbers)), "each once, in order"
+        assert set(range(began[partition] + 1, number + 1)) <= set(numbers), "all of this life"
+
+
+def test_who_was_dropped_is_told_what_to_do() -> None:
+    network = Network(1, Faults())
+    asked = network.asked
+    network.run_until(lambda: asked.joined)
+    network.servers.drop()
+    asked.push(1, {}, float("nan"), network.now_s)
+    network.run_until(lambda: asked.failure is not None)
+    said = str(asked.failure)
+    assert "worker 0 of model 'ctr' was silent for too long" in said
+    assert "1 of its pushes had no answer and may be lost: call client.rejoin()" in said
 
 
 def test_servers_that_lost_answered_pushes_are_found_out() -> None:

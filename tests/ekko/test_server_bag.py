@@ -19,6 +19,8 @@ ROWS, DIM = 40, 6
 class Pulled:
     """Rows that have come."""
 
+    failed = False
+
     def __init__(self, rows: dict[str, np.ndarray]) -> None:
         self._rows = rows
 
