@@ -16,7 +16,8 @@ import zmq
 from ekko.errors import ConfigError
 from ekko.security import NodeKeys
 from ekko.train.server import wire as w
-from ekko.train.server.coding import decode_answer, decode_request, encode_answer, encode_request
+from ekko.train.server.coding import decode_answer, decode_request, encode_answer, encode_request, frames_bytes
+from ekko.train.server.unsent import Unsent
 from p2p.transport import Buffer
 from p2p.transport.curve import Gate, demand, guard
 from p2p.transport.shared import TransportCounters
@@ -28,6 +29,10 @@ REQUESTS_PER_TURN_MAX = 64
 # Per client: it bounds what it has under way by itself.
 CLIENT_QUEUE_MAX = 256
 LINGER_MS = 200
+# Of answers to one client that it has not taken; beyond it its pulls are refused as busy. Twice what one answer may have.
+UNSENT_BYTES_MAX = 2 * w.MESSAGE_BYTES_MAX
+# An answer of more than this is counted there.
+COPIED_BYTES_MAX = 64 << 10
 
 _NOBLOCK = int(zmq.NOBLOCK)
 _READABLE = int(zmq.POLLIN)
@@ -66,6 +71,7 @@ class Endpoint:
         self._last = 0
         self._shut = False
         self._turn: asyncio.Handle | None = None
+        self._unsent = Unsent()
         self.transport = TransportCounters()
         self.malformed = 0
         self.unanswerable = 0
@@ -164,6 +170,11 @@ class Endpoint:
         self._asks[self._last] = client, theirs
         self._handler.on_request(self._last, request)
 
+    def is_behind(self, ask: int) -> bool:
+        """Whether who asked this has not taken its answers, so that it can have no large one now."""
+        asked = self._asks.get(ask)
+        return asked is not None and self._unsent.bytes_of(asked[0]) > UNSENT_BYTES_MAX
+
     def answer(self, ask: int, answer: w.Answer) -> None:
         """Answer a request; a client that is gone gets none."""
         asked = self._asks.pop(ask, None)
@@ -174,8 +185,14 @@ class Endpoint:
         if self._router is None:
             return
         try:
+            frames = encode_answer(number, answer)
             # Frames below ZeroMQ's threshold are copied; larger ones are handed over, and freed when they have left.
-            self._router.send_multipart([client, *encode_answer(number, answer)], _NOBLOCK, copy=False)
+            if isinstance(answer, w.Pulled) and (size := frames_bytes(frames)) > COPIED_BYTES_MAX:
+                tracked = [zmq.Frame(frame, track=True, copy=False) for frame in frames]
+                self._router.send_multipart([client, *tracked], _NOBLOCK, copy=False)
+                self._unsent.add(client, zmq.MessageTracker(*tracked), size)
+            else:
+                self._router.send_multipart([client, *frames], _NOBLOCK, copy=False)
         except (zmq.ZMQError, w.ServerWireError) as error:
             self.unanswerable += 1
             log.info("server_answer_dropped", error=str(error))

@@ -56,13 +56,14 @@ class HelloAsked:
 
 @dataclass(frozen=True, slots=True)
 class PullAsked:
-    """`wire.Pull` came, its tables and dims checked."""
+    """`wire.Pull` came, its tables and dims checked. `bytes`: of its keys, and of the rows that they come to."""
 
     ask: int
     worker: int
     life: int
     clock: int
     partitions: tuple[int, ...]
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)

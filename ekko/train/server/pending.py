@@ -10,6 +10,8 @@ ANSWERS_MAX: Final = 64
 PULLS_MAX: Final = 64
 # Of all workers: a bound on memory. A worker's push of 4,096 rows of dim 64 with Adagrad's state counts 2 MiB.
 QUEUE_BYTES_MAX: Final = 256 << 20
+# Of all workers: keys of pulls that wait, and the rows that all of them come to at once when clocks move.
+PULL_BYTES_MAX: Final = 256 << 20
 
 
 @dataclass(slots=True)
@@ -45,6 +47,7 @@ class Pull:
     worker: int
     clock: int
     partitions: tuple[int, ...]
+    bytes: int
     since_ms: int
 
 
@@ -54,9 +57,11 @@ class Pending:
 
     pushes: dict[int, Push] = field(default_factory=dict)  # by ask
     waiters: dict[int, Waiter] = field(default_factory=dict)  # `add_waiter` and `drop_waiter`
-    pulls: dict[int, Pull] = field(default_factory=dict)
-    bytes: int = 0
+    pulls: dict[int, Pull] = field(default_factory=dict)  # `add_pull` and `drop_pull`
+    bytes: int = 0  # of pushes
+    pull_bytes: int = 0
     _pushes_of: Counter[int] = field(default_factory=Counter)  # by worker
+    _pulls_of: Counter[int] = field(default_factory=Counter)
     _waiters_of: dict[int, dict[int, Waiter]] = field(default_factory=dict)  # by worker, and ask
 
     def add_push(self, push: Push) -> None:
@@ -76,6 +81,25 @@ class Pending:
         if self._pushes_of[worker] >= PUSHES_MAX:
             return False
         return not self.pushes or self.bytes + size <= QUEUE_BYTES_MAX
+
+    def add_pull(self, pull: Pull) -> None:
+        """Keep a pull until `drop_pull`."""
+        self.pulls[pull.ask] = pull
+        self.pull_bytes += pull.bytes
+        self._pulls_of[pull.worker] += 1
+
+    def drop_pull(self, ask: int) -> Pull:
+        """It is answered."""
+        pull = self.pulls.pop(ask)
+        self.pull_bytes -= pull.bytes
+        self._pulls_of[pull.worker] -= 1
+        return pull
+
+    def has_room_for_pull(self, worker: int, size: int) -> bool:
+        """Whether a pull of so many bytes may wait."""
+        if self._pulls_of[worker] >= PULLS_MAX:
+            return False
+        return not self.pulls or self.pull_bytes + size <= PULL_BYTES_MAX
 
     def waiters_of(self, worker: int) -> list[Waiter]:
         """Answers that a worker waits for."""

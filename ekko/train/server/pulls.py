@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from ekko.train.server import events as e
 from ekko.train.server import wire as w
 from ekko.train.server.core import Core
-from ekko.train.server.pending import PULLS_MAX, Pull
+from ekko.train.server.pending import Pull
 
 # A pull that waits longer is refused as busy, since who asked for it may be gone; who is not, asks again.
 PULL_WAIT_MS_MAX = 30_000
@@ -33,14 +33,14 @@ class Pulls:
             return
         if core.is_stranger(asked.ask, asked.worker, asked.life):
             return
-        if sum(pull.worker == asked.worker for pull in core.pending.pulls.values()) >= PULLS_MAX:
-            core.fail(asked.ask, w.BUSY, f"{PULLS_MAX} pulls of worker {asked.worker} wait here: ask again in a moment")
-            return
-        pull = Pull(asked.ask, asked.worker, asked.clock, asked.partitions, core.now_ms)
+        pull = Pull(asked.ask, asked.worker, asked.clock, asked.partitions, asked.bytes, core.now_ms)
         if self._is_due(pull):
             self._answer(pull.ask, pull.partitions)
+        elif core.pending.has_room_for_pull(asked.worker, asked.bytes):
+            core.pending.add_pull(pull)
         else:
-            core.pending.pulls[asked.ask] = pull
+            reason = f"too many pulls of worker {asked.worker}, or too large ones of all, wait here: ask again in a moment"
+            core.fail(asked.ask, w.BUSY, reason)
 
     def answer_due(self) -> None:
         """Answer all that need not wait any more."""
@@ -49,7 +49,7 @@ class Pulls:
         self._core.clocks_moved = False
         for pull in list(self._core.pending.pulls.values()):
             if self._is_due(pull):
-                del self._core.pending.pulls[pull.ask]
+                self._core.pending.drop_pull(pull.ask)
                 self._answer(pull.ask, pull.partitions)
 
     def _is_due(self, pull: Pull) -> bool:
@@ -62,7 +62,7 @@ class Pulls:
         """We do not act for a partition any more."""
         for pull in list(self._core.pending.pulls.values()):
             if partition in pull.partitions:
-                del self._core.pending.pulls[pull.ask]
+                self._core.pending.drop_pull(pull.ask)
                 self._core.emit(e.Answer(pull.ask, w.NotPrimary(self._core.serving())))
 
     def next_ms(self) -> int | None:
@@ -73,7 +73,7 @@ class Pulls:
         """Refuse what has waited too long."""
         for pull in list(self._core.pending.pulls.values()):
             if self._core.now_ms >= pull.since_ms + self._wait_ms:
-                del self._core.pending.pulls[pull.ask]
+                self._core.pending.drop_pull(pull.ask)
                 late = sorted(set().union(*(self._core.partitions[n].behind(pull.clock) for n in pull.partitions)))
                 names = ", ".join(map(str, late[:8]))
                 self._core.fail(pull.ask, w.BUSY, f"workers {names} have not pushed what this pull waits for: ask again")

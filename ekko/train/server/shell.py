@@ -18,7 +18,7 @@ from ekko.errors import ModelError, NodeFailed, PublishError
 from ekko.train.server import events as e
 from ekko.train.server import wire as w
 from ekko.train.server.channel import NodeChannel
-from ekko.train.server.checks import refusal_of_pull, refusal_of_push
+from ekko.train.server.checks import answer_bytes, refusal_of_pull, refusal_of_push
 from ekko.train.server.endpoint import Endpoint
 from ekko.train.server.jobs import AGAIN_S, Jobs
 from ekko.train.server.machine import Machine
@@ -146,7 +146,8 @@ class ModelShell:
             return
         self.pulls += 1
         self._pulls[ask] = pull
-        self.handle(e.PullAsked(ask, pull.worker, pull.life, pull.clock, pull.partitions))
+        size = answer_bytes(self.model, pull) + sum(keys.nbytes for keys in pull.tables.values())
+        self.handle(e.PullAsked(ask, pull.worker, pull.life, pull.clock, pull.partitions, size))
 
     def _on_push(self, ask: int, push: w.Push) -> None:
         if (refusal := refusal_of_push(self.model, push)) is not None:
@@ -199,7 +200,12 @@ class ModelShell:
                 self._endpoint.answer(ask, answer)
             case e.AnswerPull(ask, clock):
                 pull = self._pulls.pop(ask)
-                self._endpoint.answer(ask, w.Pulled(self.rows.pull(pull.tables), clock))
+                if self._endpoint.is_behind(ask):
+                    self._endpoint.answer(
+                        ask, w.Failed(w.BUSY, "answers to this worker have not left yet: ask again in a moment")
+                    )
+                else:
+                    self._endpoint.answer(ask, w.Pulled(self.rows.pull(pull.tables), clock))
             case e.Discard(ask):
                 self._pushes.pop(ask, None)
             case e.Apply():

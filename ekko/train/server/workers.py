@@ -42,7 +42,7 @@ class Workers:
             core.pending.drop_waiter(waiter)
             core.fail_stale(waiter.ask, worker)
         for ask in [pull.ask for pull in core.pending.pulls.values() if pull.worker == worker]:
-            del core.pending.pulls[ask]
+            core.pending.drop_pull(ask)
             core.fail_stale(ask, worker)
         if worker in core.hellos:
             core.fail_stale(core.hellos.pop(worker), worker)

@@ -134,7 +134,7 @@ class Worker:
 
             self.world.send(
                 node,
-                lambda ask, parts=parts: e.PullAsked(ask, self.worker, self.life, clock, parts),  # type: ignore[misc]
+                lambda ask, parts=parts: e.PullAsked(ask, self.worker, self.life, clock, parts, 1_000),  # type: ignore[misc]
                 on_pulled,
             )
 

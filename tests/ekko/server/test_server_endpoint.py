@@ -1,11 +1,14 @@
 """A server's endpoint and what it hands on, on real sockets: the end of a server, and requests that would take too much."""
 
 import asyncio
+from collections.abc import Callable
 
 import numpy as np
+import pytest
 import zmq
 
 from ekko.config.sections import ServerModelSection
+from ekko.train.server import endpoint as endpoint_module
 from ekko.train.server import wire as w
 from ekko.train.server.checks import refusal_of_pull
 from ekko.train.server.coding import decode_answer, encode_request
@@ -50,6 +53,42 @@ def test_an_endpoint_that_was_shut_takes_no_request_and_still_answers() -> None:
         endpoint.close()
 
     asyncio.run(run())
+
+
+def test_who_does_not_take_his_answers_gets_no_more_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint_module, "UNSENT_BYTES_MAX", 20 << 20)
+    rows = {"item": np.zeros((1 << 16, 64), np.float32), "user": np.zeros((1, 4), np.float32)}  # 16 MiB
+
+    async def until(condition: Callable[[], bool]) -> None:
+        while not condition():  # noqa: ASYNC110 - nobody tells when
+            await asyncio.sleep(0.001)
+
+    async def run() -> None:
+        handler = Noting()
+        address = f"tcp://127.0.0.1:{free_ports(1)[0]}"
+        endpoint = Endpoint(address, handler)
+        endpoint.open()
+        with zmq.Context() as context, context.socket(zmq.DEALER) as slow, context.socket(zmq.DEALER) as quick:
+            slow.set(zmq.RCVHWM, 1)
+            for client in (slow, quick):
+                client.connect(address)
+            for number in range(1, 6):
+                slow.send_multipart(encode_request(number, w.WhoServes("ctr")))
+                await until(lambda number=number: len(handler.asked) == number)  # type: ignore[misc]
+                if endpoint.is_behind(number):
+                    break
+                endpoint.answer(number, w.Pulled(rows, 0))
+            assert 2 < number < 5, "what one answer has may always leave, and no more than that waits for long"
+            quick.send_multipart(encode_request(1, w.WhoServes("ctr")))
+            await until(lambda: len(handler.asked) == number + 1)
+            assert not endpoint.is_behind(number + 1), "others are not held up"
+            for _ in range(number - 1):
+                assert await asyncio.to_thread(slow.poll, 10_000)
+                slow.recv_multipart()
+            await until(lambda: not endpoint.is_behind(number))
+        endpoint.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30.0))
 
 
 def test_a_pull_whose_answer_no_message_may_have_is_refused_before_memory_is_taken() -> None:

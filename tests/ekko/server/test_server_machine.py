@@ -7,7 +7,7 @@ import pytest
 from ekko.train.server import events as e
 from ekko.train.server import wire as w
 from ekko.train.server.machine import Machine
-from ekko.train.server.pending import PULLS_MAX, PUSHES_MAX, QUEUE_BYTES_MAX
+from ekko.train.server.pending import PULL_BYTES_MAX, PULLS_MAX, PUSHES_MAX, QUEUE_BYTES_MAX
 from ekko.train.server.primaries import line_of
 from ekko.train.server.pulls import PULL_WAIT_MS_MAX
 
@@ -46,9 +46,9 @@ class Alone:
         self.asks += 1
         return self.handle(e.PushAsked(self.asks, worker, life, number, partitions, size))
 
-    def pull(self, worker: int, clock: int, life: int = 1) -> list[e.Effect]:
+    def pull(self, worker: int, clock: int, life: int = 1, size: int = 8) -> list[e.Effect]:
         self.asks += 1
-        return self.handle(e.PullAsked(self.asks, worker, life, clock, BOTH))
+        return self.handle(e.PullAsked(self.asks, worker, life, clock, BOTH, size))
 
     def finish(self, effects: list[e.Effect]) -> dict[int, w.Answer]:
         """Do what is to be done until nothing is; answers by ask."""
@@ -202,9 +202,13 @@ def test_queues_have_bounds_and_say_so() -> None:
         assert alone.pull(0, 9) == []
     assert failure(alone.pull(0, 9)) == w.BUSY
     assert failure(alone.push(1, 1, size=QUEUE_BYTES_MAX)) == w.BUSY
+    assert alone.pull(1, 0) == [e.AnswerPull(alone.asks, 0)]  # what need not wait needs no room
+    assert alone.pull(1, 9, size=PULL_BYTES_MAX - PULLS_MAX * 8) == []
+    assert failure(alone.pull(1, 9)) == w.BUSY
     alone.now_ms = PULL_WAIT_MS_MAX
     assert alone.machine.deadline_ms == PULL_WAIT_MS_MAX
-    assert len([effect for effect in alone.handle(e.TimerFired()) if isinstance(effect, e.Answer)]) == PULLS_MAX
+    assert len([effect for effect in alone.handle(e.TimerFired()) if isinstance(effect, e.Answer)]) == PULLS_MAX + 1
+    assert not alone.machine.core.pending.pull_bytes
 
 
 def test_what_was_stored_goes_on() -> None:
@@ -257,7 +261,7 @@ def test_columns_are_let_go_of_however_a_push_ends() -> None:
 def test_who_does_not_act_says_who_does() -> None:
     machine = Machine(life_of("a"), "ctr", SETTINGS, {"a": "tcp://a", "b": "tcp://b"})
     machine.handle(e.ViewChanged((node_life("a"),)), 0)
-    (answer,) = machine.handle(e.PullAsked(1, 0, 1, 0, BOTH), 0)
+    (answer,) = machine.handle(e.PullAsked(1, 0, 1, 0, BOTH, 8), 0)
     assert isinstance(answer, e.Answer)
     assert isinstance(answer.answer, w.NotPrimary)
 
