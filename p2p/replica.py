@@ -301,9 +301,6 @@ class Replica(Protocol):
     def places_of(self, table: int, keys: U64) -> NDArray[np.int64]:
         """int64[n]: by which number the store knows the row of each key, as in `Selection.slots`; -1 where it is absent."""
 
-    def set_fed(self, fed: bool) -> None:
-        """Tell readers that somebody sends us rows in order of priority, and not as steps: nothing here is consistent (R19)."""
-
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         """The newest version of each slot, with stamps; tombstones sorted to the end. Rows that were removed since they were
         selected are left out: the answer is shorter. Copies.

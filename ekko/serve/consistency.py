@@ -6,7 +6,7 @@ from typing import Final, TypeVar
 
 from ekko.errors import StoreError
 from ekko.store import layout
-from ekko.store.batches import UNSETTLED_AHEAD, UNSETTLED_FED
+from ekko.store.batches import UNSETTLED_AHEAD
 from ekko.store.kernels.atomics import watch_word
 from ekko.store.kernels.batches import unchanged
 
@@ -24,10 +24,7 @@ BATCH: Final = "a batch"
 
 _EPOCH = layout.MODEL.offset("batch_epoch")
 _UNSETTLED = layout.MODEL.offset("unsettled")
-_REASONS = {
-    UNSETTLED_AHEAD: "it has rows of steps that have not arrived as a whole",
-    UNSETTLED_FED: "a link towards it is congested, so that rows come in order of priority",
-}
+_REASONS = {UNSETTLED_AHEAD: "it has rows of steps that have not arrived as a whole"}
 
 
 class MovedOnError(Exception):

@@ -4,7 +4,8 @@ Two words in the model's header. `batch_epoch` is odd while a batch is being app
 before and after saw none of it change. `unsettled` says that what is here is half of something even while nothing is applied:
 some row is newer than what its writer's frontier covers. The frontier is the one thing that says *everything* of a writer is
 here up to a stamp, in all shards, whatever way it came; so that one comparison covers steps of which parts are missing, steps
-whose shards come along several trees, steps above a gap, answers to a pull of which a part has come, and strays that stay.
+whose shards come along several trees, steps above a gap, answers to a pull of which a part has come, rows that a link in state
+mode brings by priority, and strays that stay.
 
 Rows that go are marked as rows that come are: to a reader, what is evicted, or dropped after an answer that did not bring it,
 changes as much. Whoever removes rows of several tables for one reason marks it once, around all of them.
@@ -30,7 +31,6 @@ U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 
 UNSETTLED_AHEAD = 1  # rows of steps that are not here as a whole
-UNSETTLED_FED = 2  # a link towards this node is in state mode: rows come by priority
 _EPOCH = layout.MODEL.offset("batch_epoch")
 _UNSETTLED = layout.MODEL.offset("unsettled")
 
@@ -51,7 +51,6 @@ class BatchMarks:
         self._newest = np.zeros(WRITERS_MAX, np.uint64)  # of the rows that came of each writer
         self._heard: I64 = np.empty(0, np.int64)  # of whom some came, ascending: mostly few of all there may be
         self._ahead: set[int] = set()  # writers of whom there is more than is covered
-        self._fed: set[int] = set()  # partitions whose rows come by priority
         self._removing = 0  # blocks of `removing` that lie in each other
 
     @property
@@ -80,15 +79,8 @@ class BatchMarks:
         self._ahead = self._find_ahead()
         batches.begin(self._epoch, self._unsettled, UNSETTLED_AHEAD if self._ahead else 0)
 
-    def set_fed(self, partition: int, fed: bool) -> None:
-        """Rows of a partition come by priority from now on, or do so no more."""
-        before = bool(self._fed)
-        (self._fed.add if fed else self._fed.discard)(partition)
-        if bool(self._fed) != before:
-            self._publish()
-
     def _publish(self) -> None:
-        publish_word(self._unsettled, (UNSETTLED_AHEAD if self._ahead else 0) | (UNSETTLED_FED if self._fed else 0))
+        publish_word(self._unsettled, UNSETTLED_AHEAD if self._ahead else 0)
 
     def end(self) -> None:
         """It is applied, or as much of it as there was room for."""

@@ -611,9 +611,6 @@ class ModelStore:
         held = self._tables.get(table)
         return np.full(keys.size, -1, np.int64) if held is None else held.resolve(whole(keys))
 
-    def set_fed(self, fed: bool) -> None:
-        self._marks.set_fed(0, fed)
-
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         if table not in self._tables:  # it was dropped since they were selected
             return RowColumns(table, np.empty(0, np.uint64), np.empty((0, 0), np.uint8), np.empty(0, np.uint64))

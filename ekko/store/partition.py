@@ -159,9 +159,6 @@ class Partition:
     def places_of(self, table: int, keys: U64) -> NDArray[np.int64]:
         return self._model.places_of(table, keys)
 
-    def set_fed(self, fed: bool) -> None:
-        self._model.marks.set_fed(self._place.partition, fed)
-
     def read(self, table: int, slots: NDArray[np.int64]) -> RowColumns:
         return self._model.read(table, slots)
 

@@ -62,7 +62,6 @@ class Feeds:
         until_ms = now.monotonic_ms + KEPT_MS
         if feed is None:
             feed = keyspace.feeds[link.boot] = Feed(link.node, pairs, told.number, until_ms, now.monotonic_ms)
-            keyspace.replica.set_fed(True)
             self._fed += 1
         elif feed.number != told.number:
             feed.request, feed.roomless, feed.flows, feed.asked_ms = 0, 0, False, -ASK_MS
@@ -181,8 +180,6 @@ class Feeds:
         if keyspace.feeds.pop(boot, None) is None:
             return
         self._fed -= 1
-        if not keyspace.feeds:
-            keyspace.replica.set_fed(False)
 
     def on_timer(self, now: m.Now) -> None:
         """Who has not told us again for too long is not in state mode any more."""

@@ -1,5 +1,7 @@
 """R19 in virtual time: of a writer, a consistent look-up shows a whole step, on every node and under every fault."""
 
+import random
+from collections.abc import Iterable
 from unittest import mock
 
 import numpy as np
@@ -14,11 +16,12 @@ from ekko.store.batches import BatchMarks
 from ekko.store.model_store import ModelStore
 from p2p import messages as m
 from p2p import wire
+from p2p.busy import state_mode
 from p2p.pulling import outbox
 from p2p.replica import RowColumns
-from sim_cluster.virtual import VirtualCluster
+from sim_cluster.virtual import VirtualCluster, VirtualNode
 from tests.p2p.chaos import CALM, FAULTS, at_rest, form
-from tests.p2p.plants import expect_caught
+from tests.p2p.plants import Scenario, expect_caught
 
 KEYS = 40  # of each writer, in each table
 WRITERS = {"t1": 0, "t2": 1_000}  # where its keys begin
@@ -58,14 +61,14 @@ def shown(model: ModelStore) -> list[set[float]] | None:
         return None
 
 
-def look(cluster: VirtualCluster) -> tuple[int, int]:
-    """Ask all nodes; how many answered, and how many were catching up.
+def look(cluster: VirtualCluster, nodes: Iterable[VirtualNode] | None = None) -> tuple[int, int]:
+    """Ask all nodes, or these; how many answered, and how many were catching up.
 
     Raises:
         AssertionError: an answer shows a writer between two of its steps.
     """
     answered = behind = 0
-    for node in cluster.nodes.values():
+    for node in cluster.nodes.values() if nodes is None else nodes:
         seen = shown(node.store.models["ctr"])
         behind += seen is None
         answered += seen is not None
@@ -153,14 +156,56 @@ def wait_until_it_shows(cluster: VirtualCluster, node: ModelStore, values: set[f
     assert cluster.run_until(shows, 20_000, 5)
 
 
+def steps_over_narrow_links(seed: int) -> tuple[int, int]:
+    """Rows of both writers come by priority, fast and slowly: how many look-ups of who is fed so answered, how many did not."""
+    model = ModelSpec("ctr", 8, dict(TABLES))
+    rng = random.Random(seed)
+    total = np.zeros(2, np.int64)
+    with (
+        mock.patch.object(state_mode, "CHUNK_BYTES_MAX", 700),
+        mock.patch.object(consistency, "DEADLINE_S", 0.0),
+        mock.patch.object(consistency, "ATTEMPTS_AT_ONCE", 1_000),
+    ):
+        cluster = form(seed, CALM, model)
+        cluster.add("t2", "eu", "train", ["t1"])
+        cluster.run(6_000)
+        for pair in (("eu", "home"), ("home", "us"), ("eu", "us")):
+            cluster.set_rate(*pair, 15_000.0)  # a step takes more than the 75 ms in which it would pass whole
+        for number in range(40):
+            step(cluster, ("t1", "t2")[number % 3 == 0], float(number + 1), delete=number % 8 == 7)
+            for _ in range(rng.choice((5, 30, 60))):
+                cluster.run(10)
+                fed = [node for node in cluster.nodes.values() if is_fed(node)]
+                total += look(cluster, fed)
+        at_rest(cluster)
+    answered, behind = total.tolist()
+    return answered, behind
+
+
+def is_fed(node: VirtualNode) -> bool:
+    """Whether a link towards it is in state mode."""
+    return node.machine is not None and any(keyspace.feeds for keyspace in node.machine._core.keyspaces.values())
+
+
+def test_a_link_in_state_mode_shows_whole_steps_between_its_claims() -> None:
+    answered, behind = steps_over_narrow_links(1)
+    assert answered > 300  # what is due has all come, again and again
+    assert behind > 300
+
+
 def what_is_ahead_is_settled(patch: pytest.MonkeyPatch) -> None:
     """Rows of steps that are not here as a whole are shown."""
     patch.setattr(BatchMarks, "_find_ahead", lambda self: set())
 
 
-def test_a_planted_bug_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def scenario(seed: int) -> None:
-        """Two writers overwrite and delete."""
-        steps_under_faults(seed)
+def two_writers_overwrite_and_delete(seed: int) -> None:
+    steps_under_faults(seed)
 
+
+def rows_come_by_priority(seed: int) -> None:
+    steps_over_narrow_links(seed)
+
+
+@pytest.mark.parametrize("scenario", [two_writers_overwrite_and_delete, rows_come_by_priority])
+def test_a_planted_bug_is_noticed(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
     expect_caught(what_is_ahead_is_settled, scenario, monkeypatch, 3)
