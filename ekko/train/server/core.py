@@ -81,7 +81,7 @@ class Core:
         known = self.lives.get(worker, 0)
         if self.settings.workers and worker >= self.settings.workers:
             self.fail(ask, w.SETTINGS, f"worker {worker}: there are {self.settings.workers}, numbered from 0")
-        elif self.is_stale(life, known):
+        elif life < known:
             self.fail_stale(ask, worker)
         elif life > known:
             self.fail(ask, w.HELLO, f"worker {worker} has not said hello to this server")
@@ -89,10 +89,6 @@ class Core:
             self.seen_ms[worker] = self.now_ms
             return False
         return True
-
-    def is_stale(self, life: int, known: int) -> bool:
-        """Whether a life was replaced by a later one."""
-        return life < known
 
     def is_dropped(self, ask: int, worker: int, parts: Iterable[Partition]) -> bool:
         """Whether others went on without this life of a worker; it is answered then."""

@@ -72,10 +72,7 @@ class Groups:
         for number, pushes in taken.items():
             for push in pushes:
                 core.take(push, number)
-        core.emit(e.Apply(group.number, group.steps, self._recorded(group)))
-
-    def _recorded(self, group: Group) -> tuple[e.Mark, ...]:
-        return group.marks
+        core.emit(e.Apply(group.number, group.steps, group.marks))
 
     def _take_queue(self) -> Taken:
         """Modes "async" and "bounded": all that waits, in the order in which it came, while there is room."""
@@ -91,23 +88,20 @@ class Groups:
         return taken
 
     def _take_rounds(self) -> Taken:
-        """Mode "sync": in each partition the next push of all workers, if all are there, in the order of the workers."""
+        """Mode "sync": in each partition the next push of all workers, if all are there."""
         taken: Taken = {}
         for partition in self._core.acting():
-            pushes = self._round_of(partition)
-            if pushes:
-                taken[partition.number] = self._in_order(pushes)
+            if pushes := self._round_of(partition):
+                taken[partition.number] = pushes
         return taken
 
     def _round_of(self, partition: Partition) -> list[Push]:
+        """The next push of each worker that is waited for, in the order of workers; empty: some are not there."""
         queued = {
             (push.worker, push.number): push for push in self._core.pending.pushes.values() if partition.number in push.left
         }
         wanted = [(worker, partition.track(worker).applied + 1) for worker in partition.counted()]
         return [queued[one] for one in wanted] if all(one in queued for one in wanted) else []
-
-    def _in_order(self, pushes: list[Push]) -> list[Push]:
-        return sorted(pushes, key=lambda push: push.worker)
 
     def _steps_of(self, taken: Taken) -> tuple[e.Step, ...]:
         """Partitions with the same pushes are one step, so that nothing has to be divided for it."""
