@@ -408,6 +408,7 @@ _SERVER_COUNTS = {
     "pulls": "Pulls of workers that were taken.",
     "pushes": "Pushes of workers that were taken, repeated ones included.",
     "refused": "Requests that could never be taken, such as gradients that are not finite.",
+    "busy": "Requests that found no room or nobody in charge yet, and are sent again.",
     "rows_pulled": "Rows that pulls were answered with.",
     "rows_applied": "Rows that steps changed.",
     "rows_made": "Of these, rows that there were none of before.",
@@ -436,8 +437,17 @@ def _server(picture: NodePicture) -> Iterator[Metric]:
         "ekko_server_ack_seconds", "From a push to its answer, of the last ones.", labels=["model", "quantile"]
     )
     blocked = GaugeMetricFamily("ekko_server_waits_for", "1: something waits for this node.", labels=["model", "what", "node"])
+    oldest = GaugeMetricFamily("ekko_server_oldest_push_seconds", "Since when a push waits for its answer.", labels=["model"])
+    clocks = GaugeMetricFamily("ekko_server_worker_clock", "Last push of a worker that counts.", labels=["model", "worker"])
+    late = GaugeMetricFamily(
+        "ekko_server_worker_late_seconds", "Since when others wait for this worker.", labels=["model", "worker"]
+    )
     counts = {name: CounterMetricFamily(f"ekko_server_{name}", text, labels=["model"]) for name, text in _SERVER_COUNTS.items()}
     for name, model in server.models.items():
+        oldest.add_metric([name], model["oldest_push_s"])
+        for family, figures in ((clocks, model["clocks"]), (late, model["late_s"])):
+            for worker, figure in figures.items():
+                family.add_metric([name, str(worker)], figure)
         acting.add_metric([name], len(model["acting"]))
         for request in ("pulls", "pushes"):
             waiting.add_metric([name, request], model[f"{request}_waiting"])
@@ -448,7 +458,7 @@ def _server(picture: NodePicture) -> Iterator[Metric]:
                 blocked.add_metric([name, what, node], 1.0)
         for count, family in counts.items():
             family.add_metric([name], model["counts"][count])
-    yield from (acting, waiting, ack, blocked, *counts.values())
+    yield from (acting, waiting, ack, blocked, oldest, clocks, late, *counts.values())
 
 
 def _peers(picture: NodePicture) -> Iterator[Metric]:

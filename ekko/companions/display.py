@@ -28,7 +28,10 @@ def server_table(server: dict[str, Any]) -> Table:
     for name, model in server["models"].items():
         waits = [f"{what}: {', '.join(nodes)}" for what, nodes in model["waiting_for"].items()]
         waits += [model["trouble"]] if model["trouble"] else []
-        clocks = ", ".join(f"{worker}: {clock:,}" for worker, clock in list(model["clocks"].items())[:CLOCKS_SHOWN])
+        waits += [f"worker {worker}, for {waited_s:,.0f} s" for worker, waited_s in model["late_s"].items()][:CLOCKS_SHOWN]
+        waits += [f"not for worker {', '.join(map(str, model['dropped'][:CLOCKS_SHOWN]))}: dropped"] if model["dropped"] else []
+        behind = sorted(model["clocks"].items(), key=lambda one: one[1])[:CLOCKS_SHOWN]  # who is last is who matters
+        clocks = ", ".join(f"{worker}: {clock:,}" for worker, clock in sorted(behind, key=lambda one: int(one[0])))
         acting = ", ".join(map(str, model["acting"])) or "nothing"
         waiting = f"{model['pushes_waiting']}, {model['pulls_waiting']}"
         answers = ", ".join(f"{milliseconds:,.1f}" for milliseconds in model["ack_ms"])

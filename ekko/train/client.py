@@ -95,7 +95,7 @@ class Client:
         keys = keys_of_worker(endpoints, f"worker-{worker}", key_file, allow, self._asked.node_at)
         self._exchange = Exchange(model, self._asked, Sockets(keys))
         try:
-            self._wait(lambda: self._asked.joined, "join the servers")
+            self._wait(lambda: self._asked.joined, "take this worker in")
             settings = self._asked.settings
             assert settings is not None
             if run_dir is not None and settings.mode == w.ASYNC:
@@ -305,7 +305,7 @@ class Client:
                 self._sources.discard()
             elif self._asked.failure is not None or self._asked.joined:
                 raise self._asked.failure or ModelError(f"worker {self._worker} was not dropped: it can go on as it is")
-            self._wait(lambda: self._asked.joined, "join the servers")
+            self._wait(lambda: self._asked.joined, "take this worker in")
             self._clock = self._asked.clock
             return self._clock
 

@@ -98,7 +98,8 @@ class Exchange:
     def _silence(self, what: str, timeout_s: float) -> str:
         who = ", ".join(self._sockets.endpoints) or "none"
         others = "" if self._asked.settings is None or self._asked.settings.mode == w.ASYNC else ", or wait for another worker"
+        said = "".join(f"{endpoint} said: {reason}. " for endpoint, reason in self._asked.reasons.items())
         return (
             f"the servers of model {self._model!r} did not {what} within {timeout_s:g} s: they are away{others}. Asked: {who}. "
-            "Look at `ekko status` there; a node that is gone for good has to be expelled (ekko expel)"
+            f"{said}Look at `ekko status` there; a node that is gone for good has to be expelled (ekko expel)"
         )

@@ -85,6 +85,11 @@ class Outstanding:
         """The node beside the server there, if that is known."""
         return None if self._standing.routing is None else self._standing.routing.node_at(endpoint)
 
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Endpoint -> why a server refused what was asked last."""
+        return self._standing.reasons
+
     def deadline_s(self, now_s: float) -> float:
         """When `tick` has something to do, unless something comes before."""
         times = [part.due_s for part in self._parts.values()]
@@ -177,13 +182,13 @@ class Outstanding:
         server.silences = 0
         match answer:
             case w.Pulled(tables):
-                server.pauses = 0
+                server.served()
                 self._arrived(number, part, tables)
             case w.Pushed():
-                server.pauses = 0
+                server.served()
                 self._taken(number, part, answer)
             case w.Welcome():
-                server.pauses = 0
+                server.served()
                 self._welcomed(number, part, answer, now_s)
             case w.NotPrimary(serving):
                 before = self._standing.routing
@@ -235,6 +240,7 @@ class Outstanding:
 
     def _refused(self, number: int, part: Part, kind: str, reason: str, now_s: float) -> None:
         server = self._server(part.endpoint)
+        server.reason = reason
         match kind:
             case w.BUSY | w.GAP:
                 self._withdraw(number, part)

@@ -133,11 +133,16 @@ class Server:
     not_before_s: float = 0.0
     pauses: int = 0  # one after the other
     silences: int = 0  # the same
+    reason: str = ""  # why it refused what was asked last
 
     @property
     def retry_s(self) -> float:
         """How long its answer is waited for."""
         return float(min(RETRY_S_MAX, RETRY_S * 2 ** min(self.silences, 16)))
+
+    def served(self) -> None:
+        """It did what it was asked for."""
+        self.pauses, self.reason = 0, ""
 
     def pause(self, now_s: float) -> None:
         """Leave it alone for a moment."""

@@ -68,6 +68,11 @@ class Standing:
         """What begins our life at a server, or shows that we live."""
         return w.Hello(self.model, self.worker, self.life)
 
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Endpoint -> why a server refused what was asked last."""
+        return {endpoint: server.reason for endpoint, server in self._servers.items() if server.reason}
+
     def server(self, endpoint: str) -> Server:
         """What we know of one server."""
         return self._servers.setdefault(endpoint, Server())

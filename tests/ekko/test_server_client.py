@@ -103,7 +103,7 @@ def test_other_mistakes_are_said(client: Client, cluster: TrainingCluster) -> No
             Client(*arguments)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="'films'"):
         Client([endpoint], "films", 0, timeout=20.0)
-    with pytest.raises(NodeUnreachable, match=r"the servers of model 'ctr' did not join the servers within 0.3 s"):
+    with pytest.raises(NodeUnreachable, match=r"the servers of model 'ctr' did not take this worker in within 0.3 s"):
         Client([f"tcp://127.0.0.1:{free_ports(1)[0]}"], "ctr", 0, timeout=0.3)
     own = Client([endpoint], "ctr", 7)
     own.close()

@@ -81,6 +81,15 @@ class Machine:
         """For an operator: "away", "loading", "acting", "draining", by partition."""
         return {partition.number: partition.role.name.lower() for partition in self.core.partitions}
 
+    def late(self) -> set[int]:
+        """Workers that others wait for now."""
+        return self._workers.late()
+
+    @property
+    def dropped(self) -> list[int]:
+        """Workers that nobody waits for until they say hello."""
+        return sorted(set().union(*(partition.dropped for partition in self.core.acting())))
+
     def _dispatch(self, event: e.Event) -> None:
         core, primaries = self.core, self.core.primaries
         match event:

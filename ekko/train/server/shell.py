@@ -28,6 +28,7 @@ from ekko.train.server.serving import ServedRows
 
 WAIT_S: Final = 0.5  # for one answer to whether a step is everywhere: so long may it take to see that somebody left
 LATENCIES_MAX: Final = 1_024
+LATE_S: Final = 10.0  # a worker that is waited for so long is logged
 
 log = structlog.get_logger(__name__)
 
@@ -86,7 +87,9 @@ class ModelShell:
         self._since: dict[int, float] = {}  # when each push that waits came
         self._latencies: deque[float] = deque(maxlen=LATENCIES_MAX)  # of pushes, seconds
         self.waiting_for: dict[str, tuple[str, ...]] = {}  # what for -> nodes
-        self.pulls = self.pushes = self.refused = 0
+        self._late: dict[int, float] = {}  # workers that others wait for -> since when
+        self._told_late: set[int] = set()  # of these, those that were logged
+        self.pulls = self.pushes = self.refused = self.busy = 0
 
     # --- what comes
 
@@ -197,6 +200,7 @@ class ModelShell:
                 since = self._since.pop(ask, None)
                 if since is not None and isinstance(answer, w.Pushed):
                     self._latencies.append(time.monotonic() - since)
+                self.busy += isinstance(answer, w.Failed) and answer.kind == w.BUSY
                 self._endpoint.answer(ask, answer)
             case e.AnswerPull(ask, clock):
                 pull = self._pulls.pop(ask)
@@ -330,16 +334,32 @@ class ModelShell:
                 clocks[worker] = min(clocks.get(worker, durable), durable)
         return dict(sorted(clocks.items()))
 
+    def _look_for_late(self, now_s: float) -> None:
+        """Note since when workers are waited for, and log who is for long."""
+        late = self._machine.late()
+        self._late = {worker: self._late.get(worker, now_s) for worker in sorted(late)}
+        for worker, since_s in self._late.items():
+            if now_s >= since_s + LATE_S and worker not in self._told_late:
+                self._told_late.add(worker)
+                log.warning("worker_late", model=self.model.name, worker=worker, waited_s=round(now_s - since_s))
+        for worker in self._told_late - late:
+            self._told_late.discard(worker)
+            log.info("worker_not_late", model=self.model.name, worker=worker)
+
     def picture(self) -> dict[str, Any]:
         """For `ekko status` and metrics: plain values."""
-        latencies, roles = sorted(self._latencies), self._machine.roles
+        latencies, roles, now_s = sorted(self._latencies), self._machine.roles, time.monotonic()
+        self._look_for_late(now_s)
         return {
             "mode": self.model.settings.mode,
             "acting": [partition for partition, role in roles.items() if role == "acting"],
             "roles": roles,
             "clocks": self._clocks(),
+            "late_s": {worker: round(now_s - since_s, 1) for worker, since_s in self._late.items()},
+            "dropped": self._machine.dropped,
             "pushes_waiting": len(self._pushes),
             "pulls_waiting": len(self._pulls),
+            "oldest_push_s": round(now_s - min(self._since.values(), default=now_s), 3),
             "ack_ms": [round(1_000 * _quantile(latencies, share), 3) for share in (0.5, 0.99)],
             "waiting_for": {what: list(nodes) for what, nodes in self.waiting_for.items()},
             "trouble": self._jobs.trouble,
@@ -347,6 +367,7 @@ class ModelShell:
                 "pulls": self.pulls,
                 "pushes": self.pushes,
                 "refused": self.refused,
+                "busy": self.busy,
                 **{f"rows_{name}": count for name, count in asdict(self.rows.counts).items()},
                 **{f"rows_{name}": count for name, count in asdict(self.served.counts).items()},
             },

@@ -73,6 +73,11 @@ class Partition:
         """Number of the last push of a worker that is durable."""
         return self.tracks[worker].durable if worker in self.tracks else 0
 
+    def is_under_way(self, worker: int) -> bool:
+        """Whether a push of a worker was taken that is not durable."""
+        track = self.tracks.get(worker)
+        return track is not None and track.durable < track.accepted
+
     def counted(self) -> Iterator[int]:
         """Workers for whom the others wait, ascending."""
         if self.settings.mode == ASYNC:

@@ -10,6 +10,7 @@ from ekko.train.server import events as e
 from ekko.train.server import wire as w
 from ekko.train.server.core import Core
 from ekko.train.server.tracks import Partition, Role
+from ekko.train.server.wire import SYNC
 
 
 class Workers:
@@ -103,9 +104,23 @@ class Workers:
         core, number = self._core, partition.number
         here = {push.worker for push in core.pending.pushes.values() if number in push.left}
         here |= {pull.worker for pull in core.pending.pulls.values() if number in pull.partitions} | core.hellos.keys()
-        here |= {worker for worker, track in partition.tracks.items() if track.durable < track.accepted}  # in a group
+        here |= {worker for worker in partition.tracks if partition.is_under_way(worker)}
         since = {worker: max(core.seen_ms.get(worker, 0), partition.waiting_ms) for worker in partition.counted()}
         return {worker: ms + core.worker_timeout_ms for worker, ms in since.items() if worker not in here}
+
+    def late(self) -> set[int]:
+        """Workers that somebody waits for now: a pull for their clock, or in mode "sync" a push for theirs."""
+        late: set[int] = set()
+        pending, in_step = self._core.pending, self._core.settings.mode == SYNC
+        for partition in self._core.acting():
+            number = partition.number
+            clocks = [pull.clock for pull in pending.pulls.values() if number in pull.partitions]
+            waited_for = partition.behind(max(clocks, default=0))
+            waiting = {push.worker for push in pending.pushes.values() if number in push.left}
+            if in_step and waiting:
+                waited_for |= set(partition.counted()) - waiting
+            late |= {worker for worker in waited_for if not partition.is_under_way(worker)}
+        return late
 
     def drop_silent(self) -> None:
         """Go on without who has been silent for too long."""
