@@ -445,9 +445,9 @@ def _server(picture: NodePicture) -> Iterator[Metric]:
     counts = {name: CounterMetricFamily(f"ekko_server_{name}", text, labels=["model"]) for name, text in _SERVER_COUNTS.items()}
     for name, model in server.models.items():
         oldest.add_metric([name], model["oldest_push_s"])
-        for family, figures in ((clocks, model["clocks"]), (late, model["late_s"])):
+        for gauge, figures in ((clocks, model["clocks"]), (late, model["late_s"])):
             for worker, figure in figures.items():
-                family.add_metric([name, str(worker)], figure)
+                gauge.add_metric([name, str(worker)], figure)
         acting.add_metric([name], len(model["acting"]))
         for request in ("pulls", "pushes"):
             waiting.add_metric([name, request], model[f"{request}_waiting"])

@@ -211,7 +211,10 @@ def prefetched(batches: Iterable[Batch], ids: Callable[[Batch], Mapping[PSEmbedd
     """
     last: list[Batch] = []
     for batch in batches:
-        _ask(ids(batch), len(last))  # the first one is used before any step
+        wanted = ids(batch)
+        if not isinstance(wanted, Mapping) or not all(isinstance(bag, PSEmbeddingBag) for bag in wanted):
+            raise ModelError("the ids of a batch are something else than a dict, PSEmbeddingBag -> ids")
+        _ask(wanted, len(last))  # the first one is used before any step
         if last:
             yield last.pop()
         last.append(batch)

@@ -49,27 +49,28 @@ def keys_of(table: str, keys: ArrayLike) -> U64:
     return np.ascontiguousarray(array, dtype=np.uint64)
 
 
-def rows_of(table: str, keys: U64, rows: ArrayLike, dim: int, codec: str) -> Rows:
-    """float32[n, dim], contiguous, finite, and within the codec's range."""
-    array = _array_of(f"rows of table {table!r}", rows)
+def rows_of(table: str, keys: U64, rows: ArrayLike, dim: int, codec: str, *, what: str = "rows") -> Rows:
+    """float32[n, dim], contiguous, finite, and within the codec's range; `what`: they are called, "rows" or "gradients"."""
+    named = f"{what} of table {table!r}"
+    array = _array_of(named, rows)
     if array.size == 0 and len(keys) == 0 and array.shape in ((0,), (0, dim)):
         return np.empty((0, dim), np.float32)
     if array.dtype != np.float32:
-        raise ModelError(f"rows of table {table!r} have dtype {array.dtype}: expected float32; use .astype(np.float32)")
+        raise ModelError(f"{named} have dtype {array.dtype}: expected float32; use .astype(np.float32)")
     if array.ndim != 2 or array.shape[1] != dim:
-        raise ModelError(f"rows of table {table!r} have shape {array.shape}: expected ({len(keys)}, {dim})")
+        raise ModelError(f"{named} have shape {array.shape}: expected ({len(keys)}, {dim})")
     if len(array) != len(keys):
-        raise PublishError(f"table {table!r} was given {len(keys)} keys and {len(array)} rows: expected a row for each key")
+        raise PublishError(f"table {table!r} was given {len(keys)} keys and {len(array)} {what}: expected one for each key")
     array = np.ascontiguousarray(array)
     if not all_below(array, LIMIT_BITS[codec]):
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-        what, remedy = "NaN or infinity", ""
+        values, remedy = "NaN or infinity", ""
         if not len(bad):
             bad = np.flatnonzero((np.abs(array) >= limit_of(codec)).any(axis=1))
-            what, remedy = f"values from {limit_of(codec):g} on, which {codec} cannot hold", ", or use codec 'bfloat16'"
+            values, remedy = f"values from {limit_of(codec):g} on, which {codec} cannot hold", ", or use codec 'bfloat16'"
         raise PublishError(
-            f"rows of table {table!r} contain {what}: {len(bad)} of {len(array)} rows, first at index {bad[0]} "
-            f"(key {keys[bad[0]]}); nothing was published: drop these rows or lower the learning rate{remedy}"
+            f"{named} contain {values}: {len(bad)} of {len(array)} rows, first at index {bad[0]} (key {keys[bad[0]]}); "
+            f"nothing was {'published' if what == 'rows' else 'pushed'}: drop these rows or lower the learning rate{remedy}"
         )
     return array
 

@@ -16,9 +16,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, NoReturn, Self, SupportsFloat
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -92,7 +92,7 @@ class Client:
         self._lost = 0
         self._beside: Beside | None = None
         self._asked = Outstanding(model, worker, time.time_ns() // 1_000, tuple(endpoints))
-        keys = keys_of_worker(endpoints, f"worker-{worker}", key_file, allow, self._asked.node_at)
+        keys = keys_of_worker(endpoints, f"worker-{worker}", key_file, allow, self._asked.standing.node_at)
         self._exchange = Exchange(model, self._asked, Sockets(keys))
         try:
             self._wait(lambda: self._asked.joined, "take this worker in")
@@ -170,6 +170,8 @@ class Client:
         Raises:
             ModelError: as `pull`, or more than `PULLS_MAX` are under way.
         """
+        if not isinstance(keys, Mapping):
+            raise ModelError(f"a pull of {type(keys).__name__}: expected a dict, table -> keys")
         wanted = {table: self._keys(table, some).copy() for table, some in keys.items()}
         with self._alone():
             rows: dict[str, F32] = {}
@@ -221,9 +223,9 @@ class Client:
             NodeUnreachable: `outstanding` pushes wait, and no answer comes in time. Nothing was pushed.
         """
         columns = {}
-        for table, (keys, values) in gradients.items():
+        for table, (keys, values) in _pairs_of(gradients):
             checked = self._keys(table, keys)
-            rows = rows_of(table, checked, values, self.tables[table], CODEC_DEFAULT)
+            rows = rows_of(table, checked, values, self.tables[table], CODEC_DEFAULT, what="gradients")
             # A copy by partition costs no more than any other, and spares servers and nodes one.
             order = by_partition(checked, self.settings.shards, self.settings.partitions)
             rows = rows.take(order, axis=0)
@@ -262,7 +264,7 @@ class Client:
         with self._alone():
             self._await_room()
             self._clock += 1
-            self._asked.push(self._clock, columns, math.nan if rate is None else rate, time.monotonic())
+            self._asked.push(self._clock, columns, math.nan if rate is None else float(rate), time.monotonic())
             self._exchange.transmit()
             self._check()  # of what cannot be divided into messages
             return self._clock
@@ -345,6 +347,9 @@ class Client:
         if self._beside is not None:
             self._beside.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an ekko.train.Client cannot be copied or pickled: make one in each process")
+
     def __enter__(self) -> Self:
         return self
 
@@ -367,6 +372,14 @@ def _check(endpoints: Sequence[str], worker: int, timeout: float, outstanding: i
         raise ConfigError(f"outstanding is {outstanding!r}: expected 1 to {OUTSTANDING_MAX} pushes")
 
 
+def _pairs_of(gradients: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Iterable[tuple[str, tuple[ArrayLike, ArrayLike]]]:
+    if not isinstance(gradients, Mapping) or not all(
+        isinstance(one, tuple | list) and len(one) == 2 for one in gradients.values()
+    ):
+        raise ModelError("a push of something else than a dict, table -> (keys, gradients)")
+    return gradients.items()
+
+
 def _check_rate(rate: float | None) -> None:
-    if rate is not None and not (math.isfinite(rate) and rate >= 0):
+    if rate is not None and not (isinstance(rate, SupportsFloat) and math.isfinite(rate) and float(rate) >= 0):
         raise PublishError(f"rate is {rate!r}: expected a learning rate from 0, or None for that of the servers")

@@ -5,10 +5,10 @@ There is no thread: messages are carried while somebody waits (`until`), and in 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
-from ekko.errors import EkkoError, ModelError, NodeUnreachable
+from ekko.errors import ConfigError, EkkoError, ModelError, NodeUnreachable
 from ekko.train.outstanding import Outstanding
 from ekko.train.server import wire as w
 from ekko.train.server.coding import decode_answer, encode_request
@@ -45,6 +45,7 @@ class Exchange:
 
         Raises:
             NodeUnreachable: it did not come to hold.
+            ConfigError: no server lets this worker in.
             EkkoError: it never will.
         """
         deadline = time.monotonic() + timeout_s
@@ -54,6 +55,7 @@ class Exchange:
                 return
             if self._asked.failure is not None:
                 raise self._asked.failure
+            self._check_let_in()
             now = time.monotonic()
             if now >= deadline:
                 raise NodeUnreachable(self._silence(what, timeout_s))
@@ -61,6 +63,13 @@ class Exchange:
             self._receive(max(0, math.ceil((until - now) * 1000)))
             if time.monotonic() >= until:
                 self._asked.tick(time.monotonic())
+
+    def _check_let_in(self) -> None:
+        """Who is let in nowhere need not wait for it. Who was let in before waits: keys may be on their way."""
+        if not self._asked.joined:
+            refusals = self._sockets.refusals
+            if refusals and all(end in refusals and refusals[end].final for end in self._sockets.endpoints):
+                raise ConfigError(f"model {self._model!r}: {_together({end: one.reason for end, one in refusals.items()})}")
 
     def transmit(self) -> None:
         """Send what is due."""
@@ -98,8 +107,14 @@ class Exchange:
     def _silence(self, what: str, timeout_s: float) -> str:
         who = ", ".join(self._sockets.endpoints) or "none"
         others = "" if self._asked.settings is None or self._asked.settings.mode == w.ASYNC else ", or wait for another worker"
-        said = "".join(f"{endpoint} said: {reason}. " for endpoint, reason in self._asked.reasons.items())
+        reasons = self._asked.standing.reasons | {end: one.reason for end, one in self._sockets.refusals.items()}
+        said = f"{_together(reasons)}. " if reasons else ""
         return (
             f"the servers of model {self._model!r} did not {what} within {timeout_s:g} s: they are away{others}. Asked: {who}. "
             f"{said}Look at `ekko status` there; a node that is gone for good has to be expelled (ekko expel)"
         )
+
+
+def _together(reasons: Mapping[str, str]) -> str:
+    """What is said of each endpoint."""
+    return "; ".join(f"{endpoint}: {reason}" for endpoint, reason in reasons.items())

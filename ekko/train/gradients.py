@@ -47,7 +47,7 @@ class Sources:
         for table, own in parts.items():
             keys = own[0][0] if len(own) == 1 else np.concatenate([some for some, _ in own])
             values = own[0][1] if len(own) == 1 else np.concatenate([some for _, some in own])
-            columns[table] = keys, rows_of(f"{table} (gradients)", keys, values, dims[table], CODEC_DEFAULT)
+            columns[table] = keys, rows_of(table, keys, values, dims[table], CODEC_DEFAULT, what="gradients")
         return columns
 
     def _taken(self) -> Iterable[tuple[str, U64, F32]]:

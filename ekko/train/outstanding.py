@@ -37,7 +37,7 @@ class Outstanding:
     """
 
     def __init__(self, model: str, worker: int, life: int, endpoints: tuple[str, ...]) -> None:
-        self._standing = Standing(model, worker, life, endpoints)
+        self.standing = Standing(model, worker, life, endpoints)
         self._numbers = 0
         self._parts: dict[int, Part] = {}
         self._pulls: dict[Pulling, None] = {}  # without a complete answer
@@ -54,17 +54,17 @@ class Outstanding:
     @property
     def settings(self) -> w.ModelSettings | None:
         """Of the model; None: no server has said them yet."""
-        return self._standing.settings
+        return self.standing.settings
 
     @property
     def joined(self) -> bool:
         """Whether every partition's primary has welcomed us."""
-        return self._standing.joined
+        return self.standing.joined
 
     @property
     def clock(self) -> int:
         """When we joined: the number of this worker's last push that is in all partitions."""
-        return self._standing.clock
+        return self.standing.clock
 
     @property
     def pushes(self) -> int:
@@ -81,21 +81,12 @@ class Outstanding:
         """Pulls without a complete answer."""
         return len(self._pulls)
 
-    def node_at(self, endpoint: str) -> str | None:
-        """The node beside the server there, if that is known."""
-        return None if self._standing.routing is None else self._standing.routing.node_at(endpoint)
-
-    @property
-    def reasons(self) -> dict[str, str]:
-        """Endpoint -> why a server refused what was asked last."""
-        return self._standing.reasons
-
     def deadline_s(self, now_s: float) -> float:
         """When `tick` has something to do, unless something comes before."""
         times = [part.due_s for part in self._parts.values()]
         if self._pulls or self._pushes or not self.joined:
             times.append(self._who_s)
-            times += self._standing.opens_s(now_s)
+            times += self.standing.opens_s(now_s)
         return min(times, default=np.inf)
 
     def pull(self, keys: Mapping[str, U64], clock: int, now_s: float) -> Pulling:
@@ -117,8 +108,8 @@ class Outstanding:
 
     def push(self, number: int, columns: Columns, rate: float, now_s: float) -> Pushing:
         """Hand gradients over; tables, keys and values are checked. `number`: one more than that of the push before."""
-        assert self._standing.routing is not None
-        pushing = Pushing(number, columns, rate, set(range(self._standing.routing.partitions)))
+        assert self.standing.routing is not None
+        pushing = Pushing(number, columns, rate, set(range(self.standing.routing.partitions)))
         self._pushes[number], self._pushed = pushing, number
         self._flow(now_s)
         return pushing
@@ -136,7 +127,7 @@ class Outstanding:
         assert isinstance(self.failure, WorkerDropped), self.failure
         self.failure = None
         lost, self._pushes, self._pushed = len(self._pushes), {}, 0
-        self._standing.rejoin(life)
+        self.standing.rejoin(life)
         self._who_s = now_s
         self._flow(now_s)
         return lost
@@ -191,7 +182,7 @@ class Outstanding:
                 server.served()
                 self._welcomed(number, part, answer, now_s)
             case w.NotPrimary(serving):
-                before = self._standing.routing
+                before = self.standing.routing
                 self._withdraw(number, part)
                 self._learn(serving, now_s)
                 if before is not None and before.primaries == serving.primaries:
@@ -228,7 +219,7 @@ class Outstanding:
 
     def _welcomed(self, number: int, part: Part, answer: w.Welcome, now_s: float) -> None:
         del self._parts[number]
-        if (failure := self._standing.welcomed(part.endpoint, answer, self._answered, now_s)) is not None:
+        if (failure := self.standing.welcomed(part.endpoint, answer, self._answered, now_s)) is not None:
             self._fail(failure)
             return
         self._follow_routing(now_s)
@@ -250,16 +241,16 @@ class Outstanding:
                 server.greeted = False
                 if part.is_hello:
                     self._server(part.endpoint).pause(now_s)
-            case w.STALE if part.is_hello and self._standing.may_raise() and reason.split()[-1].isdigit():
+            case w.STALE if part.is_hello and self.standing.may_raise() and reason.split()[-1].isdigit():
                 self._withdraw(number, part)
-                self._standing.raise_above(int(reason.split()[-1]))
+                self.standing.raise_above(int(reason.split()[-1]))
             case w.STALE:
-                self._fail(ModelError(f"{self._standing.who} began anew in another process: this one ends"))
+                self._fail(ModelError(f"{self.standing.who} began anew in another process: this one ends"))
             case w.DROPPED:
                 waiting = f"; {len(self._pushes)} of its pushes had no answer and may be lost" if self._pushes else ""
                 self._fail(
                     WorkerDropped(
-                        f"{self._standing.who} was silent for too long (worker_timeout), and the others went on without it"
+                        f"{self.standing.who} was silent for too long (worker_timeout), and the others went on without it"
                         f"{waiting}: call client.rejoin(), and go on with the batch after client.clock"
                     )
                 )
@@ -267,21 +258,21 @@ class Outstanding:
                 part.pulling.failure = ModelError(f"{part.endpoint} refused a pull: {reason}")
                 self.cancel(part.pulling)
             case _:
-                self._fail(ModelError(f"{part.endpoint} refused {self._standing.who}: {reason}"))
+                self._fail(ModelError(f"{part.endpoint} refused {self.standing.who}: {reason}"))
 
     # --- what is sent ----------------------------------------------------------------------------------------------------
 
     def _flow(self, now_s: float) -> None:
         """Send what can be sent."""
-        routing = self._standing.routing
+        routing = self.standing.routing
         if self.failure is not None or routing is None:
             if self._who_s <= now_s and self.failure is None:
                 self._ask_who_serves(now_s)
             return
-        for endpoint in self._standing.ungreeted(now_s):
+        for endpoint in self.standing.ungreeted(now_s):
             server = self._server(endpoint)
             server.greeting = True
-            self._send(Part(endpoint, now_s + server.retry_s), self._standing.hello)
+            self._send(Part(endpoint, now_s + server.retry_s), self.standing.hello)
         if not self.joined or self.settings is None:
             return
         self._flow_pushes(routing, now_s)
@@ -295,7 +286,7 @@ class Outstanding:
             going: dict[str, list[int]] = {}
             for partition in sorted(pushing.pending - pushing.flying):
                 endpoint = routing.endpoint_of(partition)
-                if partition in held or not self._standing.is_open(endpoint, now_s):
+                if partition in held or not self.standing.is_open(endpoint, now_s):
                     held.add(partition)
                 else:
                     going.setdefault(endpoint, []).append(partition)
@@ -312,11 +303,11 @@ class Outstanding:
     ) -> None:
         pushing.flying.update(partitions)
         part = Part(endpoint, now_s + self._server(endpoint).retry_s, pushing=pushing, partitions=partitions)
-        one = self._standing
+        one = self.standing
         self._send(part, w.Push(one.model, one.worker, one.life, pushing.number, partitions, columns, pushing.rate))
 
     def _flow_pull(self, routing: Routing, pulling: Pulling, now_s: float) -> None:
-        one = self._standing
+        one = self.standing
         for some in parts_of_pull(routing, pulling, lambda endpoint: one.is_open(endpoint, now_s)):
             part = Part(some.endpoint, now_s + self._server(some.endpoint).retry_s, pulling=pulling, places=some.places)
             self._send(part, w.Pull(one.model, one.worker, one.life, pulling.clock, some.partitions, some.tables))
@@ -346,35 +337,35 @@ class Outstanding:
 
     def _learn(self, serving: w.Serving, now_s: float) -> None:
         """What a server says of who serves what."""
-        if (failure := self._standing.learn(serving)) is not None:
+        if (failure := self.standing.learn(serving)) is not None:
             self._fail(failure)
             return
         self._follow_routing(now_s)
 
     def _follow_routing(self, now_s: float) -> None:
         """Whom we know to be primary has changed, maybe: nothing waits for the answer of somebody else."""
-        assert self._standing.routing is not None
-        acting = self._standing.routing.acting
+        assert self.standing.routing is not None
+        acting = self.standing.routing.acting
         for number, part in list(self._parts.items()):
             if part.endpoint not in acting and number in self._parts:
                 self._withdraw(number, part)
-        self._who_s = np.inf if self._standing.is_settled else now_s + (RETRY_S if self.joined else WHO_S)
+        self._who_s = np.inf if self.standing.is_settled else now_s + (RETRY_S if self.joined else WHO_S)
 
     def _ask_who_serves(self, now_s: float) -> None:
         self._who_s = now_s + WHO_S
-        for endpoint in self._standing.endpoints:
-            self._ask(endpoint, w.WhoServes(self._standing.model))
+        for endpoint in self.standing.endpoints:
+            self._ask(endpoint, w.WhoServes(self.standing.model))
         self._show_life()
 
     def _show_life(self) -> None:
         """Tell servers that have nothing of us that we are here: while another one is away, they would take us for dead."""
-        routing = self._standing.routing
+        routing = self.standing.routing
         if routing is None or self.settings is None or self.settings.mode == w.ASYNC:
             return
         busy = {part.endpoint for part in self._parts.values()}
         for endpoint in routing.acting:
             if self._server(endpoint).greeted and endpoint not in busy:
-                self._ask(endpoint, self._standing.hello)
+                self._ask(endpoint, self.standing.hello)
 
     def _ask(self, endpoint: str, request: w.Request) -> None:
         """Send what no answer is waited for."""
@@ -390,7 +381,7 @@ class Outstanding:
         self._pulls.clear()
 
     def _server(self, endpoint: str) -> Server:
-        return self._standing.server(endpoint)
+        return self.standing.server(endpoint)
 
 
 def _odd(endpoint: str) -> EkkoError:

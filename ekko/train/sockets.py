@@ -15,6 +15,7 @@ from ekko.addresses import check_endpoint, is_loopback
 from ekko.errors import ConfigError, NodeUnreachable
 from ekko.security import NodeKeys
 from ekko.train.connection import RECONNECT_MS, RECONNECT_MS_MAX
+from ekko.train.handshake import Handshake, Refusal
 from ekko.train.server import wire as w
 from p2p.transport import Buffer
 from p2p.transport.curve import demand
@@ -36,6 +37,8 @@ class Sockets:
         self._keys = keys
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
         self._opened_s: dict[str, float] = {}
+        self._handshakes: dict[str, Handshake] = {}
+        self._refusals: dict[str, Refusal] = {}  # of connections that were given up
         self._tried: dict[str, int] = {}  # how many keys were demanded there
         self._poller = zmq.Poller()
 
@@ -43,6 +46,14 @@ class Sockets:
     def endpoints(self) -> Sequence[str]:
         """Those that something was sent to."""
         return tuple(self._sockets)
+
+    @property
+    def refusals(self) -> dict[str, Refusal]:
+        """Endpoint -> why no connection to it comes about, where that is known."""
+        for endpoint, handshake in self._handshakes.items():
+            if (refusal := handshake.refusal) is not None:
+                self._refusals[endpoint] = refusal
+        return dict(self._refusals)
 
     def send(self, endpoint: str, frames: Sequence[Buffer]) -> bool:
         """Hand a message over; columns are not copied and must not change. False: nobody is there, or not yet."""
@@ -63,6 +74,8 @@ class Sockets:
         else:
             ready = [socket for socket, _ in self._poller.poll(timeout_ms)]
         for endpoint, socket in list(self._sockets.items()):
+            if socket in ready:
+                self._refusals.pop(endpoint, None)
             while socket in ready:
                 try:
                     frames = socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
@@ -83,20 +96,28 @@ class Sockets:
             (zmq.IPV6, 1),
         ):
             socket.setsockopt(option, value)
-        if self._keys is not None and (theirs := self._keys.candidates(endpoint)):
+        if self._keys is not None:
+            if not (theirs := self._keys.candidates(endpoint)):
+                socket.close()
+                raise ConfigError("the folder `allow` has no key of a server: put NODE.pub of each training node there")
             demand(socket, self._keys.own, theirs[self._tried.get(endpoint, 0) % len(theirs)])
             self._tried[endpoint] = self._tried.get(endpoint, 0) + 1
+        handshake = Handshake(socket, with_keys=self._keys is not None)
         try:
             socket.connect(endpoint)
         except zmq.ZMQError as error:
+            handshake.close()
             socket.close()
             raise NodeUnreachable(f"cannot connect to {endpoint}: {error}: expected tcp://HOST:PORT") from None
-        self._sockets[endpoint], self._opened_s[endpoint] = socket, time.monotonic()
+        self._sockets[endpoint], self._opened_s[endpoint], self._handshakes[endpoint] = socket, time.monotonic(), handshake
         self._poller.register(socket, zmq.POLLIN)
         return socket
 
     def _hang_up(self, endpoint: str) -> None:
-        socket = self._sockets.pop(endpoint)
+        socket, handshake = self._sockets.pop(endpoint), self._handshakes.pop(endpoint)
+        if (refusal := handshake.refusal) is not None:
+            self._refusals[endpoint] = refusal
+        handshake.close()
         self._poller.unregister(socket)
         socket.close(linger=0)
 
@@ -134,4 +155,7 @@ def keys_of_worker(
             )
     if key_file is None or allow is None:
         return None
-    return NodeKeys(name, Path(key_file), Path(allow), node_at)
+    try:
+        return NodeKeys(name, Path(key_file), Path(allow), node_at)
+    except ConfigError as error:
+        raise ConfigError(str(error).removeprefix("security.")) from None  # a worker has no such section

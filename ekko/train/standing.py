@@ -70,8 +70,13 @@ class Standing:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Endpoint -> why a server refused what was asked last."""
-        return {endpoint: server.reason for endpoint, server in self._servers.items() if server.reason}
+        """Endpoint -> why a server refused what was asked last, or that it does not answer."""
+        said = {endpoint: "no answer" if one.silences else one.reason for endpoint, one in self._servers.items()}
+        return {endpoint: reason for endpoint, reason in said.items() if reason}
+
+    def node_at(self, endpoint: str) -> str | None:
+        """The node beside the server there, if that is known."""
+        return None if self.routing is None else self.routing.node_at(endpoint)
 
     def server(self, endpoint: str) -> Server:
         """What we know of one server."""

@@ -37,14 +37,17 @@ class ServerSpec:
     admission: int = 1
     ack: str = "spares"
     more: str = ""  # further lines of the model's section
+    anywhere: bool = False  # servers listen on all addresses, as where workers are on other machines
 
     def toml(self, listen: str, peers: Mapping[str, str]) -> str:
         def inline(values: Mapping[str, Any]) -> str:
             return "{ " + ", ".join(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in values.items()) + " }"
 
         workers = f"workers = {self.workers}\n" if self.workers else ""
+        at = listen.replace("127.0.0.1", "0.0.0.0") if self.anywhere else listen
         return (
-            f"[server]\nlisten = {json.dumps(listen)}\npeers = {inline(peers)}\nack = {json.dumps(self.ack)}\n"
+            f"[server]\nlisten = {json.dumps(at)}\nadvertise = {json.dumps(listen)}\n"
+            f"peers = {inline(peers)}\nack = {json.dumps(self.ack)}\n"
             f"[server.models.{MODEL}]\nmode = {json.dumps(self.mode)}\npartitions = {self.partitions}\n{workers}{self.more}\n"
             f"[server.models.{MODEL}.tables.item]\ndim = {self.dim}\nadmission = {self.admission}\n"
             f"optimizer = {inline(self.optimizer)}\ninitializer = {inline(self.initializer)}\n"

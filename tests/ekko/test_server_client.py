@@ -1,5 +1,6 @@
 """A worker's client beside real servers: what it refuses, what it waits for, and rows that it reads where they lie."""
 
+import copy
 import os
 import signal
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def test_what_is_pushed_is_pulled_by_all(cluster: TrainingCluster, client: Clien
     assert before.std() > 0, "the initializer's"
     number = client.push({"item": (KEYS, ONES), "user": (KEYS[:3], ONES[:3, :2])})
     twice = np.concatenate([KEYS[:50], KEYS[:50]])
-    assert client.push({"item": (twice, ONES)}) == number + 1 == client.clock
+    assert client.push({"item": (twice, ONES)}, rate=1) == number + 1 == client.clock
     assert client.flush() == client.stamp > 0
     after = client.pull("item", KEYS)
     assert np.array_equal(after[50:], before[50:] - 1)
@@ -72,10 +73,20 @@ def test_a_worker_that_starts_again_goes_on_with_its_clock(cluster: TrainingClus
     ("push", "kind", "complaint"),
     [
         ({"films": (KEYS, ONES)}, ModelError, "unknown table 'films': the servers of model 'ctr' have 'item', 'user'"),
-        ({"item": (KEYS, ONES[:, :3])}, ModelError, r"rows of table 'item' have shape \(100, 3\): expected \(100, 4\)"),
-        ({"item": (KEYS[:9], ONES)}, PublishError, "table 'item' was given 9 keys and 100 rows"),
-        ({"item": (KEYS, ONES.astype(np.float64))}, ModelError, "rows of table 'item' have dtype float64: expected float32"),
-        ({"item": (KEYS, ONES * np.nan)}, PublishError, "rows of table 'item' contain NaN or infinity"),
+        ({"item": (KEYS, ONES[:, :3])}, ModelError, r"gradients of table 'item' have shape \(100, 3\): expected \(100, 4\)"),
+        ({"item": (KEYS[:9], ONES)}, PublishError, "table 'item' was given 9 keys and 100 gradients"),
+        (
+            {"item": (KEYS, ONES.astype(np.float64))},
+            ModelError,
+            "gradients of table 'item' have dtype float64: expected float32",
+        ),
+        (
+            {"item": (KEYS, ONES * np.nan)},
+            PublishError,
+            "gradients of table 'item' contain NaN or infinity.*nothing was pushed",
+        ),
+        ([("item", KEYS)], ModelError, r"a push of something else than a dict, table -> \(keys, gradients\)"),
+        ({"item": ONES}, ModelError, r"a push of something else than a dict, table -> \(keys, gradients\)"),
         ({"item": (KEYS.astype(np.float32), ONES)}, ModelError, "keys of table 'item' have dtype float32"),
         ({"item": (-KEYS.astype(np.int64), ONES)}, PublishError, "keys of table 'item' contain -99"),
     ],
@@ -90,8 +101,13 @@ def test_gradients_that_do_not_fit_are_refused(client: Client, push: dict[str, o
 def test_other_mistakes_are_said(client: Client, cluster: TrainingCluster) -> None:
     with pytest.raises(ModelError, match="unknown table 'films'"):
         client.pull("films", KEYS)
-    with pytest.raises(PublishError, match="rate is nan"):
-        client.push({}, rate=float("nan"))
+    with pytest.raises(ModelError, match="a pull of list: expected a dict, table -> keys"):
+        client.pull_async([KEYS])  # type: ignore[arg-type]
+    for rate in (float("nan"), -1, "0.1"):
+        with pytest.raises(PublishError, match=f"rate is {rate!r}"):
+            client.push({}, rate=rate)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cannot be copied or pickled: make one in each process"):
+        copy.deepcopy(client)
     endpoint = next(iter(cluster.endpoints.values()))
     for arguments, complaint in (
         ((endpoint, "ctr", 0), "endpoints are 'tcp://.*expected a list"),

@@ -6,7 +6,6 @@ repeated until it is done, since the machine counts on it. Pushes stay here, as 
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from ekko.train.server import wire as w
 from ekko.train.server.channel import NodeChannel
 from ekko.train.server.checks import answer_bytes, refusal_of_pull, refusal_of_push
 from ekko.train.server.endpoint import Endpoint
+from ekko.train.server.figures import Figures
 from ekko.train.server.jobs import AGAIN_S, Jobs
 from ekko.train.server.machine import Machine
 from ekko.train.server.rows import Changed, Prepared, TrainingRows
@@ -27,8 +27,6 @@ from ekko.train.server.schema import TrainedModel, digest_of
 from ekko.train.server.serving import ServedRows
 
 WAIT_S: Final = 0.5  # for one answer to whether a step is everywhere: so long may it take to see that somebody left
-LATENCIES_MAX: Final = 1_024
-LATE_S: Final = 10.0  # a worker that is waited for so long is logged
 
 log = structlog.get_logger(__name__)
 
@@ -84,12 +82,8 @@ class ModelShell:
         self._timer_ms: int | None = None
         self._began = False
         self._lives: tuple[e.NodeLife, ...] = ()
-        self._since: dict[int, float] = {}  # when each push that waits came
-        self._latencies: deque[float] = deque(maxlen=LATENCIES_MAX)  # of pushes, seconds
         self.waiting_for: dict[str, tuple[str, ...]] = {}  # what for -> nodes
-        self._late: dict[int, float] = {}  # workers that others wait for -> since when
-        self._told_late: set[int] = set()  # of these, those that were logged
-        self.pulls = self.pushes = self.refused = self.busy = 0
+        self._figures = Figures(model.name)
 
     # --- what comes
 
@@ -147,7 +141,7 @@ class ModelShell:
         if (refusal := refusal_of_pull(self.model, pull)) is not None:
             self._refuse(ask, refusal)
             return
-        self.pulls += 1
+        self._figures.pulls += 1
         self._pulls[ask] = pull
         size = answer_bytes(self.model, pull) + sum(keys.nbytes for keys in pull.tables.values())
         self.handle(e.PullAsked(ask, pull.worker, pull.life, pull.clock, pull.partitions, size))
@@ -156,14 +150,13 @@ class ModelShell:
         if (refusal := refusal_of_push(self.model, push)) is not None:
             self._refuse(ask, refusal)
             return
-        self.pushes += 1
+        self._figures.push_came(ask, push)
         self._pushes[ask] = push
-        self._since[ask] = time.monotonic()
         size = sum(len(keys) * self.model.tables[name].row_bytes for name, (keys, _) in push.tables.items())
         self.handle(e.PushAsked(ask, push.worker, push.life, push.number, push.partitions, size))
 
     def _refuse(self, ask: int, refusal: w.Failed) -> None:
-        self.refused += 1
+        self._figures.refused += 1
         self._endpoint.answer(ask, refusal)
 
     # --- what follows
@@ -197,10 +190,7 @@ class ModelShell:
         match effect:
             case e.Answer(ask, answer):
                 self._pulls.pop(ask, None)
-                since = self._since.pop(ask, None)
-                if since is not None and isinstance(answer, w.Pushed):
-                    self._latencies.append(time.monotonic() - since)
-                self.busy += isinstance(answer, w.Failed) and answer.kind == w.BUSY
+                self._figures.answered(ask, answer)
                 self._endpoint.answer(ask, answer)
             case e.AnswerPull(ask, clock):
                 pull = self._pulls.pop(ask)
@@ -334,48 +324,28 @@ class ModelShell:
                 clocks[worker] = min(clocks.get(worker, durable), durable)
         return dict(sorted(clocks.items()))
 
-    def _look_for_late(self, now_s: float) -> None:
-        """Note since when workers are waited for, and log who is for long."""
-        late = self._machine.late()
-        self._late = {worker: self._late.get(worker, now_s) for worker in sorted(late)}
-        for worker, since_s in self._late.items():
-            if now_s >= since_s + LATE_S and worker not in self._told_late:
-                self._told_late.add(worker)
-                log.warning("worker_late", model=self.model.name, worker=worker, waited_s=round(now_s - since_s))
-        for worker in self._told_late - late:
-            self._told_late.discard(worker)
-            log.info("worker_not_late", model=self.model.name, worker=worker)
-
     def picture(self) -> dict[str, Any]:
         """For `ekko status` and metrics: plain values."""
-        latencies, roles, now_s = sorted(self._latencies), self._machine.roles, time.monotonic()
-        self._look_for_late(now_s)
+        figures, roles, now_s = self._figures, self._machine.roles, time.monotonic()
         return {
             "mode": self.model.settings.mode,
             "acting": [partition for partition, role in roles.items() if role == "acting"],
             "roles": roles,
             "clocks": self._clocks(),
-            "late_s": {worker: round(now_s - since_s, 1) for worker, since_s in self._late.items()},
+            "late_s": figures.waits_for(self._machine.late(), now_s),
             "dropped": self._machine.dropped,
             "pushes_waiting": len(self._pushes),
             "pulls_waiting": len(self._pulls),
-            "oldest_push_s": round(now_s - min(self._since.values(), default=now_s), 3),
-            "ack_ms": [round(1_000 * _quantile(latencies, share), 3) for share in (0.5, 0.99)],
+            "oldest_push_s": figures.oldest_push_s(now_s),
+            "ack_ms": figures.ack_ms(),
             "waiting_for": {what: list(nodes) for what, nodes in self.waiting_for.items()},
             "trouble": self._jobs.trouble,
             "counts": {
-                "pulls": self.pulls,
-                "pushes": self.pushes,
-                "refused": self.refused,
-                "busy": self.busy,
+                **figures.counts(),
                 **{f"rows_{name}": count for name, count in asdict(self.rows.counts).items()},
                 **{f"rows_{name}": count for name, count in asdict(self.served.counts).items()},
             },
         }
-
-
-def _quantile(ordered: list[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
 def now_ms() -> int:
