@@ -31,6 +31,7 @@ from ekko.node.life import Life
 from ekko.node.opening import have_configured_models, open_store
 from ekko.node.parts import LocalEvent, Parts, make_parts
 from ekko.node.server import TrainingServer
+from ekko.node.sinks import NodeSinks, check_sinks
 from ekko.priority.shares import Shares
 from ekko.rundir import locked, write_endpoint
 from ekko.security import WATCH_S, NodeKeys
@@ -85,6 +86,7 @@ class Node:
         self._task = asyncio.current_task()
         with locked(self.config.node.run_dir), self._signals():
             check_role(self.config.node)
+            check_sinks(self.config)
             while await self._live():
                 self._life = Life()
 
@@ -159,6 +161,9 @@ class Node:
                 where = parts.store, parts.machine, parts.operations
                 life.server = TrainingServer(self.config, *where, lambda: not self._answers.waiting_for())
                 tasks.create_task(life.server.run())
+            if self.config.sinks:
+                life.sinks = NodeSinks(self.config, parts.served)
+                tasks.create_task(life.sinks.run())
             # Half a million objects of the libraries, which the collector would visit again and again while batches wait.
             gc.collect()
             gc.freeze()
@@ -166,8 +171,8 @@ class Node:
             try:
                 await asyncio.Event().wait()  # until cancelled
             finally:
-                if life.server is not None:  # first: it needs all the rest
-                    await life.server.stop()
+                # First: they need all the rest.
+                await asyncio.gather(*(one.stop() for one in (life.server, life.sinks) if one is not None))
                 self._loads.close()
                 # Before the protocol stops: a step that is answered must be on its way.
                 parts.endpoint.close()

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ekko.companions.display import server_table
+from ekko.companions.display import server_table, sinks_table
 
 if TYPE_CHECKING:  # `ekko status` needs no store, whose compiled kernels take a while to load
     from ekko.store.leftovers import StoreFiles
@@ -51,6 +51,8 @@ def print_status(status: dict[str, Any], console: Console | None = None) -> None
         console.print(_device(status["device"]))
     if status.get("server"):
         console.print(server_table(status["server"]))
+    if status.get("sinks"):
+        console.print(sinks_table(status["sinks"]))
     for name, model in status["models"].items():
         fence = model.get("fence")
         if fence is not None and fence["stage"] != "lifted":

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ekko.companions.metrics import server_metrics, sink_metrics
 from ekko.device.picture import COUNT_MEANINGS
 from ekko.health.verdicts import SEVERITY
 from ekko.priority.delays import KINDS, RowDelays
@@ -231,7 +232,9 @@ class Metrics(Collector):
         yield from _health(picture)
         yield from _delayed(picture)
         yield from _device(picture)
-        yield from _server(picture)
+        if picture.server is not None:
+            yield from server_metrics(picture.server)
+        yield from sink_metrics(picture.sinks)
         rejected = CounterMetricFamily("ekko_rejected_frames", "Messages of peers that were dropped.", labels=["sender"])
         for sender, count in picture.rejected.items():
             rejected.add_metric([sender], count)
@@ -402,63 +405,6 @@ def _device(picture: NodePicture) -> Iterator[Metric]:
                 for name, family in counts.items():
                     family.add_metric([model, table], figures[name])
     yield from (rows, room, *counts.values())
-
-
-_SERVER_COUNTS = {
-    "pulls": "Pulls of workers that were taken.",
-    "pushes": "Pushes of workers that were taken, repeated ones included.",
-    "refused": "Requests that could never be taken, such as gradients that are not finite.",
-    "busy": "Requests that found no room or nobody in charge yet, and are sent again.",
-    "rows_pulled": "Rows that pulls were answered with.",
-    "rows_applied": "Rows that steps changed.",
-    "rows_made": "Of these, rows that there were none of before.",
-    "rows_not_admitted": "Gradients left out, since their keys were not pushed often enough.",
-    "rows_not_finite": "Rows that a step would have made infinite or no number, and that stayed as they were.",
-    "rows_served": "Rows published to the served model.",
-    "rows_reconciled": "Of these, rows that were found lacking there at a start or a take-over.",
-    "rows_out_of_range": "Rows that the served model's codec has no number for, left out there.",
-}
-
-
-def _server(picture: NodePicture) -> Iterator[Metric]:
-    if (server := picture.server) is None:
-        return
-    yield _gauge("ekko_server_up", "1: the parameter server beside this node runs.", int(server.process.running))
-    yield CounterMetricFamily(
-        "ekko_server_starts", "Times that it was started in this life of the node.", value=server.process.starts
-    )
-    yield CounterMetricFamily("ekko_server_failures", "Times that it ended by itself.", value=server.process.failures)
-    yield CounterMetricFamily(
-        "ekko_server_malformed", "Messages that are not of its protocol.", value=server.process.state.get("malformed", 0)
-    )
-    acting = GaugeMetricFamily("ekko_server_partitions", "Partitions that it acts for.", labels=["model"])
-    waiting = GaugeMetricFamily("ekko_server_waiting", "Requests that wait.", labels=["model", "request"])
-    ack = GaugeMetricFamily(
-        "ekko_server_ack_seconds", "From a push to its answer, of the last ones.", labels=["model", "quantile"]
-    )
-    blocked = GaugeMetricFamily("ekko_server_waits_for", "1: something waits for this node.", labels=["model", "what", "node"])
-    oldest = GaugeMetricFamily("ekko_server_oldest_push_seconds", "Since when a push waits for its answer.", labels=["model"])
-    clocks = GaugeMetricFamily("ekko_server_worker_clock", "Last push of a worker that counts.", labels=["model", "worker"])
-    late = GaugeMetricFamily(
-        "ekko_server_worker_late_seconds", "Since when others wait for this worker.", labels=["model", "worker"]
-    )
-    counts = {name: CounterMetricFamily(f"ekko_server_{name}", text, labels=["model"]) for name, text in _SERVER_COUNTS.items()}
-    for name, model in server.models.items():
-        oldest.add_metric([name], model["oldest_push_s"])
-        for gauge, figures in ((clocks, model["clocks"]), (late, model["late_s"])):
-            for worker, figure in figures.items():
-                gauge.add_metric([name, str(worker)], figure)
-        acting.add_metric([name], len(model["acting"]))
-        for request in ("pulls", "pushes"):
-            waiting.add_metric([name, request], model[f"{request}_waiting"])
-        for quantile, milliseconds in zip(("0.5", "0.99"), model["ack_ms"], strict=True):
-            ack.add_metric([name, quantile], milliseconds / 1000)
-        for what, nodes in model["waiting_for"].items():
-            for node in nodes:
-                blocked.add_metric([name, what, node], 1.0)
-        for count, family in counts.items():
-            family.add_metric([name], model["counts"][count])
-    yield from (acting, waiting, ack, blocked, oldest, clocks, late, *counts.values())
 
 
 def _peers(picture: NodePicture) -> Iterator[Metric]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ekko.companions.picture import ServerPicture
+from ekko.companions.picture import ServerPicture, SinkPicture
 from ekko.device.picture import DevicePicture
 from ekko.health.service import ModelHealth
 from ekko.loading import LoadPicture
@@ -90,6 +90,7 @@ class NodePicture:
     delayed: Mapping[str, Any] | None = None  # the older state of a baseline or witness
     device: DevicePicture | None = None  # rows on a GPU, or its twin
     server: ServerPicture | None = None  # the parameter server beside a training node
+    sinks: tuple[SinkPicture, ...] = ()  # foreign stores that processes beside the node keep
 
     @property
     def ready(self) -> bool:
@@ -137,6 +138,7 @@ class NodePicture:
             "delayed": None if self.delayed is None else dict(self.delayed),
             "device": None if self.device is None else self.device.to_json(),
             "server": None if self.server is None else self.server.to_json(),
+            "sinks": {sink.name: sink.to_json() for sink in self.sinks},
             "rates": {pair: dict(rate) for pair, rate in self.rates.items()},
             "health": {one.model.name: one.to_json() for one in self.health},
             "rollbacks": dict(self.rollbacks),

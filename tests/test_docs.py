@@ -26,6 +26,7 @@ from ekko.config.sections import (
     ServerModelSection,
     ServerSection,
     ServerTableSection,
+    SinkSection,
     SnapshotsSection,
     TableSection,
 )
@@ -63,7 +64,7 @@ def settings_of(section: type[BaseModel], prefix: str) -> set[str]:
 
 def test_the_reference_lists_every_setting_and_nothing_else() -> None:
     text = (ROOT / "docs/reference/configuration.md").read_text()
-    listed = re.findall(r"^\| `((?:node|models|links|snapshots|health|device|server|security)\.[^`]+)` \|", text, re.M)
+    listed = re.findall(r"^\| `((?:node|models|links|snapshots|health|device|server|sinks|security)\.[^`]+)` \|", text, re.M)
     sections = {
         "node": NodeSection,
         "models.NAME": ModelSection,
@@ -74,6 +75,7 @@ def test_the_reference_lists_every_setting_and_nothing_else() -> None:
         "server": ServerSection,
         "server.models.NAME": ServerModelSection,
         "server.models.NAME.tables.TABLE": ServerTableSection,
+        "sinks.NAME": SinkSection,
         "security": SecuritySection,
     }
     assert {prefix.partition(".")[0] for prefix in sections} == NodeConfig.model_fields.keys()

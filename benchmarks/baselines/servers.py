@@ -25,9 +25,9 @@ def absent(kind: str) -> str | None:
 
 
 @contextmanager
-def server(kind: str, folder: Path) -> Iterator[int]:
-    """Run a server that keeps everything in memory; gives its port."""
-    (port,) = free_ports(1)
+def server(kind: str, folder: Path, port: int | None = None) -> Iterator[int]:
+    """Run a server that keeps everything in memory; gives its port, a free one unless it is said which."""
+    port = port or free_ports(1)[0]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{kind}.log").open("wb") as log:
         process = subprocess.Popen(_command(kind, port), cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)

@@ -8,6 +8,7 @@ from ekko.addresses import check_endpoint, is_loopback, is_wildcard, split_host_
 from ekko.config.places import Places
 from ekko.config.sections import HealthSection, ModelSection, NodeConfig, NodeSection, PrioritySection, SnapshotsSection
 from ekko.config.server_checks import check_server
+from ekko.config.sink_checks import check_sinks
 from ekko.delayed.limits import LOG_BYTES_MIN
 from ekko.errors import ConfigError, ModelError
 from ekko.model import DENSE_TABLE, TableSpec, check_name, ttl_seconds
@@ -56,6 +57,7 @@ def check(config: NodeConfig, places: Places) -> None:
         _check_health(config.health, config.node.role, places)
     _check_device(config, places)
     check_server(config, places)
+    check_sinks(config, places)
 
 
 def _check_device(config: NodeConfig, places: Places) -> None:

@@ -14,6 +14,7 @@ from ekko.device.settings import POLICY_DEFAULT, ROWS_DEFAULT, CacheSettings, De
 from ekko.model import CODEC_DEFAULT, SHARDS_DEFAULT, ModelSpec, TableSpec, ttl_seconds
 from ekko.priority.settings import DEFAULTS, PrioritySettings
 from ekko.rates import pair_of
+from ekko.sinks.target import PREFIX_DEFAULT
 from ekko.store.access import MODES, Access
 
 ENVIRONMENT_PREFIX = "EKKO_"
@@ -267,6 +268,16 @@ class ServerSection(Section):
         return self.advertise or self.listen
 
 
+class SinkSection(Section):
+    """`[sinks.NAME]`: a foreign store that a process beside the node keeps as one of its models is."""
+
+    model: str
+    target: str  # `ekko.sinks.target` says what is right
+    tables: list[str] | None = None
+    feed_name: str | None = None
+    prefix: str = PREFIX_DEFAULT
+
+
 class NodeConfig(BaseSettings):
     """A whole node.toml, checked."""
 
@@ -287,6 +298,7 @@ class NodeConfig(BaseSettings):
     health: HealthSection | None = None
     device: DeviceSection | None = None
     server: ServerSection | None = None
+    sinks: dict[str, SinkSection] = {}
 
     @classmethod
     def settings_customise_sources(
@@ -347,5 +359,6 @@ def names_at(path: tuple[str, ...]) -> list[str]:
         "health": HealthSection,
         "device": DeviceSection,
         "server": ServerSection,
+        "sinks": SinkSection,
     }
     return list(sections[path[0]].model_fields) if path and path[0] in sections else list(NodeConfig.model_fields)

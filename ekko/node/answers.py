@@ -120,6 +120,7 @@ class Answers:
             delayed=None if parts.delaying is None else parts.delaying.to_json(),
             device=None if (devices := self._life().devices) is None else devices.picture(),
             server=None if (server := self._life().server) is None else server.picture,
+            sinks=() if (sinks := self._life().sinks) is None else sinks.pictures(),
         )
 
     # --- what it is told to do

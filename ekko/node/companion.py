@@ -70,7 +70,13 @@ class Companion:
                 return
             if time.monotonic() - began > STEADY_S:
                 again_s = AGAIN_S
-            self.picture = replace(self.picture, running=False, failures=self.picture.failures + 1, error=error[:ERROR_MAX])
+            self.picture = replace(
+                self.picture,
+                running=False,
+                failures=self.picture.failures + 1,
+                error=error[:ERROR_MAX],
+                error_ms=time.time_ns() // 1_000_000,
+            )
             log.error(f"{self._kind}_ended", **self._labels, reason=self.picture.error, again_s=again_s)
             await asyncio.sleep(again_s)
             again_s = min(AGAIN_S_MAX, 2 * again_s)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ekko.node.devices import Devices
 from ekko.node.parts import Parts
 from ekko.node.server import TrainingServer
+from ekko.node.sinks import NodeSinks
 
 
 @dataclass(slots=True)
@@ -24,3 +25,4 @@ class Life:
     parts: Parts | None = None
     devices: Devices | None = None
     server: TrainingServer | None = None
+    sinks: NodeSinks | None = None

@@ -17,6 +17,7 @@ from typing import Final, Self
 
 from ekko.errors import SinkError, StoreError
 from ekko.model import check_name
+from ekko.serve.cursor import Place
 from ekko.serve.session import FeedCounts, Moment, Session
 from ekko.serve.sink import Sink
 from ekko.serve.source import Source
@@ -62,6 +63,12 @@ class Feed:
     def counts(self) -> FeedCounts:
         """What it did and how it is, a copy."""
         return replace(self._counts)
+
+    @property
+    def place(self) -> Place | None:
+        """Up to where changes of the node are in the sink; None: neither has been opened, or one failed."""
+        session = self._session
+        return None if session is None else session.place
 
     def start(self) -> Self:
         """Run in a thread of this process."""

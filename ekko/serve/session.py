@@ -108,6 +108,11 @@ class Session:
         if way is not Way.FOLLOW or self._new:
             self._begin_walk(None)
 
+    @property
+    def place(self) -> Place:
+        """Up to where changes are in the sink."""
+        return self._place
+
     def _offer_tables(self) -> None:
         """Have the sink know the tables that there are now; those that are not there any more go first."""
         there = {name: (spec.dim, spec.incarnation) for name, spec in self._source.specs.items()}

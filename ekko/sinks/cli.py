@@ -1,9 +1,6 @@
 """`ekko sink`: a process beside a node that keeps a foreign store as the node is."""
 
-import importlib
 import json
-import signal
-import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,14 +10,12 @@ import typer
 
 from ekko.errors import ConfigError
 from ekko.options import JsonOption
+from ekko.sinks.target import PREFIX_DEFAULT
 
 if TYPE_CHECKING:  # other commands of `ekko` need not wait for these
-    from ekko.serve.feeding import Feed
     from ekko.serve.session import FeedCounts
-    from ekko.serve.sink import Sink
 
 SAY_EVERY_S: Final = 10.0
-_REDIS: Final = ("redis://", "rediss://", "unix://")
 
 
 def sink(
@@ -41,7 +36,7 @@ def sink(
     name: Annotated[
         str | None, typer.Option("--name", help="In redis: of this feed; else the node's id.", metavar="NAME")
     ] = None,
-    prefix: Annotated[str, typer.Option("--prefix", help="In redis: what all names begin with.")] = "ekko",
+    prefix: Annotated[str, typer.Option("--prefix", help="In redis: what all names begin with.")] = PREFIX_DEFAULT,
     every: Annotated[float, typer.Option("--every", help="Seconds between two lines of counts.", min=0.1)] = SAY_EVERY_S,
     as_json: JsonOption = False,
 ) -> None:
@@ -60,66 +55,24 @@ def sink(
         settings = load_config(config).node
         run_dir, node = settings.run_dir, settings.id
     assert run_dir is not None
+    import structlog
+
     from ekko.logs import configure_logs
     from ekko.serve.feeding import Feed
+    from ekko.sinks.running import run, sink_of
 
     feed = Feed(run_dir, model, sink_of(target, name or node, prefix), tables=table)
     configure_logs(this_node=node)
-    run(feed, every)
+    log = structlog.get_logger("ekko.sinks")
+
+    def tell(counts: "FeedCounts", rows_per_s: int) -> None:
+        (log.warning if counts.error else log.info)("sink", model=model, rows_per_s=rows_per_s, **told(counts))
+
+    log.info("sink_begins", model=model)
+    run(feed, every, tell)
+    log.info("sink_ends", model=model)
     if as_json:
         typer.echo(json.dumps({"model": model, **told(feed.counts)}))
-
-
-def sink_of(target: str, name: str, prefix: str) -> "Sink":
-    """The sink that the command line names.
-
-    Raises:
-        ConfigError: there is none, or what it needs is not installed.
-    """
-    if target.startswith(_REDIS):
-        from ekko.sinks import RedisSink
-
-        return RedisSink(target, name=name, prefix=prefix)
-    from ekko.serve.sink import Sink
-
-    module, found, function = target.partition(":")
-    if not found or not module or not function:
-        raise ConfigError(f"{target!r} is no sink: expected redis://HOST:PORT/DATABASE, or MODULE:FUNCTION")
-    try:
-        made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{target!r} cannot be loaded: {error}") from error
-    if not isinstance(made, Sink):
-        raise ConfigError(f"{target!r} returned a {type(made).__name__}: expected an ekko.serve.Sink")
-    return made
-
-
-def run(feed: "Feed", every_s: float) -> None:
-    """Run a feed until a signal; say now and then how it is."""
-    import structlog
-
-    log = structlog.get_logger("ekko.sinks")
-    ended = threading.Event()
-
-    def say() -> None:
-        before, since = feed.counts, time.monotonic()
-        while not ended.wait(every_s):
-            now, moment = feed.counts, time.monotonic()
-            rate = (now.rows - before.rows) / (moment - since)
-            (log.warning if now.error else log.info)("sink", model=feed.model, rows_per_s=round(rate), **told(now))
-            before, since = now, moment
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: feed.stop())
-    teller = threading.Thread(target=say, name="ekko-sink-counts", daemon=True)
-    teller.start()
-    log.info("sink_begins", model=feed.model)
-    try:
-        feed.run()
-    finally:
-        ended.set()
-        teller.join()
-        log.info("sink_ends", model=feed.model, **told(feed.counts))
 
 
 def told(counts: "FeedCounts") -> dict[str, object]:

@@ -26,6 +26,7 @@ from redis.retry import Retry
 from ekko.errors import ConfigError, ModelError, SinkError, SinkTakenError
 from ekko.serve.sink import Batch, Removed, Sink
 from ekko.sinks.redis_scripts import APPLY, COMMIT, DROP, HELD, LOOKUP, TAKEN
+from ekko.sinks.target import PREFIX_DEFAULT
 from p2p.stamps import make_stamp
 
 U64 = NDArray[np.uint64]
@@ -33,7 +34,6 @@ F32 = NDArray[np.float32]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PREFIX_DEFAULT: Final = "ekko"
 NAME_DEFAULT: Final = "feed"
 # Keys in one script: others wait for Redis meanwhile, a millisecond or so.
 SCRIPT_KEYS_MAX: Final = 512

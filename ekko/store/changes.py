@@ -64,6 +64,11 @@ class ChangeRing:
         address = self._mapping.address + _BREAKS
         publish_word(address, watch_word(address) + 1)
 
+    @property
+    def noted(self) -> tuple[int, int]:
+        """Its `breaks`, and how many entries were noted, as `ChangesView` has them."""
+        return int(watch_word(self._mapping.address + _BREAKS)), self._head
+
     def note(self, table: int, keys: U64) -> None:
         """Rows of these keys were written or deleted, or may have been; their batch has not ended yet."""
         self._note(table, keys)

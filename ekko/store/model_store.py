@@ -376,6 +376,11 @@ class ModelStore:
         return [one for one in (self.changes, self._ring) if one is not None]
 
     @property
+    def changes_noted(self) -> tuple[int, int] | None:
+        """Where the ring is that tells other processes of changes (`ChangeRing.noted`); None: there is none."""
+        return None if self._ring is None else self._ring.noted
+
+    @property
     def marks(self) -> BatchMarks:
         """What readers who want no half of anything are told."""
         return self._marks
