@@ -16,7 +16,8 @@ from ekko.torch.key_map import KeyMap
 from ekko.torch.outbox import Counts, PublishStep, StepPublisher
 from ekko.torch.reloading import Reloaded
 from ekko.torch.server_bag import PSEmbeddingBag, prefetched, push_after
-from ekko.torch.tracker import Tracker, track
+from ekko.torch.tracker import Tracker
+from ekko.torch.tracking import track
 
 __all__ = [
     "Checkpoint",

@@ -7,7 +7,7 @@ bit, with a copy of what was published last. That takes as much memory again as 
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -28,18 +28,23 @@ F32 = NDArray[np.float32]
 # Where a row's gradient is zero these leave it as it is, but for momentum and weight decay. Subclasses may do otherwise. An
 # optimizer of other origin says that it does, too, by `leaves_zero_gradients = True` in its class (`ekko.zoo.FTRL`).
 LEAVES_ZERO_GRADIENTS: Final = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop)
-# Gradients of one table that are set aside; whoever adds one more adds all up.
-PENDING_MAX: Final = 64
+# Gradients of one table that are set aside; whoever adds one more adds all up. The thread that sends does so long before, as a
+# rule, so that no step has to.
+PENDING_MAX: Final = 512
 PENDING_VALUES_MAX: Final = 8 << 20  # float32 values of them all, but for the newest
 # Of a table that is compared so many bytes are looked at at a time, while no step may begin.
 COMPARE_BYTES_MAX: Final = 16 << 20
 
 
+# A sparse gradient that is set aside: its indices, its values and how many these are, itself, and the version that it had.
+Entry = tuple[Tensor, Tensor, int, Tensor, int]
+
+
 class TrackedTable:
     """One table in training: what of it is due.
 
-    `capture` is called by the thread that trains when a step has ended, and the rest by whoever sends, while no step is under
-    way; `settle` by either.
+    `set_sparse` and `set_dense` are called by the thread that trains when a step has ended (`Capture`), and the rest by whoever
+    sends, while no step is under way; `settle` by either.
 
     Args:
         name: of the table.
@@ -64,32 +69,34 @@ class TrackedTable:
         self.name = name
         self.key_map = keys
         self._module = module
-        self._slots = module._parameters  # noqa: SLF001 - attributes of modules are slow, and this is each step's
+        self.slots = module._parameters  # noqa: SLF001 - where its weight is
         self.due = DueRows(len(self.weight))
         self.trainers = optimizers_of(self.weight, optimizers, name)
-        self._pending: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[Entry] = []
         self._pending_values = 0
         self._norms: Tensor | None = None
-        self._known: Tensor | None = None  # what was published last, where rows are compared
+        self.compared = False  # whether rows are compared with a copy,
+        self._known: Tensor | None = None  # of what was published last
         self._unseen = 0  # rows that are to be compared since a step may have changed them
         self._place = 0  # which is the next one
         self._lock = threading.Lock()  # of `due`
         self.says_significance = True
-        self._bind()
-        if renormalised or not all(_is_local(one, group, module.sparse) for one, group in self._groups):
+        self._moves_zeros = any(type(one) is torch.optim.SparseAdam for one in self.trainers)
+        self._takes_dense = all(_leaves_zero_gradients(type(one)) for one in self.trainers)
+        groups = ((one, group) for one in self.trainers for group in self.groups_of(one))
+        if renormalised or not all(_is_local(one, group, module.sparse) for one, group in groups):
             self.compare()
 
     @property
     def weight(self) -> nn.Parameter:
         """float32[rows, dim]; another one after the table grew."""
-        weight = self._slots["weight"]
+        weight = self.slots["weight"]
         assert weight is not None
         return weight
 
-    @property
-    def compared(self) -> bool:
-        """Whether rows are compared with a copy."""
-        return self._known is not None
+    def groups_of(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """An optimizer's groups that have the weight."""
+        return [group for group in optimizer.param_groups if any(value is self.weight for value in group["params"])]
 
     @property
     def is_due(self) -> bool:
@@ -102,58 +109,68 @@ class TrackedTable:
         """Of rows that are due, once they are added up, and of those that are to be compared."""
         return (self.due.count + self._unseen) * self.weight.shape[1] * 4
 
-    def capture(self, optimizer: Optimizer) -> None:
-        """A step of an optimizer has ended: note what it changed."""
-        gradient = self._slots["weight"].grad  # type: ignore[union-attr]
-        if self._known is not None:
-            self._unseen = len(self.weight)
+    def set_sparse(self, gradient: Tensor) -> None:
+        """Set a sparse gradient aside. What becomes of it (`zero_grad`, another backward pass) gets other memory, so that its
+        parts stay what they are; but for values that are written to in place, which `add_up` looks at.
+        """
+        values = gradient._values()  # noqa: SLF001 - `values()` wants a sum of equal rows first, which takes long
+        count = values.numel()
+        pending = self._pending
+        pending.append((gradient._indices(), values, count, gradient, gradient._version))  # noqa: SLF001
+        self._pending_values += count
+        if (self._pending_values > PENDING_VALUES_MAX and len(pending) > 1) or len(pending) > PENDING_MAX:
+            self.settle()
+
+    def set_dense(self, gradient: Tensor) -> None:
+        """The same for a dense one: it may be overwritten in place, and is as large as the table; its norms are not."""
+        if not self._takes_dense:
+            self.move()
             return
-        if gradient is None:
-            return
-        sparse = gradient.is_sparse
-        if any(one.param_groups is not groups for one, groups in self._bound):  # a state dict was loaded
-            self._bind()
-        for one, group in self._groups:
-            # The settings as they are now; whoever leaves other rows alone only with sparse gradients has none of these.
-            moves = group.get("momentum") or group.get("weight_decay") or not (sparse or self._takes_dense)
-            if moves and one is optimizer:
-                self.compare()  # it did not when tracking began
-                self.mark_all()
-                return
-        if sparse:
-            values = gradient._values()  # noqa: SLF001 - `values()` wants a sum of equal rows first, which takes long
-            pending = self._pending
-            pending.append((gradient._indices(), values))  # noqa: SLF001
-            self._pending_values += values.numel()
-            if len(pending) > PENDING_MAX or (self._pending_values > PENDING_VALUES_MAX and len(pending) > 1):
-                self.settle()
-        else:  # it may be overwritten in place, and is as large as the table: its norms are not
-            norms = torch.linalg.vector_norm(gradient.detach(), ord=1, dim=1)
-            self._norms = norms if self._norms is None else self._norms.add_(norms)
+        norms = torch.linalg.vector_norm(gradient.detach(), ord=1, dim=1)
+        self._norms = norms if self._norms is None else self._norms.add_(norms)
+
+    def move(self) -> None:
+        """Rows without a gradient have moved, too, which they did not when tracking began."""
+        self.compare()
+        self.mark_all()
 
     def settle(self) -> None:
         """Add up what was set aside."""
         self.add_up(*self.set_aside())
 
-    def set_aside(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    def set_aside(self) -> tuple[list[Entry], Tensor | None]:
         """Gradients that were set aside, for `add_up`: called between two steps."""
         pending, self._pending, self._pending_values = self._pending, [], 0
         norms, self._norms = self._norms, None
         return pending, norms
 
-    def add_up(self, pending: list[tuple[Tensor, Tensor]], norms: Tensor | None) -> None:
+    def add_up(self, pending: list[Entry], norms: Tensor | None) -> None:
         """Have the rows that gradients touch due; may be called while a step is under way."""
         if not pending and norms is None:
             return
         with self._lock:
             self._fit()
             if pending:
-                self.due.add_gradients(pending, zeros=self._moves_zeros)
+                self._add_sparse(pending, zeros=self._moves_zeros)
             if norms is not None:
                 self.due.add_norms(norms)
 
+    def _add_sparse(self, pending: list[Entry], *, zeros: bool) -> None:
+        if written := [
+            entry for entry in pending if _is_overwritten(entry)
+        ]:  # what they were nobody knows: all their rows count
+            self._add_entries(written, zeros=True)
+            pending = [entry for entry in pending if not _is_overwritten(entry)]
+        if pending:
+            self._add_entries(pending, zeros=zeros)
+
+    def _add_entries(self, entries: list[Entry], *, zeros: bool) -> None:
+        indices, values, counts, _, _ = zip(*entries, strict=True)
+        self.due.add_gradients(indices, values, np.array(counts) // self.weight.shape[1], zeros=zeros)
+
     def compare(self) -> None:
         """From now on rows are compared with a copy as they are now."""
+        self.compared = True
         self._known = self.weight.detach().clone(memory_format=torch.contiguous_format)
         self.says_significance = False  # of rows that move without a gradient there is nothing to say: the node looks
         self._unseen = 0
@@ -276,21 +293,8 @@ class TrackedTable:
             new = self._known.new_full((rows - len(self._known), weight.shape[1]), float("nan"))
             self._known = torch.cat([self._known, new])
 
-    def _bind(self) -> None:
-        """Find the weight's settings in its optimizers."""
-        self._bound = [(one, one.param_groups) for one in self.trainers]
-        self._groups: list[tuple[Optimizer, dict[str, Any]]] = [
-            (one, group) for one in self.trainers for group in one.param_groups if _has(group["params"], self.weight)
-        ]
-        self._moves_zeros = any(type(one) is torch.optim.SparseAdam for one in self.trainers)
-        self._takes_dense = all(_leaves_zero_gradients(type(one)) for one in self.trainers)
-
     def _on_device(self, ids: I64) -> Tensor:
         return torch.from_numpy(ids).to(self.weight.device)
-
-
-def _has(values: Iterable[Tensor], weight: Tensor) -> bool:
-    return any(value is weight for value in values)
 
 
 def _is_local(optimizer: Optimizer, group: dict[str, Any], sparse: bool) -> bool:
@@ -308,3 +312,9 @@ def _leaves_zero_gradients(kind: type[Optimizer]) -> bool:
 def _is_plain(weight: Tensor) -> bool:
     """Whether kernels can read it where it is."""
     return weight.device.type == "cpu" and weight.is_contiguous()
+
+
+def _is_overwritten(entry: Entry) -> bool:
+    """Whether the values may have been written to since they were set aside: in place, and not to make room for others."""
+    _, values, _, gradient, version = entry
+    return gradient._version != version and gradient._values().data_ptr() == values.data_ptr()  # noqa: SLF001

@@ -10,6 +10,7 @@ failed after the node may have stored it, a node that lost its memory.
 """
 
 import re
+import time
 from collections.abc import Iterable, Mapping
 from typing import Final, Protocol, runtime_checkable
 
@@ -156,10 +157,10 @@ class DenseParameters:
         value = self._parameters.get(name)
         return self._model.get_buffer(name) if value is None else value
 
-    def stepped(self, now_s: float) -> None:
-        """A step has ended."""
+    def stepped(self, now_s: float | None = None) -> None:
+        """A step has ended; when that is, None: now."""
         self._unsent = True
-        if self._cadence is not None and self._cadence.stepped(now_s):
+        if self._cadence is not None and self._cadence.stepped(time.monotonic() if now_s is None else now_s):
             self._due = bool(self.names)
 
     def demand(self) -> None:

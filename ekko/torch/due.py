@@ -50,20 +50,23 @@ class DueRows:
         self._weights = np.concatenate([self._weights, np.full(more, NOT_DUE, np.float32)])
         self._blocks = np.concatenate([self._blocks, np.zeros(-(-rows // BLOCK_ROWS) - len(self._blocks), np.uint8)])
 
-    def add_gradients(self, entries: list[tuple[Tensor, Tensor]], *, zeros: bool) -> None:
+    def add_gradients(self, indices: tuple[Tensor, ...], values: tuple[Tensor, ...], sizes: I64, *, zeros: bool) -> None:
         """Rows that sparse gradients touch.
 
         Args:
-            entries: indices, int64[1, n], and values, float32[n, dim], of one gradient after the other.
+            indices: int64[1, n] of each gradient.
+            values: float32[n, dim] of each.
+            sizes: int64[gradients], n of each.
             zeros: whether rows whose gradient is zero are touched.
         """
-        small = [entry for entry in entries if entry[1].size(0) <= _JOIN_ENTRIES_MAX]
-        large = [[entry] for entry in entries if entry[1].size(0) > _JOIN_ENTRIES_MAX]
-        for joined in [small, *large] if small else large:
-            ends = np.fromiter((rows.size(0) for _, rows in joined), np.int64, len(joined)).cumsum()
-            ids = _host(torch.cat([indices for indices, _ in joined], 1))[0]  # of one alone a copy, too, and contiguous
-            rows = _host(torch.cat([rows for _, rows in joined]))
-            self._became(add_gradients(ids, rows, ends, zeros, self._weights, self._blocks))
+        if len(sizes) > 1 and sizes.max() > _JOIN_ENTRIES_MAX:
+            middle = len(sizes) // 2
+            self.add_gradients(indices[:middle], values[:middle], sizes[:middle], zeros=zeros)
+            self.add_gradients(indices[middle:], values[middle:], sizes[middle:], zeros=zeros)
+            return
+        ids = _host(torch.cat(indices, 1))[0]  # of one alone a copy, too, and contiguous
+        rows = _host(torch.cat(values))
+        self._became(add_gradients(ids, rows, sizes.cumsum(), zeros, self._weights, self._blocks))
 
     def add_norms(self, norms: Tensor) -> None:
         """Rows of which a gradient's norm is not zero: one for each row, float32[rows]."""

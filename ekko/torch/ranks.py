@@ -79,13 +79,22 @@ def part_of(model: nn.Module, process_group: dist.ProcessGroup | None = None) ->
         model: a `DistributedDataParallel` module, or one that contains one, as `torch.compile` makes it; of any other module
             everything is published here.
         process_group: ranks that have the same weights after each step, where something else than DDP sees to that.
+
+    Raises:
+        ModelError: this process is not one of the ranks.
     """
     if process_group is None:
         wrapped = _wrapped(model)
         if wrapped is None:
             return WHOLE
         process_group = wrapped.process_group
-    return Part(dist.get_rank(process_group), dist.get_world_size(process_group), process_group)
+    rank = dist.get_rank(process_group)
+    if rank < 0:
+        raise ModelError(
+            "this process is no member of process_group: pass a group that it belongs to (torch.distributed.new_group), and "
+            "call track only on the ranks of that group"
+        )
+    return Part(rank, dist.get_world_size(process_group), process_group)
 
 
 def reduced_tables(

@@ -56,6 +56,10 @@ class Gate:
             self._inside = False
             self._lock.release()
 
+    def begin_anew(self) -> None:
+        """In a forked process, where nobody is left to release it."""
+        self._lock, self._inside = threading.Lock(), False
+
     @contextmanager
     def between_steps(self) -> Iterator[None]:
         """No step is under way meanwhile."""
@@ -76,10 +80,10 @@ class Sender:
         self._send = send
         self._share = share
         self._is_due = is_due
-        self._waits = False
+        self.waits = False  # whether it is to be told of the end of a step
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._stop: SimpleQueue[None] = SimpleQueue()
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None  # what ended the last attempt to send; the thread that trains takes it
         self.trouble: NodeUnreachable | None = None  # why the last call failed; None: it did not
         self.sending = threading.Lock()  # held by whoever sends
         self._thread: threading.Thread | None = None
@@ -89,31 +93,23 @@ class Sender:
         self._thread = threading.Thread(target=self._run, name="ekko-track", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """End, when what is under way has ended. What is due stays so."""
+    def stop(self, timeout: float) -> None:
+        """End, when what is under way has ended; wait for that, `timeout` seconds at most. What is due stays so."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._stop.put(None)
             self._wake.put(None)
-            thread.join()
+            thread.join(timeout)
 
     @property
     def runs(self) -> bool:
         """Whether there is a thread."""
         return self._thread is not None
 
-    def stepped(self) -> None:
+    def wake(self) -> None:
         """A step has ended."""
-        if self._waits:
-            self._waits = False
-            self._wake.put(None)
-
-    def failed(self) -> BaseException | None:
-        """What ended the last attempt to send, for the thread that trains; it is told once, and then tried again."""
-        error = self._error
-        if error is not None:
-            self._error = None
-        return error
+        self.waits = False
+        self._wake.put(None)
 
     def _run(self) -> None:
         retry_s = RETRY_S
@@ -131,17 +127,17 @@ class Sender:
                 self.trouble, pause_s = error, retry_s
                 retry_s = min(2 * retry_s, RETRY_S_MAX)
             except BaseException as error:  # noqa: BLE001 - it is raised where the user sees it: out of the next step
-                self._error, pause_s = error, RETRY_S
+                self.error, pause_s = error, RETRY_S
 
     def _step_ended(self) -> bool:
         """Wait for the end of a step if one is near; whether there is anything to send then."""
-        self._waits = True
-        due = self._error is None and self._is_due()
+        self.waits = True
+        due = self.error is None and self._is_due()
         try:
             self._wake.get(timeout=STEP_WAIT_S if due else _LOOK_S)
         except Empty:
-            self._waits = False
-        return self._error is None and self._is_due()
+            self.waits = False
+        return self.error is None and self._is_due()
 
     def _stopped(self, pause_s: float) -> bool:
         """Pause; whether to end instead."""

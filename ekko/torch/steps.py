@@ -24,6 +24,7 @@ class Round:
     """
 
     def __init__(self, count: int) -> None:
+        self.count = count
         self._last = count - 1
         self._at = self._top = -1  # the newest one that stepped in this round, and the last of the list that did
         self._repeats = 0
@@ -47,19 +48,11 @@ class Round:
         return True
 
 
-def hooked(optimizer: Optimizer, begins: Callable[[], None], stepped: Callable[[Optimizer], None]) -> list[Any]:
-    """Have two functions called before and after each step; handles to remove that with.
+def hooked(optimizer: Optimizer, before: Callable[..., None], after: Callable[..., None]) -> list[Any]:
+    """Have two functions called before and after each step, each with the optimizer first; handles to remove that with.
 
     Where a step raises, the second one is not called.
     """
-
-    # Plain functions of few calls: what they take is a part of each step.
-    def before(*_: object) -> None:
-        begins()
-
-    def after(optimizer: Optimizer, *_: object) -> None:
-        stepped(optimizer)
-
     if sum("step" in vars(kind) for kind in type(optimizer).__mro__) > 2:  # its own, and that of all
         before, after = _outermost(before, after)
     return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]

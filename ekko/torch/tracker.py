@@ -1,28 +1,29 @@
-"""`track`: publish the rows that training changes, and load what a rollback took back."""
+"""What goes on while a model is tracked: steps are noted, what is due is published, what a rollback took back is loaded."""
 
 import atexit
+import logging
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
-from typing import Any, Final, Literal, Self, get_args
+from typing import Any, Final, Self
 
 import numpy as np
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ekko.errors import ModelError, NodeUnreachable
 from ekko.torch.capture import I64, TrackedTable
 from ekko.torch.dense import DenseParameters
-from ekko.torch.key_map import KeyMap, key_maps
-from ekko.torch.modules import found_tables, renormalising, unwrapped
+from ekko.torch.modules import Table
+from ekko.torch.noting import Capture
 from ekko.torch.outbox import Choice, Counts, Outbox, StepPublisher
-from ekko.torch.ranks import divided
 from ekko.torch.reloading import Reloaded, Reloader, StateReader
-from ekko.torch.sending import COPY_BYTES_MAX, RETRY_S, SHARE, Gate, Sender
+from ekko.torch.sending import COPY_BYTES_MAX, RETRY_S, Gate, Sender
 from ekko.torch.steps import Round, hooked, watched
+
+log = logging.getLogger(__name__)
 
 # `publish_all` cuts a table into steps of about this size: large enough that the cost of a step does not count, small enough
 # that the node stays responsive to other publishers meanwhile.
@@ -31,150 +32,59 @@ PUBLISH_ALL_BYTES_MAX: Final = 4 << 20
 SETTLE_STEPS: Final = 16
 FLUSH_S: Final = 30.0
 CLOSE_S: Final = 10.0  # the same where the publisher is closed
-Significance = Literal["gradient", "change"]
-
-
-def track(
-    model: nn.Module,
-    optimizer: Optimizer | Sequence[Optimizer],
-    publisher: StepPublisher,
-    tables: Mapping[str, str],
-    dense_every: int | str | None = None,
-    significance: Significance = "gradient",
-    reader: StateReader | None = None,
-    *,
-    background: bool = True,
-    process_group: ProcessGroup | None = None,
-    share: float = SHARE,
-    keys: Mapping[str, KeyMap] | None = None,
-) -> "Tracker":
-    """Publish the embedding rows that training changes, whatever the optimizer: those that changed, exactly, and no others.
-
-    In the background: a step notes what it changed, and a thread takes all that is due between two steps, so that a batch is
-    the model as it was at one moment, and publishes it while training goes on. Batches come as fast as steps where steps are
-    slow; else one has several steps, and a row that they changed several times is sent once, as it is then. A node that does
-    not answer is tried again, while rows add up (`Tracker.counts`). What else fails raises out of the next step.
-
-    Not in the background, each `optimizer.step()` publishes one batch. A step that could not be published raises out of
-    `optimizer.step()`, after the parameters have changed; its rows go with the next one that can.
-
-    Once the model was rolled back, a step loads what was restored into the tables, and is dropped with all that is not
-    published yet (`Tracker.reload`). With `Publisher(admission=...)`, rows go out from the batch on that touches their key for
-    the n-th time.
-
-    Args:
-        model: holds the tables; may be wrapped by `torch.compile` or `DistributedDataParallel`: names are those without it.
-        optimizer: any; or several, in the order in which they step: their steps are one, which ends with the last one's. Name
-            all: what one that is not named changes is not seen, and while it steps dense parameters may be copied. Where
-            they move rows that have no gradient (momentum, weight decay, Adam with dense gradients, ...) changed rows are found
-            by comparing the table with a copy of what was published last: it takes as much memory again.
-        publisher: an `ekko.Publisher` of a model that has the tables.
-        tables: module name (as in `model.named_modules()`) of an `nn.Embedding` or `nn.EmbeddingBag` -> table it is published
-            to; the row index is the key. Modules that share one weight share one table.
-        dense_every: publish all other parameters too, under their parameter names, and floating-point buffers that a state dict
-            has, with every this many steps (8), or with a step at most so often ("2s"); None: never. They go in one batch with
-            the rows of their step, and of each what changed since they went last.
-        significance: "gradient": a row's is the L1 norm of its gradient, or their sum; "change": how far a row moves is what
-            counts, as the node sees it, and as it always does for tables that are compared.
-        reader: of the same model on this machine, to read dense parameters after a rollback, and rows that steps changed
-            which it had refused; None: these stay as they are.
-        background: see above.
-        process_group: ranks that have the same weights after each step, of which each publishes a part (`ekko.torch.ranks`);
-            None: those of a `DistributedDataParallel` model, else all is published here.
-        share: of one core's time, that batches in the background may take: more share, more and smaller batches. They come four
-            times a second at least.
-
-        keys: module name -> its `ekko.torch.KeyMap`, where rows are numbered as keys come: what is published has these keys.
-
-    Returns:
-        The handle; `remove()` it, or use it in a `with` block, to publish what is still due and stop.
-
-    Raises:
-        ModelError: no such module or table, not an embedding, another width, or no optimizer trains it. Nothing is tracked.
-    """
-    return Tracker(
-        model,
-        optimizer,
-        publisher,
-        tables,
-        dense_every,
-        significance,
-        reader,
-        background=background,
-        process_group=process_group,
-        share=share,
-        keys=keys,
-    )
+FORKED: Final = (
+    "this process was forked from one that tracks a model, and publishes nothing of what it trains: call ekko.torch.track() in "
+    "it, with a publisher of its own"
+)
 
 
 class Tracker:
-    """Publishes a model's changes; made by `track`. Used by the thread that trains."""
+    """Publishes a model's changes; made by `track`, which says what of. Used by the thread that trains."""
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: Optimizer | Sequence[Optimizer],
         publisher: StepPublisher,
-        tables: Mapping[str, str],
-        dense_every: int | str | None = None,
-        significance: Significance = "gradient",
-        reader: StateReader | None = None,
-        *,
-        background: bool = True,
-        process_group: ProcessGroup | None = None,
-        share: float = SHARE,
-        keys: Mapping[str, KeyMap] | None = None,
+        optimizers: Sequence[Optimizer],
+        tables: Mapping[str, TrackedTable],
+        renormalised: Mapping[str, Sequence[Table]],
+        dense: DenseParameters,
+        outbox: Outbox,
+        reloader: Reloader,
+        share: float | None,
     ) -> None:
-        if significance not in get_args(Significance):
-            raise ModelError(f"significance is {significance!r}: expected 'gradient' or 'change'")
-        if not 0 < share <= 1:
-            raise ModelError(f"share is {share!r}: expected a part of one core's time, above 0 and at most 1")
-        if not tables and dense_every is None:
-            raise ModelError("tables is empty: name an nn.Embedding and the table it is published to, or set dense_every")
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        if not optimizers:
-            raise ModelError("optimizer is an empty list: expected those that train the model, in the order in which they step")
         self.before_step: Callable[[], None] | None = None  # called before each step; `ekko.torch.checkpoint` sets it
-        found = found_tables(model, tables, publisher.tables)
-        maps = key_maps(keys or {}, tables, found)
-        renormalise = {name: renormalising(model, module.weight) for name, module in found.items()}
-        self._tables = {
-            name: TrackedTable(name, module, optimizers, maps.get(name), renormalised=bool(renormalise[name]))
-            for name, module in found.items()
-        }
-        weights = {name: table.weight for name, table in self._tables.items()}
-        self._publisher: StepPublisher = divided(publisher, model, weights, process_group, maps)
-        self._dense = DenseParameters(unwrapped(model), weights.values(), dense_every, time.monotonic())
-        said = significance == "gradient"
-        self._outbox = Outbox(list(self._tables.values()), self._dense, self._publisher, says_significance=said)
-        self._reloader = Reloader(self._publisher, reader, optimizers, self._tables, self._dense, self._outbox)
+        self._publisher = publisher
+        self._optimizers = optimizers
+        self._tables = tables
+        self._dense = dense
+        self._outbox = outbox
+        self._reloader = reloader
         self._gate = Gate()
         self._steps = 0
         self._settled = 0  # up to which step what was set aside is added up
-        self._background = background
+        self._background = share is not None
         self._waited = False  # whether the thread waited for the end of a rollback, which the trainer is to load
-        self._sender = Sender(self._send_some, lambda: self._outbox.is_due, share)
-        for table in self._tables.values():
+        self._forked = False  # whether this is a copy, in a child of the process that tracks
+        self._sender = Sender(self._send_some, lambda: self._outbox.is_due, share or 1.0)
+        for table in tables.values():
             if table.key_map is not None:
-                if self._publisher is not publisher:
-                    raise ModelError(
-                        f"table {table.name!r} has a KeyMap: with several ranks rows would be numbered differently"
-                    )
                 table.key_map.attach(self._gate, table.drop)
         self._hooks: list[Any] = []
-        self._round = Round(len(optimizers))
+        self._stays_open: Callable[[], None] | None = None
+        steps = Round(len(optimizers))
         for place, one in enumerate(optimizers):
-            captured = [table for table in self._tables.values() if one in table.trainers]
-            self._hooks += hooked(one, partial(self._begins, place), partial(self._stepped, captured, place))
-        for name, modules in renormalise.items():
+            self._hooks += hooked(one, *self._around(one, place, steps))
+        for name, modules in renormalised.items():
             for module in modules:
-                self._hooks += watched(module, self._gate, self._tables[name].touch)
-        self._stays_open: Callable[[], None] | None = None  # a publisher of yours need not know that
-        if background:
+                self._hooks += watched(module, self._gate, tables[name].touch)
+
+    def begin(self, before_close: Callable[[Callable[[], object]], Callable[[], None]] | None) -> None:
+        """Begin; `before_close` has a function called before the publisher is closed, and returns what takes that back."""
+        _living.add(self)
+        if self._background:
             self._sender.start()
-            self._process = os.getpid()
             atexit.register(self._at_exit)  # of a script that closes nothing
-            if (before_close := getattr(publisher, "before_close", None)) is not None:
+            if before_close is not None:
                 self._stays_open = before_close(lambda: self.remove(CLOSE_S))
 
     @property
@@ -295,14 +205,33 @@ class Tracker:
         atexit.unregister(self._at_exit)
         if self._stays_open is not None:
             self._stays_open()
-        if self._sender.runs:
-            self._sender.stop()
-            self.flush(timeout)
+        if self._sender.runs and not self._forked:
+            deadline = time.monotonic() + timeout
+            self._sender.stop(timeout)
+            self.flush(max(0.0, deadline - time.monotonic()))
 
     def _at_exit(self) -> None:
-        if os.getpid() == self._process:  # and not in a child, which has this but no thread
-            with suppress(Exception):  # there is nobody to tell
-                self.remove(CLOSE_S)
+        with suppress(Exception):  # there is nobody to tell
+            self.remove(CLOSE_S)
+
+    def in_child(self) -> None:
+        """This is a copy in a process that was forked off: it has no thread that sends, and locks that nobody will release. It
+        does nothing any more, and says so when a step is made.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self._forked = True
+        self._gate.begin_anew()
+        self._hooks = [one.register_step_pre_hook(self._say_forked) for one in self._optimizers]
+        for table in self._tables.values():
+            if table.key_map is not None:
+                table.key_map.attach(self._gate, lambda _: None)
+
+    def _say_forked(self, *_: object) -> None:
+        log.warning("%s", FORKED)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def __enter__(self) -> Self:
         return self
@@ -310,35 +239,54 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _begins(self, place: int) -> None:
-        if self.before_step is not None:
-            self.before_step()
-        self._gate.enter()
-        self._round.begins(place)
+    def _around(self, optimizer: Optimizer, place: int, steps: Round) -> tuple[Callable[..., None], Callable[..., None]]:
+        """What is called before and after each step of the so many-th optimizer: what it takes is a part of each step."""
+        enter, captured = (
+            self._gate.enter,
+            Capture(optimizer, [one for one in self._tables.values() if optimizer in one.trainers]),
+        )
+        stepped, ended = captured.stepped, self._stepped
+        several = steps.count > 1
 
-    def _stepped(self, captured: list[TrackedTable], place: int, optimizer: Optimizer) -> None:
-        skipped = getattr(optimizer, "found_inf", None)  # a gradient scaler has the step change nothing then
-        if skipped is None or not skipped.item():
-            for table in captured:
-                table.capture(optimizer)
-        if not self._round.ends(place):
-            return
+        def before(*_: object) -> None:
+            if self.before_step is not None:
+                self.before_step()
+            enter()
+            if several:
+                steps.begins(place)
+
+        def after(optimizer: Optimizer, *_: object) -> None:
+            skipped = getattr(optimizer, "found_inf", None)  # a gradient scaler has the step change nothing then
+            if skipped is None or not skipped.item():
+                stepped()
+            if not several or steps.ends(place):
+                ended()
+
+        return before, after
+
+    def _stepped(self) -> None:
+        """A step has ended, of all optimizers."""
         self._steps += 1
-        self._dense.stepped(time.monotonic())
+        self._dense.stepped()
         self._gate.leave()
+        sender = self._sender
         if not self._background:
-            with self._sender.sending:
+            with sender.sending:
                 self._publish()
         elif self._waited or self._reloader.unfinished:
             self.reload()
-        elif (error := self._sender.failed()) is None:
-            self._sender.stepped()
-        elif not isinstance(error, ModelError) or self.reload() == Reloaded({}):
-            raise error
+        elif (error := sender.error) is not None:
+            sender.error = None  # told once, and then tried again
+            if not isinstance(error, ModelError) or self.reload() == Reloaded({}):
+                raise error
+        elif sender.waits:
+            sender.wake()
 
     @contextmanager
     def _alone(self, deadline: float | None = None) -> Iterator[None]:
         """Between two steps, and nobody else sends."""
+        if self._forked:
+            raise ModelError(FORKED)
         self._gate.leave()
         timeout = -1.0 if deadline is None else max(0.0, deadline - time.monotonic())
         if not self._sender.sending.acquire(timeout=timeout):
@@ -386,3 +334,15 @@ class Tracker:
                 self._outbox.send(batch)
                 if getattr(self._publisher, "has_restored", False):  # it waited for the end of a rollback; nothing is due then
                     self._load_restored()
+
+
+# Of this process, for a child that is forked off.
+_living: "weakref.WeakSet[Tracker]" = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for tracker in list(_living):
+        tracker.in_child()
+
+
+os.register_at_fork(after_in_child=_in_child)

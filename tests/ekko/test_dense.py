@@ -12,6 +12,7 @@ from ekko.errors import ModelError, PublishError
 from ekko.model import DENSE_DIM, TensorSpec
 from ekko.torch.capture import TrackedTable
 from ekko.torch.dense import WHOLE_EVERY, Cadence, DenseParameters
+from ekko.torch.noting import Capture
 from ekko.torch.outbox import Outbox
 from ekko.train.step import Step
 
@@ -236,7 +237,7 @@ def test_dense_parameters_go_with_all_rows_that_are_due(momentum: float, monkeyp
         optimizer.zero_grad()
         model["top"](model["item"](torch.arange(100))).sum().backward()
         optimizer.step()
-        table.capture(optimizer)
+        Capture(optimizer, [table]).stepped()
         dense.stepped(0.0)
 
     def batches(count: int, bytes_max: int) -> list[tuple[int, bool]]:

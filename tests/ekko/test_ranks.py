@@ -82,6 +82,14 @@ def test_ranks_that_would_number_keys_each_for_itself_are_refused(monkeypatch: p
 
 
 @pytest.mark.usefixtures("_one_rank")
+def test_who_is_no_member_of_the_group_is_told() -> None:
+    other = dist.GroupMember.NON_GROUP_MEMBER  # what `new_group` gives to who is not in it
+    model = Toy()
+    with pytest.raises(ModelError, match="this process is no member of process_group: pass a group that it belongs to"):
+        ekko.torch.track(model, adagrad(model), recorder(), TABLES, process_group=other)
+
+
+@pytest.mark.usefixtures("_one_rank")
 def test_ddp_is_found_and_says_which_weights_are_reduced() -> None:
     model = Toy()
     assert part_of(model) == WHOLE

@@ -12,6 +12,7 @@ from torch import nn
 
 import ekko.torch
 from ekko.errors import ModelError, NodeUnreachable, PublishError
+from ekko.torch.capture import PENDING_MAX
 from tests.ekko.test_torch import TABLES, RecordedStep, Recorder, Toy, adagrad, train
 from tests.ekko.test_torch_reload import GONE, RolledBack, users
 
@@ -81,7 +82,7 @@ def test_rows_that_wait_are_sent_once_and_as_they_are_then() -> None:
         train(model, optimizer, [0], [0])
         assert publisher.entered.wait(WAIT_S)
         norms = 0.0
-        for number in range(200):  # more than may be set aside
+        for number in range(PENDING_MAX + 50):  # more than may be set aside
             train(model, optimizer, [3, 1 + number % 2], [7, 8])
             norms += model.user.weight.grad.to_dense()[3].abs().sum().item()
         assert tracker.counts.bytes_due < 8 * (9 + 12)
@@ -93,7 +94,7 @@ def test_rows_that_wait_are_sent_once_and_as_they_are_then() -> None:
         assert second.significance["users"][3] == pytest.approx(norms, rel=1e-4)
         np.testing.assert_array_equal(second.rows["users"][3], model.user.weight[3].detach().numpy())
         counts = tracker.counts
-        assert (counts.steps, counts.batches, counts.rows, counts.rows_due) == (201, 2, 2 + 5, 0)
+        assert (counts.steps, counts.batches, counts.rows, counts.rows_due) == (PENDING_MAX + 51, 2, 2 + 5, 0)
 
 
 class Counter(nn.Module):
@@ -232,3 +233,19 @@ def test_a_script_that_closes_nothing_has_its_last_rows_published(monkeypatch: p
     [end] = at_exit
     end()
     np.testing.assert_array_equal(publisher.state("users", (9, 4))[3], model.user.weight[3].detach().numpy())
+
+
+def test_to_end_takes_no_longer_than_it_may() -> None:
+    """A call that hangs is left behind."""
+    model, publisher = Toy(), Slow()
+    optimizer = adagrad(model)
+    tracker = ekko.torch.track(model, optimizer, publisher, TABLES)
+    publisher.goes_on.clear()
+    train(model, optimizer, [3], [7])
+    assert publisher.entered.wait(WAIT_S)
+    with pytest.raises(TimeoutError, match="the batch before this one is still on its way"):
+        tracker.remove(timeout=0.1)
+    publisher.goes_on.set()
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "ekko-track"])
+    tracker.flush()
+    assert [set(step.rows["users"]) for step in publisher.steps] == [{3}]

@@ -200,3 +200,42 @@ def test_publishing_all_does_not_undo_a_rollback_that_it_waited_for(monkeypatch:
     assert (model.user.weight[GONE] == 0.25).all()
     tracker.publish_all()
     assert len(publisher.steps) == 2 * before
+
+
+@pytest.mark.parametrize("how", ["set to zero", "added to", "scaled", "written to"])
+def test_what_becomes_of_gradients_after_a_step_does_not_matter(how: str) -> None:
+    """They are set aside until a batch is made; here that is when the user has used them for something else."""
+    model, publisher = Model(sparse=True), Slow()
+    publisher.tables = {"items": DIM}
+    optimizer = torch.optim.SGD([model.item.weight], lr=0.1)
+    weight = model.item.weight
+    with ekko.torch.track(model, optimizer, publisher, {"item": "items"}) as tracker:
+        publisher.goes_on.clear()
+        step(model, optimizer, [0, 1])
+        assert publisher.entered.wait(30)  # what follows is not looked at before it is over
+        before, norms = weight.detach().clone(), torch.zeros(ROWS)
+        optimizer.zero_grad()
+        for ids in ([3, 5], [3, 3], [7, 9]):
+            if how != "added to":
+                optimizer.zero_grad(set_to_none=how != "set to zero")
+            loss = model(torch.tensor([*ids, 140, 141]))
+            (loss * torch.tensor(1.0)).backward()
+            weight.grad = torch.sparse_coo_tensor(  # of 140 and 141 it is zero
+                weight.grad._indices(), weight.grad._values() * (weight.grad._indices()[0] < 140).unsqueeze(1), weight.shape
+            )
+            optimizer.step()
+            norms += weight.grad.to_dense().abs().sum(1)
+            if how == "scaled":
+                weight.grad.mul_(0.0)
+            elif how == "written to":
+                weight.grad._values().zero_()
+        changed = changes(weight, before)
+        publisher.goes_on.set()
+        tracker.flush()
+        sent = publisher.steps[-1]
+        if how == "written to":  # which rows they moved is not known any more: all that they name
+            assert set(sent.rows["items"]) == {3, 5, 7, 9, 140, 141} >= changed
+        else:
+            assert set(sent.rows["items"]) == changed == {3, 5, 7, 9}
+            for row in changed:
+                assert sent.significance["items"][row] == pytest.approx(norms[row].item(), rel=1e-4)
