@@ -203,7 +203,9 @@ class Knowledge:
         # ones somebody else has all, and does not say so any more: two that came after that would take each other for whole.
         ids = self.writers
         columns = np.ascontiguousarray(self.vector[:, ids])
-        used = columns.any(axis=0) | np.isin(ids, list(self._retired))
+        used = columns.any(axis=0)
+        if self._retired:
+            used |= np.isin(ids, list(self._retired))
         body = xxhash.xxh3_128(ids[used].tobytes())
         body.update(np.ascontiguousarray(columns[:, used]).tobytes())
         return int(body.intdigest())
