@@ -160,4 +160,4 @@ def concentration(keys: Ids, share: float = 0.01) -> float:
 
 def small(options: TraceOptions) -> TraceOptions:
     """The tiny size that runs under test."""
-    return replace(options, requests=640, kinds=100, drift_requests=160)
+    return replace(options, requests=320, kinds=100, drift_requests=80)

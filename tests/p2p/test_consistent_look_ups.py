@@ -116,7 +116,7 @@ def steps_under_faults(seed: int, partitions: int = 1) -> tuple[int, int]:
     return answered, behind
 
 
-@pytest.mark.parametrize(("seed", "partitions"), [(1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize(("seed", "partitions"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.long), (3, 2)])
 def test_an_answer_shows_whole_steps_under_every_fault(seed: int, partitions: int) -> None:
     answered, behind = steps_under_faults(seed, partitions)
     assert answered > 300  # else nothing was shown

@@ -32,6 +32,7 @@ from tests.p2p.chaos import (
     writing_goes_on_while_a_node_joins,
 )
 from tests.p2p.writer_chaos import writes
+from tests.seeds import seeds
 
 
 def start(seed: int = 1, options: NetworkOptions = CALM, model: ModelSpec | None = None) -> VirtualCluster:
@@ -99,7 +100,7 @@ def test_deletes_and_later_writes_win_everywhere() -> None:
     assert np.frombuffer(held[item, 3][1], np.float32).tolist() == [3.0] * 4
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", seeds(6, 12))
 def test_faults_end_in_equal_stores(seed: int) -> None:
     """Loss, repeats, reordering, crashes with and without memory: at rest all is well (invariants 1, 2, 3)."""
     chaos(seed)

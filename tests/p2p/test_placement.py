@@ -23,6 +23,7 @@ from p2p.versions import first_record_version
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p import divided
 from tests.p2p.plants import Plant, Scenario, expect_caught
+from tests.seeds import seeds
 
 SEEDS = 6
 SCENARIOS = (
@@ -279,7 +280,7 @@ def a_new_partition_counts_as_caught_up(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda function: function.__name__)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(1, 2))
 def test_divided_clusters(scenario: Scenario, seed: int) -> None:
     scenario(seed)
 

@@ -34,6 +34,7 @@ from tests.p2p.test_collection import (
     start,
     whole_snapshot,
 )
+from tests.seeds import seeds
 
 SEEDS = 24
 NODES = ("t1", "t2", "eu1", "us1")
@@ -206,7 +207,7 @@ def restore(cluster: VirtualCluster, name: str, snapshot: Snapshot) -> None:
     cluster.boot(node)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", seeds(2, 4))
 def test_nothing_comes_back(seed: int) -> None:
     born_deleted_and_away(seed)
 

@@ -12,6 +12,7 @@ from sim_cluster.network import NetworkOptions
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import at_rest, check_claims
 from tests.p2p.plants import expect_caught
+from tests.seeds import seeds
 
 FAULTS = NetworkOptions(1, 30, 40, loss_probability=0.05, repeat_probability=0.05, reorder_probability=0.1)
 # Names that come before those of all others: whoever is first by name leads.
@@ -135,7 +136,7 @@ def a_region_of_leaves_follows(seed: int) -> None:
     assert newcomer.machine.counters.pulls_completed > 0
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(1, 2))
 def test_leaves_do_nothing_for_others(seed: int) -> None:
     leaves_do_nothing_for_others(seed)
 

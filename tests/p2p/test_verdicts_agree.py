@@ -9,6 +9,7 @@ from p2p import messages as m
 from sim_cluster.node import VirtualNode
 from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import CALM, FAULTS, at_rest, form
+from tests.seeds import seeds
 
 
 def judge(cluster: VirtualCluster, name: str, rng: random.Random) -> None:
@@ -29,7 +30,7 @@ def views(cluster: VirtualCluster) -> list[Verdicts]:
     return [node.store.facts.of(Verdicts) for node in cluster.nodes.values()]
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", seeds(1, 2))
 def test_all_nodes_agree_after_losses_partitions_and_restarts(seed: int) -> None:
     cluster = form(seed)
     cluster.run(3_000)

@@ -23,11 +23,12 @@ from sim_cluster.real import check_feasible, run_real
 from sim_cluster.scenario import HOLD, KINDS, LATER_KINDS, NETWORK, FaultEvent, Faults, draw_faults, load_scenario
 from sim_cluster.swarm import run_virtual
 from tests.p2p.presets import quick_first
+from tests.seeds import seeds
 
 ROOT = Path(__file__).parent.parent.parent
 SWARM = ROOT / "scenarios/swarm.toml"
-# A handful for every test run; `make soak` runs a thousand.
-SEEDS = range(4)
+# A few for every test run; `make soak` runs a thousand.
+SEEDS = seeds(2, 4)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -25,6 +25,7 @@ from ekko.serve.source import Source
 from ekko.store.changes import ChangeRing
 from p2p.stamps import WRITERS_MAX
 from tests.ekko.sinks.plain_sink import PlainSink, PlainStore, PlainSubject
+from tests.seeds import seeds
 
 Patch = pytest.MonkeyPatch
 TIMEOUT_S = 30.0
@@ -106,7 +107,7 @@ def restless_history(node: Node, subject: PlainSubject, seed: int, patch: Patch)
     node.check(sink, f"seed {seed}")
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", seeds(4, 8))
 def test_whatever_is_written_while_a_feed_reads_arrives(
     node: Node, subject: PlainSubject, seed: int, monkeypatch: Patch
 ) -> None:

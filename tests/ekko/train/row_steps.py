@@ -8,12 +8,13 @@ from numpy.typing import NDArray
 from torch import optim
 
 from ekko.train.optimizers import Optimizer
+from tests.conftest import PROFILE
 
 F32 = NDArray[np.float32]
 Params = list[torch.nn.Parameter]
 
 ROWS, DIM, TOUCHED = 8, 19, 3  # 19: a vector instruction's worth, and a rest
-STEPS = 10_000
+STEPS = 10_000 if PROFILE == "long" else 2_000
 
 
 def random_steps(steps: int) -> Iterator[tuple[int, NDArray[np.int64], F32]]:
