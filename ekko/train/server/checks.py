@@ -1,12 +1,24 @@
 """What a request must be like before the machine hears of it: known tables, rows that fit, keys of the partitions it names."""
 
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 
 from ekko.store.kernels.checks import all_finite
 from ekko.train.server import wire as w
 from ekko.train.server.schema import TrainedModel
+
+# How far a worker's clock may be ahead of ours. Lives are recorded for good: later ones have to be larger.
+LIFE_AHEAD_US_MAX: Final = 24 * 3_600 * 1_000_000
+
+
+def refusal_of_hello(hello: w.Hello, now_us: int) -> w.Failed | None:
+    """Why a life cannot begin; None: it can. `now_us`: Unix microseconds."""
+    if hello.life > now_us + LIFE_AHEAD_US_MAX:
+        reason = f"the life {hello.life} of worker {hello.worker} is in the future: set the worker's clock, or this machine's"
+        return w.Failed(w.REFUSED, reason)
+    return None
 
 
 def refusal_of_pull(model: TrainedModel, pull: w.Pull) -> w.Failed | None:

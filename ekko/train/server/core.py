@@ -83,7 +83,7 @@ class Core:
             self.fail(ask, w.SETTINGS, f"worker {worker}: there are {self.settings.workers}, numbered from 0")
         elif life < known:
             self.fail_stale(ask, worker)
-        elif life > known:
+        elif life > known or not known:  # lives begin with 1
             self.fail(ask, w.HELLO, f"worker {worker} has not said hello to this server")
         else:
             self.seen_ms[worker] = self.now_ms

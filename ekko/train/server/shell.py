@@ -17,7 +17,7 @@ from ekko.errors import ModelError, NodeFailed, PublishError
 from ekko.train.server import events as e
 from ekko.train.server import wire as w
 from ekko.train.server.channel import NodeChannel
-from ekko.train.server.checks import answer_bytes, refusal_of_pull, refusal_of_push
+from ekko.train.server.checks import answer_bytes, refusal_of_hello, refusal_of_pull, refusal_of_push
 from ekko.train.server.endpoint import Endpoint
 from ekko.train.server.figures import Figures
 from ekko.train.server.jobs import AGAIN_S, Jobs
@@ -111,7 +111,10 @@ class ModelShell:
             case w.WhoServes():
                 self._endpoint.answer(ask, self._machine.serving())
             case w.Hello(_, worker, life):
-                self.handle(e.HelloAsked(ask, worker, life))
+                if (refusal := refusal_of_hello(request, time.time_ns() // 1_000)) is not None:
+                    self._refuse(ask, refusal)
+                else:
+                    self.handle(e.HelloAsked(ask, worker, life))
             case w.Release(_, asker, partitions, digest):
                 if digest != self._digest:
                     reason = (
