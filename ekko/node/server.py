@@ -97,7 +97,7 @@ class TrainingServer:
     def _lives(self, name: str) -> list[dict[str, object]]:
         """As `ekko.train.server.events.NodeLife` has it; of whom it is not known what they hold, all."""
         held = self._store.models.get(training_name(name))
-        if held is None:  # it was dropped
+        if held is None or name not in self._store.models:  # it was dropped
             return []
         return [
             {

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from server_cluster import MODEL, ServerCluster, ServerSpec
 
-from ekko.errors import ConfigError, ModelError, PublishError
+from ekko.errors import ConfigError, ModelError, NodeUnreachable, PublishError
+from ekko.model import training_name
 from ekko.security import generate
 from ekko.train import Client, WorkerDropped
 from sim_cluster.processes import NodeSpec, wait_until
@@ -87,3 +88,20 @@ def test_a_worker_that_is_late_is_seen_and_one_that_was_dropped_goes_on(home: Se
         wait_until(lambda: home.state("train-1")["dropped"] == [], "nobody to be dropped any more", SOON_S)
     with pytest.raises(PublishError, match="is closed"):
         slow.rejoin()
+
+
+def test_workers_of_a_model_that_was_dropped_are_told(home: ServerCluster) -> None:
+    node = home["train-1"]
+    with connected(home, 0) as client:
+        assert node.post("/drop", {"model": f"{training_name(MODEL)}/item"})[0] == 200
+        client._timeout_s = 2.0
+        with pytest.raises(NodeUnreachable, match=r"'ctr.training' has table 'item' no more, which was dropped"):
+            client.pull("item", KEYS)
+        client._timeout_s = SOON_S
+        assert node.post("/drop", {"model": training_name(MODEL)})[0] == 200
+        with pytest.raises(ModelError, match=r"does not train model 'ctr': it trains nothing"):
+            client.pull("item", KEYS)
+    server = node.status()["server"]
+    assert server["failures"] == 1
+    assert server["running"]
+    assert "'ctr.training', was dropped: it is trained no more" in server["error"]

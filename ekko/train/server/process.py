@@ -16,8 +16,10 @@ import structlog
 
 from ekko.companions.channel import Channel
 from ekko.config.sections import ServerSection
+from ekko.errors import NodeFailed
 from ekko.heap import keep_freed_memory
 from ekko.logs import configure_logs
+from ekko.model import training_name
 from ekko.security import WATCH_S, NodeKeys
 from ekko.store import warm
 from ekko.train.server import wire as w
@@ -71,6 +73,11 @@ class ServerProcess:
         await self._told.wait()
         begin = self._begin
         for name, section in self._section.models.items():
+            if not self._lives.get(name):  # the node itself is always among them
+                log.error(
+                    "server_model_was_dropped", model=name, remedy=f"remove [server.models.{name}] from the configuration"
+                )
+                continue
             self._shells[name] = ModelShell(
                 trained_model(name, section, begin.shards[name]),
                 # A nonce for each model: a release names the life that it is for, and no model.
@@ -126,6 +133,11 @@ class ServerProcess:
     def _on_lives(self, lives: Mapping[str, tuple[NodeLife, ...]]) -> None:
         self._lives.update(lives)
         self._told.set()
+        if dropped := [name for name in self._shells if not self._lives.get(name)]:
+            # The process after this one serves the others; to let go of this one's memory all who use it have to end.
+            self._fail(
+                NodeFailed(f"model {dropped[0]!r}, or {training_name(dropped[0])!r}, was dropped: it is trained no more")
+            )
         self._hand_out_lives()
 
     def _hand_out_lives(self) -> None:
@@ -136,7 +148,7 @@ class ServerProcess:
         """See `ekko.train.server.endpoint.Handler`."""
         shell = self._shells.get(request.model)
         if shell is None:
-            known = ", ".join(map(repr, self._shells))
+            known = ", ".join(map(repr, self._shells)) or "nothing"
             reason = f"the server beside node {self._begin.node!r} does not train model {request.model!r}: it trains {known}"
             self._endpoint.answer(ask, w.Failed(w.SETTINGS, reason))
             return

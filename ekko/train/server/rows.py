@@ -89,7 +89,8 @@ class TrainingRows:
     def __init__(self, model: TrainedModel, run_dir: Path, local: str) -> None:
         self.model = model
         self.counts = RowCounts()
-        self.reader = ekko.Reader(model.training, run_dir, wait=ATTACH_S, unheld="absent", counted=False)
+        ekko.Reader(model.training, run_dir, wait=ATTACH_S, unheld="absent", counted=False).close()  # from then on it is there
+        self.reader = ekko.Reader(model.training, run_dir, unheld="absent", counted=False)  # look-ups of pulls must not wait
         self.publisher = ekko.Publisher(local, model.training, timeout=PUBLISH_S)
         self.undo = Undo(run_dir, model.training)
         self._own_keys = own_keys(model.settings.shards, model.settings.partitions)

@@ -13,7 +13,7 @@ from typing import Any, Final, assert_never
 
 import structlog
 
-from ekko.errors import ModelError, NodeFailed, PublishError
+from ekko.errors import EkkoError, ModelError, NodeFailed, PublishError
 from ekko.train.server import events as e
 from ekko.train.server import wire as w
 from ekko.train.server.channel import NodeChannel
@@ -196,13 +196,9 @@ class ModelShell:
                 self._figures.answered(ask, answer)
                 self._endpoint.answer(ask, answer)
             case e.AnswerPull(ask, clock):
-                pull = self._pulls.pop(ask)
-                if self._endpoint.is_behind(ask):
-                    self._endpoint.answer(
-                        ask, w.Failed(w.BUSY, "answers to this worker have not left yet: ask again in a moment")
-                    )
-                else:
-                    self._endpoint.answer(ask, w.Pulled(self.rows.pull(pull.tables), clock))
+                found = self._pulled(ask, self._pulls.pop(ask), clock)
+                self._figures.answered(ask, found)
+                self._endpoint.answer(ask, found)
             case e.Discard(ask):
                 self._pushes.pop(ask, None)
             case e.Apply():
@@ -231,6 +227,14 @@ class ModelShell:
                 self._fail(NodeFailed(reason))
             case _:
                 assert_never(effect)
+
+    def _pulled(self, ask: int, pull: w.Pull, clock: int) -> w.Answer:
+        if self._endpoint.is_behind(ask):
+            return w.Failed(w.BUSY, "answers to this worker have not left yet: ask again in a moment")
+        try:
+            return w.Pulled(self.rows.pull(pull.tables), clock)
+        except EkkoError as error:  # a table was dropped, or a row never settles
+            return w.Failed(w.BUSY, str(error))
 
     # --- jobs
 
