@@ -241,9 +241,9 @@ class Outstanding:
                 server.greeted = False
                 if part.is_hello:
                     self._server(part.endpoint).pause(now_s)
-            case w.STALE if part.is_hello and self.standing.may_raise() and reason.split()[-1].isdigit():
+            case w.STALE if part.is_hello and self.standing.may_raise() and (life := _last_number(reason)) is not None:
                 self._withdraw(number, part)
-                self.standing.raise_above(int(reason.split()[-1]))
+                self.standing.raise_above(life)
             case w.STALE:
                 self._fail(ModelError(f"{self.standing.who} began anew in another process: this one ends"))
             case w.DROPPED:
@@ -382,6 +382,12 @@ class Outstanding:
 
     def _server(self, endpoint: str) -> Server:
         return self.standing.server(endpoint)
+
+
+def _last_number(reason: str) -> int | None:
+    """The number in which a reason ends; None: it ends in something else."""
+    digits = reason.rpartition(" ")[2]
+    return int(digits) if digits.isascii() and digits.isdigit() and int(digits) < w.NUMBER_MAX else None
 
 
 def _odd(endpoint: str) -> EkkoError:

@@ -266,6 +266,18 @@ def test_a_life_that_is_not_the_largest_is_raised() -> None:
     assert network.servers.life == 51
 
 
+@pytest.mark.parametrize("reason", ["", " ", "the largest life is 7²", f"it is {w.NUMBER_MAX}", "-1"])
+def test_a_life_that_servers_do_not_tell_ends_the_worker(reason: str) -> None:
+    network = Network(1, Faults())
+    asked = network.asked
+    asked.tick(0.0)
+    (who,) = asked.drain()
+    asked.answered(who.endpoint, who.number, network.servers.serving(0), 0.0)
+    hello = next(send for send in asked.drain() if isinstance(send.request, w.Hello))
+    asked.answered(hello.endpoint, hello.number, w.Failed(w.STALE, reason), 0.0)
+    assert "began anew in another process" in str(asked.failure)
+
+
 def test_a_worker_that_was_replaced_ends() -> None:
     network = Network(1, Faults())
     network.run_until(lambda: network.asked.joined)

@@ -7,6 +7,7 @@ encrypted and both ends prove theirs (`p2p.transport.curve`).
 
 import asyncio
 import errno
+import time
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -29,6 +30,8 @@ REQUESTS_PER_TURN_MAX = 64
 # Per client: it bounds what it has under way by itself.
 CLIENT_QUEUE_MAX = 256
 LINGER_MS = 200
+# Messages that are none are counted, and logged no more often than so.
+TOLD_S = 10.0
 # Of answers to one client that it has not taken; beyond it its pulls are refused as busy. Twice what one answer may have.
 UNSENT_BYTES_MAX = 2 * w.MESSAGE_BYTES_MAX
 # An answer of more than this is counted there.
@@ -74,6 +77,7 @@ class Endpoint:
         self._unsent = Unsent()
         self.transport = TransportCounters()
         self.malformed = 0
+        self._told_s = -TOLD_S  # when one was logged last
         self.unanswerable = 0
 
     @property
@@ -150,16 +154,19 @@ class Endpoint:
             frames: list[memoryview] = []
             while part.more:  # `recv_multipart` asks the socket instead, which costs 10 us a frame
                 part = router.recv(_NOBLOCK, copy=False)
-                frames.append(part.buffer)
+                if len(frames) <= w.FRAMES_MAX:  # one more than a message may have tells that it has too many
+                    frames.append(part.buffer)
             self._serve_one(client.bytes, frames)
         self._take_another_turn()
 
     def _serve_one(self, client: bytes, frames: list[memoryview]) -> None:
         try:
-            theirs, request = decode_request(frames[: w.FRAMES_MAX + 1])
+            theirs, request = decode_request(frames)
         except w.ServerWireError as error:
             self.malformed += 1
-            log.warning("server_request_malformed", error=str(error))
+            if time.monotonic() >= self._told_s + TOLD_S:  # who sends one may send thousands
+                self._told_s = time.monotonic()
+                log.warning("server_request_malformed", error=str(error), count=self.malformed)
             if error.number is not None:
                 self._send(client, error.number, w.Failed(w.REFUSED, str(error)))
             return

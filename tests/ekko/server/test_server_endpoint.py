@@ -55,6 +55,31 @@ def test_an_endpoint_that_was_shut_takes_no_request_and_still_answers() -> None:
     asyncio.run(run())
 
 
+def test_messages_that_are_none_are_counted_answered_where_that_is_possible_and_forgotten() -> None:
+    async def run() -> None:
+        handler = Noting()
+        address = f"tcp://127.0.0.1:{free_ports(1)[0]}"
+        endpoint = Endpoint(address, handler)
+        endpoint.open()
+        with zmq.Context() as context, context.socket(zmq.DEALER) as client:
+            client.connect(address)
+            good = encode_request(7, w.WhoServes("ctr"))
+            for junk in ([b""], [b"junk"] * 3, [b"x"] * (4 * w.FRAMES_MAX), [*good, b"one more"], [good[0][:-1]]):
+                client.send_multipart(junk)
+            client.send_multipart(good)
+            await asyncio.wait_for(handler.first.wait(), 10.0)
+            assert (endpoint.malformed, endpoint.waiting) == (5, 1)
+            assert await asyncio.to_thread(client.poll, 10_000)
+            number, refused = decode_answer(client.recv_multipart())
+            assert number == 7, "of the one that could be understood so far"
+            assert isinstance(refused, w.Failed)
+            assert refused.kind == w.REFUSED
+            assert await asyncio.to_thread(client.poll, 100) == 0
+        endpoint.close()
+
+    asyncio.run(run())
+
+
 def test_who_does_not_take_his_answers_gets_no_more_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint_module, "UNSENT_BYTES_MAX", 20 << 20)
     rows = {"item": np.zeros((1 << 16, 64), np.float32), "user": np.zeros((1, 4), np.float32)}  # 16 MiB
