@@ -343,9 +343,11 @@ class Client:
         self._closed = True
         if os.getpid() != self._pid:
             return  # the sockets are the parent's
-        self._exchange.close()
-        if self._beside is not None:
-            self._beside.close()
+        self._exchange.closing()
+        with self._lock:
+            self._exchange.close()
+            if self._beside is not None:
+                self._beside.close()
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an ekko.train.Client cannot be copied or pickled: make one in each process")

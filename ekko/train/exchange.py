@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from ekko.errors import ConfigError, EkkoError, ModelError, NodeUnreachable
+from ekko.errors import ConfigError, EkkoError, ModelError, NodeUnreachable, PublishError
 from ekko.train.outstanding import Outstanding
 from ekko.train.server import wire as w
 from ekko.train.server.coding import decode_answer, encode_request
@@ -16,7 +16,7 @@ from ekko.train.sockets import Sockets
 
 # Calls that need no answer look for those of pushes no more often than so.
 HEAR_S: Final = 0.01
-# A poll ends at the latest then, so that Ctrl-C is heard.
+# A poll ends at the latest then, so that Ctrl-C is heard, and that another thread closes this.
 POLL_S_MAX: Final = 1.0
 
 
@@ -34,6 +34,7 @@ class Exchange:
         self._asked = asked
         self._sockets = sockets
         self._heard_s = 0.0
+        self._closing = False
 
     def until(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
         """Carry messages until something holds.
@@ -45,6 +46,7 @@ class Exchange:
 
         Raises:
             NodeUnreachable: it did not come to hold.
+            PublishError: another thread closed this meanwhile.
             ConfigError: no server lets this worker in.
             EkkoError: it never will.
         """
@@ -55,6 +57,8 @@ class Exchange:
                 return
             if self._asked.failure is not None:
                 raise self._asked.failure
+            if self._closing:
+                raise PublishError("this client was closed while it waited")
             self._check_let_in()
             now = time.monotonic()
             if now >= deadline:
@@ -88,6 +92,10 @@ class Exchange:
             self._heard_s = time.monotonic()
             self._asked.tick(self._heard_s)
             self.transmit()
+
+    def closing(self) -> None:
+        """From any thread: who waits ends."""
+        self._closing = True
 
     def close(self) -> None:
         """Drop all connections and whatever is under way on them."""

@@ -1,5 +1,6 @@
 """Why no connection to a server comes about, as ZeroMQ tells of its handshakes."""
 
+import itertools
 from typing import Final, NamedTuple
 
 import zmq
@@ -13,6 +14,7 @@ _EVENTS: Final = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
+_NUMBERS: Final = itertools.count()  # an address is free again some time after it was closed
 
 
 class Refusal(NamedTuple):
@@ -35,7 +37,7 @@ class Handshake:
         self._watched = watched
         self._with_keys = with_keys
         self._last = 0
-        address = f"inproc://handshake-{id(self):x}"
+        address = f"inproc://handshake-{next(_NUMBERS)}"
         watched.monitor(address, _EVENTS)
         self._socket: zmq.Socket[bytes] = watched.context.socket(zmq.PAIR)
         self._socket.set(zmq.RCVHWM, _UNLIMITED)  # ZeroMQ's thread would wait for room

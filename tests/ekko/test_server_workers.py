@@ -1,6 +1,7 @@
 """Workers in step with each other, beyond the server's machine: whose key is known, who is late, and who was dropped."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,17 @@ def test_who_is_let_in_nowhere_is_told_why_and_need_not_wait(home: ServerCluster
     with pytest.raises(ConfigError, match=r"^key_file: .*cannot be read"):
         connected(home, 0, key="none")
     wait_until(lambda: home["train-1"].status()["server"]["strangers"], "the stranger to be counted", SOON_S)
+
+
+def test_who_waits_in_another_thread_ends_when_the_client_is_closed(home: ServerCluster) -> None:
+    client = connected(home, 0)
+    client.push({"item": (KEYS, ONES)})  # of a round that the other worker does not complete
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(client.flush)
+        wait_until(waiting.running, "the thread to wait", SOON_S)
+        client.close()
+        with pytest.raises(PublishError, match=r"this client (was closed while it waited|is closed)"):
+            waiting.result(SOON_S)
 
 
 def test_a_worker_that_is_late_is_seen_and_one_that_was_dropped_goes_on(home: ServerCluster) -> None:
