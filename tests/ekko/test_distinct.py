@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ekko.serve.reader import _partition_of
+from ekko.serve.following import partitions_of
 from ekko.store.kernels.distinct import distinct, grouped
 
 KEYS = st.lists(st.integers(0, 30) | st.integers(0, (1 << 64) - 1), max_size=200).map(lambda keys: np.array(keys, np.uint64))
@@ -21,7 +21,7 @@ def test_each_key_once_in_the_order_of_first_occurrence(keys: np.ndarray) -> Non
 @given(KEYS, st.lists(st.integers(0, 3), min_size=1, max_size=8), st.sampled_from([8, 64]))
 def test_keys_by_owner_keep_their_order(keys: np.ndarray, owners: list[int], shards: int) -> None:
     order, ends, touched = grouped(keys, shards, np.array(owners), 4)
-    partitions = _partition_of(keys, shards, len(owners))  # where readers say that they are
+    partitions = partitions_of(keys, shards, len(owners))  # where readers say that they are
     assert np.array_equal(touched, np.bincount(partitions, minlength=len(owners)))
     for owner in range(4):
         assert np.array_equal(order[ends[owner] : ends[owner + 1]], np.flatnonzero(np.array(owners)[partitions] == owner))

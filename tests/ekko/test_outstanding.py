@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ekko.errors import EkkoError, WorkerDropped
-from ekko.serve.reader import _partition_of
+from ekko.serve.following import partitions_of
 from ekko.train import requests
 from ekko.train.outstanding import Outstanding
 from ekko.train.server import wire as w
@@ -117,7 +117,7 @@ class Servers:
         raise AssertionError(request)
 
     def _pulled(self, pull: w.Pull) -> w.Answer:
-        touched = {one for keys in pull.tables.values() for one in _partition_of(keys, SHARDS, self.partitions).tolist()}
+        touched = {one for keys in pull.tables.values() for one in partitions_of(keys, SHARDS, self.partitions).tolist()}
         assert tuple(sorted(touched)) == pull.partitions, "partitions of all keys, and of no others"
         return w.Pulled({table: row_of(table, keys) for table, keys in pull.tables.items()}, pull.clock)
 
@@ -131,10 +131,10 @@ class Servers:
                 continue
             self.applied[partition].append(push.number)
             for table, (keys, values) in push.tables.items():
-                mine = _partition_of(keys, SHARDS, self.partitions) == partition
+                mine = partitions_of(keys, SHARDS, self.partitions) == partition
                 self.gradients[push.number, partition, table] = keys[mine].tolist(), values[mine].copy()
         for table, (keys, _) in push.tables.items():
-            assert set(_partition_of(keys, SHARDS, self.partitions).tolist()) <= set(push.partitions), table
+            assert set(partitions_of(keys, SHARDS, self.partitions).tolist()) <= set(push.partitions), table
         return w.Pushed(push.number, push.number << 12)
 
 
@@ -240,7 +240,7 @@ def test_each_push_counts_once_and_each_pull_brings_its_rows(kind: str, seed: in
         assert numbers == list(range(1, steps + 1)), partition
     for number, columns in enumerate(pushed, 1):
         for table, (keys, values) in columns.items():
-            partitions = _partition_of(keys, SHARDS, servers.partitions)
+            partitions = partitions_of(keys, SHARDS, servers.partitions)
             for partition in range(servers.partitions):
                 mine = partitions == partition
                 found = servers.gradients.get((number, partition, table), ([], np.empty((0, DIMS[table]))))
