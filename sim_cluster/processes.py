@@ -31,7 +31,7 @@ PORT_LAST: Final = 32_000
 PORT_TRIES_MAX: Final = 1_000
 
 READY_S_MAX: Final = 60.0  # a cold kernel cache and a busy machine included
-STOP_S_MAX: Final = 10.0
+STOP_S_MAX: Final = 30.0  # a busy machine included
 HTTP_S_MAX: Final = 5.0
 POLL_S: Final = 0.02
 LOG_TAIL_LINES: Final = 5

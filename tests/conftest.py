@@ -31,7 +31,7 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
     processes.PORT_LAST = processes.PORT_FIRST + share - 1  # type: ignore[misc]
 
 # A child that was told to end is given this long to be gone.
-CHILD_EXIT_S_MAX = 5.0
+CHILD_EXIT_S_MAX = 20.0
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

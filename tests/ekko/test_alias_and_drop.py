@@ -103,7 +103,7 @@ def test_a_generation_with_another_schema_takes_over_and_goes_back_under_load(pa
 
         switched = answer("alias", "ctr", NEW, at=server)
         assert (switched["model"], switched["before"], switched["silent"]) == (NEW, OLD, [])
-        assert switched["switches_ms"] > time.time() * 1000 - 10_000
+        assert switched["switches_ms"] > time.time() * 1000 - 60_000
         wait_until(lambda: stands_for(NEW), "the alias is switched everywhere", 30)
         assert "stands for model 'ctr-2'" in complaint("drop", NEW, at=trainer)
         assert "way back of alias 'ctr'" in complaint("drop", OLD, at=trainer)

@@ -18,6 +18,7 @@ from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSp
 
 pytestmark = pytest.mark.processes
 DELAY_S = 2.0
+PAUSE_S_MAX = 10.0  # so long a busy machine may keep a process waiting
 MODELS = {"ctr": ModelTables({"item": 4}, capacity_rows=1_000)}
 KEYS = np.arange(16, dtype=np.uint64)
 
@@ -61,11 +62,10 @@ def test_readers_of_a_baseline_see_what_was_published_a_while_ago_and_nothing_ne
                     seen, at = value(reader), time.time()
                     published = next(moment for moment, number in told if number == seen)
                     assert at - published >= DELAY_S, "it is newer than it should be"
-                    # A tenth of the delay, and how long this machine may keep a process waiting.
-                    assert at - published < DELAY_S + 3
+                    assert at - published < DELAY_S + PAUSE_S_MAX
                     staleness = reader.staleness_ms()
                     assert staleness is not None
-                    assert DELAY_S * 1000 <= staleness < DELAY_S * 1000 + 3_000
+                    assert DELAY_S * 1000 <= staleness < (DELAY_S + PAUSE_S_MAX) * 1000
                     time.sleep(0.01)
                 reader.lookup("item", KEYS, consistent=True)
         finally:
@@ -78,7 +78,7 @@ def test_readers_of_a_baseline_see_what_was_published_a_while_ago_and_nothing_ne
     assert older["until_ms"] <= time.time() * 1000 - DELAY_S * 1000
     assert status["delayed"]["losses"] == 0
     assert "ekko_delayed_until_seconds{" in base.metrics()
-    wait_until(lambda: base.status()["models"]["ctr"]["tables"]["item"]["reads"]["lookups"] > 100, "reads are counted", 10)
+    wait_until(lambda: base.status()["models"]["ctr"]["tables"]["item"]["reads"]["lookups"] > 100, "reads are counted", 30)
 
 
 def test_a_witness_that_is_killed_in_mid_write_goes_on_where_it_was(cluster: LocalCluster) -> None:

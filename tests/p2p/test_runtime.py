@@ -86,7 +86,7 @@ def run(main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
-async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "condition never held"
@@ -374,14 +374,16 @@ def test_flood_starves_neither_the_timer_nor_local_requests() -> None:
             script.deadline_ms = 0
             node.runtime.submit(SchemaChanged())
             tasks = [asyncio.create_task(flood()), asyncio.create_task(ask())]
-            stop = time.monotonic() + 0.5
-            await until(lambda: time.monotonic() > stop)
+            await until(
+                lambda: (
+                    sum(isinstance(event, MessageReceived) for event in script.events) > 50
+                    and script.events.count(TimerFired()) > 10
+                    and len(answered) > 10
+                )
+            )
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            assert sum(isinstance(event, MessageReceived) for event in script.events) > 50
-            assert script.events.count(TimerFired()) > 10
-            assert len(answered) > 10
 
     run(main())
 

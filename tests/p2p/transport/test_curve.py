@@ -91,7 +91,7 @@ def clustered(body: Callable[[Cluster], Coroutine[Any, Any, None]]) -> Callable[
     return test
 
 
-async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+async def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "condition never held"
