@@ -1,7 +1,7 @@
-"""A worker that trains the demo's DLRM through parameter servers, and the same training by torch alone.
+"""`python server_trainer.py JOB.json`: a worker that trains the demo's DLRM through parameter servers.
 
-`python server_trainer.py JOB.json`: a worker; `alone(job)`: torch in one process, on the same batches in the same order. Each
-batch is divided among the workers; their dense parameters are averaged by DDP, the rows by the servers.
+Each batch is divided among the workers; their dense parameters are averaged by DDP, the rows by the servers. What the same
+training by torch alone comes to is in `torch_alone.py`.
 """
 
 import json
@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ekko.torch
 from ekko.train import Client
-from ekko.train.optimizers import initializer_of, optimizer_of
 from ekko.zoo import DLRM
 from sim_cluster.demo.data import Events, generate
 from sim_cluster.demo.learning import DIM, Inputs, shape_of
@@ -138,87 +136,6 @@ def main() -> None:
 def _say(job: Job, step: int) -> None:
     job.path("acked.part").write_text(str(step))
     job.path("acked.part").rename(job.path("acked"))
-
-
-class Kernel:
-    """The servers' own optimizer, on the tables of one process: what is left to compare is all but its arithmetic."""
-
-    def __init__(self, weights: list[nn.Parameter], settings: Mapping[str, Any]) -> None:
-        self._optimizer = optimizer_of(dict(settings))
-        self._weights = weights
-        self._states = [self._optimizer.initial_state(weight.detach().numpy()) for weight in weights]
-
-    def zero_grad(self) -> None:
-        for weight in self._weights:
-            weight.grad = None
-
-    def step(self) -> None:
-        for weight, state in zip(self._weights, self._states, strict=True):
-            assert weight.grad is not None
-            self._optimizer.apply(weight.detach().numpy(), state, weight.grad.numpy())
-
-
-@dataclass
-class Trained:
-    """What torch alone comes to."""
-
-    tables: dict[str, np.ndarray]
-    dense: dict[str, Tensor]
-    losses: list[float]
-
-
-def alone(job: Job, *, by_worker: bool, optimizer: Mapping[str, Any]) -> Trained:
-    """The same training by torch in one process, with `nn.Embedding` as it comes: dense gradients, which add up in the order of
-    the batch. (Sparse ones are sorted first, and their sums differ in the last bit.)
-
-    Args:
-        job: what to train.
-        by_worker: gradients of each worker's part of a batch are taken one after the other, and added up; else those of the
-            whole batch at once.
-        optimizer: of the rows, as servers have it in their settings.
-    """
-    torch.set_num_threads(1)
-    model = dense_model()
-    initializer = initializer_of(INITIALIZER)
-    tables = {
-        name: nn.Embedding.from_pretrained(
-            torch.from_numpy(initializer.rows(name, np.arange(rows, dtype=np.uint64), DIM)), freeze=False
-        )
-        for name, rows in events().rows.items()
-    }
-    weights = [table.weight for table in tables.values()]
-    of_rows: torch.optim.Optimizer | Kernel = (
-        torch.optim.SGD(weights, lr=optimizer["lr"]) if optimizer["name"] == "sgd" else Kernel(weights, optimizer)
-    )
-    optimizers = [dense_optimizer(model), of_rows]
-    losses = []
-    for parts in zip(*(batches(job, worker) for worker in range(job.workers)), strict=True):
-        for one in optimizers:
-            one.zero_grad()
-        if not by_worker:
-            parts = [tuple(_joined(some) for some in zip(*parts, strict=True))]  # type: ignore[assignment]
-        sums: dict[str, Tensor] = {}
-        for dense, ids, labels in parts:
-            rows = torch.stack([tables[name](ids[name]) for name in ids], dim=1)
-            loss = functional.binary_cross_entropy_with_logits(model(dense, embeddings=rows), labels)
-            (loss / len(parts)).backward()
-            losses.append(float(loss.detach()))
-            for name, table in tables.items():
-                own, table.weight.grad = table.weight.grad, None
-                assert own is not None
-                sums[name] = own if name not in sums else sums[name] + own
-        for name, table in tables.items():
-            table.weight.grad = sums[name]
-        for one in optimizers:
-            one.step()
-    return Trained({name: table.weight.detach().numpy() for name, table in tables.items()}, dict(model.state_dict()), losses)
-
-
-def _joined(some: tuple[Tensor | dict[str, Tensor], ...]) -> Tensor | dict[str, Tensor]:
-    """The parts of all workers as one batch."""
-    if isinstance(some[0], Tensor):
-        return torch.cat(some)  # type: ignore[arg-type]
-    return {name: torch.cat([part[name] for part in some]) for name in some[0]}  # type: ignore[index, misc]
 
 
 if __name__ == "__main__":
