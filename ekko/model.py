@@ -35,6 +35,10 @@ SHARDS_DEFAULT = 64
 # Ends the name of what a parameter server keeps of a model beside what is served (`ekko.train.server`): only nodes whose
 # configuration says so hold any of it.
 TRAINING_SUFFIX: Final = ".training"
+# Of a training model: what an optimiser keeps of the rows of a table, how many steps that had, and which pushes count.
+STATE_SUFFIX: Final = ".state"
+STEPS_SUFFIX: Final = ".steps"
+MARKS_TABLE: Final = "_marks"
 SHARDS_MAX = 65_536
 DIM_MAX = 16_384
 TABLES_MAX = 4_096
@@ -95,6 +99,11 @@ def label_of(name: str, incarnation: int) -> str:
 def training_name(model: str) -> str:
     """The model in which a parameter server keeps what it trains of `model`."""
     return model + TRAINING_SUFFIX
+
+
+def served_name(model: str) -> str:
+    """The model that is served of what a parameter server keeps in `model`; any other model itself."""
+    return model.removesuffix(TRAINING_SUFFIX)
 
 
 def is_training(model: str) -> bool:

@@ -162,7 +162,7 @@ class Shell:
             return ()
         peers = machine.status(self.cluster.now_of(self.node)).peers
         own = self.name if self.folder is not None and held.holds_all else ""
-        return witnesses_among(peers, held.spec.id, own)
+        return witnesses_among(peers, held.spec, own)
 
 
 def attach(cluster: VirtualCluster, shells: Iterable[Shell], first: Callable[[], None] = lambda: None) -> None:

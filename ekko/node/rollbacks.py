@@ -18,7 +18,7 @@ from ekko.config.sections import HealthSection
 from ekko.errors import EkkoError, ModelError
 from ekko.generations import Generation
 from ekko.health.verdicts import Verdicts
-from ekko.model import DENSE_TABLE
+from ekko.model import DENSE_TABLE, served_name
 from ekko.rates import Rates
 from ekko.rollback.coordinator import Coordinator, CoordinatorOptions, witnesses_among
 from ekko.rollback.facts import PER_MILLE, Rollback, Rollbacks, Step
@@ -82,12 +82,14 @@ class NodeRollbacks:
                 self._ask,
                 self._tell,
                 self._verdict,
-                lambda model: store.facts.of(Verdicts).healthy_until(model, read_clock().unix_ms),
+                # What servers train is as healthy as what is served of it.
+                lambda model: store.facts.of(Verdicts).healthy_until(served_name(model), read_clock().unix_ms),
                 machine.fence_of,
                 self._caught_up,
                 self._estimate_ms,
                 lambda name, fields: log.warning(name, **fields),
                 round(health.probe_share * PER_MILLE),
+                lambda fact: store.facts.of(Rollbacks).beside(fact),
             )
         self.coordinator = Coordinator(
             CoordinatorOptions(config.node.id, past is not None, health.auto_rollback, health.auto_rollback_every_ms),
@@ -236,7 +238,7 @@ class NodeRollbacks:
     def _witnesses(self, model: Generation) -> tuple[str, ...]:
         held = self._store.models[model.name]
         own = self._config.node.id if self.coordinator.options.witness and held.holds_all else ""
-        return witnesses_among(self._machine.status(read_clock()).peers, held.spec.id, own)
+        return witnesses_among(self._machine.status(read_clock()).peers, held.spec, own)
 
     def _estimate_ms(self, payload_bytes: int) -> int:
         rates = self._store.facts.of(Rates).of_region(self._config.node.region, self._config.rates())

@@ -15,6 +15,7 @@ from ekko.errors import EkkoError
 from ekko.model import training_name
 from ekko.node.companion import Companion
 from ekko.operations import Operations
+from ekko.rollback.facts import Rollbacks
 from ekko.store import Store
 from p2p import messages as m
 from p2p.machine import Machine
@@ -69,8 +70,13 @@ class TrainingServer:
 
     async def _tell(self) -> None:
         told: dict[str, object] = {}
+        taken_back = {name: self._taken_back(name) for name in self._section.models}
         try:
             while True:
+                for name, before in taken_back.items():
+                    if (last := self._taken_back(name)) is not None and last != before and self._process.listens:
+                        self._process.say(taken_back=[name])
+                        taken_back[name] = last
                 lives: dict[str, object] = {name: self._lives(name) for name in self._section.models}
                 if lives != told and self._process.listens:
                     self._process.say(lives=lives)
@@ -110,6 +116,14 @@ class TrainingServer:
             }
             for life in self._machine.lives_of(held.spec.id, read_clock())
         ]
+
+    def _taken_back(self, name: str) -> tuple[int, ...] | None:
+        """Which rollbacks of a served model and of what is trained of it were the last; None: one goes on."""
+        known = self._store.facts.of(Rollbacks)
+        models = [model for one in (name, training_name(name)) if (model := self._store.generation(one)) is not None]
+        if any(known.running(model) is not None for model in models):
+            return None
+        return tuple(0 if (last := known.current(model)) is None else last.epoch for model in models)
 
     # --- what it says
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 
 from ekko.errors import EkkoError, ModelError
 from ekko.generations import Generation
-from ekko.model import ModelSpec
+from ekko.model import ModelSpec, served_name, training_name
 from ekko.rollback.facts import PER_MILLE, ROLLBACKS_MAX, Key, Rollback, Rollbacks, Step, check_free, fact_of, shortened
 from ekko.rollback.moments import HEALTHY, show_moment
 from ekko.rollback.performer import Performer, Reply, Surroundings
 from ekko.rollback.plan import read_plan
 from ekko.rollback.scope import WHOLE, Scope
+from ekko.rollback.trained import check_request, nobody_holds, scope_of
 from ekko.store import Store
 from p2p import messages as m
 from p2p.errors import RemoteProtocolError
@@ -97,7 +98,9 @@ class Coordinator:
             EkkoError: why it cannot be; nothing is changed.
         """
         generation = self._generation(model)
-        held = self.store.models[model].spec
+        held, training = self.store.models[model].spec, self._training_of(generation)
+        served = served_name(model)
+        check_request(model, served if served in self.store.models else model, scope, trained=training is not None)
         if unknown := [table for table in scope.tables if table not in held.tables and table != "_dense"]:
             known = ", ".join(map(repr, held.tables)) or "none"
             raise ModelError(f"model {model!r} has no table {unknown[0]!r}: it has {known}")
@@ -110,6 +113,8 @@ class Coordinator:
                 f"no witness is alive in this cluster that holds all of model {model!r}, so nobody knows how it was: run a "
                 f'node with role = "witness"{_holding_all(held)}; to go back now, load a snapshot (`ekko load`)'
             )
+        if training is not None and not self._able(generation):
+            raise nobody_holds(model, self.store.models[training.name].spec)
         if not dry and not force:
             check_free(self.facts(), generation)
         fact = self._fact(generation, to_ms, scope, now, dry=dry)
@@ -139,6 +144,15 @@ class Coordinator:
             known = ", ".join(map(repr, self.store.models)) or "none"
             raise ModelError(f"unknown model {model!r} at node {self.options.node!r}: known: {known}")
         return generation
+
+    def _training_of(self, model: Generation) -> Generation | None:
+        """What servers keep of a model; None: none train it."""
+        return self.store.generation(training_name(model.name))
+
+    def _able(self, model: Generation) -> tuple[str, ...]:
+        """The witnesses that could take a model back, with what servers keep of it."""
+        found, training = self.witnesses(model), self._training_of(model)
+        return found if training is None else tuple(sorted({*found} & {*self.witnesses(training)}))
 
     def _fact(
         self, model: Generation, to_ms: int, scope: Scope, now: m.Now, *, dry: bool = False, automatic: bool = False
@@ -285,7 +299,7 @@ class Coordinator:
 
     def _is_turn(self, fact: Rollback, now: m.Now) -> bool:
         """Whether this witness is to take it on now: nobody has it, or who has it is gone; and those before us did not."""
-        witnesses, key = self.witnesses(fact.model), (fact.key, fact.witness)
+        witnesses, key = self._able(fact.model), (fact.key, fact.witness)
         if fact.witness in witnesses or self.options.node not in witnesses:
             self._seen_ms.pop(key, None)
             return False
@@ -338,7 +352,7 @@ class Coordinator:
         if self.around.verdict(model.name, 0 if last is None else last.changed_ms) != "corrupted":
             self._corrupted_ms.pop(model, None)
             return
-        witnesses = self.witnesses(model)
+        witnesses = self._able(model)
         if self.options.node not in witnesses:
             return
         fact = self._fact(model, HEALTHY, WHOLE, now, automatic=True)
@@ -348,10 +362,35 @@ class Coordinator:
 
     def _perform(self, fact: Rollback, now: m.Now) -> None:
         assert self.around is not None
+        beside = self._beside(fact, now)
+        why = "" if beside is None else Performer(beside, self.around).hopeless()
         performer = self.make_performer(shortened(fact), self.around)
         self.performers[fact.model, fact.dry] = performer
         self.around.note("rollback_begins", {"model": fact.model.name, "epoch": f"{fact.epoch:016x}", "to_ms": fact.to_ms})
-        performer.begin(now)
+        performer.begin(now, why and f"what servers train of it cannot be taken back: {why}")
+        if beside is not None and not fact.dry and not performer.over and performer.step is not Step.LIFTING:
+            self._perform(beside, now)
+
+    def _beside(self, fact: Rollback, now: m.Now) -> Rollback | None:
+        """What is to be begun beside it, of what servers train; None: nothing, or it was begun before."""
+        training = self._training_of(fact.model)
+        if training is None or fact.step not in (Step.REQUESTED, Step.FENCING) or self.facts().beside(fact) is not None:
+            return None
+        scope = scope_of(fact.scope, self.store.models[training.name].spec)
+        if scope is None:
+            return None
+        return replace(
+            fact,
+            model=training,
+            epoch=self._next_epoch(training),
+            step=Step.FENCING,
+            scope=scope,
+            dry=False,
+            request=fact.request or fact.epoch,
+            at_risk=0,
+            changed_ms=now.unix_ms,
+            share=0,
+        )
 
     # --- what happens
 
@@ -397,7 +436,7 @@ def _holding_all(model: ModelSpec) -> str:
     return f" that holds all {model.partitions} partitions of it" if model.partitions > 1 else ""
 
 
-def witnesses_among(peers: Iterable[PeerStatus], family: int, own: str) -> tuple[str, ...]:
+def witnesses_among(peers: Iterable[PeerStatus], model: ModelSpec, own: str) -> tuple[str, ...]:
     """The living witnesses that hold all of a model, sorted; `own`: this node, if it is one of them, else empty.
 
     One that holds some partitions only cannot take a model back: the rows of a step over several of them would not fit together
@@ -405,7 +444,7 @@ def witnesses_among(peers: Iterable[PeerStatus], family: int, own: str) -> tuple
     """
     found = {own} if own else set[str]()
     for peer in peers:
-        whole = all(len(one.held) == one.partitions for one in peer.holds if one.family == family)
+        whole = model.partitions == 1 or any(len(one.held) == model.partitions for one in peer.holds if one.family == model.id)
         if peer.role == "witness" and peer.alive and whole:
             found.add(peer.node)
     return tuple(sorted(found))

@@ -19,7 +19,7 @@ import msgpack
 
 from ekko.errors import ModelError
 from ekko.generations import Generation
-from ekko.model import EXTRAS_SINCE, INCARNATION_MAX, check_name, label_of, model_id
+from ekko.model import EXTRAS_SINCE, INCARNATION_MAX, check_name, is_training, label_of, model_id, training_name
 from ekko.rollback.scope import WHOLE, Scope
 from p2p.errors import RemoteProtocolError
 from p2p.replica import SchemaEntry
@@ -158,7 +158,14 @@ class Rollbacks:
     def answering(self, request: int) -> Rollback | None:
         """What became of a request: the newest that carries it out, or it itself."""
         found = [fact for fact in self.known.values() if request in (fact.epoch, fact.request)]
-        return max(found, key=lambda fact: fact.epoch, default=None)
+        asked = [fact for fact in found if not is_training(fact.model.name)]  # of a trained model there are two
+        return max(asked or found, key=lambda fact: fact.epoch, default=None)
+
+    def beside(self, fact: Rollback) -> Rollback | None:
+        """That of the training model which belongs to one of the served model (`ekko.rollback.trained`): the newest."""
+        name, request = training_name(fact.model.name), fact.request or fact.epoch
+        found = [one for one in self.known.values() if one.model.name == name and one.request == request and not one.dry]
+        return max(found, key=lambda one: one.epoch, default=None)
 
     def shown(self, fact: Rollback) -> Rollback:
         """The same for people: who carried it out may have died before the end of it, when another one took its place."""

@@ -112,6 +112,13 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
+class NotTrained:
+    """All is restored, but what servers train of it could not be: they will serve theirs again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Lifted:
     """Writers may go on."""
 
@@ -153,6 +160,7 @@ Event = (
     | NotWritten
     | Everywhere
     | Judged
+    | NotTrained
     | Lifted
     | Impossible
     | Superseded
@@ -317,6 +325,10 @@ class Machine:
                 self._on_everywhere(lagging, silent, now_ms, unix_ms)
             case Judged(state):
                 self._on_judged(state, now_ms, unix_ms)
+            case NotTrained(reason):
+                if self.step is Step.LIFTING and not self._failing:
+                    self._failing = reason
+                    self._tell(unix_ms, now_ms, reason=reason)
             case Lifted():
                 self._on_lifted(now_ms, unix_ms)
             case Impossible(reason):

@@ -50,6 +50,7 @@ class Surroundings:
         caught_up: whether everything of a family is here that others are known to have.
         estimate_ms: how long so many bytes take to all others.
         note: for the log.
+        beside: the rollback of what servers train of the same model, which belongs to one; None: there is none.
         small_share: of the traffic, per mille, by which a model is judged before all of it comes back.
     """
 
@@ -65,6 +66,7 @@ class Surroundings:
     estimate_ms: Callable[[int], int]
     note: Callable[[str, dict[str, object]], None]
     small_share: int = r.SMALL_SHARE
+    beside: Callable[[Rollback], Rollback | None] = lambda _: None
 
 
 class Performer:
@@ -89,6 +91,11 @@ class Performer:
     def fact(self) -> Rollback:
         """How far it is."""
         return self._machine.fact
+
+    @property
+    def step(self) -> Step:
+        """The same, in a word."""
+        return self._machine.step
 
     @property
     def took_ms(self) -> dict[str, int]:
@@ -126,8 +133,8 @@ class Performer:
         fact = self.fact
         return None if self.over else (self._cut_found_ms or fact.cut_ms or fact.to_ms or None)
 
-    def begin(self, now: m.Now) -> None:
-        """Start, or go on with what a life before left."""
+    def begin(self, now: m.Now, why: str = "") -> None:
+        """Start, or go on with what a life before left; `why`: why it cannot be, if that is known."""
         fact = self.fact
         plan = None if fact.dry else read_plan(self._node.plans, fact.model)
         if plan is not None and plan.epoch != fact.epoch:
@@ -135,10 +142,14 @@ class Performer:
             plan = None
             self._node.plans.drop(fact.model)
         self._plan = plan
-        if plan is None and not fact.dry and fact.step is Step.FENCING and not self._is_fenced() and (why := self.hopeless()):
-            self._feed(r.Impossible(why), now)  # before anybody is stopped
-            return
+        if plan is None and not fact.dry and fact.step is Step.FENCING and not self._is_fenced():
+            why = why or self.hopeless()
+            if why:
+                self._feed(r.Impossible(why), now)  # before anybody is stopped
+                return
         self._feed(r.Begun(None if plan is None else plan.summary), now)
+        if fact.dry and why:
+            self._feed(r.Impossible(why), now)
 
     def hopeless(self) -> str:
         """Why there is no moment to go back to here; empty: there is one, as far as is known before the fence."""
@@ -269,7 +280,12 @@ class Performer:
             case r.AskVerdict():
                 return r.Judged(node.verdict(fact.model.name, fact.changed_ms))
             case r.Lift():
+                beside = node.beside(fact)
+                if beside is not None and not beside.over:
+                    return None  # the machine's timer comes back to it
                 self._ask(effect, lambda number: m.LiftRequested(number, self._family, fact.epoch))
+                if beside is not None and beside.step is Step.FAILED:
+                    return r.NotTrained(f"its rows are back, but servers serve theirs: {beside.model.name}: {beside.reason}")
             case r.End():
                 self._end()
             case _:

@@ -22,17 +22,21 @@ def table_settings(dim: int, optimizer: Mapping[str, Any], initializer: Mapping[
 
 
 class ServerNode(NodeProcess):
-    """A node that, where it trains, has a parameter server beside it."""
+    """A node that, where it trains, has a parameter server beside it; a witness holds what the servers train."""
 
     def __init__(self, spec: NodeSpec, folder: Path, ports: Sequence[int]) -> None:
         super().__init__(spec, folder, ports)
         self.server: dict[str, Any] = {}  # [server]
+        self.witnessed: dict[str, Any] = {}  # [models."ctr.training"]
 
     def write_config(self, *arguments: Any) -> None:
         super().write_config(*arguments)
         if self.server:
             with self.config_path.open("a") as config:
                 config.write("\n".join(_toml("server", self.server)) + "\n")
+        if self.witnessed:
+            with self.config_path.open("a") as config:
+                config.write("\n".join(_toml('models."ctr.training"', self.witnessed)) + "\n")
 
 
 def _toml(name: str, section: Mapping[str, Any]) -> list[str]:
@@ -53,10 +57,17 @@ class TrainingCluster(LocalCluster):
         nodes: the same.
         model: `[server.models.ctr]`.
         server: more of `[server]`.
+        witnessed: whether witnesses hold what servers train.
     """
 
     def __init__(
-        self, folder: Path, nodes: Sequence[NodeSpec], model: Mapping[str, Any], server: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        nodes: Sequence[NodeSpec],
+        model: Mapping[str, Any],
+        server: Mapping[str, Any] | None = None,
+        *,
+        witnessed: bool = True,
     ) -> None:
         self.model = model
         training = [spec.id for spec in nodes if spec.role == "train"]
@@ -66,6 +77,7 @@ class TrainingCluster(LocalCluster):
 
         def make(spec: NodeSpec, home: Path, ports: Sequence[int]) -> ServerNode:
             node = ServerNode(spec, home, ports)
+            node.witnessed = {"partitions": model["partitions"]} if spec.role == "witness" and witnessed else {}
             if spec.id in self.endpoints:
                 peers = {other: endpoint for other, endpoint in self.endpoints.items() if other != spec.id}
                 node.server = {"listen": self.endpoints[spec.id], **more, "peers": peers, "models": {"ctr": dict(model)}}

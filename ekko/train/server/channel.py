@@ -1,8 +1,8 @@
 """What a node and the server beside it say to each other, over the channel of a companion (`ekko.companions.channel`).
 
 To the server: first `begin`, who it is; then `lives` whenever they change, what the node knows of the nodes of other servers;
-and `caught_up`, answers. From the server: `state`, twice a second, for whoever looks at the node; `ask`, a question whether the
-others have all that the node has of a model; `error`, why it ends.
+`taken_back`, models of which a rollback is over; and `caught_up`, answers. From the server: `state`, twice a second, for
+whoever looks at the node; `ask`, a question whether the others have all that the node has of a model; `error`, why it ends.
 
 The node's end is `ekko.node.server`.
 """
@@ -58,11 +58,18 @@ class NodeChannel:
     Args:
         channel: to the node.
         on_lives: called on the event loop, with the lives for each model.
+        on_taken_back: the same, with the name of a served model that was taken back, and with it what is trained of it.
     """
 
-    def __init__(self, channel: Channel, on_lives: Callable[[Mapping[str, tuple[NodeLife, ...]]], None]) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        on_lives: Callable[[Mapping[str, tuple[NodeLife, ...]]], None],
+        on_taken_back: Callable[[str], None],
+    ) -> None:
         self._channel = channel
         self._on_lives = on_lives
+        self._on_taken_back = on_taken_back
         self._asked: dict[int, asyncio.Future[CaughtUp]] = {}
         self._numbers = 0
 
@@ -78,6 +85,9 @@ class NodeChannel:
         match said:
             case {"lives": dict(models)}:
                 self._on_lives({name: tuple(_life_of(one) for one in lives) for name, lives in models.items()})
+            case {"taken_back": list(models)}:
+                for name in models:
+                    self._on_taken_back(name)
             case {"caught_up": int(number), "lagging": lagging, "silent": silent, "refused": refused}:
                 asked = self._asked.pop(number, None)
                 if asked is not None and not asked.done():

@@ -46,7 +46,7 @@ class ServerProcess:
         self._endpoints = dict(sorted(endpoints.items()))
         self._keys = self._open_keys()
         self._endpoint = Endpoint(self._section.listen, self, self._keys)
-        self._channel = NodeChannel(channel, self._on_lives)
+        self._channel = NodeChannel(channel, self._on_lives, self._on_taken_back)
         self._shells: dict[str, ModelShell] = {}
         self._lives: dict[str, tuple[NodeLife, ...]] = {}
         self._told = asyncio.Event()  # what the node knows of the others
@@ -139,6 +139,11 @@ class ServerProcess:
                 NodeFailed(f"model {dropped[0]!r}, or {training_name(dropped[0])!r}, was dropped: it is trained no more")
             )
         self._hand_out_lives()
+
+    def _on_taken_back(self, model: str) -> None:
+        if (shell := self._shells.get(model)) is not None:  # else it begins only now, and compares what it finds
+            log.info("server_was_taken_back", model=model)
+            shell.on_taken_back()
 
     def _hand_out_lives(self) -> None:
         for name, shell in self._shells.items():

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ekko
+from ekko.model import MARKS_TABLE, STATE_SUFFIX, STEPS_SUFFIX
 from ekko.train.admission import Admission
 from ekko.train.optimizers import aggregate
 from ekko.train.server import kernels
@@ -24,9 +25,6 @@ from ekko.train.server.arithmetic import TableWork, Unit, place
 from ekko.train.server.events import Apply, Mark, Step
 from ekko.train.server.schema import (
     MARK_DIM,
-    MARKS_TABLE,
-    STATE_SUFFIX,
-    STEPS_SUFFIX,
     WORDS,
     TrainedModel,
     TrainedTable,

@@ -21,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ekko.config.sections import ServerModelSection, ServerTableSection
-from ekko.model import ModelSpec, TableSpec, training_name, ttl_seconds
+from ekko.model import MARKS_TABLE, STATE_SUFFIX, STEPS_SUFFIX, ModelSpec, TableSpec, training_name, ttl_seconds
 from ekko.store.kernels.index import shards_of
 from ekko.train.optimizers import Initializer, Optimizer, initializer_of, optimizer_of
 from ekko.train.server.wire import WORKERS_MAX, ModelSettings
@@ -30,9 +30,6 @@ U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
 F32 = NDArray[np.float32]
 
-MARKS_TABLE: Final = "_marks"
-STATE_SUFFIX: Final = ".state"
-STEPS_SUFFIX: Final = ".steps"
 WORDS: Final = 4  # float32 that hold a number of 64 bits
 MARK_DIM: Final = 2 * WORDS  # life, number
 # Changes when servers of different releases may not act for one model together.

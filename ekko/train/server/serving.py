@@ -116,6 +116,19 @@ class ServedRows:
         self.counts.out_of_range += int(np.count_nonzero(~good))
         return Changed(changed.keys[good], changed.rows[good], changed.significance[good])
 
+    def taken_back(self) -> None:
+        """Forget what is due: it was worked out from rows that a rollback has taken back since.
+
+        What is trained now is to be compared next (`reconcile`).
+
+        Raises:
+            EkkoError: the node does not say what was taken back.
+        """
+        with self._publishing:
+            self._publisher.restored()
+            with self._adding:
+                self._due.clear()
+
     # --- after a start
 
     def settle(self) -> None:

@@ -93,6 +93,11 @@ class ModelShell:
         if self._began:
             self.handle(e.ViewChanged(lives))
 
+    def on_taken_back(self) -> None:
+        """A rollback of the model, served and trained, is over."""
+        self._changed = {group: {} for group in self._changed}
+        self._begin(self._serve_again())
+
     async def begin(self) -> None:
         """Put right what the process before this one may have left half done; from then on the machine has its turn."""
         stamp = await self._jobs.repeated("take_back", self.rows.take_back)
@@ -306,6 +311,10 @@ class ModelShell:
             self.waiting_for[what] = (told.refused,) if told.refused else missing
             await asyncio.sleep(AGAIN_S)
         self.waiting_for.pop(what, None)
+
+    async def _serve_again(self) -> None:
+        await self._repeated("taken back", self.served.taken_back)
+        await self._reconcile(self._comparing)
 
     async def _reconcile(self, partitions: frozenset[int]) -> None:
         await self._jobs.repeated("reconcile", lambda: self.served.reconcile(lambda: partitions & self._comparing))

@@ -1,0 +1,156 @@
+"""Real nodes with parameter servers: a rollback of the served model takes back what the servers have, too."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import ekko
+from ekko.cli import app
+from ekko.errors import EkkoError
+from ekko.train import Client
+from sim_cluster.processes import NodeSpec, wait_until
+from tests.ekko.training_processes import TrainingCluster, table_settings
+
+pytestmark = pytest.mark.processes
+NODES = [
+    NodeSpec("home-1", "home", "train"),
+    NodeSpec("home-2", "home", "train"),
+    NodeSpec("eu-1", "eu"),
+    NodeSpec("wit-1", "eu", "witness", settings={"delay": "0s", "log_bytes": "64MB"}),
+]
+DIM = 4
+TABLES = {
+    "item": table_settings(DIM, {"name": "adagrad", "lr": 0.1}, {"name": "zeros"}),
+    "user": table_settings(DIM, {"name": "adam", "lr": 0.1}, {"name": "zeros"}),
+}
+MODEL = {"mode": "async", "partitions": 2, "tables": TABLES}
+KEYS = np.arange(64, dtype=np.uint64)
+BORN = KEYS + np.uint64(1_000)  # of bad pushes
+OTHERS = KEYS + np.uint64(2_000)  # that a worker trains on all the while
+PUSHES = 3
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingCluster]:
+    with TrainingCluster(tmp_path_factory.mktemp("rollback"), NODES, MODEL) as cluster:
+        cluster.start()
+        yield cluster
+
+
+def rollback(cluster: TrainingCluster, node: str, *arguments: str) -> dict[str, object]:
+    done = CliRunner().invoke(app, ["rollback", *arguments, "--http", cluster[node].http, "--json"])
+    if done.exception is not None:
+        raise done.exception
+    answer: dict[str, object] = json.loads(done.stdout)
+    return answer
+
+
+def push(client: Client, keys: np.ndarray, slope: float) -> None:
+    for _ in range(PUSHES):
+        client.push({table: (keys, np.full((len(keys), DIM), slope, np.float32)) for table in TABLES})
+    client.flush()
+
+
+def rows(cluster: TrainingCluster, node: str, model: str = "ctr", suffix: str = "") -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each table: the rows of `KEYS` and `BORN`, and which are there."""
+    with ekko.Reader(model, run_dir=cluster[node].run_dir, wait=10.0) as reader:
+        found = [reader.lookup(table + suffix, np.concatenate([KEYS, BORN]), stamps=True) for table in TABLES]
+    return [(values, stamps > 0) for values, stamps in found]
+
+
+def same(one: list[tuple[np.ndarray, np.ndarray]], other: list[tuple[np.ndarray, np.ndarray]]) -> bool:
+    return all(np.array_equal(a, b) for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True))
+
+
+class Going(threading.Thread):
+    """A worker that trains on until it is told to stop."""
+
+    def __init__(self, endpoints: list[str]) -> None:
+        super().__init__()
+        self.end = threading.Event()
+        self.clock = 0
+        self.failure: BaseException | None = None
+        self._endpoints = endpoints
+
+    def run(self) -> None:
+        try:
+            with Client(self._endpoints, "ctr", 1, timeout=60.0) as client:
+                while not self.end.is_set():
+                    client.push({table: (OTHERS, np.ones((len(OTHERS), DIM), np.float32)) for table in TABLES})
+                    client.flush()
+                    self.clock = client.clock
+        except BaseException as failure:  # noqa: BLE001 - the test says it
+            self.failure = failure
+
+
+def test_what_servers_learned_wrong_is_gone_everywhere_and_stays_gone(cluster: TrainingCluster) -> None:
+    endpoints = list(cluster.endpoints.values())
+    going = Going(endpoints)
+    with Client(endpoints, "ctr", 0, timeout=60.0) as client:
+        push(client, KEYS, 1.0)
+        going.start()
+        good, state = rows(cluster, "home-1"), rows(cluster, "home-1", "ctr.training", ".state")
+        assert all(there[: len(KEYS)].all() and not there[len(KEYS) :].any() for _, there in good)
+        time.sleep(0.5)
+        moment = datetime.now(UTC).isoformat()
+        time.sleep(0.5)
+        push(client, np.concatenate([KEYS, BORN]), -1_000.0)
+        assert not same(rows(cluster, "home-1"), good)
+
+        done = rollback(cluster, "eu-1", "ctr", "--to", moment, "--yes")
+        assert done["step"] == "done"
+        nodes = [node for node in cluster.nodes if node != "wit-1"]
+        for node in nodes:  # at once: writers go on only when both are back
+            assert same(rows(cluster, node), good), node
+        for node in cluster.endpoints:
+            assert same(rows(cluster, node, "ctr.training"), good), node
+            assert same(rows(cluster, node, "ctr.training", ".state"), state), node
+        assert np.array_equal(client.pull("item", KEYS), good[0][0][: len(KEYS)])
+
+        # Servers compare, and serve what they have: that is the same.
+        compared = "server_was_taken_back"
+        wait_until(
+            lambda: all(compared in cluster[node].log_path.read_text() for node in cluster.endpoints), "servers compared", 20
+        )
+        before = going.clock
+        wait_until(lambda: going.clock > before + 10 or going.failure is not None, "another worker goes on", 60)
+        going.end.set()
+        going.join()
+        assert going.failure is None
+        for node in nodes:
+            assert same(rows(cluster, node), good), node
+        # One more step of Adagrad, from the state that there was.
+        push(client, KEYS, 1.0)
+        for node in cluster.endpoints:
+            steps = sum(0.1 / np.sqrt(step) for step in range(1, 2 * PUSHES + 1))
+            np.testing.assert_allclose(rows(cluster, node)[0][0][: len(KEYS)], -steps, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ctr.training", "--to", "1m ago"], "is what servers keep of 'ctr': take 'ctr' back, and both are"),
+        (["ctr", "--to", "1m ago", "--writer", "home-1"], "is trained by servers.*leave --writer out"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(cluster: TrainingCluster, arguments: list[str], said: str) -> None:
+    with pytest.raises(EkkoError, match=said) as refused:
+        rollback(cluster, "eu-1", *arguments)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.long
+def test_without_a_witness_of_what_is_trained_it_is_refused(tmp_path: Path) -> None:
+    with TrainingCluster(tmp_path, [NODES[0], NODES[3]], MODEL, witnessed=False) as cluster:
+        cluster.start()
+        with pytest.raises(
+            EkkoError, match=r"no witness that is alive holds all of 'ctr\.training'.*partitions = 2 into the file"
+        ):
+            rollback(cluster, "wit-1", "ctr", "--to", "1m ago", "--dry-run")
