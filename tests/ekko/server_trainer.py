@@ -4,6 +4,7 @@ Each batch is divided among the workers; their dense parameters are averaged by 
 training by torch alone comes to is in `torch_alone.py`.
 """
 
+import functools
 import json
 import os
 import sys
@@ -22,13 +23,17 @@ from torch.nn.parallel import DistributedDataParallel
 import ekko.torch
 from ekko.train import Client
 from ekko.zoo import DLRM
-from sim_cluster.demo.data import Events, generate
+from sim_cluster.demo.data import Events, generate, load
 from sim_cluster.demo.learning import DIM, Inputs, shape_of
 
 EVENTS = 4_000
 SEED = 5
+NUMBER = torch.zeros(1, dtype=torch.int64)  # the counter's only key
 INITIALIZER = {"name": "normal", "std": DIM**-0.5 / 4, "seed": SEED}
 DENSE_RATE = 0.02
+# A table of one number, which each push makes larger by one: a pull tells how many pushes are in the rows that came with it.
+COUNTER = "pushes"
+COUNTED = {"dim": 1, "optimizer": {"name": "sgd", "lr": 1.0}, "initializer": {"name": "zeros"}}
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,9 @@ class Job:
     rendezvous: str = ""  # for DDP; empty: this worker's dense parameters are its own
     resume: bool = False
     timeout: float = 60.0
+    stream: str = "generated"  # or "movielens": the demo's data
+    seed: int = SEED  # of the first dense parameters
+    outstanding: int = 4  # pushes under way
 
     def save(self) -> Path:
         path = Path(self.folder) / f"job-{self.worker}.json"
@@ -57,13 +65,14 @@ class Job:
         return Path(self.folder) / f"{self.worker}-{name}"
 
 
-def events() -> Events:
-    return generate(SEED, "for a test", EVENTS)
+@functools.cache
+def events(stream: str = "generated") -> Events:
+    return load() if stream == "movielens" else generate(SEED, "for a test", EVENTS)
 
 
 def batches(job: Job, worker: int, first: int = 0) -> Iterator[tuple[Tensor, dict[str, Tensor], Tensor]]:
     """This worker's part of each batch, from batch `first` on."""
-    inputs = Inputs(events())
+    inputs = Inputs(events(job.stream))
     share = job.batch // job.workers
     for step in range(first, job.steps):
         begin = step * job.batch % job.span + worker * share
@@ -71,22 +80,25 @@ def batches(job: Job, worker: int, first: int = 0) -> Iterator[tuple[Tensor, dic
         yield inputs.dense[some], {name: ids[some] for name, ids in inputs.ids.items()}, inputs.labels[some]
 
 
-def dense_model() -> DLRM:
-    torch.manual_seed(SEED)
-    return DLRM(shape_of(events()), with_tables=False)
+def dense_model(job: Job) -> DLRM:
+    torch.manual_seed(job.seed)
+    return DLRM(shape_of(events(job.stream)), with_tables=False)
 
 
 def dense_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adagrad(model.parameters(), lr=DENSE_RATE)
 
 
+Bags = Mapping[str, ekko.torch.PSEmbeddingBag]
+
+
 class Served(nn.Module):
     """A DLRM whose rows are on the servers."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, dlrm: DLRM) -> None:
         super().__init__()
         self.bags = {name: ekko.torch.PSEmbeddingBag(client, name, mode=None) for name in client.tables}
-        self.dlrm = dense_model()
+        self.dlrm = dlrm
 
     def forward(self, dense: Tensor, ids: Mapping[str, Tensor]) -> Tensor:
         rows = torch.stack([self.bags[name](ids[name]) for name in ids], dim=1)
@@ -99,8 +111,8 @@ def main() -> None:
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     if job.rendezvous:
         torch.distributed.init_process_group("gloo", job.rendezvous, rank=job.worker, world_size=job.workers)
-    with Client(job.endpoints, "ctr", job.worker, average=True, timeout=job.timeout) as client:
-        served = Served(client)
+    with Client(job.endpoints, "ctr", job.worker, average=True, timeout=job.timeout, outstanding=job.outstanding) as client:
+        served = Served(client, dense_model(job))
         model = DistributedDataParallel(served) if job.rendezvous else served
         optimizer = dense_optimizer(served.dlrm)
         if job.resume and job.path("dense.pt").exists():
@@ -109,14 +121,18 @@ def main() -> None:
         job.path("first").write_text(str(first))
         source = batches(job, job.worker, first)
         if job.prefetch:
-            source = ekko.torch.prefetched(source, lambda batch: {served.bags[name]: ids for name, ids in batch[1].items()})
-        losses = []
+            source = ekko.torch.prefetched(source, lambda batch: _wanted(served.bags, batch[1]))
+        losses, logits, counts = [], [], []
         for step, (dense, ids, labels) in enumerate(source, first + 1):
             optimizer.zero_grad()
-            loss = functional.binary_cross_entropy_with_logits(model(dense, ids), labels)
-            loss.backward()
+            count = served.bags[COUNTER](NUMBER) if COUNTER in served.bags else torch.zeros(1)
+            answers = model(dense, ids)
+            loss = functional.binary_cross_entropy_with_logits(answers, labels)
+            (loss - count.sum()).backward()
             optimizer.step()
             client.step()
+            logits.append(answers.detach().numpy())
+            counts.append(float(count.sum()))
             losses.append(float(loss.detach()))
             if job.pace_s:
                 client.flush()
@@ -127,10 +143,16 @@ def main() -> None:
         client.flush()
         torch.save(served.dlrm.state_dict(), job.path("dense.pt"))
         np.save(job.path("losses.npy"), np.array(losses))
+        np.savez(job.path("seen.npz"), logits=np.array(logits), counts=np.array(counts))
         _say(job, job.steps)
         job.path("retries").write_text(str(client.retries))
     if job.rendezvous:
         torch.distributed.destroy_process_group()
+
+
+def _wanted(bags: Bags, ids: Mapping[str, Tensor]) -> dict[ekko.torch.PSEmbeddingBag, Tensor]:
+    wanted = {bags[name]: some for name, some in ids.items()}
+    return {**wanted, bags[COUNTER]: NUMBER} if COUNTER in bags else wanted
 
 
 def _say(job: Job, step: int) -> None:

@@ -1,8 +1,8 @@
 """Training through parameter servers is the training that torch does alone: same seed, same batches, same order, same bits.
 
-What is compared with are torch's own modules and optimizers, taken as they come but for one thing: optimizers of rows have roots
-that are rounded as IEEE 754 says (`torch_alone.ExactRoots`), as the servers' are. That torch's own are not, and nothing else, is
-why there is a difference at all, and `test_with_roots_as_torch_has_them_the_difference_is_rounding` says how large it gets.
+The reference is torch's own modules and optimizers, taken as they come but for one thing: optimizers of rows have roots that
+are rounded as IEEE 754 says (`torch_alone.ExactRoots`), as the servers' are. That torch's own are not is the only reason for a
+difference; `test_with_roots_as_torch_has_them_the_difference_is_rounding` says how large it gets.
 """
 
 from collections.abc import Mapping

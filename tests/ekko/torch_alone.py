@@ -20,8 +20,8 @@ Settings = Mapping[str, Any]
 class ExactRoots(TorchDispatchMode):
     """Within it torch's roots are what IEEE 754 wants: those of float64, rounded once to float32.
 
-    torch takes roots of float32 from MKL's vector library, on any processor and whatever ATEN_CPU_CAPABILITY says. It promises an
-    error below one unit of the last place, and not the nearest value: 0.7 % of roots are not. Everything else is torch's own.
+    torch takes roots of float32 from MKL's vector library, whatever ATEN_CPU_CAPABILITY says. It promises an error below one
+    unit of the last place, and not the nearest value: 0.7 % of roots are another one. Everything else is torch's own.
     """
 
     roots = 0
@@ -45,8 +45,8 @@ class Trained:
 class Rows:
     """A table of one process, and torch's optimizer of it, which moves the rows that a batch has.
 
-    `SGD` takes a gradient of the whole table; `Adagrad` and `SparseAdam` one of the rows of the batch; for momentum, which torch has
-    for whole parameters only, each row is a parameter.
+    `SGD` takes a gradient of the whole table; `Adagrad` and `SparseAdam` one of the rows of the batch; for momentum, which
+    torch has for whole parameters only, each row is a parameter.
     """
 
     def __init__(self, name: str, count: int, settings: Settings) -> None:
@@ -90,7 +90,7 @@ def alone(job: Job, *, by_worker: bool, optimizers: Mapping[str, Settings], exac
         exact_roots: optimizers of rows take `ExactRoots`. Dense parameters' never do: the workers' do not.
     """
     torch.set_num_threads(1)
-    model = dense_model()
+    model = dense_model(job)
     tables = {name: Rows(name, count, optimizers[name]) for name, count in events().rows.items()}
     of_dense = dense_optimizer(model)
     losses = []
