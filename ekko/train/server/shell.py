@@ -96,7 +96,7 @@ class ModelShell:
     def on_taken_back(self) -> None:
         """A rollback of the model, served and trained, is over."""
         self._changed = {group: {} for group in self._changed}
-        self._begin(self._serve_again())
+        self._jobs.begin(self._serve_again())
 
     async def begin(self) -> None:
         """Put right what the process before this one may have left half done; from then on the machine has its turn."""
@@ -313,7 +313,7 @@ class ModelShell:
         self.waiting_for.pop(what, None)
 
     async def _serve_again(self) -> None:
-        await self._repeated("taken back", self.served.taken_back)
+        await self._jobs.repeated("taken back", self.served.taken_back)
         await self._reconcile(self._comparing)
 
     async def _reconcile(self, partitions: frozenset[int]) -> None:
