@@ -30,6 +30,9 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
     processes.PORT_FIRST += int(worker) % WORKERS_MAX * share  # type: ignore[misc]
     processes.PORT_LAST = processes.PORT_FIRST + share - 1  # type: ignore[misc]
 
+# In this share of a worker's tests, from its first one on, are all that start processes.
+EARLY = 0.85
+
 # A child that was told to end is given this long to be gone.
 CHILD_EXIT_S_MAX = 20.0
 
@@ -41,13 +44,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Workers side by side get files that start processes, which wait a lot, evenly among those that only compute."""
+    """Workers side by side get files that start processes, which wait a lot, evenly among those that only compute.
+
+    Nearly evenly: each worker begins with as many tests as the others, and takes some of another's when it has none left. What
+    comes last of its own are tests that compute, which are short: the end is not one worker's longest test.
+    """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     files = [list(tests) for _, tests in groupby(items, key=lambda item: item.path)]
     waiting = [tests for tests in files if any(item.get_closest_marker("processes") for item in tests)]
     computing = [tests for tests in files if tests not in waiting]
-    places = [(number + 0.5) / len(waiting) for number in range(len(waiting))]  # by share of the tests that compute
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    evenly = [divmod((number + 0.5) / len(waiting) * workers, 1.0) for number in range(len(waiting))]
+    places = [(worker + EARLY * place) / workers for worker, place in evenly]  # by share of the tests that compute
     count, mixed = sum(map(len, computing)), list[pytest.Item]()
     done = 0
     for tests in computing:

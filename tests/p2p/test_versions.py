@@ -25,9 +25,10 @@ from tests.p2p.chaos import CALM, FAULTS, REGIONS, at_rest
 from tests.p2p.golden import v1
 from tests.p2p.test_machine import synced
 from tests.p2p.test_wire import plain
+from tests.seeds import seeds
 
 GOLDEN: dict[str, list[str]] = json.loads((Path(__file__).parent / "golden" / "v1.json").read_text())
-SEEDS = range(4)
+SEEDS = seeds(2, 4)
 
 
 def frames_of(name: str) -> list[bytes]:

@@ -26,11 +26,12 @@ from tests.p2p.writer_chaos import (
     training_nodes_without_disks_are_deployed_again_and_again,
     writes,
 )
+from tests.seeds import seeds
 
 SEEDS = 6
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", seeds(1, 2))
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
 def test_scenario(scenario: Scenario, seed: int) -> None:
     scenario(seed)
