@@ -1,7 +1,7 @@
 """What a model's server has done, and whom it waits for, in figures for operators."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Set
 from typing import Final
 
@@ -22,6 +22,7 @@ class Figures:
         self._model = model
         self._asks: dict[int, tuple[int, int]] = {}  # pushes that wait for an answer: worker, number
         self._since: dict[tuple[int, int], float] = {}  # when each of them came first
+        self._times: Counter[tuple[int, int]] = Counter()  # how often it waits: it is asked again before it is answered
         self._latencies: deque[float] = deque(maxlen=LATENCIES_MAX)  # of pushes, seconds
         self._late: dict[int, float] = {}  # workers that others wait for -> since when
         self._told: set[int] = set()  # of these, those that were logged
@@ -31,15 +32,17 @@ class Figures:
         """A push was taken to the machine, maybe once more."""
         self.pushes += 1
         self._asks[ask] = one = push.worker, push.number
+        self._times[one] += 1
         self._since.setdefault(one, time.monotonic())
 
     def answered(self, ask: int, answer: w.Answer) -> None:
         """A request has its answer."""
-        one = self._asks.pop(ask, None)
-        if one is not None and one not in self._asks.values():
-            since = self._since.pop(one)
+        if (one := self._asks.pop(ask, None)) is not None:
+            self._times[one] -= 1
             if isinstance(answer, w.Pushed):
-                self._latencies.append(time.monotonic() - since)
+                self._latencies.append(time.monotonic() - self._since[one])
+            if not self._times[one]:
+                del self._times[one], self._since[one]
         self.busy += isinstance(answer, w.Failed) and answer.kind == w.BUSY
 
     def waits_for(self, late: Set[int], now_s: float) -> dict[int, float]:
