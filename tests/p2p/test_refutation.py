@@ -125,7 +125,11 @@ def heals(name: str, victim: str = "t1") -> None:
     assert check_converged(cluster) == ""
 
 
-@pytest.mark.parametrize("name", LIES)
+# Records that say something else in one field are taken, and refuted, alike: one of them always runs.
+ALIKE = {"it is deaf", "it holds another part", "it listens elsewhere", "it has left, later"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long if name in ALIKE else ()) for name in LIES])
 def test_a_lie_does_not_last(name: str) -> None:
     heals(name)
 
