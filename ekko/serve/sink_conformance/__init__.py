@@ -6,12 +6,13 @@
 
 A `Subject` says how to get at the store. Each case is given one of its own, empty, and raises AssertionError, which says what
 the sink did wrong. Some bring a node's store with them, in shared memory, so that the feed is the real one; where the foreign
-store outlives a process (`Subject.durable`), feeds are killed with batches under way, in forks of the process that tests.
+store outlives a process (`Subject.durable`), sinks and feeds are killed with batches under way, in forks of the process that
+tests.
 """
 
 from typing import Final
 
-from ekko.serve.sink_conformance import batches, feeds
+from ekko.serve.sink_conformance import batches, feeds, kills
 from ekko.serve.sink_conformance.subject import Case, Subject
 
 __all__ = ["CASES", "Case", "Subject"]
@@ -33,5 +34,7 @@ CASES: Final[tuple[Case, ...]] = (
     feeds.what_went_while_nobody_looked_is_found,
     feeds.a_node_that_begins_anew_is_followed,
     feeds.tables_that_come_later_are_fed,
-    feeds.feeds_are_killed_in_mid_batch,
+    kills.what_was_committed_outlives_a_kill,
+    kills.a_batch_that_was_cut_short_comes_again,
+    kills.feeds_are_killed_in_mid_batch,
 )

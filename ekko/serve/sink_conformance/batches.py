@@ -167,23 +167,25 @@ def a_feed_that_was_replaced_writes_no_more(subject: Subject) -> None:
 
 
 def any_order_ends_the_same(subject: Subject) -> None:
-    """Random histories with repeats and restarts, against what the rules say."""
+    """Random histories with repeats and restarts, of rows, deletions and what is forgotten, against what the rules say."""
     rng = np.random.default_rng(5)
     sink = opened(subject)
     versions: dict[int, int | None] = {}  # key -> its moment, None once it was deleted
     newest: dict[int, int] = {}
-    past: list[Batch] = []
+    past: list[tuple[str, int, Batch]] = []
     for at in range(1, 120):
         keys = rng.choice(subject.keys, rng.integers(1, 24), replace=False)
         when = int(rng.integers(max(1, at - 10), at + 1))  # some come late
-        delete = rng.random() < 0.2
-        past.append(gone(subject, keys, when) if delete else put(subject, keys, when))
-        sink.apply(past[-1])
-        for key in keys.tolist():
-            if when > newest.get(key, 0):
-                newest[key], versions[key] = when, None if delete else when
-        if rng.random() < 0.3:
-            sink.apply(past[int(rng.integers(len(past)))])
+        kind = rng.choice(["put", "delete", "forget"], p=[0.65, 0.2, 0.15])
+        batch = put(subject, keys, when) if kind == "put" else gone(subject, keys, when, forget=kind == "forget")
+        past.append((kind, when, batch))
+        for what, moment, one in [past[-1], *([past[int(rng.integers(len(past)))]] if rng.random() < 0.3 else [])]:
+            sink.apply(one)
+            for key in np.concatenate((one.keys, one.deleted.keys, one.forgotten.keys)).tolist():
+                if what == "forget" and moment >= newest.get(key, 0):
+                    newest[key], versions[key] = 0, None
+                elif what != "forget" and moment > newest.get(key, 0):
+                    newest[key], versions[key] = moment, moment if what == "put" else None
         if subject.durable and rng.random() < 0.05:
             sink.close()
             sink = opened(subject)

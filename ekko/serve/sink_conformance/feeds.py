@@ -1,14 +1,9 @@
-"""A real feed beside a node's store, restarts, kills, a ring that goes round, a store that begins anew."""
+"""A real feed beside a node's store, restarts, a ring that goes round, a store that begins anew."""
 
-import os
-import signal
 import tempfile
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Final, Self
 
@@ -16,7 +11,6 @@ import numpy as np
 
 from ekko.codec import encode
 from ekko.model import ModelSpec, TableSpec, table_id
-from ekko.serve import session
 from ekko.serve.feeding import Feed
 from ekko.serve.sink import Sink
 from ekko.serve.sink_conformance.subject import BASE_MS, MODEL, U64, Subject, held, stamp, values
@@ -26,9 +20,6 @@ from p2p.replica import RowColumns
 from p2p.stamps import writer_of
 
 TURNS_MAX: Final = 10_000  # of a feed until it has nothing to do
-KILLS: Final = 9
-WITHIN_S_MAX: Final = 0.002
-KILLED_S_MAX: Final = 10.0
 RING_ENTRIES: Final = 1 << layout.CHANGES_LOG2
 
 
@@ -264,60 +255,3 @@ def tables_that_come_later_are_fed(subject: Subject) -> None:
         assert not held(sink, later[0]), "rows of a table that was dropped are there"
         node.check(sink, "a table was dropped")
         sink.close()
-
-
-def feeds_are_killed_in_mid_batch(subject: Subject) -> None:
-    """Processes of their own, by SIGKILL, before, after and within batches, while the node is written; the last one is left."""
-    if not subject.durable:
-        return
-    rng = np.random.default_rng(3)
-    with node_of(subject) as node:
-        node.put(subject.keys)
-        for number in range(KILLS):
-            child = _feed_in_child(subject, node.run_dir, calls=int(rng.integers(2, 14)), moment=number % 3)
-            deadline = time.monotonic() + KILLED_S_MAX
-            while os.waitpid(child, os.WNOHANG)[0] == 0:
-                keys = rng.choice(subject.keys, 30, replace=False)
-                (node.put if rng.random() < 0.8 else node.delete)(keys)
-                if time.monotonic() > deadline:
-                    os.kill(child, signal.SIGKILL)
-        sink = subject.sink()
-        caught_up(Feed(node.run_dir, MODEL, sink))
-        node.check(sink, f"{KILLS} feeds were killed")
-        sink.close()
-
-
-def _feed_in_child(subject: Subject, run_dir: Path, calls: int, moment: int) -> int:
-    """Pid of a process that feeds, and is killed at so many calls of its sink: before it, within it, or after it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a fork where there are threads: the child leaves them alone
-        child = os.fork()
-    if child == 0:
-        session.COMMIT_S = 0.0  # type: ignore[misc]  # a cursor after each part, so that what is kept too early shows
-        try:
-            sink = subject.sink()
-            counter = count(1)
-            for name in ("apply", "commit"):
-                setattr(sink, name, _deadly(getattr(sink, name), counter, calls, moment))
-            Feed(run_dir, MODEL, sink).run()
-        finally:
-            os._exit(1)
-    return child
-
-
-def _deadly(call: Callable[..., None], counter: Iterator[int], calls: int, moment: int) -> Callable[..., None]:
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def called(*arguments: object) -> None:
-        if next(counter) < calls:
-            call(*arguments)
-            return
-        if moment == 1:  # a call takes about as long
-            threading.Timer(float(np.random.default_rng(os.getpid()).uniform(0, WITHIN_S_MAX)), die).start()
-        if moment:
-            call(*arguments)
-        if moment != 1:
-            die()
-
-    return called

@@ -20,7 +20,7 @@ from benchmarks.baselines import servers
 from ekko.errors import ConfigError, ModelError, SinkError, SinkTakenError
 from ekko.serve import sink_conformance
 from ekko.serve.sink import Batch, Removed, Sink
-from ekko.serve.sink_conformance import Case, Subject, batches, feeds
+from ekko.serve.sink_conformance import Case, Subject, batches, kills
 from ekko.serve.sink_conformance.subject import F32, U64, gone, opened
 from ekko.sinks import EmbeddingSink, FbgemmSink, RedisRows, RedisSink
 from p2p.stamps import make_stamp
@@ -155,15 +155,8 @@ def test_a_cursor_that_is_ahead_of_rows_is_noticed_by_kills(redis_url: str) -> N
         def sink(self) -> Sink:
             return Hasty(redis_url, prefix=self._prefix)
 
-    # Feeds are killed at calls, and rows are behind at some of these only: once in several suites is enough.
-    for number in range(5):
-        try:
-            feeds.feeds_are_killed_in_mid_batch(HastySubject(redis_url, f"hasty{number}"))
-        except AssertionError as error:
-            if "feeds were killed" not in str(error):
-                raise
-            return
-    pytest.fail("a cursor that is ahead of its rows was not noticed")
+    with pytest.raises(AssertionError, match="killed after a commit"):
+        kills.what_was_committed_outlives_a_kill(HastySubject(redis_url, "hasty"))
 
 
 @pytest.mark.processes
