@@ -90,7 +90,9 @@ class StateMode:
         self._numbers += 1
         backlog = Backlog(keyspace, link, pairs, self._numbers, core.now_ms)
         backlog.asked_ms = core.now_ms
-        backlog.waves = core.now_ms - self._left.pop((link.boot, number), core.now_ms - WAVES_MS) < WAVES_MS
+        left_ms = self._left.pop((link.boot, number), core.now_ms - WAVES_MS)
+        # Without a rate it was not the load, as a rule: the other end stood still, or something was lost.
+        backlog.waves = link.bucket is not None and core.now_ms - left_ms < WAVES_MS
         self._of.setdefault(link.boot, {})[number] = backlog
         keyspace.backlogs[link.boot] = backlog
         link.in_state_mode = True
@@ -213,11 +215,12 @@ class StateMode:
             self._turns += 1
             chosen.served = self._turns
             self._send(chosen)
-        for backlog in list(backlogs.values()):
-            if backlog.due.rows > ROWS_MAX:
-                self._give_up(backlog, f"more than {ROWS_MAX} rows are due")
-            else:
-                self._look_after(backlog)
+        for backlog in [one for one in backlogs.values() if one.due.rows > ROWS_MAX]:
+            self._give_up(backlog, f"more than {ROWS_MAX} rows are due")
+        # All together: a keyspace for which it were left alone would be back with its next batch.
+        over = [self._look_after(backlog) for backlog in backlogs.values()]
+        for backlog in list(backlogs.values()) if all(over) else ():
+            self._end(backlog)
 
     def _is_ready(self, backlog: Backlog) -> bool:
         if not backlog.request:  # it is asked for its vector: what matters goes ahead, and claims nothing
@@ -303,24 +306,26 @@ class StateMode:
 
     # --- leaving
 
-    def _look_after(self, backlog: Backlog) -> None:
-        """Batches pass through again when nothing has been due for a while, and all that was before is acknowledged (R16)."""
+    def _look_after(self, backlog: Backlog) -> bool:
+        """Whether batches may pass through again: nothing has been due for a while, all before is acknowledged (R16)."""
         now_ms, link = self._core.now_ms, backlog.link
         if not backlog.request or backlog.due.rows:
             backlog.calm_ms = None
-            return
+            return False
         if backlog.calm_ms is not None and now_ms - backlog.calm_ms >= _calm_ms(backlog) and self._is_nearly_full(backlog):
             backlog.calm_ms = None
         if backlog.calm_ms is None:
             backlog.calm_ms, backlog.calm_sequence = now_ms, link.sequence_out
             backlog.calm_bytes = self._wanted_bytes(link)
         if now_ms - backlog.calm_ms < _calm_ms(backlog):
-            return
+            return False
         if link.sequence_acknowledged < backlog.calm_sequence or not link.has_credit():
-            return
-        feeds = backlog.keyspace.feeds.values()
-        if any(feed.until_ms > now_ms and feed.pairs.overlap(backlog.pairs) for feed in feeds):
-            return  # no batches come that we could send on
+            return False
+        feeds = backlog.keyspace.feeds.values()  # while there are some, no batches come that we could send on
+        return not any(feed.until_ms > now_ms and feed.pairs.overlap(backlog.pairs) for feed in feeds)
+
+    def _end(self, backlog: Backlog) -> None:
+        """Batches pass through again, behind a last claim."""
         if not self._is_parent(backlog):
             self._again(backlog, "the view gives a pair another parent")
             return
@@ -331,24 +336,23 @@ class StateMode:
             backlog.begin_cycle()
         self._emit(backlog, (), claims=True, ends=True)
         self._forget(backlog)
-        self._left[link.boot, backlog.keyspace.replica.keyspace] = now_ms
+        self._left[backlog.link.boot, backlog.keyspace.replica.keyspace] = self._core.now_ms
         self._core.counters.backlogs_ended += 1
-        self._core.note("state_mode_ended", peer=link.node, keyspace=backlog.keyspace.replica.keyspace)
+        self._core.note("state_mode_ended", peer=backlog.link.node, keyspace=backlog.keyspace.replica.keyspace)
 
     def _is_nearly_full(self, backlog: Backlog) -> bool:
-        """Whether batches would have used up the budget since the backlog was empty: rows that were not sent as often count."""
-        bucket, calm_ms = backlog.link.bucket, backlog.calm_ms
-        if bucket is None or calm_ms is None:
+        """Whether batches would have used up the rate since the backlog was empty: rows that were not sent as often count."""
+        rate, calm_ms = backlog.link.rate, backlog.calm_ms
+        if rate is None or calm_ms is None:
             return False
         passed_ms = self._core.now_ms - calm_ms
-        return self._wanted_bytes(backlog.link) - backlog.calm_bytes > CALM_SHARE * bucket.rate * passed_ms
+        return self._wanted_bytes(backlog.link) - backlog.calm_bytes > CALM_SHARE * rate * passed_ms
 
     def _wanted_bytes(self, link: Link) -> int:
-        """What was charged to the link's budget so far, and what coalescing spared it; 0 without a budget."""
-        if link.bucket is None:
-            return 0
+        """What was charged to the link's budget so far, or was sent where it has none, and what coalescing spared it."""
         saved = sum(one.bytes_saved for one in self.of_link(link).values())
-        return link.bucket.used + saved + link.traffic.bytes_saved
+        used = link.traffic.bytes_out if link.bucket is None else link.bucket.used
+        return used + saved + link.traffic.bytes_saved
 
     def _again(self, backlog: Backlog, why: str) -> None:
         """Throw it away, and select it again."""

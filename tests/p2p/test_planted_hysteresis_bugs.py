@@ -3,7 +3,7 @@
 Each rule is switched off on purpose; a scenario that passes as it is must notice.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -28,16 +28,17 @@ from tests.p2p.backlog_chaos import backlog_of, little_credit
 from tests.p2p.plants import Plant, Scenario, expect_caught
 
 MODEL = ModelSpec("ctr", 8, {"item": TableSpec("item", 96)})
+OTHER = ModelSpec("cvr", 8, {"item": TableSpec("item", 96)})
 TABLE = MODEL.tables["item"]
 # So that one row is one millisecond of the budget.
 RATE = 1_000.0 * (TABLE.row_bytes + 16)
 WAVES_MS = 3_000
 
 
-def joined(delay_ms: int = 5, serving: int = 1) -> VirtualCluster:
+def joined(delay_ms: int = 5, serving: int = 1, more: Sequence[ModelSpec] = ()) -> VirtualCluster:
     """A trainer, and nodes of another region, towards which there is a rate."""
     links = {"eu/home": LinkOptions(delay_ms)}
-    cluster = VirtualCluster(1, NetworkOptions(1, 1, links=links), MODEL)
+    cluster = VirtualCluster(1, NetworkOptions(1, 1, links=links), MODEL, more)
     cluster.add("t1", "home", "train")
     for number in range(1, serving + 1):
         cluster.add(f"eu{number}", "eu", seeds=["t1"])
@@ -49,13 +50,15 @@ def joined(delay_ms: int = 5, serving: int = 1) -> VirtualCluster:
     return cluster
 
 
-def write(cluster: VirtualCluster, rows: int, first: int = 0, value: float = 0.0, significant: int = 0) -> None:
+def write(
+    cluster: VirtualCluster, rows: int, first: int = 0, value: float = 0.0, significant: int = 0, model: ModelSpec = MODEL
+) -> None:
     """A step of so many rows, of which the first ones are significant."""
     keys, classes = np.arange(first, first + rows, dtype=np.uint64), np.full(rows, 20, np.uint8)
     classes[:significant] = SIGNIFICANT + 20
     encoded = encode(TABLE.codec, np.full((rows, TABLE.dim), value, np.float32))
     columns = (RowColumns(TABLE.id, keys, encoded, priority=classes),)
-    cluster.ask("t1", lambda request: m.PublishRequested(request, MODEL.id, columns))
+    cluster.ask("t1", lambda request: m.PublishRequested(request, model.id, columns))
 
 
 def state_of(cluster: VirtualCluster) -> Backlog | None:
@@ -254,6 +257,48 @@ def whoever_is_fed_in_state_mode_feeds_so(_seed: int) -> None:
         assert not machine.counters.backlogs_ended, "nobody sends the other one anything"
 
 
+def who_stood_still_is_no_wave(_seed: int) -> None:
+    """Where no rate is set: a child stands still for 1.5 s, again and again. Batches pass again when it has caught up."""
+    with little_credit(40_000), short_waves():
+        cluster = joined()
+        cluster.set_rate("eu", "home", None)
+        begun = 0
+        for _ in range(3):
+            cluster.pause("eu1")
+            load(cluster, 20, 1_500)
+            cluster.resume("eu1")
+            begun += state_of(cluster) is not None
+            assert not load(cluster, 40, WAVES_MS // 2), "batches do not pass"
+        assert begun == 3, "the scenario proves nothing"
+
+
+def whole_batches_would_not_fit_the_path(_seed: int) -> None:
+    """The same as with a rate, where the path was found to take so much."""
+    cluster = joined()
+    enter(cluster)
+    cluster.set_rate("eu", "home", None)
+    with mock.patch.object(Link, "rate", RATE / 1_000):
+        assert load(cluster, 24, 3 * CALM_MS), "batches that pass would fill the link again"
+        assert not load(cluster, 48, 3 * CALM_MS), "there is room for whole batches"
+
+
+def of_two_models_neither_keeps_the_other(_seed: int) -> None:
+    """A link goes into state mode for both; steps of both come, and are little. Both leave it, and stay out of it."""
+    cluster = joined(more=[OTHER])
+    write(cluster, 1, model=OTHER)
+    cluster.run(1_000)
+    backlog = enter(cluster)
+    cluster.run(CALM_MS // 2)
+    for step in range(20):
+        write(cluster, 1, value=step)
+        write(cluster, 1, value=step, model=OTHER)
+        cluster.run(CALM_MS // 5)
+    assert not backlog.link.in_state_mode, "they take turns"
+    trainer = cluster.nodes["t1"].machine
+    assert trainer is not None
+    assert trainer.counters.backlogs_begun == 2
+
+
 SCENARIOS: list[Scenario] = [
     a_batch_that_takes_too_long_does_not_pass,
     batches_that_together_take_too_long_do_not_pass,
@@ -268,6 +313,9 @@ SCENARIOS: list[Scenario] = [
     whole_batches_would_not_fit,
     what_coalescing_spares_counts,
     whoever_is_fed_in_state_mode_feeds_so,
+    who_stood_still_is_no_wave,
+    whole_batches_would_not_fit_the_path,
+    of_two_models_neither_keeps_the_other,
 ]
 
 
@@ -390,6 +438,39 @@ def parents_above_do_not_matter(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Pairs, "overlap", lambda self, other: False)
 
 
+def whoever_is_back_is_a_wave(patch: pytest.MonkeyPatch) -> None:
+    """Also where no rate is set, a link that was in state mode a moment before stays in it for long."""
+    enters = StateMode.enter
+
+    def wavy(self: StateMode, link: Link, keyspace: state_mode.Keyspace, why: str) -> bool:
+        left = (link.boot, keyspace.replica.keyspace) in self._left
+        entered = enters(self, link, keyspace, why)
+        if left and entered:
+            self.of_link(link)[keyspace.replica.keyspace].waves = True
+        return entered
+
+    patch.setattr(StateMode, "enter", wavy)
+
+
+def what_a_path_takes_is_not_asked(patch: pytest.MonkeyPatch) -> None:
+    """Only of a budget it is asked whether whole batches would fit."""
+    nearly = StateMode._is_nearly_full
+    patch.setattr(StateMode, "_is_nearly_full", lambda self, backlog: backlog.link.bucket is not None and nearly(self, backlog))
+
+
+def each_keyspace_leaves_alone(patch: pytest.MonkeyPatch) -> None:
+    """One that is calm does not wait for the others of its link."""
+    pump = StateMode._pump
+
+    def alone(self: StateMode, link: Link) -> None:
+        pump(self, link)
+        for backlog in list(self.of_link(link).values()):
+            if self._look_after(backlog):
+                self._end(backlog)
+
+    patch.setattr(StateMode, "_pump", alone)
+
+
 PLANTS: list[tuple[Plant, Scenario]] = [
     (batches_of_any_size_pass, a_batch_that_takes_too_long_does_not_pass),
     (each_batch_is_looked_at_alone, batches_that_together_take_too_long_do_not_pass),
@@ -409,6 +490,9 @@ PLANTS: list[tuple[Plant, Scenario]] = [
     (it_is_left_only_if_next_to_nothing_comes, whole_batches_would_not_fit),
     (only_what_was_sent_counts, what_coalescing_spares_counts),
     (parents_above_do_not_matter, whoever_is_fed_in_state_mode_feeds_so),
+    (whoever_is_back_is_a_wave, who_stood_still_is_no_wave),
+    (what_a_path_takes_is_not_asked, whole_batches_would_not_fit_the_path),
+    (each_keyspace_leaves_alone, of_two_models_neither_keeps_the_other),
 ]
 
 

@@ -32,6 +32,13 @@ def test_what_may_be_gone_is_no_row_whose_stamp_went_down(seed: int) -> None:
     assert run_virtual(SCENARIO, seed).problem == ""
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [22, 84, 98])
+def test_a_link_that_faults_put_into_state_mode_leaves_it(seed: int) -> None:
+    """Children of a node that evicts and is fed so have to pull (0042). 22, 98: a narrow path; 84: two models."""
+    assert run_virtual(SCENARIO, seed).problem == ""
+
+
 def _who_knows_less_answers(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("p2p.pulling.fetching.covers", lambda keyspace, floor: True)
 
