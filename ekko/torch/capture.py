@@ -28,10 +28,9 @@ F32 = NDArray[np.float32]
 # Where a row's gradient is zero these leave it as it is, but for momentum and weight decay. Subclasses may do otherwise. An
 # optimizer of other origin says that it does, too, by `leaves_zero_gradients = True` in its class (`ekko.zoo.FTRL`).
 LEAVES_ZERO_GRADIENTS: Final = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop)
-# Gradients of one table that are set aside; whoever adds one more adds all up. The thread that sends does so long before, as a
-# rule, so that no step has to.
+# Steps whose gradients are set aside; then the step adds all up. The thread that sends does so long before, as a rule.
 PENDING_MAX: Final = 512
-PENDING_VALUES_MAX: Final = 8 << 20  # float32 values of them all, but for the newest
+PENDING_VALUES_MAX: Final = 8 << 20  # float32 values of all of them, but for the newest step's, for each table of an optimizer
 # Of a table that is compared so many bytes are looked at at a time, while no step may begin.
 COMPARE_BYTES_MAX: Final = 16 << 20
 
@@ -43,8 +42,8 @@ Entry = tuple[Tensor, Tensor, int, Tensor, int]
 class TrackedTable:
     """One table in training: what of it is due.
 
-    `set_sparse` and `set_dense` are called by the thread that trains when a step has ended (`Capture`), and the rest by whoever
-    sends, while no step is under way; `settle` by either.
+    `pending` gets more, and `set_dense` and `touch` are called, in the thread that trains when a step has ended
+    (`ekko.torch.noting`); the rest is for whoever sends, while no step is under way; `settle` for either.
 
     Args:
         name: of the table.
@@ -72,8 +71,7 @@ class TrackedTable:
         self.slots = module._parameters  # noqa: SLF001 - where its weight is
         self.due = DueRows(len(self.weight))
         self.trainers = optimizers_of(self.weight, optimizers, name)
-        self._pending: list[Entry] = []
-        self._pending_values = 0
+        self.pending: list[Entry] = []  # of each step, until it is added up
         self._norms: Tensor | None = None
         self.compared = False  # whether rows are compared with a copy,
         self._known: Tensor | None = None  # of what was published last
@@ -102,27 +100,15 @@ class TrackedTable:
     def is_due(self) -> bool:
         """Whether there may be anything to send."""
         freed = self.key_map is not None and self.key_map.has_freed
-        return bool(self.due.count or self._pending or self._norms is not None or self._unseen or freed)
+        return bool(self.due.count or self.pending or self._norms is not None or self._unseen or freed)
 
     @property
     def bytes_due(self) -> int:
         """Of rows that are due, once they are added up, and of those that are to be compared."""
         return (self.due.count + self._unseen) * self.weight.shape[1] * 4
 
-    def set_sparse(self, gradient: Tensor) -> None:
-        """Set a sparse gradient aside. What becomes of it (`zero_grad`, another backward pass) gets other memory, so that its
-        parts stay what they are; but for values that are written to in place, which `add_up` looks at.
-        """
-        values = gradient._values()  # noqa: SLF001 - `values()` wants a sum of equal rows first, which takes long
-        count = values.numel()
-        pending = self._pending
-        pending.append((gradient._indices(), values, count, gradient, gradient._version))  # noqa: SLF001
-        self._pending_values += count
-        if (self._pending_values > PENDING_VALUES_MAX and len(pending) > 1) or len(pending) > PENDING_MAX:
-            self.settle()
-
     def set_dense(self, gradient: Tensor) -> None:
-        """The same for a dense one: it may be overwritten in place, and is as large as the table; its norms are not."""
+        """Note a dense gradient: it may be overwritten in place, and is as large as the table; its norms are not."""
         if not self._takes_dense:
             self.move()
             return
@@ -140,7 +126,7 @@ class TrackedTable:
 
     def set_aside(self) -> tuple[list[Entry], Tensor | None]:
         """Gradients that were set aside, for `add_up`: called between two steps."""
-        pending, self._pending, self._pending_values = self._pending, [], 0
+        pending, self.pending = self.pending, []
         norms, self._norms = self._norms, None
         return pending, norms
 

@@ -1,9 +1,10 @@
 """Dense parameters: which a model has, when they are due, and what of them is sent.
 
-Pure but for the tensors that it copies: time is an argument. A *version* is a copy of all of them between two steps, and goes
-in one batch with the rows of that moment, under its stamp. What goes of each tensor are those of its rows, of 256 values, that
-are not as they were in the version before, so that a version costs what changed: of frozen layers next to nothing. Two copies
-of the parameters are kept for it, in the memory of the host: the version before, and the one on its way.
+Pure but for the tensors that it copies, and for the clock where it is given no time. A *version* is a copy of all of them
+between two steps, and goes in one batch with the rows of that moment, under its stamp. What goes of each tensor are those of
+its rows, of 256 values, that are not as they were in the version before, so that a version costs what changed: of frozen
+layers next to nothing. Two copies of the parameters are kept for it, in the memory of the host: the version before, and the
+one on its way.
 
 Now and then a version is sent whole (`WHOLE_EVERY`), and after whatever may have changed the node's: a rollback, a call that
 failed after the node may have stored it, a node that lost its memory.
@@ -71,11 +72,12 @@ class Cadence:
                 "most), or None for never"
             )
 
-    def stepped(self, now_s: float) -> bool:
-        """A step has ended; whether a version is due with it."""
+    def stepped(self, now_s: float | None = None) -> bool:
+        """A step has ended, at a time, None: now; whether a version is due with it."""
         self._steps += 1
         if self._every is not None:
             return self._steps % self._every == 0
+        now_s = time.monotonic() if now_s is None else now_s
         if now_s - self._since < self._every_s:
             return False
         self._since = now_s
@@ -160,7 +162,7 @@ class DenseParameters:
     def stepped(self, now_s: float | None = None) -> None:
         """A step has ended; when that is, None: now."""
         self._unsent = True
-        if self._cadence is not None and self._cadence.stepped(time.monotonic() if now_s is None else now_s):
+        if self._cadence is not None and self._cadence.stepped(now_s):
             self._due = bool(self.names)
 
     def demand(self) -> None:

@@ -110,17 +110,14 @@ class Reloader:
         self._dense = dense
         self._outbox = outbox
         self._restored: tuple[Restored, ...] = ()  # what was told, until all of it is loaded
+        self.unfinished = False  # whether something was told that is not loaded, since that failed; each step asks
         self._dropped: dict[str, I64] = {}
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether something was told that is not loaded, since that failed."""
-        return bool(self._restored)
 
     def reload(self) -> Reloaded:
         """See `Tracker.reload`; between two steps."""
         self._restored += getattr(self._publisher, "restored", tuple)()
         restored = self._restored
+        self.unfinished = bool(restored)
         if not restored:
             return Reloaded({})
         for table, ids in self._outbox.forget().items():
@@ -140,7 +137,7 @@ class Reloader:
         dropped = {table: len(ids) for table, ids in due.items() if len(ids)}
         for table in dropped:
             self._reload_rows(self._tables[table], due[table])
-        self._restored, self._dropped = (), {}
+        self._restored, self._dropped, self.unfinished = (), {}, False
         return Reloaded(loaded, read, tuple(name for name in tensors if name not in read), dropped)
 
     def _load(self, table: TrackedTable, keys: NDArray[np.uint64], values: NDArray[np.float32]) -> I64:

@@ -20,8 +20,9 @@ from ekko.errors import NodeUnreachable
 
 # Of a batch in the background, so that no copy takes long: some 2 ms.
 COPY_BYTES_MAX: Final = 8 << 20
-# Of one core, for batches, by default; and how long a batch waits for it at most.
-SHARE: Final = 0.01
+# Of one core, for batches, by default; and how long a batch waits for it at most. The trainer loses two to three times that: it
+# waits for the interpreter, and is given it back later than the thread has done with it.
+SHARE: Final = 0.005
 PAUSE_S_MAX: Final = 0.25
 # A copy begins when a step has ended, so that the next one is far away; but when none ends within this time, now.
 STEP_WAIT_S: Final = 0.01
