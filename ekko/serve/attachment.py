@@ -1,5 +1,6 @@
 """Where a reader finds its model: from the node's manifest to mapped memory, and whether that is still the one to use."""
 
+import os
 from collections.abc import Callable
 from collections.abc import Mapping as ReadOnlyMapping
 from dataclasses import dataclass
@@ -127,6 +128,14 @@ class Attacher:
             )
             self._check(tables[spec.name])
         return header.view(layout.PAGE_BYTES), header.address, tables, {spec.name: spec for spec in entry.tensors}
+
+
+def not_for_us(error: PermissionError, run_dir: Path) -> StoreError:
+    """What is said where this user may not read a node's memory."""
+    return StoreError(
+        f"user {os.geteuid()} may not read {error.filename} of the node at {run_dir} (Permission denied): let others by "
+        'node.shm_mode = "0644", or a group by node.shm_group'
+    )
 
 
 def names(known: ReadOnlyMapping[str, object]) -> str:

@@ -7,7 +7,6 @@ never older ones. When the ring has gone round, rows above what the sink has are
 neither side takes memory that grows. What happens in which order is in `ekko.serve.session`.
 """
 
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Final, Self
 
 from ekko.errors import SinkError, StoreError
 from ekko.model import check_name
+from ekko.serve.attachment import not_for_us
 from ekko.serve.cursor import Place
 from ekko.serve.session import FeedCounts, Moment, Session
 from ekko.serve.sink import Sink
@@ -197,10 +197,7 @@ class Feed:
         try:
             return Source(self._run_dir, self.model, self._chosen)
         except PermissionError as error:
-            raise StoreError(
-                f"user {os.geteuid()} may not read {error.filename} of the node at {self._run_dir} (Permission denied)"
-                ': let others by node.shm_mode = "0644", or a group by node.shm_group'
-            ) from error
+            raise not_for_us(error, self._run_dir) from error
 
     def _begin_again(self, error: Exception) -> None:
         """Something failed: where the sink is is what it says when it is opened again."""

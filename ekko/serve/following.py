@@ -1,6 +1,5 @@
 """A reader's side of following its node: which model look-ups are of now, what there is in it, and what is refused by name."""
 
-import os
 import time
 from collections.abc import Callable
 from collections.abc import Mapping as ReadOnlyMapping
@@ -11,10 +10,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ekko.errors import ModelError, StoreError
+from ekko.errors import ModelError
 from ekko.model import DENSE_TABLE, TensorSpec, check_name
 from ekko.serve.arguments import as_keys
-from ekko.serve.attachment import Attacher, Attachment, names
+from ekko.serve.attachment import Attacher, Attachment, names, not_for_us
 from ekko.store import layout
 from ekko.store.kernels.index import shards_of
 from ekko.store.locks import ForkSafeLock
@@ -108,10 +107,7 @@ class Follower:
                 try:
                     self._attachment = self._attacher.attach(self._attachment)  # None lets go of memory that was dropped
                 except PermissionError as error:
-                    raise StoreError(
-                        f"user {os.geteuid()} may not read {error.filename} of the node at {self._run_dir} (Permission denied)"
-                        ': let others by node.shm_mode = "0644", or a group by node.shm_group'
-                    ) from error
+                    raise not_for_us(error, self._run_dir) from error
                 if self._attachment is not None:
                     break
                 if time.monotonic() >= deadline:
