@@ -82,6 +82,21 @@ class PublishStep:
             object.__setattr__(self, "significance", (None,) * len(self.columns))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PublishPair:
+    """A step, and when it is visible everywhere a second one: what a parameter server trains, and what is served of it.
+
+    `same`: for each column of `second`, which column of `first` has the very same keys and rows, so that they travel once;
+    None: none has. The second step is not published where the first is not visible everywhere within `timeout_ms`, or a
+    holder is silent: the client sees to the rest then.
+    """
+
+    first: PublishStep
+    second: PublishStep
+    same: tuple[int | None, ...]
+    timeout_ms: int
+
+
 @dataclass(frozen=True, slots=True)
 class Wait:
     """Answer when `stamp` is visible everywhere in scope, or after `timeout_ms`. `named`: say also who was not waited for."""
@@ -125,6 +140,17 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class PairStored:
+    """The first step is in the local node's memory, and maybe `everywhere`. `second`: the other one's stamp; None: it is not
+    published.
+    """
+
+    stamp: int
+    everywhere: bool = False
+    second: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Waited:
     """Empty `lagging`: visible everywhere in scope. Else who lags. `silent` were not heard, and not waited for."""
 
@@ -151,8 +177,8 @@ class Failed:
     reason: str
 
 
-Request = Open | PublishStep | Wait | Ping | Report | RestoredAsk | AboveAsk
-Answer = Opened | Stored | Waited | Pong | Failed | Reported | RestoredPage | Above
+Request = Open | PublishStep | PublishPair | Wait | Ping | Report | RestoredAsk | AboveAsk
+Answer = Opened | Stored | PairStored | Waited | Pong | Failed | Reported | RestoredPage | Above
 
 # The node does not know the model or a table (it lost its memory): the client opens it again and repeats the request.
 REOPEN: Final = "reopen"
@@ -191,16 +217,13 @@ def encode_request(number: int, request: Request) -> list[Buffer]:
             body: list[object] = ["open", model, told, shards, *last]
             if any(ttl is not None for _, _, ttl in tables or ()):
                 version = LOCAL_PROTOCOL_VERSION
-        case PublishStep(model, columns, tensors, published_ns, codec, incarnation, significance, epoch):
-            headers = [_column_header(*both) for both in zip(columns, significance, strict=True)]
-            specs = [_tensor_body(t) for t in tensors]
-            last = _last_words(None if codec == CODEC_DEFAULT else codec, incarnation or None)
-            if epoch is not None:
-                last = [None if codec == CODEC_DEFAULT else codec, incarnation, epoch]
-            body = ["publish", model, headers, specs, published_ns, *last]
-            for column, weights in zip(columns, significance, strict=True):
-                frames += [_bytes_of(column.keys), _bytes_of(column.rows)]
-                frames += [] if weights is None else [_bytes_of(weights)]
+        case PublishStep():
+            body, last = _step_body(request)
+            frames += _step_frames(request, (None,) * len(request.columns))
+        case PublishPair(first, second, same, timeout_ms):
+            version = LOCAL_PROTOCOL_VERSION
+            body = ["pair", _step_body(first)[0], _step_body(second)[0], same, timeout_ms]
+            frames += [*_step_frames(first, (None,) * len(first.columns)), *_step_frames(second, same)]
         case Wait(model, stamp, scope, timeout_ms, named, incarnation):
             last = _last_words(NAMED if named else None, incarnation or None)
             body = ["wait", model, stamp, int(scope), timeout_ms, *last]
@@ -216,6 +239,25 @@ def encode_request(number: int, request: Request) -> list[Buffer]:
     return [_packed(number, body, LOCAL_PROTOCOL_VERSION if last else version), *frames]
 
 
+def _step_body(step: PublishStep) -> tuple[list[object], list[object]]:
+    """What is said of a step, and the words of it that version 1 does not have."""
+    headers = [_column_header(*both) for both in zip(step.columns, step.significance, strict=True)]
+    codec = None if step.codec == CODEC_DEFAULT else step.codec
+    last = _last_words(codec, step.incarnation or None)
+    if step.epoch is not None:
+        last = [codec, step.incarnation, step.epoch]
+    return ["publish", step.model, headers, [_tensor_body(t) for t in step.tensors], step.published_ns, *last], last
+
+
+def _step_frames(step: PublishStep, same: Sequence[int | None]) -> list[Buffer]:
+    """Its columns, but keys and rows of those that are the same as others."""
+    frames: list[Buffer] = []
+    for column, weights, other in zip(step.columns, step.significance, same, strict=True):
+        frames += [_bytes_of(column.keys), _bytes_of(column.rows)] if other is None else []
+        frames += [] if weights is None else [_bytes_of(weights)]
+    return frames
+
+
 def encode_answer(number: int, answer: Answer) -> bytes:
     """The one frame of an answer."""
     last: list[object] = []
@@ -226,6 +268,8 @@ def encode_answer(number: int, answer: Answer) -> bytes:
             body: list[object] = ["opened", node, region, shards, list(tables.items()), specs, last_stamp, *last]
         case Stored(stamp):
             body = ["stored", stamp]
+        case PairStored(stamp, everywhere, second):
+            body = ["pair", stamp, everywhere, second]
         case Waited(lagging, silent):
             last = [silent] if silent else []
             body = ["waited", lagging, *last]
@@ -309,6 +353,8 @@ def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
             word, incarnation = _rest_of(last[:2])
             number, epoch = _incarnation_of(incarnation), _epoch_of(last[2:])
             return PublishStep(model, columns, specs, published_ns, _codec_of(word), number, significance, epoch)
+        case ["pair", list(first), list(second), list(same), int(timeout_ms)]:
+            return _pair_of(first, second, same, timeout_ms, list(frames[1:]))
         case ["wait", str(model), int(stamp), int(scope), int(timeout_ms), *last] if len(frames) == 1:
             word, incarnation = _rest_of(last)
             if not 0 <= timeout_ms <= WAIT_MS_MAX or not 0 <= stamp < 1 << 64 or word not in (None, NAMED):
@@ -325,6 +371,30 @@ def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
                 raise MalformedError(f"a wait of {timeout_ms} ms to publish above stamp {stamp} is out of range")
             return AboveAsk(model, stamp, timeout_ms, _incarnation_of(incarnation or None))
     raise MalformedError("malformed request: not of this protocol")
+
+
+def _pair_of(first: list[Any], second: list[Any], same: list[Any], timeout_ms: int, frames: list[Buffer]) -> PublishPair:
+    if not 0 <= timeout_ms <= WAIT_MS_MAX or first[:1] != ["publish"] or second[:1] != ["publish"]:
+        raise MalformedError("a pair of what are no steps, or of no time")
+    begins, end = [], 0
+    for _, _, _, _, said in first[2]:
+        begins.append(end)
+        end += 3 if said else 2
+    own, rest = frames[:end], frames[end:]
+    others: list[Buffer] = []
+    for (_, _, _, _, said), other in zip(second[2], same, strict=True):
+        if other is not None and not 0 <= _whole(other) < len(begins):
+            raise MalformedError("a column that is the same as one that is not there")
+        others += rest[:2] if other is None else own[begins[other] : begins[other] + 2]
+        rest = rest[2:] if other is None else rest
+        others += rest[:1] if said else []
+        rest = rest[1:] if said else rest
+    if rest:
+        raise MalformedError("a pair with more frames than its header says")
+    one, other_one = _decode_body(first, [b"", *own]), _decode_body(second, [b"", *others])
+    assert isinstance(one, PublishStep), "its first word says so"
+    assert isinstance(other_one, PublishStep), "its first word says so"
+    return PublishPair(one, other_one, tuple(same), timeout_ms)
 
 
 def _table_of(name: object, dim: object, ttl: object = None) -> tuple[str, int, int | None]:
@@ -348,6 +418,8 @@ def decode_answer(frame: Buffer) -> tuple[int, Answer]:
                 return number, Opened(node, region, shards, dims, specs, last_stamp, _codec_of(codec), own)
             case ["stored", int(stamp)]:
                 return number, Stored(stamp)
+            case ["pair", int(stamp), bool(everywhere), None | int() as second]:
+                return number, PairStored(stamp, everywhere, second)
             case ["waited", list(lagging)]:
                 return number, Waited(tuple(str(name) for name in lagging))
             case ["waited", list(lagging), list(silent)]:

@@ -12,6 +12,7 @@ from ekko.errors import PublishError
 from ekko.local import FENCED, Failed, Stored, Waited
 from ekko.metrics import Metrics
 from ekko.node.fences import Fences
+from ekko.node.pairs import Pairs
 from ekko.node.publishing import LOAD_REQUEST, Publishing
 from ekko.operations import Operations
 from ekko.rollback.performer import Reply
@@ -36,6 +37,7 @@ class Effects:
         operations: Operations,
         on_rollback: Callable[[Reply], bool],
         fences: Fences,
+        pairs: Pairs,
     ) -> None:
         self._store = store
         self._metrics = metrics
@@ -44,6 +46,7 @@ class Effects:
         self._operations = operations
         self._on_rollback = on_rollback
         self._fences = fences
+        self._pairs = pairs
         self._tool_answer: m.Expelled | m.Refused | None = None
 
     def carry_out(self, effect: m.Effect) -> None:
@@ -52,6 +55,8 @@ class Effects:
             case m.Published() | m.Refused() | m.WaitEnded() | m.Fenced() | m.FenceWaits() | m.Lifted() if self._on_rollback(
                 effect
             ):
+                pass
+            case m.Published() | m.Refused() | m.WaitEnded() if self._pairs.on_answer(effect):
                 pass
             case m.RowsApplied():
                 self._metrics.on_rows(effect, time.monotonic_ns(), time.time_ns() // 1_000_000)

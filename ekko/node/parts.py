@@ -19,6 +19,7 @@ from ekko.node.budgets import NodeRates
 from ekko.node.delaying import Delaying
 from ekko.node.effects import Effects
 from ekko.node.fences import Fences
+from ekko.node.pairs import Pairs
 from ekko.node.publishing import Publishing
 from ekko.node.restored import RestoredRows
 from ekko.node.rollbacks import NodeRollbacks
@@ -134,9 +135,11 @@ def make_parts(
     health = _make_health(config, store, machine, submit_operation)
     publishing.on_report = health.report
     endpoint = LocalEndpoint(node.local, publishing)
+    pairs = Pairs(publishing.publish, publishing.wait_everywhere, endpoint.answer)
+    publishing.on_pair = pairs.begin
     past = DelayedPast(delayed) if delayed is not None and node.role == "witness" else None
     rollbacks = NodeRollbacks(config, store, machine, submit, past)
-    effects = Effects(store, metrics, endpoint, publishing, operations, rollbacks.on_reply, fences)
+    effects = Effects(store, metrics, endpoint, publishing, operations, rollbacks.on_reply, fences, pairs)
     runtime = Runtime(
         machine,
         transport,

@@ -27,6 +27,7 @@ from ekko.local import (
     Opened,
     Ping,
     Pong,
+    PublishPair,
     PublishStep,
     Request,
     Wait,
@@ -78,6 +79,7 @@ class Publishing:
         self.priorities = Priorities(store.models) if priorities is None else priorities
         self._load_answer: asyncio.Future[int] | None = None
         self.on_report: Callable[[Report], Reported] = _no_reports
+        self.on_pair: Callable[[int, PublishPair], Failed | None] = _no_pairs
         self.refused_full = 0  # steps that were refused, for want of room in their model
 
     def handle_request(self, number: int, request: Request) -> Answer | None:
@@ -88,7 +90,9 @@ class Publishing:
             case Open():
                 return self._open(request)
             case PublishStep():
-                return self._publish(number, request)
+                return self.publish(number, request)
+            case PublishPair():
+                return self.on_pair(number, request)
             case Wait(model, stamp, scope, timeout_ms, _, incarnation):
                 held = self._store.models.get(model)
                 if held is None:
@@ -195,10 +199,13 @@ class Publishing:
 
     # --- store a step
 
-    def _publish(self, number: int, step: PublishStep, *, quiet: bool = False) -> Failed | None:
+    def publish(self, number: int, step: PublishStep, *, quiet: bool = False) -> Failed | None:
         """Check what would harm the store, then hand the step to the protocol.
 
         That keys are unique within a table is the publisher's part: of duplicates the store keeps the first.
+
+        Raises:
+            EkkoError: the step is refused.
         """
         self.check_may_publish()
         model = self._store.models.get(step.model)
@@ -235,6 +242,13 @@ class Publishing:
                 check_significance(model.tables_by_id[column.table].spec.name, weights)
         columns = self.priorities.classify(model, step.columns, step.significance, read_clock())
         return self._submit(m.PublishRequested(number, model.keyspace, columns, step.published_ns, quiet))
+
+    def wait_everywhere(self, number: int, model: str, stamp: int, timeout_ms: int) -> Failed | None:
+        """Have the protocol wait until a step is visible everywhere."""
+        held = self._store.models.get(model)
+        if held is None:
+            return Failed("model", self._unknown(model))
+        return self._submit(m.WaitRequested(number, held.spec.id, stamp, m.Scope.ALL, timeout_ms))
 
     def _rolled_back(self, model: ModelStore, step: PublishStep) -> Failed | None:
         """Why a step is refused whose model is rolled back, or was, since its publisher looked; None: it is not."""
@@ -313,7 +327,7 @@ class Publishing:
         """See `ekko.loading.Loading`."""
         answered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._load_answer = answered
-        failed = self._publish(LOAD_REQUEST, step, quiet=True)
+        failed = self.publish(LOAD_REQUEST, step, quiet=True)
         if failed is not None:
             raise PublishError(failed.reason)
         return await answered
@@ -326,6 +340,10 @@ class Publishing:
             self._load_answer.set_result(answer)
         else:
             self._load_answer.set_exception(answer)
+
+
+def _no_pairs(_: int, __: PublishPair) -> Failed | None:
+    raise ModelError("the node takes no steps yet: it is starting")
 
 
 def _no_reports(_: Report) -> Reported:

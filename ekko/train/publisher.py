@@ -32,6 +32,8 @@ from ekko.local import (
     Held,
     Open,
     Opened,
+    PairStored,
+    PublishPair,
     PublishStep,
     Request,
     Stored,
@@ -377,16 +379,43 @@ class Publisher:
             )
         return spec
 
+    def request_of(self, step: Step, started_ns: int) -> PublishStep:
+        """What is asked of the node to publish `step`; no columns: there is nothing to publish."""
+        collected = step.columns()
+        columns, significance = zip(*collected, strict=True) if collected else ((), ())
+        tensors, epoch = tuple(step.tensors.values()), self._pause.epoch
+        incarnation = self._held.incarnation
+        return PublishStep(self.model, columns, tensors, started_ns, self.codec, incarnation, significance, epoch)
+
+    def publish_pair(self, step: Step, then: PublishStep, timeout: float) -> PairStored | None:
+        """Publish a parameter server's step, and as soon as it is visible everywhere another one, in one request.
+
+        Args:
+            step: collected, and not to be used again.
+            then: what another publisher at this node makes of its step (`request_of`); what is the same memory travels once.
+            timeout: seconds that `step` may take.
+
+        Returns:
+            How far it came; None: the node refused `step`, and says why when it is published alone. Nothing was published.
+
+        Raises:
+            NodeUnreachable: no answer in time; whether they were published is not known.
+        """
+        first = self.request_of(step, time.monotonic_ns())
+        at = {(_place_of(column.keys), _place_of(column.rows)): number for number, column in enumerate(first.columns)}
+        same = tuple(at.get((_place_of(column.keys), _place_of(column.rows))) for column in then.columns)
+        answer = self._connections.ask(PublishPair(first, then, same, round(timeout * 1000)), timeout + self._timeout)
+        if not isinstance(answer, PairStored):
+            return None
+        self._last_stamp = max(self._last_stamp, answer.stamp)
+        return answer
+
     def _commit(self, step: Step, started_ns: int) -> int:
         """Send what `step` holds and return its stamp."""
         self._connections.check_open()
-        if not (collected := step.columns()):
+        request = self.request_of(step, started_ns)
+        if not request.columns:
             return self._last_stamp
-        columns, significance = zip(*collected, strict=True)
-        tensors = tuple(step.tensors.values())
-        incarnation = self._held.incarnation
-        epoch = self._pause.epoch
-        request = PublishStep(self.model, columns, tensors, started_ns, self.codec, incarnation, significance, epoch)
         while isinstance(answer := self._ask(request, self._timeout), Failed):  # the model is rolled back, or was
             again = self._pause.retry(request, answer, self._names(), self.codec)
             if again is None:
@@ -432,6 +461,11 @@ class Publisher:
             self._reopen()
             answer = self._connections.ask(request, timeout_s)
         return answer if is_pause(answer) else _checked(answer)
+
+
+def _place_of(array: NDArray[np.uint64] | NDArray[np.uint8]) -> tuple[int, int]:
+    """Where its bytes are, of an array that is contiguous."""
+    return array.ctypes.data, array.nbytes
 
 
 def _checked(answer: Answer) -> Answer:

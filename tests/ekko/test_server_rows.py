@@ -265,3 +265,31 @@ def test_what_is_trained_is_served_in_the_served_codec_and_what_was_left_out_is_
         served.reconcile(lambda: frozenset(ALL))
         assert served.counts.reconciled == before
     served.close()
+
+
+def test_what_is_trained_and_what_is_served_of_it_are_one_request_where_nothing_older_is_due(
+    rows: TrainingRows, node: NodeProcess
+) -> None:
+    rng, keys = np.random.default_rng(2), fresh_keys(40)
+    served = ServedRows(rows, node.run_dir, node.local)
+    pushes = {1: push({"plain": (keys, gradients(rng, 40)), "grad": (keys, gradients(rng, 40))})}
+    first = rows.prepare(group(Step(ALL, (1,), False)), pushes)
+    stored = served.publish_pair(first)
+    rows.undo.clear()
+    assert stored is not None
+    assert stored.everywhere
+    assert stored.second is not None
+    assert stored.second > stored.stamp
+    second = rows.prepare(group(Step(ALL, (1,), False)), pushes)
+    rows.publish(second)
+    served.add(second.changed)
+    third = rows.prepare(group(Step(ALL, (1,), False)), pushes)
+    assert served.publish_pair(third) is None, "what is due would be published after it, and be older"
+    served.publish()
+    assert served.publish_pair(third) is not None
+    rows.undo.clear()
+    assert served.counts.served == 240
+    with ekko.Reader("ctr", run_dir=node.run_dir) as reader:
+        for table in ("plain", "grad"):
+            assert (reader.lookup(table, keys) == rows.pull({table: keys})[table].astype(np.float16)).all()
+    served.close()

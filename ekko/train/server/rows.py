@@ -162,10 +162,16 @@ class TrainingRows:
         Raises:
             EkkoError: the node did not take it, or did not say whether it did.
         """
-        with PublishedStep(self.publisher, copy=False) as step:
-            for table, keys, rows in prepared.columns:  # none is more urgent than another (`ekko.priority.origin`)
-                step.publish_checked(table, keys, rows)
+        with self.step_of(prepared) as step:
+            pass
         return step.stamp
+
+    def step_of(self, prepared: Prepared) -> PublishedStep:
+        """What `publish` hands over."""
+        step = PublishedStep(self.publisher, copy=False)
+        for table, keys, rows in prepared.columns:  # none is more urgent than another (`ekko.priority.origin`)
+            step.publish_checked(table, keys, rows)
+        return step
 
     def take_back(self) -> int | None:
         """Publish what is on record as it was; its stamp, None: nothing is. Raises as `publish`."""

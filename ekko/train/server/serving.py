@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import structlog
@@ -19,18 +20,20 @@ from numpy.typing import NDArray
 import ekko
 from ekko.codec import LIMIT_BITS, rounded
 from ekko.errors import ModelError, PublishError, StoreError
+from ekko.local import PairStored
 from ekko.store import layout
 from ekko.store.images import StoreImage
 from ekko.store.kernels.checks import all_below
 from ekko.train.server import kernels
 from ekko.train.server.arithmetic import WEIGHT_MAX
-from ekko.train.server.rows import ATTACH_S, PUBLISH_S, Changed, TrainingRows
+from ekko.train.server.rows import ATTACH_S, PUBLISH_S, Changed, Prepared, TrainingRows
 from ekko.train.step import Step as PublishedStep
 
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
 
 COMPARED_BYTES: int = 4 << 20  # rows that are compared at once, before pushes have their turn
+PAIR_S: Final = 0.5  # for all holders to have a step, before the server waits for them by itself
 PAUSE_S = 0.01  # between two of these
 
 log = structlog.get_logger(__name__)
@@ -96,15 +99,40 @@ class ServedRows:
             with self._adding:
                 del self._due[: len(taken)]
 
+    def publish_pair(self, prepared: Prepared) -> PairStored | None:
+        """Publish what a group has changed, and what is to be served of it as soon as that is everywhere, in one request.
+
+        Returns:
+            How far it came; None: nothing was published, since something older is due, or the node refused it.
+
+        Raises:
+            NodeUnreachable: as `Publisher.publish_pair`.
+        """
+        with self._publishing:  # what is compared meanwhile would be served after this, and be older
+            if self._due:
+                return None
+            step, count = self._step_of(prepared.changed)
+            then = self._publisher.request_of(step, time.monotonic_ns())
+            stored = self._rows.publisher.publish_pair(self._rows.step_of(prepared), then, PAIR_S)
+            if stored is not None and stored.second is not None:
+                self.counts.served += count
+            return stored
+
     def _publish(self, changed: Mapping[str, Changed]) -> int:
-        count = 0
-        with PublishedStep(self._publisher, copy=False) as step:
-            for table, one in changed.items():
-                fits = self._fitting(one)
-                step.publish_checked(table, fits.keys, fits.rows, fits.significance)
-                count += len(fits.keys)
+        step, count = self._step_of(changed)
+        with step:
+            pass
         self.counts.served += count
         return count
+
+    def _step_of(self, changed: Mapping[str, Changed]) -> tuple[PublishedStep, int]:
+        """What is published of these rows, and how many they are."""
+        step, count = PublishedStep(self._publisher, copy=False), 0
+        for table, one in changed.items():
+            fits = self._fitting(one)
+            step.publish_checked(table, fits.keys, fits.rows, fits.significance)
+            count += len(fits.keys)
+        return step, count
 
     def _fitting(self, changed: Changed) -> Changed:
         """Without rows that the codec has no number for."""

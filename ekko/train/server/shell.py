@@ -14,6 +14,7 @@ from typing import Any, Final, assert_never
 import structlog
 
 from ekko.errors import EkkoError, ModelError, NodeFailed, PublishError
+from ekko.local import PairStored
 from ekko.train.server import events as e
 from ekko.train.server import wire as w
 from ekko.train.server.channel import NodeChannel
@@ -76,6 +77,8 @@ class ModelShell:
         self._pulls: dict[int, w.Pull] = {}
         self._pushes: dict[int, w.Push] = {}
         self._changed: dict[int, dict[str, Changed]] = {}  # by group: what is to be served of it
+        self._done: int | None = None  # a group that is durable and served, as the machine is about to hear
+        self._done_served = False  # it has asked that this group be served
         self._comparing: frozenset[int] = frozenset()  # partitions that we act for; threads read it
         self._jobs = Jobs(model.name, fail)
         self._timer: asyncio.TimerHandle | None = None
@@ -209,7 +212,10 @@ class ModelShell:
             case e.Apply():
                 self._jobs.begin(self._apply(effect, {ask: self._pushes[ask] for step in effect.steps for ask in step.asks}))
             case e.AwaitDurable(group, stamp):
-                self._jobs.begin(self._await_durable(group, stamp))
+                if group != self._done:  # else it is so already
+                    self._jobs.begin(self._await_durable(group, stamp))
+            case e.Serve(group) if group == self._done:
+                self._done_served = True
             case e.Serve(group):
                 for due in sorted(one for one in self._changed if one <= group):
                     self.served.add(self._changed.pop(due))
@@ -245,12 +251,15 @@ class ModelShell:
 
     async def _apply(self, group: e.Apply, pushes: Mapping[int, w.Push]) -> None:
         prepared: list[Prepared] = []
+        alone = not self._changed  # of no group before it something is to be served still
 
-        def work() -> int:
+        def work() -> PairStored:
             if not prepared:
                 prepared.append(self.rows.prepare(group, pushes))
+            if alone and (pair := self.served.publish_pair(prepared[0])) is not None:
+                return pair
             try:
-                return self.rows.publish(prepared[0])
+                return PairStored(self.rows.publish(prepared[0]))
             except (ModelError, PublishError):
                 # If the model was rolled back, the rows that this was worked out from are others now. If the step is there, of
                 # an attempt before that came to no answer, it is what they were worked into: to do so again would count twice.
@@ -259,9 +268,22 @@ class ModelShell:
                 self.rows.publisher.restored()
                 raise
 
-        stamp = await self._jobs.repeated("apply", work)  # what came to no answer is published again as it is
+        stored = await self._jobs.repeated("apply", work)  # what came to no answer is published again as it is
+        if stored.second is not None:
+            self._finish(group.group, stored.stamp)
+            return
         self._changed[group.group] = prepared[0].changed
-        self.handle(e.Applied(group.group, stamp))
+        self.handle(e.Applied(group.group, stored.stamp))
+
+    def _finish(self, group: int, stamp: int) -> None:
+        """All that is to be done for a group is: the machine is told, one thing after the other."""
+        self._done, self._done_served = group, False
+        self.handle(e.Applied(group, stamp))
+        self.rows.undo.clear()
+        self.handle(e.Durable(group))
+        if self._done_served:  # a group of hellos is not served; what is behind another one has its turn when that is
+            self.handle(e.Served(group))
+        self._done = None
 
     async def _await_durable(self, group: int, stamp: int) -> None:
         while True:
