@@ -185,8 +185,10 @@ class Replica(Protocol):
         under the one that it has.
         """
 
-    def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:
-        """Record a local step as pending (its stamp and touched shards) before any of its rows is applied (R4)."""
+    def begin_step(self, stamp: int, shards: Mapping[int, NDArray[np.int64]]) -> None:
+        """Record a local step as pending before any of its rows is applied (R4): its stamp, and by partition of the family the
+        shards that it touches.
+        """
 
     @property
     def loss_floor(self) -> U64:
@@ -278,7 +280,8 @@ class Replica(Protocol):
         """
 
     def apply(self, columns: Sequence[RowColumns], stamp: int) -> Applied:
-        """Write each row whose stamp is newer than what is held (last writer wins).
+        """Write each row whose stamp is newer than what is held (last writer wins); rows of any partitions of the family that
+        are held here.
 
         `stamp` counts for columns without stamps of their own; in those with stamps a key may come again. Rows are visible
         to readers at once. Idempotent and commutative (theorem T3).

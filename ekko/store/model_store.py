@@ -514,7 +514,12 @@ class ModelStore:
     def set_writer(self, identity: WriterIdentity | None) -> None:
         self._own.set(identity)
 
+    def begin_step(self, stamp: int, shards: ReadOnlyMapping[int, NDArray[np.int64]]) -> None:
+        partitions = self.spec.partitions
+        self.begin_write(stamp, np.concatenate([own * partitions + partition for partition, own in shards.items()]))
+
     def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:
+        """Record a local step as pending that touches these shards of the model."""
         self._own.begin(stamp, shards)
 
     def _covered(self, writers: I64) -> U64:

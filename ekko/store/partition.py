@@ -91,9 +91,8 @@ class Partition:
     def set_writer(self, identity: WriterIdentity | None) -> None:
         self._model.set_writer(identity)
 
-    def begin_write(self, stamp: int, shards: NDArray[np.int64]) -> None:
-        # What a step has written to other partitions before is in their vectors already, and need not stay pending.
-        self._model.begin_write(stamp, shards * self._place.partitions + self._place.partition)
+    def begin_step(self, stamp: int, shards: Mapping[int, NDArray[np.int64]]) -> None:
+        self._model.begin_step(stamp, shards)
 
     @property
     def loss_floor(self) -> U64:

@@ -94,8 +94,7 @@ class Push:
             core.emit(m.Published(request.request, core.last_stamp(request.keyspace, identity.writer)))
             return
         stamp = core.clock.mint(now.unix_ms, identity.writer)
-        stored = [self._store(keyspace, part, stamp, identity, request.published_ns, now) for keyspace, part in parts]
-        steps = [step for step, _ in stored]
+        steps, written = self._store(columns, parts, stamp, identity, request.published_ns, now)
         core.counters.batches_published += 1
         if family[0].replica.place.partitions > 1:
             core.note_touched(stamp, tuple(keyspace.replica.place.partition for keyspace, _ in parts))
@@ -106,39 +105,44 @@ class Push:
         for (keyspace, _), step in zip(parts, steps, strict=True):
             if not request.quiet:
                 self._send_or_hold(keyspace, step, now, hold=not request.through_fence)
-        written = sum([written for _, written in stored])
         options = core.options
         number, significant = parts[0][0].replica.keyspace, min(written, significant_rows(request.columns))
         core.emit(m.BatchApplied(number, options.region, stamp, request.published_ns, options.machine, written, significant))
 
     def _store(
         self,
-        keyspace: Keyspace,
         columns: tuple[RowColumns, ...],
+        parts: Sequence[tuple[Keyspace, tuple[RowColumns, ...]]],
         stamp: int,
         identity: WriterIdentity,
         published_ns: int,
         now: m.Now,
-    ) -> tuple[Step, int]:
-        """Write what a step of ours changes in one keyspace.
+    ) -> tuple[list[Step], int]:
+        """Write what a step of ours changes, all of its rows at once, and note it in each keyspace that has a part of it.
 
         Returns:
-            What to send of it, and how many rows were written.
+            What to send of it in each of them, and how many rows were written.
         """
-        core, replica, writer = self._core, keyspace.replica, identity.writer
-        shard_of = [replica.shards_of(section.keys) for section in columns]
-        touched = _touched(replica.shards, shard_of)
-        prev = replica.vector[touched, writer]
-        writer_prev = int(replica.frontier[writer])
-        replica.begin_write(stamp, touched)
-        applied = replica.apply(columns, stamp)
-        note_rows(core, keyspace, columns, applied)
-        step = Step(identity, stamp, writer_prev, touched.astype(np.uint32), prev, columns, shard_of, published_ns)
-        claims = join([step]).claims
-        keyspace.knowledge.learn_step(stamp, writer_prev, len(touched), claims.shards, prev, claims.part, claims.parts)
-        keyspace.last_batch_ms = now.monotonic_ms
+        core, writer = self._core, identity.writer
+        steps: list[Step] = []
+        begun: dict[int, NDArray[np.int64]] = {}
+        for keyspace, part in parts:
+            replica = keyspace.replica
+            shard_of = [replica.shards_of(section.keys) for section in part]
+            touched = begun[replica.place.partition] = _touched(replica.shards, shard_of)
+            prev, writer_prev = replica.vector[touched, writer], int(replica.frontier[writer])
+            steps.append(Step(identity, stamp, writer_prev, touched.astype(np.uint32), prev, part, shard_of, published_ns))
+        family = parts[0][0].replica
+        family.begin_step(stamp, begun)
+        applied = family.apply(columns, stamp)
+        for (keyspace, part), step in zip(parts, steps, strict=True):
+            note_rows(core, keyspace, part, applied)
+            claims = join([step]).claims
+            count = len(claims.shards)
+            keyspace.knowledge.learn_step(stamp, step.writer_prev, count, claims.shards, step.prev, claims.part, claims.parts)
+            keyspace.last_batch_ms = now.monotonic_ms
         core.counters.rows_written += applied.written
-        return step, applied.written
+        return steps, applied.written
 
     def _send_or_hold(self, keyspace: Keyspace, step: Step, now: m.Now, *, hold: bool) -> None:
         """A step that is stored leaves now, or soon, with others (`p2p.pushing.groups`); what is restored is cut for the

@@ -135,7 +135,7 @@ def test_a_killed_step_is_merged_where_it_was_written(tmp_path: Path) -> None:
     for partition, merged in ((0, True), (2, False)):
         keys = keys_of(model, partition)
         shards = np.unique(replicas[partition].shards_of(keys))
-        replicas[partition].begin_write(STAMP, shards)
+        replicas[partition].begin_step(STAMP, {partition: shards})
         replicas[partition].apply([rows_of(keys)], STAMP)
         if merged:
             replicas[partition].vector[shards, 3] = STAMP
