@@ -5,7 +5,8 @@ r"""Groups: what waits becomes one step, goes to all holders, is served, and the
 
 One group at a time until it is durable, because two steps need not arrive at another holder in their order: a mark of the
 later one could say there that a push of the earlier one counts, whose rows are lost with us. What that costs, the time until
-all holders have a step, a group shares among all that wait.
+all holders have a step, a group shares among all that wait. Where all who wait have several pushes under way at a time, as far
+as is known, it waits for the others of them for a moment; who waits for each answer is not kept waiting.
 """
 
 from typing import Final
@@ -14,7 +15,7 @@ from ekko.train.server import events as e
 from ekko.train.server.core import Core, Group
 from ekko.train.server.pending import Push
 from ekko.train.server.tracks import Partition
-from ekko.train.server.wire import SYNC
+from ekko.train.server.wire import ASYNC, SYNC
 from ekko.train.server.workers import Workers
 
 # Of one partition in one group: with its head below what the overlay sends as one message (4 MiB), so that a holder has of a
@@ -23,6 +24,10 @@ from ekko.train.server.workers import Workers
 GROUP_BYTES_MAX: Final = 3 << 20
 # Groups that are durable and not served yet; beyond it no further one is begun.
 UNSERVED_MAX: Final = 64
+
+# A worker that lately had several pushes under way waits for none of them: its next ones may share a group with what waits, for
+# which that waits at most so long. A group costs all processes together some 2 ms, whatever is in it.
+LINGER_MS: Final = 2
 
 Taken = dict[int, list[Push]]  # by partition, in the order in which they count
 
@@ -36,6 +41,12 @@ class Groups:
         self._unserved: list[Group] = []
         self._serving: list[Group] = []
         self._numbers = 0
+        self._under_way: dict[int, int] = {}  # worker -> how many pushes it had without an answer, the most lately
+        self._lingers_until_ms: int | None = None
+
+    def next_ms(self) -> int | None:
+        """When the pushes that wait for others have waited for long enough."""
+        return self._lingers_until_ms
 
     def is_in_flight(self, partition: int) -> bool:
         """Whether something of a partition is under way."""
@@ -49,6 +60,9 @@ class Groups:
         """Begin the next group, if there is something to do and none is under way."""
         core = self._core
         if core.group is not None or len(self._unserved) >= UNSERVED_MAX:
+            self._lingers_until_ms = None
+            return
+        if not core.hellos and self._lingers():
             return
         marks: dict[tuple[int, int], e.Mark] = {}
         hellos: dict[int, int] = {}
@@ -73,6 +87,23 @@ class Groups:
             for push in pushes:
                 core.take(push, number)
         core.emit(e.Apply(group.number, group.steps, group.marks))
+
+    def _lingers(self) -> bool:
+        """Whether more is about to come, for which what waits may wait."""
+        pending, self._lingers_until_ms = self._core.pending, None
+        if self._core.settings.mode != ASYNC or not pending.pushes:
+            return False
+        lately = self._under_way
+        now = {worker: len(pending.waiters_of(worker)) for worker in {push.worker for push in pending.pushes.values()}}
+        until_ms = next(iter(pending.pushes.values())).since_ms + LINGER_MS
+        if self._core.now_ms >= until_ms:
+            lately |= now  # it was waited for more in vain
+            return False
+        lately |= {worker: max(lately.get(worker, 0), count) for worker, count in now.items()}
+        if min(lately[worker] for worker in now) == 1 or all(count == lately[worker] for worker, count in now.items()):
+            return False
+        self._lingers_until_ms = until_ms
+        return True
 
     def _take_queue(self) -> Taken:
         """Modes "async" and "bounded": all that waits, in the order in which it came, while there is room."""

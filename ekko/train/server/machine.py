@@ -69,7 +69,7 @@ class Machine:
     @property
     def deadline_ms(self) -> int | None:
         """When `TimerFired` is wanted next; None: not at all."""
-        moments = self.core.primaries.deadline_ms, self._pulls.next_ms(), self._workers.next_ms()
+        moments = self.core.primaries.deadline_ms, self._pulls.next_ms(), self._workers.next_ms(), self._groups.next_ms()
         return None if self._stopped else min((ms for ms in moments if ms is not None), default=None)
 
     def serving(self) -> w.Serving:

@@ -6,6 +6,7 @@ import pytest
 
 from ekko.train.server import events as e
 from ekko.train.server import wire as w
+from ekko.train.server.groups import LINGER_MS
 from ekko.train.server.machine import Machine
 from ekko.train.server.pending import PULL_BYTES_MAX, PULLS_MAX, PUSHES_MAX, QUEUE_BYTES_MAX
 from ekko.train.server.primaries import line_of
@@ -273,3 +274,51 @@ def test_an_expelled_server_stops_for_good() -> None:
     assert alone.push(0, 1) == []
     with pytest.raises(AssertionError, match="not under way"):
         Alone().handle(e.Applied(1, 1))
+
+
+def asks_of(effects: list[e.Effect]) -> list[tuple[int, ...]]:
+    """Of each group that is begun, whose pushes are in it."""
+    return [step.asks for effect in effects if isinstance(effect, e.Apply) for step in effect.steps]
+
+
+def test_pushes_of_a_worker_that_waits_for_none_of_them_share_a_group() -> None:
+    alone = Alone()
+    alone.hello(1)
+    first = alone.push(1, 1)
+    assert asks_of(first) == [(2,)], "nothing is known of it: it is not kept waiting"
+    assert alone.push(1, 2) == alone.push(1, 3) == []
+    assert set(alone.finish(first)) == {2, 3, 4}, "no more of it is expected than it had under way"
+    assert asks_of(alone.push(1, 4)) == []
+    assert alone.machine.deadline_ms == LINGER_MS
+    assert asks_of(alone.push(1, 5)) == []
+    begun = alone.push(1, 6)
+    assert asks_of(begun) == [(5, 6, 7)], "all are there"
+    assert alone.machine.deadline_ms is None
+    assert set(alone.finish(begun)) == {5, 6, 7}
+
+
+def test_no_push_lingers_for_long_or_again_for_what_did_not_come() -> None:
+    alone = Alone()
+    alone.hello(1)
+    first = alone.push(1, 1)
+    alone.push(1, 2)
+    alone.finish(first)
+    assert asks_of(alone.push(1, 3)) == []
+    alone.now_ms += LINGER_MS - 1
+    assert alone.handle(e.TimerFired()) == []
+    alone.now_ms += 1
+    begun = alone.handle(e.TimerFired())
+    assert asks_of(begun) == [(4,)]
+    alone.finish(begun)
+    assert asks_of(alone.push(1, 4)) == [(5,)], "it waits for each answer by now"
+
+
+def test_who_waits_for_each_answer_is_not_kept_waiting() -> None:
+    alone = Alone()
+    alone.hello(1)
+    alone.hello(2)
+    first = alone.push(1, 1)
+    alone.push(1, 2)
+    alone.finish(first)
+    assert asks_of(alone.push(1, 3)) == []
+    assert asks_of(alone.push(2, 1)) == [(5, 6)], "nor for another worker's pushes"
