@@ -15,7 +15,7 @@ from ekko.torch.checkpoint import Checkpoint, Resumed, checkpoint_hook
 from ekko.torch.key_map import KeyMap
 from ekko.torch.outbox import Counts, PublishStep, StepPublisher
 from ekko.torch.reloading import Reloaded
-from ekko.torch.server_bag import PSEmbeddingBag, prefetched, push_after
+from ekko.torch.server_bag import PSEmbeddingBag, prefetched, push_after, scaled_step
 from ekko.torch.tracker import Tracker
 from ekko.torch.tracking import track
 
@@ -33,5 +33,6 @@ __all__ = [
     "checkpoint_hook",
     "prefetched",
     "push_after",
+    "scaled_step",
     "track",
 ]

@@ -12,12 +12,15 @@ that pooling and its gradients are theirs. Backward leaves the gradient of these
 `prefetch` asks for the rows of a later batch while this one is computed.
 """
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Final, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,7 +29,7 @@ from torch.optim import Optimizer
 from ekko.errors import ModelError
 from ekko.store.kernels.distinct import distinct
 
-__all__ = ["PSEmbeddingBag", "prefetched", "push_after"]
+__all__ = ["PSEmbeddingBag", "prefetched", "push_after", "scaled_step"]
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -41,6 +44,8 @@ ASYNC: Final = "async"  # the mode in which servers answer pulls at once, as `ek
 AHEAD_MAX: Final = 4
 # Gradients of one bag since the last step; beyond it they are summed by key. Sums are taken in the same order either way.
 GRADIENTS_MAX: Final = 64
+# How far up a step looks whether a GradScaler has called it: its own frames, and those of torch's hooks and wrappers between.
+CALLERS_MAX: Final = 12
 
 
 class Pulling(Protocol):
@@ -56,6 +61,8 @@ class Gradients(Protocol):
     """What has gradients for a client's next step."""
 
     def take(self) -> Iterable[tuple[str, U64, F32]]: ...
+
+    def finite(self, scale: float) -> bool: ...
 
 
 class RowClient(Protocol):
@@ -74,7 +81,11 @@ class RowClient(Protocol):
 
     def attach(self, source: Gradients) -> None: ...
 
-    def step(self) -> int: ...
+    def step(self, *, scale: float = 1.0) -> int: ...
+
+    def discard(self) -> None: ...
+
+    def finite(self, scale: float = 1.0) -> bool: ...
 
 
 class PSEmbeddingBag(nn.Module):
@@ -224,14 +235,71 @@ def prefetched(batches: Iterable[Batch], ids: Callable[[Batch], Mapping[PSEmbedd
 def push_after(optimizer: Optimizer, client: RowClient) -> None:
     """Have `client.step()` called after each `optimizer.step()`.
 
-    Under `torch.amp.GradScaler` gradients are scaled and steps may be skipped: there, call `client.step(scale=1 / scale)` by
-    hand, with the scale that the loss had, or `client.discard()`.
+    Not with a `torch.amp.GradScaler`: `scaled_step` is for that, and a step that comes from one raises ModelError.
     """
     optimizer.register_step_post_hook(lambda *_: _step(client))
 
 
 def _step(client: RowClient) -> None:
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
+    for _ in range(CALLERS_MAX):
+        frame = None if frame is None else frame.f_back
+        scaler = None if frame is None else frame.f_locals.get("self")
+        if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled():
+            client.discard()
+            raise ModelError(
+                "this step comes from a GradScaler, and the gradients of rows are scaled still: nothing was pushed. Leave "
+                "push_after out, and call ekko.torch.scaled_step(scaler, optimizer, client) in place of scaler.step(optimizer)"
+            )
     client.step()
+
+
+def scaled_step(scaler: torch.amp.GradScaler, optimizer: Optimizer, client: RowClient) -> bool:
+    """What `scaler.step(optimizer)` is without servers: one step of the optimizer and one push, or neither.
+
+    What is pushed is unscaled. Where a gradient, of dense parameters or of rows, is not finite, the optimizer makes no step,
+    and the push is an empty one: other workers may wait for its number. Call `scaler.update()` afterwards, as ever. Where
+    `torch.distributed` is in use, all ranks call this for each step, and all skip it if one of them has to.
+
+    Args:
+        scaler: by which the loss was scaled, before its `update`.
+        optimizer: of the dense parameters. Where their gradients were unscaled before, as for clipping, the scaler has
+            looked at them by then: of an overflow in rows it does not learn, the optimizer makes its step, and rows have none.
+        client: an `ekko.train.Client`.
+
+    Returns:
+        Whether the step was made.
+
+    Raises:
+        ModelError: the optimizer has no gradient through which the scaler could learn of an overflow in rows.
+        EkkoError: as `ekko.train.Client.step`.
+    """
+    scale = scaler.get_scale()
+    overflow = torch.tensor(0.0 if client.finite(1.0 / scale) else 1.0)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(overflow, torch.distributed.ReduceOp.MAX)
+    if overflow and scaler.is_enabled():
+        _spoil(optimizer)
+    made: list[None] = []
+    hook = optimizer.register_step_post_hook(lambda *_: made.append(None))
+    try:
+        scaler.step(optimizer)
+    finally:
+        hook.remove()
+    if not made or overflow:  # the second alone where gradients had been unscaled before: rows have no step then
+        client.discard()
+    client.step(scale=1.0 / scale)
+    return bool(made)
+
+
+def _spoil(optimizer: Optimizer) -> None:
+    """Make a gradient infinite: so a scaler sees that it has to skip the step, and to take a smaller scale."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.fill_(torch.inf)
+                return
+    raise ModelError("gradients of rows are not finite, and the optimizer has none that the scaler could see: skip this batch")
 
 
 class _Ids:
@@ -288,6 +356,10 @@ class _Gradients:
         self._parts.append((keys, gradients))
         if len(self._parts) > GRADIENTS_MAX:
             self._parts = [_summed(self._parts)]
+
+    def finite(self, scale: float) -> bool:
+        """Whether all gradients are, times `scale`."""
+        return all(bool(np.isfinite(gradients * np.float32(scale)).all()) for _, gradients in self._parts)
 
     def take(self) -> Iterable[tuple[str, U64, F32]]:
         parts, self._parts = self._parts, []

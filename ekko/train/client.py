@@ -251,6 +251,10 @@ class Client:
         share = np.float32(scale) if self._share is None else np.float32(scale) * self._share
         return self._push(self._sources.take(share, self.tables), rate)
 
+    def finite(self, scale: float = 1.0) -> bool:
+        """Whether the gradients that sources have are finite, times `scale`; they stay where they are."""
+        return self._sources.finite(scale)
+
     def discard(self) -> None:
         """Forget the gradients that sources have since the last step, as an optimizer that skips a step does."""
         self._sources.discard()

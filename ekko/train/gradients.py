@@ -18,6 +18,10 @@ class GradientSource(Protocol):
         """Table, uint64[n], float32[n, dim] of all that came since the last call; keys may come twice."""
         ...
 
+    def finite(self, scale: float) -> bool:
+        """Whether all that came since then is finite, times `scale`."""
+        ...
+
 
 class Sources:
     """Those of one worker, as long as they live."""
@@ -28,6 +32,10 @@ class Sources:
     def attach(self, source: GradientSource) -> None:
         """Take its gradients, too."""
         self._all.append(weakref.ref(source))
+
+    def finite(self, scale: float) -> bool:
+        """Whether all that they have is finite, times `scale`; they have it still."""
+        return all(source.finite(scale) for reference in self._all if (source := reference()) is not None)
 
     def discard(self) -> None:
         """Forget what they have."""

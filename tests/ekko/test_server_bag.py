@@ -52,9 +52,16 @@ class Tables:
     def taken(self) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
         return [part for source in self.sources for part in source.take()]
 
-    def step(self) -> int:
+    def finite(self, scale: float = 1.0) -> bool:
+        return all(source.finite(scale) for source in self.sources)
+
+    def discard(self) -> None:
+        self.taken()
+
+    def step(self, *, scale: float = 1.0) -> int:
         for _, keys, gradients in self.taken():
             assert gradients.dtype == np.float32
+            gradients = gradients * np.float32(scale)
             self.weight.index_add_(0, torch.from_numpy(keys.view(np.int64)), torch.from_numpy(gradients), alpha=-self.rate)
         self.clock += 1
         return self.clock
@@ -230,6 +237,72 @@ def test_a_step_of_the_optimizer_pushes() -> None:
     assert not bag.state_dict()
 
 
+class Scaled:
+    """A loop with `GradScaler`, autocast and two batches a step; beside it the same by torch alone."""
+
+    def __init__(self) -> None:
+        self.tables = Tables()
+        self.bag = ekko.torch.PSEmbeddingBag(self.tables, "item", mode="sum")
+        self.theirs = of_torch(self.tables, "sum")
+        self.head, self.their_head = (nn.Linear(DIM, 1) for _ in range(2))
+        self.their_head.load_state_dict(self.head.state_dict())
+        self.scaler, self.their_scaler = (torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2))
+        self.optimizer = torch.optim.SGD(self.head.parameters(), lr=0.1)
+        groups = [{"params": self.their_head.parameters(), "lr": 0.1}, {"params": self.theirs.parameters(), "lr": 0.5}]
+        self.their_optimizer = torch.optim.SGD(groups)
+
+    def step(self, factor: float = 1.0, clip: float | None = None) -> bool:
+        """`factor`: of the loss' gradients by rows, so that they may overflow alone."""
+        self.optimizer.zero_grad()
+        self.their_optimizer.zero_grad()
+        for ids in (IDS, IDS.flip(0)):
+            for bag, head, scaler in ((self.bag, self.head, self.scaler), (self.theirs, self.their_head, self.their_scaler)):
+                rows = bag(ids, OFFSETS)
+                rows.register_hook(lambda gradient: gradient * factor)
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = head(rows).float().square().mean()
+                scaler.scale(loss).backward()
+        if clip is not None:
+            for optimizer, head, scaler in self._both():
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(head.parameters(), clip)
+        made = ekko.torch.scaled_step(self.scaler, self.optimizer, self.tables)
+        self.their_scaler.step(self.their_optimizer)
+        self.scaler.update()
+        self.their_scaler.update()
+        return made
+
+    def _both(self) -> list[tuple[torch.optim.Optimizer, nn.Linear, torch.amp.GradScaler]]:
+        return [(self.optimizer, self.head, self.scaler), (self.their_optimizer, self.their_head, self.their_scaler)]
+
+    def assert_same(self) -> None:
+        torch.testing.assert_close(self.tables.weight, self.theirs.weight.detach())
+        torch.testing.assert_close(self.head.weight, self.their_head.weight)
+        assert self.scaler.get_scale() == self.their_scaler.get_scale()
+
+
+def test_scaled_steps_are_those_of_torch_also_where_gradients_of_rows_overflow() -> None:
+    both = Scaled()
+    for factor, made in ((1.0, True), (1e38, False), (1.0, True)):
+        assert both.step(factor) == made
+        both.assert_same()
+    assert both.scaler.get_scale() == 512.0
+    assert both.tables.clock == 3, "a step that is skipped is a push of nothing: others may wait for its number"
+    assert both.step(clip=0.01)
+    both.assert_same()
+
+
+def test_a_scaled_step_is_not_pushed_as_it_is() -> None:
+    both = Scaled()
+    ekko.torch.push_after(both.optimizer, both.tables)
+    before = both.tables.weight.clone()
+    both.scaler.scale(both.head(both.bag(IDS, OFFSETS)).sum()).backward()
+    with pytest.raises(ModelError, match=r"comes from a GradScaler.*call ekko.torch.scaled_step\(scaler, optimizer, client\)"):
+        both.scaler.step(both.optimizer)
+    assert torch.equal(both.tables.weight, before)
+    assert not list(both.tables.taken())
+
+
 def test_compiled_models_pull_and_push() -> None:
     tables = Tables()
     bag = ekko.torch.PSEmbeddingBag(tables, "item", mode="sum")
@@ -264,5 +337,5 @@ def test_ids_that_are_none_are_said() -> None:
 
 
 def test_the_client_is_what_a_bag_asks_for() -> None:
-    assert {"tables", "mode", "clock", "pull_async", "attach", "step"} <= set(dir(Client))
+    assert {"tables", "mode", "clock", "pull_async", "attach", "step", "finite", "discard"} <= set(dir(Client))
     assert hasattr(GradientSource, "take")

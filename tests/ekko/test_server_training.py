@@ -122,24 +122,3 @@ def test_with_roots_as_torch_has_them_the_difference_is_rounding(tmp_path: Path,
     exact = alone(job, by_worker=True, optimizers=optimizers)
     own = alone(job, by_worker=True, optimizers=optimizers, exact_roots=False)
     assert 0 < largest_difference(own.tables, exact, job) <= most
-
-
-# Mean log-loss over the second half of the training, of two workers that do not wait for each other, above that of torch alone
-# (0.127, from 0.69 at the beginning). How old rows are depends on the machine: decision 0059 has what runs came to.
-ASYNC_LOSS_MAX = 0.02
-
-
-@pytest.mark.long  # the examples' quick test has such workers, too
-def test_workers_that_do_not_wait_learn_as_well(tmp_path: Path) -> None:
-    with TrainingCluster(tmp_path, NODES, model_of("async", 0, ADAGRAD)) as cluster:
-        cluster.start()
-        rendezvous = f"tcp://127.0.0.1:{free_ports(1)[0]}"
-        endpoints = list(cluster.endpoints.values())
-        jobs = [Job(str(tmp_path / "work"), endpoints, worker, 2, 60, 64, span=640, rendezvous=rendezvous) for worker in (0, 1)]
-        trained(cluster, jobs)
-    reference = np.array(alone(jobs[0], by_worker=True, optimizer=ADAGRAD).losses)
-    losses = np.mean([np.load(job.path("losses.npy"))[30:].mean() for job in jobs])
-    worse = float(losses - reference[60:].mean())
-    print(f"log-loss of asynchronous workers: {losses:.4f}, {worse:+.4f} against torch alone")  # noqa: T201
-    assert reference[60:].mean() < reference[:20].mean() - 0.02, "it learns"
-    assert worse < ASYNC_LOSS_MAX
