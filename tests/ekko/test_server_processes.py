@@ -20,7 +20,7 @@ pytestmark = pytest.mark.processes
 
 KEYS = np.arange(200, dtype=np.uint64)
 ONES = np.ones((len(KEYS), 4), np.float32)
-SOON_S = 30.0
+SOON_S = 60.0
 START_S = 120.0  # with kernels that are not compiled yet, on a busy machine
 
 
@@ -130,7 +130,7 @@ def test_spares_take_over_once_a_dead_node_is_expelled_and_give_back_when_it_ret
         wait_until(lambda: three.all_served, "others to serve what the dead one did", SOON_S)
         three[victim].start()
         three[victim].wait_ready()
-        wait_until(lambda: three.all_served and mine == _served_by(three, victim), "the same division as before", SOON_S)
+        wait_until(lambda: three.all_served and mine == _served_by(three, victim), "the same division as before", START_S)
         worker.push(KEYS, ONES)
         assert (worker.pull(KEYS) == -1.5).all()
     for node in three.nodes:
