@@ -150,6 +150,25 @@ def test_a_killed_step_is_merged_where_it_was_written(tmp_path: Path) -> None:
     again.destroy()
 
 
+def test_a_step_that_was_killed_as_it_was_written_is_merged_in_all_its_partitions(tmp_path: Path) -> None:
+    """R4: it is written at once, and whatever of it is there nobody will see more of."""
+    memory = tmp_path / "shm"
+    memory.mkdir()
+    store = Store.open(tmp_path / "run", memory_dir=memory)
+    model = store.add_model(spec())
+    replicas = list(store.replicas.values())
+    replicas[0].set_writer(WriterIdentity(3, 7))
+    keys = {partition: keys_of(model, partition) for partition in (0, 2)}
+    replicas[0].begin_step(STAMP, {p: np.unique(replicas[p].shards_of(own)) for p, own in keys.items()})
+    replicas[0].apply([rows_of(keys[0])], STAMP)
+    store.close()
+    again = Store.open(tmp_path / "run", memory_dir=memory)
+    model = again.models["ctr"]
+    assert model.frontiers[:, 3].tolist() == [STAMP, 0, STAMP]
+    assert [int((model.vector[p::3, 3] == STAMP).sum()) for p in range(3)] == [3, 0, 2]
+    again.destroy()
+
+
 def test_what_is_held_survives_a_restart_and_may_grow(tmp_path: Path) -> None:
     memory = tmp_path / "shm"
     memory.mkdir()
