@@ -105,7 +105,7 @@ def through_servers(folder: Path, mode: str, workers: int, count: int, seed: int
         finally:
             for process in processes:
                 process.kill()
-        with ekko.Reader("ctr", run_dir=cluster["home-1"].run_dir, wait=10.0) as reader:
+        with ekko.Reader("ctr", run_dir=cluster["home-1"].run_dir, wait=60.0) as reader:
             keys = {name: np.arange(size, dtype=np.uint64) for name, size in rows.items()}
             learnt = {name: _learnt(reader, name, own, seed) for name, own in keys.items()}
             pushed = float(reader.lookup(COUNTER, [0])[0, 0])
