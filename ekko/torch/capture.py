@@ -142,13 +142,10 @@ class TrackedTable:
                 self.due.add_norms(norms)
 
     def _add_sparse(self, pending: list[Entry], *, zeros: bool) -> None:
-        if written := [
-            entry for entry in pending if _is_overwritten(entry)
-        ]:  # what they were nobody knows: all their rows count
+        self._add_entries(pending, zeros=zeros)
+        # Looked at afterwards, since they may be written to meanwhile. What they were nobody knows then: all their rows count.
+        if not zeros and (written := [entry for entry in pending if _is_overwritten(entry)]):
             self._add_entries(written, zeros=True)
-            pending = [entry for entry in pending if not _is_overwritten(entry)]
-        if pending:
-            self._add_entries(pending, zeros=zeros)
 
     def _add_entries(self, entries: list[Entry], *, zeros: bool) -> None:
         indices, values, counts, _, _ = zip(*entries, strict=True)

@@ -65,6 +65,7 @@ class Tracker:
         self._background = share is not None
         self._waited = False  # whether the thread waited for the end of a rollback, which the trainer is to load
         self._forked = False  # whether this is a copy, in a child of the process that tracks
+        self._told = False  # and whether it has said so
         self._sender = Sender(self._send_some, lambda: self._outbox.is_due, share or 1.0)
         for table in tables.values():
             if table.key_map is not None:
@@ -201,6 +202,7 @@ class Tracker:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        _living.discard(self)
         self._gate.leave()
         atexit.unregister(self._at_exit)
         if self._stays_open is not None:
@@ -213,6 +215,10 @@ class Tracker:
     def _at_exit(self) -> None:
         with suppress(Exception):  # there is nobody to tell
             self.remove(CLOSE_S)
+
+    def tracks(self, optimizer: Optimizer) -> bool:
+        """Whether it publishes what an optimizer changes."""
+        return optimizer in self._optimizers and not self._forked
 
     def in_child(self) -> None:
         """This is a copy in a process that was forked off: it has no thread that sends, and locks that nobody will release. It
@@ -227,11 +233,11 @@ class Tracker:
             if table.key_map is not None:
                 table.key_map.attach(self._gate, lambda _: None)
 
-    def _say_forked(self, *_: object) -> None:
-        log.warning("%s", FORKED)
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+    def _say_forked(self, optimizer: Optimizer, *_: object) -> None:
+        # The hook stays, since it is called while torch goes through hooks.
+        if not self._told and not any(other.tracks(optimizer) for other in _living):  # else it was done as this says
+            log.warning("%s", FORKED)
+        self._told = True
 
     def __enter__(self) -> Self:
         return self
@@ -241,10 +247,8 @@ class Tracker:
 
     def _around(self, optimizer: Optimizer, place: int, steps: Round) -> tuple[Callable[..., None], Callable[..., None]]:
         """What is called before and after each step of the so many-th optimizer: what it takes is a part of each step."""
-        enter, captured = (
-            self._gate.enter,
-            Capture(optimizer, [one for one in self._tables.values() if optimizer in one.trainers]),
-        )
+        enter = self._gate.enter
+        captured = Capture(optimizer, [one for one in self._tables.values() if optimizer in one.trainers])
         stepped, ended = captured.stepped, self._stepped
         several = steps.count > 1
 

@@ -94,3 +94,28 @@ def test_a_child_may_use_a_table_that_grows() -> None:
             assert in_child(child) == 0
         publisher.goes_on.set()
         until(lambda: bool(publisher.steps))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("removed", [True, False])
+def test_a_child_is_told_nothing_untrue(removed: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Where tracking had ended before the fork, or begins anew in the child before its first step."""
+    model = Toy()
+    optimizer = adagrad(model)
+    tracker = ekko.torch.track(model, optimizer, Slow(), TABLES)
+    if removed:
+        tracker.remove()
+
+    def child() -> None:
+        with caplog.at_level(logging.WARNING):
+            if removed:
+                train(model, optimizer, [5], [7])
+            else:
+                other = Recorder({"users": 4, "items": 4})
+                with ekko.torch.track(model, optimizer, other, TABLES, background=False):
+                    train(model, optimizer, [5], [7])
+                assert len(other.steps) == 1
+        assert not caplog.records
+
+    assert in_child(child) == 0
+    tracker.remove()

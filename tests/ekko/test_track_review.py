@@ -12,6 +12,7 @@ from torch import nn
 import ekko.torch
 from ekko.errors import ModelError, StoreError
 from ekko.torch.capture import TrackedTable
+from ekko.torch.due import DueRows
 from tests.ekko.test_torch import TABLES, RecordedStep, Recorder, Toy, adagrad, train
 from tests.ekko.test_torch_reload import GONE, RolledBack, users
 from tests.ekko.test_track_background import Slow, until
@@ -239,3 +240,23 @@ def test_what_becomes_of_gradients_after_a_step_does_not_matter(how: str) -> Non
             assert set(sent.rows["items"]) == changed == {3, 5, 7, 9}
             for row in changed:
                 assert sent.significance["items"][row] == pytest.approx(norms[row].item(), rel=1e-4)
+
+
+def test_a_gradient_may_be_written_to_while_it_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread adds up while the next step may be under way: before it comes to the values the user sets them to zero."""
+    model, publisher = Model(sparse=True), Recorder({"items": DIM})
+    optimizer = torch.optim.SGD([model.item.weight], lr=0.1)
+    add = DueRows.add_gradients
+    written: list[bool] = []
+
+    def late(*arguments: Any, **options: Any) -> None:
+        if not written:
+            written.append(True)
+            model.item.weight.grad._values().zero_()
+        add(*arguments, **options)
+
+    monkeypatch.setattr(DueRows, "add_gradients", late)
+    with ekko.torch.track(model, optimizer, publisher, {"item": "items"}, background=False):
+        step(model, optimizer, [3, 5])
+    assert written
+    assert set(publisher.steps[-1].rows["items"]) == {3, 5}
