@@ -11,6 +11,10 @@ PREFIX_DEFAULT: Final = "ekko"  # of all names in redis
 _REDIS: Final = ("redis", "rediss", "unix")
 _FUNCTION: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 EXPECTED: Final = "expected redis://HOST:PORT/DATABASE, or MODULE:FUNCTION"
+_ADDRESS: Final = (
+    "expected redis://[USER:PASSWORD@]HOST:PORT/DATABASE, where a password has %25 for %, %2F for /, %3F for ?, %23 for #, %40 "
+    "for @, %5B for [ and %5D for ]"
+)
 
 
 def is_redis(target: str) -> bool:
@@ -22,18 +26,21 @@ def check_target(target: str) -> None:
     """That it may name a sink.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: it does not; of an address that cannot be taken apart nothing is said, since it may be a password.
     """
     if not is_redis(target):
         if not _FUNCTION.fullmatch(target):
-            raise ConfigError(f"{target!r} is no sink: {EXPECTED}")
+            scheme, address, _ = target.partition("://")
+            raise ConfigError(f"{scheme + '://...' if address else target!r} is no sink: {EXPECTED}")
         return
     try:
         parts = urlsplit(target)
         there = parts.path.strip("/") if parts.scheme == "unix" else parts.hostname
         _ = parts.port  # looked at only now
-    except ValueError as error:
-        raise ConfigError(f"no address of a redis ({error}): expected redis://[USER:PASSWORD@]HOST:PORT/DATABASE") from None
+    except ValueError:
+        raise ConfigError(f"no address of a redis: {_ADDRESS}") from None
+    if "@" in target.partition("://")[2][len(parts.netloc) :]:  # a password with a / in it looks like a host and a database
+        raise ConfigError(f"no address of a redis, for there is an @ behind its host: {_ADDRESS}")
     if not there:
         raise ConfigError(f"{shown(target)!r} names no redis: {EXPECTED}")
 

@@ -14,7 +14,7 @@ from ekko.companions.picture import ProcessPicture, SinkPicture
 from ekko.config import load_config
 from ekko.config.sink_checks import SINKS_MAX
 from ekko.errors import ConfigError
-from ekko.sinks.target import shown
+from ekko.sinks.target import check_target, shown
 
 NODE = """\
 [node]
@@ -69,6 +69,23 @@ def test_mistakes_are_one_line(tmp_path: Path, text: str, said: str) -> None:
         load_config(write(tmp_path, text))
     assert said in str(failed.value)
     assert "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "redis://u:secret/x@h:1/0",
+        "redis://:12/secret@h/0",
+        "redis://h:1/secret@h/0",
+        "redis://u:[secret]@h/0",
+        "reds://:secret@h",
+    ],
+)
+def test_no_password_is_in_an_error(target: str) -> None:
+    with pytest.raises(ConfigError) as failed:
+        check_target(target)
+    assert "secret" not in str(failed.value)
+    assert "expected redis://" in str(failed.value)
 
 
 def test_what_is_not_installed_ends_the_start(tmp_path: Path) -> None:
