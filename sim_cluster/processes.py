@@ -29,6 +29,7 @@ from ekko.store.manifest import MANIFEST_NAME, prefix_of
 PORT_FIRST: Final = 10_240
 PORT_LAST: Final = 32_000
 PORT_TRIES_MAX: Final = 1_000
+_given: Final[dict[int, None]] = {}  # ports, in the order in which this process gave them
 
 READY_S_MAX: Final = 60.0  # a cold kernel cache and a busy machine included
 STOP_S_MAX: Final = 30.0  # a busy machine included
@@ -84,7 +85,11 @@ class Delays:
 
 
 def free_ports(count: int, rng: random.Random | None = None) -> list[int]:
-    """Different ports of the loopback interface on which nobody listens."""
+    """Different ports of the loopback interface on which nobody listens, and that no call before has given.
+
+    Who is to listen on them may not have started yet: they look free until then. A port is given again once as many as half of
+    all were given after it.
+    """
     rng = rng or random.Random()
     ports: list[int] = []
     for _ in range(PORT_TRIES_MAX):
@@ -93,8 +98,11 @@ def free_ports(count: int, rng: random.Random | None = None) -> list[int]:
         port = rng.randint(PORT_FIRST, PORT_LAST)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            if port not in ports:
+            if port not in _given:
                 ports.append(port)
+                _given[port] = None
+                if len(_given) > (PORT_LAST - PORT_FIRST) // 2:
+                    del _given[next(iter(_given))]
     raise NodeProcessError(f"no {count} free ports between {PORT_FIRST} and {PORT_LAST} on 127.0.0.1")
 
 

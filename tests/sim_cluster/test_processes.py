@@ -31,6 +31,8 @@ TRAIN, SERVE = NodeSpec("train-1", "home", "train"), NodeSpec("eu-1", "eu")
 def test_ports_are_free_and_different() -> None:
     ports = free_ports(50, random.Random(1))
     assert len(set(ports)) == 50
+    # Nobody listens on them yet, and the next who asks gets others.
+    assert not set(ports) & set(free_ports(50, random.Random(1)))
 
 
 def test_configuration_says_what_was_asked_for(tmp_path: Path) -> None:
