@@ -13,9 +13,15 @@ from typer.testing import CliRunner
 
 import ekko
 from ekko.cli import app
-from ekko.errors import EkkoError
+from ekko.config.sections import ServerModelSection
+from ekko.errors import EkkoError, ModelError
+from ekko.model import MARKS_TABLE, SHARDS_DEFAULT
 from ekko.train import Client
-from sim_cluster.processes import NodeSpec, wait_until
+from ekko.train.server.events import Apply, Mark, Step
+from ekko.train.server.rows import TrainingRows
+from ekko.train.server.schema import trained_model
+from ekko.train.server.wire import Push
+from sim_cluster.processes import NodeProcess, NodeSpec, wait_until
 from tests.ekko.training_processes import TrainingCluster, table_settings
 
 pytestmark = pytest.mark.processes
@@ -138,6 +144,35 @@ def test_what_servers_learned_wrong_is_gone_everywhere_and_stays_gone(cluster: T
         for node in cluster.endpoints:
             steps = sum(0.1 / np.sqrt(step) for step in range(1, 2 * PUSHES + 1))
             np.testing.assert_allclose(rows(cluster, node)[0][0][: len(KEYS)], -steps, rtol=1e-5)
+    check_what_was_begun_before(cluster["home-1"])
+
+
+def check_what_was_begun_before(node: NodeProcess) -> None:
+    """What a server was at when its model was taken back, on a node where one was, and beside a server that rests."""
+    trained = TrainingRows(trained_model("ctr", ServerModelSection(**MODEL), SHARDS_DEFAULT), node.run_dir, node.local)
+    try:
+        keys, marks = np.array([9_000], np.uint64), (Mark(0, 900, 1, 1), Mark(1, 900, 1, 1))
+        pushed = Push("ctr", 900, 1, 1, (0, 1), {"item": (keys, np.ones((1, DIM), np.float32))}, 1.0)
+        prepared = trained.prepare(Apply(1, (Step((0, 1), (1,), False),), marks), {1: pushed})
+        trained.publish(prepared)  # and say that the answer is lost
+        there, _ = trained.reader.lookup("item", keys), trained.publisher.look_back(0)
+        with pytest.raises(ModelError, match="rolled back"):
+            trained.publish(prepared)
+        left = trained.left_of(prepared, marks)
+        assert left is not None
+        assert [table for table, _, _ in left.columns] == [MARKS_TABLE], "rows are as the rollback left them"
+        trained.publish(left)
+        assert trained.has(marks)
+        assert np.array_equal(trained.reader.lookup("item", keys), there)
+
+        trained.publisher.look_back(0)
+        with pytest.raises(ModelError, match="rolled back"):
+            trained.take_back()
+        assert trained.take_back() is not None, "once it has looked what was taken back"
+        assert trained.reader.lookup("item", keys, stamps=True)[1][0] == 0
+        trained.undo.clear()
+    finally:
+        trained.close()
 
 
 @pytest.mark.parametrize(

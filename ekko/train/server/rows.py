@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ekko
+from ekko.errors import ModelError, PublishError
 from ekko.model import MARKS_TABLE, STATE_SUFFIX, STEPS_SUFFIX
 from ekko.train.admission import Admission
 from ekko.train.optimizers import aggregate
@@ -166,6 +167,22 @@ class TrainingRows:
             pass
         return step.stamp
 
+    def left_of(self, prepared: Prepared, marks: Sequence[Mark]) -> Prepared | None:
+        """What is to be published of a step that the node refused; None: it is to be worked out anew.
+
+        If the model was rolled back, the rows that it was worked out from are others now. If the step is there, of an attempt
+        before that came to no answer, it is what they were worked into: to do so again would count twice. And if it was taken
+        back since, only its marks were not: to publish its rows as they were would bring back what was taken back.
+
+        Raises:
+            EkkoError: the node does not say what was taken back; nothing has changed.
+        """
+        there = self.has(marks)
+        restored = self.publisher.restored()
+        if not there:
+            return None
+        return Prepared([column for column in prepared.columns if column[0] == MARKS_TABLE]) if restored else prepared
+
     def step_of(self, prepared: Prepared) -> PublishedStep:
         """What `publish` hands over."""
         step = PublishedStep(self.publisher, copy=False)
@@ -174,15 +191,19 @@ class TrainingRows:
         return step
 
     def take_back(self) -> int | None:
-        """Publish what is on record as it was; its stamp, None: nothing is. Raises as `publish`."""
+        """Publish what is on record as it was; its stamp, None: nothing is. Raises as `publish`, and may be repeated."""
         if not (before := self.undo.read()):
             return None
-        with PublishedStep(self.publisher, copy=False) as step:
-            for part in before:
-                if part.there.any():
-                    step.publish(part.table, part.keys[part.there], part.rows[part.there])
-                if not part.there.all():
-                    step.delete(part.table, part.keys[~part.there])
+        try:
+            with PublishedStep(self.publisher, copy=False) as step:
+                for part in before:
+                    if part.there.any():
+                        step.publish(part.table, part.keys[part.there], part.rows[part.there])
+                    if not part.there.all():
+                        step.delete(part.table, part.keys[~part.there])
+        except (ModelError, PublishError):
+            self.publisher.restored()  # else it is refused for ever, where the model was rolled back since we began
+            raise
         return step.stamp
 
     # --- one table

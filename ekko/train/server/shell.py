@@ -261,11 +261,8 @@ class ModelShell:
             try:
                 return PairStored(self.rows.publish(prepared[0]))
             except (ModelError, PublishError):
-                # If the model was rolled back, the rows that this was worked out from are others now. If the step is there, of
-                # an attempt before that came to no answer, it is what they were worked into: to do so again would count twice.
-                if not self.rows.has(group.marks):
-                    prepared.clear()
-                self.rows.publisher.restored()
+                left = self.rows.left_of(prepared[0], group.marks)
+                prepared[:] = [] if left is None else [left]
                 raise
 
         stored = await self._jobs.repeated("apply", work)  # what came to no answer is published again as it is
