@@ -275,29 +275,36 @@ def scaled_step(scaler: torch.amp.GradScaler, optimizer: Optimizer, client: RowC
         EkkoError: as `ekko.train.Client.step`.
     """
     scale = scaler.get_scale()
-    overflow = torch.tensor(0.0 if client.finite(1.0 / scale) else 1.0)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    nccl = together and torch.distributed.get_backend() == "nccl"  # sends what lies on devices only
+    overflow = torch.tensor(0.0 if client.finite(1.0 / scale) else 1.0, device="cuda" if nccl else "cpu")
+    if together:
         torch.distributed.all_reduce(overflow, torch.distributed.ReduceOp.MAX)
     if overflow and scaler.is_enabled():
-        _spoil(optimizer)
-    made: list[None] = []
-    hook = optimizer.register_step_post_hook(lambda *_: made.append(None))
-    try:
-        scaler.step(optimizer)
-    finally:
-        hook.remove()
+        _spoil(scaler, optimizer)
+    scaler.step(optimizer)
+    # Not whether the optimizer was called: one that is fused is, and makes no step by itself.
+    made = not any(scaler._found_inf_per_device(optimizer).values())  # noqa: SLF001
     if not made or overflow:  # the second alone where gradients had been unscaled before: rows have no step then
         client.discard()
     client.step(scale=1.0 / scale)
-    return bool(made)
+    return made
 
 
-def _spoil(optimizer: Optimizer) -> None:
-    """Make a gradient infinite: so a scaler sees that it has to skip the step, and to take a smaller scale."""
+def _spoil(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+    """Have a scaler see an infinite gradient, so that it skips the step and takes a smaller scale.
+
+    Where it has looked before, it would not see this one, and the optimizer would make a step of it: there nothing is changed.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.grad is not None:
+                kept = parameter.grad.clone()
                 parameter.grad.fill_(torch.inf)
+                try:
+                    scaler.unscale_(optimizer)
+                except RuntimeError:
+                    parameter.grad.copy_(kept)
                 return
     raise ModelError("gradients of rows are not finite, and the optimizer has none that the scaler could see: skip this batch")
 

@@ -292,6 +292,26 @@ def test_scaled_steps_are_those_of_torch_also_where_gradients_of_rows_overflow()
     both.assert_same()
 
 
+def test_a_scaler_that_has_looked_before_is_not_shown_an_overflow_of_rows_as_a_gradient() -> None:
+    both = Scaled()
+    rows, weight = both.tables.weight.clone(), both.head.weight.detach().clone()
+    assert both.step(1e38, clip=0.01)
+    assert torch.equal(both.tables.weight, rows)
+    assert 0 < (both.head.weight - weight).abs().max() < 0.01
+
+
+def test_a_fused_optimizer_that_skips_a_step_by_itself_has_no_rows_pushed() -> None:
+    both = Scaled()
+    both.optimizer = torch.optim.SGD(both.head.parameters(), lr=0.1, fused=True)
+    rows, weight = both.tables.weight.clone(), both.head.weight.detach().clone()
+    both.scaler.scale(both.head(both.bag(IDS, OFFSETS)).sum()).backward()
+    assert both.head.bias.grad is not None
+    both.head.bias.grad.fill_(torch.inf)
+    assert not ekko.torch.scaled_step(both.scaler, both.optimizer, both.tables)
+    assert torch.equal(both.head.weight, weight)
+    assert torch.equal(both.tables.weight, rows)
+
+
 def test_a_scaled_step_is_not_pushed_as_it_is() -> None:
     both = Scaled()
     ekko.torch.push_after(both.optimizer, both.tables)
