@@ -177,11 +177,13 @@ class TrainingRows:
         Raises:
             EkkoError: the node does not say what was taken back; nothing has changed.
         """
-        there = self.has(marks)
-        restored = self.publisher.restored()
+        there, epoch = self.has(marks), self.publisher.epoch
+        self.publisher.restored()
         if not there:
             return None
-        return Prepared([column for column in prepared.columns if column[0] == MARKS_TABLE]) if restored else prepared
+        if self.publisher.epoch == epoch:
+            return prepared
+        return Prepared([column for column in prepared.columns if column[0] == MARKS_TABLE])
 
     def step_of(self, prepared: Prepared) -> PublishedStep:
         """What `publish` hands over."""

@@ -91,11 +91,13 @@ class ServedRows:
                 try:
                     self._publish(_merged(taken))
                 except (ModelError, PublishError):
-                    if self._publisher.restored():  # what is due was worked out from rows that were taken back
-                        log.warning("server_left_out_what_was_rolled_back", model=self._rows.model.name)
-                        self.rolled_back = True
-                    else:
+                    epoch = self._publisher.epoch
+                    self._publisher.restored()  # maybe nothing, where all was written again since, or deleted for good
+                    if self._publisher.epoch == epoch:
                         raise
+                    # What is due was worked out from rows that were taken back.
+                    log.warning("server_left_out_what_was_rolled_back", model=self._rows.model.name)
+                    self.rolled_back = True
             with self._adding:
                 del self._due[: len(taken)]
 
