@@ -35,7 +35,8 @@ PENDING_VALUES_MAX: Final = 8 << 20  # float32 values of all of them, but for th
 COMPARE_BYTES_MAX: Final = 16 << 20
 
 
-# A sparse gradient that is set aside: its indices, its values and how many these are, itself, and the version that it had.
+# A sparse gradient that is set aside: a copy of its indices, its values and how many these are, itself, and the version that it
+# had.
 Entry = tuple[Tensor, Tensor, int, Tensor, int]
 
 

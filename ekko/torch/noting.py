@@ -27,7 +27,8 @@ class Capture:
 
     def stepped(self) -> None:
         """A step has ended. Its sparse gradients are set aside: what becomes of one (`zero_grad`, another backward pass) gets
-        other memory, so that its parts stay what they are; but for values that are written to in place, which tables look at.
+        other memory, so that its values stay what they are, but where they are written to in place, which tables look at. Its
+        indices are copied: torch makes them a view of the ids that a user passed, where the next batch may be by then.
         """
         if self._optimizer.param_groups is not self._bound:  # a state dict was loaded
             self._bind()
@@ -44,7 +45,8 @@ class Capture:
             elif gradient.is_sparse:
                 values = gradient._values()  # noqa: SLF001 - `values()` wants a sum of equal rows first, which takes long
                 count = values.numel()
-                table.pending.append((gradient._indices(), values, count, gradient, gradient._version))  # noqa: SLF001
+                indices = gradient._indices().clone()  # noqa: SLF001
+                table.pending.append((indices, values, count, gradient, gradient._version))  # noqa: SLF001
                 total += count
             else:
                 table.set_dense(gradient)

@@ -260,3 +260,23 @@ def test_a_gradient_may_be_written_to_while_it_is_added_up(monkeypatch: pytest.M
         step(model, optimizer, [3, 5])
     assert written
     assert set(publisher.steps[-1].rows["items"]) == {3, 5}
+
+
+def test_ids_may_be_in_the_same_memory_at_each_step() -> None:
+    """As where batches are loaded into one buffer: indices of gradients are a view of it."""
+    model, publisher = Model(sparse=True), Slow()
+    publisher.tables = {"items": DIM}
+    optimizer = torch.optim.SGD([model.item.weight], lr=0.1)
+    ids = torch.empty(2, dtype=torch.int64)
+    with ekko.torch.track(model, optimizer, publisher, {"item": "items"}) as tracker:
+        publisher.goes_on.clear()
+        step(model, optimizer, [0, 1])
+        assert publisher.entered.wait(30)  # what follows is not looked at before it is over
+        for batch in ([3, 5], [7, 9], [11, 13]):
+            ids.copy_(torch.tensor(batch))
+            optimizer.zero_grad()
+            model(ids).backward()
+            optimizer.step()
+        publisher.goes_on.set()
+        tracker.flush()
+    assert set(publisher.steps[-1].rows["items"]) == {3, 5, 7, 9, 11, 13}
