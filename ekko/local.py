@@ -374,7 +374,8 @@ def _decode_body(body: list[Any], frames: Sequence[Buffer]) -> Request:
 
 
 def _pair_of(first: list[Any], second: list[Any], same: list[Any], timeout_ms: int, frames: list[Buffer]) -> PublishPair:
-    if not 0 <= timeout_ms <= WAIT_MS_MAX or first[:1] != ["publish"] or second[:1] != ["publish"]:
+    steps = all(len(step) > 2 and step[0] == "publish" for step in (first, second))
+    if not 0 <= timeout_ms <= WAIT_MS_MAX or not steps:
         raise MalformedError("a pair of what are no steps, or of no time")
     begins, end = [], 0
     for _, _, _, _, said in first[2]:

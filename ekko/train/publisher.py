@@ -396,7 +396,8 @@ class Publisher:
             timeout: seconds that `step` may take.
 
         Returns:
-            How far it came; None: the node refused `step`, and says why when it is published alone. Nothing was published.
+            How far it came; None: the node refused `step`, and says why when it is published alone, or they are too large to
+            be published together. Nothing was published.
 
         Raises:
             NodeUnreachable: no answer in time; whether they were published is not known.
@@ -404,7 +405,10 @@ class Publisher:
         first = self.request_of(step, time.monotonic_ns())
         at = {(_place_of(column.keys), _place_of(column.rows)): number for number, column in enumerate(first.columns)}
         same = tuple(at.get((_place_of(column.keys), _place_of(column.rows))) for column in then.columns)
-        answer = self._connections.ask(PublishPair(first, then, same, round(timeout * 1000)), timeout + self._timeout)
+        try:
+            answer = self._connections.ask(PublishPair(first, then, same, round(timeout * 1000)), timeout + self._timeout)
+        except PublishError:  # together they are more than one message may have
+            return None
         if not isinstance(answer, PairStored):
             return None
         self._last_stamp = max(self._last_stamp, answer.stamp)

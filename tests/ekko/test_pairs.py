@@ -153,3 +153,10 @@ def test_a_pair_that_contradicts_itself_is_malformed(data: st.DataObject) -> Non
         frames.insert(place, frames[place])
     with pytest.raises(MalformedError):
         decode_request(frames)
+
+
+@pytest.mark.parametrize("step", [[], ["publish"], ["publish", "ctr"], ["pair", "ctr", []]])
+def test_a_pair_of_less_than_steps_is_malformed(step: list[object]) -> None:
+    version, number, word, _, second, *_ = msgpack.unpackb(encode_request(1, pair())[0])
+    with pytest.raises(MalformedError, match="no steps"):
+        decode_request([msgpack.packb([version, number, word, step, second, [], 500])])

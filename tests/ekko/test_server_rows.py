@@ -268,12 +268,15 @@ def test_what_is_trained_is_served_in_the_served_codec_and_what_was_left_out_is_
 
 
 def test_what_is_trained_and_what_is_served_of_it_are_one_request_where_nothing_older_is_due(
-    rows: TrainingRows, node: NodeProcess
+    rows: TrainingRows, node: NodeProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng, keys = np.random.default_rng(2), fresh_keys(40)
     served = ServedRows(rows, node.run_dir, node.local)
     pushes = {1: push({"plain": (keys, gradients(rng, 40)), "grad": (keys, gradients(rng, 40))})}
     first = rows.prepare(group(Step(ALL, (1,), False)), pushes)
+    with monkeypatch.context() as patched:
+        patched.setattr("ekko.train.connection.LOCAL_MESSAGE_BYTES_MAX", 4_096)
+        assert served.publish_pair(first) is None, "each may be published alone"
     stored = served.publish_pair(first)
     rows.undo.clear()
     assert stored is not None
