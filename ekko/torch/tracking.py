@@ -50,6 +50,9 @@ def track(
     published yet (`Tracker.reload`). With `Publisher(admission=...)`, rows go out from the batch on that touches their key for
     the n-th time.
 
+    Whoever calls `backward(gradient)` on the output of an `nn.Embedding` itself, with memory that is used again, passes a copy:
+    the embedding's gradient is a view of it, which is looked at in the background.
+
     Args:
         model: holds the tables; may be wrapped by `torch.compile` or `DistributedDataParallel`: names are those without it.
         optimizer: any; or several, in the order in which they step: their steps are one, which ends with the last one's. Name
