@@ -284,7 +284,7 @@ def scaled_step(scaler: torch.amp.GradScaler, optimizer: Optimizer, client: RowC
         _spoil(scaler, optimizer)
     scaler.step(optimizer)
     # Not whether the optimizer was called: one that is fused is, and makes no step by itself.
-    made = not any(scaler._found_inf_per_device(optimizer).values())  # noqa: SLF001
+    made = not scaler.is_enabled() or not any(scaler._found_inf_per_device(optimizer).values())  # noqa: SLF001
     if not made or overflow:  # the second alone where gradients had been unscaled before: rows have no step then
         client.discard()
     client.step(scale=1.0 / scale)

@@ -300,6 +300,13 @@ def test_a_scaler_that_has_looked_before_is_not_shown_an_overflow_of_rows_as_a_g
     assert 0 < (both.head.weight - weight).abs().max() < 0.01
 
 
+def test_a_scaler_that_is_not_enabled_leaves_steps_as_they_are() -> None:
+    both = Scaled()
+    both.scaler, both.their_scaler = (torch.amp.GradScaler("cpu", enabled=False) for _ in range(2))
+    assert both.step()
+    both.assert_same()
+
+
 def test_a_fused_optimizer_that_skips_a_step_by_itself_has_no_rows_pushed() -> None:
     both = Scaled()
     both.optimizer = torch.optim.SGD(both.head.parameters(), lr=0.1, fused=True)
