@@ -76,8 +76,8 @@ def same(one: list[tuple[np.ndarray, np.ndarray]], other: list[tuple[np.ndarray,
     return all(np.array_equal(a, b) for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True))
 
 
-def served_at(cluster: TrainingCluster, node: str, keys: np.ndarray) -> np.ndarray:
-    with ekko.Reader("ctr", run_dir=cluster[node].run_dir, wait=10.0) as reader:
+def items(cluster: TrainingCluster, node: str, keys: np.ndarray, model: str = "ctr") -> np.ndarray:
+    with ekko.Reader(model, run_dir=cluster[node].run_dir, wait=10.0) as reader:
         return reader.lookup("item", keys)
 
 
@@ -109,10 +109,13 @@ def test_what_servers_learned_wrong_is_gone_everywhere_and_stays_gone(cluster: T
         push(client, KEYS, 1.0)
         going.start()
         push(client, ALTERED, 1.0)
-        trained = served_at(cluster, "home-1", ALTERED)
+        trained = items(cluster, "home-1", ALTERED, "ctr.training")
         with ekko.Publisher(cluster["home-1"].local, model="ctr") as publisher:  # as if served rows were of another moment
             publisher.publish("item", ALTERED, trained + 1)
-        good, state = rows(cluster, "home-1"), rows(cluster, "home-1", "ctr.training", ".state")
+        good, state = (rows(cluster, "home-1", "ctr.training", suffix) for suffix in ("", ".state"))
+        nodes = [node for node in cluster.nodes if node != "wit-1"]
+        for node in nodes:  # an answered push is served at its server's node, and soon elsewhere
+            wait_until(lambda node=node: same(rows(cluster, node), good), f"{node} serves what is trained", 60)
         assert all(there[: len(KEYS)].all() and not there[len(KEYS) :].any() for _, there in good)
         time.sleep(0.5)
         moment = datetime.now(UTC).isoformat()
@@ -122,7 +125,6 @@ def test_what_servers_learned_wrong_is_gone_everywhere_and_stays_gone(cluster: T
 
         done = rollback(cluster, "eu-1", "ctr", "--to", moment, "--yes")
         assert done["step"] == "done"
-        nodes = [node for node in cluster.nodes if node != "wit-1"]
         for node in nodes:  # at once: writers go on only when both are back
             assert same(rows(cluster, node), good), node
         for node in cluster.endpoints:
@@ -131,7 +133,7 @@ def test_what_servers_learned_wrong_is_gone_everywhere_and_stays_gone(cluster: T
         assert np.array_equal(client.pull("item", KEYS), good[0][0][: len(KEYS)])
 
         # Servers compare what they have with what is served, and serve it: the moments of the two need not be one.
-        wait_until(lambda: (served_at(cluster, "eu-1", ALTERED) == trained).all(), "what is trained is served", 90)
+        wait_until(lambda: (items(cluster, "eu-1", ALTERED) == trained).all(), "what is trained is served", 90)
         before = going.clock
         wait_until(lambda: going.clock > before + 10 or going.failure is not None, "another worker goes on", 90)
         going.end.set()
