@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from typing import TextIO, cast
 
 import structlog
 
@@ -37,6 +38,21 @@ class RateLimit:
         return record
 
 
+class CurrentStderr:
+    """What is `sys.stderr` when it is written to: loggers are kept, and who runs a command within a program may exchange it."""
+
+    def write(self, text: str) -> int:
+        """Write to it."""
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Have it written."""
+        sys.stderr.flush()
+
+
+_stderr = cast("TextIO", CurrentStderr())
+
+
 def configure_logs(**context: object) -> None:
     """Log to stderr from now on; `context` goes into every record."""
     terminal = sys.stderr.isatty()
@@ -51,7 +67,7 @@ def configure_logs(**context: object) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(_stderr),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(**context)

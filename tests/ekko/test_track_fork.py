@@ -68,7 +68,7 @@ def test_a_child_steps_and_publishes_nothing(background: bool, caplog: pytest.Lo
                 assert set(other.steps[0].rows["users"]) == {5}
 
         # Its thread holds what it copies with, and what it sends with, at the moment of the fork.
-        with tracker._gate.between_steps(), tracker._sender.sending:
+        with tracker._sender.sending, tracker._gate.between_steps():
             assert in_child(child) == 0
         train(model, optimizer, [4], [8])
         tracker.flush()

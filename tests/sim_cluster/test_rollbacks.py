@@ -255,12 +255,12 @@ class WritesOldStamps(Performer):
 class ForgetsItsPlan(Performer):
     """The plan is not durable: who dies half-way takes what is left of the differences for all there is to do, and is done."""
 
-    def begin(self, now: m.Now) -> None:
+    def begin(self, now: m.Now, why: str = "") -> None:
         if self.fact.step >= Step.WRITING:
             self._plan = None
             self._feed(r.Begun(Summary(self.fact.cut_ms)), now)
         else:
-            super().begin(now)
+            super().begin(now, why)
 
 
 @pytest.mark.parametrize("planted", [KeepsNewKeys, WritesOldStamps])
