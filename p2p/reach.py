@@ -6,7 +6,7 @@ a lost answer or a restarted peer costs a moment, not the promise; the answer co
 when the wait began is not waited for, and is named in its answer, however it ends.
 
 By the same questions a node learns who has caught up with a whole model: for every writer that it knows, it asks for the
-newest stamp up to which it has everything itself.
+newest stamp up to which it has everything itself. While it has not caught up itself, it is the one who lags, and asks nobody.
 """
 
 from collections.abc import Sequence
@@ -27,20 +27,17 @@ QUESTIONS_MAX = 4_096
 QUESTIONS_OF_WAIT_MAX = 1_024
 # A question that its asker no longer repeats is dropped.
 QUESTION_LIFE_MS = 4 * REPEAT_MS
+DROPPED = "the model was dropped while this waited for it"
 
 
 @dataclass(slots=True, eq=False)
 class _Wait:
     request: int
     deadline_ms: int
-    questions: dict[int, "_Question"]  # by query
-    silent: tuple[str, ...]  # suspects at the time of the call: not waited for, but named
     repeat_ms: int
-
-    @property
-    def lagging(self) -> tuple[str, ...]:
-        """Who has not answered yet, in order."""
-        return tuple(dict.fromkeys(node for question in self.questions.values() for node in question.lagging))
+    family: int | None = None  # about all of this one; None, too, as soon as the questions are known
+    questions: dict[int, "_Question"] = field(default_factory=dict)  # by query
+    silent: tuple[str, ...] = ()  # suspects when the questions began: not waited for, but named
 
 
 @dataclass(slots=True, eq=False)
@@ -73,37 +70,51 @@ class Reach:
         touched = core.touched_by(request.keyspace, request.stamp)
         if not touched:
             raise LocalProtocolError(f"stamp {request.stamp} was not published on this node: wait at the node that stored it")
-        wanted = [(keyspace, request.stamp) for keyspace in touched]
-        self._begin(request.request, wanted, request.scope, request.timeout_ms, now)
+        wait = self._opened(request.request, request.timeout_ms, now)
+        self._begin(wait, [(keyspace, request.stamp) for keyspace in touched], request.scope, now)
+        self.waits.append(wait)
+        self._finish(now)
 
     def wait_caught_up(self, request: m.CaughtUpRequested, now: m.Now) -> None:
-        """Start a wait until all live holders of a family have what is here of it, or answer at once.
+        """Start a wait until this node and all live holders of a family have what is here of it, or answer at once.
 
         Raises:
-            LocalProtocolError: unknown family, one with which this node has not caught up, or too many waits.
+            LocalProtocolError: unknown family, or too many waits.
         """
-        core = self.core
-        family = core.families.get(request.family)
-        if family is None:
+        if request.family not in self.core.families:
             raise LocalProtocolError(f"keyspace {request.family} does not exist on this node")
+        wait = self._opened(request.request, request.timeout_ms, now)
+        wait.family = request.family
+        self._begin_family(wait, now)
+        self.waits.append(wait)
+        self._finish(now)
+
+    def _opened(self, request: int, timeout_ms: int, now: m.Now) -> _Wait:
+        if len(self.waits) >= WAITS_MAX:
+            self.core.counters.waits_refused += 1
+            raise LocalProtocolError(f"{WAITS_MAX} waits are open on this node already: wait for fewer stamps at a time")
+        return _Wait(request, now.monotonic_ms + timeout_ms, now.monotonic_ms)
+
+    def _begin_family(self, wait: _Wait, now: m.Now) -> None:
+        """Ask about a family, once this node has caught up with it."""
+        assert wait.family is not None
+        family = self.core.families[wait.family]
         if not all(keyspace.synced for keyspace in family):
-            raise LocalProtocolError(f"node {core.options.node!r} has not caught up with it itself yet: ask again in a moment")
+            wait.repeat_ms = now.monotonic_ms + REPEAT_MS
+            return
+        wait.family = None
         wanted = [
             (keyspace, stamp)
             for keyspace in family
             for stamp in keyspace.knowledge.frontier[keyspace.knowledge.writers].tolist()
             if stamp
         ]
-        self._begin(request.request, wanted, m.Scope.ALL, request.timeout_ms, now)
+        self._begin(wait, wanted, m.Scope.ALL, now)
 
-    def _begin(self, request: int, wanted: Sequence[tuple[Keyspace, int]], scope: m.Scope, timeout_ms: int, now: m.Now) -> None:
-        """Wait until the holders in scope of each keyspace have the stamp."""
-        if len(self.waits) >= WAITS_MAX:
-            self.core.counters.waits_refused += 1
-            raise LocalProtocolError(f"{WAITS_MAX} waits are open on this node already: wait for fewer stamps at a time")
+    def _begin(self, wait: _Wait, wanted: Sequence[tuple[Keyspace, int]], scope: m.Scope, now: m.Now) -> None:
+        """Ask the holders in scope of each keyspace for its stamp."""
         if len(wanted) > QUESTIONS_OF_WAIT_MAX:
             raise LocalProtocolError(f"{len(wanted)} writers and partitions to ask about, limit {QUESTIONS_OF_WAIT_MAX}")
-        questions: dict[int, _Question] = {}
         silent: dict[str, None] = {}
         holders: dict[Place, dict[str, None]] = {}
         for keyspace, stamp in wanted:
@@ -112,18 +123,14 @@ class Reach:
                 holders[place], suspects = self.holders(scope, keyspace, now)
                 silent |= suspects
             self._queries += 1
-            questions[self._queries] = _Question(keyspace, stamp, dict(holders[place]))
-        deadline_ms = now.monotonic_ms + timeout_ms
-        wait = _Wait(request, deadline_ms, questions, tuple(sorted(silent)), now.monotonic_ms)
-        self.waits.append(wait)
+            wait.questions[self._queries] = _Question(keyspace, stamp, dict(holders[place]))
+        wait.silent = tuple(sorted(silent))
         self._ask(wait, now)
-        self._finish(now)
 
     def forget_keyspace(self, keyspace: int) -> None:
         """It was dropped: who waits for it is told so, and peers hear the like from their own nodes."""
         for wait in [one for one in self.waits if any(q.keyspace.replica.keyspace == keyspace for q in one.questions.values())]:
-            self.waits.remove(wait)
-            self.core.emit(m.Refused(wait.request, "the model was dropped while this waited for it"))
+            self._refuse(wait, DROPPED)
         for key in [key for key, (question, _) in self.questions.items() if question.keyspace == keyspace]:
             del self.questions[key]
 
@@ -187,8 +194,16 @@ class Reach:
 
     def on_timer(self, now: m.Now) -> None:
         """Repeat open questions, end overdue waits, drop questions nobody repeats."""
-        for wait in self.waits:
-            self._ask(wait, now)
+        for wait in list(self.waits):
+            if wait.family is None:
+                self._ask(wait, now)
+            elif wait.family not in self.core.families:
+                self._refuse(wait, DROPPED)
+            elif now.monotonic_ms >= wait.repeat_ms:
+                try:
+                    self._begin_family(wait, now)
+                except LocalProtocolError as error:
+                    self._refuse(wait, str(error))
         self._finish(now)
         for key in [key for key, (_, until_ms) in self.questions.items() if now.monotonic_ms >= until_ms]:
             del self.questions[key]
@@ -213,8 +228,18 @@ class Reach:
 
     def _finish(self, now: m.Now) -> None:
         for wait in list(self.waits):
-            lagging = wait.lagging
+            lagging = self._lagging(wait)
             if lagging and now.monotonic_ms < wait.deadline_ms:
                 continue
             self.core.emit(m.WaitEnded(wait.request, lagging, wait.silent))
             self.waits.remove(wait)
+
+    def _lagging(self, wait: _Wait) -> tuple[str, ...]:
+        """Who has not answered yet, in order."""
+        if wait.family is not None:
+            return (self.core.options.node,)
+        return tuple(dict.fromkeys(node for question in wait.questions.values() for node in question.lagging))
+
+    def _refuse(self, wait: _Wait, why: str) -> None:
+        self.waits.remove(wait)
+        self.core.emit(m.Refused(wait.request, why))

@@ -4,6 +4,7 @@ import pytest
 
 from p2p import messages as m
 from p2p.paper.sync import PRESETS
+from sim_cluster.virtual import VirtualCluster
 from tests.p2p.chaos import form
 from tests.p2p.generations_chaos import (
     OLD,
@@ -95,3 +96,51 @@ def test_who_has_not_caught_up_is_named() -> None:
     ended = cluster.nodes["us1"].replies[reply]
     assert isinstance(ended, m.WaitEnded)
     assert ended.lagging == ("us3",)
+
+
+def asked_while_behind(cluster: VirtualCluster, node: str, timeout_ms: int) -> int:
+    """Restart a node that has lost its rows, cut off from all, and ask it who has caught up."""
+    cluster.crash(node)
+    cluster.cut = {pair for other in cluster.nodes if other != node for pair in ((other, node), (node, other))}
+    cluster.restart(node, keep_state=False)
+    add(cluster, node, OLD)
+    cluster.run(100)
+    request = cluster.ask(node, lambda number: m.CaughtUpRequested(number, OLD.id, timeout_ms))
+    cluster.run(500)
+    assert request not in cluster.nodes[node].replies
+    return request
+
+
+def test_a_node_that_has_not_caught_up_itself_waits_until_it_has_and_names_itself() -> None:
+    cluster = form(1)
+    cluster.run(5_000)
+    add(cluster, "t1", OLD)
+    publish(cluster, "t1", "gen-1", [1], 1.0)
+    cluster.run(2_000)
+    request = asked_while_behind(cluster, "us3", 2_000)
+    cluster.run(2_000)
+    ended = cluster.nodes["us3"].replies[request]
+    assert isinstance(ended, m.WaitEnded)
+    assert ended.lagging == ("us3",)
+
+    request = asked_while_behind(cluster, "us3", 60_000)
+    cluster.cut = set()
+    cluster.run(20_000)
+    ended = cluster.nodes["us3"].replies[request]
+    assert isinstance(ended, m.WaitEnded)
+    assert (ended.lagging, ended.silent) == ((), ())
+    agree(cluster)
+
+
+def test_who_waits_to_catch_up_is_told_when_the_model_is_dropped() -> None:
+    cluster = form(1)
+    cluster.run(5_000)
+    add(cluster, "t1", OLD)
+    publish(cluster, "t1", "gen-1", [1], 1.0)
+    cluster.run(2_000)
+    request = asked_while_behind(cluster, "us3", 60_000)
+    drop(cluster, "us3", "gen-1")
+    cluster.run(500)
+    refused = cluster.nodes["us3"].replies[request]
+    assert isinstance(refused, m.Refused)
+    assert "was dropped" in refused.reason
