@@ -52,6 +52,8 @@ def check_installed(target: str) -> None:
         ConfigError: it does not.
     """
     package = "redis" if is_redis(target) else target.partition(":")[0].partition(".")[0]
+    if package == "__main__":
+        raise ConfigError(f"{target!r} is in no module: a node runs it in a process of its own, so name the file it is in")
     if find_spec(package) is None:
         remedy = "pip install 'ekko-dissemination[redis]'" if is_redis(target) else "install it, or set PYTHONPATH"
         raise ConfigError(f"{shown(target)!r} needs the package {package}, which is not installed: {remedy}")

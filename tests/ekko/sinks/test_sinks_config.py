@@ -98,6 +98,15 @@ def test_what_is_not_installed_ends_the_start(tmp_path: Path) -> None:
     )
 
 
+def test_a_node_cannot_find_what_is_in_no_module(tmp_path: Path) -> None:
+    path = write(tmp_path, '[sinks.own]\nmodel = "ctr"\ntarget = "__main__:make"\n')
+    done = CliRunner().invoke(app, ["node", "--config", str(path)])
+    assert isinstance(done.exception, ConfigError)
+    assert str(done.exception).startswith(
+        "sinks.own.target: '__main__:make' is in no module: a node runs it in a process of its own"
+    )
+
+
 STATE = {"rows": 1_500, "deleted": 3, "forgotten": 0, "tensors": 0, "batches": 9, "coalesced": 40, "overflows": 1, "walks": 2}
 STATE |= {"retries": 4, "rows_per_s": 75, "walking": False, "sweeping": False, "error": "", "late_ms": 3, "place": [1, 1, 9]}
 
