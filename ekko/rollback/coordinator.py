@@ -364,6 +364,9 @@ class Coordinator:
         assert self.around is not None
         beside = self._beside(fact, now)
         why = "" if beside is None else Performer(beside, self.around).hopeless()
+        last = self.performers.pop((fact.model, fact.dry), None)
+        if last is not None:  # of what servers train: nobody has looked at it since
+            last.supersede(now)
         performer = self.make_performer(shortened(fact), self.around)
         self.performers[fact.model, fact.dry] = performer
         self.around.note("rollback_begins", {"model": fact.model.name, "epoch": f"{fact.epoch:016x}", "to_ms": fact.to_ms})
