@@ -93,7 +93,7 @@ class Feed:
                     self._stopping.wait(wait_s)
                     wait_s = min(2 * wait_s, RETRY_S_MAX)
                     continue
-                wait_s, self._counts.error = RETRY_S_MIN, ""
+                wait_s = RETRY_S_MIN
                 now = time.monotonic()
                 if busy:
                     idle_since = now
@@ -185,6 +185,7 @@ class Feed:
             self._source = self._attach()
             self._session = Session(self._source, self._sink, self._counts)
         busy, complete = self._session.turn(moment)
+        self._counts.error = ""  # before who waits is told
         if complete is not None:
             self._counts.through_ms = complete.unix_ms
             if complete.asked > self._answered:

@@ -27,7 +27,7 @@ ENTRIES_AT_ONCE: Final = 1 << 14
 COMMIT_S: Final = 1.0
 # What the node knows is copied less often, as it takes some MB: it only bounds what is sent where the ring does not reach back.
 KNOWN_S: Final = 10.0
-# Between two walks of a node that keeps no ring.
+# Of a node that keeps no ring, from the end of one walk to the next one.
 WALK_S: Final = 1.0
 
 _NONE: Final[U64] = np.empty(0, np.uint64)
@@ -180,7 +180,9 @@ class Session:
             self._lose_sight(now, moment)
             return True, False
         if now.breaks < 0:  # the node keeps no ring: all rows are looked at, again and again
-            if self._walk is None and time.monotonic() - self._walked_s >= WALK_S:
+            # A sweep that goes on is not begun anew, or one that takes longer than the pause would never end.
+            sweeps = self._sweep_due and self._sweep_part is None
+            if self._walk is None and not sweeps and time.monotonic() - self._walked_s >= WALK_S:
                 self._begin_walk(moment)
             return False, True
         if now.position == self._place.position:
@@ -224,7 +226,6 @@ class Session:
         self._walk, self._walked = Walk(self._source, self._known, frozenset(self._new)), moment
         self._offer_tables()  # the walk has looked which there are
         self._walk_again = False
-        self._walked_s = time.monotonic()
         if self._walk.finds_removals:
             self._sweep_due, self._sweep, self._sweep_part = True, None, None
             self._since_ms = time.time_ns() // 1_000_000
@@ -239,6 +240,7 @@ class Session:
             self._send(part, _NONE)
             return True
         self._known, self._dirty = self._walk.known, True
+        self._walked_s = time.monotonic()
         self._committed_s = 0.0  # at once: to begin it again takes longest of all
         self._new -= self._walk.new
         self._walk = None

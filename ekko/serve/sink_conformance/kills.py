@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -9,18 +10,23 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Final
+from types import CodeType, FrameType
+from typing import Any, Final
 
 import numpy as np
 
 from ekko.serve import session
 from ekko.serve.feeding import Feed
+from ekko.serve.sink import Batch, Sink
 from ekko.serve.sink_conformance.feeds import caught_up, node_of
 from ekko.serve.sink_conformance.subject import MODEL, Subject, expect, opened, put
 
 KILLS: Final = 9
+# Of one batch: before lines, evenly among them where there are more moments; and at times, which also fall within a line.
+LINE_KILLS_MAX: Final = 100
+TIMED_KILLS: Final = 6
 WITHIN_S_MAX: Final = 0.002
-KILLED_S_MAX: Final = 10.0
+KILLED_S_MAX: Final = 60.0  # for one that does not end: one that is only slow is to be killed where it was meant to be
 
 
 def what_was_committed_outlives_a_kill(subject: Subject) -> None:
@@ -47,29 +53,73 @@ def what_was_committed_outlives_a_kill(subject: Subject) -> None:
 
 
 def a_batch_that_was_cut_short_comes_again(subject: Subject) -> None:
-    """Kills at all times of a batch; then it comes once more, and is there."""
+    """Kills before each line that the sink runs, and at times within one; then the batch comes once more, and is there."""
     if not subject.durable:
         return
     keys = subject.keys
     sink = opened(subject)
+    sink.apply(put(subject, keys, 1))  # the first one of an empty store may go another way
+    moments = _first_and_last_visits(sink, put(subject, keys, 2))
     begun = time.monotonic()
-    sink.apply(put(subject, keys, 1))
+    sink.apply(put(subject, keys, 3))
     takes_s = time.monotonic() - begun
     sink.close()
 
-    def begin(at: int) -> None:
-        sink = opened(subject)
-        batch = put(subject, keys, at)
-        signal.setitimer(signal.ITIMER_REAL, takes_s * (at - 1) / KILLS)  # its signal ends a process, without a word
+    def at_line(moment: int, sink: Sink, batch: Batch) -> None:
+        visits = count()
+        _traced(sink, batch, lambda *_: _die() if next(visits) == moment else None)
+
+    def at_time(after_s: float, sink: Sink, batch: Batch) -> None:
+        signal.setitimer(signal.ITIMER_REAL, after_s)  # its signal ends a process, without a word
         sink.apply(batch)
+
+    ways = [partial(at_line, moment) for moment in moments]
+    ways += [partial(at_time, takes_s * number / TIMED_KILLS) for number in range(1, 1 + TIMED_KILLS)]
+
+    def begin(way: Callable[[Sink, Batch], None], at: int) -> None:
+        way(opened(subject), put(subject, keys, at))
         _die()
 
-    for at in range(2, 2 + KILLS):
-        _wait(_forked(partial(begin, at)))
+    for at, way in enumerate(ways, 4):
+        _wait(_forked(partial(begin, way, at)))
         sink = opened(subject)
         sink.apply(put(subject, keys, at))
         expect(subject, keys, at, "killed in the middle of a batch, which then came again")
         sink.close()
+
+
+def _first_and_last_visits(sink: Sink, batch: Batch) -> list[int]:
+    """Apply a batch; of the lines that this runs, in their order, the numbers of the first and of the last time of each."""
+    first: dict[tuple[CodeType, int], int] = {}
+    last: dict[tuple[CodeType, int], int] = {}
+    visits = count()
+
+    def visited(*line: *tuple[CodeType, int]) -> None:
+        last[line] = next(visits)
+        first.setdefault(line, last[line])
+
+    _traced(sink, batch, visited)
+    moments = sorted({*first.values(), *last.values()})
+    return moments[:: 1 + len(moments) // LINE_KILLS_MAX]
+
+
+def _traced(sink: Sink, batch: Batch, visit: Callable[[CodeType, int], None]) -> None:
+    """Apply a batch; before each line of the packages that the sink's classes are of, `visit` is told where it is."""
+    packages = {kind.__module__.partition(".")[0] for kind in type(sink).__mro__}
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in packages:
+            return None
+        if event == "line":
+            visit(frame.f_code, frame.f_lineno)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        sink.apply(batch)
+    finally:
+        sys.settrace(before)
 
 
 def feeds_are_killed_in_mid_batch(subject: Subject) -> None:

@@ -24,11 +24,12 @@ from ekko.serve.sink_conformance.feeds import MODEL, Node, caught_up
 from ekko.serve.source import Source
 from ekko.store.changes import ChangeRing
 from p2p.stamps import WRITERS_MAX
+from sim_cluster.processes import wait_until
 from tests.ekko.sinks.plain_sink import PlainSink, PlainStore, PlainSubject
 from tests.seeds import seeds
 
 Patch = pytest.MonkeyPatch
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 # Before and after each of these the node is written.
 READS = ("place", "known", "changes", "whole_since", "refresh", "read")
 
@@ -245,21 +246,23 @@ def test_a_bug_of_the_feed_is_noticed(bug: Callable[[Patch], None], tmp_path: Pa
 
 def test_a_node_without_room_for_a_ring_is_looked_through(tmp_path: Path, subject: PlainSubject, monkeypatch: Patch) -> None:
     monkeypatch.setattr(ChangeRing, "attach", classmethod(lambda cls, *args: None))
-    monkeypatch.setattr("ekko.serve.session.WALK_S", 0.01)
+    monkeypatch.setattr("ekko.serve.session.WALK_S", 0.0)  # to remove what is gone takes longer, in any case
     with Node(subject, tmp_path / "node") as node:
         sink = subject.sink()
         node.put(subject.keys)
         with ekko.serve.feed(node.run_dir, MODEL, sink) as feed:
             feed.flush(TIMEOUT_S)
             node.check(sink, "the first state")
-            node.put(subject.keys[:30])
+        node.put(subject.keys[:30])
+        with ekko.serve.feed(node.run_dir, MODEL, sink) as feed:
+            feed.flush(TIMEOUT_S)
+            node.check(sink, "what another feed found")
+            assert feed.counts.rows == 30
             node.delete(subject.keys[20:40])
             node.drop(subject.keys[30:50])
-            before = feed.counts.rows
             feed.flush(TIMEOUT_S)
             node.check(sink, "changes")
             assert feed.counts.noted == 0
-            assert feed.counts.rows - before <= 2 * 128
 
 
 def test_no_key_goes_back_while_a_thread_writes(node: Node, subject: PlainSubject) -> None:
@@ -294,7 +297,8 @@ def test_no_key_goes_back_while_a_thread_writes(node: Node, subject: PlainSubjec
         feed.flush(TIMEOUT_S)
         node.check(sink, "after all")
         counts = feed.counts
-        assert counts.noted > counts.rows - 128
+        # A ring that went round while this thread wrote and the feed's stood still is followed by a walk.
+        assert counts.noted > counts.rows - 128 * counts.walks
         assert counts.coalesced >= counts.noted - counts.rows
         assert counts.error == ""
 
@@ -348,17 +352,18 @@ def test_another_error_ends_the_feed_and_is_told(node: Node, subject: PlainSubje
 
 
 def test_a_flush_says_what_is_in_the_way(node: Node, subject: PlainSubject, tmp_path: Path, monkeypatch: Patch) -> None:
-    with (
-        ekko.serve.feed(tmp_path / "nothing", MODEL, subject.sink()) as feed,
-        pytest.raises(TimeoutError, match="there is no store"),
-    ):
-        feed.flush(0.2)
+    with ekko.serve.feed(tmp_path / "nothing", MODEL, subject.sink()) as feed:
+        wait_until(lambda: feed.counts.retries > 0, "the feed to look", TIMEOUT_S)
+        with pytest.raises(TimeoutError, match="there is no store"):
+            feed.flush(0.2)
     node.put(subject.keys)
     sink = subject.sink()
     caught_up(Feed(node.run_dir, MODEL, sink))
     node.begin_anew()
-    with ekko.serve.feed(node.run_dir, MODEL, sink) as feed, pytest.raises(TimeoutError, match="caught up with the others"):
-        feed.flush(0.5)
+    with ekko.serve.feed(node.run_dir, MODEL, sink) as feed:
+        wait_until(lambda: feed.counts.sweeps > 0, "all rows to be sent", TIMEOUT_S)
+        with pytest.raises(TimeoutError, match="caught up with the others"):
+            feed.flush(0.2)
     with pytest.raises(TimeoutError, match="was stopped"):
         feed.flush(1.0)
 
