@@ -138,6 +138,7 @@ def rows_change_while_all_are_compared(node: Node, subject: PlainSubject, patch:
 
 def a_cursor_is_left_before_all_is_sent(node: Node, subject: PlainSubject, patch: Patch) -> None:
     """And what is noted by then is lost with the daemon."""
+    patch.setattr("ekko.serve.session.COMMIT_S", 60.0)  # none is left meanwhile
     sink = subject.sink()
     feed = Feed(node.run_dir, MODEL, sink)
     node.put(subject.keys)
@@ -152,8 +153,24 @@ def a_cursor_is_left_before_all_is_sent(node: Node, subject: PlainSubject, patch
     node.check(sink, "a cursor was left before all was sent")
 
 
+def a_daemon_restarts_before_the_feed_has_looked(node: Node, subject: PlainSubject, patch: Patch) -> None:
+    """And notes nothing again of what it had noted."""
+    sink = subject.sink()
+    feed = Feed(node.run_dir, MODEL, sink)
+    node.put(subject.keys)
+    caught_up(feed)
+    node.put(subject.keys[:9])
+    node.restart()
+    caught_up(feed)
+    node.check(sink, "a daemon restarted before the feed had looked")
+
+
 OF_THE_SUITE = (feeds.a_feed_brings_what_the_node_has, feeds.what_went_while_nobody_looked_is_found)
-HISTORIES = (rows_change_while_all_are_compared, a_cursor_is_left_before_all_is_sent)
+HISTORIES = (
+    rows_change_while_all_are_compared,
+    a_cursor_is_left_before_all_is_sent,
+    a_daemon_restarts_before_the_feed_has_looked,
+)
 
 
 @pytest.mark.parametrize("history", HISTORIES, ids=lambda history: history.__name__)
@@ -303,6 +320,10 @@ def test_no_key_goes_back_while_a_thread_writes(node: Node, subject: PlainSubjec
         assert counts.error == ""
 
 
+class EmptiedError(SinkError):
+    """What was in the store is gone in the moment in which this is raised."""
+
+
 class Failing(PlainSink):
     """Raises whatever it is told to raise, from its next batches."""
 
@@ -313,7 +334,10 @@ class Failing(PlainSink):
 
     def apply(self, batch: Batch) -> None:
         if self.errors:
-            raise self.errors.pop(0)
+            error = self.errors.pop(0)
+            if isinstance(error, EmptiedError):
+                self._store.tables, self._store.cursor = {}, None
+            raise error
         super().apply(batch)
 
     def close(self) -> None:
@@ -330,8 +354,7 @@ def test_a_sink_that_fails_is_opened_again_and_lacks_nothing(node: Node, subject
         node.check(sink, "it failed three times")
         assert feed.counts.retries == 3
         assert feed.counts.error == ""
-        subject.store.tables, subject.store.cursor = {}, None  # it was emptied, and says so
-        sink.errors = [SinkError("the store has lost what was in it")]
+        sink.errors = [EmptiedError("the store has lost what was in it")]
         node.put(subject.keys[:3])
         feed.flush(TIMEOUT_S)
         node.check(sink, "it was emptied")
