@@ -561,8 +561,8 @@ static inline void ekko_decode_(const ekko_reader *reader, float *out) {
 /* Copy the slot's row between two looks at its lock. */
 static inline int ekko_copy_(ekko_reader *reader, int64_t slot) {
     const uint8_t *row;
-    struct timespec begin, now;
-    int waiting = 0;
+    struct timespec last = {0, 0}, now;
+    int64_t waited = 0, gap; /* nanoseconds */
     if ((uint64_t)slot >= (reader->rows.size - 4096) / reader->stride) return EKKO_DAMAGED;
     row = reader->rows.begin + 4096 + (uint64_t)slot * reader->stride;
     for (unsigned spins = 1;; spins++) {
@@ -573,10 +573,13 @@ static inline int ekko_copy_(ekko_reader *reader, int64_t slot) {
             __atomic_thread_fence(__ATOMIC_ACQUIRE);
             if (__atomic_load_n(lock, __ATOMIC_RELAXED) == before) return EKKO_OK;
         }
-        if (spins % 4096 == 0) { /* far longer than a row takes: let its writer have the processor, for a second or two */
+        if (spins % 4096 == 0) { /* far longer than a row takes: let its writer have the processor, for a second of looking */
             clock_gettime(CLOCK_MONOTONIC, &now);
-            if (!waiting++) begin = now;
-            else if (now.tv_sec > begin.tv_sec + 1) return EKKO_LOCKED;
+            gap = !last.tv_sec ? 0 : (now.tv_sec - last.tv_sec) * 1000000000 + (now.tv_nsec - last.tv_nsec);
+            /* If more has gone by, we stood still ourselves, perhaps with the whole machine, and so did the writer. */
+            waited += gap > 10000000 ? 10000000 : gap;
+            if (waited > 1000000000) return EKKO_LOCKED;
+            last = now;
             sched_yield();
         }
     }

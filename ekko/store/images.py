@@ -19,15 +19,13 @@ from ekko.store.kernels import images
 from ekko.store.manifest import CONTROL_NAME, Manifest, ModelEntry, header_name, kernel_boot_id, read_manifest, rows_name
 from ekko.store.memory import Mapping, TmpfsMemory
 from ekko.store.model_store import ModelStore
+from ekko.store.patience import Patience
 from ekko.store.table import Table, check_table_file
 from p2p.stamps import WRITERS_MAX
 
 U64 = NDArray[np.uint64]
 U8 = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
-
-# A row takes well below a microsecond to write. Locked for this long, its writer is dead or stopped.
-ROW_DEADLINE_S = 1.0
 
 _NO_BASE: U64 = np.empty(0, np.uint64)
 _ROWS = layout.TABLE.offset("rows")
@@ -172,21 +170,18 @@ class ModelImage:
         flat = _NO_BASE if base is None else np.ascontiguousarray(base).reshape(-1)
         mask = np.zeros(self.entry.shards, np.bool_) if whole is None else whole
         done = np.zeros(2, np.int64)
-        slot, filled, deadline = 0, 0, 0.0
+        slot, filled, patience = 0, 0, Patience()
         end = images.slots_given_out(mapping.address)
         while slot < end:
             room = buffer[filled * stride :]
             images.copy_images(mapping.address, stride, self.entry.shards, slot, end, flat, mask, room, done)
-            before, slot = slot, int(done[0])
+            slot = int(done[0])
             filled += int(done[1])
             if (filled + 1) * stride > buffer.size:
                 yield buffer[: filled * stride]
                 filled = 0
             elif slot < end:
-                now = time.monotonic()
-                if slot != before or not deadline:
-                    deadline = now + ROW_DEADLINE_S
-                elif now > deadline:
+                if patience.is_over(slot):
                     raise StoreError(
                         f"slot {slot} of table {spec.name!r} stays locked: its node was killed in mid-row; start it again"
                     )

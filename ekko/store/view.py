@@ -18,13 +18,11 @@ from ekko.store.kernels.quantise import FLOAT32
 from ekko.store.manifest import hot_name, index_name, rows_name
 from ekko.store.memory import Mapping, TmpfsMemory
 from ekko.store.newest_index import NewestIndex
+from ekko.store.patience import Patience
 from ekko.store.table import Index, check_table_file
 
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
-
-# A row takes well below a microsecond to write. Locked for this long, its writer is dead or stopped.
-ROW_DEADLINE_S = 1.0
 
 NO_STAMPS: U64 = np.empty(0, np.uint64)
 NO_WEIGHTS: F32 = np.empty(0, np.float32)
@@ -75,7 +73,7 @@ def gather_rows(source: RowSource, index: Index, keys: U64, out: F32, stamps: U6
         stamps: uint64[n], written; or empty: not wanted.
 
     Raises:
-        StoreError: a row stayed locked for `ROW_DEADLINE_S`; its writer was killed and has not been started again.
+        StoreError: a row stayed locked (`ekko.store.patience`); its writer was killed and has not been started again.
     """
 
     def copy(begin: int) -> Any:
@@ -90,17 +88,14 @@ def _until_done(table: str, keys: U64, read: Callable[[int], Any], done: int) ->
     """Call `read(done)`, which returns how many keys are done, until all are; in between the processor is given away.
 
     Raises:
-        StoreError: it did not get past one key for `ROW_DEADLINE_S`.
+        StoreError: it did not get past one key.
     """
-    stuck, deadline = -1, 0.0
+    patience = Patience()
     while done != keys.size:
-        now = time.monotonic()
-        if done != stuck:
-            stuck, deadline = done, now + ROW_DEADLINE_S
-        elif now > deadline:
+        if patience.is_over(done):
             raise StoreError(
-                f"row {int(keys[done])} of table {table!r} has been locked for {ROW_DEADLINE_S} s: the node that writes it was "
-                "killed in mid-row; start it again, and it will repair the row"
+                f"row {int(keys[done])} of table {table!r} stays locked: the node that writes it was killed in mid-row; "
+                "start it again, and it will repair the row"
             )
         time.sleep(0)
         done = read(done)
@@ -159,7 +154,7 @@ class TableView:
             default: address of the float32[dim] that absent keys get, or `ZEROS`.
 
         Raises:
-            StoreError: a row stayed locked for `ROW_DEADLINE_S`; its writer was killed and has not been started again.
+            StoreError: a row stayed locked (`ekko.store.patience`); its writer was killed and has not been started again.
         """
         stamp_min = self._stamp_min() if self._expires else 0
         index = self.newest_index()  # this reference keeps the mapping alive through the call

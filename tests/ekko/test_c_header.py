@@ -20,7 +20,7 @@ from ekko.generations import SWITCH_AHEAD_MS, Generation
 from ekko.health.traffic import Traffic, arms_of
 from ekko.model import CODECS, ModelSpec, TableSpec, model_id
 from ekko.serve.reader import Reader
-from ekko.store import Store, layout, view
+from ekko.store import Store, layout, patience
 from ekko.store.manifest import header_name, rows_name
 from ekko.store.memory import TmpfsMemory
 from ekko.store.model_store import ModelStore
@@ -388,7 +388,7 @@ def test_the_header_says_what_the_layout_says(program: Path) -> None:
     assert (layout.ENTRY.offset("slot"), layout.ENTRY.offset("tag"), layout.ENTRY_BYTES) == (0, 4, 8)
     assert (layout.ENTRY_EMPTY, layout.ENTRY_REMOVED) == (0, 1)
     assert [codec.number for codec in CODECS.values()] == [0, 1, 2, 3]
-    assert view.ROW_DEADLINE_S >= 1.0
+    assert patience.ROW_DEADLINE_S >= 1.0
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
