@@ -13,7 +13,7 @@ import pytest
 from ekko.errors import ModelError, StoreError
 from ekko.serve import consistency, reader
 from ekko.serve.reader import Reader
-from ekko.store import Store
+from ekko.store import Store, patience
 from ekko.store.batches import UNSETTLED_AHEAD
 
 KEYS = 400  # of each writer
@@ -25,6 +25,12 @@ DEADLINE_S = 60
 def run_dir(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "node"
     Store.open(tmp_path / "node").destroy()
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that does not run for a second or two, on a busy machine, is not dead."""
+    monkeypatch.setattr(patience, "ROW_DEADLINE_S", DEADLINE_S)
 
 
 @contextmanager
@@ -40,10 +46,11 @@ def writer(run_dir: Path) -> Iterator["subprocess.Popen[str]"]:
 
 
 def steps_seen(look: Callable[[], list[np.ndarray]]) -> list[list[set[float]]]:
-    """Of so many look-ups, by writer: the numbers of the steps whose values were there."""
-    seen = []
+    """Of so many look-ups, and until there was another step, by writer: the numbers of the steps whose values were there."""
+    seen: list[list[set[float]]] = []
     deadline = time.monotonic() + DEADLINE_S
-    while len(seen) < LOOK_UPS:
+    while len(seen) < LOOK_UPS or seen[0] == seen[-1]:
+        assert time.monotonic() < deadline, f"in {len(seen)} look-ups there was no other step"
         try:
             answer = look()
         except StoreError as error:  # between two batches there may be no time, on a busy machine

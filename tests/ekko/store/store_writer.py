@@ -1,7 +1,8 @@
 """A process that writes a store, for tests that kill it or read beside it.
 
-`store_writer.py overwrite|insert RUN_DIR DIM COUNT [CODEC]`. All values of a row are the same and follow from its stamp, so
-that tearing shows; key i is i. Prints "ready" when the first batch is written.
+`store_writer.py overwrite|insert|paced RUN_DIR DIM COUNT [CODEC]`. All values of a row are the same and follow from its stamp,
+so that tearing shows; key i is i. Prints "ready" when the first batch is written. One that is paced inserts, `PACE` batches for
+each line on stdin.
 """
 
 import sys
@@ -19,6 +20,7 @@ MODEL = "ctr"
 TABLE = "item"
 WRITER = 3
 BATCH = 64
+PACE = 40
 STAMP_MASK = (1 << 24) - 1
 
 
@@ -57,6 +59,8 @@ def main(mode: str, run_dir: Path, dim: int, count: int, codec: str = "float32")
         if mode == "overwrite":
             keys = rng.choice(count, min(BATCH, count), replace=False).astype(np.uint64)
         else:
+            if mode == "paced" and begin // BATCH % PACE == 0:
+                sys.stdin.readline()
             keys = np.arange(begin, min(begin + BATCH, count), dtype=np.uint64)
             begin += BATCH
         write(model, keys, tick << 12 | WRITER)

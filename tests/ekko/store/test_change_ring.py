@@ -82,13 +82,14 @@ def test_a_reader_is_told_before_an_entry_is_overwritten(memory: TmpfsMemory) ->
 
 def test_readers_meet_no_entry_of_another_round(memory: TmpfsMemory) -> None:
     ring, view = attached(memory), view_of(memory)
-    stop = threading.Event()
+    stop, ahead = threading.Event(), threading.Event()
     total, read_to = 20 * CAPACITY, [0]
 
     def write() -> None:
         done = 0
         while done < total and not stop.is_set():
             if done - read_to[0] > 3 * CAPACITY // 2:  # as far ahead as it may be for the reader to meet it
+                ahead.set()
                 time.sleep(0)
                 continue
             count = min(3_001, total - done)
@@ -97,6 +98,7 @@ def test_readers_meet_no_entry_of_another_round(memory: TmpfsMemory) -> None:
 
     writer = threading.Thread(target=write)
     writer.start()
+    assert ahead.wait(60)  # else whoever reads may keep up, and meet nothing
     position, seen, lost = 0, 0, 0
     out = np.empty((8_192, 2), np.uint64)
     try:

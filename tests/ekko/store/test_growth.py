@@ -4,15 +4,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from store_writer import BATCH, MODEL, STAMP_MASK, TABLE
+from store_writer import BATCH, MODEL, PACE, STAMP_MASK, TABLE
 
 from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.serve.reader import Reader
-from ekko.store import Store, layout
+from ekko.store import Store, layout, patience
 from ekko.store import table as table_module
 from ekko.store.kernels.index import _MULTIPLIER_1, _MULTIPLIER_2
 from ekko.store.table import INDEX_LOAD_MAX, index_log2_for
@@ -29,41 +30,71 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
     Store.open(tmp_path / "node").destroy()
 
 
+class Inserting:
+    """A process that inserts keys from 0 on, and is never far ahead of whoever looks on, however slow that one is."""
+
+    def __init__(self, run_dir: Path) -> None:
+        script = str(Path(__file__).with_name("store_writer.py"))
+        command = [sys.executable, script, "paced", str(run_dir), str(DIM), str(COUNT)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        self._may_insert = 0
+
+    def go_on(self, rows_used: int) -> bool:
+        """Let it insert some rows beyond these; whether there are more to come."""
+        assert self.process.stdin is not None
+        while self._may_insert < min(rows_used + 2 * PACE * BATCH, COUNT):
+            self.process.stdin.write(b"\n")
+            self.process.stdin.flush()
+            self._may_insert += PACE * BATCH
+        return rows_used < COUNT
+
+    def end(self) -> None:
+        """Wait until it has inserted all."""
+        assert self.process.wait(DEADLINE_S) == 0
+
+
+@contextmanager
+def inserting(run_dir: Path) -> Iterator[Inserting]:
+    writer = Inserting(run_dir)
+    with writer.process:
+        try:
+            yield writer
+        finally:
+            writer.process.kill()
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that does not run for a second or two, on a busy machine, is not dead."""
+    monkeypatch.setattr(patience, "ROW_DEADLINE_S", DEADLINE_S)
+
+
 @pytest.mark.processes
 def test_what_was_inserted_is_found_at_every_size(run_dir: Path) -> None:
-    script = str(Path(__file__).with_name("store_writer.py"))
-    command = [sys.executable, script, "insert", str(run_dir), str(DIM), str(COUNT)]
     rng = np.random.default_rng(11)
-    checks = generations = 0
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
-        Reader(MODEL, run_dir, wait=DEADLINE_S) as reader,
-    ):
-        try:
-            view = reader._table(TABLE)
-            deadline = time.monotonic() + DEADLINE_S
-            while view.rows_used < COUNT:
-                assert time.monotonic() < deadline
-                complete = view.rows_used // BATCH * BATCH  # of a batch that is being written, the last row may not be indexed
-                if complete == 0:
-                    continue
-                generation = view.newest_index().generation
-                # Some rows of all ages, the newest, and those that are just being inserted.
-                keys = np.concatenate([rng.integers(0, complete, 100), np.arange(max(0, complete - 100), complete + 4 * BATCH)])
-                rows, stamps = reader.lookup(TABLE, keys, stamps=True)
-                found = stamps != 0
-                assert found[keys < complete].all(), f"keys {keys[~found]} of {complete} are not found"
-                values = (stamps & np.uint64(STAMP_MASK)).astype(np.float32)
-                assert np.array_equal(rows, np.repeat(values[:, None], DIM, axis=1)), "a row was seen before it was whole"
-                assert not reader.lookup(TABLE, np.arange(COUNT, COUNT + 64)).any()
-                checks += 1
-                generations += view.newest_index().generation != generation
-            assert process.wait(DEADLINE_S) == 0
-        finally:
-            process.kill()
+    checks, generations = 0, set[int]()
+    with inserting(run_dir) as writer, Reader(MODEL, run_dir, wait=DEADLINE_S) as reader:
+        view = reader._table(TABLE)
+        deadline = time.monotonic() + DEADLINE_S
+        while writer.go_on(view.rows_used):
+            assert time.monotonic() < deadline
+            complete = view.rows_used // BATCH * BATCH  # of a batch that is being written, the last row may not be indexed
+            if complete == 0:
+                continue
+            # Some rows of all ages, the newest, and those that are just being inserted.
+            keys = np.concatenate([rng.integers(0, complete, 100), np.arange(max(0, complete - 100), complete + 4 * BATCH)])
+            rows, stamps = reader.lookup(TABLE, keys, stamps=True)
+            found = stamps != 0
+            assert found[keys < complete].all(), f"keys {keys[~found]} of {complete} are not found"
+            values = (stamps & np.uint64(STAMP_MASK)).astype(np.float32)
+            assert np.array_equal(rows, np.repeat(values[:, None], DIM, axis=1)), "a row was seen before it was whole"
+            assert not reader.lookup(TABLE, np.arange(COUNT, COUNT + 64)).any()
+            checks += 1
+            generations.add(view.newest_index().generation)
+        writer.end()
         assert reader.lookup(TABLE, np.arange(COUNT), stamps=True)[1].all()
-    assert checks > 10
-    assert generations > 3, "the index was replaced under the reader"
+    assert checks > COUNT / (4 * PACE * BATCH)
+    assert len(generations) > 3, "the index was replaced under the reader"
     store = Store.open(run_dir)
     assert store.resumed
     assert store.models[MODEL].table_stats()[TABLE].rows == COUNT
@@ -74,24 +105,16 @@ def test_what_was_inserted_is_found_at_every_size(run_dir: Path) -> None:
 @pytest.mark.processes
 def test_a_key_that_is_absent_stays_so_while_its_place_is_taken(run_dir: Path) -> None:
     """A look-up that ends at an empty entry must not look again: the writer may have put another key there meanwhile."""
-    script = str(Path(__file__).with_name("store_writer.py"))
-    command = [sys.executable, script, "insert", str(run_dir), str(DIM), str(COUNT)]
     absent = _neighbour_in_every_index(np.arange(COUNT, dtype=np.uint64))
     assert (absent >= COUNT).all()
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
-        Reader(MODEL, run_dir, wait=DEADLINE_S) as reader,
-    ):
-        try:
-            view = reader._table(TABLE)
-            deadline = time.monotonic() + DEADLINE_S
-            while view.rows_used < COUNT:
-                assert time.monotonic() < deadline
-                begin = view.rows_used
-                assert not reader.lookup(TABLE, absent[begin : begin + 4 * BATCH], stamps=True)[1].any()
-            assert process.wait(DEADLINE_S) == 0
-        finally:
-            process.kill()
+    with inserting(run_dir) as writer, Reader(MODEL, run_dir, wait=DEADLINE_S) as reader:
+        view = reader._table(TABLE)
+        deadline = time.monotonic() + DEADLINE_S
+        while writer.go_on(view.rows_used):
+            assert time.monotonic() < deadline
+            begin = view.rows_used
+            assert not reader.lookup(TABLE, absent[begin : begin + 4 * BATCH], stamps=True)[1].any()
+        writer.end()
 
 
 def _neighbour_in_every_index(keys: np.ndarray) -> np.ndarray:

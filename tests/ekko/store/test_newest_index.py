@@ -21,7 +21,7 @@ SPEC = ModelSpec("ctr", 8, {"item": TableSpec("item", 1)})
 # An index of so many places is the largest that is not told ahead: the one after it is larger than THREAD_BYTES_MIN.
 PLACES = slices.THREAD_BYTES_MIN // layout.ENTRY_BYTES // 2
 BATCH = 2_000
-DEADLINE_S = 30
+DEADLINE_S = 60
 
 
 @pytest.fixture

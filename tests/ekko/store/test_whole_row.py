@@ -281,6 +281,8 @@ def pool_under_writes(meetings: int) -> None:
                 assert (bags == bags[:, :1]).all(), "torn"
                 seen += bags[1, 0] != before
                 before = bags[1, 0]
+            else:
+                time.sleep(0)  # on a busy machine the writer may need this processor to come to the row's end
     finally:
         stop[0] = 1
         writing.join()
