@@ -2,7 +2,8 @@
 
 `python -m tests.ekko.snapshots.kills [ROUNDS] [SEED]`, or `scripts/kills`. Two real processes share a store: one applies a
 stream of steps that follows from the seed, and between them lets go of what was deleted, so that slots change hands; the other
-takes snapshots, increments and full ones in turn. Each round kills them at random moments. Then either the memory is intact,
+takes snapshots, increments and full ones in turn. Each round kills them at random moments, in some only after both have come to
+something, which on a busy machine takes a while. Then either the memory is intact,
 and is attached to: it must hold what the stream says up to its frontier, and of the step after that some whole rows. Or it is
 lost: the newest sound snapshot must hold exactly what it claims, and nothing that never was; the rest is pulled from a store
 that has everything. After either, the stream goes on.
@@ -25,7 +26,8 @@ from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.snapshots.folders import LocalFolder
 from ekko.snapshots.load import Wanted, open_or_restore
 from ekko.snapshots.take import Plan, take
-from ekko.store import Store, warm
+from ekko.store import Store, patience, warm
+from ekko.store.images import StoreImage
 from ekko.store.model_store import ModelStore
 from p2p.replica import RowColumns
 from p2p.stamps import WRITERS_MAX
@@ -37,6 +39,9 @@ COLLECTS = 0.3  # of steps are followed by letting go of some deleted rows
 COLLECT_ROWS = 300
 TABLE_BYTES = 256 << 20
 ALIVE_S_MAX = 0.12  # so long both processes live at most
+LONG = 0.3  # of rounds last until so many steps are applied and another snapshot is whole; then the kills may come
+LONG_STEPS = 100
+LONG_S_MAX = 120.0
 LOST = 0.4  # of rounds lose the memory
 KEPT = 2
 Rows = dict[int, tuple[int, bytes | None]]  # key -> (stamp, row; None: deleted)
@@ -139,6 +144,7 @@ def _write(run_dir: Path, seed: int) -> None:
 
 def _snapshot(run_dir: Path, folder: LocalFolder, seed: int) -> None:
     rng = random.Random(seed)
+    patience.ROW_DEADLINE_S = LONG_S_MAX  # the writer may be killed in mid-row some time before us
     while True:
         take(run_dir, folder, "a", Plan(3600.0, KEPT), "full" if rng.random() < 0.3 else "auto")
 
@@ -177,9 +183,31 @@ def run(rounds: int, seed: int, directory: Path) -> Seen:
     return seen
 
 
+def _come_to_something(run_dir: Path, folder: LocalFolder, whole: set[str]) -> None:
+    """Return when steps were applied, and a snapshot is whole that is not among these."""
+    image = StoreImage(run_dir)
+    (entry,) = image.manifest.models
+    model = image.model(entry)
+
+    def reached() -> int:
+        return int(model.knowledge().frontiers[0, WRITER]) >> 12
+
+    steps, deadline = reached() + LONG_STEPS, time.monotonic() + LONG_S_MAX
+    while reached() < steps or not _whole(folder) - whole:
+        assert time.monotonic() < deadline, f"step {reached()} of {steps}, snapshots {_whole(folder)}"
+        time.sleep(0.002)
+
+
+def _whole(folder: LocalFolder) -> set[str]:
+    return {name for name in folder.names() if folder.has(f"{name}/manifest.json")}
+
+
 def _round(rng: random.Random, seen: Seen, run_dir: Path, folder: LocalFolder, oracle: Oracle, where: str) -> None:
+    whole = _whole(folder)
     writer = _fork(lambda: _write(run_dir, oracle.seed))
     snapshots = _fork(lambda: _snapshot(run_dir, folder, rng.getrandbits(32)))
+    if rng.random() < LONG:
+        _come_to_something(run_dir, folder, whole)
     time.sleep(rng.random() * ALIVE_S_MAX)
     victims = [writer, snapshots] if rng.random() < 0.5 else [snapshots, writer]
     for victim in victims:
@@ -189,8 +217,7 @@ def _round(rng: random.Random, seen: Seen, run_dir: Path, folder: LocalFolder, o
     for victim in victims:
         _, status = os.waitpid(victim, 0)
         assert os.WIFSIGNALED(status), f"{where}: a process ended by itself"
-    names = folder.names()
-    seen.unfinished += sum(not folder.has(f"{name}/manifest.json") for name in names)
+    seen.unfinished += len({*folder.names()} - _whole(folder))
     lost = rng.random() < LOST
     store = Store.attach(run_dir, table_bytes_max=TABLE_BYTES)
     assert store is not None, f"{where}: memory that only lost its writer is intact"

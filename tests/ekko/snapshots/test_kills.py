@@ -11,12 +11,8 @@ from tests.ekko.snapshots import kills
 
 @pytest.mark.processes
 def test_every_restart_is_exact(tmp_path: Path) -> None:
-    for rounds in (12, 40, 120):  # on a busy machine few snapshots are whole when the kill comes
-        (tmp_path / str(rounds)).mkdir()
-        seen = kills.run(rounds, 4, tmp_path / str(rounds))
-        if all((seen.attached, seen.restored, seen.gone, seen.slots_reused)):
-            return
-    pytest.fail(f"the kills met too little: {seen}")
+    seen = kills.run(6, 10, tmp_path)
+    assert all((seen.attached, seen.restored, seen.gone, seen.slots_reused)), f"the kills met too little: {seen}"
 
 
 @pytest.mark.processes
@@ -31,4 +27,4 @@ def test_a_vector_that_is_read_after_the_rows_is_noticed(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(ModelImage, "knowledge", too_much)
     with pytest.raises(AssertionError, match="is claimed, and is"):
-        kills.run(400, 4, tmp_path)  # until it is noticed: on a busy machine few snapshots are whole when the kill comes
+        kills.run(12, 10, tmp_path)
