@@ -21,7 +21,7 @@ from ekko.store.model_store import ModelStore
 from p2p.replica import RowColumns
 
 SPEC = ModelSpec("ctr", 8, {"item": TableSpec("item", 3), "user": TableSpec("user", 16)})
-DEADLINE_S = 30
+DEADLINE_S = 60
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def test_a_reader_that_is_closed_while_it_waits_stays_closed(run_dir: Path, monk
     reader._attachment = None
     thread = threading.Thread(target=lambda: reader.lookup("item", [1]))
     thread.start()
-    assert begun.wait(10)
+    assert begun.wait(DEADLINE_S)
     reader.close()
     thread.join()
     assert reader._attachment is None

@@ -38,14 +38,14 @@ def put(model: ModelStore, keys: range, stamp: int) -> None:
 
 
 def in_fork(work: Callable[[], None]) -> int:
-    """Exit code of a child that does the work: 0, or 1 when it raised. Killed after half a minute by its own alarm."""
+    """Exit code of a child that does the work: 0, or 1 when it raised. Killed after a minute by its own alarm."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
             import signal
 
-            signal.alarm(30)
+            signal.alarm(60)
             work()
             code = 0
         except BaseException:  # noqa: BLE001 - whatever it was, it is told and the child ends
