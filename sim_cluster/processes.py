@@ -29,11 +29,14 @@ from ekko.store.manifest import MANIFEST_NAME, prefix_of
 PORT_FIRST: Final = 10_240
 PORT_LAST: Final = 32_000
 PORT_TRIES_MAX: Final = 1_000
-_given: Final[dict[int, None]] = {}  # ports, in the order in which this process gave them
+GIVEN_MAX: Final = 256
+# Ports in the order in which this process gave them, and what keeps them from all other processes: an open descriptor.
+_given: Final[dict[int, int]] = {}
 
-READY_S_MAX: Final = 60.0  # a cold kernel cache and a busy machine included
-STOP_S_MAX: Final = 30.0  # a busy machine included
-HTTP_S_MAX: Final = 5.0
+# All with a machine that is very busy, or stands still for seconds.
+READY_S_MAX: Final = 120.0  # a cold kernel cache included
+STOP_S_MAX: Final = 60.0
+HTTP_S_MAX: Final = 30.0
 POLL_S: Final = 0.02
 LOG_TAIL_LINES: Final = 5
 MEMORY_DIR: Final = Path("/dev/shm")  # noqa: S108 - the tmpfs that the nodes use
@@ -87,8 +90,8 @@ class Delays:
 def free_ports(count: int, rng: random.Random | None = None) -> list[int]:
     """Different ports of the loopback interface on which nobody listens, and that no call before has given.
 
-    Who is to listen on them may not have started yet: they look free until then. A port is given again once as many as half of
-    all were given after it.
+    Who is to listen on them may not have started yet, or starts again: they look free until then. So a port is given again, by
+    this or any other process of the machine, only when this one has ended, or has given `GIVEN_MAX` others after it.
     """
     rng = rng or random.Random()
     ports: list[int] = []
@@ -96,13 +99,13 @@ def free_ports(count: int, rng: random.Random | None = None) -> list[int]:
         if len(ports) == count:
             return ports
         port = rng.randint(PORT_FIRST, PORT_LAST)
-        with socket.socket() as probe, suppress(OSError):
+        with socket.socket() as probe, socket.socket(socket.AF_UNIX) as claim, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            if port not in _given:
-                ports.append(port)
-                _given[port] = None
-                if len(_given) > (PORT_LAST - PORT_FIRST) // 2:
-                    del _given[next(iter(_given))]
+            claim.bind(f"\0ekko-port-{port}")  # a name that is gone with the last process that has it open
+            ports.append(port)
+            _given[port] = claim.detach()
+            if len(_given) > GIVEN_MAX:
+                os.close(_given.pop(next(iter(_given))))
     raise NodeProcessError(f"no {count} free ports between {PORT_FIRST} and {PORT_LAST} on 127.0.0.1")
 
 

@@ -1,4 +1,4 @@
-"""Hypothesis profiles, ports for workers side by side, and the check that no test leaves a process behind."""
+"""Hypothesis profiles, the order for workers side by side, and the check that no test leaves a process behind."""
 
 import contextlib
 import gc
@@ -13,10 +13,6 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from sim_cluster import processes
-
-WORKERS_MAX = 16
-
 # Quick is what continuous integration runs; long is for a machine with time: HYPOTHESIS_PROFILE=long.
 # No deadline: a shared machine makes single examples slow, and that says nothing about the code.
 settings.register_profile("quick", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -24,17 +20,11 @@ settings.register_profile("long", max_examples=5_000, deadline=None, suppress_he
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "quick")
 settings.load_profile(PROFILE)
 
-# Workers that run side by side choose from ports of their own: a node that starts again finds its port free.
-if worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
-    share = (processes.PORT_LAST - processes.PORT_FIRST) // WORKERS_MAX
-    processes.PORT_FIRST += int(worker) % WORKERS_MAX * share  # type: ignore[misc]
-    processes.PORT_LAST = processes.PORT_FIRST + share - 1  # type: ignore[misc]
-
 # In this share of a worker's tests, from its first one on, are all that start processes.
 EARLY = 0.85
 
 # A child that was told to end is given this long to be gone.
-CHILD_EXIT_S_MAX = 20.0
+CHILD_EXIT_S_MAX = 60.0
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -24,6 +24,7 @@ from sim_cluster.processes import (
     free_ports,
     wait_until,
 )
+from tests.everywhere import PATIENCE_S
 
 TRAIN, SERVE = NodeSpec("train-1", "home", "train"), NodeSpec("eu-1", "eu")
 
@@ -33,6 +34,20 @@ def test_ports_are_free_and_different() -> None:
     assert len(set(ports)) == 50
     # Nobody listens on them yet, and the next who asks gets others.
     assert not set(ports) & set(free_ports(50, random.Random(1)))
+
+
+def test_ports_that_another_process_was_given_are_given_here_when_it_is_gone() -> None:
+    """Before that, the nodes that are to listen there may still start, or start again."""
+    program = "import random; from sim_cluster.processes import free_ports; print(*free_ports(5, random.Random(2))); input()"
+    with subprocess.Popen([sys.executable, "-uc", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            theirs = set(map(int, other.stdout.readline().split()))
+            assert len(theirs) == 5
+            assert not theirs & set(free_ports(20, random.Random(2)))
+        finally:
+            other.kill()
+    assert theirs & set(free_ports(20, random.Random(2)))  # of which a program elsewhere may have taken one
 
 
 def test_configuration_says_what_was_asked_for(tmp_path: Path) -> None:
@@ -95,6 +110,13 @@ def test_nothing_is_left_behind_after_stop_kill_pause_or_an_exception(tmp_path: 
         assert not list(MEMORY_DIR.glob(f"{prefix_of(node.run_dir)}-*"))
 
 
+def lives(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:  # also between the file's being found and being read
+        return False
+
+
 @pytest.mark.processes
 def test_nodes_die_with_the_process_that_started_them(tmp_path: Path) -> None:
     script = f"""
@@ -110,14 +132,10 @@ input()
     try:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
-        assert Path(f"/proc/{pid}").exists()
+        assert lives(pid)
         os.kill(parent.pid, signal.SIGKILL)
         parent.wait()
-        wait_until(
-            lambda: not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text(),
-            "it ends",
-            5.0,
-        )
+        wait_until(lambda: not lives(pid), "it ends", PATIENCE_S)
     finally:
         parent.kill()
         parent.communicate()
