@@ -8,7 +8,8 @@ from typing import Any
 from ekko.addresses import split_host_port
 from ekko.errors import ConfigError, EkkoError, NodeUnreachable
 
-ANSWER_S_MAX = 5.0
+# Who is not there refuses at once; who is there may be busy, on a machine that is.
+ANSWER_S_MAX = 30.0
 ANSWER_BYTES_MAX = 64 << 20
 
 

@@ -87,7 +87,7 @@ class Source(Protocol):
         """
 
     async def alias(self, name: str, model: str | None, *, back: bool, remove: bool, force: bool) -> dict[str, object]:
-        """Switch an alias; may wait a few seconds for others to catch up.
+        """Switch an alias; may wait for others to catch up (`ekko.operations.CATCH_UP_MS`).
 
         Raises:
             EkkoError: why it cannot be; nothing is changed.

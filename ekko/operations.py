@@ -19,7 +19,7 @@ from ekko.store import Store
 from p2p import messages as m
 
 # How long a switch waits for others to catch up before it is refused; below the command's own time-out.
-CATCH_UP_MS = 3_000
+CATCH_UP_MS = 20_000
 # A timer is set at most so far ahead, since it counts another clock than the moment of a switch does, and that one may be set.
 LOOK_AGAIN_S = 1.0
 # Requests of operators that wait at once.

@@ -23,6 +23,7 @@ from ekko.snapshots import commands as snapshot_commands
 from ekko.snapshots.commands import load_now
 from ekko.snapshots.files import FileTensor, LoadPlan, SafetensorsWriter, plan_load, read_keys, read_tensors, slices
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
+from tests.everywhere import PATIENCE_S, everywhere
 
 RNG = np.random.default_rng(1)
 ITEMS = RNG.standard_normal((5_000, 4)).astype(np.float32)
@@ -270,15 +271,15 @@ def test_a_node_loads_a_file_and_another_pulls_it(tmp_path: Path, monkeypatch: p
         assert done.returncode == 0, done.stderr
         answer = json.loads(done.stdout)
         assert (answer["error"], answer["rows"]) == ("", 5_009)
-        with ekko.Publisher(cluster["train-1"].local, model="ctr") as publisher:
-            publisher.wait(answer["stamp"], "all", timeout=60.0)
+        with ekko.Publisher(cluster["train-1"].local, model="ctr", timeout=PATIENCE_S) as publisher:
+            everywhere(publisher, answer["stamp"])
             last = publisher.publish("item", [1], np.zeros((1, 4), np.float32))  # its chain goes on
-            publisher.wait(last, "all", timeout=60.0)
+            everywhere(publisher, last)
         for node in cluster.nodes.values():
             with closing(ekko.Reader("ctr", run_dir=node.run_dir)) as reader:
                 expected = ITEMS.copy()
                 expected[1] = 0
-                wait_until(lambda: np.array_equal(reader.dense("top.0.weight"), dense), 30.0, "the tensor")
+                wait_until(lambda: np.array_equal(reader.dense("top.0.weight"), dense), "the tensor", PATIENCE_S)
                 assert np.array_equal(reader.lookup("item", np.arange(5_000, dtype=np.uint64)), expected)
         _load_what_is_odd(tmp_path, cluster)
 
@@ -312,8 +313,8 @@ def _load_what_is_odd(path: Path, cluster: LocalCluster) -> None:
     assert ask("item.npy", "gone")["rows"] == 5_000
     operate(train, "drop", {"model": "gone", "force": True})
     stamp = ask("item.npy", "gone")["stamp"]
-    with ekko.Publisher(train.local, model="gone") as publisher:
-        publisher.wait(stamp, "all", timeout=60.0)  # a new model of the name, not the one that was dropped
+    with ekko.Publisher(train.local, model="gone", timeout=PATIENCE_S) as publisher:
+        everywhere(publisher, stamp)  # a new model of the name, not the one that was dropped
     with closing(ekko.Reader("gone", run_dir=serve.run_dir)) as reader:
         assert np.array_equal(reader.lookup("item", np.arange(5_000, dtype=np.uint64)), ITEMS)
     operate(train, "alias", {"alias": "now", "model": "ctr", "force": True})
@@ -325,5 +326,5 @@ def operate(node: NodeProcess, what: str, body: dict[str, object]) -> None:
     request = urllib.request.Request(
         f"http://{node.http}/{what}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=30) as response:
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
         assert response.status == 200
