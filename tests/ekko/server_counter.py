@@ -1,8 +1,9 @@
 """A worker whose pushes can be counted: each step adds one to a few counters on the servers.
 
-`python server_counter.py JOB.json`: trains batches `clock + 1` to `steps`, each of which follows from (worker, number) alone,
-and says how far servers have answered. The rows begin with zeros and plain SGD of rate 1 takes the gradient off: a row is minus
-the number of batches that had its key, exactly, if each batch counted once.
+`python server_counter.py JOB.json`: trains batches from `clock + 1` on, as far as it is granted, each of which follows from
+(worker, number) alone, and says how far servers have answered; it ends where no more will be granted. The rows begin with zeros
+and plain SGD of rate 1 takes the gradient off: a row is minus the number of batches that had its key, exactly, if each batch
+counted once.
 
 Worker 0 also is the trainer: it publishes a dense parameter, the number of its last answered batch, with `ekko.torch.track`.
 """
@@ -31,7 +32,6 @@ class CounterJob:
     folder: str
     endpoints: list[str] = field(default_factory=list)
     worker: int = 0
-    steps: int = 100
     pace_s: float = 0.01
     outstanding: int = 4
     local: str = ""  # where a trainer publishes dense parameters; empty: it is none
@@ -43,6 +43,17 @@ class CounterJob:
 
     def path(self, name: str) -> Path:
         return Path(self.folder) / f"{self.worker}-{name}"
+
+    def say(self, name: str, number: int) -> None:
+        """For whoever reads it meanwhile: the former number or this one, never half of it."""
+        part = self.path(f"{name}.part")
+        part.write_text(str(number))
+        part.rename(self.path(name))
+
+    def said(self, name: str) -> int:
+        """The number that was said last; 0: none was."""
+        path = self.path(name)
+        return int(path.read_text()) if path.exists() else 0
 
 
 def batch(worker: int, number: int) -> dict[str, np.ndarray]:
@@ -68,28 +79,29 @@ def main() -> None:
         publish = _publisher(job, stack)
         job.path("first").open("a").write(f"{client.clock}\n")
         least = {table: np.zeros((KEYS, dim), np.float32) for table, dim in TABLES.items()}
-        answered = client.clock
-        for number in range(client.clock + 1, job.steps + 1):
-            keys = batch(job.worker, number)
-            for table, rows in client.pull_async(keys).result().items():
-                places = keys[table].astype(np.int64)
-                assert (rows <= least[table][places]).all(), f"batch {number}: rows of {table} went back"
-                least[table][places] = rows
-            client.push({table: (some, np.ones((len(some), TABLES[table]), np.float32)) for table, some in keys.items()})
-            if number % job.outstanding == 0 or number == job.steps:
+        number = answered = client.clock
+        assert number >= job.said("acked"), f"servers have {number} batches, and had answered {job.said('acked')}"
+        while True:
+            last = job.path("last").exists()  # looked at before what is granted, which then is final
+            granted = job.said("granted")
+            if answered < number and (number % job.outstanding == 0 or number >= granted):
                 client.flush()
                 answered = number
-                _say(job, answered)
+                job.say("acked", answered)  # whoever reads this may insist on it
                 publish(answered)
+            if number < granted:
+                number += 1
+                keys = batch(job.worker, number)
+                for table, rows in client.pull_async(keys).result().items():
+                    places = keys[table].astype(np.int64)
+                    assert (rows <= least[table][places]).all(), f"batch {number}: rows of {table} went back"
+                    least[table][places] = rows
+                client.push({table: (some, np.ones((len(some), TABLES[table]), np.float32)) for table, some in keys.items()})
+            elif last:
+                break
             time.sleep(job.pace_s)
-        job.path("retries").write_text(str(client.retries))
+        job.say("retries", client.retries)
         job.path("done").touch()
-
-
-def _say(job: CounterJob, number: int) -> None:
-    """So far servers have answered: whoever reads this may insist on it."""
-    job.path("acked.part").write_text(str(number))
-    job.path("acked.part").rename(job.path("acked"))
 
 
 def _publisher(job: CounterJob, stack: ExitStack):  # type: ignore[no-untyped-def]

@@ -37,6 +37,9 @@ MODEL = {
     "tables": {table: table_settings(dim, {"name": "sgd", "lr": 1.0}, {"name": "zeros"}) for table, dim in TABLES.items()},
 }
 WORKERS = 2
+# So many more batches than are waited for may be trained, and no further ones: what is killed is killed in the middle of them,
+# and however long this process stands still, batches are left that come upon it.
+AHEAD = 40
 GONE_S_MAX = 120.0
 DEADLINE_S = 120.0
 START_S_MAX = 180.0  # many rounds are run beside other work
@@ -55,8 +58,15 @@ class Counting:
 
     @property
     def acked(self) -> int:
-        path = self.job.path("acked")
-        return int(path.read_text()) if path.exists() else 0
+        return self.job.said("acked")
+
+    def grant(self, steps: int) -> None:
+        """So many batches, all in all, may be trained."""
+        self.job.say("granted", max(steps, self.granted))
+
+    @property
+    def granted(self) -> int:
+        return self.job.said("granted")
 
     @property
     def done(self) -> bool:
@@ -75,25 +85,27 @@ class Counting:
 class Round:
     """One cluster, its workers, and what happens to them."""
 
-    def __init__(self, cluster: TrainingCluster, folder: Path, steps: int) -> None:
+    def __init__(self, cluster: TrainingCluster, folder: Path) -> None:
         self.cluster = cluster
         endpoints = list(cluster.endpoints.values())
         self.workers = [
-            Counting(CounterJob(str(folder), endpoints, number, steps, local=cluster["home-1"].local if number == 0 else ""))
+            Counting(CounterJob(str(folder), endpoints, number, local=cluster["home-1"].local if number == 0 else ""))
             for number in range(WORKERS)
         ]
         folder.mkdir(parents=True, exist_ok=True)
 
     def progress(self, steps: int) -> None:
-        """Wait until all workers together have so many more batches answered, or are done."""
-        begin = sum(worker.acked for worker in self.workers)
+        """Wait until each worker has so many more batches answered."""
+        wanted = [worker.acked + steps for worker in self.workers]
+        for worker, number in zip(self.workers, wanted, strict=True):
+            worker.grant(number + AHEAD)
 
         def there() -> bool:
             for worker in self.workers:
                 worker.check()
-            return sum(worker.acked for worker in self.workers) >= begin + steps or all(one.done for one in self.workers)
+            return all(worker.acked >= number for worker, number in zip(self.workers, wanted, strict=True))
 
-        wait_until(there, f"{steps} more batches than {begin} are answered", DEADLINE_S)
+        wait_until(there, f"{steps} more batches of each worker are answered", DEADLINE_S)
 
     def kill_server(self, node: str) -> None:
         """A server's process; its node starts it again."""
@@ -143,9 +155,11 @@ class Round:
                     assert (rows <= least[table]).all(), f"{node} lacks answered batches in table {table}"
 
     def finish(self) -> None:
-        """All batches are trained, each once, and served."""
+        """All batches that were granted are trained, each once, and served."""
+        for worker in self.workers:
+            worker.job.path("last").touch()
         wait_until(self._all_done, "all workers are through", DEADLINE_S)
-        exact = counted({number: worker.job.steps for number, worker in enumerate(self.workers)})
+        exact = counted({number: worker.granted for number, worker in enumerate(self.workers)})
         places = [(node, "ctr") for node in self.cluster.nodes] + [(node, "ctr.training") for node in self.cluster.endpoints]
 
         def equal() -> bool:
@@ -164,7 +178,7 @@ class Round:
                 for table, rows in held(self.cluster, node, model).items()
             }
             raise AssertionError(f"{error}: too much (below 0) or too little, by table: {found}") from None
-        wait_until(lambda: self._dense_at("eu-1") == self.workers[0].job.steps, "the trainer's dense parameter", DEADLINE_S)
+        wait_until(lambda: self._dense_at("eu-1") == self.workers[0].granted, "the trainer's dense parameter", DEADLINE_S)
 
     def _all_done(self) -> bool:
         for worker in self.workers:
@@ -172,13 +186,13 @@ class Round:
         return all(worker.done for worker in self.workers)
 
     def _dense_at(self, node: str) -> float:
-        with ekko.Reader("ctr", run_dir=self.cluster[node].run_dir, wait=10.0) as reader:
+        with ekko.Reader("ctr", run_dir=self.cluster[node].run_dir, wait=60.0) as reader:
             return float(reader.dense(DENSE)[0])
 
 
 def held(cluster: TrainingCluster, node: str, model: str) -> dict[str, np.ndarray]:
     """All rows that a node holds of a model."""
-    with ekko.Reader(model, run_dir=cluster[node].run_dir, wait=10.0) as reader:
+    with ekko.Reader(model, run_dir=cluster[node].run_dir, wait=60.0) as reader:
         return {table: reader.lookup(table, np.arange(KEYS, dtype=np.uint64)) for table in TABLES}
 
 
@@ -194,12 +208,13 @@ def actions(one: Round) -> dict[str, Callable[[random.Random], None]]:
     }
 
 
-def run(folder: Path, seed: int, kinds: list[str], steps: int) -> int:
-    """One round: `kinds` happen in their order, between batches; returns how often requests were sent again."""
+def run(folder: Path, seed: int, kinds: list[str]) -> int:
+    """One round: `kinds` happen in their order, between batches; returns how often requests were sent again, by the workers'
+    last lives."""
     rng = random.Random(seed)
     with TrainingCluster(folder / "nodes", NODES, MODEL) as cluster, ExitStack() as stack:
         cluster.start(START_S_MAX)
-        one = Round(cluster, folder / "work", steps)
+        one = Round(cluster, folder / "work")
         for worker in one.workers:
             stack.callback(worker.kill)
             worker.start()
@@ -208,7 +223,7 @@ def run(folder: Path, seed: int, kinds: list[str], steps: int) -> int:
             actions(one)[kind](rng)
             one.progress(rng.randint(4, 20))
         one.finish()
-        return sum(int(worker.job.path("retries").read_text()) for worker in one.workers)
+        return sum(worker.job.said("retries") for worker in one.workers)
 
 
 def main() -> None:
@@ -221,7 +236,7 @@ def main() -> None:
         met.update(kinds)
         with TemporaryDirectory(prefix="ekko-kills-") as folder:
             try:
-                retries += run(Path(folder), number, kinds, steps=400)
+                retries += run(Path(folder), number, kinds)
             except BaseException:
                 sys.stdout.write(f"seed {number}: {kinds}\n")
                 raise

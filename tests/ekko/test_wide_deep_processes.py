@@ -77,7 +77,7 @@ class Scorer:
             weights = torch.from_numpy(state.lookup("wide", wide_keys))
             return weights.view(len(dense), -1), rows, {name: state.dense(name) for name, _ in self._model.named_parameters()}
 
-        weights, rows, tensors = self._reader.together(inputs, newer_ms=0)
+        weights, rows, tensors = self._reader.together(inputs, newer_ms=0, timeout=60.0)
         self._model.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
         logits: Tensor = self._model(dense, embeddings=torch.stack(rows, dim=1), weights=weights)
         return logits
@@ -90,7 +90,7 @@ def _keys(ids: Tensor) -> NDArray[np.uint64]:
 def assert_served(cluster: LocalCluster, name: str, model: WideDeep) -> None:
     """By a node that only serves: the trainer's logits, to the bit."""
     dense, ids = events(model.options, 200, 10_000)
-    with ekko.Reader(name, run_dir=cluster["serve-1"].run_dir, wait=10.0) as reader, torch.no_grad():
+    with ekko.Reader(name, run_dir=cluster["serve-1"].run_dir, wait=60.0) as reader, torch.no_grad():
         assert torch.equal(Scorer(model.options, reader).logits(dense, ids), model(dense, ids))
 
 
@@ -105,7 +105,7 @@ def test_a_scorer_at_another_node_has_the_trainers_logits_also_when_the_model_gr
         tracker.publish_all()
         for steps in (range(20), range(20, 60)):
             train(model, optimizers, steps)
-            publisher.wait(tracker.flush(), "all", 20.0)
+            publisher.wait(tracker.flush(), "all", 60.0)
             assert_served(cluster, "ctr", model)
     assert model.wide is not None
     zeros = (model.wide.weight == 0).double().mean().item()
@@ -118,10 +118,10 @@ def test_a_scorer_at_another_node_has_the_trainers_logits_also_when_the_model_gr
         ekko.Publisher(cluster["train-1"].local, "ctr_2", grown.table_dims) as publisher,
         ekko.torch.track(grown, grown_optimizers, publisher, grown.tracked, dense_every=1) as tracker,
     ):
-        publisher.wait(tracker.publish_all(), "all", 20.0)
+        publisher.wait(tracker.publish_all(), "all", 60.0)
         assert_served(cluster, "ctr_2", grown)
         train(grown, grown_optimizers, range(60, 80))
-        publisher.wait(tracker.flush(), "all", 20.0)
+        publisher.wait(tracker.flush(), "all", 60.0)
         assert_served(cluster, "ctr_2", grown)
 
 
@@ -137,9 +137,9 @@ def test_only_what_a_step_changed_goes_out(cluster: LocalCluster) -> None:
         assert not any(table.compared for table in tracker._tables.values())
         first = tracker.publish_all()
         train(model, optimizers, range(1))
-        publisher.wait(tracker.flush(), "all", 20.0)
+        publisher.wait(tracker.flush(), "all", 60.0)
         keys = np.arange(2 * OPTIONS.cross_rows, dtype=np.uint64)
-        with ekko.Reader("ctr_3", run_dir=cluster["serve-1"].run_dir, wait=10.0) as reader:
+        with ekko.Reader("ctr_3", run_dir=cluster["serve-1"].run_dir, wait=60.0) as reader:
             rows, stamps = reader.lookup("wide", keys, stamps=True)
         _, ids = events(OPTIONS, 64, 0)
         touched = np.unique(model.wide_ids(ids).numpy())

@@ -80,7 +80,7 @@ def test_what_is_served_is_what_torch_learns_alone(tmp_path: Path) -> None:
         client.close()
         for name, value in model.named_parameters():
             torch.testing.assert_close(value, reference.get_parameter(name), rtol=0, atol=ROUNDING_TOLERANCE, msg=name)
-        with ekko.Reader("ctr", run_dir=cluster["home-1"].run_dir, wait=10.0) as reader:
+        with ekko.Reader("ctr", run_dir=cluster["home-1"].run_dir, wait=60.0) as reader:
             for name, table in reference.tracked.items():
                 expected = reference.get_submodule(name).get_parameter("weight").detach().numpy()
                 rows_served, stamps = reader.lookup(table, np.arange(len(expected), dtype=np.uint64), stamps=True)

@@ -135,7 +135,7 @@ class WorkerProcess:
 
 def rows_at(node: NodeProcess, model: str = "ctr") -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """All rows of all tables that a node holds, and their stamps."""
-    with ekko.Reader(model, run_dir=node.run_dir, wait=10.0) as reader:
+    with ekko.Reader(model, run_dir=node.run_dir, wait=60.0) as reader:
         return {
             name: reader.lookup(name, np.arange(rows, dtype=np.uint64), stamps=True) for name, rows in events().rows.items()
         }
