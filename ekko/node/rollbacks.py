@@ -15,7 +15,7 @@ import structlog
 
 from ekko.config import NodeConfig
 from ekko.config.sections import HealthSection
-from ekko.errors import EkkoError, ModelError
+from ekko.errors import EkkoError
 from ekko.generations import Generation
 from ekko.health.verdicts import Verdicts
 from ekko.model import DENSE_TABLE, served_name
@@ -148,10 +148,7 @@ class NodeRollbacks:
         """
         scope, held = asked.scope, self._store.models.get(asked.model)
         if scope.writer and held is not None:
-            writers = self._machine.writers_of(scope.writer, held.spec.id)
-            if not writers:
-                raise ModelError(f"node {scope.writer!r} has not written model {asked.model!r}, as far as is known here")
-            scope = replace(scope, writers=writers)
+            scope = replace(scope, writers=self._machine.writers_of(scope.writer, held.spec.id))
         fact = self.coordinator.request(asked.model, asked.to_ms, scope, read_clock(), dry=asked.dry, force=asked.force)
         self._wake.set()
         return picture_of(fact)

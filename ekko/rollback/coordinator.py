@@ -104,6 +104,8 @@ class Coordinator:
         if unknown := [table for table in scope.tables if table not in held.tables and table != "_dense"]:
             known = ", ".join(map(repr, held.tables)) or "none"
             raise ModelError(f"model {model!r} has no table {unknown[0]!r}: it has {known}")
+        if scope.writer and not scope.writers:
+            raise ModelError(f"node {scope.writer!r} has not written model {model!r}, as far as is known here")
         if to_ms > now.unix_ms + AHEAD_MS_MAX:
             raise ModelError(
                 f"{show_moment(to_ms)} lies ahead of now: give a moment in Unix milliseconds, or 0 for the last healthy one"
