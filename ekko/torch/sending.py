@@ -84,7 +84,7 @@ class Sender:
         self.waits = False  # whether it is to be told of the end of a step
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._stop: SimpleQueue[None] = SimpleQueue()
-        self.error: BaseException | None = None  # what ended the last attempt to send; the thread that trains takes it
+        self.error: BaseException | None = None  # of the last attempt; none is made until the thread that trains takes it
         self.trouble: NodeUnreachable | None = None  # why the last call failed; None: it did not
         self.sending = threading.Lock()  # held by whoever sends
         self._thread: threading.Thread | None = None
@@ -119,16 +119,16 @@ class Sender:
             if not self._step_ended():
                 continue
             begin = time.thread_time()
-            try:
-                with self.sending:
+            with self.sending:  # until it is noted how that ended: who sends next may see to it
+                try:
                     self._send()
-                self.trouble, retry_s = None, RETRY_S
-                pause_s = min((time.thread_time() - begin) / self._share, PAUSE_S_MAX)
-            except NodeUnreachable as error:  # training goes on meanwhile, and what is due adds up
-                self.trouble, pause_s = error, retry_s
-                retry_s = min(2 * retry_s, RETRY_S_MAX)
-            except BaseException as error:  # noqa: BLE001 - it is raised where the user sees it: out of the next step
-                self.error, pause_s = error, RETRY_S
+                    self.trouble, retry_s = None, RETRY_S
+                    pause_s = min((time.thread_time() - begin) / self._share, PAUSE_S_MAX)
+                except NodeUnreachable as error:  # training goes on meanwhile, and what is due adds up
+                    self.trouble, pause_s = error, retry_s
+                    retry_s = min(2 * retry_s, RETRY_S_MAX)
+                except BaseException as error:  # noqa: BLE001 - it is raised where the user sees it: out of the next step
+                    self.error, pause_s = error, RETRY_S
 
     def _step_ended(self) -> bool:
         """Wait for the end of a step if one is near; whether there is anything to send then."""

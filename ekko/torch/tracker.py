@@ -191,6 +191,8 @@ class Tracker:
     def _load_restored(self) -> Reloaded:
         reloaded = self._reloader.reload()
         self._waited = False
+        if reloaded != Reloaded({}) and isinstance(self._sender.error, ModelError):
+            self._sender.error = None  # a refusal that is seen to
         return reloaded
 
     def remove(self, timeout: float = FLUSH_S) -> None:
@@ -280,8 +282,8 @@ class Tracker:
         elif self._waited or self._reloader.unfinished:
             self.reload()
         elif (error := sender.error) is not None:
-            sender.error = None  # told once, and then tried again
             if not isinstance(error, ModelError) or self.reload() == Reloaded({}):
+                sender.error = None  # told once, and then tried again
                 raise error
         elif sender.waits:
             sender.wake()

@@ -15,7 +15,7 @@ from ekko.torch.capture import TrackedTable
 from ekko.torch.due import DueRows
 from tests.ekko.test_torch import TABLES, RecordedStep, Recorder, Toy, adagrad, train
 from tests.ekko.test_torch_reload import GONE, RolledBack, users
-from tests.ekko.test_track_background import Slow, until
+from tests.ekko.test_track_background import WAIT_S, Slow, until
 from tests.ekko.test_track_optimizers import DIM, ROWS, Model, Tied, changes, step
 
 
@@ -103,7 +103,7 @@ def test_what_is_due_when_a_rollback_is_over_does_not_undo_it(background: bool, 
         publisher.pending = (users(),)
         train(model, optimizer, [3, 4], [7, 8])
         if background:
-            assert publisher.entered.wait(30)
+            assert publisher.entered.wait(WAIT_S)
             publisher.goes_on.set()
             until(lambda: publisher.has_restored)
             looked, send = [], tracker._sender._send
@@ -213,7 +213,7 @@ def test_what_becomes_of_gradients_after_a_step_does_not_matter(how: str) -> Non
     with ekko.torch.track(model, optimizer, publisher, {"item": "items"}) as tracker:
         publisher.goes_on.clear()
         step(model, optimizer, [0, 1])
-        assert publisher.entered.wait(30)  # what follows is not looked at before it is over
+        assert publisher.entered.wait(WAIT_S)  # what follows is not looked at before it is over
         before, norms = weight.detach().clone(), torch.zeros(ROWS)
         optimizer.zero_grad()
         for ids in ([3, 5], [3, 3], [7, 9]):
@@ -271,7 +271,7 @@ def test_ids_may_be_in_the_same_memory_at_each_step() -> None:
     with ekko.torch.track(model, optimizer, publisher, {"item": "items"}) as tracker:
         publisher.goes_on.clear()
         step(model, optimizer, [0, 1])
-        assert publisher.entered.wait(30)  # what follows is not looked at before it is over
+        assert publisher.entered.wait(WAIT_S)  # what follows is not looked at before it is over
         for batch in ([3, 5], [7, 9], [11, 13]):
             ids.copy_(torch.tensor(batch))
             optimizer.zero_grad()
