@@ -44,7 +44,7 @@ def cli(*arguments: str) -> dict[str, object]:
 
 
 def publish(node: NodeProcess, keys: np.ndarray, value: float) -> int:
-    with ekko.Publisher(node.local, model="ctr") as publisher:
+    with ekko.Publisher(node.local, model="ctr", timeout=60.0) as publisher:
         return publisher.publish("item", keys, np.full((keys.size, 4), value, np.float32))
 
 

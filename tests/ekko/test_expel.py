@@ -12,6 +12,7 @@ import pytest
 
 import ekko
 from sim_cluster.processes import LocalCluster, NodeProcess, NodeProcessError, NodeSpec, living, wait_until
+from tests.everywhere import PATIENCE_S, everywhere
 
 pytestmark = pytest.mark.processes
 
@@ -20,12 +21,12 @@ NODES = (NodeSpec("train-1", "home", "train"), NodeSpec("train-2", "eu", "train"
 
 def expel(node: str, at: NodeProcess, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ekko.cli", "expel", node, "--http", at.http, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def post(node: NodeProcess, body: str, content_type: str = "application/json") -> tuple[int, dict[str, object]]:
     host, _, port = node.http.rpartition(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    connection = http.client.HTTPConnection(host, int(port), timeout=PATIENCE_S)
     connection.request("POST", "/expel", body, {"Content-Type": content_type})
     response = connection.getresponse()
     answer = json.loads(response.read())
@@ -39,11 +40,11 @@ def test_a_node_is_expelled_and_comes_back_without_what_it_held(tmp_path: Path) 
         first, second, third = cluster.nodes.values()
         keys = np.arange(40, dtype=np.uint64)
         with (
-            ekko.Publisher(first.local, model="ctr", tables={"item": 4}) as one,
-            ekko.Publisher(second.local, model="ctr", tables={"item": 4}) as other,
+            ekko.Publisher(first.local, model="ctr", tables={"item": 4}, timeout=PATIENCE_S) as one,
+            ekko.Publisher(second.local, model="ctr", tables={"item": 4}, timeout=PATIENCE_S) as other,
         ):
-            one.wait(one.publish("item", keys[:20], np.full((20, 4), 1.0, np.float32)), scope="all", timeout=30.0)
-            other.wait(other.publish("item", keys[20:], np.full((20, 4), 2.0, np.float32)), scope="all", timeout=30.0)
+            everywhere(one, one.publish("item", keys[:20], np.full((20, 4), 1.0, np.float32)))
+            everywhere(other, other.publish("item", keys[20:], np.full((20, 4), 2.0, np.float32)))
 
             done = expel("train-2", third)
             assert (done.returncode, done.stdout) == (2, "")
@@ -54,24 +55,24 @@ def test_a_node_is_expelled_and_comes_back_without_what_it_held(tmp_path: Path) 
 
             pid, life = second.pid, life_of(second)
             second.pause()
-            wait_until(lambda: "train-2" not in living(third.status()), "train-2 is missed", 30.0)
+            wait_until(lambda: "train-2" not in living(third.status()), "train-2 is missed", PATIENCE_S)
             done = expel("train-2", third, "--json")
             assert done.returncode == 0, done.stderr
             assert json.loads(done.stdout) == {"node": "train-2", "writers": 1}
-            wait_until(lambda: retired(first) == retired(third) == 1, "both know", 30.0)
-            one.wait(one.publish("item", keys[:10], np.full((10, 4), 3.0, np.float32)), scope="all", timeout=30.0)
+            wait_until(lambda: retired(first) == retired(third) == 1, "both know", PATIENCE_S)
+            everywhere(one, one.publish("item", keys[:10], np.full((10, 4), 3.0, np.float32)))
 
             second.resume()
-            wait_until(lambda: life_of(second) not in ("", life), "train-2 is told, and starts over", 30.0)
+            wait_until(lambda: life_of(second) not in ("", life), "train-2 is told, and starts over", PATIENCE_S)
             assert "node_starts_over" in second.log_path.read_text()
             second.wait_ready()
             assert second.pid == pid, "it needs no supervisor to begin anew"
             cluster.wait_members()
             stamp = other.publish("item", keys[30:], np.full((10, 4), 4.0, np.float32))
-            other.wait(stamp, scope="all", timeout=30.0)
+            everywhere(other, stamp)
         expected = np.repeat(np.float32([3, 1, 2, 4]), 10)
         for node in cluster.nodes.values():
-            with ekko.Reader("ctr", run_dir=node.run_dir, wait=10.0) as reader:
+            with ekko.Reader("ctr", run_dir=node.run_dir, wait=PATIENCE_S) as reader:
                 assert reader.lookup("item", keys)[:, 0].tolist() == expected.tolist(), node.id
 
 

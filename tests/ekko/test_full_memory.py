@@ -12,6 +12,7 @@ import pytest
 import ekko
 from ekko.errors import EkkoError, PublishError
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
+from tests.everywhere import PATIENCE_S, everywhere
 from tests.small_memory import small_tmpfs
 
 pytestmark = pytest.mark.processes
@@ -65,10 +66,10 @@ def test_full_nodes_live_say_so_and_recover_by_themselves(tmp_path: Path) -> Non
         cluster.wait_members()
         held = np.arange(1_000, dtype=np.uint64)
         with (
-            ekko.Publisher(train.local, model="ctr") as publisher,
-            closing(ekko.Reader("ctr", run_dir=serve.run_dir, wait=20)) as reader,
+            ekko.Publisher(train.local, model="ctr", timeout=PATIENCE_S) as publisher,
+            closing(ekko.Reader("ctr", run_dir=serve.run_dir, wait=PATIENCE_S)) as reader,
         ):
-            publisher.wait(publisher.publish("item", held, rows(1, 1_000)), "all", timeout=20)
+            everywhere(publisher, publisher.publish("item", held, rows(1, 1_000)))
             stored, reason = fill(publisher, 1_000)
             assert re.search(r"shared memory is full: .* enlarge the tmpfs .*; nothing was published", reason)
             assert train.status()["models"]["ctr"]["rows"] == stored, "a part of the refused step is there"
@@ -77,8 +78,10 @@ def test_full_nodes_live_say_so_and_recover_by_themselves(tmp_path: Path) -> Non
             with pytest.raises(EkkoError, match="shared memory"):
                 ekko.Publisher(train.local, model="other", tables={f"t{number}": 64 for number in range(60)}, shards=4_096)
 
-            wait_until(lambda: serve.status()["models"]["ctr"]["memory_full_ms"] is not None, "it says that it is full", 20)
-            wait_until(lambda: reader.lookup("item", held)[:, 0].tolist() == [3.0] * 1_000, "held rows are updated", 20)
+            wait_until(
+                lambda: serve.status()["models"]["ctr"]["memory_full_ms"] is not None, "it says that it is full", PATIENCE_S
+            )
+            wait_until(lambda: reader.lookup("item", held)[:, 0].tolist() == [3.0] * 1_000, "held rows are updated", PATIENCE_S)
             status = serve.status()
             assert status["models"]["ctr"]["rows"] < stored
             refused = [status["counters"][f"{what}_refused_full"] for what in ("batches", "answers")]
@@ -89,6 +92,7 @@ def test_full_nodes_live_say_so_and_recover_by_themselves(tmp_path: Path) -> Non
                 subprocess.run(["mount", "-o", "remount,size=200m", str(memory)], check=True)
             more = np.arange(stored, stored + STEP, dtype=np.uint64)
             publisher.publish("item", more, rows(4, STEP))
-            wait_until(lambda: serve.status()["models"]["ctr"]["rows"] == stored + STEP, "it recovers", 60)
-            wait_until(lambda: serve.status()["models"]["ctr"]["memory_full_ms"] is None, "it says so", 20)
+            # Pulls pause for up to half a minute.
+            wait_until(lambda: serve.status()["models"]["ctr"]["rows"] == stored + STEP, "it recovers", 2 * PATIENCE_S)
+            wait_until(lambda: serve.status()["models"]["ctr"]["memory_full_ms"] is None, "it says so", PATIENCE_S)
             assert set(reader.lookup("item", more)[:, 0].tolist()) == {4.0}

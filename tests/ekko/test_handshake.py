@@ -5,6 +5,7 @@ import zmq
 from ekko.train.handshake import KEYS, NO_KEYS, Handshake
 from p2p.transport.curve import KeyPair, demand, guard
 from sim_cluster.processes import wait_until
+from tests.everywhere import PATIENCE_S
 
 
 def key_pair() -> KeyPair:
@@ -25,10 +26,10 @@ def test_why_there_is_no_connection_is_told_by_the_handshake() -> None:
                 dealer.connect(f"tcp://127.0.0.1:{ports[listens_with_keys]}")
                 if expected is None:
                     dealer.send(b"hello")
-                    assert plain.poll(10_000)
+                    assert plain.poll(int(PATIENCE_S * 1000))
                     assert handshake.refusal is None
                 else:
-                    wait_until(lambda h=handshake, e=expected: h.refusal == e, "the handshake to fail", 10.0)  # type: ignore[misc]
+                    wait_until(lambda h=handshake, e=expected: h.refusal == e, "the handshake to fail", PATIENCE_S)  # type: ignore[misc]
                 handshake.close()
 
 

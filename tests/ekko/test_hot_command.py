@@ -13,6 +13,7 @@ import pytest
 import ekko
 from ekko.asking import fetch_status
 from sim_cluster.processes import LocalCluster, ModelTables, NodeSpec, wait_until
+from tests.everywhere import PATIENCE_S
 
 pytestmark = pytest.mark.processes
 MODELS = {"ctr": ModelTables({"item": 4, "user": 4}), "other": ModelTables({"item": 4})}
@@ -27,7 +28,7 @@ def test_a_node_says_which_keys_its_readers_ask_for(tmp_path: Path) -> None:
     with LocalCluster(tmp_path, [NodeSpec("solo", "eu", "train")], models=MODELS) as cluster:
         cluster.start()
         node = cluster["solo"]
-        with ekko.Publisher(node.local, model="ctr") as publisher:
+        with ekko.Publisher(node.local, model="ctr", timeout=PATIENCE_S) as publisher:
             publisher.publish("item", [1, 2, 3], np.ones((3, 4), np.float32))
         keys = np.repeat(np.array([1, 2, 2**63 + 1], np.uint64), [500, 1_500, 2_000])
         with closing(ekko.Reader("ctr", run_dir=node.run_dir)) as reader, closing(ekko.Reader("other", node.run_dir)) as other:
@@ -41,12 +42,12 @@ def test_a_node_says_which_keys_its_readers_ask_for(tmp_path: Path) -> None:
             answer: dict[str, Any] = fetch_status(node.http)["models"]["ctr"]
             return answer
 
-        wait_until(lambda: model()["tables"]["item"]["reads"]["lookups"] == 300, "the daemon folds the counts", 30)
+        wait_until(lambda: model()["tables"]["item"]["reads"]["lookups"] == 300, "the daemon folds the counts", PATIENCE_S)
         reads = model()["tables"]["item"]["reads"]
         assert reads["keys"] == 300 * 4_000
         assert 0.25 < reads["absent"] / reads["keys"] < 0.75
         assert reads["counted_by"] == "its user and group"
-        wait_until(lambda: 0.2 < model()["request_share"] < 0.45, "a third of all requests is for ctr", 30)
+        wait_until(lambda: 0.2 < model()["request_share"] < 0.45, "a third of all requests is for ctr", PATIENCE_S)
         answer = json.loads(ekko_hot(node.http, "ctr", "item", "--json", "-n", "2").stdout)
         assert [entry["key"] for entry in answer["tables"]["item"]["hottest"]] == [str(2**63 + 1), "2"]
         assert [entry["here"] for entry in answer["tables"]["item"]["hottest"]] == [False, True]

@@ -4,7 +4,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,14 @@ import pytest
 
 import ekko
 from ekko.delayed.store import DelayedStore
+from ekko.errors import StoreError
 from ekko.node.delaying import HEALTHY_DIR, LOG_DIR
 from ekko.store import Store
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
+from tests.everywhere import PATIENCE_S, everywhere
 
 pytestmark = pytest.mark.processes
 DELAY_S = 2.0
-PAUSE_S_MAX = 10.0  # so long a busy machine may keep a process waiting
 MODELS = {"ctr": ModelTables({"item": 4}, capacity_rows=1_000)}
 KEYS = np.arange(16, dtype=np.uint64)
 
@@ -39,68 +40,75 @@ def value(reader: ekko.Reader) -> float:
     return float(reader.lookup("item", KEYS[:1])[0, 0])
 
 
+def consistent(reader: ekko.Reader) -> bool:
+    with suppress(StoreError):
+        return reader.lookup("item", KEYS, consistent=True).shape == (len(KEYS), 4)
+    return False
+
+
 def stepping(publisher: ekko.Publisher, stop: threading.Event, told: list[tuple[float, float]]) -> None:
     """Publish one step after the other; each row says which one it is."""
     number = 0
     while not stop.is_set():
         number += 1
-        began = time.time()
+        told.append((time.time(), float(number)))  # before any reader can see it
         publisher.publish("item", KEYS, np.full((len(KEYS), 4), number, np.float32))
-        told.append((began, float(number)))
         time.sleep(0.02)
 
 
 def test_readers_of_a_baseline_see_what_was_published_a_while_ago_and_nothing_newer(cluster: LocalCluster) -> None:
     base, told, stop = cluster["base-1"], list[tuple[float, float]](), threading.Event()
-    with ekko.Publisher(cluster["train-1"].local, model="ctr") as publisher:
+    with ekko.Publisher(cluster["train-1"].local, model="ctr", timeout=PATIENCE_S) as publisher:
         thread = threading.Thread(target=stepping, args=(publisher, stop, told))
         thread.start()
         try:
             with closing(ekko.Reader("ctr", run_dir=base.run_dir)) as reader:
-                wait_until(lambda: value(reader) > 0, "the first step is old enough", 20)
+                wait_until(lambda: value(reader) > 0, "the first step is old enough", PATIENCE_S)
                 for _ in range(100):
                     seen, at = value(reader), time.time()
                     published = next(moment for moment, number in told if number == seen)
                     assert at - published >= DELAY_S, "it is newer than it should be"
-                    assert at - published < DELAY_S + PAUSE_S_MAX
+                    assert at - published < DELAY_S + PATIENCE_S
                     staleness = reader.staleness_ms()
                     assert staleness is not None
-                    assert DELAY_S * 1000 <= staleness < (DELAY_S + PAUSE_S_MAX) * 1000
+                    assert DELAY_S * 1000 <= staleness < (DELAY_S + PATIENCE_S) * 1000
                     time.sleep(0.01)
-                reader.lookup("item", KEYS, consistent=True)
+                wait_until(lambda: consistent(reader), "a look-up while no batch stands still half-way", PATIENCE_S)
         finally:
             stop.set()
             thread.join()
-        publisher.wait(publisher.publish("item", KEYS, np.full((16, 4), 7.0, np.float32)), "all", timeout=20)
+        everywhere(publisher, publisher.publish("item", KEYS, np.full((16, 4), 7.0, np.float32)))
     status = base.status()
     assert status["node"]["role"] == "baseline"
     older = status["delayed"]["models"]["ctr"]
     assert older["until_ms"] <= time.time() * 1000 - DELAY_S * 1000
     assert status["delayed"]["losses"] == 0
     assert "ekko_delayed_until_seconds{" in base.metrics()
-    wait_until(lambda: base.status()["models"]["ctr"]["tables"]["item"]["reads"]["lookups"] > 100, "reads are counted", 30)
+    wait_until(
+        lambda: base.status()["models"]["ctr"]["tables"]["item"]["reads"]["lookups"] > 100, "reads are counted", PATIENCE_S
+    )
 
 
 def test_a_witness_that_is_killed_in_mid_write_goes_on_where_it_was(cluster: LocalCluster) -> None:
     witness, told, stop = cluster["wit-1"], list[tuple[float, float]](), threading.Event()
-    with ekko.Publisher(cluster["train-1"].local, model="ctr") as publisher:
+    with ekko.Publisher(cluster["train-1"].local, model="ctr", timeout=PATIENCE_S) as publisher:
         thread = threading.Thread(target=stepping, args=(publisher, stop, told))
         thread.start()
         try:
-            wait_until(lambda: len(told) > 80, "some steps", 20)
+            wait_until(lambda: len(told) > 80, "some steps", PATIENCE_S)
             witness.kill()
             killed = time.time()
             time.sleep(0.5)
             witness.start()
             witness.wait_ready()
             back, more = time.time(), len(told) + 60
-            wait_until(lambda: len(told) > more, "some more steps", 20)
+            wait_until(lambda: len(told) > more, "some more steps", PATIENCE_S)
         finally:
             stop.set()
             thread.join()
         publisher.wait(publisher.publish("item", KEYS, np.full((16, 4), -1.0, np.float32)), "local")
         with closing(ekko.Reader("ctr", run_dir=witness.run_dir)) as reader:
-            wait_until(lambda: value(reader) == -1.0, "a witness's readers see what is current", 20)
+            wait_until(lambda: value(reader) == -1.0, "a witness's readers see what is current", PATIENCE_S)
     assert witness.status()["delayed"]["losses"] == 0
     witness.stop()
     check_past(witness, told, killed, back)

@@ -21,6 +21,7 @@ from ekko.store import Store
 from p2p.errors import RemoteProtocolError
 from p2p.replica import SchemaEntry
 from sim_cluster.processes import LocalCluster, NodeProcess, NodeSpec, wait_until
+from tests.everywhere import PATIENCE_S, everywhere
 
 WORDS = st.one_of(st.just("none"), st.just("configured"), st.floats(0.01, 1e6))
 SAIDS = st.builds(Said, st.sampled_from(["eu/us", "ap/eu"]), WORDS, st.integers(1, 3), st.integers(0, 3))
@@ -104,7 +105,7 @@ def test_the_file_has_rates_in_either_order(tmp_path: Path) -> None:
 
 def rate(node: NodeProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ekko.cli", "rate", *arguments, "--http", node.http]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
 def shown(node: NodeProcess) -> dict[str, object]:
@@ -120,18 +121,18 @@ def test_a_rate_changes_while_nodes_run_holds_and_survives_their_restart(tmp_pat
         train, serve = cluster.nodes.values()
         keys = np.arange(1_000, dtype=np.uint64)
         rows = np.random.default_rng(1).standard_normal((1_000, 32)).astype(np.float32)  # which hardly compresses
-        with ekko.Publisher(train.local, model="ctr", tables={"item": 32}) as publisher:
-            publisher.wait(publisher.publish("item", keys, rows), "all", timeout=30.0)
+        with ekko.Publisher(train.local, model="ctr", tables={"item": 32}, timeout=PATIENCE_S) as publisher:
+            everywhere(publisher, publisher.publish("item", keys, rows))
             done = rate(serve, "us/eu", "1", "--json")
             assert done.returncode == 0, done.stderr
             assert json.loads(done.stdout) == {"pair": "eu/us", "said": 1.0, "rate_mbps": 1.0}
-            wait_until(lambda: shown(train) == {"eu/us": 1.0}, "the trainer hears of it", 30.0)
+            wait_until(lambda: shown(train) == {"eu/us": 1.0}, "the trainer hears of it", PATIENCE_S)
             begin, moved = time.monotonic(), train.status()["rates"]["eu/us"]["bytes_charged"]
             for number in range(4):  # each takes a second
                 stamp = publisher.publish("item", keys, rows + number)
-            publisher.wait(stamp, "all", timeout=60.0)
-            taken_s = time.monotonic() - begin
+            everywhere(publisher, stamp)
             charged = train.status()["rates"]["eu/us"]
+            taken_s = time.monotonic() - begin
             assert charged["bytes_charged"] - moved <= 125_000 * (taken_s + 0.2) + 150_000
             assert charged["bytes_charged"] > moved
             assert charged["waits"] > 0
@@ -143,6 +144,6 @@ def test_a_rate_changes_while_nodes_run_holds_and_survives_their_restart(tmp_pat
         train.wait_ready()
         assert shown(train) == {"eu/us": 1.0}
         assert ask_node(train.http, "/rate", {"pair": "eu/us", "rate": "none"})["rate_mbps"] is None
-        wait_until(lambda: shown(serve) == {"eu/us": None}, "the other hears of it", 30.0)
+        wait_until(lambda: shown(serve) == {"eu/us": None}, "the other hears of it", PATIENCE_S)
         assert rate(train, "eu/us", "configured").stdout == "updates between eu and us have no limit\n"
-        wait_until(lambda: shown(serve) == {}, "the other hears of it", 30.0)
+        wait_until(lambda: shown(serve) == {}, "the other hears of it", PATIENCE_S)

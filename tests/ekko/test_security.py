@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ from benchmarks import flood
 from ekko.errors import ConfigError
 from ekko.security import GRACE_LOOKS, KEYS_MAX, NodeKeys, generate, owner_of, read_public, read_secret
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
-
-# One second until the files are looked at, then the listener opens anew; the rest is a busy machine's.
-CUT_OFF_S_MAX = 25.0
+from tests.everywhere import PATIENCE_S, everywhere
 
 
 def make(folder: Path, node: str = "a") -> tuple[NodeKeys, Path]:
@@ -216,6 +213,14 @@ def counters(node: NodeProcess) -> dict[str, int]:
     return dict(node.status()["counters"])
 
 
+def keys_removed(node: NodeProcess) -> set[str]:
+    """What its log says; several files may have gone between two looks."""
+    whole = [
+        line for line in node.log_path.read_text().splitlines(keepends=True) if line.startswith("{") and line.endswith("\n")
+    ]
+    return {name for line in whole for name in json.loads(line).get("removed", ())}
+
+
 @pytest.mark.processes
 def test_nodes_with_keys_replace_them_and_cut_one_off_while_they_run(tmp_path: Path) -> None:
     specs = [NodeSpec("t", "us", "train"), NodeSpec("s1", "us"), NodeSpec("s2", "eu"), NodeSpec("out", "eu")]
@@ -233,43 +238,41 @@ def test_nodes_with_keys_replace_them_and_cut_one_off_while_they_run(tmp_path: P
             nodes[name].wait_ready()
         cluster.wait_members()
         nodes["out"].start()
-        with ekko.Publisher(nodes["t"].local, model="ctr") as publisher:
-            publisher.wait(publisher.publish("item", [1], rows(1)), "all", timeout=20)
-            wait_until(lambda: counters(nodes["t"])["transport_strangers"] >= 2, "the stranger tries", 20)
+        with ekko.Publisher(nodes["t"].local, model="ctr", timeout=PATIENCE_S) as publisher:
+            everywhere(publisher, publisher.publish("item", [1], rows(1)))
+            wait_until(lambda: counters(nodes["t"])["transport_strangers"] >= 2, "the stranger tries", PATIENCE_S)
             assert not any('"out"' in json.dumps(nodes[name].status()) for name in ("t", "s1", "s2"))
             # s1 gets another key; the steps go on meanwhile.
             new = generate(tmp_path / "s1@2.key")
             for name in ("t", "s2"):
                 shutil.copy(new, nodes[name].folder / "allow")
-            time_of_new_key = time.monotonic()
             wait_until(
                 lambda: all("s1@2.pub" in nodes[name].log_path.read_text() for name in ("t", "s2")),
                 "the key is seen",
-                CUT_OFF_S_MAX,
+                PATIENCE_S,
             )
             (tmp_path / "s1@2.key").replace(nodes["s1"].folder / "node.key")
-            wait_until(lambda: '"own_renewed": true' in nodes["s1"].log_path.read_text(), "it has its new key", CUT_OFF_S_MAX)
+            wait_until(lambda: '"own_renewed": true' in nodes["s1"].log_path.read_text(), "it has its new key", PATIENCE_S)
             for name in ("t", "s2"):
                 (nodes[name].folder / "allow" / "s1.pub").unlink()
-            publisher.wait(publisher.publish("item", [2], rows(2)), "all", timeout=20)
-            assert time.monotonic() - time_of_new_key < 60
+            everywhere(publisher, publisher.publish("item", [2], rows(2)))
             # s2 is cut off.
             for name in ("t", "s1"):
                 (nodes[name].folder / "allow" / "s2.pub").unlink()
             wait_until(
-                lambda: all('"removed": ["s2.pub"]' in nodes[name].log_path.read_text() for name in ("t", "s1")),
+                lambda: all("s2.pub" in keys_removed(nodes[name]) for name in ("t", "s1")),
                 "the key is gone",
-                CUT_OFF_S_MAX,
+                PATIENCE_S,
             )
             publisher.publish("item", [3], rows(3))
             reader = ekko.Reader("ctr", run_dir=nodes["s1"].run_dir)
-            wait_until(lambda: reader.lookup("item", np.array([3], np.uint64))[0, 0] == 3, "the others go on", 20)
+            wait_until(lambda: reader.lookup("item", np.array([3], np.uint64))[0, 0] == 3, "the others go on", PATIENCE_S)
             reader.close()
             lost = ekko.Reader("ctr", run_dir=nodes["s2"].run_dir)
             assert lost.lookup("item", np.array([2, 3], np.uint64))[:, 0].tolist() == [2, 0]
             for name in ("t", "s1"):  # and let in again
                 shutil.copy(publics["s2"], nodes[name].folder / "allow")
-            wait_until(lambda: lost.lookup("item", np.array([3], np.uint64))[0, 0] == 3, "it catches up", 30)
+            wait_until(lambda: lost.lookup("item", np.array([3], np.uint64))[0, 0] == 3, "it catches up", PATIENCE_S)
             lost.close()
         out = json.loads(json.dumps(nodes["out"].status()))
         assert not [peer for peer in out.get("peers", []) if peer["linked"]]
