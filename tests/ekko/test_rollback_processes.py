@@ -1,10 +1,9 @@
 """Real nodes: `ekko rollback` at any of them, from the request to the moment at which writers go on."""
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import ekko
 from ekko.cli import app
 from ekko.errors import EkkoError, ModelError
 from sim_cluster.processes import LocalCluster, ModelTables, NodeSpec, wait_until
+from tests.ekko.settled import WITHIN_S, everywhere, is_lifted, known_moment
 
 pytestmark = pytest.mark.processes
 MODELS = {"ctr": ModelTables({"item": 4, "user": 2}, capacity_rows=1_000)}
@@ -49,16 +49,13 @@ def values(cluster: LocalCluster, node: str, table: str = "item") -> list[float]
 def fill(publisher: ekko.Publisher, value: float) -> int:
     for table, dim in (("item", 4), ("user", 2)):
         stamp = publisher.publish(table, KEYS, np.full((len(KEYS), dim), value, np.float32))
-    publisher.wait(stamp, "all", 20)
-    return stamp
+    return everywhere(publisher, stamp)
 
 
 def good_and_bad(cluster: LocalCluster, publisher: ekko.Publisher, value: float) -> str:
     """Rows that are right, then wrong, and the moment in between."""
     fill(publisher, value)
-    time.sleep(0.5)
-    moment = datetime.now(UTC).isoformat()
-    time.sleep(0.5)
+    moment = known_moment(cluster["wit-1"], "ctr")
     fill(publisher, -1_000.0)
     publisher.delete("item", KEYS[:8])
     publisher.publish("item", KEYS[:4] + np.uint64(1_000), np.full((4, 4), -1_000, np.float32))
@@ -68,7 +65,7 @@ def good_and_bad(cluster: LocalCluster, publisher: ekko.Publisher, value: float)
 def test_what_was_wrong_is_gone_everywhere_and_writers_go_on(cluster: LocalCluster) -> None:
     with ekko.Publisher(cluster["train-1"].local, model="ctr") as publisher:
         moment = good_and_bad(cluster, publisher, 1.0)
-        time.sleep(0.5)
+        known_moment(cluster["wit-1"], "ctr")  # for a forecast nobody waits for what is on its way
         plan = rollback(cluster, "serve-1", "ctr", "--to", moment, "--dry-run")
         assert (plan["rows"], plan["deletions"], plan["at_risk"]) == (132, 4, 0)
         assert values(cluster, "serve-1")[-1] == -1_000.0
@@ -80,17 +77,25 @@ def test_what_was_wrong_is_gone_everywhere_and_writers_go_on(cluster: LocalClust
             assert values(cluster, node, "user") == [1.0] * 64
             with closing(ekko.Reader("ctr", run_dir=cluster[node].run_dir)) as reader:
                 assert not reader.lookup("item", KEYS[:4] + np.uint64(1_000)).any()
+        wait_until(lambda: is_lifted(cluster["train-1"], "ctr"), "writers go on here", WITHIN_S)
         restored = publisher.restored()
         assert sum(len(one.keys) for one in restored) == 132
         fill(publisher, 2.0)
         assert values(cluster, "serve-1") == [2.0] * 64
+    for node in ("train-1", "serve-1"):
+        wait_until(lambda node=node: _last(cluster, node)["over"], "all have heard that it is over", WITHIN_S)
     history = rollback(cluster, "train-1", "ctr")["rollbacks"]
     assert isinstance(history, list)
     assert history[0]["step"] == "done"
-    wait_until(lambda: cluster["serve-1"].status()["rollbacks"]["ctr"]["over"], "all have heard that it is over", 20)
-    assert cluster["serve-1"].status()["rollbacks"]["ctr"] == history[0]
+    assert _last(cluster, "serve-1") == history[0]
     shown = CliRunner().invoke(app, ["health", "ctr", "--http", cluster["serve-1"].http]).stdout
     assert "by wit-1: 132 rows" in shown
+
+
+def _last(cluster: LocalCluster, node: str) -> dict[str, object]:
+    """The last rollback, as the node has heard of it."""
+    known: dict[str, object] = cluster[node].status()["rollbacks"]["ctr"]
+    return known
 
 
 def test_a_part_of_it_is_taken_back(cluster: LocalCluster) -> None:
@@ -137,13 +142,14 @@ def _kill_in_the_middle(cluster: LocalCluster) -> None:
             "/rollback", {"model": "ctr", "to_ms": _ms(moment), "tables": [], "writer": "", "keys": None}
         )
         assert status == 200
-        wait_until(lambda: _refused(publisher), "writers are stopped", 20)
+        wait_until(lambda: _refused(publisher), "writers are stopped", WITHIN_S)
         cluster["wit-1"].kill()
         cluster["serve-1"].resume()
         cluster["wit-1"].start()
         cluster["wit-1"].wait_ready()
-        wait_until(lambda: _over(cluster), "the rollback is over", 40)
+        wait_until(lambda: _last(cluster, "serve-1")["over"], "the rollback is over", WITHIN_S)
         assert values(cluster, "serve-1") == [4.0] * 64
+        wait_until(lambda: is_lifted(cluster["train-1"], "ctr"), "writers go on here", WITHIN_S)
         publisher.restored()
         fill(publisher, 5.0)
 
@@ -158,12 +164,6 @@ def _refused(publisher: ekko.Publisher) -> bool:
     except ModelError as error:
         return "is taken back" in str(error)
     return False
-
-
-def _over(cluster: LocalCluster) -> bool:
-    history = rollback(cluster, "serve-1", "ctr")["rollbacks"]
-    assert isinstance(history, list)
-    return bool(history[0]["over"])
 
 
 def test_without_a_witness_nobody_knows(tmp_path: Path) -> None:

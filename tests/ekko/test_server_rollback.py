@@ -2,9 +2,7 @@
 
 import json
 import threading
-import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +21,7 @@ from ekko.train.server.rows import TrainingRows
 from ekko.train.server.schema import trained_model
 from ekko.train.server.wire import Push
 from sim_cluster.processes import NodeProcess, NodeSpec, wait_until
+from tests.ekko.settled import WITHIN_S, known_moment
 from tests.ekko.training_processes import TrainingCluster, table_settings
 
 pytestmark = pytest.mark.processes
@@ -77,21 +76,22 @@ def same(one: list[tuple[np.ndarray, np.ndarray]], other: list[tuple[np.ndarray,
     return all(np.array_equal(a, b) for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True))
 
 
+def both_have_the_same(cluster: TrainingCluster) -> bool:
+    """Whether the servers' nodes have the same of `KEYS`, `BORN` and `ALTERED`."""
+    one, other = (
+        [
+            *rows(cluster, node, "ctr.training"),
+            *rows(cluster, node, "ctr.training", ".state"),
+            (items(cluster, node, ALTERED, "ctr.training"), np.empty(0)),
+        ]
+        for node in cluster.endpoints
+    )
+    return same(one, other)
+
+
 def items(cluster: TrainingCluster, node: str, keys: np.ndarray, model: str = "ctr") -> np.ndarray:
     with ekko.Reader(model, run_dir=cluster[node].run_dir, wait=60.0) as reader:
         return reader.lookup("item", keys)
-
-
-def exact_moment(cluster: TrainingCluster) -> datetime:
-    """Now, once the witness can tell exactly how both models are now. Nobody may write meanwhile."""
-    now_ms = time.time_ns() // 1_000_000
-
-    def known() -> bool:
-        models = cluster["wit-1"].status()["delayed"]["models"]
-        return all(models[name]["known_until_ms"] >= now_ms for name in ("ctr", "ctr.training"))
-
-    wait_until(known, "the witness to know this moment", 60)
-    return datetime.fromtimestamp(now_ms / 1_000, UTC)
 
 
 class Going(threading.Thread):
@@ -100,7 +100,6 @@ class Going(threading.Thread):
     def __init__(self, endpoints: list[str]) -> None:
         super().__init__()
         self.end = threading.Event()
-        self.resting = threading.Lock()  # who has it may be sure that nothing is under way
         self.clock = 0
         self.failure: BaseException | None = None
         self._endpoints = endpoints
@@ -117,11 +116,9 @@ class Going(threading.Thread):
         try:
             with Client(self._endpoints, "ctr", 1, timeout=120.0) as client:
                 while not self.end.is_set():
-                    with self.resting:
-                        client.push({table: (OTHERS, np.ones((len(OTHERS), DIM), np.float32)) for table in TABLES})
-                        client.flush()
+                    client.push({table: (OTHERS, np.ones((len(OTHERS), DIM), np.float32)) for table in TABLES})
+                    client.flush()
                     self.clock = client.clock
-                    time.sleep(0.001)  # a lock is not handed on to who waits longest
         except BaseException as failure:  # noqa: BLE001 - the test says it
             self.failure = failure
 
@@ -132,19 +129,18 @@ def test_what_servers_learned_wrong_is_gone_everywhere_and_stays_gone(cluster: T
         push(client, KEYS, 1.0)
         going.start()
         push(client, ALTERED, 1.0)
+        wait_until(lambda: both_have_the_same(cluster), "each server has the other's half, too", WITHIN_S)
         trained = items(cluster, "home-1", ALTERED, "ctr.training")
         with ekko.Publisher(cluster["home-1"].local, model="ctr") as publisher:  # as if served rows were of another moment
             publisher.publish("item", ALTERED, trained + 1)
         good, state = (rows(cluster, "home-1", "ctr.training", suffix) for suffix in ("", ".state"))
         nodes = [node for node in cluster.nodes if node != "wit-1"]
         for node in nodes:  # an answered push is served at its server's node, and soon elsewhere
-            wait_until(lambda node=node: same(rows(cluster, node), good), f"{node} serves what is trained", 60)
+            wait_until(lambda node=node: same(rows(cluster, node), good), f"{node} serves what is trained", WITHIN_S)
         assert all(there[: len(KEYS)].all() and not there[len(KEYS) :].any() for _, there in good)
-        # What comes by other ways than in its steps, as after a stall, hides older versions: of such moments nothing is known.
-        with going.resting:
-            moment = exact_moment(cluster).isoformat()
+        moment = known_moment(cluster["wit-1"], "ctr", "ctr.training")
         push(client, np.concatenate([KEYS, BORN]), -1_000.0)
-        wait_until(lambda: not same(rows(cluster, "home-1"), good), "what is wrong is served", 60)
+        wait_until(lambda: not same(rows(cluster, "home-1"), good), "what is wrong is served", WITHIN_S)
 
         done = rollback(cluster, "eu-1", "ctr", "--to", moment, "--yes")
         assert done["step"] == "done"
