@@ -25,7 +25,7 @@ pytestmark = pytest.mark.processes
 TWIN = "host-twin"
 MODELS = {"ctr": ModelTables({"item": 4}, capacity_rows=1_000, codec="float16")}
 KEYS = np.arange(100, dtype=np.uint64)
-TIMEOUT_S = 30
+TIMEOUT_S = 60
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def pair(tmp_path: Path) -> Iterator[LocalCluster]:
 def published(cluster: LocalCluster, value: float, keys: Any = KEYS) -> int:
     with ekko.Publisher(cluster["train-1"].local, model="ctr") as publisher:
         stamp = publisher.publish("item", keys, np.full((len(keys), 4), value, np.float32))
-        publisher.wait(stamp, "all")
+        publisher.wait(stamp, "all", TIMEOUT_S)
     return stamp
 
 
@@ -91,7 +91,7 @@ def test_updates_reach_the_device_and_deletes_leave_it(cluster: LocalCluster) ->
         wait_until(lambda: (reader.lookup("item", KEYS) == 2.0).all(), "the update to be on the device", TIMEOUT_S)
         assert equal(node) == 100
         with ekko.Publisher(cluster["train-1"].local, model="ctr") as publisher:
-            publisher.wait(publisher.delete("item", KEYS[:30]), "all")
+            publisher.wait(publisher.delete("item", KEYS[:30]), "all", TIMEOUT_S)
         wait_until(lambda: not reader.lookup("item", KEYS[:30]).any(), "the deleted rows to leave", TIMEOUT_S)
         assert equal(node) == 70
         published(cluster, 3.0)
@@ -99,7 +99,7 @@ def test_updates_reach_the_device_and_deletes_leave_it(cluster: LocalCluster) ->
         assert value_of(reader) == 3.0
     status = node.status()["device"]
     assert (status["name"], status["serving"], status["reason"]) == (TWIN, True, "")
-    assert status["behind_ms"] < 5_000
+    wait_until(lambda: node.status()["device"]["behind_ms"] < 5_000, "the device to have what the store has", TIMEOUT_S)
     assert status["overflows"] == 0
     wait_until(lambda: node.status()["device"]["models"]["ctr"]["item"]["size"] == 100, "figures", TIMEOUT_S)
     text = node.metrics()
@@ -127,7 +127,7 @@ def test_readers_see_no_row_go_back_while_it_is_written(cluster: LocalCluster) -
                 assert (stamps >= newest[asked]).all()
                 assert (rows == rows[:, :1]).all()
                 newest[asked] = stamps
-        publisher.wait(publisher.publish("item", KEYS, np.ones((100, 4), np.float32)), "all")
+        publisher.wait(publisher.publish("item", KEYS, np.ones((100, 4), np.float32)), "all", TIMEOUT_S)
         assert reader.device.counts.hits > 1_000
         assert reader.device.counts.defaulted == 0
     assert equal(node) > 100
@@ -139,9 +139,10 @@ def test_a_baselines_caches_are_of_its_older_state(cluster: LocalCluster) -> Non
         published(cluster, 5.0)
         wait_until(lambda: (reader.lookup("item", KEYS) == 5.0).all(), "five", TIMEOUT_S)
         warmed(reader)
+        begin = time.monotonic()
         published(cluster, 6.0)
-        assert value_of(reader) == 5.0
         wait_until(lambda: (reader.lookup("item", KEYS) == 6.0).all(), "six, a second later", TIMEOUT_S)
+        assert time.monotonic() - begin >= 1.0
         equal(node)
 
 
@@ -240,6 +241,6 @@ def test_mistakes_are_one_line(cluster: LocalCluster, tmp_path: Path) -> None:
         text = text.replace(cluster["serve-1"].http, f"127.0.0.1:{free_ports(1)[0]}")
         (tmp_path / "node.toml").write_text(text)
         command = [sys.executable, "-m", "ekko.cli", "node", "--config", str(tmp_path / "node.toml")]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert ended.returncode != 0
         assert "device.name: " in ended.stdout + ended.stderr
