@@ -82,7 +82,7 @@ def plain(compare: ModuleType) -> float:
 
 
 def served(compare: ModuleType, cluster: LocalCluster, model: str) -> float:
-    with ekko.Reader(model, cluster["eu-1"].run_dir, wait=10.0) as reader:
+    with ekko.Reader(model, cluster["eu-1"].run_dir, wait=60.0) as reader:
         quality: float = compare.quality(reader, compare.Stream(EVENTS))
     return quality
 

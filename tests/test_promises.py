@@ -27,6 +27,7 @@ HOME = ("t1", "home1", "home2")
 ABROAD = ("eu1", "eu2")
 MODELS = {"ctr": ModelTables({"item": 4}, capacity_rows=1_000)}
 KEY = 7
+DEADLINE_S = 60.0
 
 # --- processes -----------------------------------------------------------------------------------------------------------
 
@@ -38,7 +39,7 @@ import ekko
 publisher = ekko.Publisher(sys.argv[1], model="ctr")
 stamp = publisher.publish("item", [7], np.full((1, 4), 3, np.float32))
 if sys.argv[2] != "publish":
-    publisher.wait(stamp, sys.argv[2], 20.0)
+    publisher.wait(stamp, sys.argv[2], 60.0)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 WHAT = ["publish", "local", "region", "all"]
@@ -62,12 +63,12 @@ def value_at(node: NodeProcess) -> float:
 def test_a_publisher_that_dies_loses_nothing_that_was_published(pair: LocalCluster) -> None:
     for number, what in enumerate(WHAT):
         with ekko.Publisher(pair["train-1"].local, model="ctr") as publisher:
-            publisher.wait(publisher.delete("item", [KEY]), "all", 20.0)
+            publisher.wait(publisher.delete("item", [KEY]), "all", DEADLINE_S)
         assert value_at(pair["serve-1"]) == 0, number
-        child = subprocess.run([sys.executable, "-c", PUBLISH_AND_DIE, pair["train-1"].local, what], check=False, timeout=60)
+        child = subprocess.run([sys.executable, "-c", PUBLISH_AND_DIE, pair["train-1"].local, what], check=False, timeout=120)
         assert child.returncode == -signal.SIGKILL
         assert value_at(pair["train-1"]) == 3
-        wait_until(lambda: value_at(pair["serve-1"]) == 3, f"the other node has it after {what}", 20.0)
+        wait_until(lambda: value_at(pair["serve-1"]) == 3, f"the other node has it after {what}", DEADLINE_S)
 
 
 @pytest.mark.processes
@@ -75,10 +76,10 @@ def test_a_daemon_that_dies_keeps_what_was_published_and_sends_it_when_it_is_bac
     """The other node is down until the publisher's is dead, so that nothing could be on its way already."""
     train, serve = pair["train-1"], pair["serve-1"]
     with ekko.Publisher(train.local, model="ctr") as publisher:
-        publisher.wait(publisher.publish("item", [1], np.ones((1, 4), np.float32)), "all", 20.0)
+        publisher.wait(publisher.publish("item", [1], np.ones((1, 4), np.float32)), "all", DEADLINE_S)
         serve.kill()
         stamp = publisher.publish("item", [KEY], np.full((1, 4), 3, np.float32))
-        publisher.wait(stamp, "local")
+        publisher.wait(stamp, "local", DEADLINE_S)
         train.kill()
         assert value_at(train) == 3, "readers go on while their daemon is dead"
         assert value_at(serve) == 0, "it was sent before: the test shows nothing"
@@ -87,15 +88,15 @@ def test_a_daemon_that_dies_keeps_what_was_published_and_sends_it_when_it_is_bac
         train.wait_ready()
         serve.wait_ready()
         assert train.status()["node"]["resumed"]
-        wait_until(lambda: value_at(serve) == 3, "the other node has it", 30.0)
-        publisher.wait(stamp, "all", 20.0)
+        wait_until(lambda: value_at(serve) == 3, "the other node has it", DEADLINE_S)
+        publisher.wait(stamp, "all", DEADLINE_S)
 
 
 @pytest.mark.processes
 def test_a_daemon_that_dies_after_wait_all_is_not_needed_any_more(pair: LocalCluster) -> None:
     with ekko.Publisher(pair["train-1"].local, model="ctr") as publisher:
         stamp = publisher.publish("item", [KEY], np.full((1, 4), 3, np.float32))
-        assert publisher.wait(stamp, "all", 20.0) == ()
+        assert publisher.wait(stamp, "all", DEADLINE_S) == ()
     pair["train-1"].kill()
     assert value_at(pair["serve-1"]) == 3
 

@@ -291,7 +291,7 @@ def test_a_look_up_beside_a_writer_gives_whole_rows_that_never_go_back(device: D
     seen = set[int]()
     reader, writing = threading.Thread(target=read), device.stream()
     reader.start()
-    number, deadline = 1, time.monotonic() + 60
+    number, deadline = 1, time.monotonic() + 120
     while (number < 200 or len(seen) < 10) and not failed and time.monotonic() < deadline:
         number += 1
         cache.apply(keys, *version(number), stream=writing)
