@@ -14,7 +14,7 @@ from ekko import Publisher
 
 ROWS = 300
 TABLES = {"item": 16, "user": 4}
-VISIBLE_TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0  # a busy machine included
 
 
 def main(address: str, dense_every: int, *, apart: bool) -> None:
@@ -23,11 +23,11 @@ def main(address: str, dense_every: int, *, apart: bool) -> None:
     for parameter in model.parameters():
         nn.init.zeros_(parameter)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with Publisher(address, model="ctr", tables=TABLES) as publisher:
+    with Publisher(address, model="ctr", tables=TABLES, timeout=TIMEOUT_S) as publisher:
         every = None if apart else dense_every
         tables = {name: name for name in TABLES}
         tracker = ekko.torch.track(model, optimizer, publisher, tables, dense_every=every, background=False)
-        publisher.wait(tracker.publish_all(), "all", VISIBLE_TIMEOUT_S)
+        publisher.wait(tracker.publish_all(), "all", TIMEOUT_S)
         ids = torch.arange(ROWS)
         for number in range(1, 1 << 30):
             optimizer.zero_grad()

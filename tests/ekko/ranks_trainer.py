@@ -92,8 +92,8 @@ def main(folder: Path, local: str, run_dir: Path) -> None:
     optimizer = torch.optim.Adagrad(parallel.parameters(), lr=0.1)
     told: dict[str, np.ndarray] = {}
     with (
-        ekko.Publisher(local, "ctr", dict.fromkeys(ROWS, DIM), timeout=30.0) as publisher,
-        ekko.Reader("ctr", run_dir, wait=10.0, counted=False) as reader,
+        ekko.Publisher(local, "ctr", dict.fromkeys(ROWS, DIM), timeout=60.0) as publisher,
+        ekko.Reader("ctr", run_dir, wait=60.0, counted=False) as reader,
     ):
         recorder = Recorder(publisher)
         tables = {"item": "item", "user": "user"}
@@ -117,8 +117,10 @@ def main(folder: Path, local: str, run_dir: Path) -> None:
             rng = np.random.default_rng((rank, number))
             items, users = (torch.from_numpy(rng.integers(0, ROWS[name], (BATCH, 1))) for name in ROWS)
             optimizer.zero_grad()
-            if (life, rank, number) == (0, 1, KILLED_AT):
-                os.kill(os.getpid(), signal.SIGKILL)
+            if (life, number) == (0, KILLED_AT):
+                dist.barrier()  # both have written down what they did before
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
             parallel(items.squeeze(1), users).backward()
             optimizer.step()
             tracker.flush()
@@ -137,7 +139,7 @@ def main(folder: Path, local: str, run_dir: Path) -> None:
             np.savez(folder / f"rank-{rank}-new.npz", **told)
             (folder / f"rank-{rank}-new.npz").replace(folder / f"rank-{rank}-life-{life}.npz")
         tracker.remove()
-        publisher.wait(tracker.stamp, timeout=30.0)
+        publisher.wait(tracker.stamp, timeout=60.0)
         dist.barrier()
         np.savez(folder / f"weights-{rank}.npz", **{name: value.numpy() for name, value in model.state_dict().items()})
     dist.destroy_process_group()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.processes
 
 NODES = (NodeSpec("home-1", "home", "train"), NodeSpec("away-1", "away", "train"), NodeSpec("eu-1", "eu"))
 STEPS = 25
-START_S = 60.0
+START_S = 90.0
 KEYS = np.arange(trainer.ROWS, dtype=np.uint64)
 
 
@@ -44,7 +44,7 @@ def test_what_a_dead_run_left_behind_does_not_stay_and_does_not_win(tmp_path: Pa
         home, away, eu = (cluster[spec.id] for spec in NODES)
         with started(tmp_path, home, 1_000_000) as dead:
             wait_until(lambda: dead.poll() is not None or (tmp_path / "checkpoint.pt").exists(), "a checkpoint", START_S)
-            with ekko.Publisher(away.local, "ctr", {"other": 4}, timeout=30.0) as publisher:
+            with ekko.Publisher(away.local, "ctr", {"other": 4}, timeout=60.0) as publisher:
                 publisher.publish(
                     "other", [1], np.zeros((1, 4), np.float32)
                 )  # it has a writer id before the node dies that could give one
@@ -54,6 +54,10 @@ def test_what_a_dead_run_left_behind_does_not_stay_and_does_not_win(tmp_path: Pa
             dead.kill()
             dead.wait()
         first_run = steps_of(tmp_path)
+        with ekko.Reader("ctr", home.run_dir) as here, ekko.Reader("ctr", eu.run_dir) as there:
+            wait_until(
+                lambda: np.array_equal(here.lookup("item", KEYS), there.lookup("item", KEYS)), "eu to have the run", START_S
+            )
         home.kill()
         home.remove_memory()
         with ekko.Reader("ctr", eu.run_dir) as reader:
@@ -69,17 +73,17 @@ def test_what_a_dead_run_left_behind_does_not_stay_and_does_not_win(tmp_path: Pa
         touched_again = {key for number, *keys in steps_of(tmp_path)[len(first_run) :] for key in keys}
         assert touched - touched_again, "rows that only the dead run changed after the checkpoint"
         for node in (away, eu):
-            with ekko.Reader("ctr", node.run_dir, wait=10.0) as reader:
+            with ekko.Reader("ctr", node.run_dir, wait=60.0) as reader:
                 wait_until(
                     lambda reader=reader: np.array_equal(reader.lookup("item", KEYS), done["item"]),  # type: ignore[misc]
                     f"{node.id} has the table of the run that lives",
-                    20.0,
+                    60.0,
                 )
                 held = reader.lookup("item", KEYS, stamps=True)
                 wait_until(
                     lambda reader=reader: np.array_equal(reader.dense("top.weight"), done["weight"]),  # type: ignore[misc]
                     f"{node.id} has its dense parameters",
-                    20.0,
+                    60.0,
                 )
                 changed = (last_rows != done["item"]).any(axis=1)
                 assert set(np.flatnonzero(changed)) & (touched - touched_again)

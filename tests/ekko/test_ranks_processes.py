@@ -43,9 +43,12 @@ def test_two_ranks_publish_a_part_each_and_go_on_together_when_one_is_killed(tmp
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         run = subprocess.run(words, env=environment, timeout=RUN_S_MAX, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr[-12_000:]
-        assert "(exitcode: -9) local_rank: 1" in run.stderr, "rank 1 was not killed"
         assert_whole_and_disjoint(told_by(tmp_path, 0), 0, trainer.KILLED_AT)
-        again = told_by(tmp_path, max(life for life in range(4) if (tmp_path / f"rank-0-life-{life}.npz").exists()))
+        last = max(life for life in range(4) if (tmp_path / f"rank-0-life-{life}.npz").exists())
+        # Of which rank torchrun tells is by chance: when it looks the other one may have ended, too.
+        assert last > 0, "rank 1 was not killed"
+        assert f"tensors/{trainer.KILLED_AT}" not in told_by(tmp_path, 0)[1], "it was killed later"
+        again = told_by(tmp_path, last)
         assert [int(rank["first"]) for rank in again] == [SAVED_AT, SAVED_AT]
         assert_whole_and_disjoint(again, SAVED_AT, trainer.STEPS)
         weights = [dict(np.load(tmp_path / f"weights-{rank}.npz")) for rank in range(2)]

@@ -59,7 +59,7 @@ def rolled_back() -> tuple[VirtualCluster, Pause, Pause]:
     cluster.publish("t1", "item", range(100), 5.0)
     first = fence(cluster, "us1")
     lift(cluster, "us1", first.epoch)  # one after which nothing was restored
-    waits, refused = Pause(**asking(cluster, "t1"), wait_s=5.0), Pause(**asking(cluster, "t1"), wait_s=None)  # type: ignore[arg-type]
+    waits, refused = Pause(**asking(cluster, "t1"), wait_s=60.0), Pause(**asking(cluster, "t1"), wait_s=None)  # type: ignore[arg-type]
     assert waits.epoch == 0
     cluster.publish("t1", "item", range(100), 6.0)
     done = fence(cluster, "us1")
@@ -120,7 +120,7 @@ def test_what_was_written_since_is_not_restored() -> None:
 
 def test_a_pause_ends_with_the_fence_or_its_time() -> None:
     pages = [RestoredPage(0, 3), RestoredPage(0, 3), RestoredPage(0, 0), RestoredPage(0, 0)]
-    pause = Pause("ctr", lambda _: pages.pop(0), 5.0)
+    pause = Pause("ctr", lambda _: pages.pop(0), 60.0)
     again = pause.retry(replace(step(range(5)), epoch=0), Failed(FENCED, "it is being rolled back"), NAMES, "float32")
     assert again is not None, "nothing was restored"
     assert again.columns[0].keys.tolist() == list(range(5))
@@ -143,7 +143,7 @@ def test_dropped_tensors_are_named() -> None:
         RestoredPage(1, 0),
         RestoredPage(1, 0, dense, left, np.repeat(none, len(left), axis=0)),
     ]
-    pause = Pause("ctr", lambda _: answers.pop(0), 5.0)
+    pause = Pause("ctr", lambda _: answers.pop(0), 60.0)
     rows = np.zeros((len(keys), DENSE_DIM * 4), np.uint8)
     both = PublishStep("ctr", (RowColumns(dense, keys, rows),), (top, other), epoch=0)
     assert pause.retry(both, Failed(RESTORED, "it was"), NAMES, "float32") is None

@@ -50,11 +50,12 @@ def test_a_node_that_is_stopped_and_one_that_is_killed_have_all_rows_in_the_end(
     with LocalCluster(tmp_path, [NodeSpec("train", "eu", "train")], models={"ctr": ModelTables(TABLES)}) as cluster:
         cluster.start()
         node = cluster["train"]
-        with ekko.Publisher(node.local, "ctr", timeout=2.0) as publisher:
+        with ekko.Publisher(node.local, "ctr", timeout=WAIT_S) as publisher:
             tables = {"item": "item", "user": "user"}
             tracker = ekko.torch.track(model, optimizers, publisher, tables, dense_every="1ms")
             tracker.publish_all()
             train(50)
+            publisher._timeout = 1.0  # only where it is to pass
             node.pause()
             train(50)
             wait_until(lambda: tracker.counts.failures, "a call that failed", WAIT_S)
@@ -68,6 +69,7 @@ def test_a_node_that_is_stopped_and_one_that_is_killed_have_all_rows_in_the_end(
                 tracker.flush(timeout=0.2)
             node.start()
             node.wait_ready()
+            publisher._timeout = WAIT_S
             train(20)
             # Nothing is flushed here: closing the publisher publishes what is due.
         with ekko.Reader("ctr", run_dir=node.run_dir) as reader:
