@@ -87,7 +87,7 @@ def _children_of_threads() -> list[int]:
     for task in Path("/proc/self/task").iterdir():
         try:
             pids += map(int, (task / "children").read_text().split())
-        except FileNotFoundError:
+        except OSError:  # the thread ended while we looked, or the kernel has no such file
             if task.exists():
                 return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     return pids

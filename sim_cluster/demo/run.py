@@ -12,6 +12,7 @@ import numpy as np
 from ekko.device.check import check_caches
 from ekko.model import CODEC_DEFAULT
 from gpu.errors import DeviceError
+from p2p.busy.backlog import PASS_THROUGH
 from sim_cluster.demo import plots
 from sim_cluster.demo.board import Board, Word
 from sim_cluster.demo.cluster import (
@@ -40,7 +41,7 @@ OFFLINE_SHARE: Final = 0.6
 LEAD_S: Final = 0.5  # from the moment when all are ready to the first event
 REFRESH_S: Final = 0.1
 FETCH_S: Final = 0.5  # how often a node is asked for delays, and the figures are shown
-SETTLE_S_MAX: Final = 90.0  # for the nodes to start, the model to learn offline, the stream to drain; each
+SETTLE_S_MAX: Final = 150.0  # for the nodes to start, the model to learn offline, the stream to drain; each
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,8 @@ class _Run:
         display.phase("publishing the first state everywhere")
         self._wait(lambda: board[Word.VISIBLE] == 1, workers, "the first state on every node")
         self._wait(lambda: bool(board.ready.all()), workers, "ready scorers")
+        # Delays are those of batches: none is told of rows that come by priority, behind a first state that filled a link.
+        self._wait(lambda: _all_send_batches(cluster), workers, "links on which batches pass")
 
     def _wait(self, condition: Callable[[], bool], workers: Workers, what: str, permille: Word | None = None) -> None:
         deadline_s = time.monotonic() + SETTLE_S_MAX
@@ -207,7 +210,7 @@ class _Run:
     def _device_report(self, cluster: LocalCluster) -> DeviceReport:
         """The caches of the nodes that scorers read from, against their stores."""
         try:
-            checks = {region: check_caches(cluster.in_region(region)[0].run_dir) for region in REGIONS}
+            checks = {region: check_caches(cluster.in_region(region)[0].run_dir, SETTLE_S_MAX) for region in REGIONS}
         except DeviceError as error:
             raise DemoError(f"the caches on {self._options.device} cannot be compared: {error}") from None
         found, missed = self._board.device_keys.sum(axis=0).tolist()
@@ -298,6 +301,10 @@ class _Run:
         plots.plot_latency(result, delays.by_region, out / "latency.png")
         plots.plot_auc(result, self._events, self._start, shown, out / "auc.png")
         result.write(out)
+
+
+def _all_send_batches(cluster: LocalCluster) -> bool:
+    return all(peer["mode"] == PASS_THROUGH for node in cluster.nodes.values() for peer in node.status()["peers"])
 
 
 def _outage_report(outage: Outage) -> OutageReport:

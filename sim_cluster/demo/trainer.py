@@ -26,6 +26,7 @@ DENSE_EVERY: Final = 8  # steps: four times a second at the default rate
 # A step begins this long after its last event's time, by when every scorer has predicted it as a rule; then nobody waits.
 MARGIN_NS: Final = 18_000_000
 VISIBLE_TIMEOUT_S: Final = 60.0
+SILENT_POLL_S: Final = 0.1
 
 
 class Trainer:
@@ -45,13 +46,13 @@ class Trainer:
         board.wait_for(lambda: board[Word.CLUSTER_READY] == 1)
         tables = dict.fromkeys(self._events.rows, DIM)
         codec = self._job.codec
-        with Publisher(self._job.local, self._job.model, tables, codec=codec) as publisher:
+        with Publisher(self._job.local, self._job.model, tables, codec=codec, timeout=VISIBLE_TIMEOUT_S) as publisher:
             recorder = Recorder(publisher, codec)
             learner = self._learner
             tracker = ekko.torch.track(
                 learner.model, learner.optimizer, recorder, learner.model.tracked, dense_every=DENSE_EVERY, background=False
             )
-            publisher.wait(tracker.publish_all(), scope="all", timeout=VISIBLE_TIMEOUT_S)
+            _wait_everywhere(publisher, tracker.publish_all())
             recorder.batches.clear()
             first_tables, first_tensors = self._state()
             board[Word.VISIBLE] = 1
@@ -59,7 +60,7 @@ class Trainer:
             learnt = self._stream(recorder)
             tracker.publish_dense()  # the last steps' dense parameters, which no N-th step took along
             learnt.append(learnt[-1])
-            publisher.wait(tracker.stamp, scope="all", timeout=VISIBLE_TIMEOUT_S)
+            _wait_everywhere(publisher, tracker.stamp)
             self._count(recorder, len(learnt) - 1)
             History.of(first_tables, first_tensors, recorder.batches, learnt).save(history_path(self._folder))
             self._save_parameters()
@@ -114,6 +115,17 @@ class Trainer:
         columns: dict[str, ArrayLike] = {f"table/{name}": rows for name, rows in tables.items()}
         columns |= {f"tensor/{name}": value for name, value in tensors.items()}
         np.savez(parameters_path(self._folder), allow_pickle=False, **columns)
+
+
+def _wait_everywhere(publisher: Publisher, stamp: int) -> None:
+    """Also on nodes that are silent, for as long; on a machine that is busy they are soon back.
+
+    Raises:
+        TimeoutError: nodes lag that are there.
+    """
+    deadline_s = time.monotonic() + VISIBLE_TIMEOUT_S
+    while publisher.wait(stamp, scope="all", timeout=VISIBLE_TIMEOUT_S) and time.monotonic() < deadline_s:
+        time.sleep(SILENT_POLL_S)
 
 
 def _copy(value: torch.Tensor) -> Floats:
