@@ -60,7 +60,7 @@ def test_writers_are_stopped_and_go_on(tmp_path: Path) -> None:
             with pytest.raises(ModelError, match=r"model 'ctr': it is being rolled back \(epoch 1: shuffled labels\)"):
                 one.publish("item", keys, rows)
             for node in cluster.nodes.values():  # what was acknowledged is everywhere
-                with ekko.Reader("ctr", run_dir=node.run_dir, wait=10.0) as reader:
+                with ekko.Reader("ctr", run_dir=node.run_dir, wait=WITHIN_S) as reader:
                     _, stamps = reader.lookup("item", keys[:10], stamps=True)
                     assert (stamps == last).all(), node.id
 
@@ -87,5 +87,5 @@ def test_writers_are_stopped_and_go_on(tmp_path: Path) -> None:
             assert one.restored() == other.restored() == ()
         expected = np.repeat(np.float32([5, 3, 4, 3, 2, 1]), [2, 3, 3, 2, 10, 20])
         for node in cluster.nodes.values():
-            with ekko.Reader("ctr", run_dir=node.run_dir, wait=10.0) as reader:
+            with ekko.Reader("ctr", run_dir=node.run_dir, wait=WITHIN_S) as reader:
                 assert reader.lookup("item", keys)[:, 0].tolist() == expected.tolist(), node.id

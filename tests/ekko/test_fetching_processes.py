@@ -11,6 +11,7 @@ from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.store import Store
 from p2p.replica import RowColumns
 from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSpec, wait_until
+from tests.ekko.settled import WITHIN_S, everywhere
 
 pytestmark = pytest.mark.processes
 DIM = 16
@@ -45,7 +46,7 @@ def test_rows_that_readers_ask_for_come_back_and_all_do_with_more_memory(tmp_pat
         with ekko.Publisher(cluster["train-1"].local, model="ctr") as publisher:
             for part in np.split(keys, 6):
                 stamp = publisher.publish("item", part, rows[part.astype(np.int64)])
-            publisher.wait(stamp, "all", timeout=20)
+            everywhere(publisher, stamp)
         model = serve.status()["models"]["ctr"]
         assert model["rows"] == FIRST
         assert model["incomplete_shards"] > 0
@@ -54,14 +55,14 @@ def test_rows_that_readers_ask_for_come_back_and_all_do_with_more_memory(tmp_pat
         serve.start()
         serve.wait_ready()
         asked = keys[-64:]
-        with closing(ekko.Reader("ctr", run_dir=serve.run_dir, wait=10)) as reader:
+        with closing(ekko.Reader("ctr", run_dir=serve.run_dir, wait=WITHIN_S)) as reader:
             assert not reader.lookup("item", asked).any()
 
             def back() -> bool:
                 found = [reader.lookup("item", asked) for _ in range(2_000)][-1]
                 return bool((found == rows[-64:]).all())
 
-            wait_until(back, "they come back", 30)
+            wait_until(back, "they come back", WITHIN_S)
             assert serve.status()["counters"]["rows_fetched"] == 64
             found = reader.lookup("item", keys)
             held = found.any(axis=1)
