@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -228,7 +229,7 @@ def test_the_mean_row_follows_the_table(tmp_path: Path) -> None:
             assert reader.lookup("item", [999]).tolist() == [[4.0, 4.0]]
             publish(range(10), 8.0, 2)
             assert reader.lookup("item", [999]).tolist() == [[4.0, 4.0]], "not with each look-up"
-            with patch.object(defaults.time, "monotonic", lambda: 1e9):
+            with patch.object(defaults, "time", SimpleNamespace(monotonic=lambda: 1e9)):
                 assert reader.lookup("item", [999]).tolist() == [[8.0, 8.0]]
             publish(range(10, 40), 0.0, 3)
             assert reader.lookup("item", [999]).tolist() == [[2.0, 2.0]]

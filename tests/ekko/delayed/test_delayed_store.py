@@ -1,7 +1,7 @@
 """Two stores and a log between them: what moves on, what is told, what follows the schema, what a loss costs."""
 
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -284,7 +284,7 @@ def test_readers_of_the_older_state_know_how_old_it_is(pair: Pair) -> None:
 
 def test_a_disk_that_refuses_is_tried_again(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     moment = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: moment[0])
+    monkeypatch.setattr(delayed_store, "time", SimpleNamespace(monotonic=lambda: moment[0]))
     pair.write(100, [1], 1.0)
     with monkeypatch.context() as patch:
         patch.setattr(delayed_store.Log, "_put", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))

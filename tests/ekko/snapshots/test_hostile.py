@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fsspec
@@ -315,9 +316,8 @@ def test_a_snapshot_takes_no_more_of_a_core_than_its_share(home: Home, monkeypat
         clock["cpu"] += cpu
         clock["wall"] += cpu + waited
 
-    monkeypatch.setattr("ekko.snapshots.write.time.thread_time", lambda: clock["cpu"])
-    monkeypatch.setattr("ekko.snapshots.write.time.monotonic", lambda: clock["wall"])
-    monkeypatch.setattr("ekko.snapshots.write.time.sleep", sleep)
+    clocks = SimpleNamespace(thread_time=lambda: clock["cpu"], monotonic=lambda: clock["wall"], sleep=sleep)
+    monkeypatch.setattr("ekko.snapshots.write.time", clocks)  # not the module's own, which threads of other tests may use
     pace = Pace(0.5)
     for _ in range(100):
         work(0.002)

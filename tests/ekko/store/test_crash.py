@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from store_writer import MODEL, STAMP_MASK, TABLE, WRITER, value_of
 from ekko.errors import StoreError
 from ekko.model import ModelSpec, TableSpec, table_id
 from ekko.serve.reader import Reader
-from ekko.store import Store, layout, patience
+from ekko.store import Store, layout, patience, view
 from ekko.store.manifest import header_name, index_name, read_manifest, rows_name
 from ekko.store.memory import Mapping, TmpfsMemory
 from ekko.store.model_store import ModelStore
@@ -244,18 +245,17 @@ def test_who_stood_still_itself_does_not_take_a_writer_for_dead(run_dir: Path, m
     store = store_with_rows(run_dir)
     monkeypatch.setattr(patience, "ROW_DEADLINE_S", 0.05)
     row, looks = last_row(run_dir), [0]
-    sleep = time.sleep
 
     def asleep(seconds: float) -> None:
         looks[0] += 1
         if looks[0] == 2:
-            sleep(0.2)
+            time.sleep(0.2)
         if looks[0] == 3:
             row[0] += 1  # the writer wakes up, too, a moment later
-        sleep(seconds)
+        time.sleep(seconds)
 
     with Reader(MODEL, run_dir) as reader:
-        monkeypatch.setattr(time, "sleep", asleep)
+        monkeypatch.setattr(view, "time", SimpleNamespace(sleep=asleep))
         row[0] += 1
         assert reader.lookup(TABLE, [2])[0].tolist() == [6.0] * 4
     assert looks[0] == 3
