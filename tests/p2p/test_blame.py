@@ -16,6 +16,7 @@ from p2p.replica import RowColumns
 from p2p.runtime import STRANGERS_MAX
 from p2p.stamps import make_stamp
 from p2p.transport import zmq
+from sim_cluster.processes import free_ports
 from tests.p2p.keyed import BOOTS, MODEL, KeyedNode, record_of, with_node
 
 NO_CLAIMS = m.ShardClaims(np.empty(0, np.uint32), np.empty(0, np.uint64), np.empty(0, np.uint16), np.empty(0, np.uint16))
@@ -151,9 +152,10 @@ def test_a_member_finds_room_among_sockets_that_nobody_answers(monkeypatch: pyte
         transport = zmq.ZmqTransport("tcp://127.0.0.1:0")
         await transport.start(lambda *_: None)
         try:
-            for port in range(20_000, 20_006):
-                transport.send(f"tcp://127.0.0.1:{port}", [b"x"])
-            assert list(transport._peers) == [f"tcp://127.0.0.1:{port}" for port in range(20_001, 20_006)]
+            addresses = [f"tcp://127.0.0.1:{port}" for port in free_ports(6)]  # nobody's, of other tests either
+            for address in addresses:
+                transport.send(address, [b"x"])
+            assert list(transport._peers) == addresses[1:]
         finally:
             await transport.close()
 
