@@ -33,6 +33,7 @@ MODEL = {
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingCluster]:
     with TrainingCluster(tmp_path_factory.mktemp("servers"), NODES, MODEL) as nodes:
         nodes.start()
+        Client(list(nodes.endpoints.values()), "ctr", 0).close()  # servers begin after their nodes: tests do not wait for that
         yield nodes
 
 

@@ -86,7 +86,7 @@ def taken_over_on_suspicion(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Primaries, "on_timer", on_timer)
 
 
-@plant("handing-over", 54)
+@plant("handing-over", 120)
 def taken_over_before_what_is_left_is_here(patch: pytest.MonkeyPatch) -> None:
     def is_gone(self: Primaries, node: str) -> bool:
         return node in self._lives and self._lives[node].expelled
@@ -180,7 +180,7 @@ def what_a_crash_left_half_done_stays(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(World, "remember", lambda self, process, record: None)
 
 
-@plant("async", 91)
+@plant("async", 115)
 def a_step_in_flight_is_taken_back(patch: pytest.MonkeyPatch) -> None:
     real = World._load
 
