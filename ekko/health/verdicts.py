@@ -75,7 +75,7 @@ class Ruling:
     @property
     def rank(self) -> tuple[object, ...]:
         """Newer ones are kept; what follows the stamp only makes the order total."""
-        return self.stamp_ms, self.node, self.detector, self.state, self.from_ms, self.until_ms, self.text
+        return self.stamp_ms, self.node, self.detector, self.state, self.from_ms, self.until_ms, self.text, self.model
 
     @property
     def key(self) -> "RulingKey":

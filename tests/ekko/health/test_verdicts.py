@@ -69,6 +69,12 @@ def test_what_is_beyond_the_bounds_is_forgotten_alike_in_any_order(said: list[Ve
         test_merging_is_a_join.hypothesis.inner_test(said, rng)  # type: ignore[attr-defined]
 
 
+def test_what_is_said_alike_of_two_models_is_forgotten_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RULINGS_TOTAL_MAX", 1)
+    one, other = (Verdicts().note(model, "healthy", T, T + 1, now_ms=T, node="a", detector="auc") for model in (CTR, CVR))
+    assert one.merged(other) == other.merged(one)
+
+
 def test_the_worse_word_counts_at_one_moment_whoever_says_it() -> None:
     one = Verdicts().note(CTR, "healthy", T, T + 10_000)
     other = Verdicts().note(CTR, "corrupted", T + 4_000, T + 6_000)
