@@ -1,8 +1,9 @@
-"""Compiled kernels come out of the cache in little more than half of Numba's time.
+"""Compiled kernels come out of the cache in a third of Numba's time.
 
 Numba keeps a compiled function twice: as machine code, and as bitcode for functions that are compiled later and link it. On
-loading it parses the bitcode at once, which takes half of the time, though all that it wants of it then are the names that are
-defined there. So a stub with these names is kept besides, and the bitcode is parsed when somebody links it.
+loading it parses the bitcode at once, though all that it wants of it then are the names that are defined there. So these names
+are kept besides, and the bitcode is parsed when somebody links it. Nor does a function that comes out of the cache need all
+that Numba knows for compiling one: that is loaded when something is compiled.
 
 This leans on Numba's inside. Where a release has another one, `keep` leaves all to Numba: slower, and as right.
 """
@@ -13,12 +14,15 @@ from typing import Any, Final
 
 import llvmlite.binding as _llvm
 from numba.core import caching as _caching
+from numba.core import runtime as _runtime
 
 # Untyped: Numba's inside is.
 llvm: Any = _llvm
 caching: Any = _caching
+runtime: Any = _runtime
 
 MACHINE_CODE: Final = "object"  # what Numba calls a library in this form
+_NOTHING: Final[bytes] = llvm.parse_assembly("").as_bitcode()
 
 
 class _Impl(caching.CompileResultCacheImpl):  # type: ignore[misc]
@@ -28,22 +32,29 @@ class _Impl(caching.CompileResultCacheImpl):  # type: ignore[misc]
         """What to keep."""
         (name, form, data), *rest = super().reduce(result)
         if form != MACHINE_CODE:
-            return ((name, form, data), *rest), None
+            return ((name, form, data), *rest), (), None
         code, bitcode = data
-        return ((name, form, (code, _stub(bitcode))), *rest), bitcode
+        return ((name, form, (code, _NOTHING)), *rest), _defined(bitcode), bitcode
 
     def rebuild(self, target_context: Any, kept: Any) -> Any:
         """A function again, of what was kept."""
-        payload, bitcode = kept
+        payload, names, bitcode = kept
+        # An engine that is asked for a name which it has not would end the process, so Numba looks here first.
+        target_context.codegen()._engine._defined_symbols.update(names)  # noqa: SLF001
         result = super().rebuild(target_context, payload)
         if bitcode is not None:
-            # Until then Numba has read the stub's names; nothing of it has been linked.
             result.library._get_module_for_linking = partial(_parse, result.library, bitcode)  # noqa: SLF001
         return result
 
 
 class _Cache(caching.FunctionCache):  # type: ignore[misc]
     _impl_class = _Impl
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        """As Numba's, without its first step: to load what one needs to compile, which a compiler does by itself."""
+        runtime.rtsys.initialize(target_context)
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(signature, target_context)
 
 
 def keep(dispatcher: Any, function: Callable[..., Any]) -> None:
@@ -57,17 +68,20 @@ def _is_known(dispatcher: Any) -> bool:
     """Whether this release of Numba has what is replaced here."""
     from numba.core.codegen import CPUCodeLibrary
 
-    parts = ((CPUCodeLibrary, "_get_module_for_linking"), (CPUCodeLibrary, "_unserialize"), (caching.Cache, "_load_overload"))
+    parts = (
+        (CPUCodeLibrary, "_get_module_for_linking"),
+        (CPUCodeLibrary, "_unserialize"),
+        (caching.Cache, "_load_overload"),
+        (caching.Cache, "_guard_against_spurious_io_errors"),
+        (dispatcher.targetctx.codegen()._engine, "_defined_symbols"),  # noqa: SLF001
+    )
     return all(hasattr(owner, name) for owner, name in parts) and type(dispatcher._cache) is caching.FunctionCache  # noqa: SLF001
 
 
-def _stub(bitcode: bytes) -> bytes:
-    """Bitcode in which the same names are defined, and nothing else."""
+def _defined(bitcode: bytes) -> tuple[str, ...]:
+    """The names that are defined in it."""
     module = llvm.parse_bitcode(bitcode)
-    lines = [f'define void @"{one.name}"() {{ unreachable }}' for one in module.functions if not one.is_declaration]
-    lines += [f'@"{one.name}" = global i8 0' for one in module.global_variables if not one.is_declaration]
-    stub: bytes = llvm.parse_assembly("\n".join(lines)).as_bitcode()
-    return stub
+    return tuple(one.name for one in (*module.functions, *module.global_variables) if not one.is_declaration)
 
 
 def _parse(library: Any, bitcode: bytes) -> Any:
