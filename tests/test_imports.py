@@ -175,12 +175,12 @@ def test_a_command_loads_nothing_heavy_before_it_is_called() -> None:
     assert tuple(CODECS) == CODEC_NAMES
 
 
-def test_a_node_loads_neither_scipy_nor_threads_for_matrices() -> None:
+def test_a_node_loads_neither_scipy_nor_rich_nor_threads_for_matrices() -> None:
     code = (
         "import gc, sys, threading\nfrom pathlib import Path\nfrom ekko.startup import brisk_imports\n"
         "with brisk_imports():\n    import ekko.daemon\n"
         "assert gc.isenabled() and 'numpy' in sys.modules\n"
-        "print('scipy' in sys.modules, len([*Path('/proc/self/task').iterdir()]))"
+        "print('scipy' in sys.modules, 'rich' in sys.modules, len([*Path('/proc/self/task').iterdir()]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=180)
-    assert done.stdout == "False 1\n"
+    assert done.stdout == "False False 1\n"
