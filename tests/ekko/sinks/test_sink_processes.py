@@ -32,7 +32,7 @@ NODES = [
     NodeSpec("wit-1", "eu", "witness", settings={"delay": "0s", "log_bytes": "64MB"}),
 ]
 KEYS = np.arange(300, dtype=np.uint64)
-TIMEOUT_S = 60.0
+TIMEOUT_S = 120.0  # a process that starts on a very busy machine included
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +84,10 @@ def fill(publisher: ekko.Publisher, value: float, keys: np.ndarray[tuple[int], n
 class Pair:
     """serve-1, and Redis, which `ekko sink` keeps as it is."""
 
-    def __init__(self, cluster: LocalCluster, rows: RedisRows) -> None:
+    def __init__(self, cluster: LocalCluster, rows: RedisRows, folder: Path) -> None:
         self._node = cluster["serve-1"]
         self._rows = rows
+        self._log = folder / "sink.log"
 
     def same(self, value: float) -> bool:
         """Rows and stamps of all keys; and the last key has what was published last."""
@@ -102,7 +103,10 @@ class Pair:
         return True
 
     def wait(self, value: float, what: str) -> None:
-        wait_until(lambda: self.same(value), what, TIMEOUT_S)
+        try:
+            wait_until(lambda: self.same(value), what, TIMEOUT_S)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}: the sink says {self._log.read_text()[-2_000:]}") from None
 
 
 def test_redis_is_as_the_node_is_whoever_is_killed(redis_url: str, tmp_path: Path) -> None:
@@ -111,7 +115,7 @@ def test_redis_is_as_the_node_is_whoever_is_killed(redis_url: str, tmp_path: Pat
         closing(RedisRows(redis_url, "ctr")) as rows,
     ):
         cluster.start()
-        train, serve, pair = cluster["train-1"], cluster["serve-1"], Pair(cluster, rows)
+        train, serve, pair = cluster["train-1"], cluster["serve-1"], Pair(cluster, rows, tmp_path)
         with ekko.Publisher(train.local, model="ctr") as publisher, Process(cluster, redis_url, tmp_path) as sink:
             fill(publisher, 1.0)
             pair.wait(1.0, "the first state")
@@ -148,7 +152,7 @@ def test_redis_is_as_the_node_is_whoever_is_killed(redis_url: str, tmp_path: Pat
 def test_a_rollback_goes_through(redis_url: str, tmp_path: Path) -> None:
     with LocalCluster(tmp_path / "cluster", NODES, models=MODELS) as cluster, closing(RedisRows(redis_url, "ctr")) as rows:
         cluster.start()
-        pair = Pair(cluster, rows)
+        pair = Pair(cluster, rows, tmp_path)
         with ekko.Publisher(cluster["train-1"].local, model="ctr") as publisher, Process(cluster, redis_url, tmp_path):
             fill(publisher, 2.0)
             pair.wait(2.0, "what is right")

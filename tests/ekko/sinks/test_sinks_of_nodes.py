@@ -20,7 +20,7 @@ from sim_cluster.processes import LocalCluster, ModelTables, NodeProcess, NodeSp
 
 pytestmark = pytest.mark.processes
 KEYS = np.arange(300, dtype=np.uint64)
-SOON_S = 60.0
+SOON_S = 120.0  # a process that starts on a very busy machine included
 EXAMPLES = Path(__file__).parents[3] / "examples"
 MODELS = {"ctr": ModelTables({"item": 4}, capacity_rows=1_000)}
 
