@@ -57,7 +57,7 @@ class Cadence:
     """
 
     def __init__(self, every: int | str, now_s: float) -> None:
-        self._steps = 0
+        self._steps = 0  # when it was last asked
         self._since = now_s
         self._every: int | None = None
         self._every_s = 0.0
@@ -72,11 +72,13 @@ class Cadence:
                 "most), or None for never"
             )
 
-    def stepped(self, now_s: float | None = None) -> bool:
-        """A step has ended, at a time, None: now; whether a version is due with it."""
-        self._steps += 1
+    def is_due(self, steps: int, now_s: float | None = None) -> bool:
+        """Whether a version has become due since this was last asked, after so many steps; at a time, None: now."""
+        before, self._steps = self._steps, steps
         if self._every is not None:
-            return self._steps % self._every == 0
+            return steps // self._every > before // self._every
+        if steps == before:
+            return False
         now_s = time.monotonic() if now_s is None else now_s
         if now_s - self._since < self._every_s:
             return False
@@ -113,8 +115,9 @@ class DenseParameters:
         buffers = (name for name, value in model.named_buffers() if name in kept and id(value) not in taken)
         self._buffers = tuple(name for name in buffers if _is_inexact(model.get_buffer(name)))
         self._cadence = None if every is None else Cadence(every, now_s)
+        self.steps = 0  # that have ended: each counts itself, and what follows from that is found where somebody asks
         self._due = False
-        self._unsent = True
+        self._steps_taken = -1  # when the last version was taken
         self._before: dict[str, F32] = {}
         self._versions = 0
         self._openings = 0
@@ -134,12 +137,18 @@ class DenseParameters:
     @property
     def due(self) -> bool:
         """Whether a version is to go with the next batch."""
+        self._look()
         return self._due
 
     @property
     def unsent(self) -> bool:
         """Whether a step has ended since the last version was taken, so that nobody has what it changed."""
-        return self._unsent
+        return self.steps != self._steps_taken
+
+    def _look(self) -> None:
+        """Have a version due if one has become so up to the step that has ended last."""
+        if self._cadence is not None and self._cadence.is_due(self.steps):
+            self._due = bool(self.names)
 
     def check(self) -> None:
         """Refuse what cannot be published.
@@ -159,12 +168,6 @@ class DenseParameters:
         value = self._parameters.get(name)
         return self._model.get_buffer(name) if value is None else value
 
-    def stepped(self, now_s: float | None = None) -> None:
-        """A step has ended; when that is, None: now."""
-        self._unsent = True
-        if self._cadence is not None and self._cadence.stepped(now_s):
-            self._due = bool(self.names)
-
     def demand(self) -> None:
         """A version is due now.
 
@@ -176,18 +179,20 @@ class DenseParameters:
 
     def drop(self) -> None:
         """No version is due any more, and the next one is sent whole: the node's is not what was sent last."""
+        self._look()
         self._due = False
         self._before.clear()
 
     def take(self) -> dict[str, F32]:
         """A version: float32 copies of all, by name. Nothing is due any more; hand it to `published`, or to `failed`."""
         version = {name: _copy(self.tensor(name)) for name in self.names}
-        self._due = self._unsent = False
+        self._look()
+        self._due, self._steps_taken = False, self.steps
         return version
 
     def failed(self) -> None:
         """The version that was taken is not with the node: one is due."""
-        self._due = self._unsent = True
+        self._due, self._steps_taken = True, -1
         self._before.clear()  # it may be there nevertheless, so that nobody knows what the node has
 
     def add_to(self, step: DenseStep, version: Mapping[str, F32]) -> None:

@@ -1,11 +1,14 @@
 """What each step of an optimizer has to note, so that it is known later which rows it changed."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from torch.optim import Optimizer
 
 from ekko.torch.capture import PENDING_MAX, PENDING_VALUES_MAX, TrackedTable
+
+# Settings of an optimizer under which rows move that have no gradient.
+MOVES_ALL: Final = ("momentum", "weight_decay")
 
 
 class Capture:
@@ -32,8 +35,8 @@ class Capture:
         """
         if self._optimizer.param_groups is not self._bound:  # a state dict was loaded
             self._bind()
-        for group in self._groups:  # the settings as they are now
-            if group.get("momentum") or group.get("weight_decay"):
+        for group, name in self._settings:  # as they are now
+            if group[name]:
                 self._moved(group)
         total = self._values
         for slots, table in self._slots:
@@ -69,7 +72,7 @@ class Capture:
         self._bound = self._optimizer.param_groups
         by_gradient = [table for _, table in self._slots if not table.compared]
         found = {id(group): group for table in by_gradient for group in table.groups_of(self._optimizer)}
-        self._groups = list(found.values())
+        self._settings = [(group, name) for group in found.values() for name in MOVES_ALL if name in group]
 
     def _moved(self, group: dict[str, Any]) -> None:
         for _, table in self._slots:

@@ -60,7 +60,6 @@ class Tracker:
         self._outbox = outbox
         self._reloader = reloader
         self._gate = Gate()
-        self._steps = 0
         self._settled = 0  # up to which step what was set aside is added up
         self._background = share is not None
         self._waited = False  # whether the thread waited for the end of a rollback, which the trainer is to load
@@ -96,7 +95,7 @@ class Tracker:
     @property
     def counts(self) -> Counts:
         """What was done so far."""
-        return self._outbox.counts(self._steps, self._gate.waited_s)
+        return self._outbox.counts(self._dense.steps, self._gate.waited_s)
 
     @property
     def publisher(self) -> StepPublisher:
@@ -189,6 +188,7 @@ class Tracker:
             return self._load_restored()
 
     def _load_restored(self) -> Reloaded:
+        self._sender.calls = True  # where this fails the next step tries again
         reloaded = self._reloader.reload()
         self._waited = False
         if reloaded != Reloaded({}) and isinstance(self._sender.error, ModelError):
@@ -272,21 +272,31 @@ class Tracker:
 
     def _stepped(self) -> None:
         """A step has ended, of all optimizers."""
-        self._steps += 1
-        self._dense.stepped()
+        self._dense.steps += 1
         self._gate.leave()
+        if self._sender.calls:
+            self._attend()
+
+    def _attend(self) -> None:
+        """Do at the end of a step what is to be done then: mostly there is nothing."""
         sender = self._sender
         if not self._background:
             with sender.sending:
                 self._publish()
-        elif self._waited or self._reloader.unfinished:
-            self.reload()
-        elif (error := sender.error) is not None:
-            if not isinstance(error, ModelError) or self.reload() == Reloaded({}):
-                sender.error = None  # told once, and then tried again
-                raise error
-        elif sender.waits:
-            sender.wake()
+            return
+        sender.calls = False  # before looking, so that what comes meanwhile is found after the next step
+        try:
+            if self._waited or self._reloader.unfinished:
+                self.reload()
+            elif (error := sender.error) is not None:
+                if not isinstance(error, ModelError) or self.reload() == Reloaded({}):
+                    sender.error = None  # told once, and then tried again
+                    raise error
+            elif sender.waits:
+                sender.wake()
+        finally:
+            if self._waited or self._reloader.unfinished or sender.error is not None or sender.waits:
+                sender.calls = True
 
     @contextmanager
     def _alone(self, deadline: float | None = None) -> Iterator[None]:
@@ -306,19 +316,20 @@ class Tracker:
         """Send a bounded part of what is due; False: nothing was."""
         if self._waited or self._reloader.unfinished:
             return False  # what is due was worked out from a model that is gone, until the trainer has loaded what was restored
-        if self._steps - self._settled > SETTLE_STEPS:  # else it is as fast to do it while the rows are copied
+        if self._dense.steps - self._settled > SETTLE_STEPS:  # else it is as fast to do it while the rows are copied
             with self._gate.between_steps():
-                self._settled = self._steps
+                self._settled = self._dense.steps
                 aside = [(table, *table.set_aside()) for table in self._tables.values()]
             for table, pending, norms in aside:
                 table.add_up(pending, norms)
         with self._gate.between_steps():
-            self._settled = self._steps
+            self._settled = self._dense.steps
             batch = self._outbox.take(COPY_BYTES_MAX)
         if batch is None:
             return False
         self._outbox.send(batch)
-        self._waited |= getattr(self._publisher, "has_restored", False)
+        if getattr(self._publisher, "has_restored", False):
+            self._waited = self._sender.calls = True
         return True
 
     def _publish(self) -> int:

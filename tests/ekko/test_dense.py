@@ -82,7 +82,7 @@ def of(model: nn.Module, every: int | str | None = None) -> DenseParameters:
 )
 def test_a_version_is_due_every_so_many_steps_or_so_often(every: int | str, times: list[float], due: list[bool]) -> None:
     cadence = Cadence(every, 0.0)
-    assert [cadence.stepped(now) for now in times] == due
+    assert [cadence.is_due(steps, now) for steps, now in enumerate(times, start=1)] == due
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "", "s", "2", "0s", "2 s", "-1s", "1e3s", "25h", "1d"])
@@ -150,10 +150,10 @@ def test_of_what_did_not_change_only_the_first_rows_go() -> None:
     model, node = Layers(), Node()
     dense = of(model, 1)
     whole = sum(TensorSpec(name, tuple(model.state_dict()[name].shape), "float32").rows for name in dense.names)
-    for number in range(WHOLE_EVERY + 1):
+    for _ in range(WHOLE_EVERY + 1):
         for value in (*model.free.parameters(), *model.norm.parameters(), model.norm.running_mean, model.norm.running_var):
             value.data += 1
-        dense.stepped(number)
+        dense.steps += 1
         assert dense.due
         assert dense.unsent
         version = dense.take()
@@ -238,7 +238,7 @@ def test_dense_parameters_go_with_all_rows_that_are_due(momentum: float, monkeyp
         model["top"](model["item"](torch.arange(100))).sum().backward()
         optimizer.step()
         Capture(optimizer, [table]).stepped()
-        dense.stepped(0.0)
+        dense.steps += 1
 
     def batches(count: int, bytes_max: int) -> list[tuple[int, bool]]:
         """Rows of each, and whether dense parameters are with them."""
