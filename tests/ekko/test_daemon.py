@@ -158,7 +158,7 @@ def test_rows_that_compress_go_compressed_to_another_region(pair: LocalCluster) 
         values = itertools.count(1)
 
         def a_dozen_went_compressed() -> bool:
-            """More than are tried in a minute where it does not pay, as one might seem not to that took long by chance."""
+            """More than are tried in two minutes where it does not pay, as one might seem not to that took long by chance."""
             everywhere(publisher, publisher.publish("item", keys, rows(next(values), len(keys), 16)))
             return gained("before") >= 12 * keys.size * (8 + 64)
 
@@ -166,7 +166,7 @@ def test_rows_that_compress_go_compressed_to_another_region(pair: LocalCluster) 
             name = f"compression_bytes_{what}"
             return int(train.status()["counters"][name]) - int(before[name])
 
-        wait_until(a_dozen_went_compressed, "a dozen steps to go compressed", PATIENCE_S)
+        wait_until(a_dozen_went_compressed, "a dozen steps to go compressed", 2 * PATIENCE_S)
         with closing(ekko.Reader("even", run_dir=serve.run_dir)) as reader:
             assert (reader.lookup("item", keys) == next(values) - 1).all()
     assert gained("saved") > 0.6 * gained("before")  # keys are not all alike
