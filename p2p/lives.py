@@ -7,7 +7,7 @@ every partition that is here: until then rows that it wrote and that a third nod
 from p2p.core import Core
 from p2p.members.membership import HOLDER_ROLES
 from p2p.messages import DONE, MemberRecord, NodeId, Now
-from p2p.placement import HOLDS_SINCE
+from p2p.placement import is_short
 from p2p.values import dataclass
 
 
@@ -63,6 +63,6 @@ def lives_of(core: Core, family: int, now: Now) -> tuple[NodeLife, ...]:
 
 def _held(record: MemberRecord, family: int) -> tuple[int, ...] | None:
     """Which partitions a member holds; None where it has not told yet."""
-    if record.told < HOLDS_SINCE <= record.protocol:
+    if is_short(record):
         return None
     return next((holding.held for holding in record.holds if holding.family == family), ())

@@ -28,9 +28,13 @@ def holds(record: MemberRecord, place: Place) -> bool:
 
 
 def may_hold(record: MemberRecord, place: Place) -> bool:
-    """The same, also when we cannot tell yet: a hello and nodes of version 1 leave out what a node holds."""
-    untold = record.told < HOLDS_SINCE <= record.protocol
-    return holds(record, place) or untold
+    """The same, also when we cannot tell yet."""
+    return holds(record, place) or is_short(record)
+
+
+def is_short(record: MemberRecord) -> bool:
+    """Whether a record lacks what its node holds, though it says so itself: a hello and nodes of version 1 leave it out."""
+    return record.told < HOLDS_SINCE <= record.protocol
 
 
 def holdings_of(places: Iterable[Place]) -> tuple[Holding, ...]:

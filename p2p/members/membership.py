@@ -6,7 +6,8 @@ is decided in `p2p.members.suspicion`; a suspected node is out of the trees, is 
 count.
 
 A *record* says everything else of a node and travels only when it changes (its `version` grows) or when registers differ: each
-heartbeat carries a digest of (life, version) over the living.
+heartbeat carries a digest of (life, version) over the living. One that is known by a hello alone, which leaves fields out,
+counts as of the version before.
 
 What is told need not be true, so a node that hears something of itself that it did not say raises the version of its record
 above what was told, and its word wins (`refute`); its counter and the beginning of its life likewise. Hearsay counts for less
@@ -37,7 +38,7 @@ from p2p.errors import RemoteProtocolError
 from p2p.members.suspicion import AHEAD_MAX, HEARTBEAT_MS, Suspicion, mix
 from p2p.members.trees import Holder, Trees
 from p2p.messages import Holding, MemberRecord, NodeId, RecordColumns, WriterRecord
-from p2p.placement import HOLDS_SINCE, holds
+from p2p.placement import HOLDS_SINCE, holds, is_short
 from p2p.replica import U64, Place
 from p2p.sizes import fitting
 from p2p.versions import agree, changes_of, protocol_of
@@ -440,8 +441,10 @@ class Membership:
         known.record = record
         self._view.writers.clear()
         self._view.protocol_min = None
-        suspicion.version[slot], suspicion.gone[slot], suspicion.deaf[slot] = record.version, record.left, record.deaf
-        suspicion.shape[slot] = record.told
+        # Of a record that came by a hello, which leaves fields out, we have less than its version: digests are to differ from
+        # those of who has all of it, or nobody would tell us.
+        suspicion.version[slot] = max(record.version - is_short(record), 0)
+        suspicion.shape[slot], suspicion.gone[slot], suspicion.deaf[slot] = record.told, record.left, record.deaf
         suspicion.near[slot] = record.region == self.own.region
         if record.writers:
             self._writing[record.node] = None

@@ -76,6 +76,19 @@ def nothing_goes_wrong(seed: int) -> None:
         assert age_ms < 1_000, f"seed {seed}: {name} believes that it is {age_ms} ms behind"
 
 
+def news_is_lost_while_nodes_meet(seed: int) -> None:
+    """A hello does not say what a node holds: whom the news after it did not reach has to hear of it all the same (R22)."""
+    cluster = form(seed, NetworkOptions(loss_probability=0.7))
+    cluster.run(4_000)
+    cluster.options = CALM
+    cluster.run(20_000)
+    for name, node in cluster.nodes.items():
+        assert node.machine is not None
+        peers = node.machine.status(cluster.now()).peers
+        told = {peer.node: next((one.held for one in peer.holds), None) for peer in peers}
+        assert told == {other: held for other, (_, held) in NODES.items() if other != name}, f"seed {seed}: {name} knows {told}"
+
+
 def waits_go_by_the_holders(seed: int) -> None:
     """R21: a wait ends when all live holders of what its step touched have it: not before, and whatever others do."""
     cluster = form(seed)

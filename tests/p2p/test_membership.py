@@ -322,6 +322,22 @@ def test_an_exchange_of_indexes_makes_registers_equal(mine: set[int], theirs: se
     assert ours.digest(0) == other.digest(0)
 
 
+def test_what_a_hello_leaves_out_is_found_by_an_exchange_of_indexes() -> None:
+    whole = record_of_some_version("a", 5, 0, holds=(m.Holding(7, 2, (1,)),))
+    short = replace(whole, holds=(), told=1)  # the same version
+    ours, other = register(short), Membership(record("other", 998))
+    other.learn(whole, 0), other.learn(ours.own, 0), ours.learn(other.own, 0)
+    assert ours.digest(0) != other.digest(0)
+    sent, _ = other.missing_in(*ours.index(0), 0)
+    assert sent == (whole,)
+    assert ours.missing_in(*other.index(0), 0) == ((), True)
+    assert ours.sift(sent, 0, m.RecordColumns.of(sent)) == [whole]
+    assert ours.learn(whole, 0)
+    assert not ours.learn(short, 0)
+    assert ours.members["a"].record.holds == whole.holds
+    assert ours.digest(0) == other.digest(0)
+
+
 def test_news_rides_a_few_times_and_then_rests() -> None:
     ours = register(record("a"), record("b"))
     assert ours.news

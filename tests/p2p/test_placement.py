@@ -95,6 +95,11 @@ def test_rows_that_lie_by_partition_are_not_copied() -> None:
     assert len(parts[4][0].rows) == 0, "a tombstone has no row"
 
 
+@pytest.mark.parametrize("seed", [2, 3, 8])  # where somebody learned of somebody by a hello alone
+def test_what_a_hello_leaves_out_is_told_later(seed: int) -> None:
+    divided.news_is_lost_while_nodes_meet(seed)
+
+
 # --- leaves -----------------------------------------------------------------------------------------------------------------
 
 nodes = st.lists(
