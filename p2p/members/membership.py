@@ -430,7 +430,8 @@ class Membership:
                 self.suspicion.come_back(known.slot, now_ms)
             else:
                 return False  # a late heartbeat
-        if record.heartbeat > known.record.heartbeat and not newer and record.version == known.record.version:
+        same = (record.version, record.told) == (known.record.version, known.record.told)  # a late hello takes nothing back
+        if record.heartbeat > known.record.heartbeat and not newer and same:
             self._keep(known, record)  # how far its writers have come
         if record.heartbeat > int(self.suspicion.beats[known.slot]):
             self.suspicion.hear_one(known.slot, record.heartbeat, now_ms)
@@ -441,10 +442,10 @@ class Membership:
         known.record = record
         self._view.writers.clear()
         self._view.protocol_min = None
-        # Of a record that came by a hello, which leaves fields out, we have less than its version: digests are to differ from
-        # those of who has all of it, or nobody would tell us.
-        suspicion.version[slot] = max(record.version - is_short(record), 0)
-        suspicion.shape[slot], suspicion.gone[slot], suspicion.deaf[slot] = record.told, record.left, record.deaf
+        suspicion.version[slot], suspicion.gone[slot], suspicion.deaf[slot] = record.version, record.left, record.deaf
+        suspicion.shape[slot] = record.told
+        # To a node of version 1 nobody ever tells what a hello leaves out.
+        suspicion.short[slot] = self.own.protocol >= HOLDS_SINCE and is_short(record)
         suspicion.near[slot] = record.region == self.own.region
         if record.writers:
             self._writing[record.node] = None
@@ -559,7 +560,7 @@ class Membership:
         self.suspicion.assess(now_ms)
         alive = self.suspicion.alive
         boots = np.append(self.suspicion.boot[alive], np.uint64(self.own.boot))
-        return boots, np.append(self.suspicion.version[alive], np.uint64(self.own.version))
+        return boots, np.append(self.suspicion.versions_held()[alive], np.uint64(self.own.version))
 
     def missing_in(self, boots: U64, versions: U64, now_ms: int) -> tuple[tuple[MemberRecord, ...], bool]:
         """Compare a peer's index with our register.
@@ -578,7 +579,7 @@ class Membership:
         known = slots >= 0
         theirs = np.full(len(suspicion.used), -1, np.int64)
         theirs[slots[known]] = versions[known].astype(np.int64)
-        versions_own = suspicion.version.astype(np.int64)
+        versions_own = suspicion.versions_held().astype(np.int64)
         # What is alive here and unknown or outdated there; and what they take for alive though it has left.
         lacking = (suspicion.alive & (theirs < versions_own)) | (suspicion.used & suspicion.gone & (theirs >= 0))
         own = boots == np.uint64(self.own.boot)

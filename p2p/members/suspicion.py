@@ -78,6 +78,7 @@ _FIELDS: Final[dict[str, Any]] = {
     "boot": np.uint64,
     "version": np.uint64,  # of its record
     "shape": np.uint8,  # the protocol version in whose shape its record was told
+    "short": np.bool_,  # that shape leaves out what the record of this version says
     "beats": np.uint64,  # the largest heartbeat counter heard of
     "heard_ms": np.int64,  # monotonic; when that was, plus the time in which we did not run
     "interval_ms": np.float64,
@@ -105,6 +106,7 @@ class Suspicion:
     boot: U64
     version: U64
     shape: NDArray[np.uint8]
+    short: NDArray[np.bool_]
     beats: U64
     heard_ms: NDArray[np.int64]
     interval_ms: NDArray[np.float64]
@@ -325,10 +327,17 @@ class Suspicion:
         self.told[slots] += 1
         return self.boot[slots], self.beats[slots]
 
+    def versions_held(self) -> U64:
+        """uint64 by slot: up to which version we have all of a record; of one that came short, the one before its own.
+
+        Digests are to differ from those of who has all of it, or nobody would tell us the rest.
+        """
+        return self.version - self.short
+
     def digest(self) -> int:
-        """64 bits over (boot, version) of the living; nodes with equal registers have equal ones."""
+        """64 bits over (boot, version held) of the living; nodes with equal registers have equal ones."""
         alive = self.alive
-        return int(np.bitwise_xor.reduce(mix(self.boot[alive], self.version[alive]), initial=np.uint64(0)))
+        return int(np.bitwise_xor.reduce(mix(self.boot[alive], self.versions_held()[alive]), initial=np.uint64(0)))
 
     def note_clock(self, slot: int, unix_ms: int, now_ms: int) -> None:
         """A member said what time it is."""

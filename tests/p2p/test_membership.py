@@ -324,9 +324,11 @@ def test_an_exchange_of_indexes_makes_registers_equal(mine: set[int], theirs: se
 
 def test_what_a_hello_leaves_out_is_found_by_an_exchange_of_indexes() -> None:
     whole = record_of_some_version("a", 5, 0, holds=(m.Holding(7, 2, (1,)),))
-    short = replace(whole, holds=(), told=1)  # the same version
-    ours, other = register(short), Membership(record("other", 998))
+    short = replace(whole, holds=(), told=1, heartbeat=9)  # the same version
+    ours, other = (Membership(record_of_some_version(name, 996, 0)) for name in ("me", "other"))
+    assert ours.learn(short, 0)
     other.learn(whole, 0), other.learn(ours.own, 0), ours.learn(other.own, 0)
+    assert ours.protocol_min(0) == 2, "what it speaks is known by its hello, too"
     assert ours.digest(0) != other.digest(0)
     sent, _ = other.missing_in(*ours.index(0), 0)
     assert sent == (whole,)
@@ -336,6 +338,14 @@ def test_what_a_hello_leaves_out_is_found_by_an_exchange_of_indexes() -> None:
     assert not ours.learn(short, 0)
     assert ours.members["a"].record.holds == whole.holds
     assert ours.digest(0) == other.digest(0)
+
+
+def test_a_late_hello_takes_nothing_back() -> None:
+    writers = (m.WriterRecord(7, 3, 1, 5),)
+    whole = record_of_some_version("a", 5, 0, holds=(m.Holding(7, 2, (1,)),), writers=writers)
+    ours = register(whole)
+    assert not ours.learn(replace(whole, holds=(), told=1, heartbeat=9), 0)
+    assert ours.members["a"].record.holds == whole.holds
 
 
 def test_news_rides_a_few_times_and_then_rests() -> None:
