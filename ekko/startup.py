@@ -1,4 +1,4 @@
-"""How a node's process begins: the imports of what it is made of, in half of their time."""
+"""How a node's process begins: the imports of what it is made of, in four fifths of their time."""
 
 import gc
 import os

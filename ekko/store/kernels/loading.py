@@ -1,4 +1,4 @@
-"""Compiled kernels come out of the cache in a third of Numba's time.
+"""Compiled kernels come out of the cache without what Numba does at a load for the sake of compiling.
 
 Numba keeps a compiled function twice: as machine code, and as bitcode for functions that are compiled later and link it. On
 loading it parses the bitcode at once, though all that it wants of it then are the names that are defined there. So these names
