@@ -98,6 +98,16 @@ def test_who_has_not_caught_up_is_named() -> None:
     assert ended.lagging == ("us3",)
 
 
+def published() -> VirtualCluster:
+    """A cluster in which all have the model, with a row."""
+    cluster = form(1)
+    cluster.run(5_000)
+    add(cluster, "t1", OLD)
+    publish(cluster, "t1", "gen-1", [1], 1.0)
+    cluster.run(2_000)
+    return cluster
+
+
 def asked_while_behind(cluster: VirtualCluster, node: str, timeout_ms: int) -> int:
     """Restart a node that has lost its rows, cut off from all, and ask it who has caught up."""
     cluster.crash(node)
@@ -112,11 +122,7 @@ def asked_while_behind(cluster: VirtualCluster, node: str, timeout_ms: int) -> i
 
 
 def test_a_node_that_has_not_caught_up_itself_waits_until_it_has_and_names_itself() -> None:
-    cluster = form(1)
-    cluster.run(5_000)
-    add(cluster, "t1", OLD)
-    publish(cluster, "t1", "gen-1", [1], 1.0)
-    cluster.run(2_000)
+    cluster = published()
     request = asked_while_behind(cluster, "us3", 2_000)
     cluster.run(2_000)
     ended = cluster.nodes["us3"].replies[request]
@@ -133,11 +139,7 @@ def test_a_node_that_has_not_caught_up_itself_waits_until_it_has_and_names_itsel
 
 
 def test_who_waits_to_catch_up_is_told_when_the_model_is_dropped() -> None:
-    cluster = form(1)
-    cluster.run(5_000)
-    add(cluster, "t1", OLD)
-    publish(cluster, "t1", "gen-1", [1], 1.0)
-    cluster.run(2_000)
+    cluster = published()
     request = asked_while_behind(cluster, "us3", 60_000)
     drop(cluster, "us3", "gen-1")
     cluster.run(500)
